@@ -1,0 +1,73 @@
+# Every task in a line: `make help`. A virtual environment is made in .venv on first use.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Two single-threaded workers beat one with two threads: most of a test is Python
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full test-oldest compile bench bench-report gpu lint format wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## environment in .venv; without an NVIDIA GPU it gets the CPU build of torch
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# the registry's newest torch brings gigabytes of CUDA; this version has a CPU build
+	nvidia-smi -L >/dev/null 2>&1 || $(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe: a table and a picture (ARGS="--quick" in a minute)
+	$(BIN)/pre-kernels demo $(ARGS)
+
+test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time (ARGS="-k row_loss" for some)
+	$(PYTEST) $(ARGS)
+
+test-oldest: $(INSTALLED)  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
+	test -d .deps/transformers || $(BIN)/pip install --quiet --target .deps/transformers 'transformers==4.57.*'
+	test -d .deps/triton || $(BIN)/pip install --quiet --no-deps --target .deps/triton 'triton==3.6.*'
+	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations
+	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
+
+test-full: test test-oldest  ## everything that runs without a GPU
+	$(BIN)/pre-kernels demo --quick --out build/demo
+
+compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructions of every kernel, without a GPU
+	$(BIN)/python tests/aot.py $(ARGS)
+
+bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
+	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
+
+bench-report: $(INSTALLED)  ## the committed results as the README's table and a picture
+	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png
+
+gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|bench|profile|sweep, results to $GPU_OUT
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## ruff, rewriting
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(INSTALLED)  ## build the wheel, install it into a fresh environment and import it
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --wheel
+	$(BIN)/python -m zipfile -l dist/*.whl | awk 'NR > 1 { split($$1, path, "/"); print path[1] }' | sort -u
+	$(PYTHON) -m venv build/wheel
+	nvidia-smi -L >/dev/null 2>&1 || build/wheel/bin/pip install --quiet torch==2.13.0
+	build/wheel/bin/pip install --quiet dist/*.whl
+	cd build && wheel/bin/python -c "import pre_kernels, torch; h = torch.randn(4, 8, requires_grad=True); \
+		head = pre_kernels.PreHead(8); head(h, h).backward(); print('imported', pre_kernels.__file__)"
+	cd build && wheel/bin/pre-kernels env
+
+clean:  ## what the targets above made
+	rm -rf .venv .deps build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

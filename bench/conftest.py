@@ -1,0 +1,79 @@
+"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import peers, record, report, shapes, suite
+from .device import current
+
+Group = dict[str, dict[str, Any]]
+RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pre-kernels measurements")
+    group.addoption("--benchmark", action="store_true", help="measure; without it the tests in bench/ are skipped")
+    group.addoption("--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}")
+    group.addoption("--dtype", action="append", choices=list(shapes.DTYPES), help="with --shape; else bf16 and fp32")
+    group.addoption("--peer", action="append", default=[], help=f"only this: {', '.join(peers.BY_NAME)}")
+    group.addoption("--seconds", type=float, help="of sampling each shape")
+    group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.getoption
+    wanted = option("--peer")
+    names = [peer.name for peer in peers.PEERS if not wanted or peer.name in wanted]
+    cases = [
+        pytest.param(shape, dtype, name, id=f"{shape.name}-{dtype}-{name}")
+        for shape, dtype in shapes.plan(
+            current().torch_device, option("--shape"), option("--dtype") or ("bf16", "fp32")
+        )
+        for name in names
+    ]
+    metafunc.parametrize(("shape", "dtype", "peer"), cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--benchmark"):
+        return
+    for item in items:
+        if item.path.is_relative_to(record.RESULTS.parent):
+            item.add_marker(pytest.mark.skip(reason="a measurement: pass --benchmark"))
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str], Group]:
+    """(shape, dtype) → records by peer: measured at the first call, since peers take turns, and kept."""
+    config, device, kept = request.config, current(), {}
+    path = record.file(record.folder(config.getoption("--results")), device)
+    config.stash[RECORDS] = []
+
+    def measure(shape: shapes.Shape, dtype: str) -> Group:
+        if (shape, dtype) not in kept:
+            names, seconds = config.getoption("--peer"), config.getoption("--seconds")
+            records = suite.measure(shape, dtype, device, names, seconds=seconds)
+            for one in records:
+                record.append(path, one)
+            config.stash[RECORDS] += records
+            kept[shape, dtype] = {one["peer"]: one for one in records}
+        return kept[shape, dtype]
+
+    return measure
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    records = config.stash.get(RECORDS, [])
+    if not records:
+        return
+    terminalreporter.section("loss, forward and backward")
+    lines = [report.markdown(report.loss_table(records)), "", *report.refusals(records), *report.provenance(records)]
+    for line in lines:
+        terminalreporter.write_line(line)

@@ -1,0 +1,124 @@
+"""The two kinds of device behind one face: how a step is timed, what a run on it must say about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far
+HEAD_START = 2_000_000  # clock cycles, about 1 ms: the host queues the step while the GPU spins
+
+
+class Cpu:
+    kind = "cpu"
+    torch_device = torch.device("cpu")
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": _cpu_name(), "threads": torch.get_num_threads()}
+
+    def synchronize(self) -> None:
+        pass
+
+    def sample(self, step: Callable[[], Any]) -> float:
+        """Milliseconds of one step."""
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+
+    @contextmanager
+    def syncs_forbidden(self) -> Iterator[None]:
+        yield
+
+
+class Cuda:
+    kind = "cuda"
+    torch_device = torch.device("cuda")
+
+    @cached_property
+    def scratch(self) -> torch.Tensor:
+        return torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def describe(self) -> dict[str, Any]:
+        """The clocks are those of this moment, just after work: no setting of the card is touched."""
+        names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+        values: list[str] = []
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+            out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
+            values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
+        major, minor = torch.cuda.get_device_capability()
+        return {
+            "device": torch.cuda.get_device_name(),
+            "capability": f"{major}.{minor}",
+            "cuda": torch.version.cuda or torch.version.hip,
+            **dict(zip(names, values, strict=False)),
+        }
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def sample(self, step: Callable[[], Any]) -> float:
+        """Milliseconds of one step between two events, from a cold L2 cache and with its launches queued ahead.
+
+        A step that makes the host wait (a mask's count, say) loses its head start there, and pays for it as it would
+        in training.
+        """
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scratch.zero_()
+        if hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(HEAD_START)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def peak(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[float, float]:
+        """MiB allocated at the peak of a step beyond what was there before it, and MiB of the gradients returned."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        returned = step()
+        torch.cuda.synchronize()
+        kept = sum(x.nbytes for x in returned)
+        return (torch.cuda.max_memory_allocated() - before) / MIB, kept / MIB
+
+    @contextmanager
+    def syncs_forbidden(self) -> Iterator[None]:
+        """Raises where PyTorch makes the host wait for the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prototype feature, says PyTorch
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+
+def current() -> Cpu | Cuda:
+    """The GPU if there is one, unless BENCH_DEVICE=cpu."""
+    if torch.cuda.is_available() and os.environ.get("BENCH_DEVICE") != "cpu":
+        return Cuda()
+    return Cpu()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,82 @@
+"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER`.
+
+Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the second of two steps
+above what it was before that step (so the inputs, the code and what the first step left cached are not in it; the
+gradients returned and the libraries' scratch memory are), and the size of those gradients. Large blocks are mapped
+one by one (MALLOC_MMAP_THRESHOLD_), so what is counted is in use: by default glibc keeps some that are free, a seventh
+more or less from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .check import ROOT
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (the peak since the last reset), in MiB."""
+    match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert match, f"no {field} in {STATUS}"
+    return int(match[1]) / 1024
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: else the second step would reuse it unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc: small blocks may hide, large ones are mapped
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def missing() -> str | None:
+    """Why the peak cannot be read here; None if it can."""
+    return None if RESET.exists() else f"no {RESET} on this system"
+
+
+def peak(shape: str, dtype: str, peer: str) -> tuple[float, float]:
+    """(peak, returned) in MiB of `peer`, measured in a fresh process."""
+    command = [sys.executable, "-m", "bench.memory", shape, dtype, peer]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["peak_mib"], result["returned_mib"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("shape", "dtype", "peer"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+
+    import torch
+
+    from . import peers, shapes
+
+    case = shapes.case(shapes.BY_NAME[arguments.shape], shapes.DTYPES[arguments.dtype], torch.device("cpu"))
+    function = peers.BY_NAME[arguments.peer].build
+    step = peers.step(function(), case) if function else peers.floor(case)
+    step()
+    _trim()
+    before = _resident("VmRSS")
+    RESET.write_text("5")  # the peak restarts from what is resident now
+    returned = step()
+    peak = _resident("VmHWM")
+    sizes = sum(x.nbytes for x in returned) / 2**20
+    print(json.dumps({"peak_mib": peak - before, "returned_mib": sizes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Result files as the README's table and as a picture.
+
+    python -m bench.report                                    every committed result, as markdown
+    python -m bench.report bench/results/cpu.jsonl            one file
+    python -m bench.report --readme README.md                 replace what stands between the README's markers
+    python -m bench.report --plot bench/results/speed.png     time ÷ floor and peak memory ÷ eager, as bars
+    python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
+
+The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import record
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+HEAD = (
+    "shape", "N · d→m→z", "dtype", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager", "÷ floor", "peak MiB",
+    "÷ eager", "less gradients, ÷ eager", "error ÷ eager",
+)  # fmt: skip
+
+
+def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Records by peer, for each run of a shape."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in records:
+        runs.setdefault(one["group"], {})[one["peer"]] = one
+    return list(runs.values())
+
+
+def ratios(run: dict[str, dict[str, Any]], peer: str) -> dict[str, float | None]:
+    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and without gradients."""
+
+    def of(name: str, *fields: str) -> float | None:
+        values = [run.get(name, {}).get(field) for field in fields]
+        if any(value is None for value in values):
+            return None
+        return values[0] - sum(values[1:])
+
+    def ratio(other: str, *fields: str) -> float | None:
+        ours, theirs = of(peer, *fields), of(other, *fields)
+        return ours / theirs if ours is not None and theirs else None
+
+    return {
+        "eager": ratio("eager", "median_ms"),
+        "floor": ratio("floor", "median_ms"),
+        "peak": ratio("eager", "peak_mib"),
+        "extra": ratio("eager", "peak_mib", "returned_mib"),
+    }
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
+    """Header and rows; a peer without figures is left out (see `refusals`)."""
+    table: list[Sequence[str]] = [HEAD]
+    for run in groups(records):
+        for name, one in run.items():
+            if "median_ms" not in one:
+                continue
+            ratio = ratios(run, name)
+            digits = 3 if one["median_ms"] < 100 else 0
+            time = [_number(one[key], digits) for key in ("median_ms", "q1_ms", "q3_ms")]
+            table.append(
+                (
+                    one["shape"],
+                    f"{one['n']:,} · {one['d']}→{one['m']}→{one['z']}",
+                    one["dtype"],
+                    name,
+                    f"{time[0]} ({time[1]}–{time[2]})",
+                    _number(one["tflops"], 1 if one["tflops"] >= 10 else 2),
+                    _number(ratio["eager"]),
+                    _number(ratio["floor"]),
+                    _number(one.get("peak_mib"), 0),
+                    _number(ratio["peak"]),
+                    _number(ratio["extra"]),
+                    _number(one.get("error_ratio")),
+                )
+            )
+    return table
+
+
+def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each figure that was not taken, with the reason."""
+    lines = []
+    for one in records:
+        for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
+            if one.get(what):
+                lines.append(f"{one['shape']} {one['dtype']} {one['peer']}: {what.replace('_', ' ')}: {one[what]}")
+    return lines
+
+
+def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
+    """Records of any other kind: a column for each field that is not the same in all, but no lists and no stamp."""
+    hidden = {"kind", "group", "date", "commit", "source", "power.draw", "temperature.gpu", "clocks.sm"}
+    names = dict.fromkeys(name for one in records for name, value in one.items() if not isinstance(value, list | dict))
+    shown = [name for name in names if name not in hidden and len({str(one.get(name)) for one in records}) > 1]
+
+    def text(value: Any) -> str:
+        return _number(value, 3) if isinstance(value, float) else "" if value is None else str(value)
+
+    return [shown, *([text(one.get(name)) for name in shown] for one in records)]
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose source lines up too."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each device, version and commit that the figures come from."""
+    lines = {}
+    for one in records:
+        extras = [f"driver {one['driver_version']}"] if one.get("driver_version") else []
+        extras += [f"{one['threads']} threads"] if one.get("threads") else []
+        parts = [one["device"], *extras, f"torch {one['torch']}", f"triton {one['triton']}"]
+        lines[", ".join([*parts, one["date"][:10], f"commit {one['commit']}"])] = None
+    return list(lines)
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The README's section: a table of the loss, and where its figures come from."""
+    timed = [one for one in records if one["kind"] == "loss"]
+    if not timed:
+        return "No results yet."
+    return "\n".join([markdown(loss_table(timed)), "", *(f"- {line}" for line in provenance(timed))])
+
+
+def plot(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Bars for each shape: time ÷ the six products' in the same run, peak memory ÷ eager's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = [run for run in groups(one for one in records if one["kind"] == "loss") if "floor" in run and "eager" in run]
+    if not runs:
+        raise ValueError(f"plot: got no run of the loss with eager and the floor in it, want one for {path}")
+    timed = dict.fromkeys(name for run in runs for name, one in run.items() if "median_ms" in one)
+    names = [name for name in timed if name != "floor"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained")
+    for axis, key, title in zip(
+        axes, ("floor", "peak"), ("time ÷ the six bare products", "peak memory ÷ eager"), strict=True
+    ):
+        for offset, name in enumerate(names):
+            values = [ratios(run, name)[key] or 0 for run in runs]
+            centers = [row + 0.8 * (offset - (len(names) - 1) / 2) / len(names) for row in range(len(runs))]
+            axis.barh(centers, values, height=0.8 / len(names), label=name)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(title)
+    labels = [next(iter(run.values())) for run in runs]
+    axes[0].set_yticks(range(len(runs)), [f"{one['shape']} {one['dtype']}\n{one['device'][:28]}" for one in labels])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def into_readme(path: Path, text: str) -> None:
+    """Replace what stands between the markers."""
+    old = path.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"readme: {path} lacks the lines {BEGIN} and {END}, once each and in this order")
+    head, _, rest = old.partition(BEGIN)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="result files; else all of bench/results")
+    parser.add_argument("--readme", type=Path, help="write the table between this file's markers")
+    parser.add_argument("--plot", type=Path, help="write the picture there")
+    parser.add_argument("--kind", help="print the records of this kind instead of the loss")
+    arguments = parser.parse_args(argv)
+    files = arguments.files or sorted(record.RESULTS.glob("*.jsonl"))
+    records = [one for one in record.latest(record.load(files)) if not one.get("dry_run")]
+    if arguments.kind:
+        chosen = [one for one in records if one["kind"] == arguments.kind]
+        print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
+        return
+    if arguments.readme:
+        into_readme(arguments.readme, page(records))
+    if arguments.plot:
+        plot(records, arguments.plot)
+    if not (arguments.readme or arguments.plot):
+        print(page(records))
+
+
+if __name__ == "__main__":
+    main()

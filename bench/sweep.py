@@ -1,0 +1,161 @@
+"""Sweeps on a GPU: the loss over N and the predictor's width, and the tiles of the Triton products.
+
+python -m bench.sweep sizes --n 9216        ours, eager and the floor at N = 9,216 for m = d/4, 2048, d (d = 4096)
+python -m bench.sweep tiles --role project  each candidate tile beside cuBLAS, in one of the products' roles
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import record, report, shapes, suite
+from .device import Cpu, Cuda, current
+from .measure import interleaved, spread
+
+NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
+ROLES = ("project", "plain", "backproject", "weight_grad")
+GROUPS = (1, 4, 16, 32)  # of row tiles, with the tile that is in use
+
+# (m, n, k, warps, stages); what does not fit the device's shared memory is recorded as such
+CANDIDATES = [
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (256, 128, 64, 8, 4),
+    (128, 256, 32, 8, 4),
+    (128, 256, 128, 8, 2),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3),
+    (128, 192, 64, 8, 4),
+    (256, 256, 64, 16, 2),
+    (64, 256, 64, 4, 4),
+    (256, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+]
+
+Records = Iterator[dict[str, Any]]
+
+
+def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
+    """The loss at N rows of 1.25 N, for three widths of the predictor."""
+    for m in dict.fromkeys((d, 2048 if d == 4096 else d // 2, d // 4)):
+        shape = shapes.Shape(f"n{n}-m{m}", 1, n * 5 // 4, n, d, m, d, "sweep")
+        names = ("ours-triton", "ours-torch", "eager", "floor")
+        for line in suite.measure(shape, dtype, device, names, 2.0, with_memory=device.kind == "cuda"):
+            yield line | {"kind": "sweep"}
+
+
+def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> Records:
+    """Milliseconds of a product for each candidate and for cuBLAS, taking turns; only results that are right count."""
+    from pre_kernels.kernels import matmul, weight_grad
+    from pre_kernels.kernels.launch import arch
+
+    run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
+    key = arch(result), shapes.DTYPES[dtype].itemsize
+    before, group = matmul.TILES[key], matmul.GROUP_M
+    plan = [(matmul.Tile(*tile), group) for tile in CANDIDATES if device.kind == "cuda"]
+    plan = [(before, group), *((tile, g) for tile, g in plan if tile != before), *((before, g) for g in GROUPS)]
+    for tile, group_m in plan:
+        about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "in_use": tile == before and group_m == group}
+        about |= {"item": f"{role} {tuple(tile)} group {group_m}", "tile": list(tile), "group_m": group_m}
+        try:
+            matmul.TILES[key] = tile
+            matmul.GROUP_M = weight_grad.GROUP_M = group_m
+            result.fill_(0.0 if role == "weight_grad" else torch.nan)
+            run()
+            device.synchronize()
+            wide = truth.norm().item()
+            error = (result.double() - truth).norm().item() / wide
+            if not error < 2 * torch.finfo(shapes.DTYPES[dtype]).eps:
+                yield about | {"failed": f"relative error {error:.2e}"}
+                continue
+            figures: dict[str, Any] = {"error": error}
+            if device.kind == "cuda":  # the interpreter is never timed
+                times = interleaved(device, {"tile": run, "blas": blas}, 0.2)
+                figures |= spread(times["tile"])
+                figures["blas_ms"] = spread(times["blas"])["median_ms"]
+                figures["over_blas"] = figures["median_ms"] / figures["blas_ms"]
+                figures["tflops"] = 2 * n * d * m / figures["median_ms"] / 1e9
+            yield about | figures
+        except Exception as error:  # too much shared memory, say: the next candidate may fit
+            yield about | {"unavailable": suite._reason(error)}
+        finally:
+            matmul.TILES[key] = before
+            matmul.GROUP_M = weight_grad.GROUP_M = group
+
+
+def _product(
+    device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: torch.dtype
+) -> tuple[Callable[[], Any], Callable[[], Any], torch.Tensor, torch.Tensor]:
+    """(ours, cuBLAS's bare product, ours' output, the float64 result) of a product in one of its roles."""
+    from pre_kernels.kernels.matmul import matmul
+    from pre_kernels.kernels.weight_grad import add_weight_grad
+
+    place = device.torch_device
+    generator = torch.Generator(place).manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype, device=place)
+
+    rows = n * 5 // 4
+    index = torch.arange(rows - n, rows, device=place, dtype=torch.int32)
+    hidden, w = randn(rows, d), randn(m, d) / d**0.5
+    x, wide = hidden[index.long()], hidden[index.long()].double()
+    if role == "project":  # gather, bias and activation
+        y, g, bias = randn(n, m), randn(n, m), randn(m)
+
+        def ours() -> None:
+            matmul(hidden, w.t(), y, bias=bias, index=index, aux=g, epilogue="activate")
+
+        return ours, lambda: torch.mm(x, w.t(), out=g), y, wide @ w.double().t() + bias.double()
+    if role == "plain":  # the second projection: no gather
+        y, out = randn(n, m), randn(n, m)
+        return lambda: matmul(x, w.t(), y), lambda: torch.mm(x, w.t(), out=out), y, wide @ w.double().t()
+    if role == "backproject":
+        dy, y, z, out = randn(n, m), randn(n, d), randn(n, d).abs() + 8, randn(n, d)
+
+        def ours() -> None:  # where z > 8, gelu'(z) = 1: the product itself is the truth
+            matmul(dy, w, y, aux=z, epilogue="activate_grad")
+
+        return ours, lambda: torch.mm(dy, w, out=out), y, dy.double() @ w.double()
+    dy, total, out = randn(n, m), torch.zeros(m, d, device=place), torch.empty_like(w)
+
+    def ours() -> None:
+        add_weight_grad(total, dy, hidden, index=index)
+
+    return ours, lambda: torch.mm(dy.t(), x, out=out), total, dy.double().t() @ wide
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sizes", "tiles"))
+    parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--m", type=int, default=4096, help="of a tile's product")
+    parser.add_argument("--role", choices=ROLES, default="project")
+    parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
+    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    arguments = parser.parse_args(argv)
+
+    device = current()
+    path = record.file(record.folder(arguments.out), device)
+    stamp = record.stamp(device) | {"dtype": arguments.dtype}
+    if arguments.what == "sizes":
+        found = sizes(device, arguments.n, arguments.dtype, arguments.d)
+    else:
+        found = tiles(device, arguments.role, arguments.n, arguments.d, arguments.m, arguments.dtype)
+    lines = []
+    for line in found:
+        record.append(path, line | stamp)
+        lines.append(line)
+    table = report.loss_table(lines) if arguments.what == "sizes" else report.plain_table(lines)
+    print(report.markdown(table))
+
+
+if __name__ == "__main__":
+    main()

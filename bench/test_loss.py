@@ -1,0 +1,37 @@
+"""Time and memory of the loss's forward and backward, each figure behind a check against float64 in the same run."""
+
+import pytest
+
+from . import peers
+
+
+class Samples:
+    """A clock that advances by the next sample at each call of `tick`, so that pytest-benchmark's table shows ours."""
+
+    def __init__(self) -> None:
+        self.now, self.ahead = 0.0, iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += next(self.ahead)
+
+
+CLOCK = Samples()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_loss(shape, dtype, peer, measured, benchmark):
+    benchmark.group = f"{shape.name} {dtype}: {shape.size}"
+    result = measured(shape, dtype)[peer]
+    if "unavailable" in result:
+        pytest.skip(result["unavailable"])
+    if "failed" in result:
+        if peers.BY_NAME[peer].ours:
+            pytest.fail(f"not timed: {result['failed']}")
+        pytest.skip(f"not timed, its own check failed: {result['failed']}")
+    samples = result["all_ms"]
+    CLOCK.ahead = iter(x / 1e3 for x in samples)
+    benchmark.extra_info.update({key: value for key, value in result.items() if key != "all_ms"})
+    benchmark.pedantic(CLOCK.tick, rounds=len(samples))

@@ -1,0 +1,171 @@
+"""apply_pre: Predictive Regularization on a vision-language model, by hooks; nothing of the model is replaced."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pre_kernels import PreHead, checks
+from pre_kernels.checks import IMPLEMENTATIONS, choice
+
+from .families import Parts, find_parts
+from .handle import ATTRIBUTE, PreHandle, find_handle
+from .objective import Objective, no_dtensor
+
+ANCHORS = ("pre_llm", "pre_projector")
+LEVELS = ("patch", "image")
+
+
+def apply_pre(
+    model: nn.Module,
+    layer: int | Sequence[int] | None = None,
+    weight: float = 0.5,
+    *,
+    loss: str = "cosine",
+    anchor: str | Callable[[dict[str, Any], Tensor], Tensor] = "pre_llm",
+    level: str = "patch",
+    hidden_dim: int | None = None,
+    activation: str = "gelu",
+    bias: bool = True,
+    anchor_dim: int | None = None,
+    mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
+    text_model: str | nn.Module | None = None,
+    impl: str = "auto",
+) -> PreHandle:
+    """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
+
+    The predictor becomes `model.pre_head` (a `PreHead`, or a ModuleList of them for a sequence of layers), in the dtype
+    and on the device of the layer it reads: create the optimizer after this, shard the model (FSDP, ZeRO) after this,
+    call this after `get_peft_model`, and give all ranks the same seed. Eval, `generate()`, `no_grad`, a forward without
+    labels and weight 0 never reach the head. A batch without images adds 0, with zero gradients for the head.
+
+    Under gradient accumulation every micro-batch adds its own mean, weighed as the trainer weighs its loss: like all
+    others, or by its share of `num_items_in_batch` where the model is given that. `patch_trainer` makes it the mean of
+    the whole step; a trainer that takes the labels away or ignores `output.loss` also needs it.
+
+    Args:
+        model: a Hugging Face vision-language model with a loss, or a `PeftModel` around one.
+        layer: l in 1..L reads what l of the L decoder layers made (L: before the final norm); a sequence trains one
+            head per entry and averages their losses; None is L // 2.
+        weight: λ, finite and ≥ 0; also `handle.weight`.
+        loss, activation, bias, hidden_dim: of the predictor, see `PreHead`. `hidden_dim` None: the model's width.
+        anchor: "pre_llm": the visual tokens' embeddings as they enter the decoder. "pre_projector": what the projector
+            maps to them (LLaVA). A callable: `anchor(inputs, rows)` gets the forward's arguments as a dict and the bool
+            mask (B, T) of the N visual tokens, and returns (B, T, z), or (N, z) in batch-major order; it runs under
+            `no_grad` after the forward and only if the batch has images; `anchor_dim` is its z.
+        level: "patch": a term per visual token. "image": the mean over each image's tokens of hidden states and anchors
+            first, a term per image.
+        anchor_dim: z of a callable anchor; None is the model's width.
+        mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
+            integer one with the number of each token's image (1, 2, ...; 0 for text).
+        text_model: the module (or its path) whose `.layers` are the decoder's, where it is not found by itself.
+        impl: of the loss, see `fused_pre_loss`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+        RuntimeError: if a handle is attached already.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model: got nn.DataParallel, whose replicas share hooks; want the module inside, under DDP or FSDP"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+    if find_handle(model) is not None or hasattr(model, ATTRIBUTE):
+        raise RuntimeError(f"model: {type(model).__name__} has PRe attached already; call handle.remove() first")
+    choice("level", level, LEVELS)
+    choice("impl", impl, IMPLEMENTATIONS)
+    if not callable(anchor):
+        choice("anchor", anchor, ANCHORS)
+    if anchor_dim is not None and not callable(anchor):
+        raise ValueError(f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; want None")
+    if mask_fn is not None and not callable(mask_fn):
+        raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
+
+    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
+    inner = model if unwrap is None else unwrap()
+    parts = find_parts(inner, text_model)
+    if mask_fn is None and not any(parts.tokens.values()):
+        raise ValueError(
+            f"model: {type(inner).__name__}'s config names no visual tokens (looked for image_token_id, "
+            "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
+        )
+    layers = _layers(layer, len(parts.layers))
+    width = _width(parts)
+    if anchor == "pre_projector":
+        anchor_dim = _projector_width(parts)
+    elif anchor_dim is None:
+        anchor_dim = width
+    else:
+        checks.width("anchor_dim", anchor_dim)
+
+    heads = []
+    for number in layers:
+        like = _like(parts.layers[number - 1])
+        heads.append(
+            PreHead(
+                width,
+                hidden_dim,
+                anchor_dim,
+                bias=bias,
+                activation=activation,
+                loss=loss,
+                device=like.device,
+                dtype=like.dtype,
+            )
+        )
+    head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
+    return PreHandle(model, Objective(parts, layers, anchor, level, mask_fn, impl), head, weight)
+
+
+def _layers(layer: Any, depth: int) -> tuple[int, ...]:
+    if layer is None:
+        return (max(depth // 2, 1),)
+    numbers = []
+    for entry in layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]:
+        try:
+            number = operator.index(entry)
+        except TypeError:
+            number = None
+        if number is None or isinstance(entry, bool):
+            raise TypeError(f"layer: got {entry!r}, want an int in 1..{depth}, a sequence of them, or None")
+        if not 1 <= number <= depth:
+            raise ValueError(f"layer: got {number}, want 1..{depth} (the model has {depth} decoder layers)")
+        numbers.append(number)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"layer: got {layer!r}, want at least one layer and none twice")
+    return tuple(numbers)
+
+
+def _width(parts: Parts) -> int:
+    config = parts.config.get_text_config() if hasattr(parts.config, "get_text_config") else parts.config
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"model: its text config has hidden_size {width!r}, want an int")
+    return width
+
+
+def _projector_width(parts: Parts) -> int:
+    if parts.projector is None:
+        raise ValueError(
+            'anchor: got "pre_projector", but no projector is known in this model whose input rows are its visual '
+            "tokens one to one; pass a callable, anchor(inputs, rows) → (N, z), and anchor_dim=z"
+        )
+    width = next((m.in_features for m in parts.projector.modules() if hasattr(m, "in_features")), None)
+    if not isinstance(width, int):
+        raise ValueError('anchor: got "pre_projector", but the projector has no linear layer to read its width from')
+    return width
+
+
+def _like(layer: nn.Module) -> Tensor:
+    """A parameter of the layer in the dtype its hidden states have."""
+    for parameter in layer.parameters():
+        no_dtensor("model", parameter)
+    # quantised weights are integers or one byte wide; the norms beside them are not
+    found = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    if found is None:
+        raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")
+    return found

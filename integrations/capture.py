@@ -1,0 +1,149 @@
+"""The one hook mechanism: what a forward of the whole model sees inside, collected by reference, used when it ends.
+
+The hooks are bound methods of a plain object, so `copy.deepcopy(model)` copies them with the model. Nothing is computed
+inside a layer's hook: checkpointing would lose the gradient there, or compute twice. Checkpointing may also fire a hook
+again when it recomputes, so the first capture of a forward wins and the end of the outer call disarms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Parts
+
+
+@dataclass
+class Seen:
+    """References from one forward: its arguments by name, and the tensors that came by."""
+
+    inputs: dict[str, Any]
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None
+    first: Tensor | None = None
+    projector: Tensor | None = None
+    autocast: dict[int, tuple[str, bool, torch.dtype]] = field(default_factory=dict)
+
+    def anchor(self) -> Tensor:
+        """The embeddings (B, T, d) as they enter the text model (or, if it merges them itself, its first layer)."""
+        found = self.embeds if self.embeds is not None else self.first
+        if found is None:
+            raise RuntimeError("anchor: neither the text model nor its first layer ran in this forward")
+        return found
+
+    def layer(self, number: int) -> Tensor:
+        """What `number` decoder layers made (B, T, d)."""
+        if number not in self.hidden:
+            raise RuntimeError(f"layer: decoder layer {number} did not run in this forward")
+        return self.hidden[number]
+
+    def autocast_of(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the end is outside it."""
+        device, enabled, dtype = self.autocast[number]
+        return torch.autocast(device, dtype=dtype, enabled=True) if enabled else torch.autocast(device, enabled=False)
+
+
+class Capture:
+    """Hooks on `outer` and on `parts` of it; `remove()` takes them off.
+
+    Args:
+        outer: the module whose call is "the forward".
+        parts: its parts.
+        layers: numbers in 1..L; number l is what l decoder layers made.
+        start: gets the forward's arguments by name, says whether to capture.
+        finish: gets the forward's output and what was seen, returns the output.
+        missed: called when the text model runs outside a call of `outer`.
+    """
+
+    def __init__(
+        self,
+        outer: nn.Module,
+        parts: Parts,
+        layers: tuple[int, ...],
+        start: Callable[[dict[str, Any]], bool],
+        finish: Callable[[Any, Seen], Any],
+        missed: Callable[[], None],
+    ) -> None:
+        self.start, self.finish, self.missed = start, finish, missed
+        self.seen: Seen | None = None
+        self.inside = False
+        self.numbers = {}
+        self.hooks = [
+            outer.register_forward_pre_hook(self._open, with_kwargs=True),
+            # always_call: an exception inside the forward must not keep its activations alive
+            outer.register_forward_hook(self._close, always_call=True),
+            parts.text.register_forward_pre_hook(self._text, with_kwargs=True),
+            parts.layers[0].register_forward_pre_hook(self._first, with_kwargs=True),
+        ]
+        if parts.projector is not None:
+            self.hooks.append(parts.projector.register_forward_pre_hook(self._projector, with_kwargs=True))
+        for number in layers:
+            if number == len(parts.layers):
+                # the input of a layer that does not exist: before the final norm
+                self.hooks.append(parts.layers[-1].register_forward_hook(self._last))
+            else:
+                self.numbers[parts.layers[number]] = number
+                self.hooks.append(parts.layers[number].register_forward_pre_hook(self._layer, with_kwargs=True))
+        self.depth = len(parts.layers)
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.seen = None
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP or FSDP"
+            )
+        self.seen, self.inside = None, True
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+        inputs.update(kwargs)
+        if self.start(inputs):
+            self.seen = Seen(inputs)
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        seen, self.seen, self.inside = self.seen, None, False
+        if seen is None or output is None:  # no output: the forward raised
+            return None
+        return self.finish(output, seen)
+
+    def _text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.seen is None:
+            if not self.inside:
+                self.missed()
+        elif self.seen.embeds is None:
+            self.seen.embeds = kwargs.get("inputs_embeds")
+
+    def _first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.seen is not None and self.seen.first is None:
+            self.seen.first = _hidden(args, kwargs)
+
+    def _projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.seen is not None and self.seen.projector is None:
+            self.seen.projector = _hidden(args, kwargs)
+
+    def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._keep(self.numbers[module], _hidden(args, kwargs))
+
+    def _last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._keep(self.depth, output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, number: int, hidden: Tensor) -> None:
+        if self.seen is None or number in self.seen.hidden:
+            return
+        self.seen.hidden[number] = hidden
+        device = hidden.device.type
+        self.seen.autocast[number] = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]

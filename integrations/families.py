@@ -1,0 +1,172 @@
+"""Where a vision-language model keeps what PRe needs: one generic rule, and a table of what it cannot find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Any]
+DESCENT = ("text_model", "language_model", "model", "decoder")
+
+
+def runs(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """Every run of neighbouring visual tokens is an image, so images that touch must be told apart in another way."""
+    start = mask.clone()
+    start[..., 1:] &= ~mask[..., :-1]
+    numbers = start.flatten().cumsum(0)[mask.flatten()] - 1
+    sizes = inputs.get("image_sizes") if kind == "image" else None
+    if sizes is not None and int(start.sum()) != len(sizes):
+        raise ValueError(
+            f'level="image": found {int(start.sum())} runs of visual tokens for {len(sizes)} images, so some images '
+            "touch; pass a mask_fn that returns the number of each token's image (1, 2, ...; 0 for text)"
+        )
+    return numbers
+
+
+def equal_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """Every image has the same number of tokens: `pixel_values` (images, channels, height, width) says how many."""
+    pixels = inputs.get("pixel_values")
+    total = int(mask.sum())
+    if not torch.is_tensor(pixels) or len(pixels) == 0 or total % len(pixels):
+        return runs(mask, kind, inputs, config)
+    return torch.arange(len(pixels), device=mask.device).repeat_interleave(total // len(pixels))
+
+
+def grids(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """`{image,video}_grid_thw` (images, 3) counts the patches; `spatial_merge_size`² of them make one token."""
+    grid = inputs.get(f"{kind}_grid_thw")
+    if grid is None:
+        return runs(mask, kind, inputs, config)
+    lengths = (grid.prod(-1) // config.vision_config.spatial_merge_size**2).to(mask.device)
+    numbers = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
+    if len(numbers) != int(mask.sum()):
+        raise ValueError(f"{kind}_grid_thw: means {len(numbers)} {kind} tokens, input_ids has {int(mask.sum())}")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families; every default is the generic rule.
+
+    Attributes:
+        images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's arguments, config) → the
+            number (N,) of each visual token's image, counted from 0 in batch-major order.
+        projector: name of the module whose input rows are the visual tokens one to one, for anchor="pre_projector".
+        text: path of the text model, whose `.layers` are the decoder layers.
+        image_inputs, video_inputs: arguments of the forward, one of which is there when the batch has images (videos).
+    """
+
+    images: Callable[[Tensor, str, Inputs, Any], Tensor] = runs
+    projector: str | None = None
+    text: str | None = None
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_embeds")
+    video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_embeds")
+
+
+GENERIC = Family()
+FAMILIES = {  # by config.model_type
+    "llava": Family(images=equal_parts, projector="multi_modal_projector"),
+    "llava_next": GENERIC,
+    "llava_onevision": GENERIC,
+    "qwen2_vl": Family(images=grids),
+    "qwen2_5_vl": Family(images=grids),
+    "qwen3_vl": Family(images=grids),
+}
+
+
+@dataclass
+class Parts:
+    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens."""
+
+    family: Family
+    config: Any
+    text: nn.Module
+    layers: nn.ModuleList
+    projector: nn.Module | None
+    tokens: dict[str, tuple[int, ...]]
+
+
+def find_parts(model: nn.Module, text_model: str | nn.Module | None = None) -> Parts:
+    """The parts of `model` (unwrapped: no PEFT, DDP, ... around it).
+
+    Raises:
+        ValueError: if there is no config, or no decoder layers where they are looked for.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model")
+    family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
+    text, layers = _find_layers(model, config, family.text if text_model is None else text_model)
+    named = model.named_modules()
+    projector = next((m for n, m in named if family.projector and n.split(".")[-1] == family.projector), None)
+    tokens = {kind: _token_ids(config, kind) for kind in ("image", "video")}
+    return Parts(family, config, text, layers, projector, tokens)
+
+
+def _find_layers(model: nn.Module, config: Any, given: str | nn.Module | None) -> tuple[nn.Module, nn.ModuleList]:
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(inner, "num_hidden_layers", None)
+    if isinstance(given, nn.Module):
+        module = given
+    elif given is not None:
+        try:
+            module = model.get_submodule(given)
+        except AttributeError as error:
+            raise ValueError(f"text_model: got {given!r}, which is no module of the model: {error}") from error
+    else:
+        get: Any = getattr(model, "get_decoder", None)
+        decoder = None if get is None else get()
+        module = decoder if isinstance(decoder, nn.Module) else model
+    path = [type(module).__name__]
+    while True:
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and (depth is None or len(layers) == depth):
+            return module, layers
+        child = next((c for n in DESCENT if isinstance(c := getattr(module, n, None), nn.Module)), None)
+        if child is None or child is module:
+            break
+        module = child
+        path.append(type(module).__name__)
+    raise ValueError(
+        f"model: no decoder layers in {type(model).__name__}: looked for a ModuleList `.layers` of {depth} modules in "
+        f"{' → '.join(path)}; pass text_model= (a module, or its path in the model) whose `.layers` are the decoder's"
+    )
+
+
+def _token_ids(config: Any, kind: str) -> tuple[int, ...]:
+    ids = (getattr(config, f"{kind}_token_{suffix}", None) for suffix in ("id", "index"))
+    return tuple(sorted({i for i in ids if isinstance(i, int)}))
+
+
+def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
+    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
+
+    A literal image token without an image is text. Empty for a text-only batch.
+
+    Raises:
+        ValueError: without `input_ids`.
+    """
+    precomputed = inputs.get("mm_encoder_outputs") or {}
+    named = {"image": parts.family.image_inputs, "video": parts.family.video_inputs}
+    present = [
+        kind
+        for kind, names in named.items()
+        if parts.tokens[kind] and (precomputed.get(kind) is not None or any(inputs.get(n) is not None for n in names))
+    ]
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
+            "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
+        )
+    found = {}
+    for kind in present:
+        first, *others = parts.tokens[kind]
+        found[kind] = ids == first
+        for other in others:
+            found[kind] = found[kind] | (ids == other)
+    return found

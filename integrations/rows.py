@@ -1,0 +1,92 @@
+"""Which rows of a batch are visual tokens, and which image each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import Parts, placeholders, runs
+
+
+@dataclass
+class Rows:
+    """The visual tokens of a batch.
+
+    Attributes:
+        mask: bool (B, T), those that count: placeholders that are not masked as padding.
+        places: bool (B, T) for each kind, before the attention mask; empty if a mask_fn found them.
+        numbers: integer (B, T) from a mask_fn that numbers the images.
+    """
+
+    mask: Tensor
+    places: dict[str, Tensor]
+    numbers: Tensor | None = None
+
+    def images(self, parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
+        """The number of each row's image (N,), batch-major, not necessarily without gaps."""
+        if self.numbers is not None:
+            return self.numbers[self.mask]
+        if not self.places:
+            return runs(self.mask, "", inputs, parts.config)
+        whole = torch.zeros(self.mask.shape, dtype=torch.long, device=self.mask.device)
+        offset = 0
+        for kind, places in self.places.items():
+            found = parts.family.images(places, kind, inputs, parts.config)
+            whole[places] = found + offset
+            offset += len(found)
+        return whole[self.mask]
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Of one row per placeholder (M, z) those (N, z) that count."""
+        places = torch.stack(list(self.places.values())).any(0) if self.places else self.mask
+        if len(rows) != int(places.sum()):
+            raise ValueError(
+                f"anchor: {len(rows)} rows entered the projector for {int(places.sum())} visual tokens, so they do not "
+                "correspond one to one; pass a callable anchor"
+            )
+        return rows[self.mask[places].to(rows.device)]
+
+    def check(self, hidden: Tensor) -> None:
+        """The mask must be of the hidden states' leading shape."""
+        if self.mask.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"rows: the visual mask has shape {tuple(self.mask.shape)}, the hidden states {tuple(hidden.shape)}; "
+                "pass a mask_fn that returns a mask of the hidden states' leading shape"
+            )
+
+
+def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str, Any]], Tensor] | None) -> Rows | None:
+    """The visual tokens of a forward with these arguments; None if it has no vision input.
+
+    Raises:
+        ValueError: without `input_ids` and `mask_fn`.
+        TypeError: if `mask_fn` returns no bool or integer tensor.
+    """
+    if mask_fn is not None:
+        found = mask_fn(inputs)
+        if not torch.is_tensor(found) or found.is_floating_point() or found.is_complex():
+            what = found.dtype if torch.is_tensor(found) else type(found).__name__
+            raise TypeError(f"mask_fn: returned {what}, want a bool or integer tensor (batch, tokens)")
+        return Rows(found, {}) if found.dtype == torch.bool else Rows(found != 0, {}, found)
+    places = placeholders(parts, inputs)
+    if not places:
+        return None
+    mask = torch.stack(list(places.values())).any(0)
+    attention = inputs.get("attention_mask")
+    if torch.is_tensor(attention) and attention.shape == mask.shape:
+        mask = mask & attention.bool().to(mask.device)
+    return Rows(mask, places)
+
+
+def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+    """The mean (K, d) over each image's rows: of (B, T, d) under `mask`, or of (N, d); in `rows`' dtype."""
+    if rows.shape[:-1] == mask.shape:
+        rows = rows[mask]
+    _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(len(sizes), rows.shape[-1], dtype=wide, device=rows.device).index_add(0, index, rows.to(wide))
+    return (total / sizes[:, None]).to(rows.dtype)

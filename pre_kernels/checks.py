@@ -1,0 +1,276 @@
+"""Every argument check of the front door: a wrong one raises here, by name, before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSSES = ("cosine", "mse", "smooth_l1")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+REDUCTIONS = ("mean", "sum", "none")
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N are selected."""
+
+    hidden: Tensor  # (R, d)
+    anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
+    w1: Tensor  # (m, d)
+    b1: Tensor | None  # (m,)
+    w2: Tensor  # (z, m)
+    b2: Tensor | None  # (z,)
+    rows: Tensor | None  # (R,) bool | (N,) int | None = all
+    weight: Tensor | None  # (R,), or (N,) if weight_compact
+    anchor_compact: bool
+    weight_compact: bool
+    normalizer: float | Tensor | None
+    loss: str
+    activation: str
+    reduction: str
+    dtype: torch.dtype  # of the products
+    workspace: int | None  # bytes
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """Of the loss arithmetic and of what is returned."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def count_on_host(self) -> bool:
+        """Whether N must be known on the host: it shapes the result, or has to match a compact anchor or weight."""
+        return self.reduction == "none" or self.anchor_compact or self.weight_compact
+
+    def without_tensors(self) -> Problem:
+        """What a backward may keep without keeping memory alive."""
+        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
+        nothing: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, **nothing)
+
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w1, b1, w2, b2 in the products' dtype."""
+        b1, b2 = (None if bias is None else bias.to(self.dtype) for bias in (self.b1, self.b2))
+        return self.w1.to(self.dtype), b1, self.w2.to(self.dtype), b2
+
+
+def choice(name: str, value: Any, wanted: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in wanted:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, wanted))}")
+    return value
+
+
+def width(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), want a positive int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, want a positive int")
+    return value
+
+
+def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+    if hasattr(value, "placements"):  # without importing torch.distributed.tensor
+        raise TypeError(
+            f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so that FSDP gathers "
+            "its parameters, and pass hidden states as .to_local() or .full_tensor()"
+        )
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else str(value.layout)
+        raise TypeError(f"{name}: got a {kind} tensor, want a dense one with data")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, want hidden's device {device}")
+    return value
+
+
+def _floating(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    value = _tensor(name, value, device)
+    if not value.is_floating_point() or value.element_size() < 2:
+        raise TypeError(f"{name}: got dtype {value.dtype}, want float16, bfloat16, float32 or float64")
+    return value
+
+
+def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != wanted:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}")
+
+
+def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype:
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        doubles = [name for name, value in parameters.items() if value.dtype == torch.float64]
+        if not doubles and hidden.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        if len(doubles) == len(parameters) and hidden.dtype == torch.float64:
+            return torch.float64
+    for name, value in parameters.items():
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use autocast)")
+    return hidden.dtype
+
+
+def _check_indices(rows: Tensor, total: int) -> None:
+    """Range and uniqueness of integer rows: reads the device, so on the CPU or under PRE_KERNELS_DEBUG=1 only."""
+    if not rows.numel():
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= total:
+        raise ValueError(f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)")
+    seen = torch.zeros(total, dtype=torch.bool, device=rows.device)
+    seen[rows.long()] = True
+    distinct = int(seen.sum())
+    if distinct != rows.numel():
+        raise ValueError(f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates")
+
+
+def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
+    rows = _tensor("rows", rows, device)
+    if rows.dtype == torch.bool:
+        _shape("rows", rows, tuple(leading), "hidden's leading shape")
+        return rows.reshape(-1)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)")
+    if rows.dim() != 1:
+        raise ValueError(f"rows: got shape {tuple(rows.shape)}, want (N,) flat row indices")
+    if device.type == "cpu" or os.environ.get("PRE_KERNELS_DEBUG") == "1":
+        _check_indices(rows, math.prod(leading))
+    return rows
+
+
+def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer: got one with reduction={reduction!r}, want None (it replaces the mean's divisor)"
+        )
+    if isinstance(normalizer, Tensor):
+        _tensor("normalizer", normalizer)
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, want a number or a 0-d tensor")
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer: got dtype {normalizer.dtype}, want a real number")
+        if normalizer.requires_grad:
+            raise TypeError("normalizer: requires grad, want a constant (detach it)")
+        return normalizer
+    if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
+        raise TypeError(f"normalizer: got {type(normalizer).__name__}, want a number or a 0-d tensor")
+    try:
+        value = float(normalizer)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"normalizer: got {value}, want a finite number")
+    return value
+
+
+def arguments(
+    hidden: Any,
+    anchor: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    rows: Any,
+    *,
+    loss: Any,
+    activation: Any,
+    row_weight: Any,
+    reduction: Any,
+    normalizer: Any,
+    workspace: Any,
+) -> Problem:
+    """Check the arguments of `fused_pre_loss` and flatten their leading shapes; reads no device but for `rows`."""
+    choice("loss", loss, LOSSES)
+    choice("activation", activation, ACTIVATIONS)
+    choice("reduction", reduction, REDUCTIONS)
+    if workspace is not None:
+        width("workspace", workspace)
+
+    hidden = _floating("hidden", hidden)
+    device = hidden.device
+    anchor = _floating("anchor", anchor, device)
+    w1, w2 = _floating("w1", w1, device), _floating("w2", w2, device)
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading dimension")
+    if anchor.dim() < 2:
+        raise ValueError(f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or (N, z)")
+    leading, dim = hidden.shape[:-1], hidden.shape[-1]
+    total, out_dim = math.prod(leading), anchor.shape[-1]
+    if dim == 0 or out_dim == 0:
+        raise ValueError(f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1")
+    if w1.dim() != 2 or w1.shape[1] != dim or w1.shape[0] == 0:
+        raise ValueError(f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last dimension")
+    inner = w1.shape[0]
+    _shape("w2", w2, (out_dim, inner), "(z, m), z as anchor's last dimension and m as w1's first,")
+    parameters = {"w1": w1, "w2": w2}
+    for name, bias, wanted in (("b1", b1, inner), ("b2", b2, out_dim)):
+        if bias is not None:
+            parameters[name] = _floating(name, bias, device)
+            _shape(name, bias, (wanted,), "(m,)" if name == "b1" else "(z,)")
+    dtype = _product_dtype(hidden, parameters)
+
+    if rows is not None:
+        rows = _check_rows(rows, leading, device)
+    # None where N is a mask's count, compared once it is known
+    count = total if rows is None else None if rows.dtype == torch.bool else rows.numel()
+
+    anchor_compact = anchor.shape[:-1] != leading
+    if anchor_compact and (anchor.dim() != 2 or (count is not None and anchor.shape[0] != count)):
+        selected = "N" if count is None else str(count)
+        raise ValueError(
+            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,) = {(*leading, out_dim)}, "
+            f"or one row for each selected row = ({selected}, {out_dim})"
+        )
+
+    weight_compact = False
+    if row_weight is not None:
+        row_weight = _floating("row_weight", row_weight, device)
+        if row_weight.requires_grad:
+            raise TypeError("row_weight: requires grad, want a constant (detach it)")
+        # (N,) is the first reading, except that a mask's N is not known here: then a mask of 1-D hidden rows reads (R,)
+        weight_compact = count is not None and tuple(row_weight.shape) == (count,)
+        if not weight_compact and row_weight.shape != leading:
+            if row_weight.dim() != 1 or count is not None:
+                selected = "N" if count is None else str(count)
+                raise ValueError(
+                    f"row_weight: got shape {tuple(row_weight.shape)}, want ({selected},), one for each selected row, "
+                    f"or hidden's leading shape {tuple(leading)}"
+                )
+            weight_compact = True
+
+    return Problem(
+        hidden=hidden.reshape(total, dim),
+        anchor=anchor.detach().reshape(-1, out_dim),
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        b2=b2,
+        rows=rows,
+        weight=None if row_weight is None else row_weight.reshape(-1),
+        anchor_compact=anchor_compact,
+        weight_compact=weight_compact,
+        normalizer=_check_normalizer(normalizer, reduction),
+        loss=loss,
+        activation=activation,
+        reduction=reduction,
+        dtype=dtype,
+        workspace=workspace,
+    )
+
+
+def selected_count(problem: Problem, count: int) -> None:
+    """Compare compact anchors and weights with a mask's count, once that is known on the host."""
+    for name, value, compact in (
+        ("anchor", problem.anchor, problem.anchor_compact),
+        ("row_weight", problem.weight, problem.weight_compact),
+    ):
+        if compact and value is not None and value.shape[0] != count:
+            raise ValueError(f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected rows")

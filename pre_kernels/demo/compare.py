@@ -1,0 +1,125 @@
+"""The experiment: one vision tower and one LLM per seed, then LLaVA's two stages from them, without and with PRe."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+import pre_kernels
+from pre_kernels.integrations import apply_pre
+
+from .measure import measure
+from .model import Advance, build, learn_to_read, learn_to_see
+from .scenes import Scenes, compose, split_digits
+from .settings import Settings
+from .text import library_source
+from .train import train_stage
+
+ARMS = ("without", "with")
+PROJECTOR, LLM, HEAD = ("multi_modal_projector",), ("language_model", "lm_head"), ("pre_head",)
+# a bar on screen: told its name and number of steps, gives the function that moves it on
+Bar = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+def compare(settings: Settings, device: str, bar: Bar) -> dict[str, Any]:
+    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without" and "with"."""
+    start = time.monotonic()
+    seeds = [run_seed(seed, settings, device, bar) for seed in range(settings.seeds)]
+    return {
+        "settings": dataclasses.asdict(settings) | {"layer": settings.pre_layer},
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "versions": {
+            "pre_kernels": pre_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "seconds": round(time.monotonic() - start, 1),
+        "seeds": seeds,
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout this runs from; None where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_seed(seed: int, settings: Settings, device: str, bar: Bar) -> dict[str, Any]:
+    """Both arms of one seed. They share the digits, the scenes, the pre-trained parts and the order of the batches."""
+    digits = split_digits(seed)
+    sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
+    training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
+
+    before = pretrained(training, settings, seed, device, bar)
+    found: dict[str, Any] = {"seed": seed, "before": measure(before, fitting, test, settings, None)}
+    for arm in ARMS:
+        found[arm] = run_arm(arm, copy.deepcopy(before), training, fitting, test, settings, seed, bar)
+    return found
+
+
+def pretrained(scenes: Scenes, settings: Settings, seed: int, device: str, bar: Bar) -> LlavaForConditionalGeneration:
+    """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so they never met."""
+    torch.manual_seed(seed)
+    model = build(settings).to(device)  # type: ignore[arg-type]
+    language = LlamaForCausalLM(model.config.text_config).to(device)  # type: ignore[arg-type]
+    with bar(f"seed {seed}: vision tower on digits", settings.vision_steps) as advance:
+        learn_to_see(model.model.vision_tower, scenes, settings, seed, advance)
+    with bar(f"seed {seed}: LLM on text", settings.text_steps) as advance:
+        learn_to_read(language, library_source(settings.text_bytes), settings, seed, advance)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    return model
+
+
+def run_arm(
+    arm: str,
+    model: LlavaForConditionalGeneration,
+    training: Scenes,
+    fitting: Scenes,
+    test: Scenes,
+    settings: Settings,
+    seed: int,
+    bar: Bar,
+) -> dict[str, Any]:
+    """Train `model` by LLaVA's two stages, alone or with PRe, and measure it."""
+    torch.manual_seed(seed)
+    handle = apply_pre(model, settings.layer, settings.weight) if arm == "with" else None
+    head = None if handle is None else handle.head
+    logs, curve = [], []
+    for stage, trained, steps, rate in (
+        ("alignment", PROJECTOR, settings.align_steps, settings.align_rate),
+        ("instruction tuning", PROJECTOR + LLM, settings.tune_steps, settings.tune_rate),
+    ):
+        with bar(f"seed {seed}: {stage} {arm} PRe", steps) as advance:
+
+            def step(loss: float, advance: Advance = advance) -> None:
+                if handle is not None:
+                    curve.append(handle.metrics()["pre_loss"])
+                advance(loss)
+
+            logs += train_stage(model, training, trained + HEAD, steps, rate, settings, seed, step)
+    if handle is not None:
+        handle.remove()
+    found = measure(model, fitting, test, settings, head)
+    found["train_loss"] = [entry["loss"] for entry in logs]
+    if curve:
+        found["train_pre_loss"] = curve
+    return found

@@ -1,0 +1,109 @@
+"""What the table and the picture show of a model, on scenes of digits that it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from pre_kernels import PreHead
+from pre_kernels.diagnostics import contrast_ratio, linear_probe
+from pre_kernels.integrations.capture import Capture, Seen
+from pre_kernels.integrations.families import find_parts
+
+from .model import fit
+from .scenes import Scenes, masks
+from .settings import Settings
+from .text import IMAGE, visual_batch
+
+
+@dataclass(frozen=True)
+class States:
+    """`hidden` (L + 1, S, PATCHES, d): visual tokens as they enter the LLM (0) and after each layer; `correct` (S,)."""
+
+    hidden: Tensor
+    correct: Tensor
+
+    def objects(self, layer: int) -> Tensor:
+        """The mean over each object's patches (S · OBJECTS, d)."""
+        member = masks().to(self.hidden)
+        return ((member / member.sum(-1, keepdim=True)) @ self.hidden[layer]).flatten(0, 1)
+
+
+@torch.no_grad()
+def states(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 250) -> States:
+    """Hidden states of every layer on `scenes`, and whether the model's next token is the answer."""
+    parts = find_parts(model, None)
+    depth = len(parts.layers)
+    hidden: list[Tensor] = []
+    correct: list[Tensor] = []
+
+    def finish(output: Any, seen: Seen) -> Any:
+        visual = seen.inputs["input_ids"] == IMAGE
+        layers = [seen.anchor(), *(seen.layer(number) for number in range(1, depth + 1))]
+        hidden.append(torch.stack([h[visual].unflatten(0, (len(visual), -1)) for h in layers]).cpu())
+        # the answer is the last token, so the one before it predicts it
+        correct.append((output.logits[:, -2].argmax(-1) == seen.inputs["labels"][:, -1]).cpu())
+        return output
+
+    model.eval()
+    capture = Capture(model, parts, tuple(range(1, depth + 1)), lambda inputs: True, finish, lambda: None)
+    try:
+        for index in torch.arange(len(scenes)).split(batch):
+            model(**{name: value.to(model.device) for name, value in visual_batch(scenes, index).items()})
+    finally:
+        capture.remove()
+    return States(torch.cat(hidden, dim=1), torch.cat(correct))
+
+
+def measure(
+    model: LlavaForConditionalGeneration, fitting: Scenes, test: Scenes, settings: Settings, head: nn.Module | None
+) -> dict[str, Any]:
+    """All figures of one model: probes and a fresh predictor are fitted on `fitting`, everything is read on `test`."""
+    before, after = states(model, fitting), states(model, test)
+    layers = range(len(after.hidden))
+    contrasts = [contrast_ratio(after.hidden[layer], masks().expand(len(test), -1, -1)) for layer in layers]
+    found = {
+        "accuracy": after.correct.double().mean().item(),
+        "pre_loss": fresh_pre_loss(before, after, settings),
+        "pre_loss_constant": constant_pre_loss(before, after),
+        "probe": [
+            linear_probe(before.objects(n), fitting.digits.flatten(), after.objects(n), test.digits.flatten())
+            for n in layers
+        ],
+        "cohesion": [c.cohesion for c in contrasts],
+        "coupling": [c.coupling for c in contrasts],
+        "contrast": [c.ratio for c in contrasts],
+    }
+    if head is not None:
+        with torch.no_grad():
+            device = next(head.parameters()).device
+            own = head(after.hidden[settings.pre_layer].to(device), after.hidden[0].to(device))
+        found["pre_loss_own"] = own.item()
+    return found
+
+
+def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
+    """L_PRe on test scenes of a predictor fitted after training, on frozen states: the same reading for every model."""
+    layer = settings.pre_layer
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = PreHead(before.hidden.shape[-1])
+    generator = torch.Generator().manual_seed(0)
+
+    def loss() -> Tensor:
+        index = torch.randint(before.hidden.shape[1], (2 * settings.batch,), generator=generator)
+        return head(before.hidden[layer, index], before.hidden[0, index])
+
+    fit([*head.parameters()], loss, settings.readout_steps, 2e-3, lambda value: None)
+    with torch.no_grad():
+        return head(after.hidden[layer], after.hidden[0]).item()
+
+
+def constant_pre_loss(before: States, after: States) -> float:
+    """L_PRe of the best prediction that looks at nothing: the mean direction of the embeddings."""
+    direction = nn.functional.normalize(before.hidden[0], dim=-1).mean((0, 1))
+    return -nn.functional.cosine_similarity(after.hidden[0], direction, dim=-1).mean().item()

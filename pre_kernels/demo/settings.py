@@ -1,0 +1,48 @@
+"""The sizes of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on besides its seed and the installed versions."""
+
+    seeds: int = 2  # runs 0 .. seeds - 1
+    weight: float = 0.5  # λ
+    layer: int | None = None  # None: half of the decoder's
+
+    width: int = 64
+    layers: int = 8
+    vision_steps: int = 400  # the tower learns to name the digit under a patch
+    text_steps: int = 1000  # the LLM learns to continue source code
+    align_steps: int = 30  # LLaVA's first stage: projector only
+    tune_steps: int = 400  # LLaVA's second stage: projector and LLM
+    batch: int = 32
+    tune_batch: int = 16  # of both of LLaVA's stages
+    text_length: int = 64  # bytes
+    text_bytes: int = 2_000_000
+    vision_rate: float = 2e-3
+    text_rate: float = 3e-3
+    align_rate: float = 3e-4  # a tenth of the text's, as LLaVA also tunes gently: what the LLM knows is to stay
+    tune_rate: float = 3e-4
+    train_scenes: int = 4000
+    test_scenes: int = 500  # as many again to fit probes and predictors on
+    readout_steps: int = 200  # of the predictors that are fitted after training
+
+    @property
+    def pre_layer(self) -> int:
+        return self.layers // 2 if self.layer is None else self.layer
+
+
+QUICK = Settings(
+    vision_steps=100,
+    text_steps=80,
+    align_steps=20,
+    tune_steps=80,
+    align_rate=1e-3,
+    tune_rate=1e-3,
+    test_scenes=200,
+    readout_steps=100,
+)

@@ -1,0 +1,88 @@
+"""PreHead: the predictor as an ordinary module whose own forward uses its own parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .loss import fused_pre_loss
+
+
+class PreHead(nn.Module):
+    """The 2-layer predictor `w2 · act(w1 · h + b1) + b2` of PRe together with its loss (arXiv 2603.20808, eq. 3-5).
+
+    The parameters are raw `nn.Parameter`s in `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1` (hidden_dim,),
+    `w2` (out_dim, hidden_dim), `b2` (out_dim,). `forward` returns the loss, so that DDP, FSDP, ZeRO-3 and LoRA see a
+    module like any other.
+
+    Args:
+        dim: width d of the hidden states.
+        hidden_dim: width m of the predictor; `dim` if None.
+        out_dim: width z of the anchors; `dim` if None.
+        bias: whether both layers have a bias.
+        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        loss: "cosine", "mse" or "smooth_l1"; `forward(loss=...)` overrides it for a call.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: for a width that is no positive int, or an unknown activation or loss.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int | None = None,
+        out_dim: int | None = None,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        loss: str = "cosine",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.width("dim", dim)
+        hidden_dim = dim if hidden_dim is None else checks.width("hidden_dim", hidden_dim)
+        out_dim = dim if out_dim is None else checks.width("out_dim", out_dim)
+        checks.choice("activation", activation, checks.ACTIVATIONS)
+        checks.choice("loss", loss, checks.LOSSES)
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
+            raise TypeError(f"dtype: got {dtype!r}, want float16, bfloat16, float32 or float64")
+        self.dim, self.hidden_dim, self.out_dim = dim, hidden_dim, out_dim
+        self.activation, self.loss = activation, loss
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.w1 = parameter(hidden_dim, dim)
+        self.b1 = parameter(hidden_dim) if bias else None
+        self.w2 = parameter(out_dim, hidden_dim)
+        self.b2 = parameter(out_dim) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as two `nn.Linear` layers are: uniform in ±1/sqrt(fan_in)."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = 1 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound)
+            if bias is not None:
+                bias.uniform_(-bound, bound)
+
+    def forward(self, hidden: Tensor, anchor: Tensor, rows: Tensor | None = None, **options: Any) -> Tensor:
+        """The PRe loss of `hidden` against `anchor`; arguments and keywords as in `fused_pre_loss`."""
+        options.setdefault("loss", self.loss)
+        options.setdefault("activation", self.activation)
+        return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, bias={self.b1 is not None}, "
+            f"activation={self.activation!r}, loss={self.loss!r}"
+        )

@@ -1,0 +1,215 @@
+"""Compile every kernel launch of the Triton implementation ahead of time, without a GPU: `python tests/aot.py --help`.
+
+The launches are recorded from real calls of `fused_pre_loss`, so what is compiled here is what would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm90", "gfx942": "gfx"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+WIDE, ODD = (4096, 4096, 4096), (123, 252, 507)
+
+
+@dataclass
+class Launch:
+    """One specialisation of a kernel for one target."""
+
+    target: str
+    kernel: str
+    constants: dict[str, Any]
+    signature: dict[str, str]
+    aligned: list[str]  # arguments known to be multiples of 16
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        pointers = {kind for kind in self.signature.values() if kind in ("*bf16", "*fp16")}
+        width = "".join(sorted(kind[1:] for kind in pointers)) or "fp32"
+        flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
+        aligned = "" if {"K", "N", "Z", "D"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
+        return f"{self.target} {self.kernel} {width} {' '.join(f for f in flags if f not in SHAPES)}{aligned}"
+
+
+NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "column_sum_kernel")
+SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
+
+
+def record(target: str, call: Any) -> list[Launch]:
+    """The launches of `call()` with the tiles of `target`; nothing runs."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        bound = kernel.signature.bind(*args, **kwargs).arguments
+        constants, signature, aligned = {}, {}, []
+        for parameter in kernel.params:
+            value = bound[parameter.name]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
+                constants[parameter.name], signature[parameter.name] = value, "constexpr"
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+                aligned.append(parameter.name)
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0 and special:
+                    aligned.append(parameter.name)
+        launches.append(Launch(target, kernel.fn.__name__, constants, signature, aligned, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch("pre_kernels.loss.unavailable", return_value=None),
+        mock.patch("pre_kernels.kernels.matmul.arch", return_value=TILE_ARCH[target]),
+    ):
+        call()
+    return launches
+
+
+def call(dtype: torch.dtype, widths: tuple[int, int, int], rows: str, autocast: bool = False, **options: Any) -> None:
+    """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
+    from pre_kernels import fused_pre_loss
+
+    (d, m, z), total = widths, 512
+    weights = torch.float32 if autocast else dtype
+    selection = {
+        "mask": torch.ones(total, dtype=torch.bool),
+        "index": torch.arange(total),
+        "index32": torch.arange(total, dtype=torch.int32),
+        "all": None,
+    }[rows]
+    leaves = [torch.empty(shape, dtype=weights) for shape in ((total, d), (m, d), (m,), (z, m), (z,))]
+    hidden, w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
+    anchor = torch.empty(total, z, dtype=torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, selection, impl="triton", **options)
+    loss.sum().backward()
+
+
+def launches(targets: list[str]) -> list[Launch]:
+    """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
+    weight = torch.ones(512)
+    found: list[Launch] = []
+    for target in targets:
+        for dtype in (torch.bfloat16, torch.float32):
+            found += record(target, lambda dtype=dtype: call(dtype, WIDE, "mask"))
+        found += record(target, lambda: call(torch.float16, WIDE, "index", row_weight=weight))
+    if "sm90" in targets:
+        for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
+            for dtype in (torch.bfloat16, torch.float32):
+                found += record(
+                    "sm90", lambda d=dtype, a=activation, k=loss: call(d, WIDE, "all", activation=a, loss=k)
+                )
+        found += record("sm90", lambda: call(torch.bfloat16, WIDE, "index32", autocast=True))
+        for dtype in (torch.bfloat16, torch.float32):
+            found += record("sm90", lambda d=dtype: call(d, ODD, "mask"))
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        found += record("sm90", lambda: call(torch.float32, WIDE, "index"))
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    distinct = {repr(sorted(asdict(launch).items(), key=str)): launch for launch in found}
+    return list(distinct.values())
+
+
+def resources(target: str, kernel: Any) -> dict[str, Any]:
+    """Registers, spills and shared memory of a compiled kernel."""
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+
+        def number(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        return {"registers": number("vgpr_count"), "spills": spills, "shared": kernel.metadata.shared}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
+        stack = 0
+    return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared}
+
+
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    """What came of compiling one launch: resources, and which matrix instructions it uses."""
+    from pre_kernels.kernels import matmul, row_loss, rows, weight_grad
+
+    kernel = next(vars(m)[launch.kernel] for m in (matmul, row_loss, rows, weight_grad) if launch.kernel in vars(m))
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(kernel, launch.signature, launch.constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
+    code = compiled.asm.get("ptx", "")
+    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32")}
+    return {
+        "name": launch.name,
+        "target": launch.target,
+        "kernel": launch.kernel,
+        "dtype": launch.signature.get("w_ptr") or launch.signature.get("dy_ptr"),
+        "precision": launch.constants.get("PRECISION"),
+        **resources(launch.target, compiled),
+        "instructions": [word for word, present in found.items() if present],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942, and report what each one uses.",
+        epilog="examples:\n  python tests/aot.py\n  python tests/aot.py --json kernels.json --jobs 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all four")
+    arguments = parser.parse_args()
+    todo = launches(arguments.targets)
+    results = []
+    print(f"{len(todo)} kernels, triton {triton.__version__}", flush=True)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for future in as_completed([pool.submit(compile_launch, launch) for launch in todo]):
+            result = future.result()
+            results.append(result)
+            used = (
+                f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
+            )
+            print(f"{used}  {','.join(result['instructions']):12} {result['name']}", flush=True)
+    results.sort(key=lambda result: result["name"])
+    spilled = sum(result["spills"] > 0 for result in results)
+    print(f"{len(results)} kernels compiled, {spilled} spill")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1))
+    raise SystemExit(spilled > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""apply_pre: the loss and every gradient are those of the equation on the true input of the layer, everywhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from eager import assert_same_gradients, expected_gradients, gradients, means, watch
+from pre_kernels.integrations import apply_pre, find_handle
+from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, WIDTH, Batch, batch, build
+from torch import nn
+
+from pre_kernels import reference
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def run(family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any) -> Any:
+    """(loss, gradients, handle, model) of one step of a fresh model with PRe."""
+    model = build(family)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    handle = apply_pre(model, **options)
+    loss = model(**(data or batch(family)).inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model), handle, model
+
+
+class Calls:
+    """Counts the calls of the handle's head."""
+
+    def __init__(self, handle: Any) -> None:
+        self.number = 0
+        handle.head.register_forward_hook(self.one)
+
+    def one(self, *_: Any) -> None:
+        self.number += 1
+
+
+@every_family
+@pytest.mark.parametrize("layer", [None, 1, DEPTH, [1, 3, DEPTH]], ids=str)
+def test_loss_and_gradients(family: str, layer: Any) -> None:
+    loss, found, handle, _ = run(family, layer=layer)
+    layers = [DEPTH // 2] if layer is None else [layer] if isinstance(layer, int) else layer
+    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, layers)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+
+
+@every_family
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("layer", [1, 2, DEPTH])
+def test_checkpointing_changes_nothing(family: str, reentrant: bool, layer: int) -> None:
+    torch.manual_seed(1)
+    loss, found, handle, model = run(family, checkpointing=reentrant, layer=layer)
+    calls = Calls(handle)
+    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, [layer])
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+    model(**batch(family).inputs).loss.backward()  # the recomputation fires the layers' hooks again
+    assert calls.number == 1
+
+
+@pytest.mark.parametrize("options", [{"loss": "mse"}, {"loss": "smooth_l1"}, {"activation": "silu"}, {"bias": False}])
+def test_head_options(options: dict[str, Any]) -> None:
+    loss, found, handle, _ = run("llava", hidden_dim=20, weight=2, **options)
+    assert handle.head.w1.shape == (20, WIDTH)
+    plain = {name: value for name, value in options.items() if name != "bias"}
+    wanted_loss, wanted = expected_gradients(build("llava"), "llava", batch("llava"), handle.head, [2], 2, **plain)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+
+
+@every_family
+def test_image_level_is_the_mean_over_each_image(family: str) -> None:
+    loss, found, handle, _ = run(family, level="image", layer=3)
+    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, [3], level="image")
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+    assert handle.metrics()["pre_rows"] == len(batch(family).lengths) == 3
+
+
+TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_image_level_with_images_that_touch(family: str) -> None:
+    data = batch(family, TOUCHING)
+    loss, _, handle, _ = run(family, data, level="image")
+    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
+    torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_image_level_asks_for_help_where_images_touch(family: str) -> None:
+    data = batch(family, TOUCHING)
+    if family == "llava_onevision":
+        data.inputs["batch_num_images"] = torch.tensor([1, 1])
+    model = build(family)
+    apply_pre(model, level="image")
+    with pytest.raises(ValueError, match=r"2 images, so some images touch; pass a mask_fn"):
+        model(**data.inputs)
+
+    numbers = data.visual.long()
+    numbers[data.visual] = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(data.lengths))
+    loss, _, handle, _ = run(family, data, level="image", mask_fn=lambda inputs: numbers)
+    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
+    torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_padding_side(family: str) -> None:
+    for side in ("left", "right"):
+        data = batch(family, side=side)
+        loss, found, handle, _ = run(family, data)
+        wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2])
+        torch.testing.assert_close(loss, wanted_loss)
+        assert_same_gradients(found, wanted)
+
+
+@pytest.mark.parametrize("level", ["patch", "image"])
+@pytest.mark.parametrize("anchor", ["pre_llm", "pre_projector"])
+def test_visual_tokens_under_the_attention_mask_do_not_count(level: str, anchor: str) -> None:
+    data = batch("llava", [[("image", 8, 8), ("text", 4)], [("image", 8, 8), ("text", 4)]])
+    data.inputs["attention_mask"][1, :5] = 0  # the second image is a dummy
+    loss, _, handle, _ = run("llava", data, level=level, anchor=anchor)
+    assert handle.metrics()["pre_rows"] == (4 if level == "patch" else 1)
+
+    model = build("llava")
+    seen = watch(model, "llava")
+    base = model(**data.inputs).loss
+    h = seen[2][:1, 1:5].flatten(0, 1)
+    a = seen["embeds"][:1, 1:5].flatten(0, 1) if anchor == "pre_llm" else seen["projector"][0]
+    if level == "image":
+        h, a = means(h, [4]), means(a, [4])
+    w = handle.head
+    torch.testing.assert_close(loss, (base + 0.5 * reference.pre_loss(h, a, w.w1, w.b1, w.w2, w.b2)).detach())
+
+
+@pytest.mark.parametrize("level", ["patch", "image"])
+@pytest.mark.parametrize("anchor", ["pre_llm", "pre_projector"])
+def test_nothing_but_masked_dummy_images(level: str, anchor: str) -> None:
+    data = batch("llava", [[("image", 8, 8), ("text", 4)]])
+    data.inputs["attention_mask"][0, :5] = 0
+    loss, found, handle, _ = run("llava", data, level=level, anchor=anchor)
+    assert loss == build("llava")(**data.inputs).loss
+    assert handle.metrics()["pre_rows"] == 0
+    for name, parameter in handle.head.named_parameters():
+        assert torch.equal(found[f"pre_head.{name}"], torch.zeros_like(parameter))
+
+
+TEXT: list[Any] = [[("text", 6)], [("text", 9)]]
+
+
+@every_family
+@pytest.mark.parametrize("level", ["patch", "image"])
+def test_text_only_batch(family: str, level: str) -> None:
+    data = batch(family, TEXT)
+    loss, found, handle, _ = run(family, data, level=level)
+    plain = build(family)
+    wanted = plain(**data.inputs).loss
+    wanted.backward()
+    assert loss == wanted
+    head = {f"pre_head.{name}": torch.zeros_like(p) for name, p in handle.head.named_parameters()}
+    assert_same_gradients(found, gradients(plain) | head, rtol=0, atol=0)
+    assert handle.metrics()["pre_rows"] == 0
+
+
+@pytest.mark.parametrize("anchor", ["pre_llm", "pre_projector"])
+def test_a_literal_image_token_is_text(anchor: str) -> None:
+    data = batch("llava", TEXT)
+    data.inputs["input_ids"][0, 3] = IMAGE
+    loss, _, handle, _ = run("llava", data, anchor=anchor)
+    assert handle.metrics()["pre_rows"] == 0
+    assert loss == build("llava")(**data.inputs).loss
+
+
+@every_family
+def test_what_never_reaches_the_head(family: str) -> None:
+    model, inputs = build(family), batch(family).inputs
+    plain = model(**inputs).loss.detach()
+    handle = apply_pre(model)
+    calls = Calls(handle)
+    unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
+
+    model(**unlabelled)
+    with torch.no_grad():
+        assert model(**inputs).loss == plain
+    handle.enabled = False
+    assert model(**inputs).loss == plain
+    handle.enabled, handle.weight = True, 0
+    assert model(**inputs).loss == plain
+    handle.weight = 0.5
+    model.generate(**unlabelled, max_new_tokens=2, do_sample=False)
+    model.eval()
+    assert model(**inputs).loss == plain
+    model.generate(**unlabelled, max_new_tokens=2, do_sample=False)
+    assert calls.number == 0
+    assert handle.metrics()["pre_forwards"] == 0
+
+    assert model.train()(**inputs).loss != plain
+    assert calls.number == 1
+
+
+def test_tuple_output_and_keys() -> None:
+    model, inputs = build("llava"), batch("llava").inputs
+    before = model(**inputs)
+    handle = apply_pre(model)
+    after = model(**inputs)
+    assert list(after.keys()) == list(before.keys())
+    as_tuple = model(**inputs, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert as_tuple[0] == after.loss != before.loss
+    assert len(as_tuple) == len(build("llava")(**inputs, return_dict=False))
+    handle.remove()
+
+
+def test_positional_arguments() -> None:
+    model, inputs = build("llava"), batch("llava").inputs
+    apply_pre(model)
+    wanted = model(**inputs).loss
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "pixel_values")}
+    assert model(inputs["input_ids"], inputs["pixel_values"], **rest).loss == wanted
+
+
+def test_pre_projector_anchor() -> None:
+    loss, found, handle, _ = run("llava", anchor="pre_projector")
+    assert handle.head.out_dim == 24
+    model = build("llava")
+    with torch.no_grad():
+        twin = build("llava")
+        seen = watch(twin, "llava")
+        twin(**batch("llava").inputs)
+    anchor = seen["projector"].flatten(0, 1)
+    wanted_loss, wanted = expected_gradients(model, "llava", batch("llava"), handle.head, [2], anchor=anchor)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_callable_anchor(flat: bool) -> None:
+    data = batch("llava")
+    target = torch.randn(*data.visual.shape, 7)
+
+    def anchor(inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(rows, data.visual)
+        assert not torch.is_grad_enabled()
+        return target[rows] if flat else target
+
+    loss, found, handle, _ = run("llava", data, anchor=anchor, anchor_dim=7)
+    wanted_loss, wanted = expected_gradients(
+        build("llava"), "llava", data, handle.head, [2], anchor=target[data.visual]
+    )
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+
+
+def test_mask_fn_replaces_input_ids() -> None:
+    data = batch("llava")
+    model = build("llava")
+    seen = watch(model, "llava")
+    wanted, _, _, attached = run("llava", data, mask_fn=lambda inputs: data.visual)
+    model(**data.inputs)
+    embedded = {k: v for k, v in data.inputs.items() if k in ("attention_mask", "labels")}
+    embedded["inputs_embeds"] = seen["embeds"].detach()
+    torch.testing.assert_close(attached(**embedded).loss.detach(), wanted)
+
+
+def test_autocast_state_of_the_layer() -> None:
+    """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    forward, states = model.forward, []
+
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast_forward
+    handle.head.register_forward_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    loss = model(**data.inputs).loss
+    loss.backward()
+    assert states == [True]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, _ = expected_gradients(build("llava"), "llava", data, handle.head, [2])
+    torch.testing.assert_close(loss.detach(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_half_precision_model() -> None:
+    model, data = build("llava").to(torch.bfloat16), batch("llava")
+    data.inputs["pixel_values"] = data.inputs["pixel_values"].bfloat16()
+    handle = apply_pre(model)
+    assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
+    model(**data.inputs).loss.backward()
+    assert handle.head.w1.grad.dtype == torch.bfloat16
+
+
+def test_an_exception_in_the_forward_leaves_nothing() -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    norm = model.model.language_model.norm
+    hook = norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("stop")))
+    with pytest.raises(KeyError, match=r"stop"):
+        model(**data.inputs)
+    assert handle._capture.seen is None
+    hook.remove()
+    model(**data.inputs).loss.backward()
+    assert handle.metrics()["pre_forwards"] == 1
+    copy.deepcopy(model)
+
+
+def test_metrics() -> None:
+    model, data = build("llava"), batch("llava")
+    base = model(**data.inputs).loss.detach()
+    handle = apply_pre(model, [1, 3], weight=0.25)
+    losses = [(model(**data.inputs).loss.detach() - base) / 0.25 for _ in range(2)]
+    model(**batch("llava", TEXT).inputs)
+    found = handle.metrics()
+    assert found["pre_loss"] == pytest.approx(float(losses[0]), abs=1e-5)
+    assert found["pre_loss"] == pytest.approx((found["pre_loss/layer_1"] + found["pre_loss/layer_3"]) / 2)
+    assert (found["pre_rows"], found["pre_forwards"]) == (2 * 12, 3)
+    assert handle.metrics()["pre_forwards"] == 0
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """State-dict keys, hooks, attributes and submodules of every module."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+    modules = {name: (sorted(vars(m)), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None)
+    return list(model.state_dict()), modules, None if ignored is None else sorted(ignored)
+
+
+@every_family
+def test_remove_restores_the_model(family: str) -> None:
+    model, data = build(family), batch(family)
+    loss = model(**data.inputs).loss  # a first forward may set attributes
+    before = fingerprint(model)
+    with apply_pre(model, [1, 2]) as handle:
+        assert find_handle(model) is handle
+        assert model(**data.inputs).loss != loss
+        assert fingerprint(model) != before
+    assert fingerprint(model) == before
+    assert find_handle(model) is None
+    assert model(**data.inputs).loss == loss
+    handle.remove()
+    apply_pre(model).remove()
+    assert fingerprint(model) == before
+
+
+@every_family
+def test_save_pretrained_is_unchanged(family: str, tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    model = build(family)
+    model.save_pretrained(tmp_path / "plain")
+    apply_pre(model, [1, 2])
+    model.save_pretrained(tmp_path / "attached")
+    plain, attached = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "attached"))
+    assert plain.keys() == attached.keys()
+    assert all(torch.equal(tensor, attached[name]) for name, tensor in plain.items())
+    loaded, info = type(model).from_pretrained(tmp_path / "attached", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    data = batch(family)
+    assert loaded.eval()(**data.inputs).loss == model.eval()(**data.inputs).loss
+
+
+def test_deepcopy_of_a_model_with_a_handle() -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    loss = model(**data.inputs).loss.detach()
+    twin = copy.deepcopy(model)
+    other = find_handle(twin)
+    assert other is not None
+    assert other is not handle
+    assert other.head is twin.pre_head
+    with torch.no_grad():
+        twin.pre_head.w2.add_(1)
+    assert model(**data.inputs).loss == loss
+    changed = twin(**data.inputs).loss
+    changed.backward()
+    assert changed != loss
+    assert model.pre_head.w1.grad is None
+    assert twin.pre_head.w1.grad is not None
+    other.remove()
+    assert twin(**data.inputs).loss != loss
+    assert model(**data.inputs).loss == loss
+    assert find_handle(model) is handle
+
+
+def test_each_head_is_made_where_its_layer_is() -> None:
+    model = build("llava")
+    model.model.language_model.layers[1].to("meta")
+    handle = apply_pre(model, [2, 3])
+    assert [h.w1.device.type for h in handle.head] == ["meta", "cpu"]
+
+
+def test_plain_samples_have_several_images_per_sample() -> None:
+    assert [sum(kind == "image" for kind, *_ in sample) for sample in PLAIN] == [1, 2]

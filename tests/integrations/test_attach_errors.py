@@ -1,0 +1,227 @@
+"""A wrong argument, model or batch: an error that names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pre_kernels.integrations import apply_pre
+from tiny_models import DEPTH, IMAGE, batch, build
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BAD = [
+    ({"layer": 0}, ValueError, r"layer: got 0, want 1\.\.4"),
+    ({"layer": DEPTH + 1}, ValueError, r"layer: got 5, want 1\.\.4"),
+    ({"layer": [1, 9]}, ValueError, r"layer: got 9, want 1\.\.4"),
+    ({"layer": []}, ValueError, "layer: got .*at least one"),
+    ({"layer": [2, 2]}, ValueError, "layer: got .*none twice"),
+    ({"layer": 1.5}, TypeError, "layer: got 1.5"),
+    ({"layer": True}, TypeError, "layer: got True"),
+    ({"layer": "2"}, TypeError, "layer: got '2'"),
+    ({"layer": torch.tensor([1, 2])}, TypeError, "layer: got tensor"),
+    ({"layer": [1, None]}, TypeError, "layer: got None"),
+    ({"weight": -0.1}, ValueError, "weight: got -0.1"),
+    ({"weight": float("nan")}, ValueError, "weight: got nan"),
+    ({"weight": float("inf")}, ValueError, "weight: got inf"),
+    ({"weight": "0.5"}, TypeError, "weight: got str"),
+    ({"loss": "cos"}, ValueError, "loss: got 'cos'"),
+    ({"activation": "tanh"}, ValueError, "activation: got 'tanh'"),
+    ({"hidden_dim": 0}, ValueError, "hidden_dim: got 0"),
+    ({"anchor": "post_llm"}, ValueError, "anchor: got 'post_llm', want one of 'pre_llm', 'pre_projector'"),
+    ({"anchor": 3}, ValueError, "anchor: got 3"),
+    ({"anchor_dim": 8}, ValueError, "anchor_dim: got 8 with anchor='pre_llm'"),
+    ({"level": "token"}, ValueError, "level: got 'token', want one of 'patch', 'image'"),
+    ({"mask_fn": torch.ones(2)}, TypeError, "mask_fn: got Tensor"),
+    ({"text_model": "model.vision_tower"}, ValueError, r"no decoder layers .*pass text_model="),
+    ({"text_model": "model.nothing"}, ValueError, "text_model: .*model.nothing"),
+    ({"impl": "cuda"}, ValueError, "impl: got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(a) for a, *_ in BAD])
+def test_bad_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = build("llava")
+    with pytest.raises(error, match=message):
+        apply_pre(model, **arguments)
+    assert not hasattr(model, "pre_head")
+    apply_pre(model)  # nothing was left behind
+
+
+def test_bad_weight_later() -> None:
+    handle = apply_pre(build("llava"))
+    with pytest.raises(ValueError, match=r"weight: got -1"):
+        handle.weight = -1
+    assert handle.weight == 0.5
+
+
+def test_no_module() -> None:
+    with pytest.raises(TypeError, match=r"model: got str"):
+        apply_pre("llava")  # type: ignore[arg-type]
+
+
+def test_model_without_config() -> None:
+    with pytest.raises(ValueError, match=r"model: Linear has no .config"):
+        apply_pre(nn.Linear(2, 2))
+
+
+def test_model_without_visual_tokens() -> None:
+    config = LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    with pytest.raises(ValueError, match=r"names no visual tokens .*image_token_id"):
+        apply_pre(LlamaForCausalLM(config))
+
+
+def test_model_without_decoder_layers() -> None:
+    model = build("llava")
+    del model.model.language_model.layers
+    with pytest.raises(ValueError, match=r"no decoder layers in Llava.*looked for .*`\.layers` of 4 modules in Llama"):
+        apply_pre(model)
+
+
+def test_attached_twice() -> None:
+    model = build("llava")
+    handle = apply_pre(model)
+    for part in (model, model.model, nn.ModuleList([model])):
+        with pytest.raises(RuntimeError, match=r"has PRe attached already"):
+            apply_pre(part)
+    handle.remove()
+    apply_pre(model)
+
+
+def test_inner_model_computes_no_loss() -> None:
+    model, inputs = build("llava"), batch("llava").inputs
+    apply_pre(model.model)
+    with pytest.raises(RuntimeError, match=r"labels were given but the output has no loss"):
+        model.model(**inputs)
+
+
+def test_data_parallel() -> None:
+    model = build("llava")
+    with pytest.raises(TypeError, match=r"model: got nn.DataParallel"):
+        apply_pre(nn.DataParallel(model))
+    apply_pre(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel is not supported"):
+        replica(**batch("llava").inputs)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_pre_projector_where_rows_do_not_correspond(family: str) -> None:
+    with pytest.raises(ValueError, match=r'anchor: got "pre_projector", but no projector is known .*pass a callable'):
+        apply_pre(build(family), anchor="pre_projector")
+
+
+def test_pre_projector_with_other_rows_than_tokens() -> None:
+    model, data = build("llava"), batch("llava")
+    apply_pre(model, anchor="pre_projector")
+    projector = model.model.multi_modal_projector
+    projector.register_forward_pre_hook(lambda module, args: (args[0][:, :3],), prepend=True)
+    projector.register_forward_hook(lambda module, args, output: torch.cat([output, output[:, :1]], 1))
+    with pytest.raises(ValueError, match=r"anchor: 9 rows entered the projector for 12 visual tokens"):
+        model(**data.inputs)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (torch.zeros(11, 5), ValueError, r"anchor: got shape \(11, 5\) for 12 visual tokens"),
+        (torch.zeros(12), ValueError, r"anchor: got shape \(12,\)"),
+        (torch.zeros(12, 6), ValueError, "anchor"),
+        ([1.0], TypeError, "anchor: the callable returned list"),
+    ],
+)
+def test_bad_callable_anchor(returned: Any, error: type[Exception], message: str) -> None:
+    model = build("llava")
+    apply_pre(model, anchor=lambda inputs, rows: returned, anchor_dim=5)
+    with pytest.raises(error, match=message):
+        model(**batch("llava").inputs)
+
+
+def test_no_input_ids() -> None:
+    model, data = build("llava"), batch("llava")
+    apply_pre(model)
+    embeds = model.get_input_embeddings()(data.inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"input_ids: the forward got none.*pass mask_fn="):
+        model(inputs_embeds=embeds, labels=data.inputs["labels"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), ValueError, r"rows: the visual mask has shape \(2, 3\)"),
+        (torch.ones(2, 3), TypeError, "mask_fn: returned torch.float32"),
+        (None, TypeError, "mask_fn: returned NoneType"),
+    ],
+)
+def test_bad_mask_fn(returned: Any, error: type[Exception], message: str) -> None:
+    model = build("llava")
+    apply_pre(model, mask_fn=lambda inputs: returned)
+    with pytest.raises(error, match=message):
+        model(**batch("llava").inputs)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_grid_that_means_other_tokens(family: str) -> None:
+    model, data = build(family), batch(family)
+    handle = apply_pre(model, level="image")
+    data.inputs["input_ids"][0, 3] = IMAGE
+    with pytest.raises(ValueError, match=r"image_grid_thw: means 20 image tokens, input_ids has 21"):
+        handle.count(data.inputs)
+
+
+@pytest.fixture
+def mesh(tmp_path: Any) -> Iterator[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_dtensor_parameters(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = build("llava")
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(TypeError, match=r"model: got a DTensor.*before sharding"):
+        apply_pre(model)
+
+
+def test_dtensor_hidden(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    model = build("llava")
+    handle = apply_pre(model)
+    keep = handle._capture._keep
+    handle._capture._keep = lambda n, h: keep(n, DTensor.from_local(h, mesh, [Replicate()]))
+    with pytest.raises(TypeError, match=r"hidden: got a DTensor"):
+        model(**batch("llava").inputs)
+
+
+def test_text_model_called_around_the_attached_one() -> None:
+    model = build("llava")
+    apply_pre(model)
+    with pytest.warns(UserWarning, match=r"the text model ran in training outside a call of LlavaFor"):
+        model.model.language_model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_pickle_keeps_the_handle(tmp_path: Any) -> None:
+    model, data = build("llava"), batch("llava")
+    apply_pre(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded(**data.inputs).loss == model(**data.inputs).loss
+    copy.deepcopy(loaded)
+
+
+def test_import_needs_no_transformers() -> None:
+    code = "import sys; import pre_kernels.integrations; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

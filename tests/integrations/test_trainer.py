@@ -1,0 +1,307 @@
+"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs and resume.
+
+The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with the whole loss.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pre_kernels.integrations import apply_pre, patch_trainer
+from tiny_models import FAMILIES, batch, build
+from tiny_training import (
+    EQUAL,
+    UNEQUAL_IMAGES,
+    UNEQUAL_LABELS,
+    InOrder,
+    Recorder,
+    Samples,
+    arguments,
+    assert_head,
+    by_hand,
+    collate,
+    labels_of,
+    one_image,
+    train,
+)
+from transformers import Trainer, TrainerCallback
+
+both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # the first is given num_items_in_batch
+
+
+@both
+@pytest.mark.parametrize("patched", [False, True])
+def test_accumulation_changes_nothing_where_counts_are_equal(family: str, patched: bool, tmp_path: Path) -> None:
+    once, handle, _ = train(family, EQUAL, tmp_path, 1, patched)
+    wanted = by_hand(family, EQUAL, handle, [0.25] * 4, "mean")
+    assert_head(once, wanted)
+    for accumulation in (2, 4):
+        several, _, _ = train(family, EQUAL, tmp_path, accumulation, patched)
+        assert_head(several, wanted)
+        for name, gradient in once.items():  # the model's gradients are equal too, as the labels are
+            torch.testing.assert_close(several[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@both
+def test_without_the_patch_micro_batches_weigh_like_their_loss(family: str, tmp_path: Path) -> None:
+    found, handle, trainer = train(family, UNEQUAL_LABELS, tmp_path, 4)
+    counts = [labels_of(family, sample, i) for i, sample in enumerate(UNEQUAL_LABELS)]
+    shares = [n / sum(counts) for n in counts] if trainer.model_accepts_loss_kwargs else [0.25] * 4
+    assert trainer.model_accepts_loss_kwargs is (family == "llava")
+    assert_head(found, by_hand(family, UNEQUAL_LABELS, handle, shares, "mean"))
+
+
+@both
+@pytest.mark.parametrize("samples", [UNEQUAL_LABELS, UNEQUAL_IMAGES], ids=["labels", "images"])
+@pytest.mark.parametrize("level", ["patch", "image"])
+def test_with_the_patch_every_visual_token_weighs_the_same(
+    family: str, samples: list[Any], level: str, tmp_path: Path
+) -> None:
+    tokens = sum(int(batch(family, [s]).visual.sum()) for s in samples)
+    count = tokens if level == "patch" else sum(len(batch(family, [s]).lengths) for s in samples)
+    once, handle, _ = train(family, samples, tmp_path, 1, patched=True, level=level)
+    wanted = by_hand(family, samples, handle, [1 / count] * 4, "sum", level)
+    assert_head(once, wanted)
+    for accumulation in (2, 4):
+        several, _, trainer = train(family, samples, tmp_path, accumulation, patched=True, level=level)
+        assert_head(several, wanted)
+    assert "backward" not in vars(trainer.accelerator)
+
+
+@both
+def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(family: str, tmp_path: Path) -> None:
+    found, handle, _ = train(family, UNEQUAL_IMAGES, tmp_path, 4, patched=True)
+    model = build(family)
+    recorder = Recorder()
+    trainer = InOrder(
+        model=model,
+        args=arguments(tmp_path, 4, 1),
+        train_dataset=Samples(UNEQUAL_IMAGES),
+        data_collator=collate(family, UNEQUAL_IMAGES),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    tokens = sum(int(batch(family, [s]).visual.sum()) for s in UNEQUAL_IMAGES)
+    auxiliary = by_hand(family, UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum")
+    for name, gradient in recorder.steps[0].items():
+        wanted = gradient + auxiliary.get(name, 0)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class OwnBackward(InOrder):
+    """A trainer whose accelerator somebody else has patched already."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        backward = self.accelerator.backward
+        self.accelerator.backward = lambda loss, **more: backward(3 * loss, **more)
+        return super().create_optimizer(*args, **kwargs)
+
+
+def test_the_patch_keeps_a_patched_accelerator(tmp_path: Path) -> None:
+    found, handle, _ = train("llava", EQUAL, tmp_path, 4, patched=True, trainer_class=OwnBackward)
+    assert_head(found, by_hand("llava", EQUAL, handle, [3 / 4] * 4, "mean"))
+
+
+def test_after_training_the_model_adds_its_own_mean_again(tmp_path: Path) -> None:
+    _, handle, trainer = train("llava", EQUAL, tmp_path, 2, patched=True)
+    inputs = batch("llava").inputs
+    whole = trainer.model.train()(**inputs).loss
+    handle.enabled = False
+    plain = trainer.model(**inputs).loss
+    assert float((whole - plain).detach()) == pytest.approx(0.5 * handle.metrics()["pre_loss"], abs=1e-5)
+
+
+class OwnLoss(InOrder):
+    """A trainer that computes its own loss and ignores `output.loss`, as some do."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        flat = output.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
+        return (loss, output) if return_outputs else loss
+
+
+def test_the_patch_reaches_trainers_with_a_loss_of_their_own(tmp_path: Path) -> None:
+    found, handle, _ = train("llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, trainer_class=OwnLoss)
+    tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
+    assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
+
+
+def test_the_patch_reaches_trainers_that_take_the_labels(tmp_path: Path) -> None:
+    found, handle, _ = train("llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, label_smoothing_factor=0.1)
+    tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
+    assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
+
+
+class NoBackward(InOrder):
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+
+def test_a_term_that_is_never_trained_is_an_error(tmp_path: Path) -> None:
+    model = build("llava")
+    apply_pre(model)
+    with (
+        patch_trainer(NoBackward),
+        pytest.raises(RuntimeError, match=r"NoBackward.training_step never called accelerator.backward"),
+    ):
+        NoBackward(
+            model=model,
+            args=arguments(tmp_path, 1, 2),
+            train_dataset=Samples(EQUAL),
+            data_collator=collate("llava", EQUAL),
+        ).train()
+
+
+@pytest.mark.parametrize("mode", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_training_lowers_the_loss_and_logs_it(mode: bool | None, patched: bool, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"max_steps": 8, "eval_strategy": "no"}
+    if mode is not None:
+        more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": mode}}
+    samples = [one_image(5), one_image(4)] * 2
+    _, handle, trainer = train("llava", samples, tmp_path, 2, patched, **more)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 8
+    assert all(("pre_loss" in entry) is patched for entry in logs)
+    if patched:
+        assert logs[-1]["pre_loss"] < logs[0]["pre_loss"] - 0.05
+        assert logs[-1]["loss"] < logs[0]["loss"]
+    else:
+        assert handle.metrics()["pre_rows"] == 8 * 4 * 4
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_autocast_training(patched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = {}
+    for precision in ("bf16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 sets it and leaves it
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found, _, trainer = train("llava", EQUAL, tmp_path, 2, patched, bf16=precision == "bf16")
+        assert trainer.accelerator.mixed_precision == precision
+        gradients[precision] = found["pre_head.w1"]
+    error = (gradients["bf16"] - gradients["no"]).abs().max()
+    assert 0 < error < 0.05 * gradients["no"].abs().max()
+
+
+def test_evaluation_is_without_pre(tmp_path: Path) -> None:
+    _, handle, trainer = train("llava", EQUAL, tmp_path, 1, patched=True)
+    trainer.model.train()(**batch("llava").inputs)  # counted, and not yet read by a log
+    before = handle.metrics(reset=False)
+    assert before["pre_rows"] > 0
+    with patch_trainer():
+        found = trainer.evaluate(Samples(EQUAL))
+    assert "eval_loss" in found
+    assert not any("pre_loss" in name for name in found)
+    assert handle.metrics() == before
+
+
+def test_patch_is_reversible_and_leaves_other_trainers_alone(tmp_path: Path) -> None:
+    before = dict(vars(Trainer))
+    patch = patch_trainer()
+    with pytest.raises(RuntimeError, match=r"Trainer is patched already"):
+        patch_trainer()
+    with pytest.raises(RuntimeError, match=r"InOrder is patched already"):
+        patch_trainer(InOrder)
+    model, recorder = build("llava"), Recorder()
+    trainer = InOrder(
+        model=model,
+        args=arguments(tmp_path, 2, 2),
+        train_dataset=Samples(EQUAL),
+        data_collator=collate("llava", EQUAL),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    assert len(recorder.steps) == 1
+    patch.remove()
+    patch.remove()
+    assert dict(vars(Trainer)) == before
+    with patch_trainer(InOrder):
+        assert vars(Trainer)["training_step"] is before["training_step"]
+    assert "training_step" not in vars(InOrder)
+
+
+@pytest.mark.parametrize("given", [int, torch.nn.Module, "Trainer"])
+def test_patch_of_something_else(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"trainer_class: got .*, want transformers.Trainer"):
+        patch_trainer(given)
+
+
+class Starts(TrainerCallback):
+    """Keeps the head as it is when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
+
+
+def test_resume_restores_the_head(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    _, handle, _ = train("llava", EQUAL, tmp_path, 2, patched=True, **saving)
+    saved = handle.head.w1.detach().clone()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "pre_head.safetensors").exists()
+
+    model, starts = build("llava"), Starts()
+    torch.manual_seed(99)
+    apply_pre(model)
+    assert not torch.equal(model.pre_head.w1, saved)
+    with patch_trainer():
+        trainer = InOrder(
+            model=model,
+            args=arguments(tmp_path, 2, 2, **(saving | {"max_steps": 4})),
+            train_dataset=Samples(EQUAL),
+            data_collator=collate("llava", EQUAL),
+            callbacks=[starts],
+        )
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert starts.step == 2
+    assert torch.equal(starts.w1, saved)
+
+    (folder / "pre_head.safetensors").unlink()
+    with patch_trainer(), pytest.warns(UserWarning, match=r"holds no head"):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_best_model_comes_with_its_head(tmp_path: Path) -> None:
+    model = build("llava")
+    handle = apply_pre(model)
+    heads = []
+    with patch_trainer():
+        trainer = InOrder(
+            model=model,
+            args=arguments(
+                tmp_path,
+                2,
+                2,
+                max_steps=3,
+                learning_rate=30.0,  # so that the first step's model is the best
+                save_strategy="steps",
+                save_steps=1,
+                eval_strategy="steps",
+                eval_steps=1,
+                load_best_model_at_end=True,
+            ),
+            train_dataset=Samples(EQUAL),
+            eval_dataset=Samples(EQUAL),
+            data_collator=collate("llava", EQUAL),
+        )
+        trainer.train()
+        last = handle.head.w1.detach().clone()
+        for step in (1, 2, 3):
+            handle.load(tmp_path / f"checkpoint-{step}")
+            heads.append(handle.head.w1.detach().clone())
+    best = int(str(trainer.state.best_model_checkpoint).split("-")[-1])
+    assert [torch.equal(last, head) for head in heads] == [step == best for step in (1, 2, 3)]
+
+
+def test_every_family_trains(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        found, _, _ = train(family, EQUAL, tmp_path, 2)
+        assert found["pre_head.w1"].abs().max() > 0

@@ -1,0 +1,54 @@
+"""Every kernel compiles ahead of time for four GPUs, without spills, with the matrix instructions it should use.
+
+The compilation runs in a process of its own: Triton's interpreter, which the other tests may use, cannot share one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AOT = Path(__file__).parent / "aot.py"
+SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may use
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[dict]:
+    file = tmp_path_factory.mktemp("aot") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, str(AOT), "--json", str(file)], env=environment, check=False)  # spills: status 1
+    return json.loads(file.read_text())["kernels"]
+
+
+def test_every_target_is_compiled(kernels):
+    names = {kernel["kernel"] for kernel in kernels}
+    assert {"matmul_kernel", "weight_grad_kernel", "row_loss_kernel", "scatter_kernel", "select_kernel"} <= names
+    for target in SHARED:
+        assert {kernel["kernel"] for kernel in kernels if kernel["target"] == target} >= names - {"invert_kernel"}
+
+
+def test_nothing_spills(kernels):
+    assert [kernel["name"] for kernel in kernels if kernel["spills"]] == []
+
+
+def test_shared_memory_fits(kernels):
+    assert [kernel["name"] for kernel in kernels if kernel["shared"] > SHARED[kernel["target"]]] == []
+
+
+def test_half_precision_products_use_the_newest_matrix_instructions(kernels):
+    wanted = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05.mma"}
+    products = [k for k in kernels if k["dtype"] in ("*bf16", "*fp16") and k["target"] in wanted]
+    aligned = [k for k in products if "unaligned" not in k["name"]]
+    assert len(aligned) >= 30
+    assert [k["name"] for k in aligned if wanted[k["target"]] not in k["instructions"]] == []
+
+
+def test_float32_products_are_ieee_unless_tf32_is_allowed(kernels):
+    products = [k for k in kernels if k["dtype"] == "*fp32"]
+    assert {k["precision"] for k in products} == {"ieee", "tf32"}
+    for kernel in products:
+        if kernel["target"] != "gfx942":
+            assert ("tf32" in kernel["instructions"]) == (kernel["precision"] == "tf32"), kernel["name"]

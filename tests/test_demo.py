@@ -1,0 +1,212 @@
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from rich.console import Console
+
+from pre_kernels.demo import compare, report
+from pre_kernels.demo import scenes as sc
+from pre_kernels.demo.measure import states
+from pre_kernels.demo.run import run
+from pre_kernels.demo.settings import Settings
+from pre_kernels.demo.text import BEGIN, IGNORED, IMAGE, QUESTION, library_source, text_batch, visual_batch
+
+TINY = Settings(
+    seeds=2,
+    width=16,
+    layers=2,
+    vision_steps=3,
+    text_steps=3,
+    align_steps=2,
+    tune_steps=3,
+    batch=4,
+    tune_batch=4,
+    text_bytes=5000,
+    train_scenes=12,
+    test_scenes=20,
+    readout_steps=3,
+)
+
+
+@contextmanager
+def no_bar(name, steps):
+    yield lambda loss: None
+
+
+def test_parts_of_the_digits_are_disjoint_and_complete():
+    parts = sc.split_digits(seed=0)
+    together = [int(i) for part in parts for i in part]
+    assert len(together) == len(set(together)) == 1797
+    assert [len(p) for p in parts] == pytest.approx([988, 404, 405], abs=1)
+    assert all((a == b).all() for a, b in zip(parts, sc.split_digits(seed=0), strict=True))
+    assert (parts[0] != sc.split_digits(seed=1)[0]).any()
+
+
+def test_scenes_use_only_their_part():
+    training, fitting, test = (sc.compose(p, 50, seed=0) for p in sc.split_digits(seed=0))
+    numbers = [set(s.sources.flatten().tolist()) for s in (training, fitting, test)]
+    assert not numbers[0] & numbers[1]
+    assert not (numbers[0] | numbers[1]) & numbers[2]
+
+
+def test_a_scene_is_made_of_its_digits():
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    scenes = sc.compose(sc.split_digits(0)[0], 5, seed=3)
+    assert scenes.images.shape == (5, 3, sc.SIDE, sc.SIDE)
+    assert 0 <= scenes.images.min() <= scenes.images.max() <= 1
+    for s in range(5):
+        for k in range(sc.OBJECTS):
+            down, right = divmod(k, sc.GRID)
+            cell = scenes.images[s, :, down * 8 : down * 8 + 8, right * 8 : right * 8 + 8]
+            expected = torch.from_numpy(data.images[scenes.sources[s, k]]).float() / 16
+            assert torch.equal(cell, expected.expand(3, -1, -1))
+            assert scenes.digits[s, k] == data.target[scenes.sources[s, k]]
+
+
+def test_composition_follows_the_seed():
+    part = sc.split_digits(0)[0]
+    assert torch.equal(sc.compose(part, 5, seed=1).images, sc.compose(part, 5, seed=1).images)
+    assert not torch.equal(sc.compose(part, 5, seed=1).sources, sc.compose(part, 5, seed=2).sources)
+
+
+def test_regions_are_where_the_digits_lie():
+    assert sc.masks().sum(1).tolist() == [4] * sc.OBJECTS
+    assert (sc.masks().sum(0) == 1).all()
+    scenes = sc.compose(sc.split_digits(0)[0], 1, seed=0)
+    for k, mask in enumerate(sc.masks()):
+        pixels = mask.view(sc.SIDE // sc.PATCH, -1).repeat_interleave(sc.PATCH, 0).repeat_interleave(sc.PATCH, 1)
+        down, right = divmod(k, sc.GRID)
+        cell = scenes.images[0, 0, down * 8 : down * 8 + 8, right * 8 : right * 8 + 8]
+        assert torch.equal(scenes.images[0, 0][pixels], cell.flatten())
+
+
+def test_the_question_asks_for_the_parity_of_the_middle_digit():
+    scenes = sc.compose(sc.split_digits(0)[0], 30, seed=0)
+    batch = visual_batch(scenes, torch.arange(30))
+    assert (batch["input_ids"] == IMAGE).sum(1).tolist() == [sc.PATCHES] * 30
+    asked = bytes(batch["input_ids"][0, 1 + sc.PATCHES : -1].tolist())
+    assert asked == QUESTION
+    said = [chr(i) for i in batch["input_ids"][:, -1].tolist()]
+    assert said == ["y" if d % 2 else "n" for d in scenes.digits[:, sc.MIDDLE].tolist()]
+    assert (batch["labels"][:, :-1] == IGNORED).all()
+    assert torch.equal(batch["labels"][:, -1], batch["input_ids"][:, -1])
+
+
+def test_text_is_the_standard_library():
+    corpus = library_source(3000)
+    assert corpus.shape == (3000,)
+    assert b"import" in bytes(corpus.tolist())
+    ids = text_batch(corpus, 4, 10, torch.Generator().manual_seed(0))
+    assert ids.shape == (4, 11)
+    assert (ids[:, 0] == BEGIN).all()
+    assert bytes(ids[0, 1:].tolist()) in bytes(corpus.tolist())
+
+
+def test_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
+    found = run(TINY, "cpu", out, console)
+
+    printed = console.export_text()
+    assert str(out / "demo.png") in printed
+    assert "linear probe, layer 2" in printed
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    table = (out / "demo.md").read_text().splitlines()
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert sum("contrast ratio, layer" in line for line in table) == TINY.layers + 1
+
+    saved = json.loads((out / "demo.json").read_text())
+    assert saved == json.loads(json.dumps(found))
+    assert saved["settings"]["tune_steps"] == 3
+    assert saved["settings"]["layer"] == 1
+    assert saved["versions"]["torch"] == torch.__version__
+    assert [seed["seed"] for seed in saved["seeds"]] == [0, 1]
+    for figures in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
+        assert len(figures["probe"]) == len(figures["contrast"]) == TINY.layers + 1
+        assert all(0 <= value <= 1 for value in [*figures["probe"], figures["accuracy"]])
+        assert -1 <= figures["pre_loss"] <= 1
+        assert all(math.isfinite(value) for value in figures["cohesion"] + figures["coupling"])
+    assert len(saved["seeds"][0]["with"]["train_pre_loss"]) == TINY.align_steps + TINY.tune_steps
+    assert "train_pre_loss" not in saved["seeds"][0]["without"]
+
+
+def pretrained(seed=0):
+    training = sc.compose(sc.split_digits(seed)[0], TINY.train_scenes, seed)
+    return training, compare.pretrained(training, TINY, seed, "cpu", no_bar)
+
+
+def test_the_model_is_a_plain_llava_again_after_training_with_pre():
+    scenes, model = pretrained()
+    names, hooks = list(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
+    compare.run_arm("with", model, scenes, scenes, scenes, TINY, 0, no_bar)
+    assert list(model.state_dict()) == names
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_the_arms_differ_in_nothing_but_pre():
+    # same start, same batches in the same order: with a vanishing weight both are one run
+    found = compare.run_seed(1, replace(TINY, weight=1e-12), "cpu", no_bar)
+    a, b = found["without"], found["with"]
+    assert a["probe"] == pytest.approx(b["probe"], abs=1e-6)
+    assert a["contrast"] == pytest.approx(b["contrast"], rel=1e-4)
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    weighted = compare.run_seed(1, replace(TINY, weight=100.0), "cpu", no_bar)
+    assert weighted["without"]["contrast"] == pytest.approx(a["contrast"], rel=1e-4)
+    assert weighted["with"]["contrast"] != pytest.approx(b["contrast"], rel=1e-4)
+
+
+def test_an_answer_is_correct_if_the_model_would_generate_it():
+    _, model = pretrained()
+    scenes = sc.compose(sc.split_digits(0)[2], 30, seed=0)
+    with torch.no_grad():  # a head that says "y" or "n" whatever it sees, as the last state's first entry has it
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ord("y"), 0], model.lm_head.weight[ord("n"), 0] = 1.0, -1.0
+    batch = visual_batch(scenes, torch.arange(30))
+    prompt = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    said = model.generate(**prompt, pixel_values=batch["pixel_values"], max_new_tokens=1, do_sample=False)
+    expected = said[:, -1] == batch["input_ids"][:, -1]
+    assert 0 < expected.sum() < 30
+    assert torch.equal(states(model, scenes).correct, expected)
+
+
+def test_states_are_those_that_the_layers_made():
+    _, model = pretrained()
+    scenes = sc.compose(sc.split_digits(0)[2], 6, seed=0)
+    found = states(model, scenes, batch=4)
+    with torch.no_grad():
+        output = model(**visual_batch(scenes, torch.arange(6)), output_hidden_states=True)
+    visual = slice(1, 1 + sc.PATCHES)
+    # the last of these is after the final norm, so it is not compared
+    for layer in range(TINY.layers):
+        torch.testing.assert_close(found.hidden[layer], output.hidden_states[layer][:, visual])
+    last = model.model.language_model.norm(found.hidden[TINY.layers])
+    torch.testing.assert_close(last, output.hidden_states[TINY.layers][:, visual])
+    objects = found.objects(1).view(6, sc.OBJECTS, -1)
+    torch.testing.assert_close(objects[:, 0], found.hidden[1][:, sc.regions() == 0].mean(1))
+
+
+def test_sentences_follow_the_numbers():
+    steady = report.effect("x", [0.5, 0.6, 0.4], [0.6, 0.7, 0.501])
+    assert "difference +0.100 ± 0.001; positive in 3 of 3 seeds, clear of the noise" in steady
+    noisy = report.effect("x", [0.5, 0.6], [0.9, 0.3])
+    assert "positive in 1 of 2 seeds, within the noise" in noisy
+    assert "One seed says nothing about noise" in report.effect("x", [0.5], [0.6])
+
+
+def test_the_interval_is_the_paired_t_test():
+    from scipy.stats import ttest_rel
+
+    without, with_ = [0.5, 0.6, 0.4], [0.62, 0.65, 0.55]
+    low, high = ttest_rel(with_, without).confidence_interval(0.95)
+    assert f"{low:+.3f} to {high:+.3f}" in report.effect("x", without, with_)
