@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,50 +13,72 @@ from torch import Tensor
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
-IMPLEMENTATIONS = ("auto", "triton", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N are selected."""
+class Options(NamedTuple):
+    """What of a call is no tensor."""
 
-    hidden: Tensor  # (R, d)
-    anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
-    w1: Tensor  # (m, d)
-    b1: Tensor | None  # (m,)
-    w2: Tensor  # (z, m)
-    b2: Tensor | None  # (z,)
-    rows: Tensor | None  # (R,) bool | (N,) int | None = all
-    weight: Tensor | None  # (R,), or (N,) if weight_compact
-    anchor_compact: bool
-    weight_compact: bool
-    normalizer: float | Tensor | None
     loss: str
     activation: str
     reduction: str
     dtype: torch.dtype  # of the products
+    anchor_compact: bool
+    weight_compact: bool
+    divisor: float | None  # a normalizer that is a number
     workspace: int | None  # bytes
+    capacity: int | None  # of a mask's selection
+
+
+class Problem(NamedTuple):
+    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N are selected."""
+
+    hidden: Tensor  # (R, d)
+    w1: Tensor  # (m, d)
+    b1: Tensor | None  # (m,)
+    w2: Tensor  # (z, m)
+    b2: Tensor | None  # (z,)
+    anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
+    rows: Tensor | None  # (R,) bool | (N,) int | None = all
+    weight: Tensor | None  # (R,), or (N,) if weight_compact
+    normalizer: Tensor | None  # 0-d
+    options: Options
 
     @property
     def loss_dtype(self) -> torch.dtype:
         """Of the loss arithmetic and of what is returned."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return torch.promote_types(self.options.dtype, torch.float32)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """d, m, z"""
+        return self.w1.shape[1], self.w1.shape[0], self.w2.shape[0]
+
+    @property
+    def masked(self) -> bool:
+        return self.rows is not None and self.rows.dtype == torch.bool
 
     @property
     def count_on_host(self) -> bool:
         """Whether N must be known on the host: it shapes the result, or has to match a compact anchor or weight."""
-        return self.reduction == "none" or self.anchor_compact or self.weight_compact
+        return self.options.reduction == "none" or self.options.anchor_compact or self.options.weight_compact
 
-    def without_tensors(self) -> Problem:
-        """What a backward may keep without keeping memory alive."""
-        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
-        nothing: dict[str, Any] = dict.fromkeys(names)
-        return replace(self, **nothing)
+    @property
+    def bound(self) -> int:
+        """The most rows that can be selected, known from shapes alone."""
+        if self.rows is None or not self.masked:
+            return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
+        return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w1, b1, w2, b2 in the products' dtype."""
-        b1, b2 = (None if bias is None else bias.to(self.dtype) for bias in (self.b1, self.b2))
-        return self.w1.to(self.dtype), b1, self.w2.to(self.dtype), b2
+        dtype = self.options.dtype
+        b1, b2 = (None if bias is None else bias.to(dtype) for bias in (self.b1, self.b2))
+        return self.w1.to(dtype), b1, self.w2.to(dtype), b2
+
+
+def debugging() -> bool:
+    return os.environ.get("PRE_KERNELS_DEBUG") == "1"
 
 
 def choice(name: str, value: Any, wanted: tuple[str, ...]) -> str:
@@ -116,9 +137,12 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
     return hidden.dtype
 
 
-def _check_indices(rows: Tensor, total: int) -> None:
+def row_values(problem: Problem) -> None:
     """Range and uniqueness of integer rows: reads the device, so on the CPU or under PRE_KERNELS_DEBUG=1 only."""
-    if not rows.numel():
+    rows, total = problem.rows, problem.hidden.shape[0]
+    if rows is None or problem.masked or not rows.numel():
+        return
+    if rows.device.type != "cpu" and not debugging():
         return
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= total:
@@ -139,8 +163,6 @@ def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
         raise TypeError(f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)")
     if rows.dim() != 1:
         raise ValueError(f"rows: got shape {tuple(rows.shape)}, want (N,) flat row indices")
-    if device.type == "cpu" or os.environ.get("PRE_KERNELS_DEBUG") == "1":
-        _check_indices(rows, math.prod(leading))
     return rows
 
 
@@ -186,8 +208,9 @@ def arguments(
     reduction: Any,
     normalizer: Any,
     workspace: Any,
+    capacity: Any,
 ) -> Problem:
-    """Check the arguments of `fused_pre_loss` and flatten their leading shapes; reads no device but for `rows`."""
+    """Check the arguments of `fused_pre_loss` and flatten their leading shapes; reads no device."""
     choice("loss", loss, LOSSES)
     choice("activation", activation, ACTIVATIONS)
     choice("reduction", reduction, REDUCTIONS)
@@ -219,6 +242,13 @@ def arguments(
 
     if rows is not None:
         rows = _check_rows(rows, leading, device)
+    if capacity is not None:
+        width("capacity", capacity)
+        if rows is None or rows.dtype != torch.bool:
+            raise ValueError(
+                f"capacity: got {capacity} without a mask, want None (it bounds the count of a mask `rows`)"
+            )
+        capacity = min(capacity, total)
     # None where N is a mask's count, compared once it is known
     count = total if rows is None else None if rows.dtype == torch.bool else rows.numel()
 
@@ -246,31 +276,32 @@ def arguments(
                 )
             weight_compact = True
 
+    normalizer = _check_normalizer(normalizer, reduction)
+    number = None if isinstance(normalizer, Tensor) else normalizer
     return Problem(
         hidden=hidden.reshape(total, dim),
-        anchor=anchor.detach().reshape(-1, out_dim),
         w1=w1,
         b1=b1,
         w2=w2,
         b2=b2,
+        anchor=anchor.detach().reshape(-1, out_dim),
         rows=rows,
         weight=None if row_weight is None else row_weight.reshape(-1),
-        anchor_compact=anchor_compact,
-        weight_compact=weight_compact,
-        normalizer=_check_normalizer(normalizer, reduction),
-        loss=loss,
-        activation=activation,
-        reduction=reduction,
-        dtype=dtype,
-        workspace=workspace,
+        normalizer=None if number is normalizer else normalizer,
+        options=Options(
+            loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity
+        ),
     )
 
 
 def selected_count(problem: Problem, count: int) -> None:
-    """Compare compact anchors and weights with a mask's count, once that is known on the host."""
+    """Compare capacity, compact anchors and weights with a mask's count, once that is known on the host."""
+    capacity = problem.options.capacity
+    if capacity is not None and count > capacity:
+        raise ValueError(f"capacity: got {capacity}, want at least the {count} rows that the mask selects")
     for name, value, compact in (
-        ("anchor", problem.anchor, problem.anchor_compact),
-        ("row_weight", problem.weight, problem.weight_compact),
+        ("anchor", problem.anchor, problem.options.anchor_compact),
+        ("row_weight", problem.weight, problem.options.weight_compact),
     ):
         if compact and value is not None and value.shape[0] != count:
             raise ValueError(f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected rows")

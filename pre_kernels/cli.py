@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .loss import choose, unavailable
+from .loss import unavailable
 
 EXTRA = "pip install 'pre-kernels[demo]'"
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"} | {
@@ -163,9 +163,13 @@ def automatic() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "torch", "no GPU that torch can use"
     device = torch.device("cuda", torch.cuda.current_device())
-    if choose("auto", device, torch.bfloat16) == "triton":
-        return "triton", "on GPU tensors; torch on CPU tensors"
-    return "torch", unavailable(device, torch.bfloat16) or "triton is not picked here"
+    reason = unavailable(device, torch.bfloat16)
+    if reason is not None:
+        return "torch", reason
+    return (
+        "blas",
+        "on GPU tensors, or triton where only the device knows how many rows a mask has; torch on CPU tensors",
+    )
 
 
 def fail(message: str) -> int:

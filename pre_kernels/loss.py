@@ -8,12 +8,13 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
-from .function import Steps, pre_loss
+from . import checks, ops  # noqa: F401  (ops registers the operators)
+from .checks import Problem
+from .function import pre_loss
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `impl="triton"` cannot run tensors of `device` with products in `dtype`; None if it can."""
+    """Why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -28,27 +29,25 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that runs: `impl` itself, or for "auto" triton on a GPU and torch elsewhere."""
+def choose(impl: str, problem: Problem) -> str:
+    """The implementation that runs: `impl` itself, or for "auto" the one that is expected to be the fastest.
+
+    On a GPU that is "blas", but "triton" where N stays on the device: "blas" would compute every row of the mask.
+    """
     checks.choice("impl", impl, checks.IMPLEMENTATIONS)
+    device, dtype = problem.hidden.device, problem.options.dtype
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return "torch"
     reason = unavailable(device, dtype)
-    if reason is None:
-        return "triton"
-    if impl == "triton":
-        raise RuntimeError(f"impl: got 'triton', which cannot run here: {reason}; want 'torch' or 'auto'")
-    return "torch"
-
-
-def _steps(impl: str) -> type[Steps]:
-    if impl == "triton":
-        from .steps_triton import TritonSteps  # imports triton
-
-        return TritonSteps
-    from .steps_torch import TorchSteps
-
-    return TorchSteps
+    if reason is not None:
+        if impl == "auto":
+            return "torch"
+        raise RuntimeError(f"impl: got {impl!r}, which cannot run here: {reason}; want 'torch' or 'auto'")
+    if impl != "auto":
+        return impl
+    # float32 products have no tensor cores in Triton, and cost more there than rows that are thrown away
+    counted_on_device = problem.masked and not problem.count_on_host and problem.options.capacity is None
+    return "triton" if counted_on_device and dtype != torch.float32 else "blas"
 
 
 def fused_pre_loss(
@@ -67,6 +66,7 @@ def fused_pre_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "auto",
     workspace: int | None = None,
+    capacity: int | None = None,
 ) -> Tensor:
     """The Predictive Regularization loss of the selected rows (arXiv 2603.20808, eq. 3-5), with a fused backward.
 
@@ -89,8 +89,12 @@ def fused_pre_loss(
             fit.
         reduction: "mean" (Σ ℓ / D; D = normalizer, else the sum of the weights, else N), "sum" or "none".
         normalizer: number or 0-d tensor, the D of "mean": under DDP, FSDP and ZeRO the global token count ÷ world size.
-        impl: "triton", "torch", or "auto" = triton on a GPU and torch elsewhere.
+        impl: "blas" (the vendor's matrix products, Triton between them), "triton" (all of it), "torch", or "auto":
+            torch on the CPU; on a GPU blas, but triton in half precision where N of a mask stays on the device.
         workspace: bytes for the buffers of one chunk; None is a default that suits the device.
+        capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for that many rows, and
+            "blas" computes that many. If more are selected the result is nan, or a ValueError where N is on the host
+            or under PRE_KERNELS_DEBUG=1.
 
     Returns:
         0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product dtype, float32)`.
@@ -98,10 +102,11 @@ def fused_pre_loss(
 
     Raises:
         ValueError, TypeError: for a wrong argument, naming it, what was given and what is wanted.
-        RuntimeError: if `impl="triton"` cannot run here; also when differentiated twice.
+        RuntimeError: if `impl` cannot run here; also when differentiated twice.
 
-    Host syncs: none for integer rows, or for a mask with leading-shape anchor and weights (Triton); a mask with "none",
-    with an (N, z) anchor or with (N,) weights costs one.
+    Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights; a mask with "none",
+    with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one for any mask. Calls without a sync can
+    be captured in a CUDA graph: at replay the mask may select other rows. Under torch.compile a call is one operator.
     """
     problem = checks.arguments(
         hidden,
@@ -117,5 +122,6 @@ def fused_pre_loss(
         reduction=reduction,
         normalizer=normalizer,
         workspace=workspace,
+        capacity=capacity,
     )
-    return pre_loss(problem, _steps(choose(impl, hidden.device, problem.dtype)))
+    return pre_loss(problem, choose(impl, problem))

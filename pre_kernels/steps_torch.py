@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
-from .function import Selection, Wanted
+from .function import Gradients, Layout, Selection
+from .products import add_product, linear
 
 aten = torch.ops.aten
 
@@ -65,26 +66,12 @@ ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
-    def __init__(self, problem: Problem, selection: Selection, wanted: Wanted) -> None:
-        self.problem, self.wanted, self.index = problem, wanted, selection.index
-        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
-        (m, d), z = problem.w1.shape, problem.w2.shape[0]
-        budget = problem.workspace or WORKSPACE.get(problem.hidden.device.type, WORKSPACE["cuda"])
-        rows = budget // ((d + 2 * m + z) * problem.dtype.itemsize)
-        self.chunk = max(1, min(selection.capacity, max(MIN_ROWS, rows - rows % MIN_ROWS)))
-
-        def buffer(rows: int, columns: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-            return problem.hidden.new_empty(rows, columns, dtype=dtype)
-
-        wide = problem.loss_dtype
-        self.z, self.g, self.p = (buffer(self.chunk, columns) for columns in (m, m, z))
-        self.h = None if self.index is None and problem.hidden.dtype == problem.dtype else buffer(self.chunk, d)
-        on_cpu = problem.hidden.device.type == "cpu"
-        self.block = min(ROWS_IN_CACHE, self.chunk) if on_cpu else self.chunk  # rows of one pass of the row loss
-        self.wide_p = None if wide == problem.dtype else buffer(self.block, z, wide)
-        # the CPU's products of half precision come back in half precision, so a sum of them needs a place to land
-        half = wide != problem.dtype and on_cpu
-        self.partial = buffer(1, max(m * d if wanted.w1 else 0, m * z if wanted.w2 else 0)) if half else None
+    @staticmethod
+    def layout(problem: Problem) -> Layout:
+        d, m, z = problem.widths
+        budget = problem.options.workspace or WORKSPACE.get(problem.hidden.device.type, WORKSPACE["cuda"])
+        rows = budget // ((d + 2 * m + z) * problem.options.dtype.itemsize)
+        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), MIN_ROWS)
 
     @staticmethod
     def select(problem: Problem) -> Selection:
@@ -92,13 +79,37 @@ class TorchSteps:
         if rows is None:
             return Selection(None, None, None, problem.hidden.shape[0])
         # a copy: the caller may reuse the tensor before the backward
-        index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.to(torch.long, copy=True)
-        return Selection(index, None, None, index.shape[0])
+        index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
+        return Selection(index, index, None, index.shape[0])
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        if bias is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(bias, x, weight.t(), out=out)
+    def __init__(
+        self,
+        problem: Problem,
+        selection: Selection,
+        chunk: int,
+        losses: Tensor | None,
+        grads: Gradients,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> None:
+        self.problem, self.index, self.losses, self.grads = problem, selection.index, losses, grads
+        self.needs_dp = any(grad is not None for grad in grads)
+        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
+        self.coefficient = _coefficient(problem, selection, upstream, divisor)
+        self.weight = None if losses is None else _weight(problem, selection)
+        (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
+
+        def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
+            return problem.hidden.new_empty(rows, columns, dtype=dtype)
+
+        self.z, self.g, self.p = (buffer(chunk, columns) for columns in (m, m, z))
+        self.h = None if self.index is None and problem.hidden.dtype == dtype else buffer(chunk, d)
+        on_cpu = problem.hidden.device.type == "cpu"
+        self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
+        self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
+        # products of half precision come back in half precision, so a sum of them needs a place to land
+        sums = [grad for grad in (grads.w1, grads.w2) if grad is not None and grad.dtype != dtype]
+        self.partial = buffer(1, max(grad.numel() for grad in sums)) if sums else None
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
@@ -113,7 +124,7 @@ class TorchSteps:
 
     def _anchor(self, start: int, stop: int) -> Tensor:
         anchor = self.problem.anchor
-        if self.problem.anchor_compact or self.index is None:
+        if self.problem.options.anchor_compact or self.index is None:
             rows = anchor[start:stop]
         else:
             rows = anchor.index_select(0, self.index[start:stop])
@@ -123,67 +134,121 @@ class TorchSteps:
         n = stop - start
         self.x = self._rows(start, stop)
         self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
-        self._linear(self.x, self.w1, self.b1, self.z_rows)
-        forward, _ = ACTIVATIONS[self.problem.activation]
+        linear(self.x, self.w1, self.b1, self.z_rows)
+        forward, _ = ACTIVATIONS[self.problem.options.activation]
         forward(self.z_rows, out=self.g_rows)
 
-    def row_loss(self, start: int, stop: int, coefficient: Tensor | None, losses: Tensor) -> None:
-        self._linear(self.g_rows, self.w2, self.b2, self.p_rows)
-        row_loss, grad = ROW_LOSSES[self.problem.loss], any(self.wanted)
+    def row_loss(self, start: int, stop: int) -> None:
+        linear(self.g_rows, self.w2, self.b2, self.p_rows)
+        row_loss = ROW_LOSSES[self.problem.options.loss]
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             p = self.p_rows[first - start : last - start]
             wide = p if self.wide_p is None else self.wide_p[: last - first].copy_(p)
-            factor = 1.0 if coefficient is None else coefficient[first:last, None]
-            torch.mul(row_loss(wide, self._anchor(first, last), grad, factor), factor, out=losses[first:last, None])
-            if grad and wide is not p:
+            factor = 1.0 if self.coefficient is None else self.coefficient[first:last, None]
+            losses = row_loss(wide, self._anchor(first, last), self.needs_dp, factor)
+            if self.losses is not None:
+                weight = 1.0 if self.weight is None else self.weight[first:last, None]
+                torch.mul(losses, weight, out=self.losses[first:last, None])
+            if self.needs_dp and wide is not p:
                 p.copy_(wide)
+        if self.grads.b2 is not None:
+            self._add_rows(self.grads.b2[0], self.p_rows, start == 0)
 
-    def _add_product(self, total: Tensor, y: Tensor, x: Tensor) -> None:
-        """total += yᵀ·x"""
-        if total.dtype == y.dtype:
-            total.addmm_(y.t(), x)
-        elif self.partial is None:
-            total.add_(torch.mm(y.t(), x, out_dtype=total.dtype))
-        else:
-            total.add_(torch.mm(y.t(), x, out=self.partial[0, : total.numel()].view_as(total)))
+    def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
+        partial = None if self.partial is None else self.partial[0, : total.numel()].view_as(total)
+        add_product(total, dy, x, first, partial)
 
-    def _add_rows(self, total: Tensor, y: Tensor) -> None:
+    def _add_rows(self, total: Tensor, y: Tensor, first: bool) -> None:
         """total += Σ y; the CPU sums half precision in float32 through a copy, which should stay in the cache."""
+        if first:
+            total.zero_()
         for rows in y.split(ROWS_IN_CACHE) if y.device.type == "cpu" else [y]:
             total.add_(rows.sum(0, dtype=total.dtype))
 
-    def output_grads(self, dw2: Tensor | None, db2: Tensor | None) -> None:
-        if dw2 is not None:
-            self._add_product(dw2, self.p_rows, self.g_rows)
-        if db2 is not None:
-            self._add_rows(db2, self.p_rows)
+    def output_grads(self, start: int, stop: int) -> None:
+        assert self.grads.w2 is not None
+        self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
 
-    def backproject(self) -> None:
+    def backproject(self, start: int, stop: int) -> None:
         torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
-        _, backward = ACTIVATIONS[self.problem.activation]
+        _, backward = ACTIVATIONS[self.problem.options.activation]
         backward(self.g_rows, self.z_rows, grad_input=self.z_rows)
+        if self.grads.b1 is not None:
+            self._add_rows(self.grads.b1[0], self.z_rows, start == 0)
 
-    def input_grads(self, start: int, stop: int, dh: Tensor | None, dw1: Tensor | None, db1: Tensor | None) -> None:
-        if dw1 is not None:
-            self._add_product(dw1, self.z_rows, self.x)
-        if db1 is not None:
-            self._add_rows(db1, self.z_rows)
-        if dh is not None:
-            torch.mm(self.z_rows, self.w1, out=dh[start:stop])
+    def input_grads(self, start: int, stop: int) -> None:
+        if self.grads.w1 is not None:
+            self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
+        if self.grads.hidden is not None:
+            torch.mm(self.z_rows, self.w1, out=self.grads.hidden[start:stop])
 
     @staticmethod
-    def scatter(dh: Tensor, selection: Selection, total: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if selection.index is None:
-            return TorchSteps.scaled(dh, scale, dtype)
+    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
+        divisor, count, options = losses.new_ones(()), selection.capacity, problem.options
+        if options.reduction == "mean" and count:
+            weight = _weight(problem, selection)
+            if problem.normalizer is not None:
+                divisor = problem.normalizer
+            elif options.divisor is not None:
+                divisor = losses.new_full((), options.divisor)
+            else:
+                divisor = losses.new_full((), count) if weight is None else weight.sum()
+            divisor = torch.where(divisor == 0, torch.nan, divisor)
+        return losses.sum() / divisor, divisor
+
+    @staticmethod
+    def scatter(
+        dh: Tensor,
+        place: Tensor | None,
+        total: int,
+        dtype: torch.dtype,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> Tensor:
+        scale = _scale(upstream, divisor)
+        if place is None:
+            return _scaled(dh, scale, dtype)
         out = dh.new_zeros(total, dh.shape[1], dtype=dtype)
-        for start in range(0, selection.capacity, 4096):  # a block at a time: no second (N, d) in between
+        for start in range(0, dh.shape[0], 4096):  # a block at a time: no second (N, d) in between
             rows = slice(start, start + 4096)
-            out.index_copy_(0, selection.index[rows], TorchSteps.scaled(dh[rows], scale, dtype))
+            out.index_copy_(0, place[rows], _scaled(dh[rows], scale, dtype))
         return out
 
     @staticmethod
-    def scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if scale is None:
-            return grad.to(dtype)
-        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    def scale(
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        scale = _scale(upstream, divisor)
+        b1, b2 = (None if sums is None else sums[0] for sums in (grads.b1, grads.b2))
+        given = zip((grads.w1, b1, grads.w2, b2), dtypes, strict=True)
+        return tuple(None if x is None else _scaled(x, scale, dtype) for x, dtype in given)
+
+
+def _weight(problem: Problem, selection: Selection) -> Tensor | None:
+    """(capacity,) row weights in selection order."""
+    if problem.weight is None or problem.options.weight_compact or selection.index is None:
+        return problem.weight
+    return problem.weight[selection.index]
+
+
+def _scale(upstream: Tensor | None, divisor: Tensor | None) -> Tensor | None:
+    if upstream is None or divisor is None:
+        return upstream
+    return upstream / divisor
+
+
+def _coefficient(
+    problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor | None
+) -> Tensor | None:
+    """(capacity,) factors of the rows' derivatives."""
+    weight, scale = _weight(problem, selection), _scale(upstream, divisor)
+    if scale is None:
+        return weight
+    return (scale if weight is None else scale * weight).expand(selection.capacity)
+
+
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return grad.to(dtype)
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))

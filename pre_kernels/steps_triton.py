@@ -8,51 +8,144 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
-from .function import Selection, Wanted
+from .function import Gradients, Layout, Selection
+from .kernels.activation import apply_activation_grad
+from .kernels.finish import reduce_loss, scale_gradients
+from .kernels.launch import RowShape
 from .kernels.matmul import matmul
 from .kernels.row_loss import row_loss
 from .kernels.rows import invert, scatter, select
-from .kernels.weight_grad import add_column_sum, add_weight_grad
+from .kernels.weight_grad import add_weight_grad
 
 WORKSPACE = 256 << 20  # bytes
-CHUNK_MULTIPLE = 256  # rows: full tiles, and index offsets that stay 16-byte aligned
+CHUNK_MULTIPLE = 128  # rows: full tiles, and index offsets that stay 16-byte aligned
 
 
-class TritonSteps:
-    def __init__(self, problem: Problem, selection: Selection, wanted: Wanted) -> None:
-        self.problem, self.wanted = problem, wanted
-        self.index, self.count = selection.index, selection.count
-        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
-        (m, _), z = problem.w1.shape, problem.w2.shape[0]
-        rows = (problem.workspace or WORKSPACE) // ((2 * m + z) * problem.dtype.itemsize)
+class RowSteps:
+    """What the two implementations with Triton's row kernels share: everything but the products."""
+
+    clear = False  # whether products read rows beyond a count that is on the device
+    workspace = WORKSPACE
+
+    @staticmethod
+    def columns(problem: Problem) -> int:
+        """Of all buffers of a chunk together."""
+        _, m, z = problem.widths
+        return 2 * m + z
+
+    @classmethod
+    def layout(cls, problem: Problem) -> Layout:
+        _, m, z = problem.widths
+        rows = (problem.options.workspace or cls.workspace) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
-        self.chunk = max(1, min(rows, selection.capacity))
-        self.z, self.g, self.p = (
-            problem.hidden.new_empty(self.chunk, columns, dtype=problem.dtype) for columns in (m, m, z)
-        )
+        chunk = min(rows, max(1, problem.bound))
+        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)), CHUNK_MULTIPLE)
 
     @staticmethod
     def select(problem: Problem) -> Selection:
         rows, total = problem.rows, problem.hidden.shape[0]
         if rows is None:
             return Selection(None, None, None, total)
-        if rows.dtype != torch.bool:
-            # a copy: the caller may reuse the tensor before the backward
-            return Selection(rows.clone(memory_format=torch.contiguous_format), None, None, rows.shape[0])
-        index, inverse, count = select(rows.contiguous())
+        if not problem.masked:
+            rows = rows.contiguous()
+            return Selection(rows, invert(rows, total), None, rows.shape[0])
+        if total == 0:
+            nothing = rows.new_empty(0, dtype=torch.int32)
+            return Selection(nothing, nothing, None, 0)
         if not problem.count_on_host:
-            return Selection(index, inverse, count, total)
+            index, place, count = select(rows.contiguous(), problem.bound)
+            return Selection(index, place, count, problem.bound)
+        index, place, count = select(rows.contiguous(), total)
         capacity = int(count)
-        return Selection(index[:capacity], inverse, None, capacity)
+        return Selection(index[:capacity], place, None, capacity)
 
+    def __init__(
+        self,
+        problem: Problem,
+        selection: Selection,
+        chunk: int,
+        losses: Tensor | None,
+        grads: Gradients,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> None:
+        self.problem, self.options, self.losses, self.grads = problem, problem.options, losses, grads
+        self.index, self.count = selection.index, selection.count
+        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
+        self.factors: dict[str, Any] = {"upstream": upstream, "divisor": divisor}
+        _, m, z = problem.widths
+        self.z, self.g, self.p = (self._buffer(chunk, columns) for columns in (m, m, z))
+
+    def _buffer(self, rows: int, columns: int) -> Tensor:
+        return self.problem.hidden.new_empty(rows, columns, dtype=self.options.dtype)
+
+    def _begin(self, start: int, stop: int) -> None:
+        n = stop - start
+        self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
+        self.live: dict[str, Any] = {"count": self.count, "start": start}
+
+    def _row_loss(self, start: int) -> None:
+        indexed = self.index is not None
+        row_loss(
+            self.p_rows,
+            self.problem.anchor,
+            self.losses,
+            loss=self.options.loss,
+            grad=any(grad is not None for grad in self.grads),
+            index=self.index,
+            gather_anchor=indexed and not self.options.anchor_compact,
+            weight=self.problem.weight,
+            gather_weight=indexed and not self.options.weight_compact,
+            sums=self.grads.b2,
+            first=start == 0,
+            clear=self.clear,
+            **self.factors,
+            **self.live,
+        )
+
+    @staticmethod
+    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
+        return reduce_loss(
+            losses,
+            mean=problem.options.reduction == "mean",
+            number=problem.options.divisor,
+            normalizer=problem.normalizer,
+            weight=problem.weight,
+            index=None if problem.options.weight_compact else selection.index,
+            count=selection.count,
+        )
+
+    @staticmethod
+    def scatter(
+        dh: Tensor,
+        place: Tensor | None,
+        total: int,
+        dtype: torch.dtype,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> Tensor:
+        if place is None and upstream is None and dh.dtype == dtype:
+            return dh
+        out = dh.new_empty(total, dh.shape[1], dtype=dtype)
+        scatter(dh, out, inverse=place, upstream=upstream, divisor=divisor)
+        return out
+
+    @staticmethod
+    def scale(
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
+        w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, divisor)
+        return w1, b1, w2, b2
+
+
+class TritonSteps(RowSteps):
     def _hidden(self, start: int, stop: int) -> Tensor:
         """Hidden rows for a kernel that gathers by index, or the chunk's own."""
         return self.problem.hidden if self.index is not None else self.problem.hidden[start:stop]
 
     def project(self, start: int, stop: int) -> None:
-        n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
-        self.live: dict[str, Any] = {"count": self.count, "start": start}
+        self._begin(start, stop)
         matmul(
             self._hidden(start, stop),
             self.w1.t(),
@@ -61,60 +154,36 @@ class TritonSteps:
             index=self.index,
             aux=self.g_rows,
             epilogue="activate",
-            activation=self.problem.activation,
+            activation=self.options.activation,
             **self.live,
         )
 
-    def row_loss(self, start: int, stop: int, coefficient: Tensor | None, losses: Tensor) -> None:
+    def row_loss(self, start: int, stop: int) -> None:
         matmul(self.g_rows, self.w2.t(), self.p_rows, bias=self.b2, **self.live)
-        row_loss(
-            self.p_rows,
-            self.problem.anchor,
-            losses,
-            loss=self.problem.loss,
-            grad=any(self.wanted),
-            coefficient=coefficient,
-            index=None if self.problem.anchor_compact else self.index,
-            **self.live,
-        )
+        self._row_loss(start)
 
-    def output_grads(self, dw2: Tensor | None, db2: Tensor | None) -> None:
-        if dw2 is not None:
-            add_weight_grad(dw2, self.p_rows, self.g_rows, **self.live)
-        if db2 is not None:
-            add_column_sum(db2, self.p_rows, **self.live)
+    def output_grads(self, start: int, stop: int) -> None:
+        assert self.grads.w2 is not None
+        add_weight_grad(self.grads.w2, self.p_rows, self.g_rows, first=start == 0, **self.live)
 
-    def backproject(self) -> None:
+    def backproject(self, start: int, stop: int) -> None:
         matmul(
             self.p_rows,
             self.w2,
             self.z_rows,
             aux=self.z_rows,
             epilogue="activate_grad",
-            activation=self.problem.activation,
+            activation=self.options.activation,
             **self.live,
         )
+        if self.grads.b1 is not None:
+            apply_activation_grad(
+                None, self.z_rows, self.options.activation, sums=self.grads.b1, first=start == 0, **self.live
+            )
 
-    def input_grads(self, start: int, stop: int, dh: Tensor | None, dw1: Tensor | None, db1: Tensor | None) -> None:
-        if dw1 is not None:
-            add_weight_grad(dw1, self.z_rows, self._hidden(start, stop), index=self.index, **self.live)
-        if db1 is not None:
-            add_column_sum(db1, self.z_rows, **self.live)
-        if dh is not None:
-            matmul(self.z_rows, self.w1, dh[start:stop], **self.live)
-
-    @staticmethod
-    def scatter(dh: Tensor, selection: Selection, total: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        inverse = selection.inverse
-        if inverse is None and selection.index is not None:
-            inverse = invert(selection.index, total)
-        out = dh.new_empty(total, dh.shape[1], dtype=dtype)
-        scatter(dh, out, inverse=inverse, scale=scale)
-        return out
-
-    @staticmethod
-    def scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(grad, dtype=dtype)
-        columns = grad.shape[-1]
-        scatter(grad.view(-1, columns), out.view(-1, columns), scale=scale)
-        return out
+    def input_grads(self, start: int, stop: int) -> None:
+        if self.grads.w1 is not None:
+            hidden, first = self._hidden(start, stop), start == 0
+            add_weight_grad(self.grads.w1, self.z_rows, hidden, index=self.index, first=first, **self.live)
+        if self.grads.hidden is not None:
+            matmul(self.z_rows, self.w1, self.grads.hidden[start:stop], **self.live)

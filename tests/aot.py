@@ -37,7 +37,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-WIDE, ODD = (4096, 4096, 4096), (123, 252, 507)
+WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Launch:
         pointers = {kind for kind in self.signature.values() if kind in ("*bf16", "*fp16")}
         width = "".join(sorted(kind[1:] for kind in pointers)) or "fp32"
         flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
-        aligned = "" if {"K", "N", "Z", "D"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
+        aligned = "" if {"K", "N", "Z", "D", "M"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
         return f"{self.target} {self.kernel} {width} {' '.join(f for f in flags if f not in SHAPES)}{aligned}"
 
 
-NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "column_sum_kernel")
+NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "reduce_kernel", "scale_kernel")
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
 
@@ -89,13 +89,23 @@ def record(target: str, call: Any) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
+        mock.patch("pre_kernels.steps_blas.linear"),
+        mock.patch("pre_kernels.steps_blas.add_product", lambda total, dy, x, first: total.dtype == dy.dtype),
+        mock.patch("torch.mm"),
         mock.patch("pre_kernels.kernels.matmul.arch", return_value=TILE_ARCH[target]),
     ):
         call()
     return launches
 
 
-def call(dtype: torch.dtype, widths: tuple[int, int, int], rows: str, autocast: bool = False, **options: Any) -> None:
+def call(
+    dtype: torch.dtype,
+    widths: tuple[int, int, int],
+    rows: str,
+    autocast: bool = False,
+    impl: str = "triton",
+    **options: Any,
+) -> None:
     """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
     from pre_kernels import fused_pre_loss
 
@@ -111,7 +121,7 @@ def call(dtype: torch.dtype, widths: tuple[int, int, int], rows: str, autocast: 
     hidden, w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
     anchor = torch.empty(total, z, dtype=torch.float32 if autocast else dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, selection, impl="triton", **options)
+        loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, selection, impl=impl, **options)
     loss.sum().backward()
 
 
@@ -123,15 +133,20 @@ def launches(targets: list[str]) -> list[Launch]:
         for dtype in (torch.bfloat16, torch.float32):
             found += record(target, lambda dtype=dtype: call(dtype, WIDE, "mask"))
         found += record(target, lambda: call(torch.float16, WIDE, "index", row_weight=weight))
+        for rows in ("mask", "index"):
+            found += record(target, lambda rows=rows: call(torch.bfloat16, WIDE, rows, impl="blas"))
     if "sm90" in targets:
         for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
             for dtype in (torch.bfloat16, torch.float32):
-                found += record(
-                    "sm90", lambda d=dtype, a=activation, k=loss: call(d, WIDE, "all", activation=a, loss=k)
-                )
+                for impl in ("triton", "blas"):
+                    options = {"activation": activation, "loss": loss, "impl": impl}
+                    found += record("sm90", lambda d=dtype, o=options: call(d, WIDE, "all", **o))
         found += record("sm90", lambda: call(torch.bfloat16, WIDE, "index32", autocast=True))
         for dtype in (torch.bfloat16, torch.float32):
-            found += record("sm90", lambda d=dtype: call(d, ODD, "mask"))
+            for impl in ("triton", "blas"):
+                found += record("sm90", lambda d=dtype, i=impl: call(d, ODD, "mask", impl=i))
+            # rows longer than a block; chunks that are added up
+            found += record("sm90", lambda d=dtype: call(d, LONG, "index", impl="blas", workspace=1))
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         found += record("sm90", lambda: call(torch.float32, WIDE, "index"))
         torch.backends.cuda.matmul.fp32_precision = "none"
@@ -163,9 +178,10 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     """What came of compiling one launch: resources, and which matrix instructions it uses."""
-    from pre_kernels.kernels import matmul, row_loss, rows, weight_grad
+    from pre_kernels.kernels import activation, finish, matmul, row_loss, rows, weight_grad
 
-    kernel = next(vars(m)[launch.kernel] for m in (matmul, row_loss, rows, weight_grad) if launch.kernel in vars(m))
+    modules = (activation, finish, matmul, row_loss, rows, weight_grad)
+    kernel = next(vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module))
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)

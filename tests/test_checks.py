@@ -70,7 +70,7 @@ WRONG = [
     ("normalizer", {"normalizer": torch.tensor(3.0, requires_grad=True)}, TypeError, "detach"),
     ("normalizer", {"normalizer": 3, "reduction": "sum"}, ValueError, "reduction='sum'"),
     ("normalizer", {"normalizer": 3, "reduction": "none"}, ValueError, "reduction='none'"),
-    ("impl", {"impl": "cuda"}, ValueError, "'auto', 'triton', 'torch'"),
+    ("impl", {"impl": "cuda"}, ValueError, "'auto', 'triton', 'blas', 'torch'"),
     ("workspace", {"workspace": 0}, ValueError, "positive int"),
     ("workspace", {"workspace": 1.5}, TypeError, "positive int"),
 ]

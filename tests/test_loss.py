@@ -162,13 +162,13 @@ def test_no_grad_computes_no_gradient(impl, device, monkeypatch):
     case = make(6, device=device)
     for name in oracle.LEAVES:
         case.tensors[name].requires_grad_()
-    from pre_kernels.loss import _steps
+    from pre_kernels.ops import steps_of
 
     def forbidden(*_):
         raise AssertionError("a gradient step ran under no_grad")
 
-    monkeypatch.setattr(_steps(impl), "output_grads", forbidden)
-    monkeypatch.setattr(_steps(impl), "backproject", forbidden)
+    monkeypatch.setattr(steps_of(impl), "output_grads", forbidden)
+    monkeypatch.setattr(steps_of(impl), "backproject", forbidden)
     with torch.no_grad():
         quiet = fused_pre_loss(**case.tensors, rows=case.rows, impl=impl)
     monkeypatch.undo()

@@ -1,7 +1,12 @@
-"""The activations and their derivatives, as device functions for the epilogues of the matrix products."""
+"""The activations and their derivatives: device functions for the epilogues of products, and passes over rows."""
+
+from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
 
 
 @triton.jit
@@ -20,17 +25,127 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def sigmoids(x):
+    """sigmoid(x) and 1 - sigmoid(x), neither by a subtraction that cancels."""
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
 def activate_grad(x, ACTIVATION: tl.constexpr):
     """act'(x), float32."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         y = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        y = s + x * s * (1.0 - s) * (1.5957691216057308 + 0.2140644488178315 * x * x)
+        s, rest = sigmoids(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = s + x * s * rest * (1.5957691216057308 + 0.2140644488178315 * x * x)
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        y = s * (1.0 + x * (1.0 - s))
+        s, rest = sigmoids(x)
+        y = s * (1.0 + x * rest)
     else:
         y = tl.where(x > 0, 1.0, 0.0)
     return y
+
+
+@triton.jit(do_not_specialize=["n"])
+def activate_kernel(
+    z_ptr,  # (n, M)
+    g_ptr,  # (n, M)
+    n,
+    M,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_z = o_n.to(tl.int64)[:, None] * M + o_m[None, :]
+    mask = (o_n < n)[:, None] & (o_m < M)[None, :]
+    b_g = activate(widen(tl.load(z_ptr + o_z, mask=mask, other=0.0)), ACTIVATION)
+    tl.store(g_ptr + o_z, narrow(b_g, g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["start", "n"])
+def activate_grad_kernel(
+    dg_ptr,  # (n, M)
+    z_ptr,  # (n, M); dZ is written over it
+    sums_ptr,  # (programs along axis 0, M) float32
+    count_ptr,
+    start,
+    n,
+    M,
+    ACTIVATION: tl.constexpr,
+    MULTIPLY: tl.constexpr,  # else z holds dZ already and is only summed
+    SUM: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    live = live_rows(count_ptr, start, n, COUNT)
+    o_m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, live, tl.num_programs(0) * ROWS):
+        o_n = first + tl.arange(0, ROWS)
+        o_z = o_n.to(tl.int64)[:, None] * M + o_m[None, :]
+        mask = (o_n < live)[:, None] & (o_m < M)[None, :]
+        b_z = widen(tl.load(z_ptr + o_z, mask=mask, other=0.0))
+        if MULTIPLY:
+            b_z = activate_grad(b_z, ACTIVATION) * widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
+            tl.store(z_ptr + o_z, narrow(b_z, z_ptr.dtype.element_ty), mask=mask)
+        if SUM:
+            b_sum += b_z
+    if SUM:
+        add_column_sum(sums_ptr, b_sum, o_m, M, M, FIRST)
+
+
+def apply_activation(z: Tensor, g: Tensor, activation: str) -> None:
+    """g = act(z), both (n, M) contiguous."""
+    n, M = z.shape
+    shape = RowShape.of(M)
+    with on_device(z):
+        activate_kernel[triton.cdiv(n, shape.rows), triton.cdiv(M, shape.block)](
+            z, g, n, M, ACTIVATION=activation, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps, **OPTIONS
+        )
+
+
+def apply_activation_grad(
+    dg: Tensor | None,
+    z: Tensor,
+    activation: str,
+    *,
+    sums: Tensor | None = None,
+    first: bool = True,
+    count: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    """z becomes dz = dg · act'(z), or stays where dg is None, over the rows i with start + i < count; with `sums` its
+    column sums are stored there (`first`) or added.
+
+    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs share the work.
+    """
+    n, M = z.shape
+    shape = RowShape.of(M)
+    programs = shape.programs(n) if sums is None else sums.shape[0]
+    with on_device(z):
+        activate_grad_kernel[programs, triton.cdiv(M, shape.block)](
+            dg,
+            z,
+            sums,
+            count,
+            start,
+            n,
+            M,
+            ACTIVATION=activation,
+            MULTIPLY=dg is not None,
+            SUM=sums is not None,
+            FIRST=first and sums is not None,
+            COUNT=count is not None,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
+            **OPTIONS,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +17,27 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on
 OPTIONS = {"enable_fp_fusion": True}
+
+TILE = 4096  # elements that a program of a row kernel holds at a time: many short rows, or one of up to LONGEST
+LONGEST = 8192  # columns; a longer row is read in blocks of TILE
+PROGRAMS = 264  # of a row kernel at most, two for each SM of an H200; each keeps a column sum of its own
+
+
+class RowShape(NamedTuple):
+    """How a row kernel cuts (n, width): programs hold `rows` rows of `block` columns at a time."""
+
+    rows: int
+    block: int
+    warps: int
+
+    @classmethod
+    def of(cls, width: int) -> RowShape:
+        block = triton.next_power_of_2(width)
+        block = TILE if block > LONGEST else block
+        return cls(max(1, TILE // block), block, 16 if block > TILE else 8)
+
+    def programs(self, n: int) -> int:
+        return max(1, min(PROGRAMS, -(-n // self.rows)))
 
 
 @lru_cache
@@ -60,3 +82,22 @@ def dot(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     if INTERPRET:
         return tl.dot(widen(narrow(widen(a), DTYPE)), widen(narrow(widen(b), DTYPE)), total)
     return tl.dot(a.to(DTYPE), b.to(DTYPE), total, input_precision=PRECISION)
+
+
+@triton.jit
+def live_rows(count_ptr, start, n, COUNT: tl.constexpr):
+    """How many of a chunk's n rows, which begin at `start` of the selection, are selected ones."""
+    if COUNT:
+        return tl.minimum(n, tl.load(count_ptr) - start)
+    return n
+
+
+@triton.jit
+def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
+    """Store the column sums of b_sum (rows, block) in this program's row of sums (programs, stride), or add them to
+    what is there: no atomics, so the order is fixed."""
+    b_total = tl.sum(b_sum, 0)
+    p_sums = sums_ptr + tl.program_id(0).to(tl.int64) * stride + o_b
+    if not FIRST:
+        b_total += tl.load(p_sums, mask=o_b < columns, other=0.0)
+    tl.store(p_sums, b_total, mask=o_b < columns)

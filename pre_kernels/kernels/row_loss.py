@@ -1,4 +1,4 @@
-"""Loss and derivative of each row in one launch."""
+"""Loss and derivative of each row in one pass, with the column sums of the derivative."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, narrow, on_device, widen
-
-TILE = 4096  # elements of a program: many short rows, one long row, or a longer one in blocks of that many columns
+from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .rows import load_scale
 
 
 @triton.jit(do_not_specialize=["start", "n"])
 def row_loss_kernel(
     p_ptr,  # (n, Z); dP is written over it
     a_ptr,  # (·, Z), gathered by index
-    coefficient_ptr,  # (capacity,) float32
+    weight_ptr,  # (·,) float32, gathered by index
+    upstream_ptr,  # (capacity,), or 0-d
+    divisor_ptr,  # 0-d float32
     losses_ptr,  # (capacity,) float32
+    sums_ptr,  # (programs, Z) float32
     index_ptr,  # (capacity,)
     count_ptr,
     start,
@@ -26,78 +28,110 @@ def row_loss_kernel(
     stride_az,
     LOSS: tl.constexpr,
     GRAD: tl.constexpr,
-    GATHER: tl.constexpr,
+    GATHER_ANCHOR: tl.constexpr,
+    GATHER_WEIGHT: tl.constexpr,
+    UPSTREAM_ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+    FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    WEIGH: tl.constexpr,
+    CLEAR: tl.constexpr,  # dP of the rows beyond the count becomes 0
+    WHOLE: tl.constexpr,  # a row fits a block
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    live = n
-    if COUNT:
-        live = tl.minimum(n, tl.load(count_ptr) - start)
-    o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_n = o_n < live
-    if GATHER:
-        rows = tl.load(index_ptr + start + o_n, mask=m_n, other=0).to(tl.int64)
-    else:
+    live = live_rows(count_ptr, start, n, COUNT)
+    last = n if CLEAR else live
+    o_b = tl.arange(0, BLOCK)
+    b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    if SUM and FIRST and not WHOLE:
+        for z in range(0, Z, BLOCK):
+            add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
+    for first in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
+        o_n = first + tl.arange(0, ROWS)
+        m_n = o_n < live
         rows = (start + o_n).to(tl.int64)
-    p_p = p_ptr + o_n.to(tl.int64)[:, None] * Z  # (ROWS, 1)
-    p_a = a_ptr + rows[:, None] * stride_am
-    weight = tl.full((ROWS,), 1.0, tl.float32)
-    if WEIGH:
-        weight = tl.load(coefficient_ptr + start + o_n, mask=m_n, other=0.0)
-    o_b = tl.arange(0, BLOCK)[None, :]
+        if GATHER_ANCHOR or GATHER_WEIGHT:
+            selected = tl.load(index_ptr + start + o_n, mask=m_n, other=0).to(tl.int64)
+        p_p = p_ptr + o_n.to(tl.int64)[:, None] * Z + o_b[None, :]
+        p_a = a_ptr + (selected if GATHER_ANCHOR else rows)[:, None] * stride_am + o_b[None, :] * stride_az
+        weight = tl.full((ROWS,), 1.0, tl.float32)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0)
+        if WHOLE:
+            mask = m_n[:, None] & (o_b < Z)[None, :]
+            b_p = widen(tl.load(p_p, mask=mask, other=0.0))
+            b_a = widen(tl.load(p_a, mask=mask, other=0.0))
 
-    if LOSS == "cosine":
-        b_pp = tl.zeros((ROWS, BLOCK), tl.float32)
-        b_aa = tl.zeros((ROWS, BLOCK), tl.float32)
-        for z in range(0, Z, BLOCK):
-            mask = m_n[:, None] & (z + o_b < Z)
-            b_p = widen(tl.load(p_p + z + o_b, mask=mask, other=0.0))
-            b_a = widen(tl.load(p_a + (z + o_b) * stride_az, mask=mask, other=0.0))
-            b_pp += b_p * b_p
-            b_aa += b_a * b_a
-        # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
-        norm = tl.sqrt_rn(tl.sum(b_pp, 1))
-        p_norm = clamp_min(norm, 1e-8)
-        a_norm = clamp_min(tl.sqrt_rn(tl.sum(b_aa, 1)), 1e-8)
-        b_cosine = tl.zeros((ROWS, BLOCK), tl.float32)
-        for z in range(0, Z, BLOCK):
-            mask = m_n[:, None] & (z + o_b < Z)
-            b_p = widen(tl.load(p_p + z + o_b, mask=mask, other=0.0))
-            b_a = widen(tl.load(p_a + (z + o_b) * stride_az, mask=mask, other=0.0))
-            b_cosine += (b_p / p_norm[:, None]) * (b_a / a_norm[:, None])
-        cosine = tl.sum(b_cosine, 1)
-        loss = -cosine
-        along = tl.where(norm == 0.0, 0.0, cosine * (p_norm / norm))
-    else:
-        b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
-        for z in range(0, Z, BLOCK):
-            mask = m_n[:, None] & (z + o_b < Z)
-            b_p = widen(tl.load(p_p + z + o_b, mask=mask, other=0.0))
-            b_d = b_p - widen(tl.load(p_a + (z + o_b) * stride_az, mask=mask, other=0.0))
-            if LOSS == "mse":
-                b_sum += b_d * b_d
-            else:
-                b_slope = clamp_one(b_d)
-                b_sum += b_slope * (b_d - 0.5 * b_slope)
-        loss = tl.sum(b_sum, 1) / Z
-    tl.store(losses_ptr + start + o_n, weight * loss, mask=m_n)
+        if LOSS == "cosine":
+            b_pp = tl.zeros((ROWS, BLOCK), tl.float32)
+            b_aa = tl.zeros((ROWS, BLOCK), tl.float32)
+            for z in range(0, Z, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                b_pp += b_p * b_p
+                b_aa += b_a * b_a
+            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
+            norm = tl.sqrt_rn(tl.sum(b_pp, 1))
+            p_norm = clamp_min(norm, 1e-8)
+            a_norm = clamp_min(tl.sqrt_rn(tl.sum(b_aa, 1)), 1e-8)
+            b_cosine = tl.zeros((ROWS, BLOCK), tl.float32)
+            for z in range(0, Z, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                b_cosine += (b_p / p_norm[:, None]) * (b_a / a_norm[:, None])
+            cosine = tl.sum(b_cosine, 1)
+            loss = -cosine
+            along = tl.where(norm == 0.0, 0.0, cosine * (p_norm / norm))
+        else:
+            b_loss = tl.zeros((ROWS, BLOCK), tl.float32)
+            for z in range(0, Z, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                b_d = b_p - b_a
+                if LOSS == "mse":
+                    b_loss += b_d * b_d
+                else:
+                    b_slope = clamp_one(b_d)
+                    b_loss += b_slope * (b_d - 0.5 * b_slope)
+            loss = tl.sum(b_loss, 1) / Z
+        if losses_ptr is not None:
+            tl.store(losses_ptr + start + o_n, weight * loss, mask=m_n)
 
-    if GRAD:
-        for z in range(0, Z, BLOCK):
-            mask = m_n[:, None] & (z + o_b < Z)
-            b_p = widen(tl.load(p_p + z + o_b, mask=mask, other=0.0))
-            b_a = widen(tl.load(p_a + (z + o_b) * stride_az, mask=mask, other=0.0))
-            if LOSS == "cosine":
-                # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|; unit vectors cancel exactly where p and a are parallel
-                b_dp = along[:, None] * (b_p / p_norm[:, None]) - b_a / a_norm[:, None]
-                b_dp *= (weight / p_norm)[:, None]
-            elif LOSS == "mse":
-                b_dp = (weight * 2.0 / Z)[:, None] * (b_p - b_a)
+        if GRAD:
+            if UPSTREAM_ROWS:
+                upstream = tl.load(upstream_ptr + start + o_n, mask=m_n, other=0.0)
+                weight *= upstream * load_scale(None, divisor_ptr)
             else:
-                b_dp = (weight / Z)[:, None] * clamp_one(b_p - b_a)
-            tl.store(p_p + z + o_b, narrow(b_dp, p_ptr.dtype.element_ty), mask=mask)
+                weight *= load_scale(upstream_ptr, divisor_ptr)
+            for z in range(0, Z, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                if LOSS == "cosine":
+                    # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|; unit vectors cancel exactly where p and a are parallel
+                    b_dp = along[:, None] * (b_p / p_norm[:, None]) - b_a / a_norm[:, None]
+                    b_dp *= (weight / p_norm)[:, None]
+                elif LOSS == "mse":
+                    b_dp = (weight * 2.0 / Z)[:, None] * (b_p - b_a)
+                else:
+                    b_dp = (weight / Z)[:, None] * clamp_one(b_p - b_a)
+                b_dp = tl.where(m_n[:, None], b_dp, 0.0)
+                m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
+                tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
+                if SUM:
+                    if WHOLE:
+                        b_sum += b_dp
+                    else:
+                        add_column_sum(sums_ptr + z, b_dp, o_b, Z, Z - z, False)
+    if SUM and WHOLE:
+        add_column_sum(sums_ptr, b_sum, o_b, Z, Z, FIRST)
 
 
 @triton.jit
@@ -107,35 +141,48 @@ def clamp_min(x, low):
 
 @triton.jit
 def clamp_one(x):
-    return tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
+    return tl.where(x < -1.0, -1.0, tl.where(x > 1.0, 1.0, x))
 
 
 def row_loss(
     p: Tensor,
     anchor: Tensor,
-    losses: Tensor,
+    losses: Tensor | None,
     *,
     loss: str,
     grad: bool,
-    coefficient: Tensor | None = None,
     index: Tensor | None = None,
+    gather_anchor: bool = False,
+    weight: Tensor | None = None,
+    gather_weight: bool = False,
+    upstream: Tensor | None = None,
+    divisor: Tensor | None = None,
+    sums: Tensor | None = None,
+    first: bool = True,
     count: Tensor | None = None,
+    clear: bool = False,
     start: int = 0,
 ) -> None:
-    """losses[start + i] = coefficient · ℓ(p[i], anchor[index[start + i]]); with `grad` p becomes coefficient · dℓ/dp.
+    """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad` p becomes dP =
+    upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored there (`first`) or added.
 
-    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype; losses and coefficient: (capacity,) float32;
-    index: (capacity,) rows of anchor, None = anchor row start + i; count: 0-d int32, rows from there on are left alone.
+    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if `gather_anchor`, else
+    start + i; weight likewise (·,) float32, None = 1; losses: (capacity,) float32; upstream: (capacity,) or 0-d, None =
+    1; divisor: 0-d float32, None = 1; sums: (S, Z) float32, whose S rows add up to the sum: as many programs share the
+    work; count: 0-d int32, None = all; clear: dP of rows beyond the count is 0, else they are left alone.
     """
     n, Z = p.shape
-    block = min(TILE, triton.next_power_of_2(Z))
-    rows = TILE // block
+    shape = RowShape.of(Z)
+    programs = shape.programs(n) if sums is None else sums.shape[0]
     with on_device(p):
-        row_loss_kernel[(triton.cdiv(n, rows),)](
+        row_loss_kernel[(programs,)](
             p,
             anchor,
-            coefficient,
+            weight,
+            upstream,
+            divisor,
             losses,
+            sums,
             index,
             count,
             start,
@@ -144,11 +191,16 @@ def row_loss(
             *anchor.stride(),
             LOSS=loss,
             GRAD=grad,
-            GATHER=index is not None,
+            GATHER_ANCHOR=gather_anchor,
+            GATHER_WEIGHT=gather_weight and weight is not None,
+            UPSTREAM_ROWS=upstream is not None and upstream.dim() == 1,
+            SUM=sums is not None,
+            FIRST=first and sums is not None,
             COUNT=count is not None,
-            WEIGH=coefficient is not None,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=8,
+            CLEAR=clear,
+            WHOLE=shape.block >= Z,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
             **OPTIONS,
         )

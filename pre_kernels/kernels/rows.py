@@ -1,4 +1,4 @@
-"""Row selection: mask → indices and their count, indices → inverse, and the scatter of gradients back to all rows."""
+"""Row selection: mask → indices and their count, indices → inverse; the gather, and the scatter of gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, narrow, on_device, widen
+from .launch import OPTIONS, live_rows, narrow, on_device, widen
 
 BLOCK = 1024  # rows of the mask of a program
-TILE = 2048  # elements of a program of the scatter
+TILE = 2048  # elements of a program of the gather and the scatter
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -20,8 +20,8 @@ def count_kernel(mask_ptr, counts_ptr, R, BLOCK: tl.constexpr):
     tl.store(counts_ptr + tl.program_id(0), tl.sum(b_mask.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["R"])
-def select_kernel(mask_ptr, counts_ptr, index_ptr, inverse_ptr, count_ptr, R, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["R", "capacity"])
+def select_kernel(mask_ptr, counts_ptr, index_ptr, inverse_ptr, count_ptr, R, capacity, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     before = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, pid, BLOCK):
@@ -33,8 +33,9 @@ def select_kernel(mask_ptr, counts_ptr, index_ptr, inverse_ptr, count_ptr, R, BL
     m_r = o_r < R
     b_mask = tl.load(mask_ptr + o_r, mask=m_r, other=0) != 0
     b_position = offset + tl.cumsum(b_mask.to(tl.int32), 0) - 1
-    tl.store(index_ptr + b_position, o_r, mask=b_mask & m_r)
-    tl.store(inverse_ptr + o_r, tl.where(b_mask, b_position, -1), mask=m_r)
+    b_kept = b_mask & (b_position < capacity)
+    tl.store(index_ptr + b_position, o_r, mask=b_kept & m_r)
+    tl.store(inverse_ptr + o_r, tl.where(b_kept, b_position, -1), mask=m_r)
     if pid == tl.num_programs(0) - 1:
         tl.store(count_ptr, offset + tl.sum(b_mask.to(tl.int32), 0))
 
@@ -46,16 +47,45 @@ def invert_kernel(index_ptr, inverse_ptr, N, BLOCK: tl.constexpr):
     tl.store(inverse_ptr + b_row, o_n, mask=o_n < N)
 
 
+@triton.jit(do_not_specialize=["start", "n"])
+def gather_kernel(
+    x_ptr,  # (·, D) by strides
+    out_ptr,  # (n, D)
+    index_ptr,  # (capacity,)
+    count_ptr,
+    start,
+    n,
+    D,
+    stride_xm,
+    stride_xd,
+    GATHER: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    live = live_rows(count_ptr, start, n, COUNT)
+    o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if GATHER:
+        rows = tl.load(index_ptr + start + o_n, mask=o_n < live, other=0).to(tl.int64)
+    else:
+        rows = (start + o_n).to(tl.int64)
+    m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
+    b_x = widen(tl.load(x_ptr + rows[:, None] * stride_xm + o_d[None, :] * stride_xd, mask=m_x, other=0.0))
+    p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < n)[:, None] & (o_d < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["R"])
 def scatter_kernel(
     x_ptr,  # (capacity, D)
     out_ptr,  # (R, D)
     inverse_ptr,  # (R,)
-    scale_ptr,  # 0-d float32
+    upstream_ptr,  # 0-d
+    divisor_ptr,  # 0-d
     R,
     D,
     INVERSE: tl.constexpr,
-    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -64,31 +94,40 @@ def scatter_kernel(
     sources = o_r.to(tl.int64)
     if INVERSE:
         sources = tl.load(inverse_ptr + o_r, mask=m_r, other=-1).to(tl.int64)
-    scale = 1.0
-    if SCALE:
-        scale = tl.load(scale_ptr)
     o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_out = m_r[:, None] & (o_d < D)[None, :]
     live = m_out & (sources >= 0)[:, None]
     b_x = widen(tl.load(x_ptr + sources[:, None] * D + o_d[None, :], mask=live, other=0.0))
-    b_x = tl.where(live, b_x * scale, 0.0)  # not scale · 0: an infinite or NaN scale must not reach other rows
+    # not scale · 0: an infinite or NaN scale must not reach other rows
+    b_x = tl.where(live, b_x * load_scale(upstream_ptr, divisor_ptr), 0.0)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=m_out)
 
 
-def select(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a (R,) bool mask: (R,) int32 indices of its true rows in order, zero from the count on; their (R,) int32
-    inverse, -1 where false; and the 0-d int32 count. Reads nothing back to the host."""
+@triton.jit
+def load_scale(upstream_ptr, divisor_ptr):
+    """upstream ÷ divisor, each 1 where it is None."""
+    scale = 1.0
+    if upstream_ptr is not None:
+        scale = widen(tl.load(upstream_ptr))
+    if divisor_ptr is not None:
+        scale = scale / tl.load(divisor_ptr)
+    return scale
+
+
+def select(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a (R,) bool mask with R > 0: (capacity,) int32 indices of its first true rows in order, undefined from the
+    count on; their (R,) int32 inverse, -1 where there is none; and the 0-d int32 count, which may exceed the capacity.
+    Reads nothing back to the host."""
     R = mask.numel()
-    index = mask.new_zeros(R, dtype=torch.int32)  # zeros: what lies beyond the count is read by gathers of weights
-    inverse = torch.empty_like(index)
-    count = mask.new_zeros((), dtype=torch.int32)
-    if R:
-        blocks = triton.cdiv(R, BLOCK)
-        counts = index.new_empty(blocks)
-        with on_device(mask):
-            count_kernel[(blocks,)](mask, counts, R, BLOCK=BLOCK, num_warps=4, **OPTIONS)
-            select_kernel[(blocks,)](mask, counts, index, inverse, count, R, BLOCK=BLOCK, num_warps=4, **OPTIONS)
+    blocks = triton.cdiv(R, BLOCK)
+    index, inverse, count, counts = (
+        mask.new_empty(shape, dtype=torch.int32) for shape in ((capacity,), (R,), (), (blocks,))
+    )
+    shape = {"BLOCK": BLOCK, "num_warps": 4, **OPTIONS}
+    with on_device(mask):
+        count_kernel[(blocks,)](mask, counts, R, **shape)
+        select_kernel[(blocks,)](mask, counts, index, inverse, count, R, capacity, **shape)
     return index, inverse, count
 
 
@@ -103,9 +142,41 @@ def invert(index: Tensor, total: int) -> Tensor:
     return inverse
 
 
-def scatter(x: Tensor, out: Tensor, *, inverse: Tensor | None = None, scale: Tensor | None = None) -> None:
-    """out[r] = scale · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D), both contiguous, any
-    floating dtypes; inverse: (R,), None = the identity; scale: 0-d float32, None = 1."""
+def gather(x: Tensor, out: Tensor, *, index: Tensor | None = None, count: Tensor | None = None, start: int = 0) -> None:
+    """out[i] = x[index[start + i]] in out's dtype, zero where start + i >= count. x: (·, D), any strides; out: (n, D)
+    contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None = all."""
+    n, D = out.shape
+    columns = min(TILE, triton.next_power_of_2(D))
+    rows = TILE // columns
+    with on_device(x):
+        gather_kernel[triton.cdiv(n, rows), triton.cdiv(D, columns)](
+            x,
+            out,
+            index,
+            count,
+            start,
+            n,
+            D,
+            *x.stride(),
+            GATHER=index is not None,
+            COUNT=count is not None,
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=4,
+            **OPTIONS,
+        )
+
+
+def scatter(
+    x: Tensor,
+    out: Tensor,
+    *,
+    inverse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> None:
+    """out[r] = upstream / divisor · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D), both
+    contiguous, any floating dtypes; inverse: (R,), None = the identity; upstream, divisor: 0-d, None = 1."""
     R, D = out.shape
     if not R:
         return
@@ -116,11 +187,11 @@ def scatter(x: Tensor, out: Tensor, *, inverse: Tensor | None = None, scale: Ten
             x,
             out,
             inverse,
-            scale,
+            upstream,
+            divisor,
             R,
             D,
             INVERSE=inverse is not None,
-            SCALE=scale is not None,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=4,

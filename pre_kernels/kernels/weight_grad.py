@@ -1,4 +1,4 @@
-"""Weight gradients: a chunk's dYᵀ·X and column sums of dY, added to float32 totals."""
+"""Weight gradients: a chunk's dYᵀ·X, added to a float32 total."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, dot, on_device, widen
+from .launch import OPTIONS, dot, narrow, on_device
 from .matmul import GROUP_M, input_precision, quarters, swizzle, tile_for
-
-COLUMNS, ROWS, SPLITS = 128, 32, 16  # of a column sum: a program's tile, and how many programs share a column
 
 
 @triton.jit(do_not_specialize=["start", "n"])
@@ -27,6 +25,7 @@ def weight_grad_kernel(
     stride_xn,
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
+    FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -37,7 +36,7 @@ def weight_grad_kernel(
     live = n
     if COUNT:
         live = tl.minimum(n, tl.load(count_ptr) - start)
-    if live <= 0:
+    if live <= 0 and not FIRST:
         return
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -66,38 +65,10 @@ def weight_grad_kernel(
         base = (i_m * BLOCK_M).to(tl.int64) * N + first
         o_q = tl.arange(0, QUARTER)[None, :]
         p_total, m_total = total_ptr + base + m * N + o_q, (i_m * BLOCK_M + m < M) & (first + o_q < N)
-        tl.store(p_total, tl.load(p_total, mask=m_total, other=0.0) + parts[i], mask=m_total)
-
-
-@triton.jit(do_not_specialize=["start", "n"])
-def column_sum_kernel(
-    y_ptr,  # (n, M)
-    sums_ptr,  # (programs along axis 1, M) float32
-    count_ptr,
-    start,
-    n,
-    M,
-    COUNT: tl.constexpr,
-    ADD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    i_m, i_s, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    live = n
-    if COUNT:
-        live = tl.minimum(n, tl.load(count_ptr) - start)
-    o_m = i_m * COLUMNS + tl.arange(0, COLUMNS)
-    m_m = o_m < M
-    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(i_s * ROWS, live, splits * ROWS):
-        o_n = first + tl.arange(0, ROWS)
-        p_y = y_ptr + o_n.to(tl.int64)[:, None] * M + o_m[None, :]
-        b_sum += widen(tl.load(p_y, mask=(o_n < live)[:, None] & m_m[None, :], other=0.0))
-    b_total = tl.sum(b_sum, 0)
-    p_sums = sums_ptr + i_s * M + o_m
-    if ADD:
-        b_total += tl.load(p_sums, mask=m_m, other=0.0)
-    tl.store(p_sums, b_total, mask=m_m)
+        b_part = parts[i]
+        if not FIRST:
+            b_part += tl.load(p_total, mask=m_total, other=0.0)
+        tl.store(p_total, narrow(b_part, total_ptr.dtype.element_ty), mask=m_total)
 
 
 def add_weight_grad(
@@ -108,11 +79,12 @@ def add_weight_grad(
     index: Tensor | None = None,
     count: Tensor | None = None,
     start: int = 0,
+    first: bool = False,
 ) -> None:
-    """total += Σ_i dy[i]ᵀ · x[index[start + i]], over the rows i of `dy` with start + i < count.
+    """total += Σ_i dy[i]ᵀ · x[index[start + i]], over the rows i of `dy` with start + i < count; = if `first`.
 
-    total: (M, N) float32 contiguous; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype; index, count:
-    as in `matmul`. Each element is summed by one program in a fixed order: deterministic.
+    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype;
+    index, count: as in `matmul`. Each element is summed by one program in a fixed order: deterministic.
     """
     (n, M), N = dy.shape, x.shape[1]
     tile = tile_for(x, dy)
@@ -131,6 +103,7 @@ def add_weight_grad(
             *x.stride(),
             GATHER=index is not None,
             COUNT=count is not None,
+            FIRST=first,
             PRECISION=input_precision(dy.dtype),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
@@ -140,18 +113,3 @@ def add_weight_grad(
             num_stages=tile.stages,
             **OPTIONS,
         )
-
-
-def add_column_sum(total: Tensor, y: Tensor, *, count: Tensor | None = None, start: int = 0) -> None:
-    """total += Σ_i y[i], over the rows i of `y` with start + i < count; total: (M,) float32, y: (n, M) contiguous.
-
-    In two launches, so that many programs read and the sum is still deterministic.
-    """
-    n, M = y.shape
-    splits = min(SPLITS, triton.cdiv(n, ROWS))
-    sums = total.new_empty(splits, M)
-    columns = triton.cdiv(M, COLUMNS)
-    shape = {"COLUMNS": COLUMNS, "ROWS": ROWS, "num_warps": 4, **OPTIONS}
-    with on_device(y):
-        column_sum_kernel[columns, splits](y, sums, count, start, n, M, COUNT=count is not None, ADD=False, **shape)
-        column_sum_kernel[columns, 1](sums, total, None, 0, splits, M, COUNT=False, ADD=True, **shape)

@@ -1,0 +1,49 @@
+"""The matrix products of the vendor's library, into buffers that exist."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x · weightᵀ + bias; x: (n, K), weight: (N, K), bias: (N,) or None, out: (n, N), all of one dtype."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+@lru_cache
+def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this version of torch adds a half-precision product to a float32 matrix; older ones refuse the dtypes."""
+    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, x, x, torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, partial: Tensor | None = None) -> bool:
+    """total += dyᵀ·x, or = if `first`; dy: (n, M), x: (n, N), total: (M, N) in their dtype or float32.
+
+    False, and nothing done, where that takes a buffer (`partial`, of total's size and dy's dtype) that is not there.
+    """
+    if total.dtype == dy.dtype:
+        if first:
+            torch.mm(dy.t(), x, out=total)
+        else:
+            total.addmm_(dy.t(), x)
+    elif total.is_cuda and first:
+        torch.ops.aten.mm.dtype_out(dy.t(), x, total.dtype, out=total)
+    elif total.is_cuda and _sums_in_place(total.device, dy.dtype):
+        torch.ops.aten.addmm.dtype_out(total, dy.t(), x, total.dtype, out=total)
+    elif partial is not None:
+        torch.mm(dy.t(), x, out=partial)
+        total.copy_(partial) if first else total.add_(partial)
+    else:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors, opcheck."""
+
+import oracle
+import pytest
+import torch
+from oracle import make
+
+from pre_kernels import fused_pre_loss
+
+CALLS = {
+    "mask": {"rows": "mask"},
+    "index": {"rows": "index64"},
+    "all rows": {"rows": "all"},
+    "none": {"rows": "mask", "reduction": "none"},
+    "none, index": {"rows": "index32", "reduction": "none"},
+    "normalizer": {"rows": "mask", "normalizer": torch.tensor(3.0)},
+    "weights": {"rows": "mask", "weight": "leading"},
+    "compact": {"rows": "mask", "anchor": "compact", "weight": "compact"},
+    "capacity": {"rows": "mask", "capacity": 45},
+    "chunks": {"rows": "index64", "leading": (300,), "workspace": 1},
+    "float16": {"rows": "mask", "dtype": torch.float16},
+    "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
+    "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
+    "frozen": {"rows": "mask", "frozen": ("hidden", "b1")},
+}
+
+
+def results(function, case, hidden=None):
+    leaves = [case.tensors[name].requires_grad_(name not in case.frozen) for name in oracle.LEAVES]
+    tensors = {**case.tensors, "hidden": leaves[0] if hidden is None else hidden}
+    loss = function(tensors, case.rows)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [loss, *torch.autograd.grad((loss * 3).sum(), wanted)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(impl, device, name):
+    case = make(4, device=device, **CALLS[name])
+
+    def function(tensors, rows):
+        tensors = {**tensors, "hidden": tensors["hidden"] * 2}
+        return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled, case), results(function, case), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_inductor_takes_other_sizes_and_masks(device):
+    def function(tensors, rows):
+        return fused_pre_loss(**tensors, rows=rows).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for seed, leading in enumerate([(3, 17), (5, 20), (2, 9)]):
+        case = make(seed, device=device, leading=leading)
+        for got, want in zip(results(compiled, case), results(function, case), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_export(device):
+    case = make(4, device=device)
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, anchor, rows):
+            rest = {name: case.tensors[name] for name in ("w1", "b1", "w2", "b2")}
+            return fused_pre_loss(hidden, anchor, **rest, rows=rows)
+
+    inputs = (case.tensors["hidden"], case.tensors["anchor"], case.rows)
+    program = torch.export.export(Loss(), inputs)
+    assert "pre_kernels.loss" in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+
+
+@pytest.mark.parametrize("name", ["mask", "index", "none", "compact", "chunks", "float16", "frozen"])
+def test_opcheck(impl, device, name, monkeypatch):
+    """On the arguments of real calls, as they reach each operator; all rows selected, for what lies beyond a count in
+    dH is undefined, and opcheck compares it."""
+    seen = []
+    for operator in ("loss", "rescale", "recompute"):
+        real = getattr(torch.ops.pre_kernels, operator)
+
+        def record(*arguments, real=real):
+            seen.append((real.default, arguments))
+            return real(*arguments)
+
+        monkeypatch.setattr(torch.ops.pre_kernels, operator, record)
+    case = make(4, device=device, share=1.0, **CALLS[name])
+    results(lambda tensors, rows: fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl), case)
+    monkeypatch.undo()
+    assert len(seen) == 2
+    for operator, arguments in seen:
+        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        torch.library.opcheck(operator, arguments)
+
+
+def test_a_mask_beyond_the_capacity(impl, device):
+    case = make(4, device=device, capacity=10, dtype=torch.float32)
+
+    def function(tensors, rows):
+        return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+    if impl == "torch":
+        with pytest.raises(ValueError, match="capacity: got 10, want at least the"):
+            function(case.tensors, case.rows)
+        return
+    loss, *grads = results(function, case)
+    assert loss.isnan()
+    assert all(grad.isnan().any() for grad in grads)
+
+
+def test_a_mask_beyond_the_capacity_is_named_when_debugging(impl, device, monkeypatch):
+    monkeypatch.setenv("PRE_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="capacity: got 10, want at least the"):
+        fused_pre_loss(**make(4, device=device).tensors, rows=make(4, device=device).rows, capacity=10, impl=impl)
