@@ -80,9 +80,7 @@ def liger(**options: Any) -> Loss:
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, temperature=1.0, **options
     )
 
-    def loss(
-        hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
-    ) -> Tensor:
+    def loss(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
         x, a = _selected(hidden, anchor, rows)
         labels = torch.zeros(len(x), dtype=torch.long, device=x.device)  # of the hard loss, whose weight is 0
         teacher = _identity(a.shape[1], a.dtype, a.device)
@@ -96,9 +94,7 @@ def _identity(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(width, dtype=dtype, device=device)
 
 
-def viral(
-    hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
-) -> Tensor:
+def viral(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
     """The predictor over every token, then a loop over the samples that picks the visual ones."""
     mask = rows
     if rows.dtype != torch.bool:

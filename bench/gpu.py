@@ -89,10 +89,9 @@ def costly(dry: bool, out: Path) -> Iterator[Part]:
 
 def profile(dry: bool, out: Path) -> Iterator[Part]:
     size = ["--shape", "tiny", "--dtype", "fp32"] if dry else []
-    small = size or ["--shape", "qwen25vl-7b-small"]
     yield Part(_module("bench.profiling", "syncs", *size), 120)
-    yield Part(_module("bench.profiling", "kernels", *size), 60)
-    yield Part(_module("bench.profiling", "kernels", *small), 60)
+    for where in [size] if dry else [[], ["--shape", "qwen25vl-7b-small"]]:
+        yield Part(_module("bench.profiling", "kernels", *where), 60)
     yield Part(_module("bench.profiling", "workspace", *size), 110)
     yield Part(_module("bench.profiling", "firstcall", *size), 90)
     yield Part(_module("bench.training", *(["--tiny"] if dry else [])), 150)

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
 from pre_kernels.integrations import apply_pre
+from torch import Tensor, nn
 
 from . import record, report
 from .device import MIB, Cpu, Cuda, current
