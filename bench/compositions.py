@@ -24,7 +24,7 @@ def compiled_in_chunks() -> Loss:
     from torch._inductor import metrics
 
     # by default it looks for outputs 8 × the size of their inputs, as logits are; a cached graph would count nothing
-    lifted = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 0, "force_disable_caches": True}
+    lifted = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 0, "fx_graph_cache": False}
     function = torch.compile(reference.pre_loss, options=lifted)
     chunked = []
 

@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}")
     group.addoption("--dtype", action="append", choices=list(shapes.DTYPES), help="with --shape; else bf16 and fp32")
     group.addoption("--rows", action="append", choices=shapes.ROWS, help="with --shape; else index")
-    group.addoption("--peer", action="append", default=[], help=f"only this: {', '.join(peers.BY_NAME)}")
+    group.addoption("--peer", action="append", default=[], choices=list(peers.BY_NAME), help="only this")
     group.addoption("--seconds", type=float, help="of sampling each shape")
     group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
 

@@ -201,6 +201,6 @@ def _row(goal: Goal, found: Found | None) -> Sequence[str]:
     text = found.text
     if found.value is not None:
         met = found.value <= goal.bound if goal.sign == "≤" else found.value >= goal.bound
-        text = f"{text or format(found.value, '.3g')}, {'met' if met else 'missed'}"
+        text = f"{text or format(found.value, '.4g')}, {'met' if met else 'missed'}"
     where = {f"{one['device']}, {one['date'][:10]}, commit {one['commit']}": None for one in found.source}
     return name, text, "; ".join(filter(None, (found.what, *where)))

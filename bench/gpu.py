@@ -93,7 +93,7 @@ def profile(dry: bool, out: Path) -> Iterator[Part]:
     for where in [size] if dry else [[], ["--shape", "qwen25vl-7b-small"]]:
         yield Part(_module("bench.profiling", "kernels", *where), 60)
     yield Part(_module("bench.profiling", "workspace", *size), 110)
-    yield Part(_module("bench.profiling", "firstcall", *size), 90)
+    yield Part(_module("bench.profiling", "firstcall", *size), 150)
     yield Part(_module("bench.training", *(["--tiny"] if dry else [])), 150)
     if shutil.which("ncu"):
         sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")

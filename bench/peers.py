@@ -48,7 +48,7 @@ def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = _triton_missing(device, dtype)
     if reason is None and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
         return "no fp8 products before sm_89"
-    return reason or ("stands in for products in half precision" if dtype == torch.float32 else None)
+    return reason or (None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone")
 
 
 def _chunker_missing(device: torch.device, dtype: torch.dtype) -> str | None:

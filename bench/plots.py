@@ -27,7 +27,7 @@ def bars(records: Iterable[Record], path: Path) -> None:
         for offset, name in enumerate(names):
             values = [ratios(run, name)[key] or 0 for run in runs]
             centers = [row + 0.8 * (offset - (len(names) - 1) / 2) / len(names) for row in range(len(runs))]
-            axis.barh(centers, values, height=0.8 / len(names), label=name)
+            axis.barh(centers, values, height=0.8 / len(names), color=_color(name), label=name)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(title)
     ticks = []
@@ -51,20 +51,25 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
     if not panels:
         return []
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.8), squeeze=False, layout="constrained"
+    wide, high = min(2, len(panels)), (len(panels) + 1) // 2
+    figure, grid = pyplot.subplots(
+        high, wide, figsize=(5.5 * wide + 1.5, 4.2 * high), squeeze=False, layout="constrained"
     )
-    handles = {}
-    for axis, (panel, data) in zip(axes[0], panels.items(), strict=True):
+    axes, handles = list(grid.flat), {}
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (panel, data) in zip(axes, panels.items(), strict=False):
         panel(axis, data)
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     figure.suptitle(f"{device}, bf16")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    return [axis.get_title() for axis in axes[0]]
+    return [axis.get_title() for axis in axes[: len(panels)]]
 
 
 def over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
@@ -94,8 +99,8 @@ def roofline(axis: Any, runs: list[dict[str, Record]]) -> None:
     for name in _names(runs):
         points = [(intensity(run[name]), run[name]["tflops"]) for run in runs if "tflops" in run.get(name, {})]
         axis.scatter(*zip(*points, strict=True), marker="x", color=_color(name), label=name)
-    floor = sorted((intensity(run["floor"]), run["floor"]["tflops"]) for run in runs)
-    axis.plot(*zip(*floor, strict=True), color="black", marker="_", linestyle=":", label="floor")
+    floor = [(intensity(run["floor"]), run["floor"]["tflops"]) for run in runs]
+    axis.scatter(*zip(*floor, strict=True), marker="_", s=120, color="black", label="floor")
 
 
 def workspace(axis: Any, records: list[Record]) -> None:
@@ -103,6 +108,7 @@ def workspace(axis: Any, records: list[Record]) -> None:
     for name in dict.fromkeys(one["peer"] for one in records):
         points = sorted((one["item"], one["over_floor"]) for one in records if one["peer"] == name)
         axis.plot(*zip(*points, strict=True), marker="o", color=_color(name), label=name)
+    axis.set_xticks(sorted({one["item"] for one in records}))
 
 
 def intensity(one: Record) -> float:
@@ -161,11 +167,12 @@ def _names(runs: list[dict[str, Record]]) -> list[str]:
     return [name for name in dict.fromkeys(name for run in runs for name in run) if name != "floor"]
 
 
-def _color(name: str) -> str:
-    """The same in every panel."""
+def _color(name: str) -> Any:
+    """The same in every panel and in the bars."""
     from . import peers
 
-    return f"C{list(peers.BY_NAME).index(name)}" if name in peers.BY_NAME else "gray"
+    order = list(peers.BY_NAME)
+    return _pyplot().get_cmap("tab20")(order.index(name) if name in order else len(order))
 
 
 def _pyplot() -> Any:

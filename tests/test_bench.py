@@ -111,6 +111,7 @@ def test_compositions_are_within_the_error_rule(name, rows):
 def test_a_graph_that_was_not_chunked_is_no_measurement(monkeypatch):
     from torch._inductor import metrics
 
+    assert callable(compositions.compiled_in_chunks())  # inductor knows the options
     monkeypatch.setattr(torch, "compile", lambda function, options: function)
     case = shapes.case(TINY, torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="left the graph whole"):
@@ -133,6 +134,18 @@ def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     assert (shapes.BY_NAME[goals.MAIN], "bf16", "mask") in plan
     assert (shapes.BY_NAME[goals.SMALL], "bf16", "index") in plan[: peers.COMPILED]  # a goal: faster than compile there
     assert {shape for shape, _, _ in plan} == set(shapes.GPU)
+
+
+def test_fp8_is_measured_where_the_device_has_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # stands for a GPU that runs Triton
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    missing, cuda = peers.BY_NAME["ours-fp8"].missing, torch.device("cuda")
+    capability = (8, 0)
+    assert "sm_89" in missing(cuda, torch.bfloat16)
+    capability = (9, 0)
+    assert missing(cuda, torch.bfloat16) is None
+    assert missing(cuda, torch.float32) is not None
+    assert missing(torch.device("cpu"), torch.bfloat16) is not None
 
 
 @pytest.mark.parametrize("impl", sorted(set(checks.IMPLEMENTATIONS) - {"auto"}))
@@ -296,6 +309,15 @@ def test_report_and_picture(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_rows_by_index_and_by_mask_are_kept_apart():
+    index = results()
+    mask = [{**one, "selection": "mask", "group": "m"} for one in index]
+    unnamed = [{name: value for name, value in one.items() if name != "selection"} for one in mask]
+    assert record.latest([*unnamed, *index, *mask]) == [*mask, *index]
+    kinds = [row.split("|")[4].strip() for row in report.page(index + mask).splitlines() if "ours-torch" in row]
+    assert kinds == ["index", "mask"]
+
+
 def test_readme_without_markers_is_an_error(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing")
@@ -353,8 +375,8 @@ def test_goals():
     assert goal_row(records, "time ÷ floor, a mask")[1] == "1.1, met"
     assert goal_row(records, "time ÷ floor, workspace")[1] == "1.1, met"
     assert goal_row(records, "time ÷ the bf16 floor in fp8")[1] == "0.75, met"
-    assert goal_row(records, "speed over VIRAL")[1] == "3.33, met"
-    assert goal_row(records, "peak memory ÷ formula, N = 131,072")[1] == "0.952, met"
+    assert goal_row(records, "speed over VIRAL")[1] == "3.333, met"
+    assert goal_row(records, "peak memory ÷ formula, N = 131,072")[1] == "0.9524, met"
 
 
 @pytest.mark.parametrize(
