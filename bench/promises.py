@@ -129,8 +129,8 @@ def _capture(step: peers.Step) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
 
 
 def _same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
-    """Within the rounding of a sum whose order is free."""
+    """Within a few roundings: the order of sums is free, and what is compiled may round less often."""
     return all(
-        (a.double() - b.double()).norm() <= torch.finfo(b.dtype).eps * b.double().norm()
+        (a.double() - b.double()).norm() <= 8 * torch.finfo(b.dtype).eps * b.double().norm()
         for a, b in zip(got, wanted, strict=True)
     )
