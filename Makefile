@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-oldest compile bench bench-report gpu lint format wheel clean
+.PHONY: help install demo test test-full test-oldest compile bench bench-report peers gpu lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,10 +43,13 @@ compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructio
 bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
-bench-report: $(INSTALLED)  ## the committed results as the README's table and a picture
-	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png
+bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
+	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png
 
-gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|bench|profile|sweep, results to $GPU_OUT
+peers: $(INSTALLED)  ## what is compared with, in .deps/peers, for a GPU machine that has no network
+	$(BIN)/pip install --quiet --no-deps --target .deps/peers liger-kernel
+
+gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|bench|peers|profile|sweep, results to $GPU_OUT
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -36,6 +36,7 @@ WRONG = {2: 5.0, 4: 100.0}  # × eager's error, by bytes of an element, is no ro
 class Verdict(NamedTuple):
     failure: str | None  # what was outside the rule; None = nothing
     error_ratio: float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
+    relative: float  # the largest rms error over the gradients, each ÷ that gradient's own rms
     wrong: bool  # and not merely rounded worse than the rule allows, which is a finding and no reason to hide a peer
 
 
@@ -51,18 +52,34 @@ class Judge:
             losses = reference.pre_loss(**wide, rows=case.rows, **case.options | {"reduction": "none"})
         self.scale = losses.abs().mean().item()  # on which the rounding of the summed loss acts
 
-    def __call__(self, function: Callable[..., torch.Tensor]) -> Verdict:
+    def __call__(self, function: Callable[..., torch.Tensor], gate: float | None = None) -> Verdict:
+        """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each gradient."""
         result = oracle.run(function, self.case)
         eps = torch.finfo(self.case.product_dtype).eps
-        ratio = max(self._ratio(name, value) for name, value in result.items() if value.numel() >= 64)
+        many = {name: value for name, value in result.items() if value.numel() >= 64}
+        ratio = _largest(self._rms(name, value) / self._rms(name, self.eager[name]) for name, value in many.items())
+        relative = _largest(self._rms(name, value) / _rms(self.truth[name]) for name, value in many.items())
+        if gate is not None:
+            loss = self._rms("loss", result["loss"]) / self.scale
+            if relative <= gate and loss <= gate:
+                return Verdict(None, ratio, relative, False)
+            return Verdict(f"relative error {relative:.3g}, of the loss {loss:.3g} > {gate}", ratio, relative, True)
         try:
             for name, value in result.items():
                 few = self.scale if value.numel() < 64 else None
                 oracle.judge(name, value, self.eager[name], self.truth[name], eps, few)
         except AssertionError as error:
-            return Verdict(str(error), ratio, not ratio < WRONG[self.case.product_dtype.itemsize])
-        return Verdict(None, ratio, False)
+            return Verdict(str(error), ratio, relative, not ratio < WRONG[self.case.product_dtype.itemsize])
+        return Verdict(None, ratio, relative, False)
 
-    def _ratio(self, name: str, value: torch.Tensor) -> float:
-        ours, eager = ((x.double() - self.truth[name]).square().mean().sqrt() for x in (value, self.eager[name]))
-        return (ours / eager).item()
+    def _rms(self, name: str, value: torch.Tensor) -> float:
+        return _rms(value.double() - self.truth[name])
+
+
+def _rms(value: torch.Tensor) -> float:
+    return value.square().mean().sqrt().item()
+
+
+def _largest(values: Iterable[float]) -> float:
+    """nan if any is."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()

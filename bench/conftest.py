@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="measure; without it the tests in bench/ are skipped")
     group.addoption("--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}")
     group.addoption("--dtype", action="append", choices=list(shapes.DTYPES), help="with --shape; else bf16 and fp32")
-    group.addoption("--peer", action="append", default=[], help=f"only this: {', '.join(peers.BY_NAME)}")
+    group.addoption("--rows", action="append", choices=shapes.ROWS, help="with --shape; else index")
+    group.addoption("--peer", action="append", default=[], choices=list(peers.BY_NAME), help="only this")
     group.addoption("--seconds", type=float, help="of sampling each shape")
     group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
 
@@ -29,15 +30,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.getoption
     wanted = option("--peer")
-    names = [peer.name for peer in peers.PEERS if not wanted or peer.name in wanted]
+    plan = shapes.plan(
+        current().torch_device, option("--shape"), option("--dtype") or ("bf16", "fp32"), option("--rows") or ("index",)
+    )
     cases = [
-        pytest.param(shape, dtype, name, id=f"{shape.name}-{dtype}-{name}")
-        for shape, dtype in shapes.plan(
-            current().torch_device, option("--shape"), option("--dtype") or ("bf16", "fp32")
-        )
-        for name in names
+        pytest.param(shape, dtype, rows, name, id=f"{shape.name}-{dtype}-{rows}-{name}")
+        for number, (shape, dtype, rows) in enumerate(plan)
+        for name in wanted or peers.planned(number)
     ]
-    metafunc.parametrize(("shape", "dtype", "peer"), cases)
+    metafunc.parametrize(("shape", "dtype", "rows", "peer"), cases)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,21 +50,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str], Group]:
-    """(shape, dtype) → records by peer: measured at the first call, since peers take turns, and kept."""
+def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str], Group]:
+    """(shape, dtype, rows) → records by peer: measured at the first call, since peers take turns, and kept."""
     config, device, kept = request.config, current(), {}
     path = record.file(record.folder(config.getoption("--results")), device)
     config.stash[RECORDS] = []
+    together: dict[tuple[shapes.Shape, str, str], list[str]] = {}
+    for item in request.session.items:
+        given = getattr(item, "callspec", None)
+        if given and "peer" in given.params:
+            *where, name = (given.params[key] for key in ("shape", "dtype", "rows", "peer"))
+            together.setdefault(tuple(where), []).append(name)
 
-    def measure(shape: shapes.Shape, dtype: str) -> Group:
-        if (shape, dtype) not in kept:
-            names, seconds = config.getoption("--peer"), config.getoption("--seconds")
-            records = suite.measure(shape, dtype, device, names, seconds=seconds)
+    def measure(shape: shapes.Shape, dtype: str, rows: str) -> Group:
+        where = (shape, dtype, rows)
+        if where not in kept:
+            seconds = config.getoption("--seconds")
+            records = suite.measure(shape, dtype, device, together[where], seconds=seconds, rows=rows)
             for one in records:
                 record.append(path, one)
             config.stash[RECORDS] += records
-            kept[shape, dtype] = {one["peer"]: one for one in records}
-        return kept[shape, dtype]
+            kept[where] = {one["peer"]: one for one in records}
+        return kept[where]
 
     return measure
 

@@ -2,7 +2,8 @@
 
     python -m bench.gpu --stage tests       the tests on the GPU: the kernels, the loss, the integrations
     python -m bench.gpu --stage bench       speed and memory beside the peers, over the real shapes
-    python -m bench.gpu --stage profile     kernels of a step, host syncs, CUDA graphs, workspace, ncu if it is there
+    python -m bench.gpu --stage peers       the first two of them again, with the peers that compile for minutes
+    python -m bench.gpu --stage profile     kernels of a step, host syncs, graphs, workspace, first call, training step
     python -m bench.gpu --stage sweep       N × m, and the tiles of the Triton products
     GPU_STAGE=bench GPU_OUT=results python -m bench.gpu
     python -m bench.gpu --stage sweep --dry-run     tiny sizes on whatever is here, to try the script itself
@@ -30,8 +31,8 @@ from .check import ROOT
 
 LIMIT = 510.0  # seconds of a stage
 GRACE = 10.0  # between asking a part to stop and ending it
-COMPILED = 6  # shapes that torch.compile is measured on, of those in the plan
 UNINSTALLED = Path(__file__).with_name("uninstalled")
+PEERS = ROOT / ".deps" / "peers"  # `make peers` puts there what is compared with, for a machine without a network
 
 
 class Part(NamedTuple):
@@ -65,18 +66,35 @@ def bench(dry: bool, out: Path) -> Iterator[Part]:
     from .device import current
 
     if dry:
-        yield Part(_module("bench.suite", "tiny", "fp32", "--peers", "ours-torch", "floor"), 60)
+        for rows in shapes.ROWS:
+            yield Part(_module("bench.suite", "tiny", "fp32", "--rows", rows, "--peers", "ours-torch", "floor"), 60)
         return
-    for number, (shape, dtype) in enumerate(shapes.plan(current().torch_device)):
-        # half a minute of compilation each: where time is short, the shapes that are measured first suffice
-        some = [peer.name for peer in peers.PEERS if peer.name != "compile"] if number >= COMPILED else []
-        yield Part(_module("bench.suite", shape.name, dtype, *(["--peers", *some] if some else [])), 100)
+    for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)):
+        names = peers.planned(max(number, peers.COSTLY))
+        yield Part(_module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names), 100)
+
+
+def costly(dry: bool, out: Path) -> Iterator[Part]:
+    """All peers side by side: what this finds replaces what `bench` found for these shapes."""
+    from . import peers, shapes
+    from .device import current
+
+    if dry:
+        yield Part(_module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60)
+        return
+    for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)[: peers.COSTLY]):
+        names = peers.planned(number)
+        yield Part(_module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names), 245)
 
 
 def profile(dry: bool, out: Path) -> Iterator[Part]:
     size = ["--shape", "tiny", "--dtype", "fp32"] if dry else []
-    for what in ("syncs", "kernels", "workspace"):
-        yield Part(_module("bench.profiling", what, *size), 150)
+    yield Part(_module("bench.profiling", "syncs", *size), 120)
+    for where in [size] if dry else [[], ["--shape", "qwen25vl-7b-small"]]:
+        yield Part(_module("bench.profiling", "kernels", *where), 60)
+    yield Part(_module("bench.profiling", "workspace", *size), 110)
+    yield Part(_module("bench.profiling", "firstcall", *size), 150)
+    yield Part(_module("bench.training", *(["--tiny"] if dry else [])), 150)
     if shutil.which("ncu"):
         sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
         command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40"]
@@ -94,12 +112,12 @@ def sweep(dry: bool, out: Path) -> Iterator[Part]:
         yield Part(_module("bench.sweep", "sizes", "--n", str(n), *small), 60)
 
 
-STAGES = {"tests": tests, "bench": bench, "profile": profile, "sweep": sweep}
+STAGES = {"tests": tests, "bench": bench, "peers": costly, "profile": profile, "sweep": sweep}
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
     """For the parts: this checkout importable as if installed, results to `out`."""
-    paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
     extra = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GPU_OUT": str(out), "PYTHONUNBUFFERED": "1"}
     return os.environ | extra | ({"BENCH_DRY_RUN": "1"} if dry else {})
 

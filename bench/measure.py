@@ -13,15 +13,20 @@ ROUNDS = {"cpu": (5, 25), "cuda": (20, 200)}  # at least, at most
 
 
 def interleaved(
-    device: Cpu | Cuda, steps: Mapping[str, Callable[[], Any]], seconds: float, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Milliseconds of each step, round by round, the order rotating; for `seconds` beyond the least of rounds."""
+    device: Cpu | Cuda,
+    steps: Mapping[Any, Callable[[], Any]],
+    seconds: float,
+    warmup: int = 1,
+    least: int | None = None,
+) -> dict[Any, list[float]]:
+    """Milliseconds of each step, round by round, the order rotating; for `seconds` and at least that many rounds."""
     for step in steps.values():
         for _ in range(warmup):
             step()
     device.synchronize()
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    names, least, most = list(steps), *ROUNDS[device.kind]
+    samples: dict[Any, list[float]] = {name: [] for name in steps}
+    names, (enough, most) = list(steps), ROUNDS[device.kind]
+    least = enough if least is None else least
     start = time.monotonic()
     for turn in range(most):
         if turn >= least and time.monotonic() - start > seconds:

@@ -1,4 +1,4 @@
-"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER`.
+"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER ROWS`.
 
 Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the second of two steps
 above what it was before that step (so the inputs, the code and what the first step left cached are not in it; the
@@ -44,9 +44,9 @@ def missing() -> str | None:
     return None if RESET.exists() else f"no {RESET} on this system"
 
 
-def peak(shape: str, dtype: str, peer: str) -> tuple[float, float]:
+def peak(shape: str, dtype: str, peer: str, rows: str) -> tuple[float, float]:
     """(peak, returned) in MiB of `peer`, measured in a fresh process."""
-    command = [sys.executable, "-m", "bench.memory", shape, dtype, peer]
+    command = [sys.executable, "-m", "bench.memory", shape, dtype, peer, rows]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -57,7 +57,7 @@ def peak(shape: str, dtype: str, peer: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("shape", "dtype", "peer"):
+    for name in ("shape", "dtype", "peer", "rows"):
         parser.add_argument(name)
     arguments = parser.parse_args()
 
@@ -65,9 +65,13 @@ def main() -> None:
 
     from . import peers, shapes
 
-    case = shapes.case(shapes.BY_NAME[arguments.shape], shapes.DTYPES[arguments.dtype], torch.device("cpu"))
-    function = peers.BY_NAME[arguments.peer].build
-    step = peers.step(function(), case) if function else peers.floor(case)
+    shape, dtype, peer = (
+        shapes.BY_NAME[arguments.shape],
+        shapes.DTYPES[arguments.dtype],
+        peers.BY_NAME[arguments.peer],
+    )
+    case = peers.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
+    step = peers.step(peer.build(), case) if peer.build else peers.floor(case)
     step()
     _trim()
     before = _resident("VmRSS")

@@ -5,8 +5,11 @@ A new peer is a row: a loss function of the signature of `reference.pre_loss`, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +19,23 @@ from torch import Tensor
 from pre_kernels import fused_pre_loss, reference
 from pre_kernels.loss import unavailable
 
+from . import compositions
 from .check import oracle
 
 Step = Callable[[], tuple[Tensor, ...]]
+Missing = Callable[[torch.device, torch.dtype], str | None]
 
 
-def _always(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    what: str
+    build: Callable[[], Callable[..., Tensor]] | None  # makes the loss function; None: the floor, which has no loss
+    missing: Missing = lambda device, dtype: None  # why it cannot run there
+    ours: bool = False  # a failed check of ours fails the run; that of another peer only leaves it out
+    first: float = math.inf  # of the plan's entries so many are measured with it: some compile for minutes
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the loss, where it can compute no other
+    gate: float | None = None  # relative rms error let through in each gradient, where the error rule cannot hold
 
 
 def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,32 +44,97 @@ def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return unavailable(device, dtype)
 
 
-def _compiled() -> Callable[..., Tensor]:
-    torch.compiler.reset()  # else a second shape would be compiled for dynamic sizes
-    return torch.compile(reference.pre_loss)
+def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = _triton_missing(device, dtype)
+    if reason is None and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+        return "no fp8 products before sm_89"
+    return reason or (None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone")
 
 
-@dataclass(frozen=True)
-class Peer:
-    name: str
-    what: str
-    build: Callable[[], Callable[..., Tensor]] | None  # makes the loss function; None: the floor, which has no loss
-    missing: Callable[[torch.device, torch.dtype], str | None] = _always
-    ours: bool = False  # a failed check of ours fails the run; that of another peer only leaves it out
+def _chunker_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    from torch._inductor import config
 
+    return None if hasattr(config, "auto_chunker") else "this torch's inductor has no auto-chunker"
+
+
+def _epilogue_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "the epilogue is cuBLASLt's; a CPU makes two passes of it" if device.type == "cpu" else None
+
+
+def _liger_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+
+
+def _ours(impl: str, **options: Any) -> Callable[..., Tensor]:
+    return partial(fused_pre_loss, impl=impl, **options)
+
+
+COMPILED, COSTLY = 6, 2  # entries of the plan; half a minute of compilation each, and minutes
 
 PEERS = [
+    Peer("ours-blas", "fused_pre_loss, impl='blas'", lambda: _ours("blas"), _triton_missing, ours=True),
     Peer("ours-triton", "fused_pre_loss, impl='triton'", lambda: _ours("triton"), _triton_missing, ours=True),
     Peer("ours-torch", "fused_pre_loss, impl='torch'", lambda: _ours("torch"), ours=True),
+    Peer(
+        "ours-fp8",
+        "fused_pre_loss, impl='blas', precision='fp8'; not within the error rule, but within a rule of its own",
+        lambda: _ours("blas", precision="fp8"),
+        _fp8_missing,
+        ours=True,
+        gate=0.1,
+    ),
     Peer("eager", "reference.pre_loss and autograd", lambda: reference.pre_loss),
-    Peer("compile", "the same under torch.compile, default mode", _compiled),
+    Peer("compile", "the same under torch.compile, default mode", compositions.compiled, first=COMPILED),
+    Peer(
+        "compile-max",
+        "the same under torch.compile, mode='max-autotune-no-cudagraphs'",
+        partial(compositions.compiled, mode="max-autotune-no-cudagraphs"),
+        first=COSTLY,
+    ),
+    Peer(
+        "compile-chunked",
+        "the same under torch.compile with inductor's auto-chunker, its threshold lifted",
+        compositions.compiled_in_chunks,
+        _chunker_missing,
+        first=COSTLY,
+    ),
+    Peer(
+        "addmm-activation",
+        "bias and gelu in cuBLASLt's epilogue (torch._addmm_activation), whose gelu is the tanh one: compared with "
+        "eager's gelu_tanh; the backward repeats the first product, 7 instead of 6",
+        lambda: compositions.addmm_activation,
+        _epilogue_missing,
+        options={"activation": "gelu_tanh"},
+    ),
+    Peer(
+        "liger",
+        "first linear and gelu in eager, then Liger-Kernel's chunked distillation loss with the identity as the "
+        "teacher's weight, which adds 2·N·z² FLOP; it sums gradients in the parameters' dtype",
+        compositions.liger,
+        _liger_missing,
+        first=COSTLY,
+    ),
+    Peer("viral", "VIRAL's way: the predictor over all tokens, a loop over samples", lambda: compositions.viral),
     Peer("floor", "the six bare products, on rows already gathered", None),
 ]
 BY_NAME = {peer.name: peer for peer in PEERS}
 
 
-def _ours(impl: str, **options: Any) -> Callable[..., Tensor]:
-    return partial(fused_pre_loss, impl=impl, **options)
+def planned(number: int) -> list[str]:
+    """Names of those that entry `number` of the plan is measured with."""
+    return [peer.name for peer in PEERS if number < peer.first]
+
+
+def own_case(peer: Peer, case: oracle.Case) -> oracle.Case:
+    """The case with the options that the peer insists on."""
+    return replace(case, options={**case.options, **peer.options})
+
+
+def workspace(name: str, device: torch.device) -> int:
+    """Bytes that one of ours takes for a chunk's buffers by default."""
+    impl = "blas" if name == "ours-fp8" else name.removeprefix("ours-")
+    default = importlib.import_module(f"pre_kernels.steps_{impl}").WORKSPACE
+    return default[device.type] if isinstance(default, dict) else default
 
 
 def step(function: Callable[..., Tensor], case: oracle.Case) -> Step:
@@ -76,8 +154,7 @@ def step(function: Callable[..., Tensor], case: oracle.Case) -> Step:
 def floor(case: oracle.Case) -> Step:
     """The six products that no implementation avoids: contiguous inputs, outputs allocated beforehand."""
     w1, w2 = case.tensors["w1"], case.tensors["w2"]
-    rows = case.rows.reshape(-1)
-    x, dp = (case.tensors[name].reshape(rows.numel(), -1)[rows] for name in ("hidden", "anchor"))
+    x, dp = (case.tensors[name].flatten(0, -2)[case.rows.flatten()] for name in ("hidden", "anchor"))
     z = x @ w1.t()
     g, p, dx = torch.nn.functional.gelu(z), torch.empty_like(dp), torch.empty_like(x)
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)

@@ -1,14 +1,21 @@
 """Where a step's time goes, whether the host ever waits, and what the workspace buys.
 
 python -m bench.profiling kernels      kernel times and launches of a step, for each peer (torch.profiler)
-python -m bench.profiling syncs        the documented calls under PyTorch's sync debug mode, and as a CUDA graph
-python -m bench.profiling workspace    time and peak memory over the bytes of a chunk's buffers
+python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph, under torch.compile
+python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
+python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,19 +25,16 @@ import torch
 from pre_kernels import fused_pre_loss
 
 from . import peers, record, report, shapes
-from .check import Judge, oracle
+from .check import ROOT, Judge, oracle
 from .device import Cpu, Cuda, current
 from .measure import interleaved, spread
+from .promises import impls, promises
 
 STEPS = 5
 TOP = 25  # kernels kept of each peer
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
 
 Records = Iterator[dict[str, Any]]
-
-
-def impl(device: Cpu | Cuda) -> str:
-    return "triton" if device.kind == "cuda" else "torch"
 
 
 def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
@@ -41,9 +45,9 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     for peer in peers.PEERS:
-        if peer.name == "compile" or peer.missing(device.torch_device, shapes.DTYPES[dtype]):
+        if peer.first <= peers.COMPILED or peer.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
-        step = peers.step(peer.build(), case) if peer.build else peers.floor(case)
+        step = peers.step(peer.build(), peers.own_case(peer, case)) if peer.build else peers.floor(case)
         for _ in range(2):
             step()
         device.synchronize()
@@ -66,85 +70,62 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
             yield {"kind": "kernel", "peer": peer.name, **row}
 
 
-def syncs(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """Whether each call that promises no host sync keeps the promise, and whether a CUDA graph can hold it."""
-    place = device.torch_device
-    wide = torch.float32
-    weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=place)}
-    calls: dict[str, tuple[str, dict[str, Any]]] = {
-        "mask, leading anchor": ("mask", {}),
-        "integer rows": ("index", {}),
-        "mask, leading anchor and weights": ("mask", weights),
-        "normalizer on the device": ("mask", {"normalizer": torch.full((), 100.0, dtype=wide, device=place)}),
-        "normalizer of the host": ("mask", {"normalizer": 100.0}),
-        "sum": ("mask", {"reduction": "sum"}),
-    }
-    for name, (rows, options) in calls.items():
-        case = shapes.case(shape, shapes.DTYPES[dtype], place, rows)
-        case.options = options
-        step = peers.step(partial(fused_pre_loss, impl=impl(device)), case)
-        step()  # compiles
-        device.synchronize()
-        outcome = "no sync"
-        try:
-            with device.syncs_forbidden():
-                step()
-        except RuntimeError as error:
-            outcome = str(error).splitlines()[0][:300]
-        device.synchronize()
-        yield {"kind": "sync", "item": name, "outcome": outcome}
-        if isinstance(device, Cuda):
-            yield {"kind": "graph", "item": name, **_graph(device, step)}
-
-
-def _graph(device: Cuda, step: peers.Step) -> dict[str, Any]:
-    """Capture and replay a step: its gradients must be those of the step itself."""
-    wanted = step()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            got = step()
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return {"outcome": str(error).splitlines()[0][:300]}
-    same = all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    if not same:
-        return {"outcome": "captured, but its gradients differ"}
-    times = interleaved(device, {"graph": graph.replay, "step": step}, 0.5)
-    medians = {f"{name}_ms": spread(samples)["median_ms"] for name, samples in times.items()}
-    return {"outcome": "captured, same gradients", **medians}
-
-
 def workspace(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """Time and peak over the workspace, for both implementations where they run; sizes take turns."""
+    """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     judge = Judge(case)
     steps: dict[tuple[str, int], Callable[[], Any]] = {}
-    for name in dict.fromkeys(("torch", impl(device))):
+    for name in dict.fromkeys(("torch", *impls(device, dtype))):
         for mib in (8, 16, 32, 64, 128, 256, 512, 1024):
             function = partial(fused_pre_loss, impl=name, workspace=mib << 20)
-            verdict = judge(function)
-            if verdict.failure:
-                yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "failed": verdict.failure}
+            failure = judge(function).failure
+            if failure:
+                yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "failed": failure}
             else:
                 steps[name, mib] = peers.step(function, case)
     del judge
-    times = interleaved(device, {f"{name} {mib}": step for (name, mib), step in steps.items()}, 20.0)
+    times = interleaved(device, {**steps, "floor": peers.floor(case)}, 20.0)
+    floor = spread(times["floor"])["median_ms"]
     for (name, mib), step in steps.items():
+        figures = spread(times[name, mib])
+        figures |= {"floor_ms": floor, "over_floor": figures["median_ms"] / floor}
         peak = dict(zip(("peak_mib", "returned_mib"), device.peak(step), strict=True)) if device.kind == "cuda" else {}
-        yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, **spread(times[f"{name} {mib}"]), **peak}
+        yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "selection": "index", **figures, **peak}
+
+
+def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
+    """In fresh processes: imports, inputs and the device are there; kernels are compiled, or read from the cache."""
+    for name in impls(device, dtype):
+        with tempfile.TemporaryDirectory() as cache:
+            for item in ("cold cache", "warm cache"):
+                command = [sys.executable, "-m", "bench.profiling", "first", "--shape", shape.name, "--dtype", dtype]
+                environment = os.environ | {"TRITON_CACHE_DIR": cache, "BENCH_IMPL": name}
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                about = {"kind": "firstcall", "peer": f"ours-{name}", "item": item}
+                if done.returncode:
+                    yield about | {"failed": done.stderr.strip()[-300:]}
+                else:
+                    yield about | json.loads(done.stdout.splitlines()[-1])
+
+
+def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
+    """What `firstcall` runs in a process of its own."""
+    case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
+    step = peers.step(partial(fused_pre_loss, impl=os.environ["BENCH_IMPL"]), case)
+    device.synchronize()
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        step()
+        device.synchronize()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": seconds[0], "next_seconds": seconds[1]}))
+    yield from ()
 
 
 def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     case: oracle.Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
-    step = peers.step(partial(fused_pre_loss, impl=impl(device)), case)
+    step = peers.step(fused_pre_loss, case)
     for _ in range(2):
         step()
     device.synchronize()
@@ -159,8 +140,10 @@ def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 WHAT: dict[str, Callable[[Cpu | Cuda, shapes.Shape, str], Records]] = {
     "kernels": kernels,
-    "syncs": syncs,
+    "syncs": promises,
     "workspace": workspace,
+    "firstcall": firstcall,
+    "first": first,
     "once": once,
 }
 

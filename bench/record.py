@@ -23,7 +23,7 @@ from .device import Cpu, Cuda
 RESULTS = Path(__file__).with_name("results")
 
 # a later line of the same key replaces an earlier one in tables and plots
-KEY = ("kind", "device", "torch", "triton", "threads", "shape", "dtype", "peer", "item")
+KEY = ("kind", "device", "torch", "triton", "threads", "shape", "dtype", "selection", "peer", "item")
 
 
 def folder(given: str | None = None) -> Path:
@@ -94,15 +94,19 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen: dict[tuple[Any, ...], str] = {}
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        place = tuple(record.get(name) for name in KEY if name != "peer")
-        group = record.get("group", "")
+        place, group = _place(record), record.get("group", "")
         if place not in chosen or peers[group] >= {"eager", "floor"} or not peers[chosen[place]] >= {"eager", "floor"}:
             chosen[place] = group
     for record in records:
-        place = tuple(record.get(name) for name in KEY if name != "peer")
+        place = _place(record)
         if record.get("group", "") == chosen[place]:
             last[(*place, record.get("peer"))] = record
     return list(last.values())
+
+
+def _place(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The key but for the peer; records from before rows were also given as indices are of a mask."""
+    return tuple(record.get(name, "mask" if name == "selection" else None) for name in KEY if name != "peer")
 
 
 def _version(package: str) -> str | None:

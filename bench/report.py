@@ -1,26 +1,27 @@
-"""Result files as the README's table and as a picture.
+"""Result files as the README's tables and as pictures.
 
     python -m bench.report                                    every committed result, as markdown
     python -m bench.report bench/results/cpu.jsonl            one file
     python -m bench.report --readme README.md                 replace what stands between the README's markers
     python -m bench.report --plot bench/results/speed.png     time ÷ floor and peak memory ÷ eager, as bars
+    python -m bench.report --curves bench/results/curves.png  over N, over intensity and over the workspace
     python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
 
-The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own.
+The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the table of the loss,
+and the same with `goals` for the goals on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import record
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEAD = (
-    "shape", "N · d→m→z", "dtype", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager", "÷ floor", "peak MiB",
+    "shape", "N · d→m→z", "dtype", "rows", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager", "÷ floor", "peak MiB",
     "÷ eager", "less gradients, ÷ eager", "error ÷ eager",
 )  # fmt: skip
 
@@ -73,6 +74,7 @@ def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
                     one["shape"],
                     f"{one['n']:,} · {one['d']}→{one['m']}→{one['z']}",
                     one["dtype"],
+                    one.get("selection", "mask"),
                     name,
                     f"{time[0]} ({time[1]}–{time[2]})",
                     _number(one["tflops"], 1 if one["tflops"] >= 10 else 2),
@@ -81,10 +83,16 @@ def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
                     _number(one.get("peak_mib"), 0),
                     _number(ratio["peak"]),
                     _number(ratio["extra"]),
-                    _number(one.get("error_ratio")),
+                    _number(one.get("error_ratio")) + _rule(one),
                 )
             )
     return table
+
+
+def _rule(one: dict[str, Any]) -> str:
+    if one.get("own_rule"):
+        return ", own rule"
+    return ", outside the rule" if one.get("outside_rule") else ""
 
 
 def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
@@ -138,64 +146,44 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n".join([markdown(loss_table(timed)), "", *(f"- {line}" for line in provenance(timed))])
 
 
-def plot(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """Bars for each shape: time ÷ the six products' in the same run, peak memory ÷ eager's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    runs = [run for run in groups(one for one in records if one["kind"] == "loss") if "floor" in run and "eager" in run]
-    if not runs:
-        raise ValueError(f"plot: got no run of the loss with eager and the floor in it, want one for {path}")
-    timed = dict.fromkeys(name for run in runs for name, one in run.items() if "median_ms" in one)
-    names = [name for name in timed if name != "floor"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained")
-    for axis, key, title in zip(
-        axes, ("floor", "peak"), ("time ÷ the six bare products", "peak memory ÷ eager"), strict=True
-    ):
-        for offset, name in enumerate(names):
-            values = [ratios(run, name)[key] or 0 for run in runs]
-            centers = [row + 0.8 * (offset - (len(names) - 1) / 2) / len(names) for row in range(len(runs))]
-            axis.barh(centers, values, height=0.8 / len(names), label=name)
-        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(title)
-    labels = [next(iter(run.values())) for run in runs]
-    axes[0].set_yticks(range(len(runs)), [f"{one['shape']} {one['dtype']}\n{one['device'][:28]}" for one in labels])
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def into_readme(path: Path, text: str) -> None:
-    """Replace what stands between the markers."""
-    old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"readme: {path} lacks the lines {BEGIN} and {END}, once each and in this order")
-    head, _, rest = old.partition(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+def into_readme(path: Path, texts: Mapping[str, str]) -> None:
+    """Replace what stands between the markers of each name."""
+    text = path.read_text()
+    for name, new in texts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"readme: {path} lacks the lines {begin} and {end}, once each and in this order")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+    path.write_text(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="result files; else all of bench/results")
-    parser.add_argument("--readme", type=Path, help="write the table between this file's markers")
-    parser.add_argument("--plot", type=Path, help="write the picture there")
+    parser.add_argument("--readme", type=Path, help="write the tables between this file's markers")
+    parser.add_argument("--plot", type=Path, help="write the bars there")
+    parser.add_argument("--curves", type=Path, help="write the curves there, if there is data for any")
     parser.add_argument("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
+
+    from . import goals, plots  # which build on this module
+
     files = arguments.files or sorted(record.RESULTS.glob("*.jsonl"))
     records = [one for one in record.latest(record.load(files)) if not one.get("dry_run")]
     if arguments.kind:
         chosen = [one for one in records if one["kind"] == arguments.kind]
         print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
         return
+    goal_table = markdown(goals.table(records))
     if arguments.readme:
-        into_readme(arguments.readme, page(records))
+        into_readme(arguments.readme, {"bench": page(records), "goals": goal_table})
     if arguments.plot:
-        plot(records, arguments.plot)
-    if not (arguments.readme or arguments.plot):
-        print(page(records))
+        plots.bars(records, arguments.plot)
+    if arguments.curves:
+        plots.curves(records, arguments.curves)
+    if not (arguments.readme or arguments.plot or arguments.curves):
+        print(page(records), goal_table, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from .check import oracle
 
+ROWS = ("index", "mask")  # ways to say which rows take part
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -47,6 +48,7 @@ class Shape:
 GPU = [
     Shape("llava15-7b-sft", 16, 1024, 576, 4096, 4096, 4096, "LLaVA-1.5-7B, instruction tuning"),
     Shape("qwen25vl-7b", 1, 8192, 5120, 3584, 3584, 3584, "Qwen2.5-VL-7B, packed to 8k"),
+    Shape("qwen25vl-7b-small", 1, 1024, 256, 3584, 3584, 3584, "Qwen2.5-VL-7B, one small image"),
     Shape("llava15-7b-pretrain", 32, 640, 576, 4096, 4096, 4096, "LLaVA-1.5-7B, projector pretraining"),
     Shape("llava-next-qwen2-7b", 5, 4096, 2920, 3584, 3584, 3584, "LLaVA-NeXT on Qwen2-7B, five tiles an image"),
     Shape("qwen25vl-3b", 1, 8192, 5120, 2048, 2048, 2048, "Qwen2.5-VL-3B, packed to 8k"),
@@ -56,7 +58,6 @@ GPU = [
     Shape("qwen3vl-4b", 1, 16384, 9216, 2560, 2560, 2560, "Qwen3-VL-4B, packed to 16k"),
     Shape("internvl3-8b", 1, 16384, 13312, 3584, 3584, 3584, "InternVL3-8B, 52 tiles packed to 16k"),
     Shape("llava15-7b-clip", 16, 1024, 576, 4096, 4096, 1024, "LLaVA-1.5-7B, anchors from the CLIP encoder"),
-    Shape("qwen25vl-7b-small", 1, 1024, 256, 3584, 3584, 3584, "Qwen2.5-VL-7B, one small image"),
     Shape("qwen25vl-7b-video", 1, 32768, 24576, 3584, 3584, 3584, "Qwen2.5-VL-7B, long video"),
 ]
 
@@ -71,24 +72,29 @@ BY_NAME = {shape.name: shape for shape in GPU + CPU + TINY}
 
 
 def plan(
-    device: torch.device, names: Iterable[str] = (), dtypes: Iterable[str] = ("bf16", "fp32")
-) -> list[tuple[Shape, str]]:
-    """(shape, dtype) pairs to measure on `device`, the most telling first; or the shapes of `names` in `dtypes`."""
+    device: torch.device,
+    names: Iterable[str] = (),
+    dtypes: Iterable[str] = ("bf16", "fp32"),
+    rows: Iterable[str] = ("index",),
+) -> list[tuple[Shape, str, str]]:
+    """(shape, dtype, rows) to measure on `device`, the most telling first; or the shapes of `names` in `dtypes`."""
     if picked := list(names):
         unknown = [name for name in picked if name not in BY_NAME]
         if unknown:
             raise ValueError(f"shape: got {unknown}, want some of {', '.join(BY_NAME)}")
-        return [(BY_NAME[name], dtype) for name in picked for dtype in dtypes]
+        return [(BY_NAME[name], dtype, kind) for name in picked for dtype in dtypes for kind in rows]
+    every = [(shape, "bf16", "index") for shape in (CPU if device.type == "cpu" else GPU)]
+    main = every[0][0]
     if device.type == "cpu":
-        return [(CPU[0], "bf16"), (CPU[0], "fp32"), (CPU[1], "bf16")]
-    every = [(shape, "bf16") for shape in GPU]
-    return [*every[:2], (GPU[0], "fp16"), (GPU[0], "fp32"), *every[2:]]
+        return [*every, (main, "bf16", "mask"), (main, "fp32", "index")]
+    variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
+    return [*every[:3], *variants, *every[3:]]
 
 
-def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "mask", seed: int = 0) -> oracle.Case:
+def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0) -> oracle.Case:
     """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream gradient is not 1.
 
-    rows: "mask", or "index" for the same rows as int64 indices.
+    rows: "index" for int64 indices, or "mask" for the same rows as a mask.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

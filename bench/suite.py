@@ -1,7 +1,7 @@
 """One shape measured: check every peer, time those that pass side by side, read their peak memory.
 
 python -m bench.suite cpu-16k bf16
-python -m bench.suite llava15-7b-sft bf16 --peers ours-triton eager floor --seconds 5 --out results
+python -m bench.suite llava15-7b-sft bf16 --rows mask --peers ours-triton eager floor --seconds 5 --out results
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from . import memory, peers, record, report, shapes
 from .check import Judge
-from .device import Cpu, Cuda, current
+from .device import MIB, Cpu, Cuda, current
 from .measure import interleaved, spread
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
@@ -30,16 +32,18 @@ def measure(
     names: Iterable[str] = (),
     seconds: float | None = None,
     with_memory: bool = True,
+    rows: str = "index",
 ) -> list[dict[str, Any]]:
     """A record of each peer (of `names`, else all). One that is unavailable or fails its check has "unavailable" or
     "failed" instead of figures."""
     chosen = [peer for peer in peers.PEERS if not names or peer.name in names]
     torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
-    case = shapes.case(shape, torch_dtype, place)
+    case = shapes.case(shape, torch_dtype, place, rows)
     results: dict[str, dict[str, Any]] = {peer.name: {} for peer in chosen}
     steps: dict[str, peers.Step] = {}
+    judges: dict[str, Judge] = {}
+    torch.compiler.reset()  # else a second shape would be compiled for dynamic sizes
 
-    judge = Judge(case)
     for peer in chosen:
         reason = peer.missing(place, torch_dtype)
         if reason is not None:
@@ -48,9 +52,12 @@ def measure(
         if peer.build is None:
             steps[peer.name] = peers.floor(case)
             continue
+        own, options = peers.own_case(peer, case), str(peer.options)
+        if options not in judges:
+            judges[options] = Judge(own)
         try:
             function = peer.build()
-            verdict = judge(function)
+            verdict = judges[options](function, peer.gate)
         except Exception as error:
             results[peer.name] = {"failed" if peer.ours else "unavailable": _reason(error)}
             continue
@@ -58,8 +65,11 @@ def measure(
             results[peer.name] = {"failed": verdict.failure}
             continue
         results[peer.name] = {"error_ratio": verdict.error_ratio, "outside_rule": verdict.failure}
-        steps[peer.name] = peers.step(function, case)
-    del judge  # float64 gradients: they would crowd out what is measured
+        if peer.gate is not None:
+            rule = f"relative rms error {verdict.relative:.3f} ≤ {peer.gate}"
+            results[peer.name] |= {"own_rule": rule, "outside_rule": f"judged by a rule of its own: {rule}"}
+        steps[peer.name] = peers.step(function, own)
+    judges.clear()  # float64 gradients: they would crowd out what is measured
 
     samples = interleaved(device, steps, SECONDS[device.kind] if seconds is None else seconds)
     for name, milliseconds in samples.items():
@@ -67,22 +77,31 @@ def measure(
         results[name]["tflops"] = shape.flop / results[name]["median_ms"] / 1e9
         results[name]["all_ms"] = [round(x, 5) for x in milliseconds]
         if with_memory and peers.BY_NAME[name].build is not None:
-            results[name] |= _memory(device, shape, dtype, name, steps[name])
+            results[name] |= _memory(device, shape, dtype, name, rows, steps[name])
+        if peers.BY_NAME[name].ours:
+            results[name]["formula_mib"] = formula(shape, torch_dtype, peers.workspace(name, place)) / MIB
 
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
     # one run, one group: what is divided by another peer's time was measured beside it
-    group = f"{stamp['date']} {shape.name} {dtype}"
-    about = {"kind": "loss", "shape": shape.name, **size, "dtype": dtype, "group": group}
+    group = f"{stamp['date']} {shape.name} {dtype} {rows}"
+    about = {"kind": "loss", "shape": shape.name, **size, "dtype": dtype, "selection": rows, "group": group}
     return [{**about, "peer": name, **result, **stamp} for name, result in results.items()]
 
 
-def _memory(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, name: str, step: peers.Step) -> dict[str, Any]:
+def formula(shape: shapes.Shape, dtype: torch.dtype, workspace: int) -> int:
+    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
+    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
+
+
+def _memory(
+    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, name: str, rows: str, step: peers.Step
+) -> dict[str, Any]:
     if isinstance(device, Cpu):
         if reason := memory.missing():
             return {"memory_unavailable": reason}
         try:
-            peak, returned = memory.peak(shape.name, dtype, name)
+            peak, returned = memory.peak(shape.name, dtype, name, rows)
         except RuntimeError as error:
             return {"memory_unavailable": _reason(error)}
     else:
@@ -94,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME))
     parser.add_argument("dtype", choices=shapes.DTYPES)
+    parser.add_argument("--rows", choices=shapes.ROWS, default="index", help="how the rows are given")
     parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, default=[], help="all if not given")
     parser.add_argument("--seconds", type=float, help="of sampling")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
@@ -102,7 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = current()
     path = record.file(record.folder(arguments.out), device)
     records = measure(
-        shapes.BY_NAME[arguments.shape], arguments.dtype, device, arguments.peers, seconds=arguments.seconds
+        shapes.BY_NAME[arguments.shape],
+        arguments.dtype,
+        device,
+        arguments.peers,
+        seconds=arguments.seconds,
+        rows=arguments.rows,
     )
     for line in records:
         record.append(path, line)

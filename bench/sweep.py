@@ -45,7 +45,7 @@ def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
     """The loss at N rows of 1.25 N, for three widths of the predictor."""
     for m in dict.fromkeys((d, 2048 if d == 4096 else d // 2, d // 4)):
         shape = shapes.Shape(f"n{n}-m{m}", 1, n * 5 // 4, n, d, m, d, "sweep")
-        names = ("ours-triton", "ours-torch", "eager", "floor")
+        names = ("ours-blas", "ours-triton", "ours-torch", "eager", "floor")
         for line in suite.measure(shape, dtype, device, names, 2.0, with_memory=device.kind == "cuda"):
             yield line | {"kind": "sweep"}
 

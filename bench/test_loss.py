@@ -22,9 +22,9 @@ CLOCK = Samples()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_loss(shape, dtype, peer, measured, benchmark):
-    benchmark.group = f"{shape.name} {dtype}: {shape.size}"
-    result = measured(shape, dtype)[peer]
+def test_loss(shape, dtype, rows, peer, measured, benchmark):
+    benchmark.group = f"{shape.name} {dtype} {rows}: {shape.size}"
+    result = measured(shape, dtype, rows)[peer]
     if "unavailable" in result:
         pytest.skip(result["unavailable"])
     if "failed" in result:

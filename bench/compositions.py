@@ -1,0 +1,118 @@
+"""Other ways to the same loss, composed of what PyTorch and other libraries offer; each a row of the table of peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pre_kernels import reference
+
+Loss = Callable[..., Tensor]
+
+
+def compiled(**options: Any) -> Loss:
+    return torch.compile(reference.pre_loss, **options)
+
+
+def compiled_in_chunks() -> Loss:
+    """torch.compile with inductor's auto-chunker; raises at the first call if that left the graph whole."""
+    from torch._inductor import metrics
+
+    # by default it looks for outputs 8 × the size of their inputs, as logits are; a cached graph would count nothing
+    lifted = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 0, "fx_graph_cache": False}
+    function = torch.compile(reference.pre_loss, options=lifted)
+    chunked = []
+
+    def loss(**arguments: Any) -> Tensor:
+        before = metrics.num_auto_chunking
+        result = function(**arguments)
+        chunked.append(metrics.num_auto_chunking > before)
+        if not any(chunked):
+            raise RuntimeError("inductor's auto-chunker left the graph whole (TORCH_LOGS=auto_chunker says why)")
+        return result
+
+    return loss
+
+
+def addmm_activation(
+    hidden: Tensor,
+    anchor: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    rows: Tensor,
+    activation: str,
+) -> Tensor:
+    """Bias and gelu in the epilogue of the first product: on CUDA the tanh gelu, on a CPU the erf one."""
+    x, a = _selected(hidden, anchor, rows)
+    g = _LinearGelu.apply(x, w1, b1, "tanh" if activation == "gelu_tanh" else "none")
+    return _mean_cosine(F.linear(g, w2, b2), a)
+
+
+class _LinearGelu(torch.autograd.Function):
+    """`torch._addmm_activation` keeps no pre-activation and has no derivative: a seventh product in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, approximate: str) -> Tensor:
+        ctx.save_for_backward(x, w, b)
+        ctx.approximate = approximate
+        return torch._addmm_activation(b, x, w.t(), use_gelu=True)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b = ctx.saved_tensors
+        z = torch.addmm(b, x, w.t())
+        dz = torch.ops.aten.gelu_backward(upstream, z, approximate=ctx.approximate)
+        return dz @ w, dz.t() @ x, dz.sum(0), None
+
+
+def liger(**options: Any) -> Loss:
+    """First linear and gelu in eager, the second and the cosine in Liger's chunked distillation loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
+
+    distillation = LigerFusedLinearCosineSimilarityLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, temperature=1.0, **options
+    )
+
+    def loss(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
+        x, a = _selected(hidden, anchor, rows)
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)  # of the hard loss, whose weight is 0
+        teacher = _identity(a.shape[1], a.dtype, a.device)
+        return distillation(F.gelu(F.linear(x, w1, b1)), w2, a, teacher, labels, b2) - 1  # its row loss is 1 - cos
+
+    return loss
+
+
+@cache
+def _identity(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(width, dtype=dtype, device=device)
+
+
+def viral(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
+    """The predictor over every token, then a loop over the samples that picks the visual ones."""
+    mask = rows
+    if rows.dtype != torch.bool:
+        mask = torch.zeros(hidden.shape[:-1], dtype=torch.bool, device=rows.device)
+        mask.view(-1)[rows] = True
+    p = F.linear(F.gelu(F.linear(hidden, w1, b1)), w2, b2)
+    wide = torch.promote_types(p.dtype, torch.float32)
+    losses = [
+        reference.ROW_LOSSES["cosine"](p[i][mask[i]].to(wide), anchor[i][mask[i]].to(wide)) for i in range(len(hidden))
+    ]
+    return torch.cat(losses).mean()
+
+
+def _selected(hidden: Tensor, anchor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    index = rows.reshape(-1).nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+    return hidden.flatten(0, -2)[index], anchor.flatten(0, -2)[index]
+
+
+def _mean_cosine(p: Tensor, a: Tensor) -> Tensor:
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    return reference.ROW_LOSSES["cosine"](p, a.to(p.dtype)).mean()

@@ -1,0 +1,206 @@
+"""The goals on a GPU beside what was measured: each figure comes out of the result files, or is said to be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from . import shapes
+
+MAIN, SMALL = "llava15-7b-sft", "qwen25vl-7b-small"
+SETTING = ("device", "torch", "triton")
+ABSENT = "not yet measured (no GPU)"
+
+Record = dict[str, Any]
+
+
+class Found(NamedTuple):
+    value: float | None  # held against the bound; None: `text` says what is wrong
+    text: str
+    source: Sequence[Record]  # what it comes from
+    what: str = ""  # which peer, shape, ...
+
+
+class Goal(NamedTuple):
+    name: str
+    sign: str  # "≤" or "≥"
+    bound: float
+    find: Callable[[list[Record]], Found | None]
+
+
+def _runs(records: Iterable[Record], **fields: Any) -> list[dict[str, Record]]:
+    """Timed records of the loss by peer, for each run that has these fields."""
+    runs: dict[str, dict[str, Record]] = {}
+    for one in records:
+        if "median_ms" in one and all(one.get(name) == value for name, value in fields.items()):
+            runs.setdefault(one["group"], {})[one["peer"]] = one
+    return list(runs.values())
+
+
+def _main(records: list[Record], **fields: Any) -> dict[str, Record]:
+    """The last run of the main shape."""
+    about = {"kind": "loss", "shape": MAIN, "dtype": "bf16", "selection": "index", **fields}
+    return next(iter(reversed(_runs(records, **about))), {})
+
+
+def _ours(run: dict[str, Record]) -> Record | None:
+    """The fastest of ours, fp8 apart."""
+    times = [one for name, one in run.items() if name.startswith("ours-") and name != "ours-fp8"]
+    return min(times, key=lambda one: one["median_ms"], default=None)
+
+
+def _over_floor(run: dict[str, Record], ours: Record | None) -> Found | None:
+    if ours is None or "floor" not in run:
+        return None
+    return Found(ours["median_ms"] / run["floor"]["median_ms"], "", [ours, run["floor"]], ours["peer"])
+
+
+def main_time(records: list[Record]) -> Found | None:
+    run = _main(records)
+    return _over_floor(run, _ours(run))
+
+
+def mask_time(records: list[Record]) -> Found | None:
+    """Of those of ours that were seen not to wait for the device with such a mask."""
+    free = {
+        one["peer"]
+        for one in records
+        if one["kind"] == "sync" and one["item"] == "mask, leading anchor" and one["outcome"] == "no sync"
+    }
+    run = _main(records, selection="mask")
+    return _over_floor(run, _ours({name: one for name, one in run.items() if name in free}))
+
+
+def small_workspace(records: list[Record]) -> Found | None:
+    kept = [
+        one
+        for one in records
+        if one["kind"] == "workspace" and one["shape"] == MAIN and one["item"] <= 64 and "over_floor" in one
+    ]
+    best = min(kept, key=lambda one: one["over_floor"], default=None)
+    return best and Found(best["over_floor"], "", [best], f"{best['peer']}, {best['item']} MiB")
+
+
+def every_shape(records: list[Record]) -> Found | None:
+    """The worst of the shapes, each with the best of ours."""
+    wanted = {shape.name for shape in shapes.GPU if shape.selected >= 2304}
+    found = {}
+    for run in _runs(records, kind="loss", dtype="bf16", selection="index"):
+        shape = next(iter(run.values()))["shape"]
+        if shape in wanted and (ratio := _over_floor(run, _ours(run))):
+            found[shape] = ratio
+    if not found:
+        return None
+    worst = max(found, key=lambda shape: found[shape].value)
+    what = f"{found[worst].what} at {worst}, the worst of {len(found)} of {len(wanted)} shapes"
+    if len(found) < len(wanted):
+        return Found(None, f"{found[worst].value:.2f} so far", found[worst].source, what)
+    return found[worst]._replace(what=what)
+
+
+def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Found | None:
+    """Of the best of ours over the fastest of some other peers."""
+    run = _main(records, shape=shape)
+    ours = _ours(run)
+    other = min((run[name] for name in others if name in run), key=lambda one: one["median_ms"], default=None)
+    if ours is None or other is None:
+        return None
+    return Found(other["median_ms"] / ours["median_ms"], "", [ours, other], f"{ours['peer']} over {other['peer']}")
+
+
+def launches(records: list[Record]) -> Found | None:
+    """Of the implementation that is the fastest at that size, else of the one with the fewest."""
+    steps = [one for one in records if one["kind"] == "step" and one["shape"] == SMALL and "ours-" in one["peer"]]
+    fastest = _ours(_main(records, shape=SMALL))
+    steps = [one for one in steps if fastest and one["peer"] == fastest["peer"]] or steps
+    fewest = min(steps, key=lambda one: one["launches"], default=None)
+    return fewest and Found(fewest["launches"], "", [fewest], fewest["peer"])
+
+
+def memory(n: int, records: list[Record]) -> Found | None:
+    """Peak beyond the gradients returned ÷ the formula, of the fastest of ours."""
+    fields = {"n": n, "d": 4096, "m": 4096, "z": 4096, "dtype": "bf16", "selection": "index"}
+    runs = [run for run in _runs(records, **fields) if "peak_mib" in (_ours(run) or {})]
+    ours = _ours(runs[-1]) if runs else None
+    if ours is None:
+        return None
+    extra = ours["peak_mib"] - ours["returned_mib"]
+    what = f"{ours['peer']}, {extra:,.0f} of {ours['formula_mib']:,.0f} MiB"
+    return Found(extra / ours["formula_mib"], "", [ours], what)
+
+
+def kept_promises(kind: str, wanted: str, records: list[Record]) -> Found | None:
+    """How many calls broke a promise."""
+    calls = [one for one in records if one["kind"] == kind and one["shape"] == MAIN]
+    broken = [one for one in calls if one["outcome"] != wanted]
+    names = "; ".join(f"{one['peer']}, {one['item']}: {one['outcome']}" for one in broken)
+    return Found(len(broken), f"{len(broken)} of {len(calls)} calls", calls, names) if calls else None
+
+
+def fp8_time(records: list[Record]) -> Found | None:
+    run = _main(records)
+    found = _over_floor(run, run.get("ours-fp8"))
+    return found and found._replace(what=f"ours-fp8, {run['ours-fp8'].get('own_rule', 'no rule')}")
+
+
+def field(kind: str, name: str, records: list[Record], **fields: Any) -> Found | None:
+    """The worst (largest) of a field, over the peers."""
+    kept = [one for one in records if one["kind"] == kind and all(one.get(key) == fields[key] for key in fields)]
+    worst = max((one for one in kept if one.get(name) is not None), key=lambda one: one[name], default=None)
+    failed = next((one for one in kept if "failed" in one), None)
+    if failed:
+        return Found(None, "failed", [failed], failed["failed"])
+    return worst and Found(worst[name], "", [worst], worst.get("peer", worst.get("item", "")))
+
+
+COMPILED = ("compile", "compile-max", "compile-chunked")
+
+GOALS = [
+    Goal("time ÷ floor, LLaVA-1.5-7B, integer rows", "≤", 1.10, main_time),
+    Goal("time ÷ floor, workspace of at most 64 MiB", "≤", 1.15, small_workspace),
+    Goal("time ÷ floor, a mask and no host sync", "≤", 1.15, mask_time),
+    Goal("time ÷ floor, every shape with N ≥ 2,304", "≤", 1.15, every_shape),
+    Goal("speed over eager", "≥", 1.6, partial(speedup, ("eager",), MAIN)),
+    Goal("speed over the best of torch.compile", "≥", 1.3, partial(speedup, COMPILED, MAIN)),
+    Goal("speed over Liger", "≥", 1.5, partial(speedup, ("liger",), MAIN)),
+    Goal("speed over VIRAL's way", "≥", 3.0, partial(speedup, ("viral",), MAIN)),
+    Goal("speed over torch.compile, N = 256", "≥", 1.2, partial(speedup, COMPILED, SMALL)),
+    Goal("launches of a step, N = 256", "≤", 16, launches),
+    Goal("peak memory ÷ formula, N = 9,216", "≤", 1.0, partial(memory, 9216)),
+    Goal("peak memory ÷ formula, N = 131,072", "≤", 1.0, partial(memory, 131072)),
+    Goal("calls with a host sync", "≤", 0, partial(kept_promises, "sync", "no sync")),
+    Goal("calls that no CUDA graph holds", "≤", 0, partial(kept_promises, "graph", "captured, same gradients")),
+    Goal("calls with a graph break under torch.compile", "≤", 0, partial(kept_promises, "fullgraph", "no break")),
+    Goal("time ÷ the bf16 floor in fp8", "≤", 0.80, fp8_time),
+    Goal("seconds of the first call", "≤", 30, partial(field, "firstcall", "seconds", item="cold cache")),
+    Goal(
+        "seconds of the first call, kernels cached", "≤", 2, partial(field, "firstcall", "seconds", item="warm cache")
+    ),
+    Goal("training step of LLaVA-1.5-7B, time", "≤", 1.01, partial(field, "training", "time_ratio", item="llava15-7b")),
+    Goal(
+        "training step of LLaVA-1.5-7B, memory",
+        "≤",
+        1.005,
+        partial(field, "training", "memory_ratio", item="llava15-7b"),
+    ),
+]
+
+
+def table(records: Iterable[Record]) -> list[Sequence[str]]:
+    """Header and rows, from the records of one GPU and one version of torch and triton: the last ones."""
+    records = [one for one in records if one.get("capability")]
+    records = [one for one in records if all(one.get(name) == records[-1].get(name) for name in SETTING)]
+    return [("goal", "measured", "where it comes from"), *(_row(goal, goal.find(records)) for goal in GOALS)]
+
+
+def _row(goal: Goal, found: Found | None) -> Sequence[str]:
+    name = f"{goal.name}: {goal.sign} {goal.bound:g}"
+    if found is None:
+        return name, ABSENT, ""
+    text = found.text
+    if found.value is not None:
+        met = found.value <= goal.bound if goal.sign == "≤" else found.value >= goal.bound
+        text = f"{text or format(found.value, '.4g')}, {'met' if met else 'missed'}"
+    where = {f"{one['device']}, {one['date'][:10]}, commit {one['commit']}": None for one in found.source}
+    return name, text, "; ".join(filter(None, (found.what, *where)))
