@@ -202,10 +202,11 @@ class _PreLoss(torch.autograd.Function):
                 ctx.save_for_backward(divisor, place, dh, *sums)
         # torch.compile wants to see them leave: their first size may be one that only the device knows
         ctx.mark_non_differentiable(dh, place)
+        ctx.set_materialize_grads(False)  # no zeros of dH's size as their gradients
         return loss, dh, place
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             if ctx.recompute:
                 *tensors, divisor = ctx.saved_tensors

@@ -1,0 +1,126 @@
+"""Launches, bytes and host syncs of a step against the cost model, counted without running a kernel: a fusion that is
+lost, or a wait that creeps in, fails here."""
+
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pre_kernels import fused_pre_loss, ops
+from pre_kernels.kernels.matmul import matmul_kernel
+
+KERNEL = type(matmul_kernel)  # compiled, or interpreted
+WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
+
+
+class Steps(TorchDispatchMode):
+    """What a step asks of the device: Triton's launches, torch's own, and the bytes that Triton's rows move."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.launches, self.waits, self.bytes = rows, Counter(), [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            with self:
+                return {"loss": ops._loss, "rescale": ops._rescale, "recompute": ops._recompute}[
+                    function._schema.name.split("::")[1]
+                ](*args)
+        name, result = str(function), function(*args, **(kwargs or {}))
+        if any(word in name for word in WAITS):
+            self.waits.append(name)
+        if isinstance(result, torch.Tensor) and "empty" not in name:
+            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            is_view = result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
+            if not is_view:
+                self.launches[name] += 1
+        return result
+
+    def run(self, kernel, *args, grid, warmup, **kwargs):
+        function = kernel.fn
+        self.launches[function.__name__] += 1
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        if "matmul" in function.__name__ or "weight_grad" in function.__name__:
+            return
+        for name, tensor in bound.items():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
+                whole = name in ("out_ptr", "sums_ptr") or tensor.shape[0] <= self.rows
+                share = 1 if whole else self.rows / tensor.shape[0]  # gathered rows
+                # dP is written over P, and dZ over Z
+                times = 2 if name == "p_ptr" or (name == "z_ptr" and bound.get("MULTIPLY")) else 1
+                self.bytes += tensor.nbytes * share * times
+
+
+def count(impl, rows, n=256, total=1024, width=128, **options):
+    """A forward and backward; values are not computed."""
+    selection = torch.zeros(total, dtype=torch.bool)
+    selection[:n] = True
+    if rows == "index":
+        selection = selection.nonzero().squeeze(1)
+    shapes = ((total, width), (width, width), (width,), (width, width), (width,))
+    leaves = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    anchor, upstream = torch.zeros(total, width, dtype=torch.bfloat16), torch.full((), 0.5)
+    steps = Steps(n)
+    run = lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)  # noqa: E731
+    with (
+        mock.patch.object(KERNEL, "run", run),
+        mock.patch("pre_kernels.loss.unavailable", return_value=None),
+        mock.patch("pre_kernels.checks.row_values"),  # a GPU is not asked
+        steps,
+    ):
+        loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, impl=impl, **options)
+        torch.autograd.grad(loss, leaves, upstream)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("impl", "rows"), [("blas", "index"), ("blas", "mask"), ("triton", "index"), ("triton", "mask")]
+)
+def test_launches_of_a_small_step(impl, rows):
+    found = count(impl, rows)
+    assert sum(found.launches.values()) <= 16, found.launches
+    assert found.waits == []
+    products = [name for name in found.launches.elements() if "mm" in name or "matmul" in name or "weight_grad" in name]
+    assert len(products) == 6
+
+
+@pytest.mark.parametrize("options", [{"row_weight": True}, {"normalizer": 3.0}, {"reduction": "sum"}, {"loss": "mse"}])
+def test_options_cost_no_launch_and_no_wait(options):
+    plain = count("blas", "index")
+    options = {**options, **({"row_weight": torch.ones(256)} if "row_weight" in options else {})}
+    found = count("blas", "index", **options)
+    assert sum(found.launches.values()) == sum(plain.launches.values())
+    assert found.waits == []
+
+
+@pytest.mark.parametrize(("impl", "launches"), [("blas", 10), ("triton", 8)])
+def test_launches_of_each_further_chunk(impl, launches):
+    sizes = {"n": 2048, "total": 2048, "width": 64}
+    one, four = (count(impl, "index", workspace=workspace, **sizes) for workspace in (None, 4 * 64 * 2 * 512))
+    chunks = four.launches["row_loss_kernel"]
+    assert chunks >= 4
+    assert sum(four.launches.values()) - sum(one.launches.values()) == launches * (chunks - 1)
+
+
+@pytest.mark.parametrize(("impl", "elements"), [("blas", 12), ("triton", 6)])
+def test_bytes_of_the_rows(impl, elements):
+    """bfloat16, d = m = z, every row selected. Rows of that width: gather 2, activation 2, loss and its derivative 3, the
+    activation's derivative 3, scatter 2; without the vendor's products only the loss, the sum of dZ and the scatter.
+    """
+    n = total = 4096
+    found = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
+    model = elements * n * 256 * 2
+    sums = 2 * 2 * 256 * 256 * 4  # partial sums of db1 and db2 by 256 programs, written and read
+    weights = 4 * 256 * 256 * 2  # dW1 and dW2, scaled
+    assert found.bytes == model + sums + weights
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    hidden, weight = torch.zeros(256, 64), torch.zeros(64, 64)
+    steps = Steps(256)
+    with mock.patch.object(KERNEL, "run", lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)), steps:
+        fused_pre_loss(hidden, hidden, weight, None, weight, None, impl="blas")
+    assert dict(steps.launches) == {"aten.mm.out": 2, "activate_kernel": 1, "row_loss_kernel": 1, "reduce_kernel": 1}

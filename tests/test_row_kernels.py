@@ -1,0 +1,205 @@
+"""Each kernel that passes over rows, by itself: edges, poisoned outputs, and a count that only the device knows."""
+
+import itertools
+
+import pytest
+import torch
+
+from pre_kernels import reference
+from pre_kernels.kernels.activation import apply_activation, apply_activation_grad
+from pre_kernels.kernels.finish import reduce_loss, scale_gradients
+from pre_kernels.kernels.row_loss import row_loss
+from pre_kernels.kernels.rows import BLOCK, gather, invert, scatter, select
+
+NAN = float("nan")
+WIDTHS = [1, 33, 130, 5000]
+
+
+def number(value, device, dtype=torch.float32) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+def count(n: int, device) -> torch.Tensor:
+    return number(n, device, torch.int32)
+
+
+@pytest.mark.parametrize("total", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK + 17])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_select(device, total, share, capacity):
+    mask = (torch.rand(total, generator=torch.Generator().manual_seed(total)) < share).to(device)
+    index, inverse, found = select(mask, total if capacity is None else capacity)
+    want = mask.nonzero().squeeze(1)
+    assert found == len(want)
+    kept = want[:capacity]
+    assert torch.equal(index[: len(kept)].long(), kept)
+    assert torch.equal((inverse >= 0).nonzero().squeeze(1), kept)
+    assert torch.equal(inverse[kept].long(), torch.arange(len(kept), device=device))
+
+
+def test_invert(device):
+    index = torch.randperm(BLOCK + 90, device=device)[: BLOCK + 3]
+    inverse = invert(index, BLOCK + 90)
+    assert torch.equal(inverse[index].long(), torch.arange(len(index), device=device))
+    assert (inverse >= 0).sum() == len(index)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_zeroes_rows_beyond_the_count(device, columns, dtype):
+    x = torch.randn(9, 2 * columns, device=device)[:, ::2]
+    index = torch.tensor([8, 0, 3, 3, 1, 99, 99], dtype=torch.int32, device=device)
+    out = torch.full((5, columns), NAN, device=device, dtype=dtype)
+    gather(x, out, index=index, count=count(5, device), start=2)
+    assert torch.equal(out[:3], x[[3, 3, 1]].to(dtype))
+    assert not out[3:].any()
+    gather(x, out, start=2)
+    assert torch.equal(out, x[2:7].to(dtype))
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scatter_writes_every_row(device, columns, dtype):
+    x = torch.randn(4, columns, device=device, dtype=dtype)
+    inverse = torch.tensor([-1, 2, 0, -1, 3, 1, -1], dtype=torch.int32, device=device)
+    out = torch.full((7, columns), NAN, device=device, dtype=dtype)
+    scatter(x, out, inverse=inverse, upstream=number(-4.0, device), divisor=number(2.0, device))
+    want = torch.where((inverse >= 0)[:, None], -2 * x[inverse.clamp_min(0).long()], 0)
+    assert torch.equal(out, want)
+    scatter(x, out, inverse=inverse, upstream=number(NAN, device))
+    assert torch.equal(out.isnan().all(1), inverse >= 0)
+    assert not out[inverse < 0].any()
+
+
+@pytest.mark.parametrize(("activation", "columns"), list(itertools.product(reference.ACTIVATIONS, [1, 130, 9000])))
+def test_activations(device, activation, columns):
+    z, dg = (torch.randn(21, columns, device=device) * 4 for _ in range(2))
+    leaf = z.double().requires_grad_()
+    want = reference.ACTIVATIONS[activation](leaf)
+    (dz,) = torch.autograd.grad(want, leaf, dg.double())
+    g = torch.full_like(z, NAN)
+    apply_activation(z, g, activation)
+    torch.testing.assert_close(g.double(), want.detach(), rtol=1e-5, atol=1e-6)
+    sums = torch.full((3, columns), NAN, device=device)
+    got = z.clone()
+    apply_activation_grad(dg, got, activation, sums=sums, count=count(25, device), start=6)
+    torch.testing.assert_close(got[:19].double(), dz[:19], rtol=1e-5, atol=1e-6)
+    assert torch.equal(got[19:], z[19:])
+    torch.testing.assert_close(sums.double().sum(0), dz[:19].sum(0), rtol=1e-4, atol=1e-4)
+    # a pass that only sums, added to what is there
+    apply_activation_grad(None, got, activation, sums=sums, first=False, count=count(25, device), start=6)
+    torch.testing.assert_close(sums.double().sum(0), 2 * dz[:19].sum(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[19:], z[19:])
+
+
+@pytest.mark.parametrize("loss", reference.ROW_LOSSES)
+@pytest.mark.parametrize("width", [3, 130, 5000, 9000])
+def test_row_loss(device, loss, width):
+    """Short rows, one in a block, and rows longer than a block; gathered anchors and weights, a scale on the device."""
+    p, a = torch.randn(9, width, device=device), torch.randn(20, 2 * width, device=device)[:, ::2]
+    index, weight = torch.randperm(20, device=device), torch.rand(20, device=device)
+    losses, sums = torch.full((20,), NAN, device=device), torch.full((2, width), NAN, device=device)
+    dp = p.clone()
+    row_loss(
+        dp,
+        a,
+        losses,
+        loss=loss,
+        grad=True,
+        index=index,
+        gather_anchor=True,
+        weight=weight,
+        gather_weight=True,
+        upstream=number(3.0, device),
+        divisor=number(2.0, device),
+        sums=sums,
+        count=count(11, device),
+        clear=True,
+        start=4,
+    )
+    leaf = p.double().requires_grad_()
+    each = weight[index[4:13]] * reference.ROW_LOSSES[loss](leaf, a[index[4:13]].double())
+    (want,) = torch.autograd.grad(1.5 * each[:7].sum(), leaf)
+    torch.testing.assert_close(losses[4:11].double(), each[:7].detach(), rtol=1e-5, atol=1e-6)
+    assert losses[:4].isnan().all()
+    assert losses[11:].isnan().all()
+    torch.testing.assert_close(dp.double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sums.double().sum(0), want.sum(0), rtol=1e-4, atol=1e-5)
+    before = sums.sum(0)
+    again = p.clone()
+    row_loss(again, a, None, loss=loss, grad=True, upstream=losses.nan_to_num(1.0), sums=sums, first=False, start=2)
+    factors = losses.nan_to_num(1.0)[2:11].double()
+    (want,) = torch.autograd.grad((factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf)
+    torch.testing.assert_close(again.double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((sums.sum(0) - before).double(), want.sum(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [30, 60])
+def test_a_chunk_beyond_the_count(device, start):
+    """Nothing is read, nothing written but zeros where sums begin."""
+    p, losses = torch.full((20, 32), NAN, device=device), torch.zeros(90, device=device)
+    for first, was in ((True, NAN), (False, 1.0)):
+        sums = torch.full((4, 32), was, device=device)
+        anchor, live = torch.randn(90, 32, device=device), {"count": count(30, device), "start": start}
+        row_loss(p, anchor, losses, loss="mse", grad=True, sums=sums, first=first, **live)
+        assert torch.equal(sums, torch.full_like(sums, 0.0 if first else was))
+        sums = torch.full((4, 32), was, device=device)
+        apply_activation_grad(p, p, "gelu", sums=sums, first=first, **live)
+        assert torch.equal(sums, torch.full_like(sums, 0.0 if first else was))
+    assert not losses.any()
+    assert p.isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 4096, 9001])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reduce(device, n, weighted):
+    losses = torch.randn(n + 50, device=device)
+    losses[n:] = NAN
+    index = torch.randperm(n + 50, device=device)
+    weight = torch.rand(n + 50, device=device) if weighted else None
+    live = {"count": count(n, device)}
+    total = losses[:n].double().sum()
+    normal = weight[index[:n]].double().sum() if weighted else n
+    for options, divisor in (
+        ({"mean": True}, normal),
+        ({"mean": False}, 1.0),
+        ({"mean": True, "number": 7.0}, 7.0),
+        ({"mean": True, "normalizer": number(-3.0, device)}, -3.0),
+    ):
+        loss, found = reduce_loss(losses, weight=weight, index=index, **options, **live)
+        torch.testing.assert_close(found.double(), torch.as_tensor(divisor, dtype=torch.float64, device=device))
+        torch.testing.assert_close(loss.double(), total / divisor, rtol=1e-4, atol=1e-5)
+
+
+def test_reduce_of_nothing_over_nothing_and_over_zero(device):
+    losses = torch.full((5,), 2.0, device=device)
+    assert reduce_loss(losses, mean=True, number=0.0, count=count(0, device)) == (0.0, 1.0)
+    loss, divisor = reduce_loss(losses, mean=True, number=0.0)
+    assert loss.isnan()
+    assert divisor.isnan()
+    for mean in (True, False):
+        loss, divisor = reduce_loss(losses, mean=mean, count=count(6, device))  # more than there is room for
+        assert loss.isnan()
+        assert divisor.isnan()
+
+
+def test_scaled_gradients_in_one_launch(device):
+    w1, w2 = torch.randn(70, 123, device=device), torch.randn(33, 70, device=device).bfloat16()
+    b1, b2 = torch.randn(264, 70, device=device), torch.randn(1, 33, device=device)
+    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
+    upstream, divisor = number(3.0, device), number(-2.0, device)
+    got = scale_gradients((w1, w2), (b1, b2), dtypes, upstream, divisor)
+    want = [-1.5 * x for x in (w1, w2.float(), b1.sum(0), b2[0])]
+    for x, y, dtype in zip(got, want, dtypes, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    for missing in itertools.product([False, True], repeat=4):
+        given = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
+        for x, y, gone in zip(
+            scale_gradients(given[:2], given[2:], dtypes, upstream, divisor), got, missing, strict=True
+        ):
+            assert x is None if gone else torch.equal(x, y)
+    ready = scale_gradients((w1, w2), (b1, None), (torch.float32, torch.float32, torch.float32, torch.float32))
+    assert ready[0] is w1
+    assert torch.equal(ready[1], w2.float())
+    torch.testing.assert_close(ready[2], b1.sum(0))
