@@ -13,6 +13,7 @@ from torch import Tensor
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
+FP8_LONGEST = 8192  # columns
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
 
@@ -28,6 +29,7 @@ class Options(NamedTuple):
     divisor: float | None  # a normalizer that is a number
     workspace: int | None  # bytes
     capacity: int | None  # of a mask's selection
+    precision: str | None  # "fp8", or None for the products' dtype
 
 
 class Problem(NamedTuple):
@@ -193,6 +195,18 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
     return value
 
 
+def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int]) -> None:
+    if precision != "fp8":
+        raise ValueError(f"precision: got {precision!r}, want 'fp8' or None (the inputs' own)")
+    if dtype != torch.bfloat16:
+        raise TypeError(f"precision: got 'fp8' with products in {dtype}, want torch.bfloat16 inputs or autocast")
+    if any(width % 16 or width > FP8_LONGEST for width in widths):
+        raise ValueError(
+            f"precision: got 'fp8' with d, m, z = {widths}, want multiples of 16 up to {FP8_LONGEST} (a row's scale is "
+            "found by one program)"
+        )
+
+
 def arguments(
     hidden: Any,
     anchor: Any,
@@ -209,6 +223,7 @@ def arguments(
     normalizer: Any,
     workspace: Any,
     capacity: Any,
+    precision: Any,
 ) -> Problem:
     """Check the arguments of `fused_pre_loss` and flatten their leading shapes; reads no device."""
     choice("loss", loss, LOSSES)
@@ -242,6 +257,8 @@ def arguments(
 
     if rows is not None:
         rows = _check_rows(rows, leading, device)
+    if precision is not None:
+        _check_fp8(precision, dtype, (dim, inner, out_dim))
     if capacity is not None:
         width("capacity", capacity)
         if rows is None or rows.dtype != torch.bool:
@@ -289,7 +306,7 @@ def arguments(
         weight=None if row_weight is None else row_weight.reshape(-1),
         normalizer=None if number is normalizer else normalizer,
         options=Options(
-            loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity
+            loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity, precision
         ),
     )
 

@@ -29,6 +29,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def fp8_unavailable(device: torch.device) -> str | None:
+    """Why `precision="fp8"` cannot run on `device`, where "blas" can; None if it can."""
+    if device.type != "cuda":
+        return None  # interpreted
+    if torch.version.hip is not None:
+        return "the products' scales by row are there for NVIDIA alone"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_90"
+    return None
+
+
 def choose(impl: str, problem: Problem) -> str:
     """The implementation that runs: `impl` itself, or for "auto" the one that is expected to be the fastest.
 
@@ -36,6 +47,13 @@ def choose(impl: str, problem: Problem) -> str:
     """
     checks.choice("impl", impl, checks.IMPLEMENTATIONS)
     device, dtype = problem.hidden.device, problem.options.dtype
+    if problem.options.precision is not None:
+        reason = unavailable(device, dtype) or fp8_unavailable(device)
+        if reason is not None:
+            raise RuntimeError(f"precision: got 'fp8', which cannot run here: {reason}; want None")
+        if impl not in ("auto", "blas"):
+            raise ValueError(f"precision: got 'fp8' with impl={impl!r}, want impl 'blas' or 'auto'")
+        return "blas"
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return "torch"
     reason = unavailable(device, dtype)
@@ -67,6 +85,7 @@ def fused_pre_loss(
     impl: str = "auto",
     workspace: int | None = None,
     capacity: int | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """The Predictive Regularization loss of the selected rows (arXiv 2603.20808, eq. 3-5), with a fused backward.
 
@@ -95,6 +114,9 @@ def fused_pre_loss(
         capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for that many rows, and
             "blas" computes that many. If more are selected the result is nan, or a ValueError where N is on the host
             or under PRE_KERNELS_DEBUG=1.
+        precision: "fp8" takes the products with a weight (four of the six) in float8 e4m3, each row with a scale of its
+            own, and those of the weights' gradients in bfloat16; gradients are off by some percent. bfloat16 products,
+            widths that are multiples of 16 up to 8,192, "blas" on sm_90 or newer. None: no float8.
 
     Returns:
         0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product dtype, float32)`.
@@ -123,5 +145,6 @@ def fused_pre_loss(
         normalizer=normalizer,
         workspace=workspace,
         capacity=capacity,
+        precision=precision,
     )
     return pre_loss(problem, choose(impl, problem))

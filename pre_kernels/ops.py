@@ -21,7 +21,7 @@ TENSORS = (
 )
 OPTIONS = (
     "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, bool anchor_compact, "
-    "bool weight_compact, float? divisor, int? workspace, SymInt? capacity"
+    "bool weight_compact, float? divisor, int? workspace, SymInt? capacity, str? precision"
 )
 FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 

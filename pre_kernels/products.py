@@ -16,6 +16,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def scaled_linear(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
+    """`linear` of float8 rows, each with a scale: x: (n, K) and (n,), weight: (N, K) and (N,), out: (n, N) bfloat16."""
+    scales = {"scale_a": x[1][:, None], "scale_b": weight[1][None, :]}
+    torch._scaled_mm(x[0], weight[0].t(), **scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
+
+
 @lru_cache
 def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this version of torch adds a half-precision product to a float32 matrix; older ones refuse the dtypes."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import Problem
+from .function import Selection
 from .kernels.activation import apply_activation, apply_activation_grad
+from .kernels.quantize import Quantized
 from .kernels.rows import gather
 from .kernels.weight_grad import add_weight_grad
-from .products import add_product, linear
+from .products import add_product, linear, scaled_linear
 from .steps_triton import RowSteps
 
 WORKSPACE = 512 << 20  # bytes
@@ -27,25 +28,60 @@ class BlasSteps(RowSteps):
     @staticmethod
     def columns(problem: Problem) -> int:
         d, m, z = problem.widths
-        return 2 * m + z + (d if _copies(problem) else 0)
+        # float8 rows take half of a bfloat16 row
+        return 2 * m + z + (d if _copies(problem) else 0) + (max(d, m, z) // 2 if problem.options.precision else 0)
 
-    def __init__(self, problem: Problem, selection: Any, chunk: int, *rest: Any) -> None:
+    def __init__(self, problem: Problem, selection: Selection, chunk: int, *rest: Any) -> None:
         super().__init__(problem, selection, chunk, *rest)
         self.h = self._buffer(chunk, problem.widths[0]) if _copies(problem) else None
+        self.quantized = None
+        if problem.options.precision == "fp8":
+            self.quantized = Quantized.empty(problem.hidden, chunk, max(problem.widths))
+        back = self.grads.hidden, self.grads.w1, self.grads.b1
+        self.project_1, self.project_2 = self._weight(self.w1), self._weight(self.w2)
+        self.back_2 = self._weight(self.w2.t()) if any(grad is not None for grad in back) else None
+        self.back_1 = self._weight(self.w1.t()) if self.grads.hidden is not None else None
+
+    def _weight(self, weight: Tensor) -> Tensor | Quantized:
+        """(N, K), quantized along K if the products are."""
+        if self.quantized is None:
+            return weight
+        weight = weight.contiguous()  # K has to lie next to each other in memory
+        quantized = Quantized.empty(weight, *weight.shape)
+        gather(weight, None, quantized=quantized)
+        return quantized
+
+    def _rows(self, n: int, width: int) -> Quantized | None:
+        """Where the pass before a product leaves its float8 rows: one buffer, since each is used once."""
+        return None if self.quantized is None else self.quantized.rows(n, width)
+
+    def _linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+        """out = x · weightᵀ + bias; of the rows that `_rows` holds if the products are quantized."""
+        quantized = self._rows(*x.shape)
+        if quantized is None:
+            linear(x, weight, bias, out)
+        else:
+            scaled_linear(quantized, weight, bias, out)
 
     def project(self, start: int, stop: int) -> None:
         self._begin(start, stop)
-        if self.h is None:
-            self.x = self.problem.hidden[start:stop]
-        else:
-            self.x = self.h[: stop - start]
-            gather(self.problem.hidden, self.x, index=self.index, **self.live)
-        linear(self.x, self.w1, self.b1, self.z_rows)
-        apply_activation(self.z_rows, self.g_rows, self.options.activation)
+        n, width = stop - start, self.problem.widths[0]
+        self.x = self.problem.hidden[start:stop] if self.h is None else self.h[:n]
+        quantized = self._rows(n, width)
+        if self.h is not None or quantized is not None:
+            gather(
+                self.problem.hidden,
+                None if self.h is None else self.x,
+                index=self.index,
+                quantized=quantized,
+                **self.live,
+            )
+        self._linear(self.x, self.project_1, self.b1, self.z_rows)
+        apply_activation(self.z_rows, self.g_rows, self.options.activation, self._rows(*self.g_rows.shape))
 
     def row_loss(self, start: int, stop: int) -> None:
-        linear(self.g_rows, self.w2, self.b2, self.p_rows)
-        self._row_loss(start)
+        self._linear(self.g_rows, self.project_2, self.b2, self.p_rows)
+        self._row_loss(start, self._rows(*self.p_rows.shape))
 
     def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
         if not add_product(total, dy, x, first):
@@ -56,15 +92,22 @@ class BlasSteps(RowSteps):
         self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
 
     def backproject(self, start: int, stop: int) -> None:
-        torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
+        self._linear(self.p_rows, self.back_2, None, self.g_rows)  # g itself is no longer needed
         # rows beyond the count are zero in dP, so in dG, and stay so
-        apply_activation_grad(self.g_rows, self.z_rows, self.options.activation, sums=self.grads.b1, first=start == 0)
+        apply_activation_grad(
+            self.g_rows,
+            self.z_rows,
+            self.options.activation,
+            sums=self.grads.b1,
+            first=start == 0,
+            quantized=self._rows(*self.z_rows.shape),
+        )
 
     def input_grads(self, start: int, stop: int) -> None:
         if self.grads.w1 is not None:
             self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
         if self.grads.hidden is not None:
-            torch.mm(self.z_rows, self.w1, out=self.grads.hidden[start:stop])
+            self._linear(self.z_rows, self.back_1, None, self.grads.hidden[start:stop])
 
 
 def _copies(problem: Problem) -> bool:

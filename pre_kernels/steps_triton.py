@@ -13,6 +13,7 @@ from .kernels.activation import apply_activation_grad
 from .kernels.finish import reduce_loss, scale_gradients
 from .kernels.launch import RowShape
 from .kernels.matmul import matmul
+from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
@@ -71,6 +72,7 @@ class RowSteps:
     ) -> None:
         self.problem, self.options, self.losses, self.grads = problem, problem.options, losses, grads
         self.index, self.count = selection.index, selection.count
+        self.needs_dp = any(grad is not None for grad in grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": upstream, "divisor": divisor}
         _, m, z = problem.widths
@@ -84,14 +86,14 @@ class RowSteps:
         self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
         self.live: dict[str, Any] = {"count": self.count, "start": start}
 
-    def _row_loss(self, start: int) -> None:
+    def _row_loss(self, start: int, quantized: Quantized | None = None) -> None:
         indexed = self.index is not None
         row_loss(
             self.p_rows,
             self.problem.anchor,
             self.losses,
             loss=self.options.loss,
-            grad=any(grad is not None for grad in self.grads),
+            grad=self.needs_dp,
             index=self.index,
             gather_anchor=indexed and not self.options.anchor_compact,
             weight=self.problem.weight,
@@ -99,6 +101,7 @@ class RowSteps:
             sums=self.grads.b2,
             first=start == 0,
             clear=self.clear,
+            quantized=quantized if self.needs_dp else None,
             **self.factors,
             **self.live,
         )

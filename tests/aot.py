@@ -36,6 +36,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
 
@@ -90,6 +91,7 @@ def record(target: str, call: Any) -> list[Launch]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
         mock.patch("pre_kernels.steps_blas.linear"),
+        mock.patch("pre_kernels.steps_blas.scaled_linear"),
         mock.patch("pre_kernels.steps_blas.add_product", lambda total, dy, x, first: total.dtype == dy.dtype),
         mock.patch("torch.mm"),
         mock.patch("pre_kernels.kernels.matmul.arch", return_value=TILE_ARCH[target]),
@@ -135,6 +137,8 @@ def launches(targets: list[str]) -> list[Launch]:
         found += record(target, lambda: call(torch.float16, WIDE, "index", row_weight=weight))
         for rows in ("mask", "index"):
             found += record(target, lambda rows=rows: call(torch.bfloat16, WIDE, rows, impl="blas"))
+    for target in {"sm90", "sm100"} & set(targets):
+        found += record(target, lambda: call(torch.bfloat16, WIDE, "index", impl="blas", precision="fp8"))
     if "sm90" in targets:
         for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
             for dtype in (torch.bfloat16, torch.float32):

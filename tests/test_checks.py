@@ -71,6 +71,11 @@ WRONG = [
     ("normalizer", {"normalizer": 3, "reduction": "sum"}, ValueError, "reduction='sum'"),
     ("normalizer", {"normalizer": 3, "reduction": "none"}, ValueError, "reduction='none'"),
     ("impl", {"impl": "cuda"}, ValueError, "'auto', 'triton', 'blas', 'torch'"),
+    ("capacity", {"capacity": 3}, ValueError, "a mask"),
+    ("capacity", {"capacity": 0, "rows": torch.eye(2, 3) > 0}, ValueError, "positive int"),
+    ("capacity", {"capacity": 1, "rows": torch.eye(2, 3) > 0}, ValueError, "at least the 2 rows"),
+    ("precision", {"precision": "fp4"}, ValueError, "'fp8' or None"),
+    ("precision", {"precision": "fp8"}, TypeError, "bfloat16"),
     ("workspace", {"workspace": 0}, ValueError, "positive int"),
     ("workspace", {"workspace": 1.5}, TypeError, "positive int"),
 ]

@@ -107,7 +107,7 @@ def test_launches_of_each_further_chunk(impl, launches):
 
 @pytest.mark.parametrize(("impl", "elements"), [("blas", 12), ("triton", 6)])
 def test_bytes_of_the_rows(impl, elements):
-    """bfloat16, d = m = z, every row selected. Rows of that width: gather 2, activation 2, loss and its derivative 3, the
+    """bfloat16, d = m = z, every row selected. Rows of that width: gather 2, activation 2, loss and derivative 3, the
     activation's derivative 3, scatter 2; without the vendor's products only the loss, the sum of dZ and the scatter.
     """
     n = total = 4096

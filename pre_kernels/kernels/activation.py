@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .quantize import Quantized, store_quantized
 
 
 @triton.jit
@@ -54,6 +55,8 @@ def activate_grad(x, ACTIVATION: tl.constexpr):
 def activate_kernel(
     z_ptr,  # (n, M)
     g_ptr,  # (n, M)
+    q_ptr,  # (n, M) float8
+    scales_ptr,  # (n,)
     n,
     M,
     ACTIVATION: tl.constexpr,
@@ -66,12 +69,16 @@ def activate_kernel(
     mask = (o_n < n)[:, None] & (o_m < M)[None, :]
     b_g = activate(widen(tl.load(z_ptr + o_z, mask=mask, other=0.0)), ACTIVATION)
     tl.store(g_ptr + o_z, narrow(b_g, g_ptr.dtype.element_ty), mask=mask)
+    if q_ptr is not None:
+        store_quantized(q_ptr, scales_ptr, b_g, o_n, o_m, n, M)
 
 
 @triton.jit(do_not_specialize=["start", "n"])
 def activate_grad_kernel(
     dg_ptr,  # (n, M)
     z_ptr,  # (n, M); dZ is written over it
+    q_ptr,  # (n, M) float8
+    scales_ptr,  # (n,)
     sums_ptr,  # (programs along axis 0, M) float32
     count_ptr,
     start,
@@ -96,19 +103,32 @@ def activate_grad_kernel(
         if MULTIPLY:
             b_z = activate_grad(b_z, ACTIVATION) * widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
             tl.store(z_ptr + o_z, narrow(b_z, z_ptr.dtype.element_ty), mask=mask)
+            if q_ptr is not None:
+                store_quantized(q_ptr, scales_ptr, b_z, o_n, o_m, live, M)
         if SUM:
             b_sum += b_z
     if SUM:
         add_column_sum(sums_ptr, b_sum, o_m, M, M, FIRST)
 
 
-def apply_activation(z: Tensor, g: Tensor, activation: str) -> None:
-    """g = act(z), both (n, M) contiguous."""
+def apply_activation(z: Tensor, g: Tensor, activation: str, quantized: Quantized | None = None) -> None:
+    """g = act(z), both (n, M) contiguous; quantized: the same rows."""
     n, M = z.shape
     shape = RowShape.of(M)
+    q, scales = quantized or (None, None)
     with on_device(z):
         activate_kernel[triton.cdiv(n, shape.rows), triton.cdiv(M, shape.block)](
-            z, g, n, M, ACTIVATION=activation, ROWS=shape.rows, BLOCK=shape.block, num_warps=shape.warps, **OPTIONS
+            z,
+            g,
+            q,
+            scales,
+            n,
+            M,
+            ACTIVATION=activation,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
+            **OPTIONS,
         )
 
 
@@ -121,19 +141,24 @@ def apply_activation_grad(
     first: bool = True,
     count: Tensor | None = None,
     start: int = 0,
+    quantized: Quantized | None = None,
 ) -> None:
     """z becomes dz = dg · act'(z), or stays where dg is None, over the rows i with start + i < count; with `sums` its
     column sums are stored there (`first`) or added.
 
-    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs share the work.
+    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs share the work;
+    quantized: the rows of dz.
     """
     n, M = z.shape
     shape = RowShape.of(M)
     programs = shape.programs(n) if sums is None else sums.shape[0]
+    q, scales = quantized or (None, None)
     with on_device(z):
         activate_grad_kernel[programs, triton.cdiv(M, shape.block)](
             dg,
             z,
+            q,
+            scales,
             sums,
             count,
             start,

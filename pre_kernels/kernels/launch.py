@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter computes a bfloat16 dot from raw bits, truncates where a GPU rounds to bfloat16, and reads a
-# bfloat16 zero as 1e-38: there, and only there, conversions are done by hand
+# bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN: there, and only there, conversions are done by
+# hand
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on
@@ -73,6 +74,11 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if INTERPRET and tl.float8e4nv == DTYPE:
+        quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.abs(x))), -6.0) - 3.0)
+        rounded = (x / quantum + 12582912.0 - 12582912.0) * quantum  # adding 1.5 · 2^23 rounds to an integer
+        bits = rounded.to(DTYPE).to(tl.uint8, bitcast=True)
+        return tl.where(x == x, bits, 0x7F).to(tl.uint8).to(DTYPE, bitcast=True)
     return x.to(DTYPE)
 
 

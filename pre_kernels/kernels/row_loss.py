@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
 
@@ -19,6 +20,8 @@ def row_loss_kernel(
     divisor_ptr,  # 0-d float32
     losses_ptr,  # (capacity,) float32
     sums_ptr,  # (programs, Z) float32
+    q_ptr,  # (n, Z) float8
+    scales_ptr,  # (n,)
     index_ptr,  # (capacity,)
     count_ptr,
     start,
@@ -125,6 +128,8 @@ def row_loss_kernel(
                 b_dp = tl.where(m_n[:, None], b_dp, 0.0)
                 m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
                 tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
+                if q_ptr is not None:
+                    store_quantized(q_ptr, scales_ptr, b_dp, o_n, o_b, last, Z)
                 if SUM:
                     if WHOLE:
                         b_sum += b_dp
@@ -162,6 +167,7 @@ def row_loss(
     count: Tensor | None = None,
     clear: bool = False,
     start: int = 0,
+    quantized: Quantized | None = None,
 ) -> None:
     """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad` p becomes dP =
     upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored there (`first`) or added.
@@ -169,11 +175,13 @@ def row_loss(
     p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if `gather_anchor`, else
     start + i; weight likewise (·,) float32, None = 1; losses: (capacity,) float32; upstream: (capacity,) or 0-d, None =
     1; divisor: 0-d float32, None = 1; sums: (S, Z) float32, whose S rows add up to the sum: as many programs share the
-    work; count: 0-d int32, None = all; clear: dP of rows beyond the count is 0, else they are left alone.
+    work; count: 0-d int32, None = all; clear: dP of rows beyond the count is 0, else they are left alone;
+    quantized: the rows of dP.
     """
     n, Z = p.shape
     shape = RowShape.of(Z)
     programs = shape.programs(n) if sums is None else sums.shape[0]
+    q, scales = quantized or (None, None)
     with on_device(p):
         row_loss_kernel[(programs,)](
             p,
@@ -183,6 +191,8 @@ def row_loss(
             divisor,
             losses,
             sums,
+            q,
+            scales,
             index,
             count,
             start,

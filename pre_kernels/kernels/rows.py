@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, RowShape, live_rows, narrow, on_device, widen
+from .quantize import Quantized, store_quantized
 
 BLOCK = 1024  # rows of the mask of a program
-TILE = 2048  # elements of a program of the gather and the scatter
+TILE = 2048  # elements of a program of the scatter
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -51,6 +52,8 @@ def invert_kernel(index_ptr, inverse_ptr, N, BLOCK: tl.constexpr):
 def gather_kernel(
     x_ptr,  # (·, D) by strides
     out_ptr,  # (n, D)
+    q_ptr,  # (n, D) float8
+    scales_ptr,  # (n,)
     index_ptr,  # (capacity,)
     count_ptr,
     start,
@@ -61,19 +64,22 @@ def gather_kernel(
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     live = live_rows(count_ptr, start, n, COUNT)
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if GATHER:
         rows = tl.load(index_ptr + start + o_n, mask=o_n < live, other=0).to(tl.int64)
     else:
         rows = (start + o_n).to(tl.int64)
     m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
     b_x = widen(tl.load(x_ptr + rows[:, None] * stride_xm + o_d[None, :] * stride_xd, mask=m_x, other=0.0))
-    p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < n)[:, None] & (o_d < D)[None, :])
+    if out_ptr is not None:
+        p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+        tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < n)[:, None] & (o_d < D)[None, :])
+    if q_ptr is not None:
+        store_quantized(q_ptr, scales_ptr, b_x, o_n, o_d, n, D)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -142,16 +148,26 @@ def invert(index: Tensor, total: int) -> Tensor:
     return inverse
 
 
-def gather(x: Tensor, out: Tensor, *, index: Tensor | None = None, count: Tensor | None = None, start: int = 0) -> None:
+def gather(
+    x: Tensor,
+    out: Tensor | None,
+    *,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    start: int = 0,
+    quantized: Quantized | None = None,
+) -> None:
     """out[i] = x[index[start + i]] in out's dtype, zero where start + i >= count. x: (·, D), any strides; out: (n, D)
-    contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None = all."""
-    n, D = out.shape
-    columns = min(TILE, triton.next_power_of_2(D))
-    rows = TILE // columns
+    contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None = all; quantized: the same rows."""
+    q, scales = quantized or (None, None)
+    n, D = next(given for given in (out, q) if given is not None).shape
+    shape = RowShape.of(D)
     with on_device(x):
-        gather_kernel[triton.cdiv(n, rows), triton.cdiv(D, columns)](
+        gather_kernel[triton.cdiv(n, shape.rows), triton.cdiv(D, shape.block)](
             x,
             out,
+            q,
+            scales,
             index,
             count,
             start,
@@ -160,9 +176,9 @@ def gather(x: Tensor, out: Tensor, *, index: Tensor | None = None, count: Tensor
             *x.stride(),
             GATHER=index is not None,
             COUNT=count is not None,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=4,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
             **OPTIONS,
         )
 
