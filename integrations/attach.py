@@ -118,7 +118,7 @@ def apply_pre(
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
-    return PreHandle(model, Objective(parts, layers, anchor, level, mask_fn, impl), head, weight)
+    return PreHandle(model, Objective(parts, layers, anchor, anchor_dim, level, mask_fn, impl), head, weight)
 
 
 def _layers(layer: Any, depth: int) -> tuple[int, ...]:

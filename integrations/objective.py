@@ -21,6 +21,7 @@ class Objective:
     parts: Parts
     layers: tuple[int, ...]
     anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
+    anchor_dim: int
     level: str
     mask_fn: Callable[[dict[str, Any]], Tensor] | None
     impl: str
@@ -93,6 +94,8 @@ class Objective:
                 f"anchor: got shape {tuple(found.shape)} for {int(rows.mask.sum())} visual tokens in a batch of "
                 f"{tuple(rows.mask.shape)}; want (N, z) or (batch, tokens, z)"
             )
+        if found.shape[-1] != self.anchor_dim:
+            raise ValueError(f"anchor: got shape {tuple(found.shape)}, want width {self.anchor_dim} (anchor_dim)")
         return found
 
 

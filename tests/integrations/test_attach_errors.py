@@ -133,7 +133,7 @@ def test_pre_projector_with_other_rows_than_tokens() -> None:
     [
         (torch.zeros(11, 5), ValueError, r"anchor: got shape \(11, 5\) for 12 visual tokens"),
         (torch.zeros(12), ValueError, r"anchor: got shape \(12,\)"),
-        (torch.zeros(12, 6), ValueError, "anchor"),
+        (torch.zeros(12, 6), ValueError, r"anchor: got shape \(12, 6\), want width 5 \(anchor_dim\)"),
         ([1.0], TypeError, "anchor: the callable returned list"),
     ],
 )
