@@ -20,15 +20,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm90": GPUTarget("cuda", 90, 32),
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm90", "gfx942": "gfx"}
+TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "gfx942": "gfx", "gfx950": "gfx"}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -38,6 +40,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 WIDE, ODD = (4096, 4096, 4096), (123, 252, 507)
+MANY, SOME, FEW = 8192, 512, 256  # rows: each class takes other tiles
 
 
 @dataclass
@@ -53,13 +56,22 @@ class Launch:
 
     @property
     def name(self) -> str:
-        pointers = {kind for kind in self.signature.values() if kind in ("*bf16", "*fp16")}
-        width = "".join(sorted(kind[1:] for kind in pointers)) or "fp32"
+        width = "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
         flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
         aligned = "" if {"K", "N", "Z", "D"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
-        return f"{self.target} {self.kernel} {width} {' '.join(f for f in flags if f not in SHAPES)}{aligned}"
+        tile = "x".join(
+            str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants
+        )
+        words = [self.target, self.kernel, width, tile, *(flag for flag in flags if flag not in SHAPES)]
+        return " ".join(word for word in words if word) + aligned
 
 
+def element(kind: str) -> str:
+    """Of a pointer or a descriptor: "*bf16" and "tensordesc<bf16[128, 64]>" are both of bf16."""
+    return re.sub(r"^(\*|tensordesc<)(\w+).*", r"\2", kind)
+
+
+OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
 NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "column_sum_kernel")
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
@@ -80,6 +92,8 @@ def record(target: str, call: Any) -> list[Launch]:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 aligned.append(parameter.name)
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = mangle_type(value)
             else:
                 signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
                 if value % 16 == 0 and special:
@@ -89,17 +103,24 @@ def record(target: str, call: Any) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
-        mock.patch("pre_kernels.kernels.matmul.arch", return_value=TILE_ARCH[target]),
+        mock.patch("pre_kernels.kernels.tiles.arch", return_value=TILE_ARCH[target]),
     ):
         call()
     return launches
 
 
-def call(dtype: torch.dtype, widths: tuple[int, int, int], rows: str, autocast: bool = False, **options: Any) -> None:
+def call(
+    dtype: torch.dtype,
+    widths: tuple[int, int, int],
+    rows: str,
+    autocast: bool = False,
+    total: int = MANY,
+    **options: Any,
+) -> None:
     """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
     from pre_kernels import fused_pre_loss
 
-    (d, m, z), total = widths, 512
+    d, m, z = widths
     weights = torch.float32 if autocast else dtype
     selection = {
         "mask": torch.ones(total, dtype=torch.bool),
@@ -115,14 +136,33 @@ def call(dtype: torch.dtype, widths: tuple[int, int, int], rows: str, autocast: 
     loss.sum().backward()
 
 
+def products(dtype: torch.dtype, n: int, width: int) -> None:
+    """The products on rows that need no gather, with each epilogue."""
+    from pre_kernels.kernels.matmul import matmul
+    from pre_kernels.kernels.weight_grad import add_weight_grad
+
+    x, y, z, w = (torch.empty(rows, width, dtype=dtype) for rows in (n, n, n, width))
+    total, count = torch.empty(width, width), torch.empty((), dtype=torch.int32)
+    matmul(x, w.t(), y, bias=w[0], count=count, aux=z, epilogue="activate")
+    matmul(x, w.t(), y, bias=w[0], count=count)
+    matmul(x, w, y, count=count)
+    matmul(x, w, y, count=count, aux=y, epilogue="activate_grad")
+    add_weight_grad(total, x, y, count=count)
+    add_weight_grad(total, x, y, count=count, first=True)
+
+
 def launches(targets: list[str]) -> list[Launch]:
     """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
-    weight = torch.ones(512)
+    weight = torch.ones(MANY)
     found: list[Launch] = []
     for target in targets:
         for dtype in (torch.bfloat16, torch.float32):
             found += record(target, lambda dtype=dtype: call(dtype, WIDE, "mask"))
         found += record(target, lambda: call(torch.float16, WIDE, "index", row_weight=weight))
+        # each tile: few rows for the products, small weights for their gradients
+        for n, width in ((MANY, 4096), (SOME, 4096), (FEW, 1280), (FEW, 1024)):
+            found += record(target, lambda n=n, width=width: products(torch.bfloat16, n, width))
+        found += record(target, lambda: products(torch.float32, FEW, 1024))
     if "sm90" in targets:
         for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
             for dtype in (torch.bfloat16, torch.float32):
@@ -175,7 +215,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "name": launch.name,
         "target": launch.target,
         "kernel": launch.kernel,
-        "dtype": launch.signature.get("w_ptr") or launch.signature.get("dy_ptr"),
+        "dtype": next((element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None),
         "precision": launch.constants.get("PRECISION"),
         **resources(launch.target, compiled),
         "instructions": [word for word, present in found.items() if present],
@@ -184,13 +224,13 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942, and report what each one uses.",
+        description="Compile the Triton kernels for NVIDIA and AMD GPUs, and report what each one uses.",
         epilog="examples:\n  python tests/aot.py\n  python tests/aot.py --json kernels.json --jobs 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all four")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     arguments = parser.parse_args()
     todo = launches(arguments.targets)
     results = []

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, dot, on_device, widen
-from .matmul import GROUP_M, input_precision, quarters, swizzle, tile_for
+from . import tiles
+from .launch import INTERPRET, OPTIONS, dot, on_device, widen
+from .matmul import input_precision
+from .tiles import quarters, swizzle
 
 COLUMNS, ROWS, SPLITS = 128, 32, 16  # of a column sum: a program's tile, and how many programs share a column
 
@@ -27,6 +29,7 @@ def weight_grad_kernel(
     stride_xn,
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
+    FIRST: tl.constexpr,  # store instead of adding
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -37,7 +40,7 @@ def weight_grad_kernel(
     live = n
     if COUNT:
         live = tl.minimum(n, tl.load(count_ptr) - start)
-    if live <= 0:
+    if live <= 0 and not FIRST:
         return
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -58,7 +61,7 @@ def weight_grad_kernel(
         b_total = dot(b_dy, b_x, b_total, dy_ptr.dtype.element_ty, PRECISION)
         p_dy += BLOCK_K * M
 
-    parts = quarters(b_total, BLOCK_M, BLOCK_N)
+    parts = quarters(b_total)
     QUARTER: tl.constexpr = BLOCK_N // 4
     m = tl.arange(0, BLOCK_M)[:, None]
     for i in tl.static_range(4):
@@ -66,7 +69,58 @@ def weight_grad_kernel(
         base = (i_m * BLOCK_M).to(tl.int64) * N + first
         o_q = tl.arange(0, QUARTER)[None, :]
         p_total, m_total = total_ptr + base + m * N + o_q, (i_m * BLOCK_M + m < M) & (first + o_q < N)
-        tl.store(p_total, tl.load(p_total, mask=m_total, other=0.0) + parts[i], mask=m_total)
+        b_part = parts[i]
+        if not FIRST:
+            b_part += tl.load(p_total, mask=m_total, other=0.0)
+        tl.store(p_total, b_part, mask=m_total)
+
+
+@triton.jit(do_not_specialize=["start", "n"])
+def weight_grad_descriptor_kernel(
+    dy,  # (n, M) in blocks of (BLOCK_K, BLOCK_M)
+    x,  # (·, N) in blocks of (BLOCK_K, BLOCK_N)
+    total,  # (M, N) float32 in blocks of (BLOCK_M, BLOCK_N / 4)
+    count_ptr,
+    start,
+    n,
+    M,
+    N,
+    COUNT: tl.constexpr,
+    FIRST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    live = n
+    if COUNT:
+        live = tl.maximum(tl.minimum(n, tl.load(count_ptr) - start), 0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    stop = tiles_m * tiles_n
+    if not FIRST:
+        stop = tl.where(live > 0, stop, 0)
+    # The blocks of rows end at the count, and the first one begins above row 0, where loads give zeros: what lies
+    # beyond the count, NaN perhaps, is never read, and nothing needs a mask.
+    blocks = tl.cdiv(live, BLOCK_K)
+    top = live - blocks * BLOCK_K
+    for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0), flatten=FLATTEN):
+        i_m, i_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        b_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_k in range(blocks):
+            b_dy = dy.load([top + i_k * BLOCK_K, i_m * BLOCK_M])
+            b_x = x.load([top + i_k * BLOCK_K, i_n * BLOCK_N])
+            b_total = dot(b_dy.T, b_x, b_total, dy.dtype, "ieee")
+
+        parts = quarters(b_total)
+        for i in tl.static_range(4):
+            offsets = [i_m * BLOCK_M, i_n * BLOCK_N + i * (BLOCK_N // 4)]
+            if FIRST:
+                total.store(offsets, parts[i])
+            elif INTERPRET:  # which has no additions by descriptor
+                total.store(offsets, total.load(offsets) + parts[i])
+            else:
+                total.atomic_add(offsets, parts[i])
 
 
 @triton.jit(do_not_specialize=["start", "n"])
@@ -108,17 +162,37 @@ def add_weight_grad(
     index: Tensor | None = None,
     count: Tensor | None = None,
     start: int = 0,
+    first: bool = False,
 ) -> None:
     """total += Σ_i dy[i]ᵀ · x[index[start + i]], over the rows i of `dy` with start + i < count.
 
     total: (M, N) float32 contiguous; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype; index, count:
-    as in `matmul`. Each element is summed by one program in a fixed order: deterministic.
+    as in `matmul`; first: total = instead of total +=, zeros if there is no row. Each element is summed by one program
+    in a fixed order: deterministic. Rows from the count on are not read.
     """
     (n, M), N = dy.shape, x.shape[1]
-    tile = tile_for(x, dy)
-    grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    tile = tiles.descriptor_tile(x, dy, (total,), M, N) if index is None else None
+    shared = {"COUNT": count is not None, "FIRST": first, **OPTIONS}
     with on_device(x):
-        weight_grad_kernel[grid](
+        if tile is not None:
+            weight_grad_descriptor_kernel[(tiles.programs(tile, M, N, x),)](
+                tiles.describe(dy, tile.k, tile.m),
+                tiles.describe(x, tile.k, tile.n),
+                tiles.describe(total, tile.m, tile.n // 4),
+                count,
+                start,
+                n,
+                M,
+                N,
+                FLATTEN=tiles.arch(x)
+                == "sm90",  # triton 3.6 gives each part of a flattened epilogue its memory on sm100
+                **tiles.constants(tile),
+                num_stages=tile.stages,
+                **shared,
+            )
+            return
+        tile = tiles.pointer_tile(x, dy, M, N)
+        weight_grad_kernel[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
             dy,
             x,
             total,
@@ -130,15 +204,10 @@ def add_weight_grad(
             N,
             *x.stride(),
             GATHER=index is not None,
-            COUNT=count is not None,
             PRECISION=input_precision(dy.dtype),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            GROUP_M=GROUP_M,
-            num_warps=tile.warps,
+            **tiles.constants(tile),
             num_stages=tile.stages,
-            **OPTIONS,
+            **shared,
         )
 
 
