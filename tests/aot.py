@@ -59,9 +59,7 @@ class Launch:
         width = "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
         flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
         aligned = "" if {"K", "N", "Z", "D"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
-        tile = "x".join(
-            str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants
-        )
+        tile = "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
         words = [self.target, self.kernel, width, tile, *(flag for flag in flags if flag not in SHAPES)]
         return " ".join(word for word in words if word) + aligned
 
@@ -72,6 +70,7 @@ def element(kind: str) -> str:
 
 
 OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "column_sum_kernel")
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
@@ -210,7 +209,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     code = compiled.asm.get("ptx", "")
-    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32")}
+    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")}
     return {
         "name": launch.name,
         "target": launch.target,
@@ -242,7 +241,7 @@ def main() -> None:
             used = (
                 f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
             )
-            print(f"{used}  {','.join(result['instructions']):12} {result['name']}", flush=True)
+            print(f"{used}  {','.join(result['instructions']):26} {result['name']}", flush=True)
     results.sort(key=lambda result: result["name"])
     spilled = sum(result["spills"] > 0 for result in results)
     print(f"{len(results)} kernels compiled, {spilled} spill")

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from oracle import judge
 
+from pre_kernels.kernels import matmul as matmul_module
+from pre_kernels.kernels import tiles
+from pre_kernels.kernels import weight_grad as weight_grad_module
+from pre_kernels.kernels.launch import arch
 from pre_kernels.kernels.matmul import matmul
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import BLOCK, invert, scatter, select
@@ -13,6 +18,35 @@ NAN = float("nan")
 
 def count(n: int, device) -> torch.Tensor:
     return torch.tensor(n, dtype=torch.int32, device=device)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The kinds of kernels that products launched, in order: "pointer" or "descriptor"."""
+    kinds: list[str] = []
+
+    class Spy:
+        def __init__(self, kernel, kind):
+            self.kernel, self.kind = kernel, kind
+
+        def __getitem__(self, grid):
+            kinds.append(self.kind)
+            return self.kernel[grid]
+
+    for module, name in ((matmul_module, "matmul"), (weight_grad_module, "weight_grad")):
+        for kind, kernel in (("pointer", f"{name}_kernel"), ("descriptor", f"{name}_descriptor_kernel")):
+            monkeypatch.setattr(module, kernel, Spy(getattr(module, kernel), kind))
+    return kinds
+
+
+def has_descriptors(device) -> bool:
+    return (arch(torch.empty(0, device=device)), 2) in tiles.DESCRIPTOR_TILES
+
+
+def inside(n: int, columns: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, columns) of NaN, and the same with 32 more rows on either side, which may be neither used nor written."""
+    around = torch.full((n + 64, columns), NAN, dtype=dtype, device=device)
+    return around[32 : n + 32], around
 
 
 @pytest.mark.parametrize("total", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK + 17])
@@ -81,13 +115,14 @@ def test_matmul_takes_any_strides(device):
     torch.testing.assert_close(y, x @ w)
 
 
-def test_weight_grad_adds_and_ignores_what_lies_beyond_the_count(device):
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_grad_ignores_what_lies_beyond_the_count(device, first):
     dy, x = torch.randn(50, 70, device=device), torch.randn(90, 40, device=device)
     index = torch.randperm(90, device=device)
     dy[19:] = NAN
-    total = torch.randn(70, 40, device=device)
-    want = total + dy[:19].t() @ x[index[30:49]]
-    add_weight_grad(total, dy, x, index=index, count=count(49, device), start=30)
+    total = torch.full((70, 40), NAN, device=device) if first else torch.randn(70, 40, device=device)
+    want = dy[:19].t() @ x[index[30:49]] + (0 if first else total)
+    add_weight_grad(total, dy, x, index=index, count=count(49, device), start=30, first=first)
     torch.testing.assert_close(total, want)
     sums = torch.randn(70, device=device)
     want = sums + dy[:19].sum(0)
@@ -108,6 +143,126 @@ def test_a_chunk_beyond_the_count_does_nothing(device, start):
     assert not total.any()
     assert not sums.any()
     assert not losses.any()
+    total.fill_(NAN)
+    add_weight_grad(total, dy, dy, count=count(30, device), start=start, first=True)
+    assert not total.any()
+
+
+# live rows of (rows, K, N): within a tile; several tiles both ways; multiples of none
+LIVE = [*((live, (40, 24, 72)) for live in (0, 37)), *((live, (300, 200, 328)) for live in (-30, 1, 130, 300))]
+TILES = [tiles.Tile(128, 256, 64, 8, 4), tiles.Tile(64, 128, 64, 4, 6)]
+
+
+@pytest.fixture(params=TILES, ids=str)
+def only_tile(request, monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "choose", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("only_tile")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("epilogue", ["none", "activate", "activate_grad"])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("live", "size"), LIVE)
+def test_matmul_by_descriptor(device, launched, dtype, epilogue, transposed, live, size):
+    if not has_descriptors(device):
+        pytest.skip("no tensor descriptors on this device")
+    (n, K, N), start = size, 30
+    (x, _), (y, around), (g, around_g) = (inside(n, columns, dtype, device) for columns in (K, N, N))
+    rows = max(live, 0)
+    x[:rows] = torch.randn(rows, K, device=device)
+    w = torch.randn(N, K, device=device).to(dtype).t() if transposed else torch.randn(K, N, device=device).to(dtype)
+    bias = torch.randn(N, device=device).to(dtype) if transposed else None
+    if epilogue == "activate_grad":
+        y[:rows] = torch.randn(rows, N, device=device)
+    z = y[:rows].double()
+    aux = {"none": None, "activate": g, "activate_grad": y}[epilogue]
+    matmul(x, w, y, bias=bias, count=count(start + live, device), start=start, aux=aux, epilogue=epilogue)
+    assert launched == ["descriptor"]
+
+    def products(cast):
+        want = cast(x[:rows]) @ cast(w) + (0 if bias is None else cast(bias))
+        if epilogue == "activate_grad":
+            leaf = z.clone().requires_grad_()
+            want = want * torch.autograd.grad(torch.nn.functional.gelu(leaf).sum(), leaf)[0].to(want.dtype)
+        return want
+
+    truth, eager = products(torch.Tensor.double), products(torch.Tensor.float).to(dtype)
+    eps = torch.finfo(dtype).eps
+    judge("y", y[:rows], eager, truth, eps, None)
+    if epilogue == "activate":
+        gelu = torch.nn.functional.gelu
+        judge("act(y)", g[:rows], gelu(eager.float()).to(dtype), gelu(truth), eps, None)
+    for outside in (around[:32], around[n + 32 :], around_g[:32], around_g[n + 32 :]):
+        assert outside.isnan().all()
+
+
+@pytest.mark.usefixtures("only_tile")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("live", [-30, 0, 1, 63, 64, 65, 150])
+def test_weight_grad_by_descriptor(device, launched, dtype, first, live):
+    if not has_descriptors(device):
+        pytest.skip("no tensor descriptors on this device")
+    n, M, N, start = 150, 200, 328, 30
+    (dy, _), (x, _) = (inside(n, columns, dtype, device) for columns in (M, N))
+    rows = max(live, 0)
+    dy[:rows], x[:rows] = torch.randn(rows, M, device=device), torch.randn(rows, N, device=device)
+    total, around = inside(M, N, torch.float32, device)
+    if not first:
+        total[:] = torch.randn(M, N, device=device)
+    truth = dy[:rows].double().t() @ x[:rows].double() + (0 if first else total.double())
+    eager = dy[:rows].float().t() @ x[:rows].float() + (0 if first else total)
+    add_weight_grad(total, dy, x, count=count(start + live, device), start=start, first=first)
+    assert launched == ["descriptor"]
+    judge("total", total, eager, truth, torch.finfo(torch.float32).eps, None)
+    for outside in (around[:32], around[M + 32 :]):
+        assert outside.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("contiguous", "descriptor"),
+        ("rows of a wider matrix", "descriptor"),
+        ("gathered", "pointer"),
+        ("float32", "pointer"),
+        ("cast", "pointer"),
+        ("odd width", "pointer"),
+        ("odd address", "pointer"),
+        ("columns first", "pointer"),
+        ("every other column", "pointer"),
+    ],
+)
+def test_descriptors_are_used_where_they_can_be(device, launched, case, kind):
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    width = 36 if case == "odd width" else 64
+    x, dy, w = (torch.randn(40, width, device=device).to(dtype) for _ in range(3))
+    if case == "rows of a wider matrix":
+        x = torch.randn(40, 128, device=device).to(dtype)[:, 64:]
+    elif case == "odd address":
+        x = torch.randn(40 * 64 + 1, device=device).to(dtype)[1:].view(40, 64)
+    elif case == "columns first":
+        x = x.t().contiguous().t()
+    elif case == "every other column":
+        x = torch.randn(40, 128, device=device).to(dtype)[:, ::2]
+    elif case == "cast":
+        x = x.float()
+    index = torch.arange(40, device=device) if case == "gathered" else None
+    y, total = torch.empty(40, 40, dtype=dtype, device=device), torch.empty(width, width, device=device)
+    matmul(x, w.t(), y, index=index)
+    add_weight_grad(total, dy, x, index=index, first=True)
+    assert launched == [kind if has_descriptors(device) else "pointer"] * 2
+    torch.testing.assert_close(y.float(), x.float() @ w.float().t(), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(total, dy.float().t() @ x.float(), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("table", [tiles.POINTER_TILES, tiles.DESCRIPTOR_TILES])
+def test_few_rows_still_fill_the_device(table):
+    anywhere = torch.empty(0)  # off the GPU an H200 is assumed
+    for rows in (256, 512, 1024, 2304):
+        tile = tiles.choose(table["sm90", 2], rows, 4096, anywhere)
+        assert tiles.programs(tile, rows, 4096, anywhere) >= 100
+    assert tiles.choose(table["sm90", 2], 9216, 4096, anywhere)[:2] == (128, 256)
 
 
 @pytest.mark.parametrize("width", [3, 130, 5000])

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launch import INTERPRET, OPTIONS, dot, on_device, widen
+from .launch import INTERPRET, OPTIONS, dot, narrow, on_device, widen
 from .matmul import input_precision
 from .tiles import quarters, swizzle
 
@@ -18,7 +18,7 @@ COLUMNS, ROWS, SPLITS = 128, 32, 16  # of a column sum: a program's tile, and ho
 def weight_grad_kernel(
     dy_ptr,  # (n, M)
     x_ptr,  # (·, N), gathered by index
-    total_ptr,  # (M, N) float32
+    total_ptr,  # (M, N)
     index_ptr,  # (capacity,)
     count_ptr,
     start,
@@ -72,14 +72,14 @@ def weight_grad_kernel(
         b_part = parts[i]
         if not FIRST:
             b_part += tl.load(p_total, mask=m_total, other=0.0)
-        tl.store(p_total, b_part, mask=m_total)
+        tl.store(p_total, narrow(b_part, total_ptr.dtype.element_ty), mask=m_total)
 
 
 @triton.jit(do_not_specialize=["start", "n"])
 def weight_grad_descriptor_kernel(
     dy,  # (n, M) in blocks of (BLOCK_K, BLOCK_M)
     x,  # (·, N) in blocks of (BLOCK_K, BLOCK_N)
-    total,  # (M, N) float32 in blocks of (BLOCK_M, BLOCK_N / 4)
+    total,  # (M, N) in blocks of (BLOCK_M, BLOCK_N / 4)
     count_ptr,
     start,
     n,
@@ -94,7 +94,7 @@ def weight_grad_descriptor_kernel(
     GROUP_M: tl.constexpr,
 ):
     live = n
-    if COUNT:
+    if COUNT:  # never negative: flattened, a negative number of blocks would be taken for one
         live = tl.maximum(tl.minimum(n, tl.load(count_ptr) - start), 0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     stop = tiles_m * tiles_n
@@ -116,7 +116,7 @@ def weight_grad_descriptor_kernel(
         for i in tl.static_range(4):
             offsets = [i_m * BLOCK_M, i_n * BLOCK_N + i * (BLOCK_N // 4)]
             if FIRST:
-                total.store(offsets, parts[i])
+                total.store(offsets, narrow(parts[i], total.dtype))
             elif INTERPRET:  # which has no additions by descriptor
                 total.store(offsets, total.load(offsets) + parts[i])
             else:
@@ -166,9 +166,9 @@ def add_weight_grad(
 ) -> None:
     """total += Σ_i dy[i]ᵀ · x[index[start + i]], over the rows i of `dy` with start + i < count.
 
-    total: (M, N) float32 contiguous; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype; index, count:
-    as in `matmul`; first: total = instead of total +=, zeros if there is no row. Each element is summed by one program
-    in a fixed order: deterministic. Rows from the count on are not read.
+    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype;
+    index, count: as in `matmul`; first: total = instead of total +=, zeros where there is no row. Each element is
+    summed by one program in a fixed order: deterministic. Rows from the count on may hold anything.
     """
     (n, M), N = dy.shape, x.shape[1]
     tile = tiles.descriptor_tile(x, dy, (total,), M, N) if index is None else None
@@ -184,8 +184,8 @@ def add_weight_grad(
                 n,
                 M,
                 N,
-                FLATTEN=tiles.arch(x)
-                == "sm90",  # triton 3.6 gives each part of a flattened epilogue its memory on sm100
+                # flattened on sm100, triton 3.6 gives each part of the epilogue memory of its own
+                FLATTEN=tiles.arch(x) == "sm90",
                 **tiles.constants(tile),
                 num_stages=tile.stages,
                 **shared,
