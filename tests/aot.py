@@ -136,7 +136,7 @@ def call(
 
 
 def products(dtype: torch.dtype, n: int, width: int) -> None:
-    """The products on rows that need no gather, with each epilogue."""
+    """The products with each epilogue on rows that need no gather, then those that gather."""
     from pre_kernels.kernels.matmul import matmul
     from pre_kernels.kernels.weight_grad import add_weight_grad
 
@@ -148,6 +148,10 @@ def products(dtype: torch.dtype, n: int, width: int) -> None:
     matmul(x, w, y, count=count, aux=y, epilogue="activate_grad")
     add_weight_grad(total, x, y, count=count)
     add_weight_grad(total, x, y, count=count, first=True)
+    index = torch.empty(n, dtype=torch.int32)
+    matmul(x, w.t(), y, bias=w[0], index=index, count=count, aux=z, epilogue="activate")
+    add_weight_grad(total, x, y, index=index, count=count)
+    add_weight_grad(total, x, y, index=index, count=count, first=True)
 
 
 def launches(targets: list[str]) -> list[Launch]:
