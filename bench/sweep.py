@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -17,26 +18,30 @@ from .device import Cpu, Cuda, current
 from .measure import interleaved, spread
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
-ROLES = ("project", "plain", "backproject", "weight_grad")
-GROUPS = (1, 4, 16, 32)  # of row tiles, with the tile that is in use
+ROLES = ("project", "backproject", "weight_grad")
+GROUPS = (4, 16)  # of row tiles, with the tile that is in use
 
-# (m, n, k, warps, stages); what does not fit the device's shared memory is recorded as such
-CANDIDATES = [
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-    (256, 128, 64, 8, 4),
-    (128, 256, 32, 8, 4),
-    (128, 256, 128, 8, 2),
-    (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 4),
-    (128, 128, 128, 8, 3),
-    (128, 192, 64, 8, 4),
-    (256, 256, 64, 16, 2),
-    (64, 256, 64, 4, 4),
-    (256, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-]
+# (m, n, k, warps, stages, blocks), the likeliest first; what does not fit the device's memory is recorded as such
+CANDIDATES = {
+    "descriptor": [
+        (128, 256, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 4, 3, 2),
+        (256, 128, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 128, 8, 3),
+        (64, 256, 64, 4, 4),
+        (64, 128, 64, 4, 6),
+        (64, 128, 64, 4, 4, 2),
+    ],
+    "pointer": [
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+    ],
+}
 
 Records = Iterator[dict[str, Any]]
 
@@ -52,47 +57,64 @@ def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
 
 def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> Records:
     """Milliseconds of a product for each candidate and for cuBLAS, taking turns; only results that are right count."""
-    from pre_kernels.kernels import matmul, weight_grad
+    from pre_kernels.kernels import tiles
     from pre_kernels.kernels.launch import arch
 
-    run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
-    key = arch(result), shapes.DTYPES[dtype].itemsize
-    before, group = matmul.TILES[key], matmul.GROUP_M
-    plan = [(matmul.Tile(*tile), group) for tile in CANDIDATES if device.kind == "cuda"]
-    plan = [(before, group), *((tile, g) for tile, g in plan if tile != before), *((before, g) for g in GROUPS)]
-    for tile, group_m in plan:
-        about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "in_use": tile == before and group_m == group}
-        about |= {"item": f"{role} {tuple(tile)} group {group_m}", "tile": list(tile), "group_m": group_m}
-        try:
-            matmul.TILES[key] = tile
-            matmul.GROUP_M = weight_grad.GROUP_M = group_m
-            result.fill_(0.0 if role == "weight_grad" else torch.nan)
-            run()
-            device.synchronize()
-            wide = truth.norm().item()
-            error = (result.double() - truth).norm().item() / wide
-            if not error < 2 * torch.finfo(shapes.DTYPES[dtype]).eps:
-                yield about | {"failed": f"relative error {error:.2e}"}
-                continue
-            figures: dict[str, Any] = {"error": error}
-            if device.kind == "cuda":  # the interpreter is never timed
-                times = interleaved(device, {"tile": run, "blas": blas}, 0.2)
-                figures |= spread(times["tile"])
-                figures["blas_ms"] = spread(times["blas"])["median_ms"]
-                figures["over_blas"] = figures["median_ms"] / figures["blas_ms"]
-                figures["tflops"] = 2 * n * d * m / figures["median_ms"] / 1e9
-            yield about | figures
-        except Exception as error:  # too much shared memory, say: the next candidate may fit
-            yield about | {"unavailable": suite._reason(error)}
-        finally:
-            matmul.TILES[key] = before
-            matmul.GROUP_M = weight_grad.GROUP_M = group
+    tables = {"descriptor": tiles.DESCRIPTOR_TILES, "pointer": tiles.POINTER_TILES}
+    for kind, table in tables.items():
+        run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
+        key = arch(result), shapes.DTYPES[dtype].itemsize
+        if key not in table:
+            continue
+        in_use = tiles.choose(table[key], *result.shape, result)
+        plan = [(tiles.Tile(*tile), tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
+        plan = [(in_use, tiles.GROUP_M), *(p for p in plan if p[0] != in_use), *((in_use, g) for g in GROUPS)]
+        for tile, group_m in plan:
+            about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "kernel": kind, "group_m": group_m}
+            about |= {"item": f"{role} {kind} {tuple(tile)} group {group_m}", "tile": list(tile)}
+            about |= {"in_use": tile == in_use and group_m == tiles.GROUP_M, "flop": 2 * n * d * m}
+            with (
+                mock.patch.dict(tiles.DESCRIPTOR_TILES, clear=True),
+                mock.patch.dict(table, {key: (tile,)}),
+                mock.patch.object(tiles, "GROUP_M", group_m),
+            ):
+                result.fill_(0.0 if role == "weight_grad" else torch.nan)
+                about |= _timed(device, run, blas, result, truth, about["flop"], shapes.DTYPES[dtype])
+            yield about
+
+
+def _timed(
+    device: Cpu | Cuda,
+    run: Callable[[], Any],
+    blas: Callable[[], Any],
+    result: torch.Tensor,
+    truth: torch.Tensor,
+    flop: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The figures of a product, or why there are none."""
+    try:
+        run()
+        device.synchronize()
+        error = ((result.double() - truth).norm() / truth.norm()).item()
+        if not error < 2 * torch.finfo(dtype).eps:
+            return {"failed": f"relative error {error:.2e}"}
+        figures: dict[str, Any] = {"error": error}
+        if device.kind == "cuda":  # the interpreter is never timed
+            times = interleaved(device, {"tile": run, "blas": blas}, 0.2)
+            figures |= spread(times["tile"])
+            figures["blas_ms"] = spread(times["blas"])["median_ms"]
+            figures["over_blas"] = figures["median_ms"] / figures["blas_ms"]
+            figures["tflops"] = flop / figures["median_ms"] / 1e9
+        return figures
+    except Exception as error:  # too much shared memory, say: the next candidate may fit
+        return {"unavailable": suite._reason(error)}
 
 
 def _product(
     device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], Any], torch.Tensor, torch.Tensor]:
-    """(ours, cuBLAS's bare product, ours' output, the float64 result) of a product in one of its roles."""
+    """(ours, cuBLAS's, ours' output, the float64 result) of a product in one of its roles."""
     from pre_kernels.kernels.matmul import matmul
     from pre_kernels.kernels.weight_grad import add_weight_grad
 
@@ -102,33 +124,17 @@ def _product(
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=dtype, device=place)
 
-    rows = n * 5 // 4
-    index = torch.arange(rows - n, rows, device=place, dtype=torch.int32)
-    hidden, w = randn(rows, d), randn(m, d) / d**0.5
-    x, wide = hidden[index.long()], hidden[index.long()].double()
-    if role == "project":  # gather, bias and activation
-        y, g, bias = randn(n, m), randn(n, m), randn(m)
-
-        def ours() -> None:
-            matmul(hidden, w.t(), y, bias=bias, index=index, aux=g, epilogue="activate")
-
-        return ours, lambda: torch.mm(x, w.t(), out=g), y, wide @ w.double().t() + bias.double()
-    if role == "plain":  # the second projection: no gather
+    x, dy, w, bias = randn(n, d), randn(n, m), randn(m, d) / d**0.5, randn(m)
+    if role == "project":
         y, out = randn(n, m), randn(n, m)
-        return lambda: matmul(x, w.t(), y), lambda: torch.mm(x, w.t(), out=out), y, wide @ w.double().t()
+        truth = x.double() @ w.double().t() + bias.double()
+        return lambda: matmul(x, w.t(), y, bias=bias), lambda: torch.mm(x, w.t(), out=out), y, truth
     if role == "backproject":
-        dy, y, z, out = randn(n, m), randn(n, d), randn(n, d).abs() + 8, randn(n, d)
-
-        def ours() -> None:  # where z > 8, gelu'(z) = 1: the product itself is the truth
-            matmul(dy, w, y, aux=z, epilogue="activate_grad")
-
-        return ours, lambda: torch.mm(dy, w, out=out), y, dy.double() @ w.double()
-    dy, total, out = randn(n, m), torch.zeros(m, d, device=place), torch.empty_like(w)
-
-    def ours() -> None:
-        add_weight_grad(total, dy, hidden, index=index)
-
-    return ours, lambda: torch.mm(dy.t(), x, out=out), total, dy.double().t() @ wide
+        y, out = randn(n, d), randn(n, d)
+        return lambda: matmul(dy, w, y), lambda: torch.mm(dy, w, out=out), y, dy.double() @ w.double()
+    total, out = torch.zeros(m, d, device=place), torch.empty_like(w)
+    truth = dy.double().t() @ x.double()
+    return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
 
 
 def main(argv: Sequence[str] | None = None) -> None:

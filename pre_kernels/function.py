@@ -206,7 +206,9 @@ class _PreLoss(torch.autograd.Function):
         return loss, dh, place
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 12
         with torch.no_grad():
             if ctx.recompute:
                 *tensors, divisor = ctx.saved_tensors

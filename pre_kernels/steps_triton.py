@@ -1,4 +1,4 @@
-"""The steps in Triton: rows are gathered inside the products, and N stays on the device where it can."""
+"""The steps in Triton, whose products read N from the device: nothing waits for the host."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from torch import Tensor
 
 from .checks import Problem
 from .function import Gradients, Layout, Selection
-from .kernels.activation import apply_activation_grad
+from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.finish import reduce_loss, scale_gradients
 from .kernels.launch import RowShape
 from .kernels.matmul import matmul
 from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
-from .kernels.rows import invert, scatter, select
+from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
 
-WORKSPACE = 256 << 20  # bytes
-CHUNK_MULTIPLE = 128  # rows: full tiles, and index offsets that stay 16-byte aligned
+CHUNK_MULTIPLE = 128  # rows: full tiles
 
 
-class RowSteps:
-    """What the two implementations with Triton's row kernels share: everything but the products."""
+class TritonSteps:
+    """Passes over rows between products, all over buffers of a chunk."""
 
-    clear = False  # whether products read rows beyond a count that is on the device
-    workspace = WORKSPACE
+    workspace = 256 << 20  # bytes
+    clear = False  # whether rows beyond a count that is on the device have to be zero
 
     @staticmethod
     def columns(problem: Problem) -> int:
         """Of all buffers of a chunk together."""
-        _, m, z = problem.widths
-        return 2 * m + z
+        d, m, z = problem.widths
+        return 2 * m + z + (d if _copies(problem) else 0)
 
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
@@ -72,28 +71,59 @@ class RowSteps:
     ) -> None:
         self.problem, self.options, self.losses, self.grads = problem, problem.options, losses, grads
         self.index, self.count = selection.index, selection.count
-        self.needs_dp = any(grad is not None for grad in grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": upstream, "divisor": divisor}
-        _, m, z = problem.widths
-        self.z, self.g, self.p = (self._buffer(chunk, columns) for columns in (m, m, z))
+        d, m, z = problem.widths
 
-    def _buffer(self, rows: int, columns: int) -> Tensor:
-        return self.problem.hidden.new_empty(rows, columns, dtype=self.options.dtype)
+        def buffer(columns: int) -> Tensor:
+            return problem.hidden.new_empty(chunk, columns, dtype=problem.options.dtype)
 
-    def _begin(self, start: int, stop: int) -> None:
+        self.z, self.g, self.p = (buffer(columns) for columns in (m, m, z))
+        self.h = buffer(d) if _copies(problem) else None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The weights of the four products with rows, (N, K) each."""
+        self.project_1, self.project_2, self.back_2, self.back_1 = self.w1, self.w2, self.w2.t(), self.w1.t()
+
+    def _quantized(self, rows: Tensor) -> Quantized | None:
+        """Where the pass that writes `rows` leaves them for a product in lower precision."""
+        return None
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out = x · weightᵀ + bias"""
+        matmul(x, weight.t(), out, bias=bias, **self.live)
+
+    def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
+        """total += dyᵀ·x"""
+        add_weight_grad(total, dy, x, first=first, **self.live)
+
+    def project(self, start: int, stop: int) -> None:
         n = stop - start
         self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
         self.live: dict[str, Any] = {"count": self.count, "start": start}
+        hidden = self.problem.hidden
+        self.x = hidden[start:stop] if self.h is None else self.h[:n]
+        quantized = self._quantized(self.x)
+        if self.h is not None or quantized is not None:
+            copy = None if self.h is None else self.x
+            gather(hidden, copy, index=self.index, clear=self.clear, quantized=quantized, **self.live)
+        self._linear(self.x, self.project_1, self.b1, self.z_rows)
+        quantized = self._quantized(self.g_rows)
+        count = None if self.clear else self.count  # rows that are zero in hidden have a finite g, as they should
+        apply_activation(
+            self.z_rows, self.g_rows, self.options.activation, count=count, start=start, quantized=quantized
+        )
 
-    def _row_loss(self, start: int, quantized: Quantized | None = None) -> None:
-        indexed = self.index is not None
+    def row_loss(self, start: int, stop: int) -> None:
+        self._linear(self.g_rows, self.project_2, self.b2, self.p_rows)
+        indexed, needs_dp = self.index is not None, any(grad is not None for grad in self.grads)
         row_loss(
             self.p_rows,
             self.problem.anchor,
             self.losses,
             loss=self.options.loss,
-            grad=self.needs_dp,
+            grad=needs_dp,
             index=self.index,
             gather_anchor=indexed and not self.options.anchor_compact,
             weight=self.problem.weight,
@@ -101,10 +131,34 @@ class RowSteps:
             sums=self.grads.b2,
             first=start == 0,
             clear=self.clear,
-            quantized=quantized if self.needs_dp else None,
+            quantized=self._quantized(self.p_rows) if needs_dp else None,
             **self.factors,
             **self.live,
         )
+
+    def output_grads(self, start: int, stop: int) -> None:
+        assert self.grads.w2 is not None
+        self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
+
+    def backproject(self, start: int, stop: int) -> None:
+        self._linear(self.p_rows, self.back_2, None, self.g_rows)  # g itself is no longer needed
+        count = None if self.clear else self.count  # rows that are zero in dP are so in dG, and stay so
+        apply_activation_grad(
+            self.g_rows,
+            self.z_rows,
+            self.options.activation,
+            sums=self.grads.b1,
+            first=start == 0,
+            count=count,
+            start=start,
+            quantized=self._quantized(self.z_rows),
+        )
+
+    def input_grads(self, start: int, stop: int) -> None:
+        if self.grads.w1 is not None:
+            self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
+        if self.grads.hidden is not None:
+            self._linear(self.z_rows, self.back_1, None, self.grads.hidden[start:stop])
 
     @staticmethod
     def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,51 +196,6 @@ class RowSteps:
         return w1, b1, w2, b2
 
 
-class TritonSteps(RowSteps):
-    def _hidden(self, start: int, stop: int) -> Tensor:
-        """Hidden rows for a kernel that gathers by index, or the chunk's own."""
-        return self.problem.hidden if self.index is not None else self.problem.hidden[start:stop]
-
-    def project(self, start: int, stop: int) -> None:
-        self._begin(start, stop)
-        matmul(
-            self._hidden(start, stop),
-            self.w1.t(),
-            self.z_rows,
-            bias=self.b1,
-            index=self.index,
-            aux=self.g_rows,
-            epilogue="activate",
-            activation=self.options.activation,
-            **self.live,
-        )
-
-    def row_loss(self, start: int, stop: int) -> None:
-        matmul(self.g_rows, self.w2.t(), self.p_rows, bias=self.b2, **self.live)
-        self._row_loss(start)
-
-    def output_grads(self, start: int, stop: int) -> None:
-        assert self.grads.w2 is not None
-        add_weight_grad(self.grads.w2, self.p_rows, self.g_rows, first=start == 0, **self.live)
-
-    def backproject(self, start: int, stop: int) -> None:
-        matmul(
-            self.p_rows,
-            self.w2,
-            self.z_rows,
-            aux=self.z_rows,
-            epilogue="activate_grad",
-            activation=self.options.activation,
-            **self.live,
-        )
-        if self.grads.b1 is not None:
-            apply_activation_grad(
-                None, self.z_rows, self.options.activation, sums=self.grads.b1, first=start == 0, **self.live
-            )
-
-    def input_grads(self, start: int, stop: int) -> None:
-        if self.grads.w1 is not None:
-            hidden, first = self._hidden(start, stop), start == 0
-            add_weight_grad(self.grads.w1, self.z_rows, hidden, index=self.index, first=first, **self.live)
-        if self.grads.hidden is not None:
-            matmul(self.z_rows, self.w1, self.grads.hidden[start:stop], **self.live)
+def _copies(problem: Problem) -> bool:
+    """Whether the chunk's rows of hidden have to be gathered or cast."""
+    return problem.rows is not None or problem.hidden.dtype != problem.options.dtype

@@ -20,15 +20,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm90": GPUTarget("cuda", 90, 32),
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm90", "gfx942": "gfx"}
+TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "gfx942": "gfx", "gfx950": "gfx"}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -39,6 +41,7 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
+MANY, SOME, FEW = 8192, 512, 256  # rows: each class takes other tiles
 
 
 @dataclass
@@ -54,13 +57,21 @@ class Launch:
 
     @property
     def name(self) -> str:
-        pointers = {kind for kind in self.signature.values() if kind in ("*bf16", "*fp16")}
-        width = "".join(sorted(kind[1:] for kind in pointers)) or "fp32"
+        width = "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
         flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
         aligned = "" if {"K", "N", "Z", "D", "M"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
-        return f"{self.target} {self.kernel} {width} {' '.join(f for f in flags if f not in SHAPES)}{aligned}"
+        tile = "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
+        words = [self.target, self.kernel, width, tile, *(flag for flag in flags if flag not in SHAPES)]
+        return " ".join(word for word in words if word) + aligned
 
 
+def element(kind: str) -> str:
+    """Of a pointer or a descriptor: "*bf16" and "tensordesc<bf16[128, 64]>" are both of bf16."""
+    return re.sub(r"^(\*|tensordesc<)(\w+).*", r"\2", kind)
+
+
+OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "reduce_kernel", "scale_kernel")
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
@@ -81,6 +92,8 @@ def record(target: str, call: Any) -> list[Launch]:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 aligned.append(parameter.name)
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = mangle_type(value)
             else:
                 signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
                 if value % 16 == 0 and special:
@@ -93,8 +106,7 @@ def record(target: str, call: Any) -> list[Launch]:
         mock.patch("pre_kernels.steps_blas.linear"),
         mock.patch("pre_kernels.steps_blas.scaled_linear"),
         mock.patch("pre_kernels.steps_blas.add_product", lambda total, dy, x, first: total.dtype == dy.dtype),
-        mock.patch("torch.mm"),
-        mock.patch("pre_kernels.kernels.matmul.arch", return_value=TILE_ARCH[target]),
+        mock.patch("pre_kernels.kernels.tiles.arch", return_value=TILE_ARCH[target]),
     ):
         call()
     return launches
@@ -106,12 +118,13 @@ def call(
     rows: str,
     autocast: bool = False,
     impl: str = "triton",
+    total: int = MANY,
     **options: Any,
 ) -> None:
     """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
     from pre_kernels import fused_pre_loss
 
-    (d, m, z), total = widths, 512
+    d, m, z = widths
     weights = torch.float32 if autocast else dtype
     selection = {
         "mask": torch.ones(total, dtype=torch.bool),
@@ -127,32 +140,47 @@ def call(
     loss.sum().backward()
 
 
+def products(dtype: torch.dtype, n: int, width: int) -> None:
+    """Each form of the products, in a size of its own."""
+    from pre_kernels.kernels.matmul import matmul
+    from pre_kernels.kernels.weight_grad import add_weight_grad
+
+    x, y, w = (torch.empty(rows, width, dtype=dtype) for rows in (n, n, width))
+    total, count = torch.empty(width, width), torch.empty((), dtype=torch.int32)
+    matmul(x, w.t(), y, bias=w[0], count=count)
+    matmul(x, w, y, count=count)
+    add_weight_grad(total, x, y, count=count)
+    add_weight_grad(total, x, y, count=count, first=True)
+
+
 def launches(targets: list[str]) -> list[Launch]:
     """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
-    weight = torch.ones(512)
+    weight = torch.ones(MANY)
     found: list[Launch] = []
+
+    def add(target: str, *arguments: Any, **options: Any) -> None:
+        found.extend(record(target, lambda: call(*arguments, **options)))
+
     for target in targets:
-        for dtype in (torch.bfloat16, torch.float32):
-            found += record(target, lambda dtype=dtype: call(dtype, WIDE, "mask"))
-        found += record(target, lambda: call(torch.float16, WIDE, "index", row_weight=weight))
-        for rows in ("mask", "index"):
-            found += record(target, lambda rows=rows: call(torch.bfloat16, WIDE, rows, impl="blas"))
+        add(target, torch.bfloat16, WIDE, "mask")
+        add(target, torch.float32, WIDE, "index", row_weight=weight)
+        # each tile: few rows for the products, small weights for their gradients
+        for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
+            found += record(target, lambda n=n, width=width: products(torch.bfloat16, n, width))
     for target in {"sm90", "sm100"} & set(targets):
-        found += record(target, lambda: call(torch.bfloat16, WIDE, "index", impl="blas", precision="fp8"))
+        add(target, torch.bfloat16, WIDE, "index", impl="blas", precision="fp8")
     if "sm90" in targets:
         for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
-            for dtype in (torch.bfloat16, torch.float32):
-                for impl in ("triton", "blas"):
-                    options = {"activation": activation, "loss": loss, "impl": impl}
-                    found += record("sm90", lambda d=dtype, o=options: call(d, WIDE, "all", **o))
-        found += record("sm90", lambda: call(torch.bfloat16, WIDE, "index32", autocast=True))
+            add("sm90", torch.bfloat16, WIDE, "all", activation=activation, loss=loss)
+        add("sm90", torch.float16, WIDE, "mask")
+        add("sm90", torch.bfloat16, WIDE, "index32", autocast=True)
+        add("sm90", torch.bfloat16, WIDE, "mask", impl="blas")
         for dtype in (torch.bfloat16, torch.float32):
-            for impl in ("triton", "blas"):
-                found += record("sm90", lambda d=dtype, i=impl: call(d, ODD, "mask", impl=i))
-            # rows longer than a block; chunks that are added up
-            found += record("sm90", lambda d=dtype: call(d, LONG, "index", impl="blas", workspace=1))
+            add("sm90", dtype, ODD, "mask")
+        # rows longer than a block; chunks that are added up
+        add("sm90", torch.bfloat16, LONG, "index", impl="blas", workspace=1, total=SOME)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        found += record("sm90", lambda: call(torch.float32, WIDE, "index"))
+        add("sm90", torch.float32, WIDE, "index")
         torch.backends.cuda.matmul.fp32_precision = "none"
     distinct = {repr(sorted(asdict(launch).items(), key=str)): launch for launch in found}
     return list(distinct.values())
@@ -190,12 +218,12 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     code = compiled.asm.get("ptx", "")
-    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32")}
+    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")}
     return {
         "name": launch.name,
         "target": launch.target,
         "kernel": launch.kernel,
-        "dtype": launch.signature.get("w_ptr") or launch.signature.get("dy_ptr"),
+        "dtype": next((element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None),
         "precision": launch.constants.get("PRECISION"),
         **resources(launch.target, compiled),
         "instructions": [word for word, present in found.items() if present],
@@ -204,13 +232,13 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942, and report what each one uses.",
+        description="Compile the Triton kernels for NVIDIA and AMD GPUs, and report what each one uses.",
         epilog="examples:\n  python tests/aot.py\n  python tests/aot.py --json kernels.json --jobs 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all four")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     arguments = parser.parse_args()
     todo = launches(arguments.targets)
     results = []
@@ -222,7 +250,7 @@ def main() -> None:
             used = (
                 f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
             )
-            print(f"{used}  {','.join(result['instructions']):12} {result['name']}", flush=True)
+            print(f"{used}  {','.join(result['instructions']):26} {result['name']}", flush=True)
     results.sort(key=lambda result: result["name"])
     spilled = sum(result["spills"] > 0 for result in results)
     print(f"{len(results)} kernels compiled, {spilled} spill")

@@ -40,7 +40,7 @@ def test_each_pass_leaves_float8_rows(device, width):
     gather(x, None, index=index, quantized=room)
     check_quantized(room, x[index])
     g = torch.empty_like(x)
-    apply_activation(x, g, "silu", room)
+    apply_activation(x, g, "silu", quantized=room)
     check_quantized(room, g)
     dz = x.clone()
     apply_activation_grad(g, dz, "gelu", quantized=room)

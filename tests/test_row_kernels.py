@@ -52,6 +52,9 @@ def test_gather_zeroes_rows_beyond_the_count(device, columns, dtype):
     out = torch.full((5, columns), NAN, device=device, dtype=dtype)
     gather(x, out, index=index, count=count(5, device), start=2)
     assert torch.equal(out[:3], x[[3, 3, 1]].to(dtype))
+    assert out[3:].isnan().all()
+    gather(x, out, index=index, count=count(5, device), start=2, clear=True)
+    assert torch.equal(out[:3], x[[3, 3, 1]].to(dtype))
     assert not out[3:].any()
     gather(x, out, start=2)
     assert torch.equal(out, x[2:7].to(dtype))
@@ -86,10 +89,12 @@ def test_activations(device, activation, columns):
     torch.testing.assert_close(got[:19].double(), dz[:19], rtol=1e-5, atol=1e-6)
     assert torch.equal(got[19:], z[19:])
     torch.testing.assert_close(sums.double().sum(0), dz[:19].sum(0), rtol=1e-4, atol=1e-4)
-    # a pass that only sums, added to what is there
-    apply_activation_grad(None, got, activation, sums=sums, first=False, count=count(25, device), start=6)
+    again = z.clone()
+    apply_activation_grad(dg, again, activation, sums=sums, first=False, count=count(25, device), start=6)
     torch.testing.assert_close(sums.double().sum(0), 2 * dz[:19].sum(0), rtol=1e-4, atol=1e-4)
-    assert torch.equal(got[19:], z[19:])
+    g.fill_(NAN)
+    apply_activation(z, g, activation, count=count(25, device), start=6)
+    assert torch.equal(g.isnan().all(1), torch.arange(21, device=device) >= 19)
 
 
 @pytest.mark.parametrize("loss", reference.ROW_LOSSES)

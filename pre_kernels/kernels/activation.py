@@ -1,4 +1,4 @@
-"""The activations and their derivatives: device functions for the epilogues of products, and passes over rows."""
+"""The activations and their derivatives, as passes over rows."""
 
 from __future__ import annotations
 
@@ -51,26 +51,30 @@ def activate_grad(x, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["start", "n"])
 def activate_kernel(
     z_ptr,  # (n, M)
     g_ptr,  # (n, M)
     q_ptr,  # (n, M) float8
     scales_ptr,  # (n,)
+    count_ptr,
+    start,
     n,
     M,
     ACTIVATION: tl.constexpr,
+    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    live = live_rows(count_ptr, start, n, COUNT)
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     o_z = o_n.to(tl.int64)[:, None] * M + o_m[None, :]
-    mask = (o_n < n)[:, None] & (o_m < M)[None, :]
+    mask = (o_n < live)[:, None] & (o_m < M)[None, :]
     b_g = activate(widen(tl.load(z_ptr + o_z, mask=mask, other=0.0)), ACTIVATION)
     tl.store(g_ptr + o_z, narrow(b_g, g_ptr.dtype.element_ty), mask=mask)
     if q_ptr is not None:
-        store_quantized(q_ptr, scales_ptr, b_g, o_n, o_m, n, M)
+        store_quantized(q_ptr, scales_ptr, b_g, o_n, o_m, live, M)
 
 
 @triton.jit(do_not_specialize=["start", "n"])
@@ -85,7 +89,6 @@ def activate_grad_kernel(
     n,
     M,
     ACTIVATION: tl.constexpr,
-    MULTIPLY: tl.constexpr,  # else z holds dZ already and is only summed
     SUM: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
@@ -100,19 +103,26 @@ def activate_grad_kernel(
         o_z = o_n.to(tl.int64)[:, None] * M + o_m[None, :]
         mask = (o_n < live)[:, None] & (o_m < M)[None, :]
         b_z = widen(tl.load(z_ptr + o_z, mask=mask, other=0.0))
-        if MULTIPLY:
-            b_z = activate_grad(b_z, ACTIVATION) * widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
-            tl.store(z_ptr + o_z, narrow(b_z, z_ptr.dtype.element_ty), mask=mask)
-            if q_ptr is not None:
-                store_quantized(q_ptr, scales_ptr, b_z, o_n, o_m, live, M)
+        b_z = activate_grad(b_z, ACTIVATION) * widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
+        tl.store(z_ptr + o_z, narrow(b_z, z_ptr.dtype.element_ty), mask=mask)
+        if q_ptr is not None:
+            store_quantized(q_ptr, scales_ptr, b_z, o_n, o_m, live, M)
         if SUM:
             b_sum += b_z
     if SUM:
         add_column_sum(sums_ptr, b_sum, o_m, M, M, FIRST)
 
 
-def apply_activation(z: Tensor, g: Tensor, activation: str, quantized: Quantized | None = None) -> None:
-    """g = act(z), both (n, M) contiguous; quantized: the same rows."""
+def apply_activation(
+    z: Tensor,
+    g: Tensor,
+    activation: str,
+    *,
+    count: Tensor | None = None,
+    start: int = 0,
+    quantized: Quantized | None = None,
+) -> None:
+    """g = act(z) over the rows i with start + i < count; z, g: (n, M) contiguous; quantized: the same rows of g."""
     n, M = z.shape
     shape = RowShape.of(M)
     q, scales = quantized or (None, None)
@@ -122,9 +132,12 @@ def apply_activation(z: Tensor, g: Tensor, activation: str, quantized: Quantized
             g,
             q,
             scales,
+            count,
+            start,
             n,
             M,
             ACTIVATION=activation,
+            COUNT=count is not None,
             ROWS=shape.rows,
             BLOCK=shape.block,
             num_warps=shape.warps,
@@ -133,7 +146,7 @@ def apply_activation(z: Tensor, g: Tensor, activation: str, quantized: Quantized
 
 
 def apply_activation_grad(
-    dg: Tensor | None,
+    dg: Tensor,
     z: Tensor,
     activation: str,
     *,
@@ -143,8 +156,8 @@ def apply_activation_grad(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """z becomes dz = dg · act'(z), or stays where dg is None, over the rows i with start + i < count; with `sums` its
-    column sums are stored there (`first`) or added.
+    """z becomes dz = dg · act'(z), over the rows i with start + i < count; with `sums` its column sums are stored there
+    (`first`) or added.
 
     dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs share the work;
     quantized: the rows of dz.
@@ -165,7 +178,6 @@ def apply_activation_grad(
             n,
             M,
             ACTIVATION=activation,
-            MULTIPLY=dg is not None,
             SUM=sums is not None,
             FIRST=first and sums is not None,
             COUNT=count is not None,

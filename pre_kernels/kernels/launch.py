@@ -46,11 +46,11 @@ def _arch(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx"
     # consumer Blackwell (sm_120) has the shared memory of its Ampere kin
-    return "sm90" if torch.cuda.get_device_capability(index)[0] in (9, 10, 11) else "sm80"
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(torch.cuda.get_device_capability(index)[0], "sm80")
 
 
 def arch(tensor: Tensor) -> str:
-    """The class of device that the shape tables are keyed by: "sm80", "sm90" (and sm_100) or "gfx" (AMD)."""
+    """The class of device that the shape tables are keyed by: "sm80", "sm90", "sm100" or "gfx" (AMD)."""
     return _arch(tensor.device.index) if tensor.is_cuda else "sm90"
 
 

@@ -1,40 +1,15 @@
-"""Products of a chunk's rows with a weight: gather in the prologue, bias and activation in the epilogue."""
+"""Products of a chunk's rows with a weight."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activate_grad
-from .launch import OPTIONS, arch, dot, narrow, on_device, widen
-
-
-class Tile(NamedTuple):
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
-# Fixed by architecture and width of an element, never by the ragged number of rows. Shared memory of a block: 227 KiB
-# on sm90, 163 KiB on sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores and needs
-# its accumulators' registers for operands.
-TILES = {
-    ("sm90", 2): Tile(128, 256, 64, 8, 3),
-    ("sm90", 4): Tile(128, 128, 16, 8, 3),
-    ("sm80", 2): Tile(128, 128, 32, 8, 3),
-    ("sm80", 4): Tile(128, 128, 16, 8, 3),
-    ("gfx", 2): Tile(128, 128, 32, 4, 2),
-    ("gfx", 4): Tile(128, 128, 16, 8, 2),
-}
-# Where rows do not start at multiples of 16 elements, loads are an element wide and pass through registers.
-UNALIGNED = Tile(64, 64, 16, 4, 2)
-GROUP_M = 8  # row tiles that share a column tile of the weight while it is in the L2 cache
+from . import tiles
+from .launch import OPTIONS, dot, live_rows, narrow, on_device, widen
+from .tiles import halves, swizzle
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -43,40 +18,12 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def tile_for(x: Tensor, w: Tensor) -> Tile:
-    """The tile for a product of `x` with `w`, whose dtype it is taken in."""
-    aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x.stride(), *w.stride()))
-    return TILES[arch(x), w.element_size()] if aligned else UNALIGNED
-
-
-@triton.jit
-def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile coordinates of a program, going down groups of GROUP_M row tiles."""
-    group = GROUP_M * tiles_n
-    first_m = pid // group * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    return first_m + pid % group % rows, pid % group // rows
-
-
-@triton.jit
-def quarters(b_y, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four (BLOCK_M, BLOCK_N / 4) parts of a tile, from left to right."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    b_left, b_right = tl.split(tl.permute(tl.reshape(b_y, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-    b_0, b_1 = tl.split(tl.permute(tl.reshape(b_left, (BLOCK_M, 2, QUARTER)), (0, 2, 1)))
-    b_2, b_3 = tl.split(tl.permute(tl.reshape(b_right, (BLOCK_M, 2, QUARTER)), (0, 2, 1)))
-    return b_0, b_1, b_2, b_3
-
-
 @triton.jit(do_not_specialize=["start", "n"])
 def matmul_kernel(
-    x_ptr,  # (·, K), gathered by index
+    x_ptr,  # (n, K) by strides
     w_ptr,  # (K, N) by strides
     bias_ptr,  # (N,)
     y_ptr,  # (n, N)
-    aux_ptr,  # (n, N): act(Y) written, or Z read
-    index_ptr,  # (capacity,)
     count_ptr,
     start,
     n,
@@ -86,11 +33,7 @@ def matmul_kernel(
     stride_xk,
     stride_wk,
     stride_wn,
-    GATHER: tl.constexpr,
     COUNT: tl.constexpr,
-    BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr,  # "none" | "activate": aux = act(Y) | "activate_grad": Y *= act'(aux)
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,20 +41,14 @@ def matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    live = n
-    if COUNT:
-        live = tl.minimum(n, tl.load(count_ptr) - start)
+    live = live_rows(count_ptr, start, n, COUNT)
     if i_m * BLOCK_M >= live:
         return
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     # rows and columns beyond the edge repeat others instead of taking a mask; they are not stored
-    if GATHER:
-        rows = tl.load(index_ptr + start + o_m, mask=o_m < live, other=0).to(tl.int64)
-    else:
-        rows = tl.where(o_m < live, o_m, 0).to(tl.int64)
-    p_x = x_ptr + rows[:, None] * stride_xm + o_k[None, :] * stride_xk  # (M, K)
+    p_x = x_ptr + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm + o_k[None, :] * stride_xk  # (M, K)
     p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N)[None, :] * stride_wn  # (K, N)
 
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -122,63 +59,99 @@ def matmul_kernel(
         p_x += BLOCK_K * stride_xk
         p_w += BLOCK_K * stride_wk
 
-    # a quarter of the columns at a time, on a 64-bit base with 32-bit offsets: an activation of the whole tile would
-    # leave the accumulators no registers
-    parts = quarters(b_y, BLOCK_M, BLOCK_N)
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    m = tl.arange(0, BLOCK_M)[:, None]
-    for i in tl.static_range(4):
-        b_part = parts[i]
-        first = i_n * BLOCK_N + i * QUARTER
-        base = (i_m * BLOCK_M).to(tl.int64) * N + first
-        o_q = tl.arange(0, QUARTER)[None, :]
-        o_y, m_y = m * N + o_q, (i_m * BLOCK_M + m < live) & (first + o_q < N)
-        if BIAS:
-            b_part += widen(tl.load(bias_ptr + first + o_q, mask=first + o_q < N, other=0.0))
-        if EPILOGUE == "activate_grad":
-            b_part *= activate_grad(widen(tl.load(aux_ptr + base + o_y, mask=m_y, other=0.0)), ACTIVATION)
-        tl.store(y_ptr + base + o_y, narrow(b_part, y_ptr.dtype.element_ty), mask=m_y)
-        if EPILOGUE == "activate":
-            b_part = activate(b_part, ACTIVATION)
-            tl.store(aux_ptr + base + o_y, narrow(b_part, aux_ptr.dtype.element_ty), mask=m_y)
+    if bias_ptr is not None:
+        b_y += widen(tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0))[None, :]
+    p_y = y_ptr + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+    tl.store(p_y, narrow(b_y, y_ptr.dtype.element_ty), mask=(o_m < live)[:, None] & (o_n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["start", "n"])
+def matmul_descriptor_kernel(
+    x,  # (n, K) in blocks of (BLOCK_M, BLOCK_K)
+    w,  # (N, K) in blocks of (BLOCK_N, BLOCK_K), or (K, N) in blocks of (BLOCK_K, BLOCK_N)
+    bias_ptr,  # (N,)
+    y,  # (n, N) in blocks of (BLOCK_M, BLOCK_N / 2)
+    count_ptr,
+    start,
+    n,
+    N,
+    K,
+    TRANSPOSED: tl.constexpr,  # w is (N, K)
+    COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    live = live_rows(count_ptr, start, n, COUNT)
+    tiles_m, tiles_n = tl.cdiv(live, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # flattened, the loads of the next tile are under way during the epilogue of this one
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        i_m, i_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_k in range(tl.cdiv(K, BLOCK_K)):
+            b_x = x.load([i_m * BLOCK_M, i_k * BLOCK_K])
+            if TRANSPOSED:
+                b_w = w.load([i_n * BLOCK_N, i_k * BLOCK_K]).T
+            else:
+                b_w = w.load([i_k * BLOCK_K, i_n * BLOCK_N])
+            b_y = dot(b_x, b_w, b_y, w.dtype, "ieee")
+
+        # Rows from the count on are computed from whatever x holds there, and stored as far as y reaches. By halves: a
+        # whole tile on its way out would take the memory of a stage.
+        parts = halves(b_y)
+        HALF: tl.constexpr = BLOCK_N // 2
+        for i in tl.static_range(2):
+            b_part = parts[i]
+            first = i_n * BLOCK_N + i * HALF
+            if bias_ptr is not None:
+                o_q = first + tl.arange(0, HALF)
+                b_part += widen(tl.load(bias_ptr + o_q, mask=o_q < N, other=0.0))[None, :]
+            y.store([i_m * BLOCK_M, first], narrow(b_part, y.dtype))
 
 
 def matmul(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    *,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-    count: Tensor | None = None,
-    start: int = 0,
-    aux: Tensor | None = None,
-    epilogue: str = "none",
-    activation: str = "gelu",
+    x: Tensor, w: Tensor, y: Tensor, *, bias: Tensor | None = None, count: Tensor | None = None, start: int = 0
 ) -> None:
-    """Y[i] = x[index[start + i]] · w (+ bias), for the rows i of `y` with start + i < count.
+    """Y[i] = x[i] · w (+ bias), for the rows i of `y` with start + i < count.
 
     Args:
-        x: (·, K), any strides; its elements are cast to w's dtype.
+        x: (n, K), any strides; its elements are cast to w's dtype.
         w: (K, N), any strides.
-        y: (n, N) contiguous.
+        y: (n, N) contiguous. What its rows from the count on hold afterwards is undefined.
         bias: (N,) or None.
-        index: (capacity,) rows of x; None = x's own first n rows.
         count: 0-d int32 on the device; None = all.
-        aux: (n, N) contiguous. epilogue "activate" writes act(Y) to it; "activate_grad" multiplies Y by act'(aux), and
-            y may be aux.
+
+    Where tensor descriptors can be had (see `tiles.descriptor_tile`) the kernel is persistent.
     """
     n, (K, N) = y.shape[0], w.shape
-    tile = tile_for(x, w)
-    grid = (triton.cdiv(n, tile.m) * triton.cdiv(N, tile.n),)
+    transposed = w.stride(0) == 1
+    w_rows = w.t() if transposed else w
+    tile = tiles.descriptor_tile(x, w_rows, (y,), n, N)
     with on_device(x):
-        matmul_kernel[grid](
+        if tile is not None:
+            matmul_descriptor_kernel[(tiles.programs(tile, n, N, x),)](
+                tiles.describe(x, tile.m, tile.k),
+                tiles.describe(w_rows, tile.n, tile.k) if transposed else tiles.describe(w_rows, tile.k, tile.n),
+                bias,
+                tiles.describe(y, tile.m, tile.n // 2),
+                count,
+                start,
+                n,
+                N,
+                K,
+                TRANSPOSED=transposed,
+                COUNT=count is not None,
+                **tiles.constants(tile),
+                **OPTIONS,
+            )
+            return
+        tile = tiles.pointer_tile(x, w, n, N)
+        matmul_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(N, tile.n),)](
             x,
             w,
             bias,
             y,
-            aux,
-            index,
             count,
             start,
             n,
@@ -186,17 +159,8 @@ def matmul(
             K,
             *x.stride(),
             *w.stride(),
-            GATHER=index is not None,
             COUNT=count is not None,
-            BIAS=bias is not None,
-            EPILOGUE=epilogue,
-            ACTIVATION=activation,
             PRECISION=input_precision(w.dtype),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            GROUP_M=GROUP_M,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tiles.constants(tile),
             **OPTIONS,
         )

@@ -63,6 +63,7 @@ def gather_kernel(
     stride_xd,
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
+    CLEAR: tl.constexpr,  # rows beyond the count become 0
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -73,13 +74,14 @@ def gather_kernel(
         rows = tl.load(index_ptr + start + o_n, mask=o_n < live, other=0).to(tl.int64)
     else:
         rows = (start + o_n).to(tl.int64)
+    last = n if CLEAR else live
     m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
     b_x = widen(tl.load(x_ptr + rows[:, None] * stride_xm + o_d[None, :] * stride_xd, mask=m_x, other=0.0))
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-        tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < n)[:, None] & (o_d < D)[None, :])
+        tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < last)[:, None] & (o_d < D)[None, :])
     if q_ptr is not None:
-        store_quantized(q_ptr, scales_ptr, b_x, o_n, o_d, n, D)
+        store_quantized(q_ptr, scales_ptr, b_x, o_n, o_d, last, D)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -154,11 +156,15 @@ def gather(
     *,
     index: Tensor | None = None,
     count: Tensor | None = None,
+    clear: bool = False,
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """out[i] = x[index[start + i]] in out's dtype, zero where start + i >= count. x: (·, D), any strides; out: (n, D)
-    contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None = all; quantized: the same rows."""
+    """out[i] = x[index[start + i]] in out's dtype, over the rows i of `out` with start + i < count.
+
+    x: (·, D), any strides; out: (n, D) contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None =
+    all; clear: rows from the count on are 0, else they are left alone; quantized: the same rows.
+    """
     q, scales = quantized or (None, None)
     n, D = next(given for given in (out, q) if given is not None).shape
     shape = RowShape.of(D)
@@ -176,6 +182,7 @@ def gather(
             *x.stride(),
             GATHER=index is not None,
             COUNT=count is not None,
+            CLEAR=clear,
             ROWS=shape.rows,
             BLOCK=shape.block,
             num_warps=shape.warps,

@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, dot, narrow, on_device
-from .matmul import GROUP_M, input_precision, quarters, swizzle, tile_for
+from . import tiles
+from .launch import INTERPRET, OPTIONS, dot, live_rows, narrow, on_device
+from .matmul import input_precision
+from .tiles import quarters, swizzle
 
 
 @triton.jit(do_not_specialize=["start", "n"])
 def weight_grad_kernel(
     dy_ptr,  # (n, M)
-    x_ptr,  # (·, N), gathered by index
-    total_ptr,  # (M, N) float32
-    index_ptr,  # (capacity,)
+    x_ptr,  # (n, N) by strides
+    total_ptr,  # (M, N)
     count_ptr,
     start,
     n,
@@ -23,9 +24,8 @@ def weight_grad_kernel(
     N,
     stride_xm,
     stride_xn,
-    GATHER: tl.constexpr,
     COUNT: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr,  # store instead of adding
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -33,9 +33,7 @@ def weight_grad_kernel(
     GROUP_M: tl.constexpr,
 ):
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    live = n
-    if COUNT:
-        live = tl.minimum(n, tl.load(count_ptr) - start)
+    live = live_rows(count_ptr, start, n, COUNT)
     if live <= 0 and not FIRST:
         return
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -48,16 +46,13 @@ def weight_grad_kernel(
     b_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, live, BLOCK_K):
         m_k = o_k < live - k
-        if GATHER:
-            rows = tl.load(index_ptr + start + k + o_k, mask=m_k, other=0).to(tl.int64)
-        else:
-            rows = (k + o_k).to(tl.int64)
+        rows = (k + o_k).to(tl.int64)
         b_dy = tl.load(p_dy, mask=m_k[None, :], other=0.0)
         b_x = tl.load(p_x + rows[:, None] * stride_xm, mask=m_k[:, None], other=0.0)  # (K, N)
         b_total = dot(b_dy, b_x, b_total, dy_ptr.dtype.element_ty, PRECISION)
         p_dy += BLOCK_K * M
 
-    parts = quarters(b_total, BLOCK_M, BLOCK_N)
+    parts = quarters(b_total)
     QUARTER: tl.constexpr = BLOCK_N // 4
     m = tl.arange(0, BLOCK_M)[:, None]
     for i in tl.static_range(4):
@@ -71,45 +66,97 @@ def weight_grad_kernel(
         tl.store(p_total, narrow(b_part, total_ptr.dtype.element_ty), mask=m_total)
 
 
-def add_weight_grad(
-    total: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    *,
-    index: Tensor | None = None,
-    count: Tensor | None = None,
-    start: int = 0,
-    first: bool = False,
-) -> None:
-    """total += Σ_i dy[i]ᵀ · x[index[start + i]], over the rows i of `dy` with start + i < count; = if `first`.
+@triton.jit(do_not_specialize=["start", "n"])
+def weight_grad_descriptor_kernel(
+    dy,  # (n, M) in blocks of (BLOCK_K, BLOCK_M)
+    x,  # (n, N) in blocks of (BLOCK_K, BLOCK_N)
+    total,  # (M, N) in blocks of (BLOCK_M, BLOCK_N / 4)
+    count_ptr,
+    start,
+    n,
+    M,
+    N,
+    COUNT: tl.constexpr,
+    FIRST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # never negative: flattened, a negative number of blocks would be taken for one
+    live = tl.maximum(live_rows(count_ptr, start, n, COUNT), 0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    stop = tiles_m * tiles_n
+    if not FIRST:
+        stop = tl.where(live > 0, stop, 0)
+    # The blocks of rows end at the count, and the first one begins above row 0, where loads give zeros: what lies
+    # beyond the count, NaN perhaps, is never read, and nothing needs a mask.
+    blocks = tl.cdiv(live, BLOCK_K)
+    top = live - blocks * BLOCK_K
+    for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0), flatten=FLATTEN):
+        i_m, i_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
+        b_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_k in range(blocks):
+            b_dy = dy.load([top + i_k * BLOCK_K, i_m * BLOCK_M])
+            b_x = x.load([top + i_k * BLOCK_K, i_n * BLOCK_N])
+            b_total = dot(b_dy.T, b_x, b_total, dy.dtype, "ieee")
 
-    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (·, N), any strides, cast to dy's dtype;
-    index, count: as in `matmul`. Each element is summed by one program in a fixed order: deterministic.
+        parts = quarters(b_total)
+        for i in tl.static_range(4):
+            offsets = [i_m * BLOCK_M, i_n * BLOCK_N + i * (BLOCK_N // 4)]
+            if FIRST:
+                total.store(offsets, narrow(parts[i], total.dtype))
+            elif INTERPRET:  # which has no additions by descriptor
+                total.store(offsets, total.load(offsets) + parts[i])
+            else:
+                total.atomic_add(offsets, parts[i])
+
+
+def add_weight_grad(
+    total: Tensor, dy: Tensor, x: Tensor, *, count: Tensor | None = None, start: int = 0, first: bool = False
+) -> None:
+    """total += Σ_i dy[i]ᵀ · x[i], over the rows i of `dy` with start + i < count.
+
+    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (n, N), any strides, cast to dy's dtype;
+    count: 0-d int32 on the device, None = all; first: total = instead of total +=, zeros where there is no row. Each
+    element is summed by one program in a fixed order: deterministic. Rows from the count on may hold anything.
     """
     (n, M), N = dy.shape, x.shape[1]
-    tile = tile_for(x, dy)
-    grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    tile = tiles.descriptor_tile(x, dy, (total,), M, N)
     with on_device(x):
-        weight_grad_kernel[grid](
+        if tile is not None:
+            weight_grad_descriptor_kernel[(tiles.programs(tile, M, N, x),)](
+                tiles.describe(dy, tile.k, tile.m),
+                tiles.describe(x, tile.k, tile.n),
+                tiles.describe(total, tile.m, tile.n // 4),
+                count,
+                start,
+                n,
+                M,
+                N,
+                COUNT=count is not None,
+                FIRST=first,
+                # flattened on sm100, triton 3.6 gives each part of the epilogue memory of its own
+                FLATTEN=tiles.arch(x) == "sm90",
+                **tiles.constants(tile),
+                **OPTIONS,
+            )
+            return
+        tile = tiles.pointer_tile(x, dy, M, N)
+        weight_grad_kernel[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
             dy,
             x,
             total,
-            index,
             count,
             start,
             n,
             M,
             N,
             *x.stride(),
-            GATHER=index is not None,
             COUNT=count is not None,
             FIRST=first,
             PRECISION=input_precision(dy.dtype),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            GROUP_M=GROUP_M,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tiles.constants(tile),
             **OPTIONS,
         )
