@@ -25,6 +25,11 @@ class BlasSteps(TritonSteps):
         # float8 rows take half of a bfloat16 row
         return TritonSteps.columns(problem) + (max(problem.widths) // 2 if problem.options.precision else 0)
 
+    @staticmethod
+    def apart(problem: Problem) -> int:
+        d, m, z = problem.widths
+        return TritonSteps.apart(problem) + (2 * m * (d + z) if problem.options.precision else 0)  # float8 weights
+
     def _prepare(self) -> None:
         super()._prepare()
         self.float8 = None

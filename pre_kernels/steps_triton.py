@@ -11,7 +11,7 @@ from .checks import Problem
 from .function import Gradients, Layout, Selection
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.finish import reduce_loss, scale_gradients
-from .kernels.launch import RowShape
+from .kernels.launch import PROGRAMS, RowShape
 from .kernels.matmul import matmul
 from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
@@ -33,10 +33,17 @@ class TritonSteps:
         d, m, z = problem.widths
         return 2 * m + z + (d if _copies(problem) else 0)
 
+    @staticmethod
+    def apart(problem: Problem) -> int:
+        """Bytes of the workspace that do not grow with a chunk: the partial column sums."""
+        _, m, z = problem.widths
+        return 4 * PROGRAMS * (m + z)
+
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
         _, m, z = problem.widths
-        rows = (problem.options.workspace or cls.workspace) // (cls.columns(problem) * problem.options.dtype.itemsize)
+        budget = (problem.options.workspace or cls.workspace) - cls.apart(problem)
+        rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
         return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)), CHUNK_MULTIPLE)

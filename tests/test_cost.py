@@ -20,7 +20,7 @@ class Steps(TorchDispatchMode):
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.rows, self.launches, self.waits, self.bytes = rows, Counter(), [], 0
+        self.rows, self.launches, self.waits, self.bytes, self.allocated = rows, Counter(), [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pre_kernels":
@@ -31,6 +31,8 @@ class Steps(TorchDispatchMode):
         name, result = str(function), function(*args, **(kwargs or {}))
         if any(word in name for word in WAITS):
             self.waits.append(name)
+        if isinstance(result, torch.Tensor) and ("empty" in name or "new_" in name):
+            self.allocated += result.nbytes
         if isinstance(result, torch.Tensor) and "empty" not in name:
             given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
             is_view = result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
@@ -115,6 +117,18 @@ def test_bytes_of_the_rows(impl):
     sums = 2 * 2 * 256 * 256 * 4  # partial sums of db1 and db2 by 256 programs, written and read
     weights = 4 * 256 * 256 * 2  # dW1 and dW2, scaled
     assert found.bytes == model + sums + weights
+
+
+@pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
+def test_memory_of_a_step(impl, precision):
+    """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the weights' gradients, dH,
+    what is returned, and a few numbers for each row."""
+    n, width = 4096, 128
+    workspace = 4 * 264 * 2 * width + n // 4 * 4 * width * 2  # partial sums, and a quarter of the rows in four buffers
+    found = count(impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision)
+    returned = 2 * (n * width + 2 * width * width + 2 * width)
+    assert found.launches["row_loss_kernel"] >= 4
+    assert found.allocated <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
 
 
 def test_without_gradients_only_the_loss_is_computed():
