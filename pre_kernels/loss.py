@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks, ops  # noqa: F401  (ops registers the operators)
+from . import checks
 from .checks import Problem
 from .function import pre_loss
 

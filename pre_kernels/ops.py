@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import Options, Problem
-from .function import Gradients, Selection, Steps, allocate, sweep
+from .sweep import Gradients, Selection, Steps, allocate, sweep
 
 TENSORS = (
     "Tensor hidden, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor anchor, Tensor? rows, Tensor? weight, "

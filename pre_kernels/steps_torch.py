@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
-from .function import Gradients, Layout, Selection
 from .products import add_product, linear
+from .sweep import Gradients, Layout, Selection
 
 aten = torch.ops.aten
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
-from .function import Gradients, Layout, Selection
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.finish import reduce_loss, scale_gradients
 from .kernels.launch import PROGRAMS, RowShape
@@ -17,6 +16,7 @@ from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
+from .sweep import Gradients, Layout, Selection
 
 CHUNK_MULTIPLE = 128  # rows: full tiles
 

@@ -1,0 +1,154 @@
+"""The loop over chunks of rows, and the steps that an implementation of it provides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .checks import Problem
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of hidden take part. `count` is the device's own N where the host must not wait for it."""
+
+    index: Tensor | None  # (capacity,) flat rows; None = every row in order
+    place: Tensor | None  # what the implementation's `scatter` wants to know of it; None = every row in order
+    count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
+    capacity: int
+
+
+class Layout(NamedTuple):
+    """How a call is cut, by shapes alone."""
+
+    rows: int  # of a chunk at most
+    slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
+    multiple: int  # of which the rows of a chunk are one, unless it is the last
+
+
+class Gradients(NamedTuple):
+    """Sums over the chunks; None where frozen. Biases: (slots, width), whose rows add up to the gradient."""
+
+    hidden: Tensor | None  # (capacity, d), compact
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+
+
+class Steps(Protocol):
+    """What an implementation provides. An instance is one sweep: its workspace, and the operations on a chunk of rows
+    [start, stop) of the selection, called in the order in which they stand here."""
+
+    @staticmethod
+    def layout(problem: Problem) -> Layout: ...
+
+    @staticmethod
+    def select(problem: Problem) -> Selection: ...
+
+    def __init__(
+        self,
+        problem: Problem,
+        selection: Selection,
+        chunk: int,
+        losses: Tensor | None,
+        grads: Gradients,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> None:
+        """upstream: 0-d or (capacity,), None = 1; divisor: 0-d, None = 1. A chunk has at most `chunk` rows."""
+
+    def project(self, start: int, stop: int) -> None:
+        """Z = H·W1ᵀ + b1 and G = act(Z)."""
+
+    def row_loss(self, start: int, stop: int) -> None:
+        """P = G·W2ᵀ + b2; losses[start:stop] = w·ℓ; dP = upstream / divisor · w · dℓ/dP and grads.b2 += Σ dP."""
+
+    def output_grads(self, start: int, stop: int) -> None:
+        """grads.w2 += dPᵀ·G; stored, not added, in the first chunk, as all sums are."""
+
+    def backproject(self, start: int, stop: int) -> None:
+        """dZ = (dP·W2) ⊙ act'(Z) and grads.b1 += Σ dZ."""
+
+    def input_grads(self, start: int, stop: int) -> None:
+        """grads.w1 += dZᵀ·H and grads.hidden[start:stop] = dZ·W1."""
+
+    @staticmethod
+    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ losses ÷ D and the D of the reduction, 1 for "sum": 1 if N = 0 (an empty batch is 0), nan if D = 0."""
+        ...
+
+    @staticmethod
+    def scatter(
+        dh: Tensor,
+        place: Tensor | None,
+        total: int,
+        dtype: torch.dtype,
+        upstream: Tensor | None,
+        divisor: Tensor | None,
+    ) -> Tensor:
+        """upstream / divisor · dh as a new (total, d) tensor in `dtype`, zero where a row is not selected."""
+        ...
+
+    @staticmethod
+    def scale(
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """upstream / divisor · (w1, b1, w2, b2), column sums added up, as new tensors in `dtypes`."""
+        ...
+
+
+def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]) -> Gradients:
+    """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16 every chunk would
+    round the sum again. One chunk needs no sum."""
+    wide, dtype = problem.loss_dtype, problem.options.dtype
+    d, m, z = problem.widths
+    weights = dtype if problem.bound <= layout.rows else wide
+
+    def room(want: bool, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        return problem.hidden.new_empty(rows, columns, dtype=dtype) if want else None
+
+    return Gradients(
+        room(wanted[0], capacity, d, dtype),
+        room(wanted[1], m, d, weights),
+        room(wanted[2] and problem.b1 is not None, layout.slots[0], m, wide),
+        room(wanted[3], z, m, weights),
+        room(wanted[4] and problem.b2 is not None, layout.slots[1], z, wide),
+    )
+
+
+def sweep(
+    steps: type[Steps],
+    problem: Problem,
+    selection: Selection,
+    wanted: list[bool],
+    losses: Tensor | None,
+    upstream: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> Gradients:
+    """One pass over the selected rows, in chunks of equal size: the losses, and the gradients summed."""
+    layout, capacity = steps.layout(problem), selection.capacity
+    grads = allocate(problem, layout, capacity, wanted)
+    if capacity == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return grads
+    chunks = -(-capacity // layout.rows)
+    chunk = -(-capacity // chunks)
+    chunk = min(capacity, -(-chunk // layout.multiple) * layout.multiple)
+    with torch.autocast(problem.hidden.device.type, enabled=False):  # its dtype is the products' by now
+        run = steps(problem, selection, chunk, losses, grads, upstream, divisor)
+        for start in range(0, capacity, chunk):
+            span = start, min(start + chunk, capacity)
+            run.project(*span)
+            run.row_loss(*span)
+            if grads.w2 is not None:
+                run.output_grads(*span)
+            if not (grads.hidden is None and grads.w1 is None and grads.b1 is None):
+                run.backproject(*span)
+                run.input_grads(*span)
+    return grads
