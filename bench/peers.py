@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pre_kernels import fused_pre_loss, reference
 from pre_kernels.loss import unavailable
+from pre_kernels.ops import steps_of
 
 from . import compositions
 from .check import oracle
@@ -133,7 +134,7 @@ def own_case(peer: Peer, case: oracle.Case) -> oracle.Case:
 def workspace(name: str, device: torch.device) -> int:
     """Bytes that one of ours takes for a chunk's buffers by default."""
     impl = "blas" if name == "ours-fp8" else name.removeprefix("ours-")
-    default = importlib.import_module(f"pre_kernels.steps_{impl}").WORKSPACE
+    default = steps_of(impl).workspace
     return default[device.type] if isinstance(default, dict) else default
 
 

@@ -14,7 +14,6 @@ from .sweep import Gradients, Layout, Selection
 
 aten = torch.ops.aten
 
-WORKSPACE = {"cpu": 32 << 20, "cuda": 256 << 20}  # bytes; on the CPU a chunk should stay in the cache
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
 ROWS_IN_CACHE = 256  # the row loss makes several passes over float32 copies of that many rows
 
@@ -66,10 +65,12 @@ ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
+    workspace = {"cpu": 32 << 20, "cuda": 256 << 20}  # noqa: RUF012  bytes; on the CPU a chunk should stay in the cache
+
     @staticmethod
     def layout(problem: Problem) -> Layout:
         d, m, z = problem.widths
-        budget = problem.options.workspace or WORKSPACE.get(problem.hidden.device.type, WORKSPACE["cuda"])
+        budget = problem.options.workspace or TorchSteps.workspace.get(problem.hidden.device.type, 256 << 20)
         rows = budget // ((d + 2 * m + z) * problem.options.dtype.itemsize)
         return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), MIN_ROWS)
 
