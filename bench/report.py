@@ -139,11 +139,13 @@ def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The README's section: a table of the loss, and where its figures come from."""
+    """The README's section: a table of the loss for each device, and where its figures come from."""
     timed = [one for one in records if one["kind"] == "loss"]
-    if not timed:
-        return "No results yet."
-    return "\n".join([markdown(loss_table(timed)), "", *(f"- {line}" for line in provenance(timed))])
+    parts = []
+    for device in dict.fromkeys(one["device"] for one in timed):
+        here = [one for one in timed if one["device"] == device]
+        parts += [markdown(loss_table(here)), "", *(f"- {line}" for line in provenance(here)), ""]
+    return "\n".join(parts[:-1]) if parts else "No results yet."
 
 
 def into_readme(path: Path, texts: Mapping[str, str]) -> None:
