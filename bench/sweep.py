@@ -21,28 +21,6 @@ NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
 ROLES = ("project", "backproject", "weight_grad")
 GROUPS = (4, 16)  # of row tiles, with the tile that is in use
 
-# (m, n, k, warps, stages, blocks), the likeliest first; what does not fit the device's memory is recorded as such
-CANDIDATES = {
-    "descriptor": [
-        (128, 256, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-        (128, 128, 64, 4, 3, 2),
-        (256, 128, 64, 8, 4),
-        (256, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 128, 128, 8, 3),
-        (64, 256, 64, 4, 4),
-        (64, 128, 64, 4, 6),
-        (64, 128, 64, 4, 4, 2),
-    ],
-    "pointer": [
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
-        (128, 128, 64, 8, 4),
-        (64, 128, 64, 4, 4),
-    ],
-}
-
 Records = Iterator[dict[str, Any]]
 
 
@@ -59,6 +37,7 @@ def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> 
     """Milliseconds of a product for each candidate and for cuBLAS, taking turns; only results that are right count."""
     from pre_kernels.kernels import tiles
     from pre_kernels.kernels.launch import arch
+    from pre_kernels.kernels.tune import CANDIDATES
 
     tables = {"descriptor": tiles.DESCRIPTOR_TILES, "pointer": tiles.POINTER_TILES}
     for kind, table in tables.items():
@@ -67,7 +46,7 @@ def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> 
         if key not in table:
             continue
         in_use = tiles.choose(table[key], *result.shape, result)
-        plan = [(tiles.Tile(*tile), tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
+        plan = [(tile, tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
         plan = [(in_use, tiles.GROUP_M), *(p for p in plan if p[0] != in_use), *((in_use, g) for g in GROUPS)]
         for tile, group_m in plan:
             about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "kernel": kind, "group_m": group_m}

@@ -1,4 +1,4 @@
-"""The command line: `pre-kernels demo` and `pre-kernels env`."""
+"""The command line: `pre-kernels demo`, `pre-kernels tune` and `pre-kernels env`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ examples:
   pre-kernels demo --quick                the same in little time: shows that it runs, too short for an effect
   pre-kernels demo --seeds 5 --out runs   more seeds, files into runs/
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
+  pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the best
   pre-kernels env                         versions and devices, for a bug report
 """
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        return demo(options) if options.command == "demo" else env()
+        return {"demo": demo, "tune": tune, "env": env}[options.command](options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -67,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     show.add_argument("--layer", type=int, metavar="L", help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)")
     show.add_argument("--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)")
+    tuning = commands.add_parser(
+        "tune",
+        help="time the tiles of the Triton products on this GPU and keep the best",
+        description='Time the candidate tiles of impl="triton" for square weights on this GPU, about a minute a width, '
+        "and keep the best in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes find them. Not "
+        "needed: tiles for each architecture are shipped.",
+    )
+    tuning.add_argument("--width", type=width, action="append", metavar="D", help="may be given again (default: 4096)")
+    tuning.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s")
     commands.add_parser(
         "env",
         help="print versions and devices, for bug reports",
@@ -80,6 +90,13 @@ def seeds(text: str) -> int:
     """A number of seeds."""
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
+    return int(text)
+
+
+def width(text: str) -> int:
+    """A width that tensor descriptors can take."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 16 or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a multiple of 16")
     return int(text)
 
 
@@ -128,7 +145,29 @@ def unwritable(folder: Path) -> str | None:
         return f"cannot write into {folder}: {error.strerror or error}"
 
 
-def env() -> int:
+def tune(options: argparse.Namespace) -> int:
+    """Time the tiles of the Triton products and keep the best."""
+    if not torch.cuda.is_available():
+        return fail("tune: torch sees no GPU, want one: tiles are timed")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    if reason := unavailable(device, dtype):
+        return fail(f"tune: {reason}")
+
+    from .kernels import tiles
+    from .kernels.tune import tune
+
+    if problem := unwritable(tiles.cache_file().parent):
+        return fail(f"PRE_KERNELS_CACHE: {problem}")
+    for found in tune(options.width or [4096], dtype, device):
+        shipped = next(iter(found.times))
+        print(f"{found.name}: {tuple(found.best)}, {found.times[found.best]:.3f} ms", end="")
+        print(f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as {tuple(shipped)})", flush=True)
+    print(f"kept in {tiles.cache_file()}")
+    return 0
+
+
+def env(_: argparse.Namespace) -> int:
     """Print what a bug report needs."""
     rows = [("pre-kernels", version("pre-kernels")), ("python", platform.python_version())]
     rows += [("platform", platform.platform()), ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")]

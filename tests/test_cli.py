@@ -33,7 +33,7 @@ def test_env_prints_what_a_bug_report_needs(capsys):
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert printed["torch"].strip().startswith(torch.__version__)
     assert printed["pre-kernels"].strip() == importlib.metadata.version("pre-kernels")
-    picked = "triton" if torch.cuda.is_available() else "torch"
+    picked = "blas" if torch.cuda.is_available() else "torch"
     assert printed['impl="auto"'].strip().startswith(picked + ": ")
     assert {"python", "triton", "transformers", "platform"} <= printed.keys()
 
@@ -47,7 +47,7 @@ def test_env_without_optional_packages(monkeypatch, capsys):
     assert "not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("env",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("tune",), ("env",)])
 def test_help(command, capsys):
     assert status(*command, "--help") == 0
     assert "pre-kernels" in capsys.readouterr().out

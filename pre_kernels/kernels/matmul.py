@@ -111,7 +111,14 @@ def matmul_descriptor_kernel(
 
 
 def matmul(
-    x: Tensor, w: Tensor, y: Tensor, *, bias: Tensor | None = None, count: Tensor | None = None, start: int = 0
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    count: Tensor | None = None,
+    start: int = 0,
+    tile: tiles.Tile | None = None,
 ) -> None:
     """Y[i] = x[i] · w (+ bias), for the rows i of `y` with start + i < count.
 
@@ -121,15 +128,17 @@ def matmul(
         y: (n, N) contiguous. What its rows from the count on hold afterwards is undefined.
         bias: (N,) or None.
         count: 0-d int32 on the device; None = all.
+        tile: None = the tuned one, else the shipped one.
 
     Where tensor descriptors can be had (see `tiles.descriptor_tile`) the kernel is persistent.
     """
     n, (K, N) = y.shape[0], w.shape
     transposed = w.stride(0) == 1
     w_rows = w.t() if transposed else w
-    tile = tiles.descriptor_tile(x, w_rows, (y,), n, N)
+    found = tiles.descriptor_tile(x, w_rows, (y,), "rows", n, N)
     with on_device(x):
-        if tile is not None:
+        if found is not None:
+            tile = tile or found
             matmul_descriptor_kernel[(tiles.programs(tile, n, N, x),)](
                 tiles.describe(x, tile.m, tile.k),
                 tiles.describe(w_rows, tile.n, tile.k) if transposed else tiles.describe(w_rows, tile.k, tile.n),
@@ -146,7 +155,7 @@ def matmul(
                 **OPTIONS,
             )
             return
-        tile = tiles.pointer_tile(x, w, n, N)
+        tile = tile or tiles.pointer_tile(x, w, "rows", n, N)
         matmul_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(N, tile.n),)](
             x,
             w,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +61,61 @@ def multiprocessors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index if tensor.is_cuda else None)
 
 
+def cache_file() -> Path:
+    """Where `pre-kernels tune` keeps what it found: $PRE_KERNELS_CACHE, else ~/.cache/pre_kernels."""
+    return Path(os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels") / "tiles.json"
+
+
+@lru_cache
+def remembered() -> dict[str, Tile]:
+    """Tuned tiles by `key`; none if there is no file, or one that cannot be read."""
+    path = cache_file()
+    if not path.exists():
+        return {}
+    try:
+        return {key: Tile(*map(int, tile)) for key, tile in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is ignored, it cannot be read as tuned tiles: {error}", stacklevel=2)
+        return {}
+
+
+def rows_class(rows: int) -> str:
+    """Rows of an output, coarsely: N is ragged, and a kernel is not compiled anew for each."""
+    return "few" if rows <= 512 else "some" if rows <= 4096 else "many"
+
+
+@lru_cache
+def _device_name(index: int | None) -> str:
+    return "interpreter" if index is None else torch.cuda.get_device_name(index)
+
+
+def key(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> str:
+    """Of a tuned tile. kind: "descriptor" | "pointer"; role: "rows" of a chunk by a weight | "weight", its gradient;
+    rows, columns: of the output."""
+    device = _device_name(operand.device.index if operand.is_cuda else None)
+    size, rows_of = operand.element_size(), rows_class(rows)
+    return f"{device}, triton {triton.__version__}: {role} by {kind}, {size} bytes, {columns} columns, {rows_of} rows"
+
+
+def table(kind: str, tensor: Tensor, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The shipped tiles of the tensor's architecture."""
+    tables = DESCRIPTOR_TILES if kind == "descriptor" else POINTER_TILES
+    return tables[arch(tensor), dtype.itemsize]
+
+
+def has_descriptors(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (arch(tensor), dtype.itemsize) in DESCRIPTOR_TILES
+
+
+def best(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> Tile:
+    """The tuned tile if there is one, else the shipped one that fills the device best."""
+    if known := remembered():
+        tuned = known.get(key(kind, role, rows, columns, operand))
+        if tuned is not None:
+            return tuned
+    return choose(table(kind, operand, operand.dtype), rows, columns, operand)
+
+
 def choose(candidates: Sequence[Tile], rows: int, columns: int, tensor: Tensor) -> Tile:
     """The candidate that is expected to be the fastest for that many rows and columns of output.
 
@@ -72,24 +131,25 @@ def choose(candidates: Sequence[Tile], rows: int, columns: int, tensor: Tensor) 
     return min(candidates, key=cost)
 
 
-def pointer_tile(x: Tensor, w: Tensor, rows: int, columns: int) -> Tile:
+def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Tile:
     """The tile for a product of `x` with `w`, whose dtype it is taken in, with loads through pointers."""
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x.stride(), *w.stride()))
-    return choose(POINTER_TILES[arch(x), w.element_size()], rows, columns, x) if aligned else UNALIGNED
+    return best("pointer", role, rows, columns, w) if aligned else UNALIGNED
 
 
-def descriptor_tile(x: Tensor, w: Tensor, others: Sequence[Tensor | None], rows: int, columns: int) -> Tile | None:
+def descriptor_tile(
+    x: Tensor, w: Tensor, others: Sequence[Tensor | None], role: str, rows: int, columns: int
+) -> Tile | None:
     """The tile for the same product with loads through tensor descriptors, or None where there can be none: on other
     architectures, in float32, with a cast, and where rows are not contiguous or not aligned to 16 bytes."""
-    candidates = DESCRIPTOR_TILES.get((arch(x), w.element_size()))
-    if candidates is None or x.dtype != w.dtype:
+    if not has_descriptors(x, w.dtype) or x.dtype != w.dtype:
         return None
     for tensor in (x, w, *others):
         if tensor is not None:
             stride, one = tensor.stride()
             if one != 1 or stride * tensor.element_size() % 16 or tensor.data_ptr() % 16:
                 return None
-    return choose(candidates, rows, columns, x)
+    return best("descriptor", role, rows, columns, w)
 
 
 def constants(tile: Tile) -> dict[str, int]:

@@ -114,18 +114,27 @@ def weight_grad_descriptor_kernel(
 
 
 def add_weight_grad(
-    total: Tensor, dy: Tensor, x: Tensor, *, count: Tensor | None = None, start: int = 0, first: bool = False
+    total: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    count: Tensor | None = None,
+    start: int = 0,
+    first: bool = False,
+    tile: tiles.Tile | None = None,
 ) -> None:
     """total += Σ_i dy[i]ᵀ · x[i], over the rows i of `dy` with start + i < count.
 
     total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (n, N), any strides, cast to dy's dtype;
     count: 0-d int32 on the device, None = all; first: total = instead of total +=, zeros where there is no row. Each
-    element is summed by one program in a fixed order: deterministic. Rows from the count on may hold anything.
+    element is summed by one program in a fixed order: deterministic. Rows from the count on may hold anything. tile: as
+    in `matmul`.
     """
     (n, M), N = dy.shape, x.shape[1]
-    tile = tiles.descriptor_tile(x, dy, (total,), M, N)
+    found = tiles.descriptor_tile(x, dy, (total,), "weight", M, N)
     with on_device(x):
-        if tile is not None:
+        if found is not None:
+            tile = tile or found
             weight_grad_descriptor_kernel[(tiles.programs(tile, M, N, x),)](
                 tiles.describe(dy, tile.k, tile.m),
                 tiles.describe(x, tile.k, tile.n),
@@ -143,7 +152,7 @@ def add_weight_grad(
                 **OPTIONS,
             )
             return
-        tile = tiles.pointer_tile(x, dy, M, N)
+        tile = tile or tiles.pointer_tile(x, dy, "weight", M, N)
         weight_grad_kernel[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
             dy,
             x,
