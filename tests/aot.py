@@ -177,6 +177,8 @@ def launches(targets: list[str]) -> list[Launch]:
         add("sm90", torch.bfloat16, WIDE, "mask", impl="blas")
         for dtype in (torch.bfloat16, torch.float32):
             add("sm90", dtype, ODD, "mask")
+        for dtype in (torch.bfloat16, torch.float32):
+            add("sm90", dtype, (8192, 8192, 8192), "index", impl="blas", total=SOME)
         # rows longer than a block; chunks that are added up
         add("sm90", torch.bfloat16, LONG, "index", impl="blas", workspace=1, total=SOME)
         torch.backends.cuda.matmul.fp32_precision = "tf32"

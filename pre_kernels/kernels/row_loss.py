@@ -49,6 +49,7 @@ def row_loss_kernel(
     if SUM and FIRST and not WHOLE:
         for z in range(0, Z, BLOCK):
             add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
+    stop = BLOCK if WHOLE else Z  # known to the compiler, a loop of one turn is none
     for first in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
         o_n = first + tl.arange(0, ROWS)
         m_n = o_n < live
@@ -68,7 +69,7 @@ def row_loss_kernel(
         if LOSS == "cosine":
             b_pp = tl.zeros((ROWS, BLOCK), tl.float32)
             b_aa = tl.zeros((ROWS, BLOCK), tl.float32)
-            for z in range(0, Z, BLOCK):
+            for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
@@ -80,7 +81,7 @@ def row_loss_kernel(
             p_norm = clamp_min(norm, 1e-8)
             a_norm = clamp_min(tl.sqrt_rn(tl.sum(b_aa, 1)), 1e-8)
             b_cosine = tl.zeros((ROWS, BLOCK), tl.float32)
-            for z in range(0, Z, BLOCK):
+            for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
@@ -91,7 +92,7 @@ def row_loss_kernel(
             along = tl.where(norm == 0.0, 0.0, cosine * (p_norm / norm))
         else:
             b_loss = tl.zeros((ROWS, BLOCK), tl.float32)
-            for z in range(0, Z, BLOCK):
+            for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
@@ -112,7 +113,7 @@ def row_loss_kernel(
                 weight *= upstream * load_scale(None, divisor_ptr)
             else:
                 weight *= load_scale(upstream_ptr, divisor_ptr)
-            for z in range(0, Z, BLOCK):
+            for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
