@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, WARPS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
 from .quantize import Quantized, store_quantized
 
 
@@ -140,7 +140,7 @@ def apply_activation(
             COUNT=count is not None,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            num_warps=shape.warps,
+            num_warps=WARPS,
             **OPTIONS,
         )
 
@@ -183,6 +183,6 @@ def apply_activation_grad(
             COUNT=count is not None,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            num_warps=shape.warps,
+            num_warps=WARPS,
             **OPTIONS,
         )

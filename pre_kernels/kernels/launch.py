@@ -21,6 +21,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 TILE = 4096  # elements that a program of a row kernel holds at a time: many short rows, or one of up to LONGEST
 LONGEST = 8192  # columns; a longer row is read in blocks of TILE
+WARPS = 16  # of a row kernel: 8 elements a thread, 16 bytes of a half-precision row; AMD takes no more
 PROGRAMS = 264  # of a row kernel at most, two for each SM of an H200; each keeps a column sum of its own
 
 
@@ -29,7 +30,6 @@ class RowShape(NamedTuple):
 
     rows: int
     block: int
-    warps = 16  # 8 elements a thread: 16 bytes of a half-precision row; AMD takes no more
 
     @classmethod
     def of(cls, width: int) -> RowShape:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, WARPS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
@@ -212,6 +212,6 @@ def row_loss(
             WHOLE=shape.block >= Z,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            num_warps=shape.warps,
+            num_warps=WARPS,
             **OPTIONS,
         )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, RowShape, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, WARPS, RowShape, live_rows, narrow, on_device, widen
 from .quantize import Quantized, store_quantized
 
 BLOCK = 1024  # rows of the mask of a program
@@ -185,7 +185,7 @@ def gather(
             CLEAR=clear,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            num_warps=shape.warps,
+            num_warps=WARPS,
             **OPTIONS,
         )
 
