@@ -1,0 +1,26 @@
+"""The vendor's products: whether this torch sums half precision into float32 in place."""
+
+import pytest
+import torch
+
+from pre_kernels import products
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    products._sums_in_place.cache_clear()
+    yield
+    products._sums_in_place.cache_clear()
+
+
+@pytest.mark.parametrize("message", ["self and mat2 must have the same dtype", "CUDA out of memory"])
+def test_only_a_refused_dtype_is_an_answer(monkeypatch, message):
+    def refuse(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", refuse)
+    if "dtype" in message:
+        assert not products._sums_in_place(torch.device("cpu"), torch.bfloat16)
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            products._sums_in_place(torch.device("cpu"), torch.bfloat16)
