@@ -48,6 +48,7 @@ def test_the_best_is_kept_and_used(device, folder, monkeypatch):
     assert tiles.best("descriptor", "rows", 9216, 512, operand) != SMALL
     assert tiles.best("descriptor", "weight", 9216, 256, operand) != SMALL  # only 256 × 256 was timed
     assert tiles.best("descriptor", "rows", 9216, 256, operand.half()) == SMALL  # by bytes
+    assert tiles.key("pointer", "rows", 9, 256, operand) != tiles.key("pointer", "rows", 9, 256, operand.float())
 
 
 def test_a_product_takes_the_tuned_tile(device, monkeypatch):
