@@ -60,12 +60,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    show.add_argument("--seeds", type=seeds, metavar="N", help="run seeds 0 .. N-1 (default: 2)")
+    show.add_argument("--seeds", type=whole, metavar="N", help="run seeds 0 .. N-1 (default: 2)")
     show.add_argument("--quick", action="store_true", help="short trainings: a check that everything runs")
     show.add_argument(
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the files (default: %(default)s)"
     )
     show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    show.add_argument(
+        "--jobs",
+        type=whole,
+        metavar="N",
+        help="seeds at once, in processes (default: as the CPU has cores; 1 on a GPU)",
+    )
     show.add_argument("--layer", type=int, metavar="L", help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)")
     show.add_argument("--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)")
     tuning = commands.add_parser(
@@ -86,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def seeds(text: str) -> int:
-    """A number of seeds."""
+def whole(text: str) -> int:
+    """A whole number from 1."""
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
     return int(text)
@@ -131,7 +137,8 @@ def demo(options: argparse.Namespace) -> int:
     from .demo.run import run
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    run(settings, device, options.out)
+    jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
+    run(settings, device, options.out, jobs=min(jobs, settings.seeds))
     return 0
 
 

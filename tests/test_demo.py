@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from pre_kernels.demo import compare, report
+from pre_kernels.demo import compare, parallel, report
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.measure import states
 from pre_kernels.demo.run import run
@@ -116,11 +116,15 @@ def test_end_to_end(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
-    found = run(TINY, "cpu", out, console)
+    threads = torch.get_num_threads()
+    found = run(TINY, "cpu", out, console, jobs=2)
+    assert torch.get_num_threads() == threads
 
     printed = console.export_text()
     assert str(out / "demo.png") in printed
     assert "linear probe, layer 2" in printed
+    for seed in (0, 1):
+        assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "demo.md").read_text().splitlines()
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
@@ -139,6 +143,26 @@ def test_end_to_end(tmp_path):
         assert all(math.isfinite(value) for value in figures["cohesion"] + figures["coupling"])
     assert len(saved["seeds"][0]["with"]["train_pre_loss"]) == TINY.align_steps + TINY.tune_steps
     assert "train_pre_loss" not in saved["seeds"][0]["without"]
+
+
+def test_seeds_in_processes_of_their_own_find_the_same(tmp_path):
+    console = Console(file=(tmp_path / "screen").open("w"))
+    apart, together = (run(TINY, "cpu", tmp_path, console, jobs=n) for n in (2, 1))
+    assert apart["seeds"] == together["seeds"]
+
+
+def broken(seed, bar):
+    with bar(f"seed {seed}", 2) as advance:
+        advance(1.0)
+        if seed:
+            raise ValueError(f"seed {seed} is broken")
+        advance(1.0)
+    return seed
+
+
+def test_a_failed_seed_raises_what_it_raised():
+    with pytest.raises(ValueError, match="seed 1 is broken"):
+        parallel.each_seed(broken, 2, (), no_bar, 2)
 
 
 def pretrained(seed=0):

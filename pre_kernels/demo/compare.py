@@ -7,8 +7,6 @@ import dataclasses
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pre_kernels.integrations import apply_pre
 
 from .measure import measure
 from .model import Advance, build, learn_to_read, learn_to_see
+from .parallel import Bar, each_seed
 from .scenes import Scenes, compose, split_digits
 from .settings import Settings
 from .text import library_source
@@ -29,17 +28,16 @@ from .train import train_stage
 
 ARMS = ("without", "with")
 PROJECTOR, LLM, HEAD = ("multi_modal_projector",), ("language_model", "lm_head"), ("pre_head",)
-# a bar on screen: told its name and number of steps, gives the function that moves it on
-Bar = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-def compare(settings: Settings, device: str, bar: Bar) -> dict[str, Any]:
+def compare(settings: Settings, device: str, bar: Bar, jobs: int) -> dict[str, Any]:
     """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without" and "with"."""
     start = time.monotonic()
-    seeds = [run_seed(seed, settings, device, bar) for seed in range(settings.seeds)]
+    seeds = each_seed(run_seed, settings.seeds, (settings, device), bar, jobs)
+    threads = f"CPU, {jobs} × {torch.get_num_threads()} thread"
     return {
         "settings": dataclasses.asdict(settings) | {"layer": settings.pre_layer},
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else threads,
         "versions": {
             "pre_kernels": pre_kernels.__version__,
             "torch": torch.__version__,

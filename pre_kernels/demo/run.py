@@ -5,30 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
-from threadpoolctl import threadpool_limits
 
 from .compare import compare
+from .parallel import quiet
 from .progress import bars
 from .report import HEADER, caption, cells, conclusion, save
 from .settings import Settings
 
 
-def run(settings: Settings, device: str, out: Path, console: Console | None = None) -> dict[str, Any]:
-    """Train, measure, print the table, write the files into `out`; returns what was measured."""
+def run(settings: Settings, device: str, out: Path, console: Console | None = None, jobs: int = 1) -> dict[str, Any]:
+    """Train, measure, print the table, write the files into `out`; returns what was measured.
+
+    On a CPU `jobs` seeds run at once, each in a thread of its own.
+    """
     console = Console() if console is None else console
-    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # more gain nothing at this width, and take several times as long on a busy machine
+    restore = quiet()
     try:
-        with threadpool_limits(1), bars(console) as bar:  # the same for scikit-learn's probes
-            found = compare(settings, device, bar)
+        with bars(console) as bar:
+            found = compare(settings, device, bar, jobs)
     finally:
-        transformers.logging.set_verbosity(verbosity)
-        torch.set_num_threads(threads)
+        restore()
 
     table = Table(*HEADER, title="A tiny LLaVA on scenes of handwritten digits")
     for row in cells(found):

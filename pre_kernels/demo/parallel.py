@@ -1,0 +1,79 @@
+"""One process per seed: a seed computes in one thread, so several of them share a machine's cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import transformers
+from threadpoolctl import threadpool_limits
+
+from .model import Advance
+
+# a bar on screen: told its name and number of steps, gives the function that moves it on
+Bar = Callable[[str, int], AbstractContextManager[Advance]]
+# what a process tells of its bar: (seed, name and steps | the loss of one step | None at its end)
+_events: Any = None
+
+
+def each_seed(run: Callable[..., Any], seeds: int, arguments: tuple[Any, ...], bar: Bar, jobs: int) -> list[Any]:
+    """`[run(seed, *arguments, bar) for seed in range(seeds)]`, in `jobs` processes; the bars stay in this one."""
+    if jobs == 1:
+        return [run(seed, *arguments, bar) for seed in range(seeds)]
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit thread pools without their threads
+    events = context.SimpleQueue()  # writes at once, so what a seed tells comes before its end
+    shown: dict[int, tuple[AbstractContextManager[Advance], Advance]] = {}
+    with ProcessPoolExecutor(jobs, context, _begin, (events,)) as pool:
+        futures = [pool.submit(_run, run, seed, arguments) for seed in range(seeds)]
+        for future in futures:
+            future.add_done_callback(lambda _: events.put(None))
+        running = seeds
+        while running:
+            event = events.get()
+            if event is None:
+                running -= 1
+                continue
+            seed, what = event
+            if isinstance(what, tuple):
+                opened = bar(*what)
+                shown[seed] = opened, opened.__enter__()
+            elif what is None:
+                shown.pop(seed)[0].__exit__(None, None, None)
+            else:
+                shown[seed][1](what)
+        return [future.result() for future in futures]
+
+
+def quiet() -> Callable[[], None]:
+    """One thread and no chatter in this process; returns what puts both back."""
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # more gain nothing at this width, and take several times as long on a busy machine
+    limits = threadpool_limits(1)  # the same for scikit-learn's probes
+
+    def restore() -> None:
+        limits.unregister()
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity(verbosity)
+
+    return restore
+
+
+def _begin(events: Any) -> None:
+    global _events
+    _events = events
+    quiet()
+
+
+def _run(run: Callable[..., Any], seed: int, arguments: tuple[Any, ...]) -> Any:
+    @contextmanager
+    def bar(name: str, steps: int) -> Iterator[Advance]:
+        _events.put((seed, (name, steps)))
+        yield lambda loss: _events.put((seed, loss))
+        _events.put((seed, None))
+
+    return run(seed, *arguments, bar)
