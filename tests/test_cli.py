@@ -15,7 +15,7 @@ from pre_kernels import cli
 def started(monkeypatch):
     """What the demo was started with; no test here trains anything."""
     calls = []
-    stand_in = types.SimpleNamespace(run=lambda *arguments: calls.append(arguments))
+    stand_in = types.SimpleNamespace(run=lambda *arguments, jobs: calls.append((*arguments, jobs)))
     monkeypatch.setitem(sys.modules, "pre_kernels.demo.run", stand_in)
     return calls
 
@@ -109,10 +109,13 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
 def test_options_reach_the_demo(tmp_path, started):
     arguments = ("demo", "--seeds", "3", "--layer", "8", "--weight", "0.25", "--device", "cpu", "--out", str(tmp_path))
     assert status(*arguments) == 0
-    settings, device, out = started[0]
+    settings, device, out, jobs = started[0]
     assert (settings.seeds, settings.pre_layer, settings.weight, device, out) == (3, 8, 0.25, "cpu", tmp_path)
+    assert jobs == min(3, os.cpu_count())
+    assert status(*arguments, "--jobs", "2") == 0
+    assert started.pop()[-1] == 2
     assert status("demo", "--quick", "--device", "cpu", "--out", str(tmp_path)) == 0
-    quick = started[1][0]
+    quick = started.pop()[0]
     assert quick.text_steps < settings.text_steps
     assert quick.pre_layer == settings.layers // 2
 
