@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import Problem
 from .products import add_product, linear
-from .sweep import Gradients, Layout, Selection
+from .sweep import Gradients, Layout, Selection, Work
 
 aten = torch.ops.aten
 
@@ -83,21 +83,13 @@ class TorchSteps:
         index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
         return Selection(index, index, None, index.shape[0])
 
-    def __init__(
-        self,
-        problem: Problem,
-        selection: Selection,
-        chunk: int,
-        losses: Tensor | None,
-        grads: Gradients,
-        upstream: Tensor | None,
-        divisor: Tensor | None,
-    ) -> None:
-        self.problem, self.index, self.losses, self.grads = problem, selection.index, losses, grads
-        self.needs_dp = any(grad is not None for grad in grads)
+    def __init__(self, work: Work) -> None:
+        problem, selection, chunk = work.problem, work.selection, work.chunk
+        self.problem, self.index, self.losses, self.grads = problem, selection.index, work.losses, work.grads
+        self.needs_dp = any(grad is not None for grad in self.grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
-        self.coefficient = _coefficient(problem, selection, upstream, divisor)
-        self.weight = None if losses is None else _weight(problem, selection)
+        self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
+        self.weight = None if self.losses is None else _weight(problem, selection)
         (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
 
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -109,7 +101,7 @@ class TorchSteps:
         self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
         # products of half precision come back in half precision, so a sum of them needs a place to land
-        sums = [grad for grad in (grads.w1, grads.w2) if grad is not None and grad.dtype != dtype]
+        sums = [grad for grad in (self.grads.w1, self.grads.w2) if grad is not None and grad.dtype != dtype]
         self.partial = buffer(1, max(grad.numel() for grad in sums)) if sums else None
 
     def _rows(self, start: int, stop: int) -> Tensor:

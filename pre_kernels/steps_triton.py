@@ -16,7 +16,7 @@ from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
-from .sweep import Gradients, Layout, Selection
+from .sweep import Gradients, Layout, Selection, Work
 
 CHUNK_MULTIPLE = 128  # rows: full tiles
 
@@ -66,24 +66,16 @@ class TritonSteps:
         capacity = int(count)
         return Selection(index[:capacity], place, None, capacity)
 
-    def __init__(
-        self,
-        problem: Problem,
-        selection: Selection,
-        chunk: int,
-        losses: Tensor | None,
-        grads: Gradients,
-        upstream: Tensor | None,
-        divisor: Tensor | None,
-    ) -> None:
-        self.problem, self.options, self.losses, self.grads = problem, problem.options, losses, grads
+    def __init__(self, work: Work) -> None:
+        problem, selection = work.problem, work.selection
+        self.problem, self.options, self.losses, self.grads = problem, problem.options, work.losses, work.grads
         self.index, self.count = selection.index, selection.count
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
-        self.factors: dict[str, Any] = {"upstream": upstream, "divisor": divisor}
+        self.factors: dict[str, Any] = {"upstream": work.upstream, "divisor": work.divisor}
         d, m, z = problem.widths
 
         def buffer(columns: int) -> Tensor:
-            return problem.hidden.new_empty(chunk, columns, dtype=problem.options.dtype)
+            return problem.hidden.new_empty(work.chunk, columns, dtype=problem.options.dtype)
 
         self.z, self.g, self.p = (buffer(columns) for columns in (m, m, z))
         self.h = buffer(d) if _copies(problem) else None

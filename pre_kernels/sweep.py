@@ -39,6 +39,18 @@ class Gradients(NamedTuple):
     b2: Tensor | None
 
 
+class Work(NamedTuple):
+    """One sweep over a selection."""
+
+    problem: Problem
+    selection: Selection
+    chunk: int  # rows at most
+    losses: Tensor | None  # (capacity,)
+    grads: Gradients
+    upstream: Tensor | None  # 0-d or (capacity,); None = 1
+    divisor: Tensor | None  # 0-d; None = 1
+
+
 class Steps(Protocol):
     """What an implementation provides. An instance is one sweep: its workspace, and the operations on a chunk of rows
     [start, stop) of the selection, called in the order in which they stand here."""
@@ -49,17 +61,7 @@ class Steps(Protocol):
     @staticmethod
     def select(problem: Problem) -> Selection: ...
 
-    def __init__(
-        self,
-        problem: Problem,
-        selection: Selection,
-        chunk: int,
-        losses: Tensor | None,
-        grads: Gradients,
-        upstream: Tensor | None,
-        divisor: Tensor | None,
-    ) -> None:
-        """upstream: 0-d or (capacity,), None = 1; divisor: 0-d, None = 1. A chunk has at most `chunk` rows."""
+    def __init__(self, work: Work) -> None: ...
 
     def project(self, start: int, stop: int) -> None:
         """Z = H·W1ᵀ + b1 and G = act(Z)."""
@@ -141,7 +143,7 @@ def sweep(
     chunk = -(-capacity // chunks)
     chunk = min(capacity, -(-chunk // layout.multiple) * layout.multiple)
     with torch.autocast(problem.hidden.device.type, enabled=False):  # its dtype is the products' by now
-        run = steps(problem, selection, chunk, losses, grads, upstream, divisor)
+        run = steps(Work(problem, selection, chunk, losses, grads, upstream, divisor))
         for start in range(0, capacity, chunk):
             span = start, min(start + chunk, capacity)
             run.project(*span)
