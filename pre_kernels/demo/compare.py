@@ -69,7 +69,9 @@ def run_seed(seed: int, settings: Settings, device: str, bar: Bar) -> dict[str, 
     before = pretrained(training, settings, seed, device, bar)
     found: dict[str, Any] = {"seed": seed, "before": measure(before, fitting, test, settings, None)}
     for arm in ARMS:
-        found[arm] = run_arm(arm, copy.deepcopy(before), training, fitting, test, settings, seed, bar)
+        options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
+        model = copy.deepcopy(before)
+        found[arm] = run_arm(f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar)
     return found
 
 
@@ -88,7 +90,8 @@ def pretrained(scenes: Scenes, settings: Settings, seed: int, device: str, bar: 
 
 
 def run_arm(
-    arm: str,
+    name: str,
+    options: dict[str, Any] | None,
     model: LlavaForConditionalGeneration,
     training: Scenes,
     fitting: Scenes,
@@ -97,16 +100,16 @@ def run_arm(
     seed: int,
     bar: Bar,
 ) -> dict[str, Any]:
-    """Train `model` by LLaVA's two stages, alone or with PRe, and measure it."""
+    """Train `model` by LLaVA's two stages, alone or with PRe (`options` of `apply_pre`), and measure it."""
     torch.manual_seed(seed)
-    handle = apply_pre(model, settings.layer, settings.weight) if arm == "with" else None
+    handle = None if options is None else apply_pre(model, **options)
     head = None if handle is None else handle.head
     logs, curve = [], []
     for stage, trained, steps, rate in (
         ("alignment", PROJECTOR, settings.align_steps, settings.align_rate),
         ("instruction tuning", PROJECTOR + LLM, settings.tune_steps, settings.tune_rate),
     ):
-        with bar(f"seed {seed}: {stage} {arm} PRe", steps) as advance:
+        with bar(f"seed {seed}: {stage} {name}", steps) as advance:
 
             def step(loss: float, advance: Advance = advance) -> None:
                 if handle is not None:

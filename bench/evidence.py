@@ -1,0 +1,141 @@
+"""What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the README.
+
+    python -m bench.evidence                    5 seeds, a process for each core; what is done already is not done again
+    python -m bench.evidence --readme README.md  no training: the table of the committed results between its markers
+
+Every seed pre-trains one model, and every arm starts from it, on the same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from pre_kernels.demo.compare import pretrained, run_arm
+from pre_kernels.demo.measure import measure
+from pre_kernels.demo.parallel import Bar, each_seed, quiet
+from pre_kernels.demo.progress import bars
+from pre_kernels.demo.report import effect, spread
+from pre_kernels.demo.scenes import compose, split_digits
+from pre_kernels.demo.settings import QUICK, Settings
+
+from . import record
+from .device import Cpu
+from .report import into_readme, markdown, provenance
+
+DEPTH = Settings().layers
+BASE = "cosine, L/2"
+BEFORE, WITHOUT = "before visual training", "without PRe"
+ARMS: dict[str, dict[str, Any] | None] = {  # options of apply_pre
+    WITHOUT: None,
+    BASE: {},
+    "mse": {"loss": "mse"},
+    "L/4": {"layer": DEPTH // 4},
+    "3L/4": {"layer": 3 * DEPTH // 4},
+    "L": {"layer": DEPTH},
+    "anchor pre_projector": {"anchor": "pre_projector"},
+    "image level": {"level": "image"},
+}
+DEEP = slice(DEPTH // 2, None)  # layers L/2 to L
+FIGURES = {
+    "task accuracy": lambda one: one["accuracy"],
+    "linear probe, mean of L/2 to L": lambda one: mean(one["probe"][DEEP]),
+    "linear probe, layer L": lambda one: one["probe"][-1],
+    "contrast ratio, mean of L/2 to L": lambda one: mean(one["contrast"][DEEP]),
+}
+
+
+def run_seed(seed: int, settings: Settings, path: Path, done: set[tuple[int, str]], bar: Bar) -> None:
+    """Measure every arm of a seed that is not done yet, each appended to `path` as soon as it is."""
+    if {(seed, arm) for arm in (BEFORE, *ARMS)} <= done:
+        return
+    digits = split_digits(seed)
+    sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
+    training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
+    start = pretrained(training, settings, seed, "cpu", bar)
+
+    def keep(arm: str, found: dict[str, Any], seconds: float) -> None:
+        curves = ("train_loss", "train_pre_loss")
+        found = {name: value for name, value in found.items() if name not in curves}
+        line = {"kind": "evidence", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed, **found}
+        line |= {"seconds": round(seconds, 1), "settings": dataclasses.asdict(settings)}
+        record.append(path, line | record.stamp(Cpu()))
+
+    if (seed, BEFORE) not in done:
+        keep(BEFORE, measure(start, fitting, test, settings, None), 0.0)
+    for arm, options in ARMS.items():
+        if (seed, arm) in done:
+            continue
+        begin = time.monotonic()
+        found = run_arm(arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar)
+        keep(arm, found, time.monotonic() - begin)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over seeds, and the difference to training without PRe, seed by seed."""
+    seeds = sorted(set.intersection(*({one["seed"] for one in records if one["arm"] == arm} for arm in ARMS)))
+    by_arm = {
+        arm: [next(one for one in records if (one["arm"], one["seed"]) == (arm, seed)) for seed in seeds]
+        for arm in (BEFORE, *ARMS)
+    }
+    rows: list[Sequence[str]] = [("", *FIGURES)]
+    for arm, runs in by_arm.items():
+        cells = []
+        for figure in FIGURES.values():
+            values, base = [figure(one) for one in runs], [figure(one) for one in by_arm[WITHOUT]]
+            changes = [value - other for value, other in zip(values, base, strict=True)]
+            above = f"{sum(change > 0 for change in changes)}/{len(changes)}"
+            added = "" if arm in (BEFORE, WITHOUT) else f" ({spread(changes, '+')}; {above})"
+            cells.append(spread(values) + added)
+        rows.append((arm, *cells))
+    sentences = [
+        effect(f"{arm}, {name}", [figure(one) for one in by_arm[WITHOUT]], [figure(one) for one in by_arm[arm]])
+        for name, figure in FIGURES.items()
+        for arm in (BASE,)
+    ]
+    about = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the difference to training "
+        "without PRe, seed by seed, and in how many seeds it is positive."
+    )
+    sources = provenance(one for one in records if one["seed"] in seeds)
+    return "\n".join([markdown(rows), "", about, "", *(f"- {s}" for s in sentences), "", *(f"- {s}" for s in sources)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. N-1 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="short trainings, which show that it runs")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)")
+    parser.add_argument("--readme", type=Path, help="put the table between this file's evidence markers, train nothing")
+    options = parser.parse_args(argv)
+    path = record.folder(options.results) / "evidence.jsonl"
+    records = record.load([path]) if path.exists() else []
+    if options.readme:
+        into_readme(options.readme, {"evidence": table(records)})
+        return
+    settings = dataclasses.replace(QUICK if options.quick else Settings(), seeds=options.seeds)
+    others = {one["item"] for one in records if {**one["settings"], "seeds": options.seeds} != vars(settings)}
+    if others:
+        parser.error(f"--results: {path} has results of other settings; want another folder")
+    done = {(one["seed"], one["arm"]) for one in records}
+    restore, jobs = quiet(), min(options.jobs, options.seeds)
+    try:
+        with bars(Console()) as bar:
+            each_seed(run_seed, options.seeds, (settings, path, done), bar, jobs)
+    finally:
+        restore()
+    print(table(record.load([path])))
+
+
+if __name__ == "__main__":
+    main()
