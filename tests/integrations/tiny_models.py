@@ -123,7 +123,7 @@ class Batch:
     lengths: list[int] = field(default_factory=list)
 
 
-# One entry of a sample: ("text", n) or ("image", height, width).
+# One entry of a sample: ("text", n), ("image", height, width) or ("video", frames, height, width).
 Sample = list[tuple[Any, ...]]
 PLAIN: list[Sample] = [
     [("text", 3), ("image", 8, 8), ("text", 5)],
@@ -132,20 +132,21 @@ PLAIN: list[Sample] = [
 
 
 def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed: int = 0) -> Batch:
-    """Samples padded on `side`; the labels are the words after the first image."""
+    """Samples padded on `side`; the labels are the words."""
+    tiny = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
-    rows, labels, lengths, sizes = [], [], [], []
+    rows, labels, lengths = [], [], []
+    sizes: dict[str, list[Any]] = {"image": [], "video": []}
     for sample in samples:
         ids: list[int] = [1]
         for kind, *size in sample:
             if kind == "text":
                 ids += torch.randint(3, WORDS, (size[0],), generator=generator).tolist()
                 continue
-            count = FAMILIES[family].tokens(*size)
-            ids += [*([START] if family.startswith("qwen") else []), *[IMAGE] * count]
-            ids += [END] if family.startswith("qwen") else []
-            lengths.append(count)
-            sizes.append(size)
+            written = tiny.image(*size) if kind == "image" else tiny.video(*size)
+            ids += written
+            lengths.append(sum(i in (IMAGE, VIDEO) for i in written))
+            sizes[kind].append(size)
         rows.append(ids)
         labels.append([-100 if i >= WORDS or i == 1 else i for i in ids])
     width = max(map(len, rows))
@@ -162,21 +163,24 @@ def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed:
         "attention_mask": pad([[1] * len(r) for r in rows], 0),
         "labels": pad(labels, -100),
     }
-    if sizes:
-        inputs |= FAMILIES[family].pixels(sizes, generator)
-    if "mm_token_type_ids" in inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters and (
-        family.startswith("qwen")
-    ):
-        inputs["mm_token_type_ids"] = (input_ids == IMAGE).int()
-    return Batch(inputs, input_ids == IMAGE, lengths)
+    if sizes["image"]:
+        inputs |= tiny.pixels(sizes["image"], generator)
+    if sizes["video"]:
+        inputs |= tiny.frames(sizes["video"], generator)
+    inputs |= tiny.extra(input_ids)
+    return Batch(inputs, (input_ids == IMAGE) | (input_ids == VIDEO), lengths)
+
+
+def square_image(height: int, width: int) -> list[int]:
+    return [IMAGE] * 4  # whatever the size: it is resized to 8 x 8
 
 
 def square_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(len(sizes), 3, 8, 8, generator=generator)}
 
 
-def anyres_tokens(height: int, width: int) -> int:
-    return 4 + (height // 4) * (width // 4 + 1)  # every size here is a pinpoint, so nothing is padded
+def anyres_image(height: int, width: int) -> list[int]:
+    return [IMAGE] * (4 + (height // 4) * (width // 4 + 1))  # every size here is a pinpoint, so nothing is padded
 
 
 def anyres_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -185,32 +189,61 @@ def anyres_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
     return {"pixel_values": pixels, "image_sizes": torch.tensor([list(s) for s in sizes])}
 
 
+def grid_image(height: int, width: int) -> list[int]:
+    return [START, *[IMAGE] * (height * width // 16), END]
+
+
 def grid_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
     grid = torch.tensor([[1, h // 2, w // 2] for h, w in sizes])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2 * 2, generator=generator)
     return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-def grid_tokens(height: int, width: int) -> int:
-    return height * width // 16
+def token_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the processors of Qwen add from transformers 5 on."""
+    if "mm_token_type_ids" not in inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters:
+        return {}
+    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
+def nothing(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {}
+
+
+def none(*_: Any) -> Any:
+    raise NotImplementedError("the family has no videos")
 
 
 @dataclass
 class Tiny:
+    """One family: how its model is made and its batches are written.
+
+    Attributes:
+        image: (height, width) → the ids that such an image puts into a sample; those equal to IMAGE are visual tokens.
+        pixels: (sizes of the batch's images, generator) → the forward's arguments for them.
+        video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are visual tokens.
+        extra: input_ids (B, T) → further arguments, for batches without images too.
+        text, projector: paths, written down here so that the tests do not rely on the library's search.
+    """
+
     make: Callable[[], nn.Module]
-    tokens: Callable[[int, int], int]
+    image: Callable[[int, int], list[int]]
     pixels: Callable[..., dict[str, torch.Tensor]]
-    text: str = "model.language_model"  # written down here so that the tests do not rely on the library's search
+    video: Callable[[int, int, int], list[int]] = none
+    frames: Callable[..., dict[str, torch.Tensor]] = none
+    extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] = nothing
+    text: str = "model.language_model"
     projector: str = "model.multi_modal_projector"
 
 
-FAMILIES = {
-    "llava": Tiny(llava, lambda h, w: 4, square_pixels),
-    "llava_next": Tiny(llava_next, anyres_tokens, anyres_pixels),
-    "llava_onevision": Tiny(llava_onevision, anyres_tokens, anyres_pixels),
-    "qwen2_vl": Tiny(qwen2_vl, grid_tokens, grid_pixels, projector="model.visual.merger"),
-    "qwen2_5_vl": Tiny(qwen2_5_vl, grid_tokens, grid_pixels, projector="model.visual.merger"),
-    "qwen3_vl": Tiny(qwen3_vl, grid_tokens, grid_pixels, projector="model.visual.merger"),
+QWEN = {"image": grid_image, "pixels": grid_pixels, "extra": token_types, "projector": "model.visual.merger"}
+FAMILIES = {  # by config.model_type
+    "llava": Tiny(llava, square_image, square_pixels),
+    "llava_next": Tiny(llava_next, anyres_image, anyres_pixels),
+    "llava_onevision": Tiny(llava_onevision, anyres_image, anyres_pixels),
+    "qwen2_vl": Tiny(qwen2_vl, **QWEN),
+    "qwen2_5_vl": Tiny(qwen2_5_vl, **QWEN),
+    "qwen3_vl": Tiny(qwen3_vl, **QWEN),
 }
 
 
