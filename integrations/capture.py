@@ -27,7 +27,7 @@ class Seen:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     first: Tensor | None = None
-    projector: Tensor | None = None
+    projector: list[Tensor] = field(default_factory=list)
     autocast: dict[int, tuple[str, bool, torch.dtype]] = field(default_factory=dict)
 
     def anchor(self) -> Tensor:
@@ -128,8 +128,8 @@ class Capture:
             self.seen.first = _hidden(args, kwargs)
 
     def _projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.seen is not None and self.seen.projector is None:
-            self.seen.projector = _hidden(args, kwargs)
+        if self.seen is not None:  # it may be called for the images and again for the videos
+            self.seen.projector.append(_hidden(args, kwargs))
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._keep(self.numbers[module], _hidden(args, kwargs))

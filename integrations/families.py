@@ -28,23 +28,55 @@ def runs(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def equal_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """Every image has the same number of tokens: `pixel_values` (images, channels, height, width) says how many."""
-    pixels = inputs.get("pixel_values")
-    total = int(mask.sum())
-    if not torch.is_tensor(pixels) or len(pixels) == 0 or total % len(pixels):
+    """Every image (video) has the same number of tokens: the first dimension of its pixels says how many there are."""
+    names = ("pixel_values_videos",) if kind == "video" else ("pixel_values", "pixel_values_images")
+    name, pixels = next(((n, p) for n in names if torch.is_tensor(p := inputs.get(n))), ("", None))
+    if pixels is None or len(pixels) == 0:
         return runs(mask, kind, inputs, config)
+    total = int(mask.sum())
+    if total % len(pixels):
+        raise ValueError(
+            f"{name}: has {len(pixels)} {kind}s for {total} {kind} tokens in input_ids, want as many for each"
+        )
     return torch.arange(len(pixels), device=mask.device).repeat_interleave(total // len(pixels))
 
 
+def runs_or_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """Images as runs of visual tokens, videos as equal parts."""
+    return (equal_parts if kind == "video" else runs)(mask, kind, inputs, config)
+
+
+def patches(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """`image_sizes` (images, 2) in pixels, cut into patches (Pixtral); without it equal parts (CLIP)."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return equal_parts(mask, kind, inputs, config)
+    side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    lengths = (torch.as_tensor(sizes, device=mask.device) // side).prod(-1)
+    return _numbered(lengths, mask, kind, "image_sizes")
+
+
 def grids(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """`{image,video}_grid_thw` (images, 3) counts the patches; `spatial_merge_size`² of them make one token."""
+    """`{image,video}_grid_thw` (images, 3) counts the patches; `spatial_merge_size`² of them make one token.
+
+    With `{image,video}_merge_sizes` (images,) it is each image's own; `video_compression_mask` drops tokens of videos.
+    """
     grid = inputs.get(f"{kind}_grid_thw")
     if grid is None:
         return runs(mask, kind, inputs, config)
-    lengths = (grid.prod(-1) // config.vision_config.spatial_merge_size**2).to(mask.device)
+    merge = inputs.get(f"{kind}_merge_sizes")
+    side = config.vision_config.spatial_merge_size if merge is None else merge.to(grid.device)
+    lengths = (grid.prod(-1) // side**2).to(mask.device)
+    kept = inputs.get("video_compression_mask") if kind == "video" else None
+    return _numbered(lengths, mask, kind, f"{kind}_grid_thw", kept)
+
+
+def _numbered(lengths: Tensor, mask: Tensor, kind: str, name: str, kept: Tensor | None = None) -> Tensor:
     numbers = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
+    if kept is not None:
+        numbers = numbers[kept.to(mask.device)]
     if len(numbers) != int(mask.sum()):
-        raise ValueError(f"{kind}_grid_thw: means {len(numbers)} {kind} tokens, input_ids has {int(mask.sum())}")
+        raise ValueError(f"{name}: means {len(numbers)} {kind} tokens, input_ids has {int(mask.sum())}")
     return numbers
 
 
@@ -54,10 +86,13 @@ class Family:
 
     Attributes:
         images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's arguments, config) → the
-            number (N,) of each visual token's image, counted from 0 in batch-major order.
+            number (N,) of each visual token's image, counted from 0 in batch-major order; a video counts as an image.
         projector: name of the module whose input rows are the visual tokens one to one, for anchor="pre_projector".
         text: path of the text model, whose `.layers` are the decoder layers.
         image_inputs, video_inputs: arguments of the forward, one of which is there when the batch has images (videos).
+        name: what people call it.
+        since: the oldest transformers that has it, of those supported.
+        videos: whether it has tokens of its own for videos.
     """
 
     images: Callable[[Tensor, str, Inputs, Any], Tensor] = runs
@@ -65,16 +100,39 @@ class Family:
     text: str | None = None
     image_inputs: tuple[str, ...] = ("pixel_values", "image_embeds")
     video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_embeds")
+    name: str = ""
+    since: str = "4.57"
+    videos: bool = False
 
 
 GENERIC = Family()
+LLAVA_PROJECTOR = "multi_modal_projector"
 FAMILIES = {  # by config.model_type
-    "llava": Family(images=equal_parts, projector="multi_modal_projector"),
-    "llava_next": GENERIC,
-    "llava_onevision": GENERIC,
-    "qwen2_vl": Family(images=grids),
-    "qwen2_5_vl": Family(images=grids),
-    "qwen3_vl": Family(images=grids),
+    "llava": Family(patches, LLAVA_PROJECTOR, name="LLaVA"),
+    "llava_next": Family(name="LLaVA-NeXT"),
+    "llava_next_video": Family(runs_or_parts, name="LLaVA-NeXT-Video", videos=True),
+    "llava_onevision": Family(runs_or_parts, name="LLaVA-OneVision", videos=True),
+    "vipllava": Family(equal_parts, LLAVA_PROJECTOR, name="VipLLaVA"),
+    "qwen2_vl": Family(grids, name="Qwen2-VL", videos=True),
+    "qwen2_5_vl": Family(grids, name="Qwen2.5-VL", videos=True),
+    "qwen3_vl": Family(grids, name="Qwen3-VL", videos=True),
+    "qwen3_vl_moe": Family(grids, name="Qwen3-VL-MoE", videos=True),
+    "qwen3_5": Family(grids, name="Qwen3.5", since="5.2", videos=True),
+    "qwen3_5_moe": Family(grids, name="Qwen3.5-MoE", since="5.2", videos=True),
+    # an image is several tiles, a frame of a video an image
+    "internvl": Family(runs, LLAVA_PROJECTOR, name="InternVL"),
+    # its projector pools patches, and so does Mistral3's: their input is not one row for a token
+    "gemma3": Family(equal_parts, name="Gemma 3"),
+    "paligemma": Family(equal_parts, LLAVA_PROJECTOR, name="PaliGemma"),
+    "mistral3": Family(patches, name="Mistral 3 (Pixtral)"),
+    "video_llava": Family(
+        equal_parts,
+        LLAVA_PROJECTOR,
+        image_inputs=("pixel_values", "pixel_values_images", "image_embeds"),
+        name="Video-LLaVA",
+        videos=True,
+    ),
+    "video_llama_3": Family(grids, "projector", name="VideoLLaMA 3", since="5.0", videos=True),
 }
 
 

@@ -86,9 +86,9 @@ class Objective:
             if not torch.is_tensor(found):
                 raise TypeError(f"anchor: the callable returned {type(found).__name__}, want a tensor")
         else:
-            if seen.projector is None:
+            if not seen.projector:
                 raise RuntimeError("anchor: the batch has images but the projector did not run; pass a callable anchor")
-            found = rows.kept(seen.projector.reshape(-1, seen.projector.shape[-1]))
+            found = rows.kept(torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in seen.projector]))
         if found.shape[:-1] != rows.mask.shape and (found.dim() != 2 or len(found) != int(rows.mask.sum())):
             raise ValueError(
                 f"anchor: got shape {tuple(found.shape)} for {int(rows.mask.sum())} visual tokens in a batch of "

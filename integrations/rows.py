@@ -41,14 +41,20 @@ class Rows:
         return whole[self.mask]
 
     def kept(self, rows: Tensor) -> Tensor:
-        """Of one row per placeholder (M, z) those (N, z) that count."""
-        places = torch.stack(list(self.places.values())).any(0) if self.places else self.mask
-        if len(rows) != int(places.sum()):
+        """Of one row per placeholder (M, z), all images' first and then all videos', those (N, z) that count."""
+        kinds = list(self.places.values()) if self.places else [self.mask]
+        sizes = [int(places.sum()) for places in kinds]
+        if len(rows) != sum(sizes):
             raise ValueError(
-                f"anchor: {len(rows)} rows entered the projector for {int(places.sum())} visual tokens, so they do not "
+                f"anchor: {len(rows)} rows entered the projector for {sum(sizes)} visual tokens, so they do not "
                 "correspond one to one; pass a callable anchor"
             )
-        return rows[self.mask[places].to(rows.device)]
+        if len(kinds) == 1:
+            return rows[self.mask[kinds[0]].to(rows.device)]
+        whole = rows.new_empty(*self.mask.shape, rows.shape[-1])
+        for places, part in zip(kinds, rows.split(sizes), strict=True):
+            whole[places.to(rows.device)] = part
+        return whole[self.mask.to(rows.device)]
 
     def check(self, hidden: Tensor) -> None:
         """The mask must be of the hidden states' leading shape."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from eager import assert_same_gradients, expected_gradients, gradients, means, watch
-from pre_kernels.integrations import apply_pre, find_handle
-from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, WIDTH, Batch, batch, build
+from pre_kernels.integrations import apply_pre, families, find_handle
+from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEO, VIDEOS, WIDTH, Batch, batch, build
 from torch import nn
 
 from pre_kernels import reference
@@ -33,7 +33,8 @@ class Calls:
 
     def __init__(self, handle: Any) -> None:
         self.number = 0
-        handle.head.register_forward_hook(self.one)
+        for head in handle.head if isinstance(handle.head, nn.ModuleList) else [handle.head]:
+            head.register_forward_hook(self.one)
 
     def one(self, *_: Any) -> None:
         self.number += 1
@@ -51,16 +52,15 @@ def test_loss_and_gradients(family: str, layer: Any) -> None:
 
 @every_family
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("layer", [1, 2, DEPTH])
-def test_checkpointing_changes_nothing(family: str, reentrant: bool, layer: int) -> None:
-    torch.manual_seed(1)
-    loss, found, handle, model = run(family, checkpointing=reentrant, layer=layer)
+def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
+    layers = [1, 2, DEPTH]
+    loss, found, handle, model = run(family, checkpointing=reentrant, layer=layers)
     calls = Calls(handle)
-    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, [layer])
+    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, layers)
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
     model(**batch(family).inputs).loss.backward()  # the recomputation fires the layers' hooks again
-    assert calls.number == 1
+    assert calls.number == len(layers)
 
 
 @pytest.mark.parametrize("options", [{"loss": "mse"}, {"loss": "smooth_l1"}, {"activation": "silu"}, {"bias": False}])
@@ -85,7 +85,10 @@ def test_image_level_is_the_mean_over_each_image(family: str) -> None:
 TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+NEED_GAPS = (families.runs, families.runs_or_parts)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].images not in NEED_GAPS])
 def test_image_level_with_images_that_touch(family: str) -> None:
     data = batch(family, TOUCHING)
     loss, _, handle, _ = run(family, data, level="image")
@@ -93,7 +96,7 @@ def test_image_level_with_images_that_touch(family: str) -> None:
     torch.testing.assert_close(loss, wanted)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", ["llava_next", "llava_next_video", "llava_onevision"])
 def test_image_level_asks_for_help_where_images_touch(family: str) -> None:
     data = batch(family, TOUCHING)
     if family == "llava_onevision":
@@ -108,6 +111,17 @@ def test_image_level_asks_for_help_where_images_touch(family: str) -> None:
     loss, _, handle, _ = run(family, data, level="image", mask_fn=lambda inputs: numbers)
     wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
     torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("level", ["patch", "image"])
+@pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if tiny.videos])
+def test_videos_beside_images(family: str, level: str) -> None:
+    data = batch(family, VIDEOS)
+    loss, found, handle, _ = run(family, data, level=level)
+    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], level=level)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+    assert handle.metrics()["pre_rows"] == (3 if level == "image" else int(data.visual.sum()))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -225,16 +239,19 @@ def test_positional_arguments() -> None:
     assert model(inputs["input_ids"], inputs["pixel_values"], **rest).loss == wanted
 
 
-def test_pre_projector_anchor() -> None:
-    loss, found, handle, _ = run("llava", anchor="pre_projector")
-    assert handle.head.out_dim == 24
-    model = build("llava")
+@pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].projector])
+def test_pre_projector_anchor(family: str) -> None:
+    """With images and, where the family has them, videos; the model projects all images before all videos."""
+    data = batch(family, VIDEOS if FAMILIES[family].videos else PLAIN)
+    loss, found, handle, _ = run(family, data, anchor="pre_projector")
+    twin, seen = build(family), []
+    twin.get_submodule(FAMILIES[family].projector).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        twin = build("llava")
-        seen = watch(twin, "llava")
-        twin(**batch("llava").inputs)
-    anchor = seen["projector"].flatten(0, 1)
-    wanted_loss, wanted = expected_gradients(model, "llava", batch("llava"), handle.head, [2], anchor=anchor)
+        twin(**data.inputs)
+    anchor = torch.zeros(*data.visual.shape, handle.head.out_dim)
+    for token, rows in zip((IMAGE, VIDEO), seen, strict=False):
+        anchor[data.inputs["input_ids"] == token] = rows.flatten(0, -2)
+    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], anchor=anchor[data.visual])
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
 
