@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
-from .families import Parts, find_parts
+from .families import Parts, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .objective import Objective, no_dtensor
 
@@ -33,6 +33,7 @@ def apply_pre(
     anchor_dim: int | None = None,
     mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
     text_model: str | nn.Module | None = None,
+    layers: str | nn.ModuleList | None = None,
     impl: str = "auto",
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
@@ -62,6 +63,7 @@ def apply_pre(
         mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
             integer one with the number of each token's image (1, 2, ...; 0 for text).
         text_model: the module (or its path) whose `.layers` are the decoder's, where it is not found by itself.
+        layers: the ModuleList of the decoder's layers (or its path), where they are elsewhere.
         impl: of the loss, see `fused_pre_loss`.
 
     Raises:
@@ -87,13 +89,13 @@ def apply_pre(
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
-    parts = find_parts(inner, text_model)
+    parts = find_parts(inner, text_model, layers)
     if mask_fn is None and not any(parts.tokens.values()):
         raise ValueError(
             f"model: {type(inner).__name__}'s config names no visual tokens (looked for image_token_id, "
             "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
         )
-    layers = _layers(layer, len(parts.layers))
+    numbers = _layers(layer, len(parts.layers))
     width = _width(parts)
     if anchor == "pre_projector":
         anchor_dim = _projector_width(parts)
@@ -103,7 +105,7 @@ def apply_pre(
         checks.width("anchor_dim", anchor_dim)
 
     heads = []
-    for number in layers:
+    for number in numbers:
         like = _like(parts.layers[number - 1])
         heads.append(
             PreHead(
@@ -118,7 +120,7 @@ def apply_pre(
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
-    return PreHandle(model, Objective(parts, layers, anchor, anchor_dim, level, mask_fn, impl), head, weight)
+    return PreHandle(model, Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl), head, weight)
 
 
 def _layers(layer: Any, depth: int) -> tuple[int, ...]:
@@ -141,8 +143,7 @@ def _layers(layer: Any, depth: int) -> tuple[int, ...]:
 
 
 def _width(parts: Parts) -> int:
-    config = parts.config.get_text_config() if hasattr(parts.config, "get_text_config") else parts.config
-    width = getattr(config, "hidden_size", None)
+    width = getattr(text_config(parts.config), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(f"model: its text config has hidden_size {width!r}, want an int")
     return width

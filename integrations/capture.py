@@ -78,9 +78,10 @@ class Capture:
             outer.register_forward_pre_hook(self._open, with_kwargs=True),
             # always_call: an exception inside the forward must not keep its activations alive
             outer.register_forward_hook(self._close, always_call=True),
-            parts.text.register_forward_pre_hook(self._text, with_kwargs=True),
             parts.layers[0].register_forward_pre_hook(self._first, with_kwargs=True),
         ]
+        if parts.text is not None:
+            self.hooks.append(parts.text.register_forward_pre_hook(self._text, with_kwargs=True))
         if parts.projector is not None:
             self.hooks.append(parts.projector.register_forward_pre_hook(self._projector, with_kwargs=True))
         for number in layers:
@@ -132,7 +133,8 @@ class Capture:
             self.seen.projector.append(_hidden(args, kwargs))
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._keep(self.numbers[module], _hidden(args, kwargs))
+        if self.seen is not None:
+            self._keep(self.numbers[module], _hidden(args, kwargs))
 
     def _last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._keep(self.depth, output[0] if isinstance(output, tuple) else output)
@@ -146,4 +148,9 @@ class Capture:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if not args and "hidden_states" not in kwargs:
+        raise RuntimeError(
+            "layers: a decoder layer or projector was called without its hidden states as the first positional "
+            f"argument or as hidden_states; it got {', '.join(kwargs) or 'nothing'}"
+        )
     return args[0] if args else kwargs["hidden_states"]

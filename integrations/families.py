@@ -142,39 +142,75 @@ class Parts:
 
     family: Family
     config: Any
-    text: nn.Module
+    text: nn.Module | None  # None if it is the whole model, whose `inputs_embeds` are not yet merged with the images
     layers: nn.ModuleList
     projector: nn.Module | None
     tokens: dict[str, tuple[int, ...]]
 
 
-def find_parts(model: nn.Module, text_model: str | nn.Module | None = None) -> Parts:
-    """The parts of `model` (unwrapped: no PEFT, DDP, ... around it).
+def find_parts(
+    model: nn.Module, text_model: str | nn.Module | None = None, layers: str | nn.ModuleList | None = None
+) -> Parts:
+    """The parts of `model` (unwrapped: no PEFT, DDP, ... around it); `text_model` and `layers` are not looked for.
 
     Raises:
-        ValueError: if there is no config, or no decoder layers where they are looked for.
+        TypeError: if `text_model` is no module, or `layers` no ModuleList.
+        ValueError: if there is no config, no decoder layers where they are looked for, or nothing at a path; if what
+            was given is no part of the model.
     """
     config = getattr(model, "config", None)
     if config is None:
-        raise ValueError(f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model")
+        raise ValueError(
+            f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or a module "
+            "with a .config that has hidden_size, and image_token_id unless mask_fn= is passed"
+        )
     family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
-    text, layers = _find_layers(model, config, family.text if text_model is None else text_model)
+    text: nn.Module | None = None if text_model is None else _module(model, "text_model", text_model)[1]
+    if layers is None:
+        text, found = _find_layers(model, config, family, text)
+    else:
+        path, found = _module(model, "layers", layers)
+        if not isinstance(found, nn.ModuleList):
+            raise TypeError(f"layers: got a {type(found).__name__}, want the ModuleList of the decoder's layers")
+        if not len(found):
+            raise ValueError("layers: got an empty ModuleList, want that of the decoder's layers")
+        text = model.get_submodule(path.rpartition(".")[0]) if text is None else text
     named = model.named_modules()
     projector = next((m for n, m in named if family.projector and n.split(".")[-1] == family.projector), None)
     tokens = {kind: _token_ids(config, kind) for kind in ("image", "video")}
-    return Parts(family, config, text, layers, projector, tokens)
+    return Parts(family, config, None if text is model else text, found, projector, tokens)
 
 
-def _find_layers(model: nn.Module, config: Any, given: str | nn.Module | None) -> tuple[nn.Module, nn.ModuleList]:
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(inner, "num_hidden_layers", None)
-    if isinstance(given, nn.Module):
-        module = given
-    elif given is not None:
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is the text model's: `get_text_config()`, `.text_config`, or all of it."""
+    get = getattr(config, "get_text_config", None)
+    return getattr(config, "text_config", config) if get is None else get()
+
+
+def _module(model: nn.Module, name: str, given: Any) -> tuple[str, nn.Module]:
+    """The path and the module that the argument `name` means."""
+    if isinstance(given, str):
         try:
-            module = model.get_submodule(given)
+            return given, model.get_submodule(given)
         except AttributeError as error:
-            raise ValueError(f"text_model: got {given!r}, which is no module of the model: {error}") from error
+            raise ValueError(f"{name}: got {given!r}, which is no module of the model: {error}") from error
+    if not isinstance(given, nn.Module):
+        hint = "; numbers of layers go into layer=" if name == "layers" else ""
+        raise TypeError(f"{name}: got {type(given).__name__}, want a module of the model or its path{hint}")
+    path = next((path for path, module in model.named_modules() if module is given), None)
+    if path is None:
+        raise ValueError(f"{name}: the {type(given).__name__} that was given is no part of the model")
+    return path, given
+
+
+def _find_layers(
+    model: nn.Module, config: Any, family: Family, text: nn.Module | None
+) -> tuple[nn.Module, nn.ModuleList]:
+    depth = getattr(text_config(config), "num_hidden_layers", None)
+    if text is not None:
+        module = text
+    elif family.text is not None:
+        module = model.get_submodule(family.text)
     else:
         get: Any = getattr(model, "get_decoder", None)
         decoder = None if get is None else get()
@@ -191,7 +227,8 @@ def _find_layers(model: nn.Module, config: Any, given: str | nn.Module | None) -
         path.append(type(module).__name__)
     raise ValueError(
         f"model: no decoder layers in {type(model).__name__}: looked for a ModuleList `.layers` of {depth} modules in "
-        f"{' → '.join(path)}; pass text_model= (a module, or its path in the model) whose `.layers` are the decoder's"
+        f"{' → '.join(path)}; pass text_model= (a module, or its path in the model) whose `.layers` are the decoder's, "
+        "or layers= (the ModuleList, or its path)"
     )
 
 

@@ -63,6 +63,20 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     assert calls.number == len(layers)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "non-reentrant"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.endswith("_moe")])
+def test_router_loss(family: str, checkpointing: bool | None) -> None:
+    """Reentrant checkpointing loses its gradient in the plain model too."""
+    data = batch(family)
+    without = build(family)(**data.inputs).loss
+    data.inputs["output_router_logits"] = True
+    assert build(family)(**data.inputs).loss > without
+    loss, found, handle, _ = run(family, data, checkpointing)
+    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2])
+    torch.testing.assert_close(loss, wanted_loss)
+    assert_same_gradients(found, wanted)
+
+
 @pytest.mark.parametrize("options", [{"loss": "mse"}, {"loss": "smooth_l1"}, {"activation": "silu"}, {"bias": False}])
 def test_head_options(options: dict[str, Any]) -> None:
     loss, found, handle, _ = run("llava", hidden_dim=20, weight=2, **options)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients
+from eager import assert_same_gradients, copy_of, expected_gradients, gradients
 from pre_kernels.integrations import apply_pre, families
-from tiny_models import FAMILIES, IMAGE, batch, build, clip, text_config
+from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+from torch.nn import functional as F
+
+from pre_kernels import reference
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,27 +41,153 @@ def test_text_model_can_be_passed(by: str) -> None:
     torch.testing.assert_close(loss.detach(), wanted)
 
 
-def unlisted() -> nn.Module:
-    torch.manual_seed(0)
-    config = VipLlavaConfig(
-        vision_config=clip(CLIPVisionConfig),
-        text_config=LlamaConfig(**text_config()),
-        image_token_index=IMAGE,
-        vision_feature_layers=[-2, -1],
-    )
-    return VipLlavaForConditionalGeneration(config).train()
+@pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].text is None])
+def test_the_generic_rule_finds_the_layers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.FAMILIES, family)
+    model = build(family)
+    parts = families.find_parts(model)
+    assert parts.family is families.GENERIC
+    assert parts.layers is model.get_submodule(FAMILIES[family].text).layers
 
 
-def test_an_unlisted_family() -> None:
-    data = batch("llava")
-    model = unlisted()
-    assert model.config.model_type not in families.FAMILIES
-    handle = apply_pre(model, 3)
+def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.FAMILIES, "internvl")
+    model, data = build("internvl"), batch("internvl")
+    handle = apply_pre(model, 3, level="image")
     loss = model(**data.inputs).loss
     loss.backward()
-    wanted_loss, wanted = expected_gradients(unlisted(), "llava", data, handle.head, [3])
+    wanted_loss, wanted = expected_gradients(build("internvl"), "internvl", data, handle.head, [3], level="image")
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
+
+
+class Block(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = 1 + index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x).cumsum(1)) / self.scale
+
+
+class HomeMade(nn.Module):
+    """A VLM that has nothing of transformers: blocks at a place of their own, images merged before the first."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=8, **config)
+        self.words, self.eye = nn.Embedding(64, 8), nn.Linear(5, 8)
+        self.trunk = nn.Module()
+        self.trunk.blocks = nn.ModuleList(Block(i) for i in range(DEPTH))
+        self.out = nn.Linear(8, 64)
+
+    def forward(self, ids: torch.Tensor, patches: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
+        x = self.words(ids)
+        x = x.masked_scatter((ids == IMAGE)[..., None], self.eye(patches))
+        for block in self.trunk.blocks:
+            x = block(x)
+        logits = self.out(x)
+        return {"logits": logits} | ({} if labels is None else {"loss": F.cross_entropy(logits.flatten(0, 1), labels)})
+
+
+def home_made(**config: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, IMAGE, IMAGE, 4, 5], [IMAGE, 6, IMAGE, 7, 8]])
+    inputs = {"ids": ids, "patches": torch.randn(4, 5), "labels": torch.randint(50, (10,))}
+    return HomeMade(**config), inputs
+
+
+def by_path(model: Any) -> dict[str, Any]:
+    return {"layers": "trunk.blocks"}
+
+
+def by_module(model: Any) -> dict[str, Any]:
+    return {"layers": model.trunk.blocks}
+
+
+def by_text_model(model: Any) -> dict[str, Any]:
+    model.trunk.layers = model.trunk.blocks
+    return {"text_model": "trunk"}
+
+
+@pytest.mark.parametrize("given", [by_path, by_module, by_text_model])
+def test_home_made_model(given: Any) -> None:
+    model, inputs = home_made()
+    # `trunk` itself is never called, so the anchor is the first block's input
+    handle = apply_pre(model, [1, DEPTH], mask_fn=lambda kwargs: kwargs["ids"] == IMAGE, **given(model))
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    found = gradients(model)
+
+    plain, _ = home_made()
+    given(plain)
+    hidden = {}
+    for number, block in enumerate(plain.trunk.blocks, 1):
+        block.register_forward_hook(lambda _, args, output, number=number: hidden.update({number: (args[0], output)}))
+    heads = copy_of(handle.head)
+    wanted = plain(**inputs)["loss"]
+    visual = inputs["ids"] == IMAGE
+    anchor = hidden[1][0][visual].detach()
+    for i, number in enumerate((1, DEPTH)):
+        parameters = [heads[f"{i}.{name}"] for name in ("w1", "b1", "w2", "b2")]
+        wanted = wanted + 0.25 * reference.pre_loss(hidden[number][1][visual], anchor, *parameters)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    assert_same_gradients(found, gradients(plain) | {f"pre_head.{name}": p.grad for name, p in heads.items()})
+
+
+def test_layers_of_the_model_itself() -> None:
+    """Then `inputs_embeds` of the whole model are not the anchor: images may not be in them yet."""
+    model, inputs = home_made()
+    model.blocks = model.trunk.blocks
+    parts = families.find_parts(model, layers="blocks")
+    assert parts.text is None
+    handle = apply_pre(model, layers="blocks", mask_fn=lambda kwargs: kwargs["ids"] == IMAGE)
+    model(**inputs)["loss"].backward()
+    assert handle.metrics()["pre_rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {},
+            ValueError,
+            r"no decoder layers in HomeMade: looked for a ModuleList `\.layers` .* pass text_model= .* layers=",
+        ),
+        ({"layers": "trunk"}, TypeError, "layers: got a Module, want the ModuleList"),
+        ({"layers": "trunk.nothing"}, ValueError, "layers: got 'trunk.nothing', which is no module"),
+        ({"layers": [1, 2]}, TypeError, "layers: got list, .*go into layer="),
+        ({"layers": nn.ModuleList()}, ValueError, "layers: the ModuleList that was given is no part"),
+        ({"layers": "empty"}, ValueError, "layers: got an empty ModuleList"),
+        ({"text_model": 3}, TypeError, "text_model: got int"),
+        ({"text_model": nn.Linear(1, 1)}, ValueError, "text_model: the Linear that was given is no part"),
+        ({"layers": "trunk.blocks"}, ValueError, "names no visual tokens .*pass mask_fn="),
+    ],
+)
+def test_what_to_pass_for_a_home_made_model(arguments: Any, error: type[Exception], message: str) -> None:
+    model, _ = home_made()
+    model.empty = nn.ModuleList()
+    with pytest.raises(error, match=message):
+        apply_pre(model, **arguments)
+    assert not hasattr(model, "pre_head")
+
+
+def test_visual_tokens_by_config_need_input_ids() -> None:
+    model, inputs = home_made(image_token_id=IMAGE)
+    apply_pre(model, layers="trunk.blocks")
+    with pytest.raises(ValueError, match=r"input_ids: the forward got none.*pass mask_fn="):
+        model(**inputs)
+
+
+def test_layers_that_take_their_hidden_states_by_another_name() -> None:
+    model, inputs = home_made()
+    apply_pre(model, layers="trunk.blocks", mask_fn=lambda kwargs: kwargs["ids"] == IMAGE)
+    for block in model.trunk.blocks:
+        block.register_forward_pre_hook(lambda _, args, kwargs: ((), {"x": args[0]}), with_kwargs=True, prepend=True)
+    with pytest.raises(RuntimeError, match=r"layers: .*hidden states as the first positional .*got x"):
+        model(**inputs)
 
 
 def test_videos_count_only_with_a_video() -> None:

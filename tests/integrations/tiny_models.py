@@ -93,7 +93,7 @@ def qwen2_5_vl() -> nn.Module:
 
 QWEN3_VISION = {**QWEN_VISION, "hidden_size": 24, "out_hidden_size": WIDTH, "intermediate_size": 32}
 QWEN3_VISION |= {"num_position_embeddings": 16}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR_ATTENTION = {
     "head_dim": 16,
     "partial_rotary_factor": 1.0,
