@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre
-from tiny_models import DEPTH, IMAGE, batch, build
+from pre_kernels.integrations import apply_pre, families
+from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +112,7 @@ def test_data_parallel() -> None:
         replica(**batch("llava").inputs)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].projector is None])
 def test_pre_projector_where_rows_do_not_correspond(family: str) -> None:
     with pytest.raises(ValueError, match=r'anchor: got "pre_projector", but no projector is known .*pass a callable'):
         apply_pre(build(family), anchor="pre_projector")
@@ -165,6 +165,22 @@ def test_bad_mask_fn(returned: Any, error: type[Exception], message: str) -> Non
     apply_pre(model, mask_fn=lambda inputs: returned)
     with pytest.raises(error, match=message):
         model(**batch("llava").inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_image_tokens_than_features(family: str) -> None:
+    """The model says so itself; nothing of the forward is kept, and the next one is right."""
+    model, data = build(family), batch(family)
+    handle = apply_pre(model)
+    loss = model(**data.inputs).loss
+    broken = {**data.inputs, "input_ids": data.inputs["input_ids"].clone()}
+    row, column = data.visual.nonzero()[0]
+    broken["input_ids"][row, column] = 5
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)image"):
+        model(**broken)
+    assert handle._capture.seen is None
+    assert handle.metrics()["pre_forwards"] == 1
+    assert model(**data.inputs).loss == loss
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

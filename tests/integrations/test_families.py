@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, copy_of, expected_gradients, gradients
+import transformers
+from eager import assert_same_gradients, copy_of, expected_gradients, gradients, pre_loss, watch
+from packaging.version import Version
 from pre_kernels.integrations import apply_pre, families
-from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build
+from tiny_models import ALL, DEPTH, FAMILIES, IMAGE, batch, build, text_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +29,15 @@ def test_parts(family: str) -> None:
 
 
 def test_tests_and_table_agree() -> None:
-    assert set(families.FAMILIES) == set(FAMILIES)
+    """A row that no test builds on this transformers, or a version that is wrong here, is found."""
+    assert families.FAMILIES.keys() == ALL.keys()
+    here = Version(transformers.__version__)
+    assert {name for name, row in families.FAMILIES.items() if Version(row.since) <= here} == FAMILIES.keys()
+    assert {name for name, row in families.FAMILIES.items() if row.videos} == {n for n, t in ALL.items() if t.videos}
+    for name in FAMILIES:
+        parts = families.find_parts(build(name))
+        assert parts.config.model_type == name
+        assert bool(parts.tokens["video"]) == FAMILIES[name].videos
 
 
 @pytest.mark.parametrize("by", ["path", "module"])
@@ -82,8 +92,14 @@ class HomeMade(nn.Module):
         self.trunk.blocks = nn.ModuleList(Block(i) for i in range(DEPTH))
         self.out = nn.Linear(8, 64)
 
-    def forward(self, ids: torch.Tensor, patches: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
-        x = self.words(ids)
+    def forward(
+        self,
+        ids: torch.Tensor,
+        patches: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        x = self.words(ids) if inputs_embeds is None else inputs_embeds
         x = x.masked_scatter((ids == IMAGE)[..., None], self.eye(patches))
         for block in self.trunk.blocks:
             x = block(x)
@@ -138,14 +154,14 @@ def test_home_made_model(given: Any) -> None:
 
 
 def test_layers_of_the_model_itself() -> None:
-    """Then `inputs_embeds` of the whole model are not the anchor: images may not be in them yet."""
+    """Then `inputs_embeds` of the whole model are not the anchor: the images are not in them yet."""
     model, inputs = home_made()
     model.blocks = model.trunk.blocks
     parts = families.find_parts(model, layers="blocks")
     assert parts.text is None
-    handle = apply_pre(model, layers="blocks", mask_fn=lambda kwargs: kwargs["ids"] == IMAGE)
-    model(**inputs)["loss"].backward()
-    assert handle.metrics()["pre_rows"] == 4
+    apply_pre(model, layers="blocks", mask_fn=lambda kwargs: kwargs["ids"] == IMAGE)
+    loss = model(**inputs)["loss"]
+    assert model(**inputs, inputs_embeds=model.words(inputs["ids"]))["loss"] == loss
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,39 @@ def test_layers_that_take_their_hidden_states_by_another_name() -> None:
         model(**inputs)
 
 
+def pixtral() -> nn.Module:
+    """LLaVA's class around Pixtral's tower, as Pixtral-12B has it: images of any size."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.PixtralVisionConfig(**vision, image_size=32, patch_size=4),
+        text_config=transformers.LlamaConfig(**text_config()),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return transformers.LlavaForConditionalGeneration(config).train()
+
+
+@pytest.mark.parametrize("options", [{"level": "image"}, {"anchor": "pre_projector"}], ids=str)
+def test_llava_around_pixtral(options: dict[str, Any]) -> None:
+    data = batch("mistral3")  # the same tokens for the same images
+    model = pixtral()
+    handle = apply_pre(model, **options)
+    loss = model(**data.inputs).loss
+    loss.backward()
+
+    twin = pixtral()
+    seen = watch(twin, "llava")
+    heads = copy_of(handle.head)
+    wanted = twin(**data.inputs).loss
+    anchor = seen["projector"].detach().flatten(0, -2) if "anchor" in options else None
+    wanted = wanted + 0.5 * pre_loss(seen, data, [2], heads, options.get("level", "patch"), anchor)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    assert_same_gradients(gradients(model), gradients(twin) | {f"pre_head.{name}": p.grad for name, p in heads.items()})
+
+
 def test_videos_count_only_with_a_video() -> None:
     model = build("qwen2_5_vl")
     parts = families.find_parts(model)
@@ -207,3 +256,24 @@ def test_runs_and_grids_number_the_images() -> None:
     config = build("qwen2_vl").config
     grid = torch.tensor([[1, 2, 4], [1, 2, 2], [2, 2, 2]])
     assert families.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_merge_sizes_and_dropped_video_tokens() -> None:
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
+    grid, merge = torch.tensor([[2, 2, 2], [1, 4, 4]]), torch.tensor([1, 2])
+    inputs = {"video_grid_thw": grid, "video_merge_sizes": merge}
+    kept = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
+    found = families.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
+    assert found.tolist() == [0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"video_grid_thw: means 12 video tokens, input_ids has 5"):
+        families.grids(mask, "video", inputs, None)
+
+
+def test_equal_parts_of_pixels() -> None:
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
+    parts = families.equal_parts
+    assert parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None).tolist() == [0, 0, 1, 1]
+    assert parts(mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None).tolist() == [0, 1, 2, 3]
+    assert parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None).tolist() == [0, 0, 1, 2]  # runs
+    with pytest.raises(ValueError, match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many"):
+        parts(mask, "image", {"pixel_values": torch.zeros(3, 3, 8, 8)}, None)
