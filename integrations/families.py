@@ -118,7 +118,7 @@ FAMILIES = {  # by config.model_type
     "qwen3_vl": Family(grids, name="Qwen3-VL", videos=True),
     "qwen3_vl_moe": Family(grids, name="Qwen3-VL-MoE", videos=True),
     "qwen3_5": Family(grids, name="Qwen3.5", since="5.2", videos=True),
-    "qwen3_5_moe": Family(grids, name="Qwen3.5-MoE", since="5.2", videos=True),
+    "qwen3_5_moe": Family(grids, name="Qwen3.5", since="5.2", videos=True),
     # an image is several tiles, a frame of a video an image
     "internvl": Family(runs, LLAVA_PROJECTOR, name="InternVL"),
     # its projector pools patches, and so does Mistral3's: their input is not one row for a token
@@ -169,11 +169,12 @@ def find_parts(
     if layers is None:
         text, found = _find_layers(model, config, family, text)
     else:
-        path, found = _module(model, "layers", layers)
-        if not isinstance(found, nn.ModuleList):
-            raise TypeError(f"layers: got a {type(found).__name__}, want the ModuleList of the decoder's layers")
-        if not len(found):
+        path, module = _module(model, "layers", layers)
+        if not isinstance(module, nn.ModuleList):
+            raise TypeError(f"layers: got a {type(module).__name__}, want the ModuleList of the decoder's layers")
+        if not len(module):
             raise ValueError("layers: got an empty ModuleList, want that of the decoder's layers")
+        found = module
         text = model.get_submodule(path.rpartition(".")[0]) if text is None else text
     named = model.named_modules()
     projector = next((m for n, m in named if family.projector and n.split(".")[-1] == family.projector), None)

@@ -30,6 +30,7 @@ examples:
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
   pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the best
   pre-kernels env                         versions and devices, for a bug report
+  pre-kernels env --models                the vision-language models that PRe attaches to
 """
 
 
@@ -83,12 +84,14 @@ def parser() -> argparse.ArgumentParser:
     )
     tuning.add_argument("--width", type=width, action="append", metavar="D", help="may be given again (default: 4096)")
     tuning.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s")
-    commands.add_parser(
+    about = commands.add_parser(
         "env",
-        help="print versions and devices, for bug reports",
+        help="print versions and devices, for bug reports, or the models that PRe attaches to",
         description="Print the versions and devices that matter in a bug report, and which implementation of the loss "
-        'impl="auto" picks.',
+        'impl="auto" picks; or, with --models, the families of vision-language models that apply_pre knows.',
     )
+    about.add_argument("--models", action="store_true", help="the table of supported families instead")
+    about.add_argument("--markdown", action="store_true", help="with --models: the table as the README has it")
     return top
 
 
@@ -174,8 +177,15 @@ def tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def env(_: argparse.Namespace) -> int:
-    """Print what a bug report needs."""
+def env(options: argparse.Namespace) -> int:
+    """Print what a bug report needs, or the table of models."""
+    if options.models:
+        from .integrations import support
+
+        print(support.markdown() if options.markdown else support.text(installed("transformers")))
+        return 0
+    if options.markdown:
+        return fail("--markdown: want --models with it")
     rows = [("pre-kernels", version("pre-kernels")), ("python", platform.python_version())]
     rows += [("platform", platform.platform()), ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")]
     rows += [(name, version(name)) for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")]
@@ -198,10 +208,15 @@ def env(_: argparse.Namespace) -> int:
 
 def version(package: str) -> str:
     """The installed version."""
+    return installed(package) or "not installed"
+
+
+def installed(package: str) -> str | None:
+    """The installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def automatic() -> tuple[str, str]:

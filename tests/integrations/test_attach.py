@@ -127,8 +127,20 @@ def test_image_level_asks_for_help_where_images_touch(family: str) -> None:
     torch.testing.assert_close(loss, wanted)
 
 
+with_videos = pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if tiny.videos])
+
+
+@with_videos
+def test_image_level_with_videos_that_touch(family: str) -> None:
+    data = batch(family, [[("text", 2), ("video", 4, 8, 8), ("video", 4, 8, 8), ("text", 4)]])
+    loss, _, handle, _ = run(family, data, level="image")
+    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
+    torch.testing.assert_close(loss, wanted)
+    assert handle.metrics()["pre_rows"] == 2
+
+
+@with_videos
 @pytest.mark.parametrize("level", ["patch", "image"])
-@pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if tiny.videos])
 def test_videos_beside_images(family: str, level: str) -> None:
     data = batch(family, VIDEOS)
     loss, found, handle, _ = run(family, data, level=level)

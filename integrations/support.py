@@ -1,0 +1,81 @@
+"""The table of supported families, from `families.FAMILIES`: for `pre-kernels env --models` and for the README."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .families import FAMILIES, GENERIC, Family
+
+HEAD = ("family", "config.model_type", "transformers", "images told apart by", 'anchor="pre_projector"', "video tokens")
+# how a family's `images` tells images apart, in a reader's words; a rule that is missing here goes by its name
+RULES = {
+    "runs": "runs of visual tokens",
+    "equal_parts": "equal parts",
+    "runs_or_parts": "runs, videos: equal parts",
+    "patches": "image_sizes, else equal parts",
+    "grids": "grid_thw",
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """One line of the table: the model types of a family that share all else."""
+
+    name: str
+    types: tuple[str, ...]
+    row: Family
+
+    def cells(self) -> tuple[str, ...]:
+        """In the order of HEAD, without the version that is installed."""
+        rule = self.row.images.__name__
+        return (
+            self.name,
+            ", ".join(self.types),
+            f"≥ {self.row.since}" if self.types else "",
+            RULES.get(rule, rule.replace("_", " ")),
+            "yes" if self.row.projector else "pass a callable",
+            "yes" if self.row.videos or not self.types else "",
+        )
+
+
+def supported() -> list[Support]:
+    """The lines of the table, in the order of FAMILIES; the last one is any model that is not listed."""
+    types: dict[tuple[str, Family], list[str]] = {}
+    for model_type, row in FAMILIES.items():
+        types.setdefault((row.name or model_type, row), []).append(model_type)
+    lines = [Support(name, tuple(of), row) for (name, row), of in types.items()]
+    return [*lines, Support("any other whose parts are found", (), GENERIC)]
+
+
+def text(installed: str | None) -> str:
+    """Aligned columns; the last one says whether the transformers of version `installed` has the family."""
+    table: list[tuple[str, ...]] = [(*HEAD, "here")]
+    table += [(*line.cells(), _here(line, installed)) for line in supported()]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )
+
+
+def markdown() -> str:
+    """The README's table: the same whatever is installed."""
+    lines = ["| " + " | ".join(f"`{cell}`" if "=" in cell or "." in cell else cell for cell in HEAD) + " |"]
+    lines.append("|" + "---|" * len(HEAD))
+    for line in supported():
+        cells = list(line.cells())
+        cells[1] = ", ".join(f"`{model_type}`" for model_type in line.types)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _here(line: Support, installed: str | None) -> str:
+    if installed is None:
+        return "no transformers"
+    if not line.types:
+        return ""
+    return "yes" if _version(line.row.since) <= _version(installed) else "no"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """5.24.0.dev0 → (5, 24)."""
+    return tuple(int(part) for part in text.split(".")[:2])
