@@ -57,8 +57,8 @@ def apply_pre(
             maps to them (LLaVA). A callable: `anchor(inputs, rows)` gets the forward's arguments as a dict and the bool
             mask (B, T) of the N visual tokens, and returns (B, T, z), or (N, z) in batch-major order; it runs under
             `no_grad` after the forward and only if the batch has images; `anchor_dim` is its z.
-        level: "patch": a term per visual token. "image": the mean over each image's (or video's) tokens of hidden states
-            and anchors first, a term per image.
+        level: "patch": a term per visual token. "image": the mean over each image's (or video's) tokens of hidden
+            states and anchors first, a term per image.
         anchor_dim: z of a callable anchor; None is the model's width.
         mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
             integer one with the number of each token's image (1, 2, ...; 0 for text).

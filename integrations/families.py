@@ -211,7 +211,7 @@ def _find_layers(
     if text is not None:
         module = text
     elif family.text is not None:
-        module = model.get_submodule(family.text)
+        module = _module(model, "text_model", family.text)[1]
     else:
         get: Any = getattr(model, "get_decoder", None)
         decoder = None if get is None else get()

@@ -51,9 +51,14 @@ def test_text_model_can_be_passed(by: str) -> None:
     torch.testing.assert_close(loss.detach(), wanted)
 
 
+def unlist(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    rest = {name: row for name, row in families.FAMILIES.items() if name != family}
+    monkeypatch.setattr(families, "FAMILIES", rest)  # deleted from the table itself it would come back at its end
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].text is None])
 def test_the_generic_rule_finds_the_layers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(families.FAMILIES, family)
+    unlist(monkeypatch, family)
     model = build(family)
     parts = families.find_parts(model)
     assert parts.family is families.GENERIC
@@ -61,7 +66,7 @@ def test_the_generic_rule_finds_the_layers_of_every_family(family: str, monkeypa
 
 
 def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(families.FAMILIES, "internvl")
+    unlist(monkeypatch, "internvl")
     model, data = build("internvl"), batch("internvl")
     handle = apply_pre(model, 3, level="image")
     loss = model(**data.inputs).loss
@@ -69,6 +74,12 @@ def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted_loss, wanted = expected_gradients(build("internvl"), "internvl", data, handle.head, [3], level="image")
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
+
+
+def test_a_row_that_names_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", {"llava": families.Family(text="model.trunk")})
+    with pytest.raises(ValueError, match=r"text_model: got 'model.trunk', which is no module of the model"):
+        apply_pre(build("llava"))
 
 
 class Block(nn.Module):
