@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import inputs
+
 
 class ContrastRatio(NamedTuple):
     """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
@@ -28,7 +30,8 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
 
     The means run over all objects, and all pairs of objects, of all images, each counting once whatever its size. No
     unit; 1 means that object borders leave no trace, larger is better. The ratio is nan unless the mean coupling is
-    positive. Scaling a patch and rotating the feature space change nothing. A patch of zeros has similarity 0 to all.
+    positive. Scaling a patch, rotating the feature space and reordering the patches (with their masks) change nothing;
+    moving the origin does. A patch of zeros has similarity 0 to all.
 
     Args:
         features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
@@ -38,14 +41,61 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
     """
-    if not torch.is_tensor(features) or not features.is_floating_point():
-        raise TypeError(f"features: got {_describe(features)}, want a floating point tensor")
+    contrast = Contrast()
+    contrast.update(features, masks)
+    return contrast.result()
+
+
+class Contrast:
+    """`contrast_ratio` over a stream of images: four numbers, whatever the number of images.
+
+    `update` takes what the function takes, and leaves the sums alone if it raises.
+    """
+
+    def __init__(self) -> None:
+        self._within, self._objects = 0.0, 0
+        self._between, self._pairs = 0.0, 0
+
+    def update(self, features: Tensor, masks: Tensor) -> None:
+        x = inputs.images(features)
+        masks = check_masks(masks, x)
+        images = inputs.chunk(x)
+        for part, member in zip(x.split(images), masks.split(images), strict=True):
+            self.add(inputs.unit(part), member)
+
+    def add(self, unit: Tensor, masks: Tensor) -> None:
+        """The same for checked input: unit vectors (images, patches, width) in float64, masks (images, objects, patches)."""
+        member = masks.to(unit.device, unit.dtype)
+        size = member.sum(-1)  # (images, objects)
+        # a sum of similarities over pairs is the product of the sums of unit vectors: no patch-by-patch matrix
+        total = member @ unit
+        itself = torch.einsum("iop,ip->io", member, unit.square().sum(-1))
+        pairs = total @ total.transpose(1, 2)  # (images, objects, objects)
+
+        several, present = size >= 2, size > 0
+        within = (pairs.diagonal(dim1=1, dim2=2) - itself) / (size * (size - 1))
+        both = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
+        between = pairs / (size[:, :, None] * size[:, None, :])
+        sums = torch.stack([within[several].sum(), several.sum(), between[both].sum(), both.sum()]).tolist()
+        self._within, self._objects = self._within + sums[0], self._objects + int(sums[1])
+        self._between, self._pairs = self._between + sums[2], self._pairs + int(sums[3])
+
+    def merge(self, other: Contrast) -> None:
+        self._within, self._objects = self._within + other._within, self._objects + other._objects
+        self._between, self._pairs = self._between + other._between, self._pairs + other._pairs
+
+    def result(self) -> ContrastRatio:
+        cohesion = self._within / self._objects if self._objects else math.nan
+        coupling = self._between / self._pairs if self._pairs else math.nan
+        return ContrastRatio(cohesion, coupling, cohesion / coupling if coupling > 0 else math.nan)
+
+
+def check_masks(masks: object, features: Tensor) -> Tensor:
+    """`masks` as (images, objects, patches), checked against features (images, patches, width)."""
     if not torch.is_tensor(masks) or masks.dtype != torch.bool:
-        raise TypeError(f"masks: got {_describe(masks)}, want a bool tensor")
-    if features.dim() == 2 and masks.dim() == 2:
-        features, masks = features[None], masks[None]
-    if features.dim() != 3:
-        raise ValueError(f"features: got shape {tuple(features.shape)}, want (images, patches, width)")
+        raise TypeError(f"masks: got {inputs.describe(masks)}, want a bool tensor")
+    if masks.dim() == 2 and len(features) == 1:
+        masks = masks[None]
     images, patches, _ = features.shape
     if masks.dim() != 3 or masks.shape[0] != images or masks.shape[2] != patches:
         raise ValueError(
@@ -53,28 +103,4 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
         )
     if masks.sum(1).gt(1).any():
         raise ValueError("masks: some patches belong to more than one object, want at most one")
-    if not features.isfinite().all():
-        raise ValueError("features: got nan or infinite values, want finite ones")
-
-    x = features.double()
-    # each patch by its own largest entry first, so that no norm over- or underflows
-    x = x / x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    x = torch.nn.functional.normalize(x, dim=-1)
-    member = masks.to(x.device, x.dtype)
-    size = member.sum(-1)  # (images, objects)
-    # a sum of similarities over pairs is the product of the sums of unit vectors: no patch-by-patch matrix
-    total = torch.einsum("iop,ipd->iod", member, x)
-    self_similarity = torch.einsum("iop,ip->io", member, x.square().sum(-1))
-    pairs = total @ total.transpose(1, 2)  # (images, objects, objects)
-
-    within = (pairs.diagonal(dim1=1, dim2=2) - self_similarity) / (size * (size - 1))
-    cohesion = within[size >= 2].mean().item()
-    between = pairs / (size[:, :, None] * size[:, None, :])
-    present = size > 0
-    both = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
-    coupling = between[both].mean().item()
-    return ContrastRatio(cohesion, coupling, cohesion / coupling if coupling > 0 else math.nan)
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if torch.is_tensor(value) else type(value).__name__
+    return masks

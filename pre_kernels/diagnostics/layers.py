@@ -1,0 +1,275 @@
+"""All measures of all layers, image by image, in one object: what a report or a callback prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import inputs
+from .contrast import Contrast, check_masks
+from .fidelity import cka_of_moments, cknna
+from .lens import LogitLens, decode
+from .moments import Moments
+from .probe import knn_probe, linear_probe
+from .reservoir import Reservoir
+from .spatial import Spatial, check_grid
+from .spectrum import Spectrum, SpectrumSummary
+
+METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
+
+
+class LayerReport:
+    """The measures of this package for each layer, over a stream of images whose hidden states come one at a time.
+
+        report = LayerReport()
+        for image in data:
+            report.update({0: h0, 16: h16, 32: h32}, anchor=h0, masks=masks, label=label)
+        rows = report.rows()        # a dict for each layer, plain numbers and None: for json.dump or csv.DictWriter
+
+    | metric    | columns                                                 | measured on images given       |
+    |-----------|---------------------------------------------------------|--------------------------------|
+    | structure | cohesion, coupling, contrast (`contrast_ratio`)         | `masks`                        |
+    |           | near, far, spatial_contrast                             | `grid`                         |
+    | cosine    | cosine (`mean_cosine` with the anchor)                  | an anchor as wide as the layer |
+    | spectrum  | those of `SpectrumSummary`                              | all                            |
+    | cka       | cka, cka_debiased (`linear_cka` with the anchor)        | all                            |
+    | cknna     | cknna (with the anchor, on a sample of tokens)          | all                            |
+    | probe     | linear_probe, knn_probe on the mean over each image     | `label`                        |
+    | (always)  | lens_share, lens_tokens (`LogitLens`)                   | `logits`                       |
+
+    A row also has layer, images, tokens, and notes: why a figure that its input was given for is missing. None is what
+    could not be measured.
+
+    Memory is flat in the number of images. Per layer of width d with an anchor of width z, in float64 on the layer's
+    device: 8·d² bytes for spectrum or cka and 8·d·z more for cka; at 4,096 wide and 33 layers 8.3 GiB, and 4·rows·d·(d + z)
+    operations. In float32 on the CPU, per layer: `tokens`·d for cknna and `labelled`·d for the probes. During training
+    take the cheap ones, `metrics=("structure", "cosine", "probe")`: they pass over the features a few times.
+
+    Args:
+        metrics: some of `METRICS`.
+        radius: of `spatial_contrast`.
+        tokens: rows of the sample for cknna.
+        neighbours: of cknna.
+        labelled: labelled images kept for the probes, a sample where there are more.
+        top: of `LogitLens`.
+        seed: of both samples and of the probes' split. Reports to be merged want different ones.
+    """
+
+    def __init__(
+        self,
+        metrics: Collection[str] = METRICS,
+        *,
+        radius: int | None = None,
+        tokens: int = 1024,
+        neighbours: int = 10,
+        labelled: int = 4096,
+        top: int = 5,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
+            raise ValueError(f"metrics: got {metrics!r}, want some of {', '.join(METRICS)}")
+        counts = {"tokens": tokens, "neighbours": neighbours, "labelled": labelled, "top": top}
+        for name, value in counts.items() if radius is None else {**counts, "radius": radius}.items():
+            inputs.check_positive(name, value)
+        self.metrics = tuple(name for name in METRICS if name in metrics)
+        self.radius, self.neighbours, self.top, self.seed = radius, neighbours, top, seed
+        self.images = self.tokens = 0
+        self._widths: dict[int | str, int] = {}
+        self._layers: dict[int, _Layer] = {}
+        self._anchors = Moments()
+        self._sample, self._labelled = Reservoir(tokens, seed), Reservoir(labelled, seed)
+
+    @torch.no_grad()
+    def update(
+        self,
+        hidden: Mapping[int, Tensor],
+        anchor: Tensor,
+        *,
+        masks: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        label: int | None = None,
+        logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Add one image. If anything is wrong with it, TypeError or ValueError, and the report is as it was.
+
+        Args:
+            hidden: by layer number, (patches, width) each, floating point, finite; the same layers for every image.
+            anchor: (patches, z), what the layers are compared with; pass it as a layer too for its own figures.
+            masks: (objects, patches) bool, as for `contrast_ratio`.
+            grid: (rows, columns) of the patches, as for `spatial_contrast`.
+            label: the image's class.
+            logits: as for `LogitLens`; called once for each layer, on that layer's rows.
+        """
+        widths = self._check(hidden, anchor)
+        if masks is not None:
+            masks = check_masks(masks, anchor[None])
+        if grid is not None:
+            grid = check_grid(grid, len(anchor))
+        if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+            raise TypeError(f"label: got {type(label).__name__}, want an integer class")
+        decoded = {} if logits is None else {number: decode(h, logits) for number, h in hidden.items()}
+        layers = self._layers or {number: _Layer(self.radius) for number in sorted(hidden)}
+        for number, counts in decoded.items():
+            layers[number].lens.check(counts)
+
+        self._widths, self._layers = widths, layers
+        self.images, self.tokens = self.images + 1, self.tokens + len(anchor)
+        units = {"structure", "cosine"} & set(self.metrics)
+        anchor_unit = inputs.unit(anchor) if "cosine" in self.metrics else None
+        if "cka" in self.metrics:
+            self._anchors.add(anchor)
+        for number, layer in layers.items():
+            h = hidden[number].detach()
+            if units:
+                unit = inputs.unit(h)
+                if anchor_unit is not None and unit.shape == anchor_unit.shape:
+                    layer.cosine += (unit * anchor_unit.to(unit.device)).sum().item()
+                if "structure" in self.metrics and masks is not None:
+                    layer.contrast.add(unit[None], masks)
+                if "structure" in self.metrics and grid is not None:
+                    layer.spatial.add(unit[None], grid)
+            if {"spectrum", "cka"} & set(self.metrics):
+                h = h.double()
+                layer.spectrum.add(h)
+            if "cka" in self.metrics:
+                layer.cross.add(h, anchor)
+            if number in decoded:
+                layer.lens.count(decoded[number])
+        if "cknna" in self.metrics:
+            everything = {**hidden, "anchor": anchor}
+            self._sample.offer(len(anchor), lambda chosen: _taken(everything, chosen))
+        if "probe" in self.metrics and label is not None:
+            self._labelled.offer(1, lambda _: [(label, _means(hidden))])
+
+    def merge(self, other: LayerReport) -> None:
+        """Add the images that another one saw, a process's for example; its settings but the seed have to be these."""
+        if self._settings() != other._settings():
+            raise ValueError(f"other: got settings {other._settings()}, want those here, {self._settings()}")
+        if not other.images:
+            return
+        if self._widths and self._widths != other._widths:
+            raise ValueError(f"other: got layers of widths {other._widths}, want those here, {self._widths}")
+        for number, layer in other._layers.items():
+            if layer.lens.total and (mine := self._layers.get(number)):
+                mine.lens.check(layer.lens.counts)
+        self._widths = other._widths
+        self._layers = self._layers or {number: _Layer(self.radius) for number in other._layers}
+        self.images, self.tokens = self.images + other.images, self.tokens + other.tokens
+        self._anchors.merge(other._anchors)
+        for number, layer in self._layers.items():
+            layer.merge(other._layers[number])
+        self._sample.merge(other._sample)
+        self._labelled.merge(other._labelled)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict for each layer, in order, all with the same keys; ValueError before the first image."""
+        if not self.images:
+            raise ValueError("images: got none so far, want at least one before the rows")
+        sample = self._sample.items()
+        labelled = self._labelled.items()
+        return [self._row(number, layer, sample, labelled) for number, layer in self._layers.items()]
+
+    def _row(
+        self, number: int, layer: _Layer, sample: list[dict[int | str, Tensor]], labelled: list[Any]
+    ) -> dict[str, Any]:
+        notes: list[str] = []
+
+        def attempt(wanted: bool, figure: Callable[[], float]) -> float:
+            try:
+                return figure() if wanted else math.nan
+            except ValueError as error:  # too few rows, say: no reason to lose the other figures
+                notes.append(str(error))
+                return math.nan
+
+        contrast, spatial = layer.contrast.result(), layer.spatial.result()
+        spectrum = "spectrum" in self.metrics
+        cosine = "cosine" in self.metrics and self._widths[number] == self._widths["anchor"]
+        moments = (layer.spectrum.moments, layer.cross, self._anchors)
+        lens = layer.lens.result(self.top) if layer.lens.total else None
+
+        def stacked(name: int | str) -> Tensor:
+            return torch.stack([rows[name] for rows in sample])
+
+        def probe(function: Callable[..., float]) -> float:
+            features = torch.stack([means[number] for _, means in labelled])
+            return function(features, torch.tensor([label for label, _ in labelled]), seed=self.seed)
+
+        row: dict[str, Any] = {
+            "layer": number,
+            "images": self.images,
+            "tokens": self.tokens,
+            "cohesion": contrast.cohesion,
+            "coupling": contrast.coupling,
+            "contrast": contrast.ratio,
+            "near": spatial.near,
+            "far": spatial.far,
+            "spatial_contrast": spatial.ratio,
+            "cosine": layer.cosine / self.tokens if cosine else math.nan,
+            **(layer.spectrum.result()._asdict() if spectrum else dict.fromkeys(SpectrumSummary._fields)),
+            "cka": attempt("cka" in self.metrics, lambda: cka_of_moments(*moments)),
+            "cka_debiased": attempt("cka" in self.metrics, lambda: cka_of_moments(*moments, debiased=True)),
+            "cknna": attempt(
+                "cknna" in self.metrics, lambda: cknna(stacked(number), stacked("anchor"), self.neighbours)
+            ),
+            "lens_share": lens.share if lens else None,
+            "lens_tokens": lens.tokens if lens else None,
+            "linear_probe": attempt(bool(labelled), lambda: probe(linear_probe)),
+            "knn_probe": attempt(bool(labelled), lambda: probe(knn_probe)),
+        }
+        row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        return row | {"notes": "; ".join(dict.fromkeys(notes))}
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("metrics", "radius", "neighbours", "top")
+        limits = {"tokens": self._sample.limit, "labelled": self._labelled.limit}
+        return {name: getattr(self, name) for name in names} | limits
+
+    def _check(self, hidden: object, anchor: Tensor) -> dict[int | str, int]:
+        """The width of each layer and of the anchor, everything about them checked."""
+        if not isinstance(hidden, Mapping) or not hidden or not all(isinstance(number, int) for number in hidden):
+            got = sorted(map(str, hidden)) if isinstance(hidden, Mapping) else type(hidden).__name__
+            raise TypeError(f"hidden: got {got}, want tensors by layer number, at least one")
+        inputs.check_rows("anchor", anchor, "(patches, width)")
+        for number, h in hidden.items():
+            inputs.check_rows(f"hidden[{number}]", h, "(patches, width)")
+            inputs.check_aligned(f"hidden[{number}]", h, "anchor", anchor)
+        widths: dict[int | str, int] = {number: hidden[number].shape[1] for number in sorted(hidden)}
+        widths["anchor"] = anchor.shape[1]
+        if self._widths and widths != self._widths:
+            raise ValueError(
+                f"hidden, anchor: got layers of widths {widths}, want those of the images before, {self._widths}"
+            )
+        return widths
+
+
+class _Layer:
+    """The sums of one layer."""
+
+    def __init__(self, radius: int | None) -> None:
+        self.contrast, self.spatial = Contrast(), Spatial(radius)
+        self.spectrum, self.cross = Spectrum(), Moments()
+        self.lens = LogitLens()
+        self.cosine = 0.0
+
+    def merge(self, other: _Layer) -> None:
+        for name in ("contrast", "spatial", "spectrum", "cross", "lens"):
+            getattr(self, name).merge(getattr(other, name))
+        self.cosine += other.cosine
+
+
+def _taken(tensors: Mapping[int | str, Tensor], chosen: Sequence[int]) -> list[dict[int | str, Tensor]]:
+    """Rows as items of a sample; each has memory of its own, so that one kept row does not keep its neighbours."""
+    found: list[dict[int | str, Tensor]] = [{} for _ in chosen]
+    for name, tensor in tensors.items():
+        rows = tensor.detach()[torch.tensor(chosen, device=tensor.device)].float().cpu()
+        for item, row in zip(found, rows, strict=True):
+            item[name] = row.clone()
+    return found
+
+
+def _means(hidden: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {number: h.detach().double().mean(0).float().cpu() for number, h in hidden.items()}

@@ -1,0 +1,124 @@
+"""Centred sums over the rows of two feature matrices, kept up to date row by row: what spectrum and CKA are made of."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from . import inputs
+
+# standard deviation over mean below which a feature is constant but for float64's rounding
+CONSTANT = 1e-12
+
+
+class Moments:
+    """Sums over aligned rows x (width d) and y (width z), centred on the means of all rows seen so far; float64.
+
+        product = Σ x yᵀ   (d, z)            square_x = Σ |x|²,  square_y = Σ |y|²,  quartic = Σ |x|² |y|²
+                                             cubic_x = Σ |y|² x  (d,),  cubic_y = Σ |x|² y  (z,)
+
+    product / rows is the covariance; the others are what the debiased HSIC needs beside it. Memory: 8·d·z bytes,
+    whatever the number of rows. The centre moves with each update, and the sums with it by the exact formulas (for the
+    product that of Chan, Golub and LeVeque 1983): no large mean is ever subtracted from a large sum, so a constant
+    offset in a feature costs no accuracy. The sums live where the first rows do.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add rows x (N, d) and y (N, z), N > 0; y = None is y = x, whose product is the covariance's sum."""
+        inputs.check_rows("x", x)
+        if y is not None:
+            inputs.check_rows("y", y)
+            inputs.check_aligned("y", y, "x", x)
+        if self.rows:
+            self._check_widths(x.shape[1], (x if y is None else y).shape[1])
+        self.add(x, y)
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """The same for checked input."""
+        device = self.product.device if self.rows else x.device
+        x = x.detach().to(device, torch.float64)
+        y = x if y is None else y.detach().to(device, torch.float64)
+        if not self.rows:
+            self.mean_x, self.mean_y = torch.zeros_like(x[0]), torch.zeros_like(y[0])
+            self.cubic_x, self.cubic_y = torch.zeros_like(x[0]), torch.zeros_like(y[0])
+            self.square_x, self.square_y, self.quartic = (x.new_zeros(()) for _ in range(3))
+            self.product = x.new_zeros(x.shape[1], y.shape[1])
+        same = y is x
+        self._move_to(x.mean(0), y.mean(0), len(x))
+        x = x - self.mean_x
+        y = x if same else y - self.mean_y
+        p, q = x.square().sum(1), y.square().sum(1)
+        self.product.addmm_(x.T, y)
+        self.square_x += p.sum()
+        self.square_y += q.sum()
+        self.quartic += p @ q
+        self.cubic_x += q @ x
+        self.cubic_y += p @ y
+
+    def merge(self, other: Moments) -> None:
+        """Add the rows that another one saw, a process's for example; `other` is left alone."""
+        if not other.rows:
+            return
+        if not self.rows:
+            self.__dict__.update(copy.deepcopy(other.__dict__))
+            return
+        self._check_widths(*other.product.shape)
+        other = copy.deepcopy(other)
+        for name, value in vars(other).items():
+            if torch.is_tensor(value):
+                setattr(other, name, value.to(self.product.device))
+        mean_x, mean_y = other.mean_x, other.mean_y
+        rows = self.rows
+        other._move_to(self.mean_x, self.mean_y, rows)
+        self._move_to(mean_x, mean_y, other.rows - rows)
+        for name in ("product", "square_x", "square_y", "quartic", "cubic_x", "cubic_y"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def varies(self) -> tuple[Tensor, Tensor]:
+        """Whether x and y vary at all, beyond rounding; two 0-d bool tensors."""
+        noise = CONSTANT**2 * self.rows
+        return self.square_x > noise * self.mean_x.square().sum(), self.square_y > noise * self.mean_y.square().sum()
+
+    def hsic(self, debiased: bool = False) -> float:
+        """The Hilbert-Schmidt independence criterion of the linear kernels x xᵀ and y yᵀ, up to a constant factor.
+
+        |product|²_F, or unbiased (Song et al. 2012), here for centred rows, whose kernels sum to 0 along each row:
+        |product|² - quartic·n/(n - 2) + square_x·square_y / ((n - 1)(n - 2)). nan with fewer than 4 rows then.
+        """
+        biased, n = self.product.square().sum(), self.rows
+        if not debiased:
+            return biased.item()
+        if n < 4:
+            return float("nan")
+        unbiased = biased - self.quartic * (n / (n - 2)) + self.square_x * self.square_y / ((n - 1) * (n - 2))
+        return unbiased.item()
+
+    def _check_widths(self, d: int, z: int) -> None:
+        if self.product.shape != (d, z):
+            raise ValueError(
+                f"x, y: got widths {d} and {z}, want those of the rows before, {tuple(self.product.shape)}"
+            )
+
+    def _move_to(self, mean_x: Tensor, mean_y: Tensor, rows: int) -> None:
+        """Centre the sums where the mean will be once `rows` rows with these means have come, and count those in."""
+        n, self.rows = self.rows, self.rows + rows
+        towards_x, towards_y = (mean_x - self.mean_x) * (rows / self.rows), (mean_y - self.mean_y) * (rows / self.rows)
+        self.mean_x, self.mean_y = self.mean_x + towards_x, self.mean_y + towards_y
+        if not n:
+            return
+        # with the new centre x becomes x + u and y becomes y + v, while Σ x = Σ y = 0
+        u, v = -towards_x, -towards_y
+        uu, vv = u @ u, v @ v
+        across_x, across_y = self.product @ v, u @ self.product
+        self.quartic += 2 * (v @ self.cubic_y + u @ self.cubic_x) + 4 * (u @ across_x)
+        self.quartic += vv * self.square_x + uu * self.square_y + n * uu * vv
+        self.cubic_x += 2 * across_x + u * self.square_y + n * vv * u
+        self.cubic_y += 2 * across_y + v * self.square_x + n * uu * v
+        self.square_x += n * uu
+        self.square_y += n * vv
+        self.product.addr_(u, v, alpha=n)

@@ -1,0 +1,162 @@
+"""Patch structure where no masks are known: does similarity still fall with distance; and the map of one patch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import inputs
+
+
+class SpatialContrast(NamedTuple):
+    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
+
+    near: float
+    far: float
+    ratio: float
+
+
+def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None = None) -> SpatialContrast:
+    """How much more alike neighbouring patches are than distant ones: the contrast ratio's stand-in without masks.
+
+    With s(i, j) the cosine similarity of patches i and j of one image, on a grid of rows and columns:
+
+        near  = mean of s(i, j) over i, j that share a side (4-neighbours)
+        far   = mean of s(i, j) over i, j more than `radius` rows or more than `radius` columns apart
+        ratio = mean near / mean far                                      means over images, each counting once
+
+    No unit; 1 means that place leaves no trace in similarity, larger is more structure. The ratio is nan unless the
+    mean of far is positive.
+
+    Why it can stand in: two patches that share a side mostly show one object, patches far apart mostly do not, so near
+    follows cohesion and far follows coupling, and similarity that spills over borders (arXiv 2603.20808) pulls the ratio
+    to 1. Objects found by clustering the anchor would come closer to the definition, but would favour layer 0 by
+    construction and depend on a seed and a number of clusters. It is a proxy all the same: it compares layers and models
+    on the same images and the same radius, and its value is not a contrast ratio. Similarity that comes with position
+    alone, as of position embeddings, counts as structure.
+
+    Scaling a patch, rotating the feature space and turning or mirroring the image change nothing. Reordering the patches
+    does: it breaks the neighbourhood. Moving the origin does too.
+
+    Costs O(patches · width) whatever the radius: shifted products for near; for far, the square of the sum of all unit
+    vectors less the product of each with the sum over its (2·radius + 1)² window.
+
+    Args:
+        features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
+        grid: (rows, columns); patches = rows · columns, row by row.
+        radius: None: a quarter of the shorter side, at least 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+    spatial = Spatial(radius)
+    spatial.update(features, grid)
+    return spatial.result()
+
+
+class Spatial:
+    """`spatial_contrast` over a stream of images, of any grids: four numbers, whatever the number of images.
+
+    `update` takes what the function takes, and leaves the sums alone if it raises.
+    """
+
+    def __init__(self, radius: int | None = None) -> None:
+        if radius is not None:
+            inputs.check_positive("radius", radius)
+        self.radius = radius
+        self._near, self._with_near = 0.0, 0
+        self._far, self._with_far = 0.0, 0
+
+    def update(self, features: Tensor, grid: tuple[int, int]) -> None:
+        x = inputs.images(features)
+        grid = check_grid(grid, x.shape[1])
+        for part in x.split(inputs.chunk(x)):
+            self.add(inputs.unit(part), grid)
+
+    def add(self, unit: Tensor, grid: tuple[int, int]) -> None:
+        """The same for checked input: unit vectors (images, patches, width) in float64."""
+        x, (rows, columns) = unit.unflatten(1, grid), grid
+        images, patches = len(x), rows * columns
+        radius = max(1, min(grid) // 4) if self.radius is None else self.radius
+
+        sides = rows * (columns - 1) + (rows - 1) * columns
+        if sides:
+            near = _product(x[:, 1:], x[:, :-1]) + _product(x[:, :, 1:], x[:, :, :-1])
+            self._near, self._with_near = self._near + (near / sides).item(), self._with_near + images
+
+        in_row, in_column = _reach(columns, radius), _reach(rows, radius)
+        window_pairs = sum(b - a for a, b in in_row) * sum(b - a for a, b in in_column)
+        pairs = patches**2 - window_pairs  # each twice, as in the sums
+        if pairs:
+            window = _window(_window(x, in_column, 1), in_row, 2)
+            far = unit.sum(1).square().sum() - _product(x, window)
+            self._far, self._with_far = self._far + (far / pairs).item(), self._with_far + images
+
+    def merge(self, other: Spatial) -> None:
+        self._near, self._with_near = self._near + other._near, self._with_near + other._with_near
+        self._far, self._with_far = self._far + other._far, self._with_far + other._with_far
+
+    def result(self) -> SpatialContrast:
+        near = self._near / self._with_near if self._with_near else math.nan
+        far = self._far / self._with_far if self._with_far else math.nan
+        return SpatialContrast(near, far, near / far if far > 0 else math.nan)
+
+
+def similarity_map(features: Tensor, patch: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """Cosine similarity of one patch with all patches of its image: the heat map of arXiv 2603.20808.
+
+    In -1..1, float32 (float64 for float64 features), computed in float64; 1 at the patch itself, and 0 everywhere if
+    that is a patch of zeros. Scaling a patch and rotating the feature space change nothing; reordering the patches
+    reorders the map.
+
+    Args:
+        features: (..., patches, width), floating point: one image, images, layers.
+        patch: its number in 0..patches - 1, the same in each leading index.
+        grid: (rows, columns), for a result of shape (..., rows, columns) instead of (..., patches).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+    inputs.check_floating("features", features)
+    if features.dim() < 2 or features.numel() == 0:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, want (..., patches, width), not empty")
+    patches = features.shape[-2]
+    if isinstance(patch, bool) or not isinstance(patch, int) or not 0 <= patch < patches:
+        raise ValueError(f"patch: got {patch!r}, want an integer in 0..{patches - 1}")
+    if grid is not None:
+        grid = check_grid(grid, patches)
+    inputs.check_finite("features", features)
+    x = inputs.unit(features)
+    found = (x @ x[..., patch, :, None]).squeeze(-1).clamp(-1, 1)
+    found = found.to(torch.promote_types(features.dtype, torch.float32))
+    return found if grid is None else found.unflatten(-1, grid)
+
+
+def check_grid(grid: object, patches: int) -> tuple[int, int]:
+    if (
+        not isinstance(grid, tuple | list)
+        or len(grid) != 2
+        or not all(isinstance(side, int) and side > 0 for side in grid)
+        or grid[0] * grid[1] != patches
+    ):
+        raise ValueError(f"grid: got {grid!r}, want (rows, columns), two positive integers whose product is {patches}")
+    return grid[0], grid[1]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _reach(side: int, radius: int) -> list[tuple[int, int]]:
+    """For each place on a side, the half-open range of places at most `radius` away."""
+    return [(max(0, place - radius), min(side, place + radius + 1)) for place in range(side)]
+
+
+def _window(x: Tensor, reach: list[tuple[int, int]], dim: int) -> Tensor:
+    """Sums over ranges along `dim`, as differences of running sums."""
+    running = torch.nn.functional.pad(x.cumsum(dim), (0, 0) * (x.dim() - 1 - dim) + (1, 0))
+    first, last = torch.tensor(reach, device=x.device).T
+    return running.index_select(dim, last) - running.index_select(dim, first)
