@@ -64,7 +64,7 @@ class Contrast:
             self.add(inputs.unit(part), member)
 
     def add(self, unit: Tensor, masks: Tensor) -> None:
-        """The same for checked input: unit vectors (images, patches, width) in float64, masks (images, objects, patches)."""
+        """The same for checked input: `inputs.unit` of (images, patches, width), and (images, objects, patches)."""
         member = masks.to(unit.device, unit.dtype)
         size = member.sum(-1)  # (images, objects)
         # a sum of similarities over pairs is the product of the sums of unit vectors: no patch-by-patch matrix

@@ -14,9 +14,9 @@ from .moments import Moments
 def mean_cosine(hidden: Tensor, anchor: Tensor) -> float:
     """Mean over rows of the cosine similarity of `hidden` and `anchor`, in -1..1, no unit.
 
-    What L_PRe is the negative of, without its predictor (arXiv 2603.20808). Both are (N, width), floating point, finite,
-    not empty; computed in float64. Scaling a row, rotating both alike and reordering rows change nothing; rotating one
-    of them, or moving the origin, does. A row of zeros counts as 0.
+    What L_PRe is the negative of, without its predictor (arXiv 2603.20808). Both are (N, width), floating point,
+    finite, not empty; computed in float64. Scaling a row, rotating both alike and reordering rows change nothing;
+    rotating one of them, or moving the origin, does. A row of zeros counts as 0.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -70,14 +70,14 @@ def cka_of_moments(xx: Moments, xy: Moments, yy: Moments, *, debiased: bool = Fa
 def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
     """Centred kernel nearest-neighbour alignment: CKA that looks at shared neighbours alone (Huh et al. 2024).
 
-    With rows scaled to unit length, K = x xᵀ and L = y yᵀ, K̄_ij = K_ij - mean over l of K_il, and N_K(i) the `neighbours`
-    rows most similar to row i, itself left out:
+    With rows scaled to unit length, K = x xᵀ and L = y yᵀ, K̄_ij = K_ij - mean over l of K_il, and N_K(i) the
+    `neighbours` rows most similar to row i, itself left out:
 
         align(K, L) = Σ K̄_ij · L̄_ij over i and j in N_K(i) ∩ N_L(i)
         CKNNA       = align(K, L) / √(align(K, K) · align(L, L))
 
-    At most 1, and 1 for equal neighbourhoods and similarities; about 0 where no neighbours are shared. No unit. Unchanged
-    by rotating either side, scaling rows and reordering the rows of both; not by moving the origin. nan where one side's
+    At most 1, and 1 for equal neighbourhoods and similarities; 0 where no neighbours are shared. No unit. Unchanged by
+    rotating either side, scaling rows and reordering the rows of both; not by moving the origin. nan where one side's
     own alignment is 0, as when all its rows are alike.
 
     Args:
@@ -92,13 +92,14 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
     inputs.check_positive("neighbours", neighbours)
     if neighbours >= len(x):
         raise ValueError(f"neighbours: got {neighbours}, want fewer than the {len(x)} rows")
-    (k, near_k), (l, near_l) = (_neighbourhood(side, neighbours) for side in (x, y.to(x.device)))
-    own = [similarity[near].square().sum().item() for similarity, near in ((k, near_k), (l, near_l))]
+    similar_x, near_x = _neighbourhood(x, neighbours)
+    similar_y, near_y = _neighbourhood(y.to(x.device), neighbours)
+    own = [similar[near].square().sum().item() for similar, near in ((similar_x, near_x), (similar_y, near_y))]
     # similarities of unit vectors: below this it is the rounding of equal ones
     if min(own) <= len(x) * neighbours * 1e-24:
         return math.nan
-    shared = near_k & near_l
-    return (k[shared] @ l[shared]).item() / math.sqrt(own[0] * own[1])
+    shared = near_x & near_y
+    return (similar_x[shared] @ similar_y[shared]).item() / math.sqrt(own[0] * own[1])
 
 
 def _neighbourhood(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:

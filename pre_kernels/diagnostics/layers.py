@@ -45,9 +45,9 @@ class LayerReport:
     could not be measured.
 
     Memory is flat in the number of images. Per layer of width d with an anchor of width z, in float64 on the layer's
-    device: 8·d² bytes for spectrum or cka and 8·d·z more for cka; at 4,096 wide and 33 layers 8.3 GiB, and 4·rows·d·(d + z)
-    operations. In float32 on the CPU, per layer: `tokens`·d for cknna and `labelled`·d for the probes. During training
-    take the cheap ones, `metrics=("structure", "cosine", "probe")`: they pass over the features a few times.
+    device: 8·d² bytes for spectrum or cka and 8·d·z more for cka, 8.3 GiB for 33 layers 4,096 wide; and 2·d² and 2·d·z
+    operations a token. In float32 on the CPU, per layer: `tokens`·d for cknna and `labelled`·d for the probes. During
+    training take the cheap ones, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
 
     Args:
         metrics: some of `METRICS`.
@@ -140,7 +140,7 @@ class LayerReport:
             if number in decoded:
                 layer.lens.count(decoded[number])
         if "cknna" in self.metrics:
-            everything = {**hidden, "anchor": anchor}
+            everything: dict[Any, Tensor] = {**hidden, "anchor": anchor}
             self._sample.offer(len(anchor), lambda chosen: _taken(everything, chosen))
         if "probe" in self.metrics and label is not None:
             self._labelled.offer(1, lambda _: [(label, _means(hidden))])

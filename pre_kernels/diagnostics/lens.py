@@ -21,7 +21,8 @@ class LensSummary(NamedTuple):
 class LogitLens:
     """The share of hidden states decoded to the few most frequent tokens (logit lens: nostalgebraist 2020).
 
-        token(h) = argmax over the vocabulary of logits(h),      share = rows whose token is among the `top` most frequent
+        token(h) = argmax over the vocabulary of logits(h)
+        share    = rows whose token is among the `top` most frequent / all rows
 
     with logits(h) = unembedding(norm(h)), given by the caller: nothing here knows a model. Visual tokens that have lost
     their content decode to the same few meaningless tokens, so the share rises to 1; the least is about top / number of

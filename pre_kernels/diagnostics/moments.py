@@ -25,6 +25,15 @@ class Moments:
     offset in a feature costs no accuracy. The sums live where the first rows do.
     """
 
+    product: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    square_x: Tensor
+    square_y: Tensor
+    quartic: Tensor
+    cubic_x: Tensor
+    cubic_y: Tensor
+
     def __init__(self) -> None:
         self.rows = 0
 

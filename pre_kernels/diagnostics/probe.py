@@ -30,8 +30,8 @@ def linear_probe(
 
     by L-BFGS in float64 on the device of `features`. Two classes: W and b of the first are 0. This is the objective of
     scikit-learn's StandardScaler and LogisticRegression, whose accuracy it gives (tested to 0.5 points). Scaling and
-    moving single features and reordering them change nothing (up to the solver's tolerance); a rotation does, because of
-    the standardisation. A test label that is not among the training labels counts as an error.
+    moving single features and reordering them change nothing (up to the solver's tolerance); a rotation does, because
+    of the standardisation. A test label that is not among the training labels counts as an error.
 
     Args:
         features: (N, width), floating point.

@@ -25,7 +25,7 @@ class Reservoir:
         self._seen = 0
 
     def offer(self, count: int, take: Callable[[Sequence[int]], Sequence[Any]]) -> None:
-        """Offer items 0..count - 1; `take` is asked once for those to be kept, if any, and returns them in that order."""
+        """Offer items 0..count - 1; `take` is asked once, for those to be kept if any, and returns them in order."""
         drawn = [self._random.random() for _ in range(count)]
         best = heapq.nlargest(self.limit, range(count), key=drawn.__getitem__)
         least = self._kept[0][0] if len(self._kept) == self.limit else -1.0

@@ -32,14 +32,14 @@ def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None
     mean of far is positive.
 
     Why it can stand in: two patches that share a side mostly show one object, patches far apart mostly do not, so near
-    follows cohesion and far follows coupling, and similarity that spills over borders (arXiv 2603.20808) pulls the ratio
-    to 1. Objects found by clustering the anchor would come closer to the definition, but would favour layer 0 by
-    construction and depend on a seed and a number of clusters. It is a proxy all the same: it compares layers and models
-    on the same images and the same radius, and its value is not a contrast ratio. Similarity that comes with position
-    alone, as of position embeddings, counts as structure.
+    follows cohesion and far follows coupling, and similarity that spills over borders (arXiv 2603.20808) pulls the
+    ratio to 1. Objects found by clustering the anchor would come closer to the definition, but would favour layer 0 by
+    construction and depend on a seed and a number of clusters. It is a proxy all the same: it compares layers and
+    models on the same images and the same radius, and its value is not a contrast ratio. Similarity that comes with
+    position alone, as of position embeddings, counts as structure.
 
-    Scaling a patch, rotating the feature space and turning or mirroring the image change nothing. Reordering the patches
-    does: it breaks the neighbourhood. Moving the origin does too.
+    Scaling a patch, rotating the feature space and turning or mirroring the image change nothing. Reordering the
+    patches does: it breaks the neighbourhood. Moving the origin does too.
 
     Costs O(patches · width) whatever the radius: shifted products for near; for far, the square of the sum of all unit
     vectors less the product of each with the sum over its (2·radius + 1)² window.

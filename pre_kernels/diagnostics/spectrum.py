@@ -37,9 +37,9 @@ class Spectrum:
         massive_activations = share of numbers a of a row h with |a| > `above` and |a| ≥ `times` · median |h|
         massive_tokens      = share of rows that have any
 
-    The last two follow Sun et al. 2024 (Massive Activations in Large Language Models: magnitude above 100 and about 1,000
-    times the median of the hidden state); the median is that of the row itself, so the figure does not depend on what
-    rows came together. A covariance of n rows has at most n - 1 directions: compare figures of as many rows.
+    The last two follow Sun et al. 2024 (Massive Activations in Large Language Models: magnitude above 100 and about
+    1,000 times the median of the hidden state); the median is that of the row itself, so the figure does not depend on
+    which rows came together. A covariance of n rows has at most n - 1 directions: compare figures of as many rows.
 
     | unchanged by        | effective_dimension, components_90 | correlation | norms | massive |
     |---------------------|------------------------------------|-------------|-------|---------|
