@@ -18,7 +18,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .check import ROOT
 
@@ -44,15 +46,30 @@ def missing() -> str | None:
     return None if RESET.exists() else f"no {RESET} on this system"
 
 
+def second(step: Callable[[], Any]) -> tuple[float, Any]:
+    """How far resident memory rose during the second of two steps, in MiB, and what that step returned."""
+    step()
+    _trim()
+    before = _resident("VmRSS")
+    RESET.write_text("5")  # the peak restarts from what is resident now
+    returned = step()
+    return _resident("VmHWM") - before, returned
+
+
 def peak(shape: str, dtype: str, peer: str, rows: str) -> tuple[float, float]:
     """(peak, returned) in MiB of `peer`, measured in a fresh process."""
-    command = [sys.executable, "-m", "bench.memory", shape, dtype, peer, rows]
+    result = fresh("bench.memory", shape, dtype, peer, rows)
+    return result["peak_mib"], result["returned_mib"]
+
+
+def fresh(module: str, *arguments: str) -> dict[str, Any]:
+    """What a module prints last, as JSON, run in a process of its own that maps large blocks one by one."""
+    command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result["peak_mib"], result["returned_mib"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -72,14 +89,8 @@ def main() -> None:
     )
     case = peers.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
     step = peers.step(peer.build(), case) if peer.build else peers.floor(case)
-    step()
-    _trim()
-    before = _resident("VmRSS")
-    RESET.write_text("5")  # the peak restarts from what is resident now
-    returned = step()
-    peak = _resident("VmHWM")
-    sizes = sum(x.nbytes for x in returned) / 2**20
-    print(json.dumps({"peak_mib": peak - before, "returned_mib": sizes}))
+    rise, returned = second(step)
+    print(json.dumps({"peak_mib": rise, "returned_mib": sum(x.nbytes for x in returned) / 2**20}))
 
 
 if __name__ == "__main__":

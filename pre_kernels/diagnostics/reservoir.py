@@ -36,7 +36,7 @@ class Reservoir:
 
     def merge(self, other: Reservoir) -> None:
         """Add what another one kept; the result is a sample of both streams if both have this limit."""
-        for draw, _, item in sorted(other._kept, key=lambda kept: kept[:2]):
+        for draw, _, item in sorted(other._kept, key=lambda kept: kept[1]):
             self._keep(draw, item)
 
     def items(self) -> list[Any]:

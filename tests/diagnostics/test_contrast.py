@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pre_kernels.diagnostics import contrast_ratio
+from pre_kernels.diagnostics import Contrast, contrast_ratio
 
 
 def scene(seed=0, images=4, patches=11, width=7):
@@ -88,6 +88,20 @@ def test_background_and_padding_change_nothing():
     assert contrast_ratio(features, F.pad(masks, (0, 0, 0, 3))) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_stream_of_images():
+    features, masks = scene()
+    whole = contrast_ratio(features, masks)
+    one, other = Contrast(), Contrast()
+    one.update(features[:1], masks[:1])
+    for image in (1, 2, 3):
+        other.update(features[image], masks[image])
+    one.merge(other)
+    assert one.result() == pytest.approx(whole, abs=1e-12)
+    with pytest.raises(ValueError, match="masks: got shape"):
+        one.update(features, masks[:, :, :5])
+    assert one.result() == pytest.approx(whole, abs=1e-12)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_extreme_sizes(size):
     features, masks = scene()
@@ -125,6 +139,7 @@ def test_nothing_to_average_is_nan():
         (torch.ones(2, 3, 2), torch.ones(1, 1, 3, dtype=torch.bool), ValueError, "masks: got shape"),
         (torch.ones(3, 2), torch.ones(2, 3, dtype=torch.bool), ValueError, "masks: some patches belong to more"),
         (torch.full((3, 2), math.nan), torch.ones(1, 3, dtype=torch.bool), ValueError, "features: got nan"),
+        (torch.ones(0, 2), torch.ones(1, 0, dtype=torch.bool), ValueError, "features: got shape"),
     ],
 )
 def test_bad_input_names_the_argument(features, masks, error, message):

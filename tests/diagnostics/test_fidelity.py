@@ -48,7 +48,7 @@ def cknna_per_pair(x, y, neighbours):
     sides = []
     for side in (x, y):
         k = [[F.cosine_similarity(side[i], side[j], dim=0).item() for j in range(n)] for i in range(n)]
-        near = [set(sorted((j for j in range(n) if j != i), key=lambda j: -k[i][j])[:neighbours]) for i in range(n)]  # noqa: B023
+        near = [set(sorted((j for j in range(n) if j != i), key=lambda j: -k[i][j])[:neighbours]) for i in range(n)]
         sides.append(([[value - sum(row) / n for value in row] for row in k], near))
 
     def align(a, b):

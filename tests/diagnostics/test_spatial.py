@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pre_kernels.diagnostics import Spatial, similarity_map, spatial_contrast
+from pre_kernels.diagnostics import Spatial, contrast_ratio, similarity_map, spatial_contrast
 
 
 def picture(rows=5, columns=7, images=3, width=6, seed=0):
@@ -103,6 +104,27 @@ def test_nothing_to_average_is_nan():
     assert near == pytest.approx(1)
     assert math.isnan(far)
     assert math.isnan(ratio)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if torch.is_tensor(tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_no_patch_by_patch_matrix_is_made():
+    features, masks = torch.randn(2, 400, 5), torch.eye(4).bool().repeat_interleave(100, 1).expand(2, -1, -1)
+    with Largest() as largest:
+        contrast_ratio(features, masks)
+        spatial_contrast(features, (20, 20))
+    assert 2 * 400 * 5 <= largest.numbers < 2 * 400 * 10
 
 
 def test_similarity_map():

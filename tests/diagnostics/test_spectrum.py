@@ -199,7 +199,7 @@ def test_bad_input_names_the_argument_and_changes_nothing():
     with pytest.raises(ValueError, match="got widths 8 and 8"):
         spectrum.merge(other)
     assert spectrum.result() == kept
-    with pytest.raises(ValueError, match="other: got above 1.0"):
+    with pytest.raises(ValueError, match=r"other: got above 1\.0"):
         spectrum.merge(Spectrum(above=1.0))
     with pytest.raises(ValueError, match="above: got 0"):
         Spectrum(above=0)

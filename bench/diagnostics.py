@@ -1,0 +1,206 @@
+"""Patch structure measured: sums of unit vectors beside all pairwise similarities and beside the per-pair definition.
+
+    python -m bench.diagnostics                             64 images × 576 patches × 32 layers, 4,096 wide
+    python -m bench.diagnostics --images 2 --patches 64 --layers 2 --width 256
+
+What is timed is one image of one layer: contrast ratio and spatial contrast of random float32 features with 8 objects.
+Images and layers are independent of each other, so the total is that time × images × layers: extrapolated, as each
+record says. No figure is recorded of a peer whose four means differ from those of all similarities in float64.
+
+`ours` is `Contrast` and `Spatial`; `matrix` makes the patch-by-patch similarities in one float32 product and averages
+over them; `pairs` is the definition as a loop over pairs of patches. The first two take turns, the loop runs once and
+its memory is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pre_kernels.diagnostics import Contrast, Spatial
+
+from . import memory, record, report
+from .device import MIB, Cpu, Cuda, current
+from .measure import interleaved, spread
+
+OBJECTS = 8
+TOLERANCE = 1e-5  # of means of cosines, for float32 products
+
+Step = Callable[[], tuple[float, float, float, float]]
+
+
+def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Features (patches, width) with a common part, as those of models have; masks (OBJECTS, patches); the grid."""
+    rows = max(side for side in range(1, math.isqrt(patches) + 1) if patches % side == 0)
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(patches, width, generator=g) + 0.5 * torch.randn(width, generator=g)
+    member = torch.arange(patches) * OBJECTS // patches
+    masks = member == torch.arange(OBJECTS)[:, None]
+    return features.to(device), masks.to(device), (rows, patches // rows)
+
+
+def ours(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
+    contrast, spatial = Contrast(), Spatial()
+    contrast.update(features, masks)
+    spatial.update(features, grid)
+    return *contrast.result()[:2], *spatial.result()[:2]
+
+
+def matrix(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
+    x = F.normalize(features, dim=-1)
+    similarity = x @ x.T
+    member = masks.to(similarity.dtype)
+    pairs = member @ similarity @ member.T
+    size = member.sum(1)
+    within = (pairs.diagonal() - member @ similarity.diagonal()) / (size * (size - 1))
+    between = (pairs / (size[:, None] * size))[torch.ones_like(pairs).triu(1).bool()]
+    near, far = relations(len(features), grid, features.device)
+    found = torch.stack([within.mean(), between.mean(), similarity[near].mean(), similarity[far].mean()])
+    return tuple(found.tolist())  # type: ignore[return-value]
+
+
+def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which patches share a side, and which are further apart than the radius; (patches, patches) bool each."""
+    place = torch.arange(patches, device=device)
+    rows, columns = place // grid[1], place % grid[1]
+    down, along = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
+    return down + along == 1, torch.maximum(down, along) > max(1, min(grid) // 4)
+
+
+def pairs(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
+    near, far = (relation.tolist() for relation in relations(len(features), grid, torch.device("cpu")))
+    member = masks.int().argmax(0).tolist()
+    within: dict[int, list[float]] = {}
+    between: dict[tuple[int, int], list[float]] = {}
+    close: list[float] = []
+    distant: list[float] = []
+    for i in range(len(features)):
+        for j in range(i):
+            similarity = F.cosine_similarity(features[i], features[j], dim=0).item()
+            a, b = member[j], member[i]
+            if a == b:
+                within.setdefault(a, []).append(similarity)
+            else:
+                between.setdefault((a, b), []).append(similarity)
+            if near[i][j]:
+                close.append(similarity)
+            if far[i][j]:
+                distant.append(similarity)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    return (
+        mean([mean(values) for values in within.values()]),
+        mean([mean(values) for values in between.values()]),
+        mean(close),
+        mean(distant),
+    )
+
+
+PEERS = {"ours": ours, "matrix": matrix, "pairs": pairs}
+
+
+def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
+    features, masks, grid = case(patches, width, device)
+
+    def bound(function: Callable[..., tuple[float, float, float, float]]) -> Step:
+        return lambda: function(features, masks, grid)
+
+    return {name: bound(function) for name, function in PEERS.items()}
+
+
+def measure(
+    images: int, patches: int, layers: int, width: int, device: Cpu | Cuda, seconds: float = 5.0
+) -> list[dict[str, Any]]:
+    """A record of each peer."""
+    by_name = steps(patches, width, device.torch_device)
+    features, masks, grid = case(patches, width, device.torch_device)
+    expected = torch.tensor(matrix(features.double(), masks, grid))
+    stamp = record.stamp(device)
+    shape = f"{images}x{patches}x{layers}x{width}"
+    about = {
+        "kind": "diagnostics",
+        "item": "patch structure",
+        "shape": shape,
+        "images": images,
+        "patches": patches,
+        "layers": layers,
+        "width": width,
+        "dtype": "fp32",
+        "group": f"{stamp['date']} diagnostics {shape}",
+    }
+    found: dict[str, tuple[float, ...]] = {}
+
+    def kept(name: str) -> Callable[[], None]:
+        return lambda: found.update({name: by_name[name]()})
+
+    samples = interleaved(device, {name: kept(name) for name in ("ours", "matrix")}, seconds)
+    samples["pairs"] = [device.sample(kept("pairs"))]
+    figures = {name: spread(samples[name]) for name in PEERS}
+
+    records = []
+    for name in PEERS:
+        off = (torch.tensor(found[name]) - expected).abs().max().item()
+        if not off <= TOLERANCE:
+            records.append(
+                {**about, "peer": name, "failed": f"a mean is off by {off:.1e}, want ≤ {TOLERANCE}", **stamp}
+            )
+            continue
+        result = {
+            **figures[name],
+            "extrapolated_from": "1 image of 1 layer",
+            "total_s": figures[name]["median_ms"] * images * layers / 1e3,
+            "slower_than_ours": figures[name]["median_ms"] / figures["ours"]["median_ms"],
+            "largest_error": off,
+            # what all similarities of all images and layers would take, were they kept
+            "all_pairs_mib": images * layers * patches**2 * 4 / MIB,
+            **({} if name == "pairs" else peak(name, patches, width, device, by_name[name])),
+        }
+        records.append({**about, "peer": name, **result, **stamp})
+    return records
+
+
+def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) -> dict[str, Any]:
+    """Memory beyond the features of one image and layer, at the peak of a step."""
+    if isinstance(device, Cuda):
+        return {"peak_mib": device.peak(lambda: step()[:0])[0]}
+    if reason := memory.missing():
+        return {"memory_unavailable": reason}
+    arguments = ("--patches", str(patches), "--width", str(width), "--peak", name)
+    return memory.fresh("bench.diagnostics", *arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("images", 64), ("patches", 576), ("layers", 32), ("width", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of sampling")
+    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument("--peak", choices=PEERS, help=argparse.SUPPRESS)  # what a process for memory runs
+    arguments = parser.parse_args(argv)
+    if arguments.peak:
+        step = steps(arguments.patches, arguments.width, torch.device("cpu"))[arguments.peak]
+        print(json.dumps({"peak_mib": memory.second(step)[0]}))
+        return 0
+
+    device = current()
+    path = record.file(record.folder(arguments.out), device)
+    records = measure(arguments.images, arguments.patches, arguments.layers, arguments.width, device, arguments.seconds)
+    for line in records:
+        record.append(path, line)
+    print(report.markdown(report.plain_table(records)))
+    for line in report.refusals(records):
+        print(line)
+    return any("failed" in line for line in records)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
