@@ -140,7 +140,7 @@ def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tenso
 
 def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: int) -> Tensor:
     """(outputs, width + 1), biases last; two classes have one output, the score of the second over the first's."""
-    rows, penalty = len(x), 1 / (inverse_penalty * len(x))
+    each, penalty = torch.arange(len(x), device=x.device), 1 / (inverse_penalty * len(x))
     weight = x.new_zeros(classes if classes > 2 else 1, x.shape[1] + 1)
     solver = torch.optim.LBFGS(
         [weight],
@@ -156,11 +156,11 @@ def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: i
     def loss() -> Tensor:
         logarithms = _scores(weight, x).log_softmax(1)
         excess = logarithms.exp()  # the gradient by the scores, times rows
-        excess[torch.arange(rows), y] -= 1
+        excess[each, y] -= 1
         excess = excess[:, -len(weight) :]
         linear = weight[:, :-1]
-        weight.grad = torch.cat([excess.T @ x / rows + penalty * linear, excess.mean(0)[:, None]], dim=1)
-        return -logarithms[torch.arange(rows), y].mean() + penalty / 2 * linear.square().sum()
+        weight.grad = torch.cat([excess.T @ x / len(x) + penalty * linear, excess.mean(0)[:, None]], dim=1)
+        return -logarithms[each, y].mean() + penalty / 2 * linear.square().sum()
 
     solver.step(loss)
     return weight

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pre_kernels.diagnostics import knn_probe, linear_probe
+from pre_kernels.diagnostics.probe import _fit
 
 
 def blobs(count=300, width=6, classes=3, gap=8.0, seed=0):
@@ -107,6 +108,20 @@ def test_it_is_scikit_learns(rows, width, classes, gap, inverse_penalty):
     assert found == pytest.approx(expected[1e-8], abs=0.001)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_its_weights_are_scikit_learns(classes):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 5, generator=g, dtype=torch.double), torch.randint(classes, (100,), generator=g)
+    model = linear_model.LogisticRegression(C=0.1, tol=1e-9, max_iter=1000).fit(x.numpy(), y.numpy())
+    weight = _fit(x, y, classes, inverse_penalty=0.1, max_iter=300)
+    torch.testing.assert_close(weight[:, :-1], torch.from_numpy(model.coef_), rtol=1e-4, atol=1e-5)
+    bias = torch.from_numpy(model.intercept_)  # several classes: unique up to a constant
+    torch.testing.assert_close(weight[:, -1] - weight[0, -1], bias - bias[0], rtol=1e-4, atol=1e-5)
+    if classes == 2:
+        torch.testing.assert_close(weight[:, -1], bias, rtol=1e-4, atol=1e-5)
+
+
 def test_inference_mode():
     expected = linear_probe(*blobs(gap=1.0))
     with torch.inference_mode():
@@ -117,8 +132,10 @@ def test_the_split_takes_a_part_of_every_class():
     # a class whose rows are all equal is found if it is in both parts
     labels = torch.tensor([0] * 40 + [1] * 2 + [2] * 10)
     for seed in range(5):
-        assert linear_probe(torch.eye(3)[labels], labels, seed=seed) == 1.0
-        assert knn_probe(torch.eye(3)[labels], labels, neighbours=1, seed=seed) == 1.0
+        for test_size in (0.1, 0.25, 0.9):
+            options = {"test_size": test_size, "seed": seed}
+            assert linear_probe(torch.eye(3)[labels], labels, inverse_penalty=100.0, **options) == 1.0
+            assert knn_probe(torch.eye(3)[labels], labels, neighbours=1, **options) == 1.0
 
 
 def knn_per_pair(x, y, test_x, test_y, neighbours, temperature):
