@@ -7,9 +7,9 @@ What is timed is one image of one layer: contrast ratio and spatial contrast of 
 Images and layers are independent of each other, so the total is that time × images × layers: extrapolated, as each
 record says. No figure is recorded of a peer whose four means differ from those of all similarities in float64.
 
-`ours` is `Contrast` and `Spatial`; `matrix` makes the patch-by-patch similarities in one float32 product and averages
-over them; `pairs` is the definition as a loop over pairs of patches. The first two take turns, the loop runs once and
-its memory is not measured.
+`ours` is `LayerReport`, checks included; `matrix` makes the patch-by-patch similarities in one float32 product and
+averages over them; `pairs` is the definition as a loop over pairs of patches. The first two take turns, the loop runs
+once and its memory is not measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pre_kernels.diagnostics import Contrast, Spatial
+from pre_kernels.diagnostics import LayerReport
 
 from . import memory, record, report
 from .device import MIB, Cpu, Cuda, current
@@ -47,10 +47,10 @@ def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def ours(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
-    contrast, spatial = Contrast(), Spatial()
-    contrast.update(features, masks)
-    spatial.update(features, grid)
-    return *contrast.result()[:2], *spatial.result()[:2]
+    layers = LayerReport(metrics=("structure",))
+    layers.update({0: features}, features, masks=masks, grid=grid)
+    (row,) = layers.rows()
+    return row["cohesion"], row["coupling"], row["near"], row["far"]
 
 
 def matrix(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:

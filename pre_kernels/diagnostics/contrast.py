@@ -69,7 +69,8 @@ class Contrast:
         size = member.sum(-1)  # (images, objects)
         # a sum of similarities over pairs is the product of the sums of unit vectors: no patch-by-patch matrix
         total = member @ unit
-        itself = torch.einsum("iop,ip->io", member, unit.square().sum(-1))
+        length = torch.linalg.vector_norm(unit, dim=-1)  # 1, or 0 of a patch of zeros
+        itself = (member @ length.square()[..., None]).squeeze(-1)
         pairs = total @ total.transpose(1, 2)  # (images, objects, objects)
 
         several, present = size >= 2, size > 0

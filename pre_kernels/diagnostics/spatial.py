@@ -41,8 +41,9 @@ def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None
     Scaling a patch, rotating the feature space and turning or mirroring the image change nothing. Reordering the
     patches does: it breaks the neighbourhood. Moving the origin does too.
 
-    Costs O(patches · width) whatever the radius: shifted products for near; for far, the square of the sum of all unit
-    vectors less the product of each with the sum over its (2·radius + 1)² window.
+    Costs O(patches · width · columns), whatever the radius, and one row of patches in memory: products of neighbours
+    for near; for far, the square of the sum of all unit vectors less the product of each with the sum over its window,
+    from running sums of rows.
 
     Args:
         features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
@@ -79,21 +80,31 @@ class Spatial:
     def add(self, unit: Tensor, grid: tuple[int, int]) -> None:
         """The same for checked input: unit vectors (images, patches, width) in float64."""
         x, (rows, columns) = unit.unflatten(1, grid), grid
-        images, patches = len(x), rows * columns
         radius = max(1, min(grid) // 4) if self.radius is None else self.radius
+        band = _band(columns, radius).to(x)
+
+        near, close = x.new_zeros(()), x.new_zeros(())
+        window = torch.zeros_like(x[:, 0])  # sums of the rows within the radius, column by column
+        for row in range(-radius, rows):
+            if row + radius < rows:
+                window += x[:, row + radius]
+            if row < 0:
+                continue
+            if row - radius > 0:
+                window -= x[:, row - radius - 1]
+            close += ((x[:, row] @ window.mT) * band).sum()
+            near += (x[:, row, 1:] * x[:, row, :-1]).sum()
+            if row:
+                near += (x[:, row] * x[:, row - 1]).sum()
+        far = unit.sum(1).square().sum() - close
 
         sides = rows * (columns - 1) + (rows - 1) * columns
+        pairs = (rows * columns) ** 2 - int(_band(rows, radius).sum() * _band(columns, radius).sum())  # each twice
+        sums = torch.stack([near, far]).tolist()
         if sides:
-            near = _product(x[:, 1:], x[:, :-1]) + _product(x[:, :, 1:], x[:, :, :-1])
-            self._near, self._with_near = self._near + (near / sides).item(), self._with_near + images
-
-        in_row, in_column = _reach(columns, radius), _reach(rows, radius)
-        window_pairs = sum(b - a for a, b in in_row) * sum(b - a for a, b in in_column)
-        pairs = patches**2 - window_pairs  # each twice, as in the sums
+            self._near, self._with_near = self._near + sums[0] / sides, self._with_near + len(x)
         if pairs:
-            window = _window(_window(x, in_column, 1), in_row, 2)
-            far = unit.sum(1).square().sum() - _product(x, window)
-            self._far, self._with_far = self._far + (far / pairs).item(), self._with_far + images
+            self._far, self._with_far = self._far + sums[1] / pairs, self._with_far + len(x)
 
     def merge(self, other: Spatial) -> None:
         self._near, self._with_near = self._near + other._near, self._with_near + other._with_near
@@ -146,17 +157,7 @@ def check_grid(grid: object, patches: int) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
-
-
-def _reach(side: int, radius: int) -> list[tuple[int, int]]:
-    """For each place on a side, the half-open range of places at most `radius` away."""
-    return [(max(0, place - radius), min(side, place + radius + 1)) for place in range(side)]
-
-
-def _window(x: Tensor, reach: list[tuple[int, int]], dim: int) -> Tensor:
-    """Sums over ranges along `dim`, as differences of running sums."""
-    running = torch.nn.functional.pad(x.cumsum(dim), (0, 0) * (x.dim() - 1 - dim) + (1, 0))
-    first, last = torch.tensor(reach, device=x.device).T
-    return running.index_select(dim, last) - running.index_select(dim, first)
+def _band(side: int, radius: int) -> Tensor:
+    """Which places on a side are at most `radius` apart, (side, side) bool."""
+    place = torch.arange(side)
+    return (place[:, None] - place).abs() <= radius

@@ -111,6 +111,20 @@ def test_extreme_sizes(size):
     )
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1e308)])
+def test_finite_features_whose_sum_is_not(dtype, size):
+    masks = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
+    features = torch.full((3, 40), size, dtype=dtype)
+    assert contrast_ratio(features, masks) == pytest.approx((1.0, 1.0, 1.0))
+    for bad in (math.nan, math.inf):
+        features[1, 7] = bad
+        with pytest.raises(ValueError, match="features: got nan or infinite"):
+            contrast_ratio(features, masks)
+    features[1, 7], features[2, 3] = math.inf, -math.inf
+    with pytest.raises(ValueError, match="features: got nan or infinite"):
+        contrast_ratio(features, masks)
+
+
 def test_zero_patches_are_similar_to_nothing():
     masks = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
     assert contrast_ratio(torch.tensor([[1.0, 0], [0, 0], [1, 0]]), masks) == pytest.approx((0.0, 0.5, 0.0))
