@@ -1,0 +1,29 @@
+"""Every pair of values of family, checkpointing, loop, tuning and processes; `--full-matrix` runs every combination.
+
+`make test-oldest` runs the same on transformers 4.57, so every value is also paired with both versions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from eager import assert_same_gradients
+from matrix import AXES, Case, allowed, gradients, wanted
+from pairs import pairs
+from two import both
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        full = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+        cases = full if metafunc.config.getoption("--full-matrix") else pairs(AXES, allowed)
+        metafunc.parametrize("case", [Case(**case) for case in cases if allowed(case)], ids=str)
+
+
+def test_gradients_of_a_step(case: Case, tmp_path: Path) -> None:
+    found = [gradients(case, str(tmp_path))] if case.processes == 1 else both(gradients, case, str(tmp_path))
+    expected = wanted(case)
+    for one in found:
+        assert_same_gradients(one, expected)
