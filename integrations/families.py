@@ -175,7 +175,8 @@ FAMILIES = {  # by config.model_type
     "idefics3": Family(tiles, "connector.modality_projection", image_inputs=IDEFICS, name="Idefics3"),
     "smolvlm": Family(tiles, "connector.modality_projection", image_inputs=IDEFICS, name="SmolVLM"),
     "glm4v": Family(grids, "merger", video_token="image", name="GLM-4V", videos=True),
-    "glm4v_moe": Family(grids, "merger", video_token="image", name="GLM-4V-MoE", videos=True),
+    "glm4v_moe": Family(grids, "merger", video_token="image", name="GLM-4V", videos=True),
+    "glm46v": Family(grids, "merger", video_token="image", name="GLM-4.6V", since="5.0", videos=True),
     "llama4": Family(equal_parts, LLAVA_PROJECTOR, name="Llama 4"),
     # what comes before their first linear layer puts 2 x 2 patches together
     "cohere2_vision": Family(equal_parts, "multi_modal_projector.linear_1", name="Cohere2 Vision"),
@@ -186,8 +187,9 @@ FAMILIES = {  # by config.model_type
     "got_ocr2": Family(name="GOT-OCR2"),
     "janus": Family(equal_parts, "aligner", name="Janus"),
     "deepseek_vl": Family(equal_parts, "aligner", name="DeepSeek-VL"),
-    "deepseek_vl_hybrid": Family(equal_parts, "aligner", name="DeepSeek-VL (hybrid)"),
+    "deepseek_vl_hybrid": Family(equal_parts, "aligner", name="DeepSeek-VL"),
     "chameleon": Family(equal_parts, name="Chameleon"),
+    "emu3": Family(name="Emu3"),
     "gemma3n": Family(equal_parts, hidden=active, name="Gemma 3n"),
 }
 

@@ -40,7 +40,7 @@ class Objective:
     ) -> tuple[list[Tensor], Tensor]:
         """Each layer's loss, 0-d, on its own device: the mean over the terms, or Σℓ / `divisor`; and their number."""
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
-        hidden = [self._hidden(seen, number) for number in self.layers]
+        hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
         options: dict[str, Any] = {"impl": self.impl} | ({} if divisor is None else {"normalizer": divisor})
@@ -70,16 +70,12 @@ class Objective:
         """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
         found = []
         for number, head in zip(self.layers, heads, strict=True):
-            hidden = self._hidden(seen, number)
+            hidden = seen.layer(number)
             none = torch.zeros(0, dtype=torch.long, device=hidden.device)
             z = next(p.shape[0] for name, p in head.named_parameters() if name.split(".")[-1] == "w2")
             with seen.autocast_of(number):
                 found.append(head(hidden, hidden.new_zeros(0, z), none, **_on(hidden.device, options)))
         return found
-
-    def _hidden(self, seen: Seen, number: int) -> Tensor:
-        """The states (B, T, d) after that many layers."""
-        return self.parts.family.hidden(seen.layer(number), self.parts.config)
 
     def _anchor(self, seen: Seen, rows: Rows) -> Tensor:
         """(B, T, z), or (N, z) in the order of the rows."""

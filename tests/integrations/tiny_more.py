@@ -238,6 +238,30 @@ def chameleon() -> nn.Module:
     return hf.ChameleonForConditionalGeneration(config)
 
 
+def emu3() -> nn.Module:
+    codes = {"codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "num_res_blocks": 1}
+    codes |= {"channel_multiplier": [1, 1, 1], "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 2}
+    names = {f"<|visual token {i:06d}|>": 50 + i for i in range(8)} | {"<|extra_200|>": 58}
+    config = hf.Emu3Config(
+        vq_config=codes,
+        text_config=text_config(),
+        vocabulary_map={"<image>": IMAGE, **names},
+        tie_word_embeddings=False,
+    )
+    return hf.Emu3ForConditionalGeneration(config)
+
+
+def lined_image(height: int, width: int) -> list[int]:
+    """A code for 4 x 4 pixels, and one for the end of each line."""
+    return [START, *[IMAGE] * (height // 4 * (width // 4 + 1)), END]
+
+
+def lined_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    height, width = (max(s[i] for s in sizes) for i in (0, 1))
+    pixels = torch.randn(len(sizes), 3, height, width, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([list(s) for s in sizes])}
+
+
 class Tower(hf.PreTrainedModel):
     """Stands for Gemma 3n's convolutional encoder, which is timm's."""
 
@@ -291,6 +315,7 @@ MORE = {  # by config.model_type
     "smolvlm": Tiny(smolvlm, bracketed, **IDEFICS, **SHUFFLED),
     "glm4v": Tiny(glm4v, **GLM),
     "glm4v_moe": Tiny(glm4v_moe, **GLM),
+    "glm46v": Tiny(lambda: glm4v("Glm46V"), **GLM),
     "llama4": Tiny(
         llama4,
         bracketed,
@@ -308,6 +333,7 @@ MORE = {  # by config.model_type
     "janus": Tiny(janus, bracketed, square_pixels, projector="model.aligner"),
     "deepseek_vl": Tiny(deepseek_vl, square_image, square_pixels, projector="model.aligner"),
     "deepseek_vl_hybrid": Tiny(deepseek_vl_hybrid, square_image, two_pixels, projector="model.aligner"),
+    "emu3": Tiny(emu3, lined_image, lined_pixels, text="model.text_model", projector=None),
     "chameleon": Tiny(chameleon, bracketed, square_pixels, text="model", projector=None),
     "gemma3n": Tiny(gemma3n, bracketed, square_pixels, projector=None, hidden=active),
 }
