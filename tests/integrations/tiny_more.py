@@ -76,10 +76,10 @@ def tiled_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torc
 
 
 def idefics_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """(samples, tiles, channels, height, width): a tile of zeros pads a sample that has fewer than others."""
-    pixels = torch.zeros(len(sizes), 2, 3, 8, 8)
-    pixels[:, 0] = torch.randn(len(sizes), 3, 8, 8, generator=generator)
-    mask = torch.ones(len(sizes), 2, 8, 8, dtype=torch.long)
+    """(samples, tiles, channels, height, width), where a tile of zeros pads; the model flattens the first two."""
+    pixels = torch.randn(1, len(sizes) + 1, 3, 8, 8, generator=generator)
+    pixels[:, -1] = 0
+    mask = torch.ones(1, len(sizes) + 1, 8, 8, dtype=torch.long)
     mask[:, 0, :, 4:] = 0  # the right half of a tile may be padding too
     return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
@@ -238,17 +238,26 @@ def chameleon() -> nn.Module:
     return hf.ChameleonForConditionalGeneration(config)
 
 
+class FrozenCodes(hf.Emu3ForConditionalGeneration):
+    """Emu3 with its image tokenizer in eval, as it is meant; the batch norms in it would change with each forward."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.model.vqmodel.eval()
+        return self
+
+
 def emu3() -> nn.Module:
     codes = {"codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "num_res_blocks": 1}
     codes |= {"channel_multiplier": [1, 1, 1], "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 2}
     names = {f"<|visual token {i:06d}|>": 50 + i for i in range(8)} | {"<|extra_200|>": 58}
     config = hf.Emu3Config(
         vq_config=codes,
-        text_config=text_config(),
+        text_config=text_config(attention_dropout=0.0),
         vocabulary_map={"<image>": IMAGE, **names},
         tie_word_embeddings=False,
     )
-    return hf.Emu3ForConditionalGeneration(config)
+    return FrozenCodes(config)
 
 
 def lined_image(height: int, width: int) -> list[int]:
