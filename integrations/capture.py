@@ -24,6 +24,7 @@ class Seen:
     """References from one forward: its arguments by name, and the tensors that came by."""
 
     inputs: dict[str, Any]
+    parts: Parts
     hidden: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     first: Tensor | None = None
@@ -41,7 +42,7 @@ class Seen:
         """What `number` decoder layers made (B, T, d)."""
         if number not in self.hidden:
             raise RuntimeError(f"layer: decoder layer {number} did not run in this forward")
-        return self.hidden[number]
+        return self.parts.family.hidden(self.hidden[number], self.parts.config)
 
     def autocast_of(self, number: int) -> contextlib.AbstractContextManager[Any]:
         """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the end is outside it."""
@@ -71,6 +72,7 @@ class Capture:
         missed: Callable[[], None],
     ) -> None:
         self.start, self.finish, self.missed = start, finish, missed
+        self.parts = parts
         self.seen: Seen | None = None
         self.inside = False
         self.numbers = {}
@@ -109,7 +111,7 @@ class Capture:
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
         inputs.update(kwargs)
         if self.start(inputs):
-            self.seen = Seen(inputs)
+            self.seen = Seen(inputs, self.parts)
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         seen, self.seen, self.inside = self.seen, None, False

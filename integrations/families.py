@@ -33,12 +33,7 @@ def equal_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
     name, pixels = next(((n, p) for n in names if torch.is_tensor(p := inputs.get(n))), ("", None))
     if pixels is None or len(pixels) == 0:
         return runs(mask, kind, inputs, config)
-    total = int(mask.sum())
-    if total % len(pixels):
-        raise ValueError(
-            f"{name}: has {len(pixels)} {kind}s for {total} {kind} tokens in input_ids, want as many for each"
-        )
-    return torch.arange(len(pixels), device=mask.device).repeat_interleave(total // len(pixels))
+    return _parts(len(pixels), mask, kind, name)
 
 
 def runs_or_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
@@ -56,6 +51,24 @@ def patches(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
     return _numbered(lengths, mask, kind, "image_sizes")
 
 
+def tiles(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """Every tile is an image: `pixel_values` (samples, tiles, channels, height, width), some all zeros as padding."""
+    pixels = inputs.get("pixel_values")
+    if not torch.is_tensor(pixels):
+        return runs(mask, kind, inputs, config)
+    count = max(int(pixels.flatten(2).any(-1).sum()), 1)
+    return _parts(count, mask, kind, "pixel_values")
+
+
+def shapes(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
+    """`spatial_shapes` (images, 2) counts the patches; `downsample_factor`² of them make one token."""
+    sizes = inputs.get("spatial_shapes")
+    if sizes is None:
+        return runs(mask, kind, inputs, config)
+    lengths = (sizes.to(mask.device) // config.downsample_factor).prod(-1)
+    return _numbered(lengths, mask, kind, "spatial_shapes")
+
+
 def grids(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
     """`{image,video}_grid_thw` (images, 3) counts the patches; `spatial_merge_size`² of them make one token.
 
@@ -71,6 +84,13 @@ def grids(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
     return _numbered(lengths, mask, kind, f"{kind}_grid_thw", kept)
 
 
+def _parts(count: int, mask: Tensor, kind: str, name: str) -> Tensor:
+    total = int(mask.sum())
+    if total % count:
+        raise ValueError(f"{name}: has {count} {kind}s for {total} {kind} tokens in input_ids, want as many for each")
+    return torch.arange(count, device=mask.device).repeat_interleave(total // count)
+
+
 def _numbered(lengths: Tensor, mask: Tensor, kind: str, name: str, kept: Tensor | None = None) -> Tensor:
     numbers = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths)
     if kept is not None:
@@ -80,16 +100,30 @@ def _numbered(lengths: Tensor, mask: Tensor, kind: str, name: str, kept: Tensor 
     return numbers
 
 
+def same(states: Tensor, config: Any) -> Tensor:
+    """The states as they are."""
+    return states
+
+
+def active(states: Tensor, config: Any) -> Tensor:
+    """AltUp: of the predictions (P, B, T, d) the one that the layers compute with."""
+    return states[text_config(config).altup_active_idx]
+
+
 @dataclass(frozen=True)
 class Family:
     """What differs between families; every default is the generic rule.
 
     Attributes:
         images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's arguments, config) → the
-            number (N,) of each visual token's image, counted from 0 in batch-major order; a video counts as an image.
-        projector: name of the module whose input rows are the visual tokens one to one, for anchor="pre_projector".
+            number (N,) of each visual token's image, counted from 0 in batch-major order; a video counts as an image,
+            and so does each tile of an image where other tokens stand between the tiles.
+        projector: end of the path of the module whose input rows are the visual tokens one to one, for
+            anchor="pre_projector".
         text: path of the text model, whose `.layers` are the decoder layers.
         image_inputs, video_inputs: arguments of the forward, one of which is there when the batch has images (videos).
+        video_token: the kind of token that stands for a video, if not its own.
+        hidden: (what a decoder layer is given or makes, config) → the states (B, T, d) that it works on.
         name: what people call it.
         since: the oldest transformers that has it, of those supported.
         videos: whether it has tokens of its own for videos.
@@ -100,12 +134,15 @@ class Family:
     text: str | None = None
     image_inputs: tuple[str, ...] = ("pixel_values", "image_embeds")
     video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_embeds")
+    video_token: str = "video"
+    hidden: Callable[[Tensor, Any], Tensor] = same
     name: str = ""
     since: str = "4.57"
     videos: bool = False
 
 
 GENERIC = Family()
+IDEFICS = ("pixel_values", "image_hidden_states")
 LLAVA_PROJECTOR = "multi_modal_projector"
 FAMILIES = {  # by config.model_type
     "llava": Family(patches, LLAVA_PROJECTOR, name="LLaVA"),
@@ -133,6 +170,27 @@ FAMILIES = {  # by config.model_type
         videos=True,
     ),
     "video_llama_3": Family(grids, "projector", name="VideoLLaMA 3", since="5.0", videos=True),
+    # a resampler stands between its patches and tokens, and so does one in Aria
+    "idefics2": Family(tiles, image_inputs=IDEFICS, name="Idefics2"),
+    "idefics3": Family(tiles, "connector.modality_projection", image_inputs=IDEFICS, name="Idefics3"),
+    "smolvlm": Family(tiles, "connector.modality_projection", image_inputs=IDEFICS, name="SmolVLM"),
+    "glm4v": Family(grids, "merger", video_token="image", name="GLM-4V", videos=True),
+    "glm4v_moe": Family(grids, "merger", video_token="image", name="GLM-4V", videos=True),
+    "glm46v": Family(grids, "merger", video_token="image", name="GLM-4.6V", since="5.0", videos=True),
+    "llama4": Family(equal_parts, LLAVA_PROJECTOR, name="Llama 4"),
+    # what comes before their first linear layer puts 2 x 2 patches together
+    "cohere2_vision": Family(equal_parts, "multi_modal_projector.linear_1", name="Cohere2 Vision"),
+    "aya_vision": Family(equal_parts, "multi_modal_projector.linear_1", name="Aya Vision"),
+    "ovis2": Family(equal_parts, "head_linear", name="Ovis2"),
+    "aria": Family(name="Aria"),
+    "lfm2_vl": Family(shapes, name="LFM2-VL"),
+    "got_ocr2": Family(name="GOT-OCR2"),
+    "janus": Family(equal_parts, "aligner", name="Janus"),
+    "deepseek_vl": Family(equal_parts, "aligner", name="DeepSeek-VL"),
+    "deepseek_vl_hybrid": Family(equal_parts, "aligner", name="DeepSeek-VL"),
+    "chameleon": Family(equal_parts, name="Chameleon"),
+    "emu3": Family(name="Emu3"),
+    "gemma3n": Family(equal_parts, hidden=active, name="Gemma 3n"),
 }
 
 
@@ -164,7 +222,8 @@ def find_parts(
             f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or a module "
             "with a .config that has hidden_size, and image_token_id unless mask_fn= is passed"
         )
-    family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
+    kind = getattr(config, "model_type", "").replace("-", "_")  # "lfm2-vl" in 4.57
+    family = FAMILIES.get(kind, GENERIC)
     text: nn.Module | None = None if text_model is None else _module(model, "text_model", text_model)[1]
     if layers is None:
         text, found = _find_layers(model, config, family, text)
@@ -177,8 +236,9 @@ def find_parts(
         found = module
         text = model.get_submodule(path.rpartition(".")[0]) if text is None else text
     named = model.named_modules()
-    projector = next((m for n, m in named if family.projector and n.split(".")[-1] == family.projector), None)
-    tokens = {kind: _token_ids(config, kind) for kind in ("image", "video")}
+    end = f".{family.projector}"
+    projector = next((m for n, m in named if family.projector and f".{n}".endswith(end)), None)
+    tokens = {"image": _token_ids(config, "image"), "video": _token_ids(config, family.video_token)}
     return Parts(family, config, None if text is model else text, found, projector, tokens)
 
 

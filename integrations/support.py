@@ -14,6 +14,8 @@ RULES = {
     "runs_or_parts": "runs, videos: equal parts",
     "patches": "image_sizes, else equal parts",
     "grids": "grid_thw",
+    "tiles": "tiles of pixel_values",
+    "shapes": "spatial_shapes",
 }
 
 

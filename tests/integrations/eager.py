@@ -14,29 +14,36 @@ from pre_kernels import reference
 def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
     """Hooks that keep the last forward's embeddings ("embeds"), the projector's input and what l layers made (l)."""
     seen: dict[Any, Tensor] = {}
-    text = model.get_submodule(base + FAMILIES[family].text)
+    tiny = FAMILIES[family]
+    text = model.get_submodule(base + tiny.text)
     layers = text.layers
 
     def keep_embeds(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen["embeds"] = kwargs["inputs_embeds"]
+        seen["embeds"] = kwargs.get("inputs_embeds")
 
+    def keep_first(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if seen["embeds"] is None:  # the text model merges them itself
+            seen["embeds"] = args[0] if args else kwargs["hidden_states"]
+
+    layers[0].register_forward_pre_hook(keep_first, with_kwargs=True)
     text.register_forward_pre_hook(keep_embeds, with_kwargs=True)
     for number in range(1, len(layers)):
 
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> None:
-            seen[number] = args[0] if args else kwargs["hidden_states"]
+            seen[number] = tiny.hidden(args[0] if args else kwargs["hidden_states"])
 
         layers[number].register_forward_pre_hook(keep, with_kwargs=True)
 
     def keep_last(module: nn.Module, args: Any, output: Any) -> None:
-        seen[len(layers)] = output[0] if isinstance(output, tuple) else output
+        seen[len(layers)] = tiny.hidden(output[0] if isinstance(output, tuple) else output)
 
     layers[-1].register_forward_hook(keep_last)
 
     def keep_projector(module: nn.Module, args: Any) -> None:
         seen["projector"] = args[0]
 
-    model.get_submodule(base + FAMILIES[family].projector).register_forward_pre_hook(keep_projector)
+    if tiny.projector is not None:
+        model.get_submodule(base + tiny.projector).register_forward_pre_hook(keep_projector)
     return seen
 
 

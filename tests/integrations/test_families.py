@@ -11,7 +11,7 @@ import transformers
 from eager import assert_same_gradients, copy_of, expected_gradients, gradients, pre_loss, watch
 from packaging.version import Version
 from pre_kernels.integrations import apply_pre, families
-from tiny_models import ALL, DEPTH, FAMILIES, IMAGE, batch, build, text_config
+from tiny_models import ALL, DEPTH, FAMILIES, IMAGE, VIDEO, batch, build, text_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ def test_tests_and_table_agree() -> None:
     assert {name for name, row in families.FAMILIES.items() if row.videos} == {n for n, t in ALL.items() if t.videos}
     for name in FAMILIES:
         parts = families.find_parts(build(name))
-        assert parts.config.model_type == name
+        assert parts.config.model_type.replace("-", "_") == name
         assert bool(parts.tokens["video"]) == FAMILIES[name].videos
 
 
@@ -288,3 +288,43 @@ def test_equal_parts_of_pixels() -> None:
     assert parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None).tolist() == [0, 0, 1, 2]  # runs
     with pytest.raises(ValueError, match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many"):
         parts(mask, "image", {"pixel_values": torch.zeros(3, 3, 8, 8)}, None)
+
+
+def test_tiles_of_zeros_are_padding() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    pixels = torch.zeros(2, 2, 3, 8, 8)
+    pixels[0, 0], pixels[1, :, 0, 0, 0] = 1, -1  # one pixel is enough
+    assert families.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [0, 0, 1, 1, 2, 2]
+    assert families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6  # a black image
+    assert families.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [0, 0, 1, 1, 1, 1]  # runs
+    with pytest.raises(ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"):
+        families.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
+
+
+def test_spatial_shapes_count_the_patches() -> None:
+    config = build("lfm2_vl").config
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
+    shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
+    assert families.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [0, 0, 1, 1, 2]
+    assert families.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
+    with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
+        families.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
+
+
+def test_image_tokens_stand_for_videos() -> None:
+    parts = families.find_parts(build("glm4v"))
+    ids = torch.tensor([[5, IMAGE, VIDEO]])
+    for name, kind in (("pixel_values", "image"), ("pixel_values_videos", "video")):
+        found = families.placeholders(parts, {"input_ids": ids, name: torch.ones(1)})
+        assert list(found) == [kind]
+        assert found[kind].tolist() == [[False, True, False]]
+
+
+def test_the_end_of_a_path_names_the_projector() -> None:
+    aya = build("aya_vision").model
+    assert families.find_parts(aya).projector is aya.multi_modal_projector.linear_1
+    janus = build("janus").model
+    aligner = janus.aligner
+    del janus.aligner
+    janus.aligner = aligner  # behind `generation_aligner`, whose name ends alike
+    assert families.find_parts(janus).projector is aligner

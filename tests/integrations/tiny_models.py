@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers as hf
+from tiny_more import MORE
+from tiny_row import DEPTH as DEPTH
+from tiny_row import (
+    END,
+    IMAGE,
+    PAD,
+    START,
+    VIDEO,
+    WIDTH,
+    WORDS,
+    Tiny,
+    bracketed,
+    grid_frames,
+    grid_image,
+    grid_pixels,
+    square_image,
+    square_pixels,
+    text_config,
+    token_types,
+)
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-WIDTH, DEPTH = 32, 4
-IMAGE, VIDEO, START, END, PAD, WORDS = 60, 61, 62, 63, 0, 50
-
-
-def text_config(**more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 128,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **more,
-    }
 
 
 def clip(kind: type) -> Any:
@@ -275,14 +274,6 @@ def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed:
     return Batch(inputs, (input_ids == IMAGE) | (input_ids == VIDEO), lengths)
 
 
-def square_image(height: int, width: int) -> list[int]:
-    return [IMAGE] * 4  # whatever the size: it is resized to 8 x 8
-
-
-def square_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(len(sizes), 3, 8, 8, generator=generator)}
-
-
 def video_llava_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values_images": torch.randn(len(sizes), 3, 8, 8, generator=generator)}
 
@@ -291,10 +282,6 @@ def square_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
     frames = {frames for frames, *_ in sizes}
     assert len(frames) == 1, "videos of one batch have the same number of frames"
     return {"pixel_values_videos": torch.randn(len(sizes), frames.pop(), 3, 8, 8, generator=generator)}
-
-
-def bracketed(height: int, width: int) -> list[int]:
-    return [START, *[IMAGE] * 4, END]
 
 
 def tiles(height: int, width: int) -> int:
@@ -334,10 +321,6 @@ def padded_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
     return {"pixel_values": pixels, "image_sizes": torch.tensor([list(s) for s in sizes])}
 
 
-def grid_image(height: int, width: int) -> list[int]:
-    return [START, *[IMAGE] * (height * width // 16), END]
-
-
 def grid_video(frames: int, height: int, width: int) -> list[int]:
     return [START, *[VIDEO] * (frames // 2 * height * width // 16), END]
 
@@ -345,18 +328,6 @@ def grid_video(frames: int, height: int, width: int) -> list[int]:
 def stamped_video(frames: int, height: int, width: int) -> list[int]:
     """From Qwen3-VL on every pair of frames stands alone, after its time in words."""
     return [5, *grid_video(2, height, width)] * (frames // 2)
-
-
-def grid_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    grid = torch.tensor([[1, h // 2, w // 2] for h, w in sizes])
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2 * 2, generator=generator)
-    return {"pixel_values": pixels, "image_grid_thw": grid}
-
-
-def grid_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    grid = torch.tensor([[f // 2, h // 2, w // 2] for f, h, w in sizes])
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2 * 2, generator=generator)
-    return {"pixel_values_videos": pixels, "video_grid_thw": grid}
 
 
 def merged_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -378,13 +349,6 @@ def merged_video(frames: int, height: int, width: int) -> list[int]:
     return [5, *[VIDEO] * (height * width // 16)] * frames
 
 
-def token_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processors of Qwen add from transformers 5 on."""
-    if "mm_token_type_ids" not in inspect.signature(hf.Qwen2VLForConditionalGeneration.forward).parameters:
-        return {}
-    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
-
-
 def image_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gemma3: images attend to themselves in both directions."""
     return {"token_type_ids": (ids == IMAGE).long()}
@@ -394,40 +358,6 @@ def prefix_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """PaliGemma: 1 for what is learnt, here all after the last image."""
     images_to_come = (ids == IMAGE).flip(-1).cumsum(-1).flip(-1)
     return {"token_type_ids": (images_to_come == 0).long()}
-
-
-def nothing(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {}
-
-
-def none(*_: Any) -> Any:
-    raise NotImplementedError("the family has no videos")
-
-
-@dataclass
-class Tiny:
-    """One family: how its model is made and its batches are written.
-
-    Attributes:
-        image: (height, width) → the ids that such an image puts into a sample; those equal to IMAGE are visual tokens.
-        pixels: (sizes of the batch's images, generator) → the forward's arguments for them.
-        video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are visual tokens.
-        extra: input_ids (B, T) → further arguments, for batches without images too.
-        text, projector: paths, written down here so that the tests do not rely on the library's search.
-    """
-
-    make: Callable[[], nn.Module]
-    image: Callable[[int, int], list[int]]
-    pixels: Callable[..., dict[str, torch.Tensor]]
-    video: Callable[[int, int, int], list[int]] = none
-    frames: Callable[..., dict[str, torch.Tensor]] = none
-    extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] = nothing
-    text: str = "model.language_model"
-    projector: str = "model.multi_modal_projector"
-
-    @property
-    def videos(self) -> bool:
-        return self.video is not none
 
 
 ANYRES = {"image": anyres_image, "pixels": anyres_pixels, "frames": square_frames}
@@ -471,6 +401,7 @@ ALL = {  # by config.model_type
         frames=merged_frames,
         projector="model.projector",
     ),
+    **MORE,
 }
 # those that the installed transformers has
 FAMILIES = {name: tiny for name, tiny in ALL.items() if name in CONFIG_MAPPING_NAMES}
