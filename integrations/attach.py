@@ -57,9 +57,10 @@ def apply_pre(
         weight: λ, finite and ≥ 0; also `handle.weight`.
         loss, activation, bias, hidden_dim: of the predictor, see `PreHead`. `hidden_dim` None: the model's width.
         anchor: "pre_llm": the visual tokens' embeddings as they enter the decoder. "pre_projector": what the projector
-            maps to them (LLaVA; Qwen-VL: the merged patches, concatenated). A callable: `anchor(inputs, rows)` gets the forward's arguments as a dict and the bool
-            mask (B, T) of the N visual tokens, and returns (B, T, z), or (N, z) in batch-major order; it runs under
-            `no_grad` after the forward and only if the batch has images; `anchor_dim` is its z.
+            maps to them (LLaVA; Qwen-VL: a token's patches, concatenated). A callable: `anchor(inputs, rows)` gets the
+            forward's arguments as a dict and the bool mask (B, T) of the N visual tokens, and returns (B, T, z), or
+            (N, z) in batch-major order; it runs under `no_grad` after the forward and only if the batch has images;
+            `anchor_dim` is its z. `EncoderAnchor` is one for an encoder of images.
         level: "patch": a term per visual token. "image": the mean over each image's (or video's) tokens of hidden
             states and anchors first, a term per image.
         weighting: "token": every visual token counts the same. "image": every image does, its tokens having the weight

@@ -111,6 +111,8 @@ def sample(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
     One draw from the default generator of the mask's device; no host sync. The share is 0-d; 1 without rows.
     """
+    if mask.numel() == 0:
+        return mask, torch.ones((), device=mask.device)
     count = mask.sum().float()
     size = (count * fraction).round().clamp(min=1)
     top = 2**62  # so many values that ties don't matter

@@ -59,9 +59,14 @@ def pre_loss(
     head: dict[str, Tensor],
     level: str = "patch",
     anchor: Tensor | None = None,
+    weighting: str = "token",
+    chosen: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for several."""
+    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for several.
+
+    `chosen` is a bool mask of the terms that were drawn, whose sum is divided by their share of the whole divisor.
+    """
     losses = []
     for index, layer in enumerate(layers):
         prefix = f"{index}." if "0.w1" in head else ""
@@ -70,7 +75,15 @@ def pre_loss(
         target = seen["embeds"][batch.visual] if anchor is None else anchor
         if level == "image":
             hidden, target = means(hidden, batch.lengths), means(target, batch.lengths)
-        losses.append(reference.pre_loss(hidden, target, w1, b1, w2, b2, **options))
+        weight = torch.ones(len(hidden))
+        if weighting == "image" and level == "patch":
+            weight = torch.tensor([1 / n for n in batch.lengths for _ in range(n)])
+        divisor = weight.sum()
+        if chosen is not None:
+            hidden, target, weight = hidden[chosen], target[chosen], weight[chosen]
+            divisor = divisor * chosen.sum() / len(chosen)
+        more = {"row_weight": weight, "normalizer": divisor}
+        losses.append(reference.pre_loss(hidden, target, w1, b1, w2, b2, **more, **options))
     return torch.stack(losses).mean()
 
 
