@@ -282,6 +282,12 @@ def _token_ids(config: Any, kind: str) -> tuple[int, ...]:
     return tuple(sorted({i for i in ids if isinstance(i, int)}))
 
 
+def visual_tokens(config: Any, inputs: Inputs) -> Tensor | None:
+    """Mask (B, T) of the image tokens in `input_ids`; None without ids, or if the config names no image token."""
+    ids, tokens = inputs.get("input_ids"), _token_ids(config, "image")
+    return torch.isin(ids, ids.new_tensor(tokens)) if torch.is_tensor(ids) and tokens else None
+
+
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
     """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
 
