@@ -13,7 +13,7 @@ from pairs import pairs
 from pre_kernels.integrations import apply_pre, objective
 from pre_kernels.integrations.families import window_order
 from pre_kernels.integrations.rows import sample
-from tiny_models import DEPTH, FAMILIES, batch, build
+from tiny_models import DEPTH, FAMILIES, IMAGE, VIDEO, batch, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import steps_torch, steps_triton
@@ -114,6 +114,29 @@ def test_pre_projector_rows_of_a_merger(family: str) -> None:
     assert anchors[0].shape == (sum(data.lengths), 4 * 24)
     projector = model.get_submodule(FAMILIES[family].projector)
     again = projector(anchors[0].reshape(-1, 24))
+    torch.testing.assert_close(again, seen["embeds"][data.visual])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_pre_projector_rows_of_images_beside_a_video(family: str) -> None:
+    data = batch(family, [[("image", 8, 16), ("text", 2)], [("image", 16, 16), ("text", 3), ("image", 8, 16)]])
+    ids, pixels = data.inputs["input_ids"], data.inputs["pixel_values"]
+    ids[1][(ids[1] == IMAGE) & (torch.arange(ids.shape[1]) < 20)] = VIDEO  # between two images
+    data.inputs |= {
+        "pixel_values": torch.cat([pixels[:32], pixels[96:]]),
+        "image_grid_thw": torch.tensor([[1, 4, 8]] * 2),
+        "pixel_values_videos": pixels[32:96],
+        "video_grid_thw": torch.tensor([[2, 4, 8]]),
+    }
+    if "mm_token_type_ids" in data.inputs:
+        data.inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    model = build(family)
+    handle = apply_pre(model, anchor="pre_projector")
+    anchors = []
+    handle.head.register_forward_pre_hook(lambda module, args: anchors.append(args[1]))
+    seen = watch(model, family)
+    model(**data.inputs)
+    again = model.get_submodule(FAMILIES[family].projector)(anchors[0].reshape(-1, 24))
     torch.testing.assert_close(again, seen["embeds"][data.visual])
 
 
