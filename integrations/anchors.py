@@ -127,7 +127,11 @@ class EncoderAnchor:
                 raise ValueError(f"anchor: {total} visual tokens are no squares of {len(pixels)} images")
             return [pixels], [(side, side)] * len(pixels)
         if grid is not None:
-            merge = self.config.vision_config.spatial_merge_size
+            merge = getattr(self.config.vision_config, "spatial_merge_size", None)
+            if merge is None or inputs.get("image_merge_sizes") is not None:
+                raise ValueError(
+                    "anchor: the model's images are merged each in its own way; pass a callable of your own"
+                )
             sizes = [tuple(size) for size in grid.tolist()]
             grids = [(height // merge, width // merge) for _, height, width in sizes]
             if any(frames != 1 for frames, *_ in sizes) or sum(h * w for h, w in grids) != total:

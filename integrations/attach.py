@@ -67,7 +67,8 @@ def apply_pre(
             1 / their number. At level "image" every image does anyway.
         fraction: in (0, 1], of the terms, drawn anew in each forward from the device's default generator: of a batch's
             N, max(1, round(fraction · N)), any as likely as others, and divided by their share of N, so that the
-            expected loss and gradient are those of all. At 1 nothing is drawn.
+            expected loss and gradient are those of all. At 1 nothing is drawn. Every process draws by itself; those
+            that are seeded alike may draw the same numbers, which biases nothing.
         anchor_dim: z of a callable anchor; None is its attribute `anchor_dim`, else the model's width.
         mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
             integer one with the number of each token's image (1, 2, ...; 0 for text).

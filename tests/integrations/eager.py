@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import FAMILIES, Batch
+from tiny_models import FAMILIES, Batch, build
 from torch import Tensor, nn
 
 from pre_kernels import reference
@@ -38,6 +38,32 @@ def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
 
     model.get_submodule(base + FAMILIES[family].projector).register_forward_pre_hook(keep_projector)
     return seen
+
+
+def projector_rows(family: str, data: Batch) -> Tensor:
+    """(N, z): for each visual token the projector's input rows that became its embedding, found by comparing outputs.
+
+    Rows that the projector merges are concatenated.
+    """
+    model = build(family)
+    entered, left = [], []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        left.append(output.flatten(0, -2))
+        entered.append(args[0].reshape(len(left[-1]), -1))
+
+    model.get_submodule(FAMILIES[family].projector).register_forward_hook(keep)
+    seen = watch(model, family)
+    with torch.no_grad():
+        model(**data.inputs)
+    # directions alone: some families scale what the projector returns
+    embedded, made = (
+        nn.functional.normalize(rows.double(), dim=-1) for rows in (seen["embeds"][data.visual], torch.cat(left))
+    )
+    distance, row = torch.cdist(embedded, made).min(1)
+    assert distance.max() < 1e-5
+    assert len(row.unique()) == len(row) == len(made)
+    return torch.cat(entered)[row]
 
 
 def copy_of(head: nn.Module) -> dict[str, Tensor]:

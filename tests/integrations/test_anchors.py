@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from eager import assert_same_gradients, expected_gradients, gradients
 from pre_kernels.integrations import EncoderAnchor, apply_pre
-from tiny_models import batch, build
+from tiny_models import FAMILIES, batch, build
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -121,6 +121,22 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
     torch.testing.assert_close(found, torch.tensor(wanted), atol=0.13, rtol=0)  # the borders repeat their pixels
 
 
+@pytest.mark.parametrize("family", [f for f in ("vipllava", "internvl", "gemma3", "paligemma") if f in FAMILIES])
+def test_square_images_of_other_families(family: str) -> None:
+    """Colours are the places: (row, column, number of the image or tile)."""
+    data = batch(family)
+    height, width = data.inputs["pixel_values"].shape[2:]
+    y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    images = len(data.inputs["pixel_values"])
+    data.inputs["pixel_values"] = torch.stack([torch.stack([y, x, torch.full_like(y, n)]) for n in range(images)])
+    anchor = EncoderAnchor(Pooled(1), build(family), **SAME, size=height, mode="area", anchor_dim=3)
+    found = anchor(data.inputs, data.visual).view(images, -1, 3)
+    side = int(found.shape[1] ** 0.5)
+    half = (height / side - 1) / 2 / height  # from a token's first pixel to its middle
+    wanted = [[[i / side + half, j / side + half, n] for i in range(side) for j in range(side)] for n in range(images)]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
 def test_masked_dummy_images_have_no_anchor() -> None:
     data = batch("llava", [[("image", 8, 8), ("text", 4)]] * 3)
     anchor = EncoderAnchor(Pooled(), build("llava"), **SAME, size=8, anchor_dim=3)
@@ -208,6 +224,7 @@ UNFIT = [
     ("llava", {"image_sizes": torch.ones(3, 2)}, ValueError, "the batch has image_sizes"),
     ("llava", {"pixel_values_videos": torch.ones(1)}, ValueError, "the batch has videos"),
     ("qwen2_vl", {"image_grid_thw": torch.tensor([[1, 4, 4]])}, ValueError, "does not make the batch's 20 visual"),
+    ("qwen2_vl", {"image_merge_sizes": torch.ones(3)}, ValueError, "merged each in its own way"),
     ("qwen2_vl", {"pixel_values": torch.zeros(80, 23)}, ValueError, "a patch has 23 values, want 3 · 2 · 2²"),
 ]
 
