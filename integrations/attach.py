@@ -17,6 +17,7 @@ from .objective import Objective, no_dtensor
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
+WEIGHTINGS = ("token", "image")
 
 
 def apply_pre(
@@ -34,6 +35,8 @@ def apply_pre(
     mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
     text_model: str | nn.Module | None = None,
     layers: str | nn.ModuleList | None = None,
+    weighting: str = "token",
+    fraction: float = 1.0,
     impl: str = "auto",
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
@@ -54,12 +57,19 @@ def apply_pre(
         weight: λ, finite and ≥ 0; also `handle.weight`.
         loss, activation, bias, hidden_dim: of the predictor, see `PreHead`. `hidden_dim` None: the model's width.
         anchor: "pre_llm": the visual tokens' embeddings as they enter the decoder. "pre_projector": what the projector
-            maps to them (LLaVA). A callable: `anchor(inputs, rows)` gets the forward's arguments as a dict and the bool
-            mask (B, T) of the N visual tokens, and returns (B, T, z), or (N, z) in batch-major order; it runs under
-            `no_grad` after the forward and only if the batch has images; `anchor_dim` is its z.
+            maps to them (LLaVA; Qwen-VL: a token's patches, concatenated). A callable: `anchor(inputs, rows)` gets the
+            forward's arguments as a dict and the bool mask (B, T) of the N visual tokens, and returns (B, T, z), or
+            (N, z) in batch-major order; it runs under `no_grad` after the forward and only if the batch has images;
+            `anchor_dim` is its z. `EncoderAnchor` is one for an encoder of images.
         level: "patch": a term per visual token. "image": the mean over each image's (or video's) tokens of hidden
             states and anchors first, a term per image.
-        anchor_dim: z of a callable anchor; None is the model's width.
+        weighting: "token": every visual token counts the same. "image": every image does, its tokens having the weight
+            1 / their number. At level "image" every image does anyway.
+        fraction: in (0, 1], of the terms, drawn anew in each forward from the device's default generator: of a batch's
+            N, max(1, round(fraction · N)), any as likely as others, and divided by their share of N, so that the
+            expected loss and gradient are those of all. At 1 nothing is drawn. Every process draws by itself; those
+            that are seeded alike may draw the same numbers, which biases nothing.
+        anchor_dim: z of a callable anchor; None is its attribute `anchor_dim`, else the model's width.
         mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
             integer one with the number of each token's image (1, 2, ...; 0 for text).
         text_model: the module (or its path) whose `.layers` are the decoder's, where it is not found by itself.
@@ -79,6 +89,8 @@ def apply_pre(
     if find_handle(model) is not None or hasattr(model, ATTRIBUTE):
         raise RuntimeError(f"model: {type(model).__name__} has PRe attached already; call handle.remove() first")
     choice("level", level, LEVELS)
+    choice("weighting", weighting, WEIGHTINGS)
+    _check_fraction(fraction)
     choice("impl", impl, IMPLEMENTATIONS)
     if not callable(anchor):
         choice("anchor", anchor, ANCHORS)
@@ -100,9 +112,8 @@ def apply_pre(
     if anchor == "pre_projector":
         anchor_dim = _projector_width(parts)
     elif anchor_dim is None:
-        anchor_dim = width
-    else:
-        checks.width("anchor_dim", anchor_dim)
+        anchor_dim = getattr(anchor, "anchor_dim", width)
+    checks.width("anchor_dim", anchor_dim)
 
     heads = []
     for number in numbers:
@@ -120,7 +131,15 @@ def apply_pre(
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
-    return PreHandle(model, Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl), head, weight)
+    objective = Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl, weighting, float(fraction))
+    return PreHandle(model, objective, head, weight)
+
+
+def _check_fraction(fraction: Any) -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"fraction: got {type(fraction).__name__}, want a number in (0, 1]")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
 
 
 def _layers(layer: Any, depth: int) -> tuple[int, ...]:

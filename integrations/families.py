@@ -110,6 +110,47 @@ def active(states: Tensor, config: Any) -> Tensor:
     return states[text_config(config).altup_active_idx]
 
 
+def joined(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
+    """The projector's input has one row for each visual token."""
+    return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in entered])
+
+
+def merged(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
+    """The projector concatenates `spatial_merge_size`² neighbouring rows to one visual token."""
+    cells = config.vision_config.spatial_merge_size**2
+    return torch.cat([rows.reshape(-1, cells * rows.shape[-1]) for rows in entered])
+
+
+def merged_windows(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
+    """As `merged`, but an image's tokens come window by window; this puts them back in the order of the image."""
+    rows = merged(entered, inputs, config)
+    pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+    grid = torch.cat([inputs[f"{kind}_grid_thw"] for kind, name in pixels.items() if inputs.get(name) is not None])
+    vision = config.vision_config
+    order = window_order(
+        grid.to(rows.device)
+        // grid.new_tensor([1, vision.spatial_merge_size, vision.spatial_merge_size]).to(rows.device),
+        vision.window_size // vision.patch_size // vision.spatial_merge_size,
+        len(rows),
+    )
+    return torch.empty_like(rows).index_copy(0, order, rows)
+
+
+def window_order(grid: Tensor, side: int, total: int) -> Tensor:
+    """The place (`total`,) in its image's row-major order of each token, windows of `side`² tokens one after another.
+
+    Args:
+        grid: (images, 3): frames, rows and columns of tokens; its product adds up to `total`.
+    """
+    images = torch.arange(len(grid), device=grid.device).repeat_interleave(grid.prod(-1), output_size=total)
+    index = torch.arange(total, device=grid.device)
+    start = grid.prod(-1).cumsum(0) - grid.prod(-1)
+    _, height, width = grid[images].unbind(-1)
+    place = (index - start[images]) % (height * width)
+    # tokens of a window share its first token's index, and windows are in the order of those
+    return (index - place // width % side * width - place % width % side).argsort(stable=True)
+
+
 @dataclass(frozen=True)
 class Family:
     """What differs between families; every default is the generic rule.
@@ -118,8 +159,9 @@ class Family:
         images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's arguments, config) → the
             number (N,) of each visual token's image, counted from 0 in batch-major order; a video counts as an image,
             and so does each tile of an image where other tokens stand between the tiles.
-        projector: end of the path of the module whose input rows are the visual tokens one to one, for
-            anchor="pre_projector".
+        projector: end of the path of the module whose input rows are the visual tokens, for anchor="pre_projector".
+        projector_rows: (what entered it in each of its calls in a forward, the forward's arguments, config) → (M, z), a
+            row for each visual token, all images' first and then all videos'.
         text: path of the text model, whose `.layers` are the decoder layers.
         image_inputs, video_inputs: arguments of the forward, one of which is there when the batch has images (videos).
         video_token: the kind of token that stands for a video, if not its own.
@@ -136,6 +178,7 @@ class Family:
     video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_embeds")
     video_token: str = "video"
     hidden: Callable[[Tensor, Any], Tensor] = same
+    projector_rows: Callable[[list[Tensor], Inputs, Any], Tensor] = joined
     name: str = ""
     since: str = "4.57"
     videos: bool = False
@@ -150,12 +193,12 @@ FAMILIES = {  # by config.model_type
     "llava_next_video": Family(runs_or_parts, name="LLaVA-NeXT-Video", videos=True),
     "llava_onevision": Family(runs_or_parts, name="LLaVA-OneVision", videos=True),
     "vipllava": Family(equal_parts, LLAVA_PROJECTOR, name="VipLLaVA"),
-    "qwen2_vl": Family(grids, name="Qwen2-VL", videos=True),
-    "qwen2_5_vl": Family(grids, name="Qwen2.5-VL", videos=True),
-    "qwen3_vl": Family(grids, name="Qwen3-VL", videos=True),
-    "qwen3_vl_moe": Family(grids, name="Qwen3-VL-MoE", videos=True),
-    "qwen3_5": Family(grids, name="Qwen3.5", since="5.2", videos=True),
-    "qwen3_5_moe": Family(grids, name="Qwen3.5", since="5.2", videos=True),
+    "qwen2_vl": Family(grids, "merger", projector_rows=merged, name="Qwen2-VL", videos=True),
+    "qwen2_5_vl": Family(grids, "merger", projector_rows=merged_windows, name="Qwen2.5-VL", videos=True),
+    "qwen3_vl": Family(grids, "merger", projector_rows=merged, name="Qwen3-VL", videos=True),
+    "qwen3_vl_moe": Family(grids, "merger", projector_rows=merged, name="Qwen3-VL-MoE", videos=True),
+    "qwen3_5": Family(grids, "merger", projector_rows=merged, name="Qwen3.5", since="5.2", videos=True),
+    "qwen3_5_moe": Family(grids, "merger", projector_rows=merged, name="Qwen3.5", since="5.2", videos=True),
     # an image is several tiles, a frame of a video an image
     "internvl": Family(runs, LLAVA_PROJECTOR, name="InternVL"),
     # its projector pools patches, and so does Mistral3's: their input is not one row for a token
@@ -296,6 +339,12 @@ def _find_layers(
 def _token_ids(config: Any, kind: str) -> tuple[int, ...]:
     ids = (getattr(config, f"{kind}_token_{suffix}", None) for suffix in ("id", "index"))
     return tuple(sorted({i for i in ids if isinstance(i, int)}))
+
+
+def visual_tokens(config: Any, inputs: Inputs) -> Tensor | None:
+    """Mask (B, T) of the image tokens in `input_ids`; None without ids, or if the config names no image token."""
+    ids, tokens = inputs.get("input_ids"), _token_ids(config, "image")
+    return torch.isin(ids, ids.new_tensor(tokens)) if torch.is_tensor(ids) and tokens else None
 
 
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:

@@ -96,3 +96,26 @@ def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = torch.zeros(len(sizes), rows.shape[-1], dtype=wide, device=rows.device).index_add(0, index, rows.to(wide))
     return (total / sizes[:, None]).to(rows.dtype)
+
+
+def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T): 1 / the tokens of its image for each row under `mask`, 0 elsewhere; and the number of images, 0-d."""
+    _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
+    weights = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    weights[mask] = 1 / sizes[index].to(mask.device, weights.dtype)
+    return weights, torch.tensor(len(sizes))
+
+
+def sample(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """`mask` with max(1, round(`fraction` · N)) of its N rows, every such subset being as likely; and their share of N.
+
+    One draw from the default generator of the mask's device; no host sync. The share is 0-d; 1 without rows.
+    """
+    if mask.numel() == 0:
+        return mask, torch.ones((), device=mask.device)
+    count = mask.sum().float()
+    size = (count * fraction).round().clamp(min=1)
+    top = 2**62  # so many values that ties don't matter
+    draws = torch.randint(top, mask.shape, device=mask.device).masked_fill(~mask, top)
+    last = draws.flatten().sort().values.gather(0, size.long().view(1) - 1)
+    return mask & (draws <= last), size / count.clamp(min=1)

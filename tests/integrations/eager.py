@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import FAMILIES, Batch
+from tiny_models import FAMILIES, Batch, build
 from torch import Tensor, nn
 
 from pre_kernels import reference
@@ -47,6 +47,32 @@ def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
     return seen
 
 
+def projector_rows(family: str, data: Batch) -> Tensor:
+    """(N, z): for each visual token the projector's input rows that became its embedding, found by comparing outputs.
+
+    Rows that the projector merges are concatenated.
+    """
+    model = build(family)
+    entered, left = [], []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        left.append(output.flatten(0, -2))
+        entered.append(args[0].reshape(len(left[-1]), -1))
+
+    model.get_submodule(FAMILIES[family].projector).register_forward_hook(keep)
+    seen = watch(model, family)
+    with torch.no_grad():
+        model(**data.inputs)
+    # directions alone: some families scale what the projector returns
+    embedded, made = (
+        nn.functional.normalize(rows.double(), dim=-1) for rows in (seen["embeds"][data.visual], torch.cat(left))
+    )
+    distance, row = torch.cdist(embedded, made).min(1)
+    assert distance.max() < 1e-5
+    assert len(row.unique()) == len(row) == len(made)
+    return torch.cat(entered)[row]
+
+
 def copy_of(head: nn.Module) -> dict[str, Tensor]:
     """The head's parameters as leaves of their own."""
     return {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
@@ -66,9 +92,14 @@ def pre_loss(
     head: dict[str, Tensor],
     level: str = "patch",
     anchor: Tensor | None = None,
+    weighting: str = "token",
+    chosen: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for several."""
+    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for several.
+
+    `chosen` is a bool mask of the terms that were drawn, whose sum is divided by their share of the whole divisor.
+    """
     losses = []
     for index, layer in enumerate(layers):
         prefix = f"{index}." if "0.w1" in head else ""
@@ -77,7 +108,15 @@ def pre_loss(
         target = seen["embeds"][batch.visual] if anchor is None else anchor
         if level == "image":
             hidden, target = means(hidden, batch.lengths), means(target, batch.lengths)
-        losses.append(reference.pre_loss(hidden, target, w1, b1, w2, b2, **options))
+        weight = torch.ones(len(hidden))
+        if weighting == "image" and level == "patch":
+            weight = torch.tensor([1 / n for n in batch.lengths for _ in range(n)])
+        divisor = weight.sum()
+        if chosen is not None:
+            hidden, target, weight = hidden[chosen], target[chosen], weight[chosen]
+            divisor = divisor * chosen.sum() / len(chosen)
+        more = {"row_weight": weight, "normalizer": divisor}
+        losses.append(reference.pre_loss(hidden, target, w1, b1, w2, b2, **more, **options))
     return torch.stack(losses).mean()
 
 

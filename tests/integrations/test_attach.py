@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients, means, watch
+from eager import assert_same_gradients, expected_gradients, gradients, means, projector_rows, watch
 from pre_kernels.integrations import apply_pre, families, find_handle
-from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEO, VIDEOS, WIDTH, Batch, batch, build
+from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEOS, WIDTH, Batch, batch, build
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -279,14 +279,8 @@ def test_pre_projector_anchor(family: str) -> None:
     tiny = FAMILIES[family]
     data = batch(family, tiny.clips or VIDEOS if tiny.videos else PLAIN)
     loss, found, handle, _ = run(family, data, anchor="pre_projector")
-    twin, seen = build(family), []
-    twin.get_submodule(FAMILIES[family].projector).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        twin(**data.inputs)
-    anchor = torch.zeros(*data.visual.shape, handle.head.out_dim)
-    for token, rows in zip((IMAGE, VIDEO), seen, strict=False):
-        anchor[data.inputs["input_ids"] == token] = rows.flatten(0, -2)
-    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], anchor=anchor[data.visual])
+    anchor = projector_rows(family, data)
+    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], anchor=anchor)
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
 

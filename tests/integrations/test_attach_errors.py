@@ -37,6 +37,13 @@ BAD = [
     ({"anchor": 3}, ValueError, "anchor: got 3"),
     ({"anchor_dim": 8}, ValueError, "anchor_dim: got 8 with anchor='pre_llm'"),
     ({"level": "token"}, ValueError, "level: got 'token', want one of 'patch', 'image'"),
+    ({"weighting": "patch"}, ValueError, "weighting: got 'patch', want one of 'token', 'image'"),
+    ({"fraction": 0}, ValueError, r"fraction: got 0, want a number in \(0, 1\]"),
+    ({"fraction": 1.5}, ValueError, "fraction: got 1.5"),
+    ({"fraction": float("nan")}, ValueError, "fraction: got nan"),
+    ({"fraction": "half"}, TypeError, "fraction: got str"),
+    ({"fraction": True}, TypeError, "fraction: got bool"),
+    ({"anchor": print, "anchor_dim": 0}, ValueError, "anchor_dim: got 0"),
     ({"mask_fn": torch.ones(2)}, TypeError, "mask_fn: got Tensor"),
     ({"text_model": "model.vision_tower"}, ValueError, r"no decoder layers .*pass text_model="),
     ({"text_model": "model.nothing"}, ValueError, "text_model: .*model.nothing"),
@@ -135,6 +142,7 @@ def test_pre_projector_with_other_rows_than_tokens() -> None:
         (torch.zeros(12), ValueError, r"anchor: got shape \(12,\)"),
         (torch.zeros(12, 6), ValueError, r"anchor: got shape \(12, 6\), want width 5 \(anchor_dim\)"),
         ([1.0], TypeError, "anchor: the callable returned list"),
+        (torch.zeros(12, 5, dtype=torch.long), TypeError, "anchor: the callable returned torch.int64, want a floating"),
     ],
 )
 def test_bad_callable_anchor(returned: Any, error: type[Exception], message: str) -> None:

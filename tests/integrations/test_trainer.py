@@ -72,6 +72,26 @@ def test_with_the_patch_every_visual_token_weighs_the_same(
     assert "backward" not in vars(trainer.accelerator)
 
 
+TWO_SIZES = [
+    [("text", 2), ("image", 8, 8), ("text", 3), ("image", 8, 16), ("text", 4)],
+    [("image", 16, 16), ("text", 4)],
+    [("text", 7)],
+    [("text", 3), ("image", 8, 8), ("text", 6)],
+]
+
+
+@pytest.mark.parametrize("level", ["patch", "image"])
+def test_with_the_patch_every_image_weighs_the_same(level: str, tmp_path: Path) -> None:
+    family, images = "qwen2_5_vl", 4
+    for accumulation in (1, 2, 4):
+        found, handle, _ = train(
+            family, TWO_SIZES, tmp_path, accumulation, patched=True, level=level, weighting="image"
+        )
+        wanted = by_hand(family, TWO_SIZES, handle, [1 / images] * 4, "sum", level, "image")
+        assert_head(found, wanted)
+        assert handle.count(collate(family, TWO_SIZES)([0, 1, 2, 3])) == images
+
+
 @both
 def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(family: str, tmp_path: Path) -> None:
     found, handle, _ = train(family, UNEQUAL_IMAGES, tmp_path, 4, patched=True)

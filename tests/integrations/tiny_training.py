@@ -109,11 +109,12 @@ def train(
     patched: bool = False,
     trainer_class: type = InOrder,
     level: str = "patch",
+    weighting: str = "token",
     **more: Any,
 ) -> tuple[dict[str, torch.Tensor], Any, Any]:
     """(the first step's gradients, the handle, the trainer)."""
     model = build(family)
-    handle = apply_pre(model, level=level)
+    handle = apply_pre(model, level=level, weighting=weighting)
     recorder = Recorder()
     with patch_trainer() if patched else contextlib.nullcontext():
         trainer = trainer_class(
@@ -128,7 +129,13 @@ def train(
 
 
 def by_hand(
-    family: str, samples: list[Any], handle: Any, weights: list[float], reduction: str, level: str = "patch"
+    family: str,
+    samples: list[Any],
+    handle: Any,
+    weights: list[float],
+    reduction: str,
+    level: str = "patch",
+    weighting: str = "token",
 ) -> dict[str, torch.Tensor]:
     """The head's gradient of 0.5 · Σ_i weights[i] · L_PRe(sample i), on a fresh model with the fresh head."""
     model = build(family)
@@ -139,7 +146,7 @@ def by_hand(
     for index, (sample, weight) in enumerate(zip(samples, weights, strict=True)):
         data = batch(family, [sample], seed=index)
         model(**data.inputs)
-        (0.5 * weight * pre_loss(seen, data, [2], head, level, reduction=reduction)).backward()
+        (0.5 * weight * pre_loss(seen, data, [2], head, level, weighting=weighting, reduction=reduction)).backward()
     return {f"pre_head.{n}": p.grad for n, p in head.items()} | {
         n: p.grad for n, p in model.named_parameters() if p.grad is not None
     }

@@ -1,0 +1,37 @@
+"""A short list of cases in which every pair of values of two axes occurs."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def pairs(
+    axes: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = lambda case: True
+) -> list[dict[str, Any]]:
+    """Cases {axis: value}, in the order of their gain: every pair of values of two axes that an allowed case has is in
+    one of them. Greedy over the full product, so the same list each time; values need not be hashable."""
+
+    def covers(case: Sequence[int]) -> set[Any]:
+        return set(itertools.combinations(enumerate(case), 2 if len(axes) > 1 else 1))
+
+    def values(case: Sequence[int]) -> dict[str, Any]:
+        return {name: axes[name][index] for name, index in zip(axes, case, strict=True)}
+
+    product = itertools.product(*(range(len(options)) for options in axes.values()))
+    candidates = [case for case in product if allowed(values(case))]
+    missing = set().union(*map(covers, candidates))
+    # a case's gain only falls, so its last known one bounds it: recompute at the top of the heap alone
+    heap = [(-(len(axes) ** 2), case) for case in candidates]
+    found = []
+    while missing:
+        _, case = heapq.heappop(heap)
+        gain = len(covers(case) & missing)
+        if heap and gain < -heap[0][0]:
+            heapq.heappush(heap, (-gain, case))
+            continue
+        missing -= covers(case)
+        found.append(values(case))
+    return found

@@ -1,0 +1,332 @@
+"""What the paper ablates, as options of apply_pre: every pair of their values, and what each promises."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from eager import assert_same_gradients, expected_gradients, gradients, projector_rows, watch
+from pairs import pairs
+from pre_kernels.integrations import apply_pre, objective
+from pre_kernels.integrations.families import window_order
+from pre_kernels.integrations.rows import sample
+from tiny_models import DEPTH, FAMILIES, batch, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pre_kernels import steps_torch, steps_triton
+
+SIZES = [[("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)], [("image", 16, 16), ("text", 5)]]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The masks that `sample` returns."""
+    masks = []
+
+    def keep(mask: torch.Tensor, fraction: float) -> Any:
+        found = sample(mask, fraction)
+        masks.append(found[0])
+        return found
+
+    monkeypatch.setattr(objective, "sample", keep)
+    return masks
+
+
+AXES = {
+    "family": ["llava", "qwen2_5_vl"],
+    "loss": ["cosine", "mse", "smooth_l1"],
+    "level": ["patch", "image"],
+    "weighting": ["token", "image"],
+    "fraction": [1.0, 0.4],
+    "anchor": ["pre_llm", "pre_projector", "(N, z)", "(B, T, z)"],
+    "layer": [None, DEPTH, [1, 3]],
+    "checkpointing": [None, False, True],
+    "impl": ["auto", "triton", "blas"],
+}
+CASES = pairs(AXES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, c.values())) for c in CASES])
+def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) -> None:
+    family, layer, level, fraction = (case[name] for name in ("family", "layer", "level", "fraction"))
+    data = batch(family, SIZES)
+    options = {name: case[name] for name in ("loss", "level", "weighting", "fraction", "impl")}
+    target = None
+    if case["anchor"] in ("pre_llm", "pre_projector"):
+        options["anchor"] = case["anchor"]
+        target = projector_rows(family, data) if case["anchor"] == "pre_projector" else None
+    else:
+        whole = torch.randn(*data.visual.shape, 7)
+        target = whole[data.visual]
+        returned = target if case["anchor"] == "(N, z)" else whole
+        options |= {"anchor": lambda inputs, rows: returned, "anchor_dim": 7}
+
+    model = build(family)
+    if case["checkpointing"] is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case["checkpointing"]})
+    handle = apply_pre(model, layer, **options)
+    loss = model(**data.inputs).loss
+    loss.backward()
+
+    terms = len(data.lengths) if level == "image" else sum(data.lengths)
+    chosen = None
+    if fraction < 1:
+        (mask,) = drawn
+        chosen = mask if level == "image" else mask[data.visual]
+        assert int(mask.sum()) == int(chosen.sum()) == round(fraction * terms)
+    layers = [DEPTH // 2] if layer is None else [layer] if isinstance(layer, int) else layer
+    plain = {"loss": case["loss"], "level": level, "weighting": case["weighting"], "anchor": target, "chosen": chosen}
+    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, layers, **plain)
+    torch.testing.assert_close(loss.detach(), wanted_loss)
+    assert_same_gradients(gradients(model), wanted)
+    by_image = "image" in (level, case["weighting"])
+    assert handle.metrics()["pre_rows"] == handle.count(data.inputs) == (len(data.lengths) if by_image else terms)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_pre_projector_rows_of_a_merger(family: str) -> None:
+    """Images of which a window is cut off at the border; the projector maps each anchor to its token's embedding."""
+    data = batch(family, [[("image", 12, 20), ("text", 2), ("image", 4, 12), ("text", 3)], [("image", 20, 8)]])
+    model = build(family)
+    handle = apply_pre(model, anchor="pre_projector")
+    anchors = []
+    handle.head.register_forward_pre_hook(lambda module, args: anchors.append(args[1]))
+    seen = watch(model, family)
+    model(**data.inputs)
+    assert anchors[0].shape == (sum(data.lengths), 4 * 24)
+    projector = model.get_submodule(FAMILIES[family].projector)
+    again = projector(anchors[0].reshape(-1, 24))
+    torch.testing.assert_close(again, seen["embeds"][data.visual])
+
+
+def test_window_order_of_videos() -> None:
+    grid = torch.tensor([[2, 3, 5], [1, 4, 4], [3, 1, 7]])
+    wanted, offset = [], 0
+    for frames, height, width in grid.tolist():
+        for frame, top, left in itertools.product(range(frames), range(0, height, 2), range(0, width, 2)):
+            for y, x in itertools.product(range(top, min(top + 2, height)), range(left, min(left + 2, width))):
+                wanted.append(offset + (frame * height + y) * width + x)
+        offset += frames * height * width
+    assert window_order(grid, 2, offset).tolist() == wanted
+
+
+def test_sample_draws_every_subset_alike() -> None:
+    torch.manual_seed(3)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()
+    found: dict[tuple[int, ...], int] = {}
+    draws = 6000
+    for _ in range(draws):
+        chosen, share = sample(mask, 0.5)
+        assert share == 0.5
+        key = tuple(chosen.flatten().nonzero().flatten().tolist())
+        found[key] = found.get(key, 0) + 1
+    assert found.keys() == set(itertools.combinations([0, 2, 3, 5], 2))
+    sigma = (draws * (1 / 6) * (5 / 6)) ** 0.5
+    assert all(abs(n - draws / 6) < 5 * sigma for n in found.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "size"), [(7, 0.3, 2), (7, 0.01, 1), (7, 0.99, 7), (1, 0.5, 1), (0, 0.5, 0)]
+)
+def test_sample_sizes(rows: int, fraction: float, size: int) -> None:
+    mask = torch.arange(9) < rows
+    chosen, share = sample(mask, fraction)
+    assert int(chosen.sum()) == size
+    assert not (chosen & ~mask).any()
+    assert share == (size / rows if rows else 1)
+
+
+@pytest.mark.parametrize(("level", "weighting"), [("patch", "token"), ("patch", "image"), ("image", "token")])
+def test_the_mean_over_all_draws_is_the_whole(level: str, weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every subset that can be drawn, alike: loss and every gradient."""
+    data = batch("qwen2_vl", [[("image", 4, 12), ("text", 3), ("image", 4, 8), ("text", 2)]])
+    state = apply_pre(build("qwen2_vl")).head.state_dict()
+
+    def step(**options: Any) -> Any:
+        model = build("qwen2_vl")
+        handle = apply_pre(model, level=level, weighting=weighting, **options)
+        handle.head.load_state_dict(state)
+        loss = model(**data.inputs).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {k: v for k, v in gradients(model).items() if v is not None}
+
+    terms, size = (2, 1) if level == "image" else (5, 2)
+    sums: dict[str, torch.Tensor] = {}
+    subsets = list(itertools.combinations(range(terms), size))
+    for subset in subsets:
+
+        def draw(mask: torch.Tensor, fraction: float, subset: Any = subset) -> Any:
+            chosen = torch.zeros_like(mask)
+            chosen[tuple(mask.nonzero()[list(subset)].T)] = True
+            return chosen, torch.tensor(fraction)
+
+        monkeypatch.setattr(objective, "sample", draw)
+        for name, value in step(fraction=size / terms).items():
+            sums[name] = sums.get(name, 0) + value / len(subsets)
+    assert_same_gradients(sums, step())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_draw_is_made_once_per_forward(reentrant: bool, drawn: list[torch.Tensor]) -> None:
+    model, data = build("llava"), batch("llava")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    apply_pre(model, [1, 3], fraction=0.5)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        loss = model(**data.inputs).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert len(drawn) == 3
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_whole_draws_no_random_number() -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    before = torch.get_rng_state()
+    model(**data.inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+    handle._objective.fraction = 0.5
+    model(**data.inputs)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("impl", "whole", "third"), [("torch", 12, 4), ("blas", 40, 14), ("triton", 12, 4)])
+def test_the_head_computes_the_share_alone(impl: str, whole: int, third: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the products: those there are, for "blas" a bound of them (of the batch's 40 tokens without one)."""
+    computed = []
+    for steps in (steps_torch.TorchSteps, steps_triton.TritonSteps):
+        select = steps.select
+
+        def kept(problem: Any, select: Any = select) -> Any:
+            selection = select(problem)
+            computed.append(selection.capacity if impl == "blas" or selection.count is None else int(selection.count))
+            return selection
+
+        monkeypatch.setattr(steps, "select", staticmethod(kept))
+    for options in ({}, {"fraction": 1 / 3}, {"weight": 0, "fraction": 0.5}):
+        model, data = build("llava"), batch("llava")
+        apply_pre(model, impl=impl, **options)
+        model(**data.inputs)
+    assert computed == [whole, third]
+
+
+class Waits(TorchDispatchMode):
+    """The operators that read the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(
+            word in str(func) for word in ("item", "local_scalar", "nonzero", "masked_select", "unique", "aten.equal")
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("divisor", [None, torch.tensor(5.0)], ids=["mean", "divisor"])
+def test_a_fraction_costs_no_host_sync(divisor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Waits()
+    original = objective.Objective._terms
+
+    def watched(self: Any, seen: Any, rows: Any, given: Any) -> Any:
+        with waits:
+            return original(self, seen, rows, divisor)
+
+    monkeypatch.setattr(objective.Objective, "_terms", watched)
+    model = build("llava")
+    apply_pre(model, fraction=0.5)
+    model(**batch("llava").inputs)
+    assert waits.found == []
+    with waits:  # it sees them
+        bool(torch.ones(1))
+    assert waits.found
+
+
+@pytest.mark.parametrize(
+    "options", [{"weighting": "image"}, {"fraction": 0.5}, {"weighting": "image", "fraction": 0.5}]
+)
+@pytest.mark.parametrize("level", ["patch", "image"])
+@pytest.mark.parametrize("dummy", [False, True], ids=["text", "masked"])
+def test_batches_without_terms(options: dict[str, Any], level: str, dummy: bool) -> None:
+    data = batch("llava", [[("image", 8, 8), ("text", 4)]] if dummy else [[("text", 6)]])
+    if dummy:
+        data.inputs["attention_mask"][0, :5] = 0
+    model = build("llava")
+    handle = apply_pre(model, level=level, **options)
+    loss = model(**data.inputs).loss
+    loss.backward()
+    assert loss == build("llava")(**data.inputs).loss
+    assert handle.count(data.inputs) == handle.metrics()["pre_rows"] == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in handle.head.parameters())
+
+
+def test_weighting_counts_tokens_that_are_not_masked() -> None:
+    data = batch("llava", [[("image", 8, 8), ("text", 4)], [("image", 8, 8), ("text", 4)]])
+    data.inputs["attention_mask"][1, :3] = 0  # leaves two of four tokens
+    model = build("llava")
+    handle = apply_pre(model, weighting="image")
+    loss = model(**data.inputs).loss
+    data.visual[1, :3] = False
+    data.lengths = [4, 2]
+    wanted, _ = expected_gradients(build("llava"), "llava", data, handle.head, [2], weighting="image")
+    torch.testing.assert_close(loss.detach(), wanted)
+
+
+def test_an_anchor_that_requires_grad_is_detached() -> None:
+    model, data = build("llava"), batch("llava")
+    target = torch.randn(12, 7, requires_grad=True)
+    apply_pre(model, anchor=lambda inputs, rows: target, anchor_dim=7)
+    model(**data.inputs).loss.backward()
+    assert target.grad is None
+
+
+def test_an_anchor_that_raises_keeps_its_traceback_and_leaves_nothing() -> None:
+    model, data = build("llava"), batch("llava")
+    broken = True
+
+    def anchor(inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        if broken:
+            raise KeyError("encoder")
+        return torch.zeros(12, 7)
+
+    handle = apply_pre(model, anchor=anchor, anchor_dim=7)
+    with pytest.raises(KeyError, match=r"encoder") as caught:
+        model(**data.inputs)
+    assert "anchor" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert handle._capture.seen is None
+    assert handle._capture.inside is False
+    with pytest.raises(KeyError, match=r"encoder"), handle.defer(4.0) as deferred:
+        model(**data.inputs)
+    assert deferred.terms == []
+    broken = False
+    assert torch.is_grad_enabled()
+    model(**data.inputs).loss.backward()
+    assert handle.metrics()["pre_forwards"] == 1
+
+
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRE_KERNELS_DEBUG", "1")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_debugging_finds_anchors_that_are_not_finite(flat: bool, debug: None) -> None:
+    data = batch("llava")
+    whole = torch.full((*data.visual.shape, 7), float("nan"))  # text rows may be anything
+    whole[data.visual] = 1
+    for name, bad in (("good", 0), ("bad", 2)):
+        whole[0, 4 : 4 + bad, 0] = float("inf")
+        model = build("llava")
+        apply_pre(model, anchor=lambda inputs, rows: whole[rows] if flat else whole, anchor_dim=7)
+        if name == "good":
+            assert model(**data.inputs).loss.isfinite()
+        else:
+            with pytest.raises(ValueError, match=r"anchor: got nan or inf in 2 of 12 visual tokens"):
+                model(**data.inputs)
