@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .capture import Seen
 from .families import Parts
+from .parallel import Group
 from .rows import Rows, find_rows, pool
 
 
@@ -25,6 +26,7 @@ class Objective:
     level: str
     mask_fn: Callable[[dict[str, Any]], Tensor] | None
     impl: str
+    group: Group | None = None
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """The number of terms (visual tokens, or images) in the loss of a forward with these arguments, 0-d."""
@@ -37,15 +39,20 @@ class Objective:
 
     def losses(
         self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Each layer's loss, 0-d, on its own device: the mean over the terms, or Σℓ / `divisor`; and their number."""
+    ) -> tuple[list[Tensor], Tensor, Tensor | float | None]:
+        """Each layer's loss, 0-d, on its own device: the mean over the terms, or Σℓ / divisor; their number; divisor.
+
+        Without a `divisor` a group's is used, if there is one.
+        """
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
-        options: dict[str, Any] = {"impl": self.impl} | ({} if divisor is None else {"normalizer": divisor})
+        options: dict[str, Any] = {"impl": self.impl}
         if rows is None:
-            return self._without_rows(seen, heads, options), torch.zeros((), dtype=torch.long)
+            none = torch.zeros((), dtype=torch.long)
+            options["normalizer"] = divisor = self._divisor(none, divisor, hidden[0].device)
+            return self._without_rows(seen, heads, options), none, divisor
 
         rows.check(hidden[0])
         numbers = None
@@ -55,6 +62,7 @@ class Objective:
                 numbers = rows.images(self.parts, seen.inputs)
                 anchor = pool(anchor, rows.mask.to(anchor.device), numbers.to(anchor.device))
         count = rows.mask.sum() if numbers is None else torch.tensor(len(anchor))
+        options["normalizer"] = divisor = self._divisor(count, divisor, hidden[0].device)
 
         found = []
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
@@ -64,7 +72,12 @@ class Objective:
                 state, selected = pool(state, rows.mask.to(device), numbers.to(device)), None
             with seen.autocast_of(number):
                 found.append(head(state, anchor.to(device), selected, **_on(device, options)))
-        return found, count
+        return found, count, divisor
+
+    def _divisor(self, count: Tensor, divisor: Tensor | float | None, device: torch.device) -> Tensor | float | None:
+        if divisor is not None or self.group is None:
+            return divisor
+        return self.group.divisor(count.to(device, non_blocking=True))
 
     def _without_rows(self, seen: Seen, heads: Sequence[nn.Module], options: dict[str, Any]) -> list[Tensor]:
         """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
@@ -72,9 +85,8 @@ class Objective:
         for number, head in zip(self.layers, heads, strict=True):
             hidden = seen.layer(number)
             none = torch.zeros(0, dtype=torch.long, device=hidden.device)
-            z = next(p.shape[0] for name, p in head.named_parameters() if name.split(".")[-1] == "w2")
             with seen.autocast_of(number):
-                found.append(head(hidden, hidden.new_zeros(0, z), none, **_on(hidden.device, options)))
+                found.append(head(hidden, hidden.new_zeros(0, self.anchor_dim), none, **_on(hidden.device, options)))
         return found
 
     def _anchor(self, seen: Seen, rows: Rows) -> Tensor:
@@ -101,14 +113,11 @@ class Objective:
 
 def no_dtensor(name: str, tensor: Tensor) -> None:
     """Raise a TypeError for a DTensor."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            raise TypeError(
-                f"{name}: got a DTensor, want plain tensors; call apply_pre before sharding (FSDP2), and not under "
-                "tensor parallelism"
-            )
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor with placements {tensor.placements}, want plain tensors: under tensor parallelism "
+            "the layers must exchange whole hidden states (no sequence parallelism between them), or read another layer"
+        )
 
 
 def _on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
