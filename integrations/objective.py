@@ -111,7 +111,7 @@ class Objective:
         return found
 
 
-def no_dtensor(name: str, tensor: Tensor) -> None:
+def no_dtensor(name: str, tensor: Any) -> None:
     """Raise a TypeError for a DTensor."""
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
