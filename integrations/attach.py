@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pre_kernels import PreHead, checks
@@ -13,7 +14,8 @@ from pre_kernels.checks import IMPLEMENTATIONS, choice
 
 from .families import Parts, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
-from .objective import Objective, no_dtensor
+from .objective import Objective
+from .parallel import Group, check_not_wrapped, check_same_everywhere
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
@@ -38,6 +40,7 @@ def apply_pre(
     weighting: str = "token",
     fraction: float = 1.0,
     impl: str = "auto",
+    group: Any = None,
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
 
@@ -75,6 +78,12 @@ def apply_pre(
         text_model: the module (or its path) whose `.layers` are the decoder's, where it is not found by itself.
         layers: the ModuleList of the decoder's layers (or its path), where they are elsewhere.
         impl: of the loss, see `fused_pre_loss`.
+        group: the processes whose forwards are one: a ProcessGroup, or "world". Σℓ is divided by the number of terms of
+            all of them over the number of processes, so that averaged gradients (DDP, FSDP, ZeRO) are those of the mean
+            over all visual tokens, uneven or text-only as the processes' batches may be, and those of whole sequences
+            under sequence parallelism (level "image": images whole on one process). Costs one all-reduce of a number
+            per forward, in which every process has to take part. None: a process's own terms. Where `patch_trainer`
+            counts, this is not used.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -88,6 +97,7 @@ def apply_pre(
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
     if find_handle(model) is not None or hasattr(model, ATTRIBUTE):
         raise RuntimeError(f"model: {type(model).__name__} has PRe attached already; call handle.remove() first")
+    check_not_wrapped(model)
     choice("level", level, LEVELS)
     choice("weighting", weighting, WEIGHTINGS)
     _check_fraction(fraction)
@@ -96,6 +106,7 @@ def apply_pre(
         choice("anchor", anchor, ANCHORS)
     if anchor_dim is not None and not callable(anchor):
         raise ValueError(f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; want None")
+    counted = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
 
@@ -117,7 +128,7 @@ def apply_pre(
 
     heads = []
     for number in numbers:
-        like = _like(parts.layers[number - 1])
+        dtype, device = _like(parts.layers[number - 1])
         heads.append(
             PreHead(
                 width,
@@ -126,12 +137,15 @@ def apply_pre(
                 bias=bias,
                 activation=activation,
                 loss=loss,
-                device=like.device,
-                dtype=like.dtype,
+                device=device,
+                dtype=dtype,
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
-    objective = Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl, weighting, float(fraction))
+    check_same_everywhere(head)
+    objective = Objective(
+        parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted
+    )
     return PreHandle(model, objective, head, weight)
 
 
@@ -180,12 +194,14 @@ def _projector_width(parts: Parts) -> int:
     return width
 
 
-def _like(layer: nn.Module) -> Tensor:
-    """A parameter of the layer in the dtype its hidden states have."""
-    for parameter in layer.parameters():
-        no_dtensor("model", parameter)
+def _like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that the layer's hidden states have."""
     # quantised weights are integers or one byte wide; the norms beside them are not
-    found = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-    if found is None:
-        raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")
-    return found
+    for module in layer.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.element_size() > 1:
+                # accelerate brings offloaded weights from "meta" to where they are used
+                used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                device = parameter.device if used is None or not parameter.is_meta else torch.device(used)
+                return parameter.dtype, device
+    raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")

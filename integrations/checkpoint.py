@@ -6,8 +6,9 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+
+from .parallel import Whole, rank, together, unwrapped
 
 if TYPE_CHECKING:
     from .handle import PreHandle
@@ -17,23 +18,44 @@ CONFIG = "pre_head.json"
 FORMAT = 1
 
 
-def save(handle: PreHandle, directory: str | os.PathLike[str]) -> None:
+def save(
+    handle: PreHandle,
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    writes: bool | None = None,
+) -> None:
     """Write `handle`'s head to `directory`, which is made if need be; a file is replaced whole or not at all.
 
-    Raises:
-        RuntimeError: if the head is sharded and its parameters are not whole.
+    See `PreHandle.save`; `writes`: whether this process writes, None: if it is rank 0.
     """
-    from safetensors.torch import save_file
+    whole = _whole(handle, model)
+    if writes is None:
+        writes = rank() == 0
+    with together(whole.collective):
+        if writes:
+            os.makedirs(directory, exist_ok=True)
+    if not (writes or whole.collective):
+        return
+    tensors = whole.read(keep=writes)
+    with together(whole.collective):
+        if writes:
+            _write(directory, tensors, {"format": FORMAT, "pre_kernels": _version(), **describe(handle)})
 
-    os.makedirs(directory, exist_ok=True)
-    tensors = {}
-    for name, tensor in _module(handle).state_dict().items():
-        if hasattr(tensor, "full_tensor") or tensor.numel() == 0:
-            raise RuntimeError(
-                f"head: `{name}` is sharded; gather the parameters first, or save with your sharding library"
-            )
-        tensors[name] = tensor.detach().cpu().contiguous()
-    config = {"format": FORMAT, "pre_kernels": _version(), **describe(handle)}
+
+def load(handle: PreHandle, directory: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+    """Copy the head in `directory` into `handle`'s, cast to its dtype. See `PreHandle.load`."""
+    whole = _whole(handle, model)
+    with together(whole.collective):
+        tensors = _read(handle, directory)
+    whole.write(tensors)
+
+
+def _whole(handle: PreHandle, model: nn.Module | None) -> Whole:
+    return Whole(_module(handle), _shapes(handle), model, handle.model)
+
+
+def _write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
 
     weights, settings = os.path.join(directory, WEIGHTS), os.path.join(directory, CONFIG)
     save_file(tensors, weights + ".part")
@@ -44,13 +66,8 @@ def save(handle: PreHandle, directory: str | os.PathLike[str]) -> None:
     os.replace(settings + ".part", settings)
 
 
-def load(handle: PreHandle, directory: str | os.PathLike[str]) -> None:
-    """Copy the head in `directory` into `handle`'s, cast to its dtype.
-
-    Raises:
-        FileNotFoundError: if the directory or a file is missing.
-        ValueError: if a file is broken, or describes another head (layers, widths, loss, activation, ...).
-    """
+def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in `directory`, which are those of this handle's head."""
     if not os.path.isdir(directory):
         raise FileNotFoundError(
             f"directory: {os.fspath(directory)!r} is no directory; want one that handle.save() wrote"
@@ -65,24 +82,20 @@ def load(handle: PreHandle, directory: str | os.PathLike[str]) -> None:
         if config.get(name) != wanted:
             raise ValueError(f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}")
 
-    found = _read_weights(paths[WEIGHTS])
-    mine = _module(handle).state_dict()
-    if found.keys() != mine.keys():
-        raise ValueError(f"{paths[WEIGHTS]!r}: holds {sorted(found)}, this head has {sorted(mine)}")
+    found, shapes = _read_weights(paths[WEIGHTS]), _shapes(handle)
+    if found.keys() != shapes.keys():
+        raise ValueError(f"{paths[WEIGHTS]!r}: holds {sorted(found)}, this head has {sorted(shapes)}")
     for name, tensor in found.items():
-        if tensor.shape != mine[name].shape:
+        if tensor.shape != shapes[name]:
             raise ValueError(
-                f"{paths[WEIGHTS]!r}: `{name}` has shape {tuple(tensor.shape)}, this head's {tuple(mine[name].shape)}"
+                f"{paths[WEIGHTS]!r}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
             )
-    with torch.no_grad():
-        for name, tensor in found.items():
-            mine[name].copy_(tensor)
+    return found
 
 
 def describe(handle: PreHandle) -> dict[str, Any]:
     """What must agree between a head on disk and a handle."""
-    head: Any = _module(handle)
-    one = head[0] if isinstance(head, nn.ModuleList) else head
+    one = next(iter(_heads(handle).values()))
     return {
         **handle.settings(),
         "dim": one.dim,
@@ -98,6 +111,23 @@ def _module(handle: PreHandle) -> nn.Module:
     """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
     head = handle.head
     return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
+def _heads(handle: PreHandle) -> dict[str, Any]:
+    """Each `PreHead` by the prefix of its parameters' names."""
+    head = unwrapped(_module(handle))
+    several = isinstance(head, nn.ModuleList)
+    return {f"{i}.": unwrapped(h) for i, h in enumerate(head)} if several else {"": head}
+
+
+def _shapes(handle: PreHandle) -> dict[str, tuple[int, ...]]:
+    """Of the whole parameters by name, however they are split."""
+    found: dict[str, tuple[int, ...]] = {}
+    for prefix, head in _heads(handle).items():
+        found |= {f"{prefix}w1": (head.hidden_dim, head.dim), f"{prefix}w2": (head.out_dim, head.hidden_dim)}
+        if head.b1 is not None:
+            found |= {f"{prefix}b1": (head.hidden_dim,), f"{prefix}b2": (head.out_dim,)}
+    return found
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class PreHandle:
         )
 
     @property
+    def model(self) -> nn.Module:
+        """The module it is attached to."""
+        return self._model
+
+    @property
     def head(self) -> Any:
         """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT may copy it."""
         return getattr(self._model, ATTRIBUTE)
@@ -100,21 +105,34 @@ class PreHandle:
             self._sums, self._forwards = None, 0
         return found
 
-    def save(self, directory: Any) -> None:
-        """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out."""
-        from .checkpoint import save
+    def save(self, directory: Any, model: nn.Module | None = None) -> None:
+        """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
 
-        save(self, directory)
-
-    def load(self, directory: Any) -> None:
-        """Read the head that `save` wrote, into this handle's.
+        Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to call it: the parts are
+        gathered, and all return when the files are there; elsewhere (DDP, ZeRO-1, ZeRO-2) the others return at once
+        and need not call it. `model`: under FSDP1 its wrapper around the model, which alone can gather.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing, broken, or differs from this handle.
+            RuntimeError: if the head is split in a way that is not known.
+            OSError: on every process, if rank 0 cannot write.
+        """
+        from .checkpoint import save
+
+        save(self, directory, model)
+
+    def load(self, directory: Any, model: nn.Module | None = None) -> None:
+        """Read the head that `save` wrote, into this handle's: bit for bit, under any number of processes.
+
+        Every process reads the files and takes its part; where the head is split every process has to call it.
+        `model` as in `save`.
+
+        Raises:
+            FileNotFoundError, ValueError: naming what is missing, broken, or differs from this handle; on every process
+                that takes part.
         """
         from .checkpoint import load
 
-        load(self, directory)
+        load(self, directory, model)
 
     def remove(self) -> None:
         """Take hooks and head off again: the model is what it was. Calling it twice is fine."""
@@ -179,7 +197,7 @@ class PreHandle:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        losses, count = self._objective.losses(seen, heads, divisor)
+        losses, count, divisor = self._objective.losses(seen, heads, divisor)
         device = losses[0].device
         losses = [loss.to(device) for loss in losses]
         self._record(losses, count.to(device), divisor)
@@ -188,7 +206,8 @@ class PreHandle:
         if deferred is not None:
             deferred.terms.append(self._weight * total)
             return add_to_loss(output, 0 * total, required=False)  # DDP looks for the head in the graph of the output
-        return add_to_loss(output, self._weight * share(seen.inputs, device) * total, required=True)
+        part = share(seen.inputs, device, self._objective.group)
+        return add_to_loss(output, self._weight * part * total, required=True)
 
     def _record(self, losses: list[Tensor], count: Tensor, divisor: Tensor | float | None) -> None:
         scale = count if divisor is None else torch.as_tensor(divisor, device=count.device)

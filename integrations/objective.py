@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from pre_kernels.checks import debugging
 
 from .capture import Seen
+from .cosine import sample_cosine
 from .families import Parts
+from .parallel import Group
 from .rows import Rows, find_rows, image_weights, pool, sample
 
 
@@ -25,17 +28,38 @@ class Terms:
         rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for all.
         anchor: its leading shape + (z,), else (N, z) in the order of the rows.
         weight: of the rows' leading shape, or None for 1.
-        divisor: of Σ weight · ℓ; None for Σ weight.
-        count: what that is for all rows, drawn or not; 0-d.
+        count: Σ weight over all rows, drawn or not; 0-d.
+        whole: what Σ weight · ℓ over all rows is divided by, None for `count`.
+        divisor: what it is divided by over `rows`, None for Σ weight.
         images: the number of each visual token's image, at level "image".
     """
 
     rows: Tensor | None
     anchor: Tensor
     weight: Tensor | None
-    divisor: Tensor | float | None
     count: Tensor
-    images: Tensor | None
+    whole: Tensor | float | None = None
+    divisor: Tensor | float | None = None
+    images: Tensor | None = None
+
+
+@dataclass
+class Losses:
+    """What one forward gave.
+
+    Attributes:
+        layers: each layer's loss, 0-d, on its own device.
+        divisor: what they are Σ weight · ℓ over all terms divided by; 0-d or a number.
+        terms: this forward's terms, visual tokens or images; 0-d.
+        tokens: the number of visual tokens, 0-d.
+        cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
+    """
+
+    layers: list[Tensor]
+    divisor: Tensor | float
+    terms: Tensor
+    tokens: Tensor
+    cosines: list[Tensor]
 
 
 @dataclass
@@ -49,8 +73,10 @@ class Objective:
     level: str
     mask_fn: Callable[[dict[str, Any]], Tensor] | None
     impl: str
+    loss: str = "cosine"
     weighting: str = "token"
     fraction: float = 1.0
+    group: Group | None = None
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """What Σ over a forward with these arguments has to be divided by: its visual tokens, or its images; 0-d."""
@@ -61,49 +87,58 @@ class Objective:
             return torch.tensor(rows.images(self.parts, inputs).unique().numel())
         return rows.mask.sum()
 
-    def losses(
-        self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Each layer's loss, 0-d, on its own device: the mean over the terms, or Σ / `divisor`; and `count`."""
+    def losses(self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None) -> Losses:
+        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's or group's terms."""
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
         if rows is None:
-            return self._without_rows(seen, heads, divisor), torch.zeros((), dtype=torch.long)
+            return self._without_rows(seen, hidden, heads, divisor)
 
         rows.check(hidden[0])
         with torch.no_grad():
-            terms = self._terms(seen, rows, divisor)
-        found = []
+            terms = self._terms(seen, rows, hidden[0].device, divisor)
+        whole = terms.count if terms.whole is None else terms.whole
+        found = Losses([], whole, terms.count, rows.mask.sum(), [])
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:
                 state = pool(state, rows.mask.to(device), terms.images.to(device))
-            with seen.autocast_of(number):
+            with _products(seen, number, state, head):
                 options = self._options(state, terms.divisor, terms.weight)
                 selected = None if terms.rows is None else terms.rows.to(device)
-                found.append(head(state, terms.anchor.to(device), selected, **options))
-        return found, terms.count
+                target = terms.anchor.to(device)
+                found.layers.append(head(state, target, selected, **options))
+                if self.loss != "cosine":
+                    found.cosines.append(sample_cosine(head, state, target, selected, self.impl))
+        return found
 
-    def _terms(self, seen: Seen, rows: Rows, divisor: Tensor | float | None) -> Terms:
-        terms = Terms(rows.mask, self._anchor(seen, rows), None, divisor, rows.mask.sum(), None)
+    def _terms(self, seen: Seen, rows: Rows, device: torch.device, divisor: Tensor | float | None) -> Terms:
         mask = rows.mask
+        terms = Terms(mask, self._anchor(seen, rows), None, mask.sum())
         if self.level == "image":
             terms.images = rows.images(self.parts, seen.inputs)
-            device = terms.anchor.device
-            terms.anchor = pool(terms.anchor, mask.to(device), terms.images.to(device))
+            where = terms.anchor.device
+            terms.anchor = pool(terms.anchor, mask.to(where), terms.images.to(where))
             mask, terms.rows = mask.new_ones(len(terms.anchor)), None
             terms.count = torch.tensor(len(mask))
         elif self.weighting == "image":
             terms.weight, terms.count = image_weights(mask, rows.images(self.parts, seen.inputs))
+        terms.whole = terms.divisor = self._whole(terms.count, device, divisor)
         if self.fraction < 1:
             terms.rows, share = sample(mask, self.fraction)
             if terms.anchor.shape[:-1] != mask.shape:
                 terms.anchor = terms.anchor[terms.rows[mask].to(terms.anchor.device)]
-            whole = terms.count if divisor is None else divisor
+            whole = terms.count if terms.whole is None else terms.whole
             terms.divisor = share * (whole.to(share.device) if torch.is_tensor(whole) else whole)
         return terms
+
+    def _whole(self, count: Tensor, device: torch.device, divisor: Tensor | float | None) -> Tensor | float | None:
+        """`divisor` if it is given, else the group's, of which every process has to ask."""
+        if divisor is not None or self.group is None:
+            return divisor
+        return self.group.divisor(count.to(device, non_blocking=True))
 
     def _options(self, state: Tensor, divisor: Tensor | float | None, weight: Tensor | None) -> dict[str, Any]:
         """Keywords of a head's call on `state`, in the autocast state of the products."""
@@ -115,16 +150,20 @@ class Objective:
             options["capacity"] = int(self.fraction * math.prod(state.shape[:-1])) + 1
         return {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
 
-    def _without_rows(self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None) -> list[Tensor]:
+    def _without_rows(
+        self, seen: Seen, hidden: list[Tensor], heads: Sequence[nn.Module], divisor: Tensor | float | None
+    ) -> Losses:
         """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
-        found = []
-        for number, head in zip(self.layers, heads, strict=True):
-            hidden = seen.layer(number)
-            none = torch.zeros(0, dtype=torch.long, device=hidden.device)
-            z = next(p.shape[0] for name, p in head.named_parameters() if name.split(".")[-1] == "w2")
-            normalizer = divisor.to(hidden.device) if torch.is_tensor(divisor) else divisor
-            with seen.autocast_of(number):
-                found.append(head(hidden, hidden.new_zeros(0, z), none, impl=self.impl, normalizer=normalizer))
+        zero = torch.zeros((), dtype=torch.long)
+        whole = self._whole(zero, hidden[0].device, divisor)
+        found = Losses([], 1.0 if whole is None else whole, zero, zero, [])
+        for number, state, head in zip(self.layers, hidden, heads, strict=True):
+            none, target = state.new_zeros(0, dtype=torch.long), state.new_zeros(0, self.anchor_dim)
+            normalizer = whole.to(state.device) if torch.is_tensor(whole) else whole
+            with _products(seen, number, state, head):
+                found.layers.append(head(state, target, none, impl=self.impl, normalizer=normalizer))
+                if self.loss != "cosine":  # a sharded head gathers its parameters at each call, on all ranks
+                    found.cosines.append(sample_cosine(head, state[..., :0, :], target, None, self.impl))
         return found
 
     def _anchor(self, seen: Seen, rows: Rows) -> Tensor:
@@ -139,7 +178,9 @@ class Objective:
         else:
             if not seen.projector:
                 raise RuntimeError("anchor: the batch has images but the projector did not run; pass a callable anchor")
-            found = rows.kept(self.parts.family.projector_rows(seen.projector, seen.inputs, self.parts.config))
+            entered = self.parts.family.projector_rows(seen.projector, seen.inputs, self.parts.config)
+            merge = self.parts.merge
+            found = rows.kept(entered) if merge is None else merge.projected(seen.inputs, entered)
         if found.shape[:-1] != rows.mask.shape and (found.dim() != 2 or len(found) != int(rows.mask.sum())):
             raise ValueError(
                 f"anchor: got shape {tuple(found.shape)} for {int(rows.mask.sum())} visual tokens in a batch of "
@@ -160,13 +201,18 @@ def _check_finite(anchor: Tensor, mask: Tensor) -> None:
         raise ValueError(f"anchor: got nan or inf in {bad} of {len(counted)} visual tokens, want finite values")
 
 
-def no_dtensor(name: str, tensor: Tensor) -> None:
-    """Raise a TypeError for a DTensor."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
+def _products(seen: Seen, number: int, hidden: Tensor, head: nn.Module) -> AbstractContextManager[Any]:
+    """The layer's autocast state; for master weights over a layer in half precision, autocast to the layer's dtype."""
+    half = hidden.dtype.itemsize == 2 and not seen.autocast[number][1]
+    if half and next(head.parameters()).dtype == torch.float32:
+        return torch.autocast(hidden.device.type, dtype=hidden.dtype)
+    return seen.autocast_of(number)
 
-        if isinstance(tensor, DTensor):
-            raise TypeError(
-                f"{name}: got a DTensor, want plain tensors; call apply_pre before sharding (FSDP2), and not under "
-                "tensor parallelism"
-            )
+
+def no_dtensor(name: str, tensor: Any) -> None:
+    """Raise a TypeError for a DTensor."""
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor with placements {tensor.placements}, want plain tensors: under tensor parallelism "
+            "the layers must exchange whole hidden states (no sequence parallelism between them), or read another layer"
+        )

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .parallel import Group
 
-def share(inputs: dict[str, Any], device: torch.device) -> Tensor | float:
-    """1, or this micro-batch's share of the step's label items where the model's own loss is divided by those."""
+
+def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> Tensor | float:
+    """1, or this micro-batch's share of the step's label items where the model's own loss is divided by those.
+
+    With a group it is the mean share: Σℓ of all its processes is one micro-batch.
+    """
     items = inputs.get("num_items_in_batch")
     if items is None:
         return 1.0
     shifted = inputs.get("shift_labels")
     labels = inputs["labels"][..., 1:] if shifted is None else shifted
     mine = labels.ne(-100).sum().to(device)
-    return mine / (items.to(device) if torch.is_tensor(items) else items)
+    mine = mine / (items.to(device) if torch.is_tensor(items) else items)
+    return mine if group is None else group.mean(mine)
 
 
 def add_to_loss(output: Any, term: Tensor, required: bool) -> Any:

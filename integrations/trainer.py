@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHTS
+from . import checkpoint
 from .handle import Deferred, PreHandle, find_handle
 
 _MARK = "_pre_patch"
@@ -27,7 +26,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       micro-batches and processes), whatever the accumulation, the image counts and the rule for the loss's scale. It is
       added where the trainer calls `accelerator.backward`, so it also reaches trainers that ignore `output.loss`;
     - training logs get "pre_loss";
-    - `checkpoint-*` folders also hold the head, and resuming restores it (FSDP and DeepSpeed keep it in their own).
+    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own).
 
     Other trainers of the class behave as before.
 
@@ -145,7 +144,16 @@ def _log(
 def _save(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     done = original(*args, **kwargs)
     if not _sharded(trainer):
-        handle.save((args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir)
+        folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
+        checkpoint.save(handle, folder, writes=trainer.args.should_save)
+    return done
+
+
+def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    done = original(*args, **kwargs)
+    if _sharded(trainer):  # collective; every process comes here, not every one to `_save`
+        folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
+        checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
     return done
 
 
@@ -164,12 +172,10 @@ def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: A
 
 
 def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:
-    if _sharded(trainer):
-        return
-    if os.path.exists(os.path.join(folder, WEIGHTS)):
-        handle.load(folder)
-    else:
-        warnings.warn(f"PRe: {folder} holds no head, so it starts from its initial weights", stacklevel=2)
+    try:
+        handle.load(folder, trainer.model_wrapped)
+    except FileNotFoundError as error:  # on every process alike
+        warnings.warn(f"PRe: {folder} holds no head, so it starts from its initial weights ({error})", stacklevel=2)
 
 
 def _sharded(trainer: Any) -> bool:
@@ -187,6 +193,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "training_step": _training_step,
     "log": _log,
     "_save": _save,
+    "save_model": _save_model,
     "_load_from_checkpoint": _load_from_checkpoint,
     "_load_best_model": _load_best_model,
 }

@@ -209,14 +209,17 @@ def mesh(tmp_path: Any) -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
-def test_dtensor_parameters(mesh: Any) -> None:
+def test_sharded_before(mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = build("llava")
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
-    with pytest.raises(TypeError, match=r"model: got a DTensor.*before sharding"):
-        apply_pre(model)
+    for whole in (False, True):
+        if whole:
+            fully_shard(model, mesh=mesh)
+        with pytest.raises(TypeError, match=r"with FSDPModule around or inside; want the plain model: call apply_pre"):
+            apply_pre(model)
 
 
 def test_dtensor_hidden(mesh: Any) -> None:

@@ -1,0 +1,216 @@
+"""Several processes: counts over a group, heads whose parameters are split, and errors that every process hears of."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# part of a parameter's name for each wrapper that a head may have got
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# by class name, so that none of their packages has to be imported
+TOO_LATE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+class Group:
+    """A process group over which the terms of a forward are counted.
+
+    Args:
+        group: a ProcessGroup, or "world", which is one process where torch.distributed is not initialised.
+
+    Raises:
+        TypeError: for anything else.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if group != "world" and not (
+            torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+        ):
+            raise TypeError(f'group: got {group!r}, want a ProcessGroup that this process is in, "world", or None')
+        self.group = None if group == "world" else group
+
+    def __deepcopy__(self, memo: Any) -> Group:
+        return copy.copy(self)  # a process group cannot be copied
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over the processes, in float32 and on its device; collective, no host sync."""
+        value = value.detach().float().clone()
+        if not _initialized():
+            return value
+        torch.distributed.all_reduce(value, group=self.group)
+        return value / torch.distributed.get_world_size(self.group)
+
+    def divisor(self, count: Tensor) -> Tensor:
+        """What each process divides its Σℓ by, so that averaged gradients are those of the mean over all terms."""
+        mean = self.mean(count)
+        return torch.where(mean > 0, mean, 1.0)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise a TypeError for a model that is wrapped or sharded already, as a whole or in parts."""
+    for module in model.modules():
+        found = {c.__name__ for c in type(module).__mro__} & set(TOO_LATE)
+        if found:
+            raise TypeError(
+                f"model: got {type(model).__name__} with {found.pop()} around or inside; want the plain model: call "
+                "apply_pre first and wrap or shard it then, so that the head is averaged and sharded with the rest"
+            )
+
+
+def check_same_everywhere(head: nn.Module) -> None:
+    """Raise a ValueError on every process if the heads differ; collective, and only under PRE_KERNELS_DEBUG=1."""
+    if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not _initialized():
+        return
+    mine = [p.detach().double() for p in head.parameters() if not p.is_meta]
+    sums = torch.stack([s for p in mine for s in (p.sum(), p.square().sum())]).tolist() if mine else []
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, sums)
+    others = [rank for rank, found in enumerate(every) if found != every[0]]
+    if others:
+        raise ValueError(
+            f"head: its initial weights on ranks {others} differ from rank 0's; give all ranks the same seed before "
+            "apply_pre"
+        )
+
+
+def rank() -> int:
+    """This process's number, 0 without torch.distributed."""
+    return torch.distributed.get_rank() if _initialized() else 0
+
+
+@contextlib.contextmanager
+def together(collective: bool) -> Iterator[None]:
+    """An exception inside, on any process, is raised on every one, so that none waits for the others for ever."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    errors: list[Any] = [error]
+    if collective and _initialized():
+        errors *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, error)
+    first = error or next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise first
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """A module without FSDP1's, torch.compile's or checkpointing's wrapper around it."""
+    while True:
+        inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+class Whole:
+    """The parameters of a head, which may be split over processes by FSDP1, FSDP2 or ZeRO-3, and the way to have them
+    in full.
+
+    Args:
+        head: the module that owns them.
+        shapes: of the whole parameters by name.
+        model: the module that training calls; only FSDP1's can gather what it split.
+        attached: the module that `head` is a child of.
+
+    Attributes:
+        collective: whether they are split, so that every process has to take part in `read` and `write`.
+
+    Raises:
+        RuntimeError: if they are split and it is not known how.
+    """
+
+    def __init__(
+        self, head: nn.Module, shapes: dict[str, tuple[int, ...]], model: nn.Module | None, attached: nn.Module
+    ) -> None:
+        for module in (attached, *head.modules()):
+            if _is(module, "FSDPModule"):
+                module.reshard()  # type: ignore[operator]  # after a forward without a backward it is whole for a while
+        self.found = {_clean(name): p for name, p in head.named_parameters()}
+        self.units = [] if model is None else _units(model, head)
+        self.zero = [p for p in self.found.values() if hasattr(p, "ds_id")]
+        self.fsdp2 = {name for name, p in self.found.items() if hasattr(p, "full_tensor")}
+        self.collective = bool(self.units or self.zero or self.fsdp2)
+        for name, shape in shapes.items():
+            if not self.collective and (name not in self.found or self.found[name].shape != shape):
+                has = f"shape {tuple(self.found[name].shape)}" if name in self.found else "no parameter of that name"
+                raise RuntimeError(
+                    f"head: `{name}` is sharded ({has}, whole {shape}); under FSDP1 pass its wrapper as model= (with "
+                    "use_orig_params=True), under another library gather the parameters first"
+                )
+        self.head = head
+
+    def read(self, keep: bool = True) -> dict[str, Tensor]:
+        """Copies on the CPU by name; empty where not `keep`, as not every process writes a file."""
+        with self._gathered(write=False) as named:
+            whole = {name: _full(p) if name in self.fsdp2 else p.detach() for name, p in named.items()}
+            return {name: p.to("cpu", copy=True).contiguous() for name, p in whole.items()} if keep else {}
+
+    @torch.no_grad()
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Copy `values`, the same on every process, into the parameters, and into the float32 ones DeepSpeed keeps."""
+        with self._gathered(write=True) as named:
+            for name, p in named.items():
+                if name in self.fsdp2:
+                    _distribute(values[name], p)
+                else:
+                    p.copy_(values[name])
+        for name, p in self.found.items():
+            if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping"):
+                from deepspeed.utils import safe_set_full_fp32_param
+
+                safe_set_full_fp32_param(p, values[name].float())
+
+    @contextlib.contextmanager
+    def _gathered(self, write: bool) -> Iterator[dict[str, nn.Parameter]]:
+        """The parameters by name, whole but for FSDP2's."""
+        with contextlib.ExitStack() as stack:
+            if self.units:
+                from torch.distributed.fsdp import FullyShardedDataParallel
+
+                for unit in self.units:
+                    stack.enter_context(
+                        FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=write)
+                    )
+            if self.zero:
+                import deepspeed
+
+                stack.enter_context(deepspeed.zero.GatheredParameters(self.zero, modifier_rank=0 if write else None))
+            yield {_clean(name): p for name, p in self.head.named_parameters()}
+
+
+def _initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    return any(c.__name__ == name for c in type(module).__mro__)
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _units(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """FSDP1's modules around `head`, the outermost (which has to be initialised first) and the innermost."""
+    around = [m for m in model.modules() if _is(m, "FullyShardedDataParallel") and head in m.modules()]
+    return list(dict.fromkeys([*around[:1], *around[-1:]]))
+
+
+def _full(parameter: Any) -> Tensor:
+    return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+
+
+def _distribute(value: Tensor, parameter: Any) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    mine = parameter.to_local()
+    value = value.to(parameter.device_mesh.device_type, parameter.dtype)
+    # every process has the whole, so each takes its part
+    mine.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local())

@@ -1,0 +1,176 @@
+"""save and load under every strategy: what two processes trained is one file, which any number of processes reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
+from safetensors.torch import load_file
+from test_parallel import UNEVEN, batches, by_hand, engine, made, shard
+from tiny_models import build
+from torch import nn
+from two import both
+
+HOW = ["ddp", "fsdp2", "fsdp2 own", "fsdp1", "fsdp1 own", "zero2", "zero3"]
+RATE = 0.5
+
+
+def wrap(how: str, model: nn.Module) -> Any:
+    """(the wrapped model, backward, step, the optimizer) to train `model` by SGD."""
+    if how.startswith("zero"):
+        ds = engine(model, int(how[-1]), torch.optim.SGD, RATE, accumulation=1)
+        return ds, ds.backward, ds.step, ds.optimizer
+    if how == "ddp":
+        wrapped: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    elif how.startswith("fsdp2"):
+        wrapped = shard(model, "own" in how)
+    else:
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        from pre_kernels import PreHead
+
+        policy = ModuleWrapPolicy({type(model.model.language_model.layers[0]), *([PreHead] if "own" in how else [])})
+        wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
+    return wrapped, torch.Tensor.backward, optimizer.step, optimizer
+
+
+def roundtrip(how: str, folder: str) -> None:
+    """A step, save to "trained", load "given", save to "loaded", a step of rate 0, save to "kept"."""
+    model, handle = made(group="world")
+    wrapped, backward, step, optimizer = wrap(how, model)
+    model_argument = {"model": wrapped} if "fsdp1" in how else {}
+    data = batches(UNEVEN, torch.distributed.get_rank())[0]
+
+    def save(name: str) -> None:
+        handle.save(Path(folder) / name, **model_argument)
+        torch.distributed.barrier()
+
+    if how != "ddp":
+        save("untrained")
+    backward(wrapped(**data.inputs).loss)
+    step()
+    save("trained")
+    with torch.no_grad():
+        wrapped(**data.inputs)  # FSDP2 leaves the root whole after it
+    handle.load(Path(folder) / "given", **model_argument)
+    save("loaded")
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    backward(wrapped(**data.inputs).loss)
+    step()
+    save("kept")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_roundtrip(how: str, tmp_path: Path) -> None:
+    given = apply_pre(build("llava", seed=8))
+    given.save(tmp_path / "given")
+    both(roundtrip, how, str(tmp_path))
+
+    _, gradients = by_hand([r[:1] for r in UNEVEN], forwards=1)
+    _, fresh = made()
+    if how != "ddp":
+        found = load_file(tmp_path / "untrained" / WEIGHTS)
+        assert all(torch.equal(found[n], p) for n, p in fresh.head.named_parameters())
+    found = load_file(tmp_path / "trained" / WEIGHTS)
+    for name, p in fresh.head.named_parameters():
+        torch.testing.assert_close(found[name], (p - RATE * gradients[f"pre_head.{name}"]).detach())
+    fresh.load(tmp_path / "trained")
+    assert all(torch.equal(found[n], p) for n, p in fresh.head.named_parameters())
+    for name in ("loaded", "kept"):
+        found = load_file(tmp_path / name / WEIGHTS)
+        assert all(torch.equal(found[n], p) for n, p in given.head.named_parameters()), name
+        assert (tmp_path / name / CONFIG).read_bytes() == (tmp_path / "given" / CONFIG).read_bytes()
+    assert sorted(os.listdir(tmp_path / "kept")) == [CONFIG, WEIGHTS]
+
+
+def one_saves_alone(folder: str) -> None:
+    """Where parameters are whole only rank 0 writes, and the other need not take part."""
+    _, handle = made()
+    if torch.distributed.get_rank() == 1:
+        handle.save(f"{folder}/one")
+        assert not os.path.exists(f"{folder}/one")
+    else:
+        handle.save(f"{folder}/zero")
+
+
+def test_whole_heads_are_saved_by_rank_0(tmp_path: Path) -> None:
+    both(one_saves_alone, str(tmp_path))
+    made()[1].load(tmp_path / "zero")
+    assert os.listdir(tmp_path) == ["zero"]
+
+
+def errors_everywhere(folder: str) -> None:
+    rank = torch.distributed.get_rank()
+    model, handle = made()
+    shard(model, False)
+    with pytest.raises(FileExistsError):  # where rank 0 cannot make the directory, no rank waits for it
+        handle.save(f"{folder}/file")
+    handle.save(f"{folder}/good")
+    before = handle.head.w1.full_tensor()
+    with pytest.raises(FileNotFoundError, match=r"absent' is no directory"):
+        handle.load(f"{folder}/{'good' if rank == 0 else 'absent'}")
+    other = apply_pre(build("llava"), hidden_dim=8)
+    if rank == 0:
+        other.save(f"{folder}/narrow")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match=r"hidden_dim: .* says 8, this handle has 32"):
+        handle.load(f"{folder}/{'good' if rank == 0 else 'narrow'}")
+    assert torch.equal(handle.head.w1.full_tensor(), before)
+
+
+def test_an_error_on_one_rank_is_raised_on_both(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    both(errors_everywhere, str(tmp_path))
+
+
+def fsdp1_without_its_wrapper(folder: str) -> None:
+    model, handle = made()
+    wrap("fsdp1", model)
+    with pytest.raises(RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="):
+        handle.save(folder)
+    with pytest.raises(RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="):
+        handle.load(folder)
+
+
+def test_fsdp1_needs_its_wrapper(tmp_path: Path) -> None:
+    both(fsdp1_without_its_wrapper, str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def several_heads(folder: str) -> Any:
+    model, handle = made(layer=[1, 3])
+    shard(model, True)
+    handle.save(folder)
+    handle.load(folder)
+    return {n: p.full_tensor() for n, p in handle.head.named_parameters()}
+
+
+def test_several_heads(tmp_path: Path) -> None:
+    zero, _ = both(several_heads, str(tmp_path))
+    _, handle = made(layer=[1, 3])
+    assert all(torch.equal(p, zero[n]) for n, p in handle.head.named_parameters())
+    handle.load(tmp_path)
+
+
+def unequal_seeds() -> None:
+    rank = torch.distributed.get_rank()
+    model = build("llava")
+    torch.manual_seed(rank)
+    os.environ["PRE_KERNELS_DEBUG"] = "1"
+    with pytest.raises(ValueError, match=r"head: its initial weights on ranks \[1\] differ from rank 0's"):
+        apply_pre(model)
+    assert not hasattr(model, "pre_head")
+    torch.manual_seed(0)
+    apply_pre(model)
+
+
+def test_debug_finds_unequal_heads() -> None:
+    both(unequal_seeds)

@@ -1,0 +1,80 @@
+"""The two-process helper itself: results by rank, both tracebacks, a time limit, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import two
+from two import both
+
+
+def ranks(word: str) -> Any:
+    total = torch.tensor([1.0 + torch.distributed.get_rank()])
+    torch.distributed.all_reduce(total)
+    return word, torch.distributed.get_rank(), total, os.getpid()
+
+
+def one_raises() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise KeyError("only here")
+    torch.distributed.barrier()
+
+
+def one_waits() -> None:
+    if torch.distributed.get_rank() == 0:
+        time.sleep(60)
+
+
+def one_dies() -> None:
+    if torch.distributed.get_rank() == 0:
+        os._exit(3)
+
+
+def leaves_things() -> None:
+    os.environ["LEFT"] = "1"
+    torch.distributed.destroy_process_group()
+
+
+def sees_accelerate() -> tuple[int, bool]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    total = accelerator.reduce(torch.ones(()))
+    assert total == 2
+    return accelerator.num_processes, "LEFT" in os.environ
+
+
+def test_results_by_rank() -> None:
+    zero, one = both(ranks, "x")
+    assert (zero[:3], one[:3]) == (("x", 0, torch.tensor([3.0])), ("x", 1, torch.tensor([3.0])))
+    again = both(ranks, word="y")
+    assert [r[3] for r in again] == [zero[3], one[3]]  # the same processes
+
+
+def test_calls_start_alike() -> None:
+    both(leaves_things)
+    for _ in range(2):
+        assert both(sees_accelerate) == [(2, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (one_raises, r"(?s)test_two.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*KeyError: 'only here'"),
+        (one_waits, r"(?s)rank 0: exit code 1\n.*Timeout.*in one_waits.*rank 1: returned"),
+        (one_dies, r"(?s)rank 0: exit code 3\n.*rank 1: returned"),
+    ],
+)
+def test_failures(function: Any, message: str) -> None:
+    before = [r[3] for r in both(ranks, "")]
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=message):
+        both(function, timeout=1)
+    assert time.monotonic() - start < 2 * two.GRACE
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,211 @@
+"""Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once, returns both results.
+
+    def gradient_of(rank_seed):                  # a module-level function of the test module
+        rank = torch.distributed.get_rank()      # world size 2, gloo, in torch.distributed and in accelerate
+        ...
+        return tensor                            # what pickle can carry; tensors are copied
+
+    def test_it():
+        zero, one = both(gradient_of, 3)         # [result of rank 0, of rank 1]
+
+- The pair starts with the first call (about 6 s) and serves all later ones of this pytest process; each worker of
+  `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
+- Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no accelerate state;
+  what it changed in `os.environ` is undone. The default gloo group stays unless the call destroyed it: then it is made
+  anew. `transformers.Trainer` sees both processes with `use_cpu=True` in its arguments.
+- An exception on a rank, or `timeout` seconds, is one AssertionError with what both ranks last did; the pair is ended
+  and the next call starts a new one. Errors that a test wants are caught inside the function (`pytest.raises`).
+- The processes end with the one that started them, whatever way that one ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import gc
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from signal import SIGABRT
+from typing import Any
+
+GRACE = 5.0  # seconds that the other rank gets after an error, and a process to end
+_pair: Pair | None = None
+
+
+def both(function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    """[result on rank 0, on rank 1] of `function(*args, **kwargs)`, called in two processes.
+
+    Raises:
+        AssertionError: with both tracebacks, if a rank raised, died, or took longer than `timeout` seconds.
+    """
+    global _pair
+    if _pair is None:
+        _pair = Pair()
+    try:
+        return _pair.call(function, args, kwargs, timeout)
+    except BaseException:
+        close()
+        raise
+
+
+def close() -> None:
+    """End the pair, if there is one; the next call starts another."""
+    global _pair
+    if _pair is not None:
+        _pair.close()
+        _pair = None
+
+
+atexit.register(close)
+
+
+class Pair:
+    """Two processes and the pipes to them."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="two-"))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.pipes: list[Connection] = []
+        self.ready = [False, False]
+        for rank in range(2):
+            mine, theirs = os.pipe(), os.pipe()
+            with open(self.folder / f"{rank}.log", "wb") as log:
+                command = [sys.executable, __file__, str(rank), str(theirs[0]), str(mine[1]), str(self.folder)]
+                process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(theirs[0], mine[1]))
+            os.close(theirs[0])
+            os.close(mine[1])
+            self.processes.append(process)
+            self.pipes += [Connection(mine[0], writable=False), Connection(theirs[1], readable=False)]
+        self.answers, self.questions = self.pipes[::2], self.pipes[1::2]
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
+        question = pickle.dumps((sys.path, timeout, pickle.dumps((function, args, kwargs))))
+        found: dict[int, Any] = {}
+        failed: dict[int, str] = {}
+        for rank, pipe in enumerate(self.questions):
+            try:
+                pipe.send_bytes(question)
+            except OSError:
+                failed[rank] = self._end(rank)
+        # a worker that takes too long ends itself and says where it was; this is for one that cannot
+        end = time.monotonic() + timeout + 60
+        while len(found) + len(failed) < 2:
+            left = [a for rank, a in enumerate(self.answers) if rank not in found and rank not in failed]
+            ready = wait(left, max(end - time.monotonic(), 0))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = self.answers.index(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, self._end(rank)
+                if ok:
+                    found[rank] = value
+                else:
+                    failed[rank] = value
+                    end = min(end, time.monotonic() + GRACE)
+        if len(found) == 2:
+            return [found[0], found[1]]
+        for rank in {0, 1} - found.keys() - failed.keys():
+            self.processes[rank].send_signal(SIGABRT)  # faulthandler writes where it is
+            failed[rank] = "did not answer\n" + self._end(rank)
+        said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
+        raise AssertionError("\n".join([f"{function.__module__}.{function.__qualname__} in two processes", *said]))
+
+    def _end(self, rank: int) -> str:
+        """Wait for a process that is ending; how it ended and what it wrote last."""
+        process = self.processes[rank]
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        written = (self.folder / f"{rank}.log").read_text(errors="replace")
+        return f"exit code {process.returncode}\n{written[-6000:]}"
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for rank in range(2):
+            self._end(rank)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _work(rank: int, questions: Connection, answers: Connection, folder: str) -> None:
+    """A worker: answer questions until there are no more."""
+    # libraries may replace stderr; this descriptor stays
+    log = os.fdopen(os.dup(2), "w")
+    faulthandler.enable(log)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # looked at by libraries, never opened: the group is there before them
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    number = 0
+    while True:
+        try:
+            path, timeout, content = pickle.loads(questions.recv_bytes())
+        except EOFError:
+            break
+        faulthandler.dump_traceback_later(timeout, exit=True, file=log)
+        sys.path[:] = path
+        environment = dict(os.environ)
+        try:
+            if not torch.distributed.is_initialized():
+                number += 1
+                store = torch.distributed.FileStore(f"{folder}/store-{number}", 2)
+                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+            function, args, kwargs = pickle.loads(content)
+            random.seed(0)
+            torch.manual_seed(0)
+            answer = pickle.dumps((True, function(*args, **kwargs)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+            failed = True
+        else:
+            failed = False
+        if failed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the other rank's next collective fails instead of waiting
+        faulthandler.cancel_dump_traceback_later()
+        os.environ.clear()
+        os.environ |= environment
+        _forget()
+        answers.send_bytes(answer)
+    if torch.distributed.is_initialized():
+        # left to the interpreter's exit, gloo's threads may be ended while they run: the process aborts
+        torch.distributed.destroy_process_group()
+
+
+def _forget() -> None:
+    """No state of accelerate, and no reducer of DDP, from one call to the next."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    _rank, _in, _out, _folder = sys.argv[1:]
+    _work(int(_rank), Connection(int(_in), writable=False), Connection(int(_out), readable=False), _folder)
