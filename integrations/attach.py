@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pre_kernels import PreHead, checks
@@ -14,6 +15,7 @@ from pre_kernels.checks import IMPLEMENTATIONS, choice
 from .families import Parts, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .objective import Objective, no_dtensor
+from .training import Training
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
@@ -35,6 +37,11 @@ def apply_pre(
     text_model: str | nn.Module | None = None,
     layers: str | nn.ModuleList | None = None,
     impl: str = "auto",
+    head_dtype: torch.dtype | None = None,
+    head_lr: float | None = None,
+    head_weight_decay: float | None = None,
+    schedule: str = "constant",
+    warmup: float = 0.0,
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
 
@@ -65,6 +72,13 @@ def apply_pre(
         text_model: the module (or its path) whose `.layers` are the decoder's, where it is not found by itself.
         layers: the ModuleList of the decoder's layers (or its path), where they are elsewhere.
         impl: of the loss, see `fused_pre_loss`.
+        head_dtype: of the predictor's parameters; None: the layer's. `torch.float32` over a layer in half precision
+            keeps master weights: products still run in the layer's dtype, gradients arrive in float32.
+        head_lr, head_weight_decay: of the predictor's own optimizer groups, which `patch_trainer` makes, and
+            `handle.param_groups()` for other loops. None: what the optimizer gives the rest. Biases are not decayed.
+        schedule, warmup: λ is `weight` all along ("constant"), or falls to 0 by half a cosine ("cosine"), after a
+            linear rise over the share `warmup` of the training. `patch_trainer` sets where in the training a step is;
+            other loops set `handle.progress` (0..1).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -86,6 +100,7 @@ def apply_pre(
         raise ValueError(f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; want None")
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
+    training = Training(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
@@ -116,11 +131,12 @@ def apply_pre(
                 activation=activation,
                 loss=loss,
                 device=like.device,
-                dtype=like.dtype,
+                dtype=_head_dtype(head_dtype, like.dtype),
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
-    return PreHandle(model, Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl), head, weight)
+    objective = Objective(parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss)
+    return PreHandle(model, objective, head, weight, training)
 
 
 def _layers(layer: Any, depth: int) -> tuple[int, ...]:
@@ -159,6 +175,16 @@ def _projector_width(parts: Parts) -> int:
     if not isinstance(width, int):
         raise ValueError('anchor: got "pre_projector", but the projector has no linear layer to read its width from')
     return width
+
+
+def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
+    if given is None:
+        return layer
+    if not isinstance(given, torch.dtype):
+        raise TypeError(f"head_dtype: got {given!r}, want a torch.dtype or None")
+    if given != layer and (given != torch.float32 or layer.itemsize > 2):
+        raise ValueError(f"head_dtype: got {given} over a layer in {layer}, want None, {layer}, or float32 over halves")
+    return given
 
 
 def _like(layer: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Seen
+from .cosine import sample_cosine
 from .families import Parts
 from .rows import Rows, find_rows, pool
+
+
+@dataclass
+class Losses:
+    """What one forward gave.
+
+    Attributes:
+        layers: each layer's loss, 0-d, on its own device: the mean over the terms, or Σℓ / divisor.
+        terms, tokens: the number of terms (visual tokens, or images), and of visual tokens; 0-d.
+        cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
+    """
+
+    layers: list[Tensor]
+    terms: Tensor
+    tokens: Tensor
+    cosines: list[Tensor]
 
 
 @dataclass
@@ -25,6 +43,7 @@ class Objective:
     level: str
     mask_fn: Callable[[dict[str, Any]], Tensor] | None
     impl: str
+    loss: str = "cosine"
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """The number of terms (visual tokens, or images) in the loss of a forward with these arguments, 0-d."""
@@ -35,17 +54,15 @@ class Objective:
             return torch.tensor(rows.images(self.parts, inputs).unique().numel())
         return rows.mask.sum()
 
-    def losses(
-        self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Each layer's loss, 0-d, on its own device: the mean over the terms, or Σℓ / `divisor`; and their number."""
+    def losses(self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None) -> Losses:
+        """The heads' losses of a forward; with a `divisor` Σℓ is divided by it instead of the number of terms."""
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
         options: dict[str, Any] = {"impl": self.impl} | ({} if divisor is None else {"normalizer": divisor})
         if rows is None:
-            return self._without_rows(seen, heads, options), torch.zeros((), dtype=torch.long)
+            return self._without_rows(seen, heads, options)
 
         rows.check(hidden[0])
         numbers = None
@@ -54,27 +71,34 @@ class Objective:
             if self.level == "image":
                 numbers = rows.images(self.parts, seen.inputs)
                 anchor = pool(anchor, rows.mask.to(anchor.device), numbers.to(anchor.device))
-        count = rows.mask.sum() if numbers is None else torch.tensor(len(anchor))
-
-        found = []
+        tokens = rows.mask.sum()
+        found = Losses([], tokens if numbers is None else torch.tensor(len(anchor)), tokens, [])
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             selected: Tensor | None = rows.mask.to(device)
             if numbers is not None:
                 state, selected = pool(state, rows.mask.to(device), numbers.to(device)), None
-            with seen.autocast_of(number):
-                found.append(head(state, anchor.to(device), selected, **_on(device, options)))
-        return found, count
+            with _products(seen, number, state, head):
+                target = anchor.to(device)
+                found.layers.append(head(state, target, selected, **_on(device, options)))
+                if self.loss != "cosine":
+                    found.cosines.append(sample_cosine(head, state, target, selected, self.impl))
+        return found
 
-    def _without_rows(self, seen: Seen, heads: Sequence[nn.Module], options: dict[str, Any]) -> list[Tensor]:
+    def _without_rows(self, seen: Seen, heads: Sequence[nn.Module], options: dict[str, Any]) -> Losses:
         """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
-        found = []
+        zero = torch.zeros((), dtype=torch.long)
+        found = Losses([], zero, zero, [])
         for number, head in zip(self.layers, heads, strict=True):
             hidden = seen.layer(number)
             none = torch.zeros(0, dtype=torch.long, device=hidden.device)
             z = next(p.shape[0] for name, p in head.named_parameters() if name.split(".")[-1] == "w2")
-            with seen.autocast_of(number):
-                found.append(head(hidden, hidden.new_zeros(0, z), none, **_on(hidden.device, options)))
+            with _products(seen, number, hidden, head):
+                found.layers.append(head(hidden, hidden.new_zeros(0, z), none, **_on(hidden.device, options)))
+                if self.loss != "cosine":  # a sharded head gathers its parameters at each call, on all ranks
+                    found.cosines.append(
+                        sample_cosine(head, hidden[..., :0, :], hidden.new_zeros(0, z), None, self.impl)
+                    )
         return found
 
     def _anchor(self, seen: Seen, rows: Rows) -> Tensor:
@@ -97,6 +121,14 @@ class Objective:
         if found.shape[-1] != self.anchor_dim:
             raise ValueError(f"anchor: got shape {tuple(found.shape)}, want width {self.anchor_dim} (anchor_dim)")
         return found
+
+
+def _products(seen: Seen, number: int, hidden: Tensor, head: nn.Module) -> AbstractContextManager[Any]:
+    """The layer's autocast state; for master weights over a layer in half precision, autocast to the layer's dtype."""
+    half = hidden.dtype.itemsize == 2 and not seen.autocast[number][1]
+    if half and next(head.parameters()).dtype == torch.float32:
+        return torch.autocast(hidden.device.type, dtype=hidden.dtype)
+    return seen.autocast_of(number)
 
 
 def no_dtensor(name: str, tensor: Tensor) -> None:
