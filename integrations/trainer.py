@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import WEIGHTS
-from .handle import Deferred, PreHandle, find_handle
+from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
 from .training import own_groups
 
 _MARK = "_pre_patch"
@@ -32,7 +32,8 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
     - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm" and "pre_weight", each where
       `handle.metrics()` has it, over all processes, since the last log;
-    - `checkpoint-*` folders also hold the head, and resuming restores it (FSDP and DeepSpeed keep it in their own).
+    - `checkpoint-*` folders also hold the head, and resuming restores it (FSDP and DeepSpeed keep it in their own), and
+      the model too where the Trainer would not, because its keys were renamed on saving.
 
     Other trainers of the class behave as before.
 
@@ -216,14 +217,45 @@ def _load_from_checkpoint(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
     done = original(folder, *args, **kwargs)
+    _load_renamed(trainer, folder)
     _restore(handle, trainer, folder)
     return done
 
 
 def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: Any) -> Any:
     done = original()
+    _load_renamed(trainer, trainer.state.best_model_checkpoint)
     _restore(handle, trainer, trainer.state.best_model_checkpoint)
     return done
+
+
+def _load_renamed(trainer: Any, folder: str) -> None:
+    """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
+
+    It loads with strict=False, so such a model would go on from the weights it was made with.
+    """
+    model = trainer.model
+    if _sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
+        return
+    if _keys(folder) <= model.state_dict().keys():
+        return
+    loaded = type(model).from_pretrained(folder, dtype=torch.promote_types(model.dtype, torch.float32))
+    result = model.load_state_dict(loaded.state_dict(), strict=False)
+    lost = [name for name in result.missing_keys if not name.startswith(f"{ATTRIBUTE}.")]
+    if lost or result.unexpected_keys:
+        raise RuntimeError(f"PRe: {folder} does not hold this model: no {lost}, unexpected {result.unexpected_keys}")
+
+
+def _keys(folder: str) -> set[str]:
+    """The names of the tensors in a checkpoint's safetensors files."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for name in os.listdir(folder):
+        if name.startswith("model") and name.endswith(".safetensors"):
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                found |= set(file.keys())
+    return found
 
 
 def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:
