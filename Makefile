@@ -29,7 +29,9 @@ test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time
 	$(PYTEST) $(ARGS)
 
 test-oldest: $(INSTALLED)  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
-	test -d .deps/transformers || $(BIN)/pip install --quiet --target .deps/transformers 'transformers==4.57.*'
+	@# the newest datasets, which TRL brings, does not import with the huggingface_hub of transformers 4.57
+	test -d .deps/transformers || { $(BIN)/pip install --quiet --target .deps/transformers 'transformers==4.57.*' && \
+		$(BIN)/pip install --quiet --no-deps --target .deps/transformers 'datasets==4.4.1'; }
 	test -d .deps/triton || $(BIN)/pip install --quiet --no-deps --target .deps/triton 'triton==3.6.*'
 	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations
 	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90

@@ -16,6 +16,7 @@ from .families import Parts, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .objective import Objective
 from .parallel import Group, check_not_wrapped, check_same_everywhere
+from .training import Training
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
@@ -41,6 +42,11 @@ def apply_pre(
     fraction: float = 1.0,
     impl: str = "auto",
     group: Any = None,
+    head_dtype: torch.dtype | None = None,
+    head_lr: float | None = None,
+    head_weight_decay: float | None = None,
+    schedule: str = "constant",
+    warmup: float = 0.0,
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
 
@@ -84,6 +90,13 @@ def apply_pre(
             under sequence parallelism (level "image": images whole on one process). Costs one all-reduce of a number
             per forward, in which every process has to take part. None: a process's own terms. Where `patch_trainer`
             counts, this is not used.
+        head_dtype: of the predictor's parameters; None: the layer's. `torch.float32` over a layer in half precision
+            keeps master weights: products still run in the layer's dtype, gradients arrive in float32.
+        head_lr, head_weight_decay: of the predictor's own optimizer groups, which `patch_trainer` makes, and
+            `handle.param_groups()` for other loops. None: what the optimizer gives the rest. Biases are not decayed.
+        schedule, warmup: λ is `weight` all along ("constant"), or falls to 0 by half a cosine ("cosine"), after a
+            linear rise over the share `warmup` of the training. `patch_trainer` sets where in the training a step is;
+            other loops set `handle.progress` (0..1).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -109,6 +122,7 @@ def apply_pre(
     counted = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
+    training = Training(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
@@ -138,7 +152,7 @@ def apply_pre(
                 activation=activation,
                 loss=loss,
                 device=device,
-                dtype=dtype,
+                dtype=_head_dtype(head_dtype, dtype),
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
@@ -146,7 +160,7 @@ def apply_pre(
     objective = Objective(
         parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted
     )
-    return PreHandle(model, objective, head, weight)
+    return PreHandle(model, objective, head, weight, training)
 
 
 def _check_fraction(fraction: Any) -> None:
@@ -192,6 +206,16 @@ def _projector_width(parts: Parts) -> int:
     if not isinstance(width, int):
         raise ValueError('anchor: got "pre_projector", but the projector has no linear layer to read its width from')
     return width
+
+
+def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
+    if given is None:
+        return layer
+    if not isinstance(given, torch.dtype):
+        raise TypeError(f"head_dtype: got {given!r}, want a torch.dtype or None")
+    if given != layer and (given != torch.float32 or layer.itemsize > 2):
+        raise ValueError(f"head_dtype: got {given} over a layer in {layer}, want None, {layer}, or float32 over halves")
+    return given
 
 
 def _like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:

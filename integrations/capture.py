@@ -71,6 +71,8 @@ class Capture:
         finish: Callable[[Any, Seen], Any],
         missed: Callable[[], None],
     ) -> None:
+        global _untraced
+        _untraced = torch.compiler.disable(_call)  # not at import: it imports the compiler
         self.start, self.finish, self.missed = start, finish, missed
         self.parts = parts
         self.seen: Seen | None = None
@@ -103,6 +105,12 @@ class Capture:
         self.seen = None
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _untraced(self._begin, module, args, kwargs)
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _untraced(self._end, output)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP or FSDP"
@@ -113,7 +121,7 @@ class Capture:
         if self.start(inputs):
             self.seen = Seen(inputs, self.parts)
 
-    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _end(self, output: Any) -> Any:
         seen, self.seen, self.inside = self.seen, None, False
         if seen is None or output is None:  # no output: the forward raised
             return None
@@ -147,6 +155,13 @@ class Capture:
         self.seen.hidden[number] = hidden
         device = hidden.device.type
         self.seen.autocast[number] = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_untraced = _call  # what torch.compile leaves alone: traced, the ends of a forward would cost a dozen graphs
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

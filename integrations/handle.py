@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
-from .objective import Objective
+from .objective import Losses, Objective
 from .output import add_to_loss, share
+from .training import Training, number
+from .watchdog import Watchdog
 
 ATTRIBUTE = "pre_head"
 
@@ -23,7 +26,8 @@ class PreHandle:
 
     Attributes:
         enabled: False turns PRe off without removing it.
-        weight: λ.
+        weight: λ, before the schedule.
+        progress: where in the training the next step is, 0..1; the schedule reads it.
     """
 
     def __init__(
@@ -32,14 +36,17 @@ class PreHandle:
         objective: Objective,
         head: nn.Module,
         weight: float,
+        training: Training,
     ) -> None:
-        self.weight = weight
+        self.weight, self.progress = weight, 0.0
         self.enabled = True
-        self._model, self._objective = model, objective
+        self._model, self._objective, self._training = model, objective, training
         self._several = isinstance(head, nn.ModuleList)
         self._was_peft = getattr(model, "peft_config", None) is not None
         self._sums: Tensor | None = None
         self._forwards = 0
+        self._norm: Tensor | None = None
+        self._watchdog = Watchdog()
         self._warned = False
         self._deferred: Deferred | None = None
 
@@ -66,11 +73,23 @@ class PreHandle:
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"weight: got {type(value).__name__}, want a number")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"weight: got {value}, want a finite number ≥ 0")
-        self._weight = float(value)
+        self._weight = number("weight", value)
+
+    @property
+    def progress(self) -> float:
+        """Where in the training the next step is, 0..1; `patch_trainer` sets it to the middle of each step."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        if number("progress", value) > 1:
+            raise ValueError(f"progress: got {value}, want 0..1")
+        self._progress = float(value)
+
+    @property
+    def scheduled_weight(self) -> float:
+        """λ as the schedule has it at `progress`. At 0 the head is not in the graph, which DDP has to be told of."""
+        return self._weight * self._training.factor(self._progress)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -90,20 +109,46 @@ class PreHandle:
     def metrics(self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """What was seen since the last reset; reading it is the only host sync.
 
-        "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the layers averaged, and
-        "pre_loss/layer_<l>" for each of several; "pre_rows": the number of those; "pre_forwards": of forwards.
+        - "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the layers averaged;
+          "pre_loss/layer_<l>" for each of several;
+        - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not -cosine, of at most
+          `cosine.SAMPLE` rows of each forward;
+        - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this process's forwards;
+        - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled, clipped), once an
+          optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
+        - "pre_weight": λ of the last step, if it has a schedule.
+
         `combine` sums the totals over processes.
         """
         totals = self._totals()
-        count, *sums = (totals if combine is None else combine(totals)).tolist()
+        count, tokens, cosine, sampled, *sums = (totals if combine is None else combine(totals)).tolist()
         means = [s / count if count else math.nan for s in sums]
         found = {"pre_loss": sum(means) / len(means)}
         if len(means) > 1:
             found |= {f"pre_loss/layer_{n}": mean for n, mean in zip(self.layers, means, strict=True)}
-        found |= {"pre_rows": count, "pre_forwards": self._forwards}
+        if self._objective.loss == "cosine":
+            found["pre_cosine"] = -found["pre_loss"]
+        else:
+            found["pre_cosine"] = cosine / sampled if sampled else math.nan
+        found |= {"pre_rows": count, "pre_tokens": tokens, "pre_forwards": self._forwards}
+        if self._norm is not None:
+            found["pre_head_grad_norm"] = float(self._norm)
+        if self._training.scheduled:
+            found["pre_weight"] = self.scheduled_weight
         if reset:
             self._sums, self._forwards = None, 0
         return found
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the head's parameters that require grad, with `head_lr` and `head_weight_decay` if given.
+
+        First the weights, then the biases, which are not decayed. Leave these parameters out of other groups.
+        """
+        return self._training.groups(self.head.parameters())
+
+    def watch(self, optimizer: Any) -> RemovableHandle:
+        """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed."""
+        return optimizer.register_step_pre_hook(self._measure)
 
     def save(self, directory: Any, model: nn.Module | None = None) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
@@ -165,12 +210,16 @@ class PreHandle:
             self._deferred = None
 
     def _start(self, inputs: dict[str, Any]) -> bool:
-        if not (self.enabled and self._weight and self._model.training and torch.is_grad_enabled()):
+        if not self._active():
             return False
         if inputs.get("labels") is None and self._deferred is None:  # a Trainer with its own loss pops the labels
             return False
         self._check_frozen()
+        self._watchdog.check()
         return True
+
+    def _active(self) -> bool:
+        return bool(self.enabled and self.scheduled_weight and self._model.training and torch.is_grad_enabled())
 
     def _check_frozen(self) -> None:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
@@ -182,7 +231,7 @@ class PreHandle:
             )
 
     def _missed(self) -> None:
-        if not (self.enabled and self._weight and self._model.training and torch.is_grad_enabled()):
+        if not self._active():
             return
         self._check_frozen()
         if not self._warned:
@@ -197,27 +246,45 @@ class PreHandle:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        losses, count, divisor = self._objective.losses(seen, heads, divisor)
-        device = losses[0].device
-        losses = [loss.to(device) for loss in losses]
-        self._record(losses, count.to(device), divisor)
+        found = self._objective.losses(seen, heads, divisor)
+        device = found.layers[0].device
+        self._record(found, device)
 
-        total = torch.stack(losses).mean()
+        total = torch.stack([loss.to(device) for loss in found.layers]).mean()
+        weight = self.scheduled_weight
         if deferred is not None:
-            deferred.terms.append(self._weight * total)
-            return add_to_loss(output, 0 * total, required=False)  # DDP looks for the head in the graph of the output
-        part = share(seen.inputs, device, self._objective.group)
-        return add_to_loss(output, self._weight * part * total, required=True)
+            term = weight * total
+            deferred.terms.append(term)
+            output = add_to_loss(output, 0 * total, required=False)  # DDP looks for the head in the graph of the output
+        else:
+            term = weight * share(seen.inputs, device, self._objective.group) * total
+            output = add_to_loss(output, term, required=True)
+        self._watchdog.watch(term)
+        return output
 
-    def _record(self, losses: list[Tensor], count: Tensor, divisor: Tensor | float | None) -> None:
-        scale = count if divisor is None else torch.as_tensor(divisor, device=count.device)
-        wide = torch.float32 if count.device.type == "mps" else torch.float64
-        new = torch.stack([count.to(wide), *((loss.detach() * scale).to(wide) for loss in losses)])
+    def _record(self, found: Losses, device: torch.device) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        scale = torch.as_tensor(found.divisor)
+        cosines = [pair.to(device, wide) for pair in found.cosines]
+        new = torch.stack(
+            [
+                found.terms.to(device, wide),
+                found.tokens.to(device, wide),
+                *(torch.stack(cosines).sum(0) if cosines else torch.zeros(2, dtype=wide, device=device)),
+                *((loss.detach().to(device) * scale.to(device)).to(wide) for loss in found.layers),
+            ]
+        )
         self._sums = new if self._sums is None else self._sums + new
         self._forwards += 1
 
     def _totals(self) -> Tensor:
-        return torch.zeros(1 + len(self.layers), dtype=torch.double) if self._sums is None else self._sums
+        return torch.zeros(4 + len(self.layers), dtype=torch.double) if self._sums is None else self._sums
+
+    def _measure(self, *_: Any) -> None:
+        gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
+        if gradients:
+            norm: Any = torch.nn.utils.get_total_norm(gradients)
+            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class Deferred:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .handle import Deferred, PreHandle, find_handle
+from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
+from .training import own_groups
 
 _MARK = "_pre_patch"
 
@@ -25,8 +27,13 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - the auxiliary gradient of an optimizer step is λ · ∇(Σℓ over the step's visual tokens ÷ their number, over all
       micro-batches and processes), whatever the accumulation, the image counts and the rule for the loss's scale. It is
       added where the trainer calls `accelerator.backward`, so it also reaches trainers that ignore `output.loss`;
-    - training logs get "pre_loss";
-    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own).
+    - the head's parameters are in optimizer groups of their own, last, with `head_lr` and `head_weight_decay`, also
+      where a subclass makes the optimizer or leaves the head out; an optimizer given to the Trainer stays as it is;
+    - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
+    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm" and "pre_weight", each where
+      `handle.metrics()` has it, over all processes, since the last log;
+    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
+      too where the Trainer would not, because its keys were renamed on saving.
 
     Other trainers of the class behave as before.
 
@@ -83,10 +90,62 @@ def _wrap(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable
     return method
 
 
+def _inner_training_loop(
+    handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    handle.metrics()  # what a training that ran out of memory has left
+    trainer._pre_divisor = None
+    with contextlib.ExitStack() as stack:
+        create = functools.partial(_create_optimizer, trainer.create_optimizer, handle, trainer, stack)
+        stack.enter_context(_replaced(trainer, "create_optimizer", create))  # a subclass may have its own
+        try:
+            return original(*args, **kwargs)
+        finally:
+            trainer._pre_divisor = None
+
+
+def _create_optimizer(
+    original: Callable[..., Any],
+    handle: PreHandle,
+    trainer: Any,
+    stack: contextlib.ExitStack,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    given = trainer.optimizer is not None
+    found = original(*args, **kwargs)
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's has the real one
+    groups = handle.param_groups()
+    if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed makes it from its own config
+        if any("lr" in group for group in groups) or "weight_decay" in groups[0]:
+            warnings.warn(
+                "PRe: head_lr and head_weight_decay do nothing with the optimizer of a DeepSpeed config; leave "
+                '"optimizer" out of it',
+                stacklevel=2,
+            )
+        return found
+    if not given:
+        own_groups(optimizer, groups)
+    elif not _all_in(groups, optimizer):
+        warnings.warn(
+            "PRe: the optimizer given to the Trainer lacks parameters of the head, so they are not trained; make it "
+            "after apply_pre, with handle.param_groups()",
+            stacklevel=2,
+        )
+    stack.callback(handle.watch(optimizer).remove)
+    return found
+
+
+def _all_in(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> bool:
+    there = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return all(id(p) in there for group in groups for p in group["params"])
+
+
 def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     samples, items = original(*args, **kwargs)
     trainer._pre_divisor = None
-    if handle.enabled and handle.weight:
+    handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
+    if handle.enabled and handle.scheduled_weight:
         device = trainer.args.device
         count = torch.zeros((), dtype=torch.long, device=device)
         for batch in samples:
@@ -113,22 +172,28 @@ def _training_step(
     return loss + deferred.added
 
 
-@contextlib.contextmanager
-def _added_to_backward(accelerator: Any, deferred: Deferred) -> Iterator[None]:
-    backward, own = accelerator.backward, vars(accelerator).get("backward")
+def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.AbstractContextManager[None]:
+    backward = accelerator.backward
 
     def with_terms(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         for term in deferred.take():
             loss = loss + term.to(loss.device)
         return backward(loss, *args, **kwargs)
 
-    accelerator.backward = with_terms
+    return _replaced(accelerator, "backward", with_terms)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """`method` in place of that of this instance, which may have one of its own."""
+    own = vars(owner).get(name)
+    setattr(owner, name, method)
     try:
         yield
     finally:
-        del accelerator.backward
+        delattr(owner, name)
         if own is not None:
-            accelerator.backward = own
+            setattr(owner, name, own)
 
 
 def _log(
@@ -137,7 +202,7 @@ def _log(
     if "loss" in logs:  # a training log, which every process writes at the same step
         found = handle.metrics(combine=functools.partial(_over_processes, trainer))
         if found["pre_rows"]:
-            logs |= {name: value for name, value in found.items() if name.startswith("pre_loss")}
+            logs |= {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
     return original(logs, *args, **kwargs)
 
 
@@ -161,14 +226,45 @@ def _load_from_checkpoint(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
     done = original(folder, *args, **kwargs)
+    _load_renamed(trainer, folder)
     _restore(handle, trainer, folder)
     return done
 
 
 def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: Any) -> Any:
     done = original()
+    _load_renamed(trainer, trainer.state.best_model_checkpoint)
     _restore(handle, trainer, trainer.state.best_model_checkpoint)
     return done
+
+
+def _load_renamed(trainer: Any, folder: str) -> None:
+    """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
+
+    It loads with strict=False, so such a model would go on from the weights it was made with.
+    """
+    model = trainer.model
+    if _sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
+        return
+    if _keys(folder) <= model.state_dict().keys():
+        return
+    loaded = type(model).from_pretrained(folder, dtype=torch.promote_types(model.dtype, torch.float32))
+    result = model.load_state_dict(loaded.state_dict(), strict=False)
+    lost = [name for name in result.missing_keys if not name.startswith(f"{ATTRIBUTE}.")]
+    if lost or result.unexpected_keys:
+        raise RuntimeError(f"PRe: {folder} does not hold this model: no {lost}, unexpected {result.unexpected_keys}")
+
+
+def _keys(folder: str) -> set[str]:
+    """The names of the tensors in a checkpoint's safetensors files."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for name in os.listdir(folder):
+        if name.startswith("model") and name.endswith(".safetensors"):
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                found |= set(file.keys())
+    return found
 
 
 def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:
@@ -189,6 +285,7 @@ def _over_processes(trainer: Any, value: Tensor) -> Tensor:
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {
+    "_inner_training_loop": _inner_training_loop,
     "get_batch_samples": _get_batch_samples,
     "training_step": _training_step,
     "log": _log,

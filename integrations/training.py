@@ -1,0 +1,87 @@
+"""How the head is trained: its optimizer groups, and λ along the training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pre_kernels.checks import choice
+
+SCHEDULES = ("constant", "cosine")
+MARK = "pre_head"  # the key of the groups that `own_groups` made
+
+
+@dataclass(frozen=True)
+class Training:
+    """The arguments of `apply_pre` of the same names.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+
+    head_lr: float | None = None
+    head_weight_decay: float | None = None
+    schedule: str = "constant"
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        choice("schedule", self.schedule, SCHEDULES)
+        for name in ("head_lr", "head_weight_decay"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
+        number("warmup", self.warmup)
+        if self.warmup > 1:
+            raise ValueError(f"warmup: got {self.warmup}, want a share of the training, 0..1")
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether λ changes along the training."""
+        return self.schedule != "constant" or self.warmup > 0
+
+    def factor(self, progress: float) -> float:
+        """What λ is multiplied by at this share of the training (0..1)."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.schedule == "constant" or self.warmup == 1:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+    def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        """Optimizer groups of those that require grad: weights, and biases, which are not decayed."""
+        trained = [p for p in parameters if p.requires_grad]
+        weights: dict[str, Any] = {"params": [p for p in trained if p.dim() > 1]}
+        biases: dict[str, Any] = {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}
+        if self.head_weight_decay is not None:
+            weights["weight_decay"] = self.head_weight_decay
+        found = [group for group in (weights, biases) if group["params"]]
+        return found if self.head_lr is None else [{**group, "lr": self.head_lr} for group in found]
+
+
+def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """Give each of `groups` a group of its own in `optimizer`, before its first step.
+
+    What a group does not say it takes from the one where its parameters were, or from the optimizer's defaults if they
+    were in none. Groups that are there already stay.
+    """
+    for group in groups:
+        mine = {id(p) for p in group["params"]}
+        sources = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
+        if any(MARK in source for source in sources):
+            continue
+        settings = {k: v for k, v in sources[0].items() if k != "params"} if sources else {}
+        for source in sources:
+            source["params"] = [p for p in source["params"] if id(p) not in mine]
+        optimizer.add_param_group({**settings, **group, MARK: True})
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float; TypeError or ValueError if it is no finite number ≥ 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: got {value}, want a finite number ≥ 0")
+    return float(value)

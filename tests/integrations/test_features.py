@@ -1,0 +1,386 @@
+"""What may be used beside PRe: loss scaling, EMA, compilers, packing, quantised bases, LoRA, resuming, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from eager import assert_same_gradients, expected_gradients, gradients
+from peft import LoraConfig, get_peft_model
+from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
+from tiny_models import batch, build
+from tiny_training import EQUAL, InOrder, Samples, arguments, collate, one_image, train
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+LORA = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
+
+
+def same_head(handle: Any) -> None:
+    """A head that does not depend on the random state."""
+    with torch.no_grad():
+        for parameter in handle.head.parameters():
+            parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter).sin())
+
+
+# --- loss scaling
+
+
+def test_fp16_with_a_gradient_scaler() -> None:
+    """Unscaled gradients are float32's within float16's error; a step with infinities is skipped."""
+    data = batch("llava")
+    wanted_model = build("llava")
+    same_head(apply_pre(wanted_model))
+    wanted_model(**data.inputs).loss.backward()
+    wanted = gradients(wanted_model)
+
+    for scale, skipped in ((2.0**8, False), (2.0**60, True)):
+        model = build("llava")
+        handle = apply_pre(model)
+        same_head(handle)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        hook = handle.watch(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        before = handle.head.w1.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**data.inputs).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if not skipped:
+            largest = max(float(g.norm()) for g in wanted.values() if g is not None)
+            for name, gradient in gradients(model).items():
+                if gradient is not None:  # some are 0 but for rounding: those of the keys' biases
+                    error = float((gradient - wanted[name]).norm())
+                    assert error < 0.02 * float(wanted[name].norm()) + 1e-4 * largest, name
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, handle.head.w1) == skipped
+        assert scaler.get_scale() == (scale / 2 if skipped else scale)
+        found = handle.metrics()
+        assert ("pre_head_grad_norm" in found) != skipped  # no step was taken
+        if not skipped:
+            norm = torch.nn.utils.get_total_norm([g for n, g in wanted.items() if n.startswith("pre_head")])
+            assert found["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
+        hook.remove()
+
+
+# --- EMA
+
+
+def test_ema_copies_model_and_head() -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    other = find_handle(average.module)
+    assert other is not None
+    assert other is not handle
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    first = handle.head.w1.detach().clone()
+    for step in range(2):
+        optimizer.zero_grad()
+        model(**data.inputs).loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+        if step == 0:
+            assert torch.equal(other.head.w1, handle.head.w1)  # the first update copies
+            second = handle.head.w1.detach().clone()
+    torch.testing.assert_close(other.head.w1, 0.5 * second + 0.5 * handle.head.w1)
+    assert not torch.equal(first, second)
+
+    before, seen = handle.metrics(reset=False), other.metrics()["pre_forwards"]
+    model.zero_grad()
+    average.module(**data.inputs).loss.backward()  # the copy's hooks reach the copy's head alone
+    assert handle.metrics() == before
+    assert (seen, other.metrics()["pre_forwards"]) == (0, 1)
+    assert handle.head.w1.grad is None
+
+
+# --- torch.compile
+
+
+def frames(model: nn.Module, run: Any, inputs: dict[str, Any]) -> int:
+    """The number of graphs of two steps: the second compiles nothing."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    # the vision tower is not what is tested, and takes longest
+    model.model.get_image_features = torch.compiler.disable(model.model.get_image_features)
+    compiled = run(model, counter)
+    counts = []
+    for _ in range(2):
+        model.zero_grad()
+        compiled(**inputs).loss.backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+    return counts[0]
+
+
+def whole(model: nn.Module, backend: Any) -> Any:
+    return torch.compile(model, backend=backend)
+
+
+def by_layer(model: nn.Module, backend: Any) -> Any:
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("run", [whole, by_layer])
+def test_compilation_has_not_one_graph_more(run: Any) -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model, [2, 4])
+    found = frames(model, run, data.inputs)
+    _, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2, 4])
+    assert_same_gradients(gradients(model), wanted)
+    assert found == frames(build("llava"), run, data.inputs)
+
+
+# --- Liger
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter here")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one kernel of its that the interpreter runs; they replace functions and forwards, which the hooks are not."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    if transformers.__version__ < "5":
+        pytest.skip("Liger wants transformers 5")
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+    model, data = build("llava"), batch("llava", [[("image", 8, 8), ("text", 2)]])
+    switches = {"rms_norm": False, "swiglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    if order == "before":
+        liger.apply_liger_kernel_to_llama(rope=True, **switches)
+    handle = apply_pre(model)
+    if order == "after":
+        liger.apply_liger_kernel_to_llama(rope=True, **switches, model=model.model.language_model)
+    loss = model(**data.inputs).loss
+    loss.backward()
+    assert "liger" in modeling_llama.apply_rotary_pos_emb.__module__
+    monkeypatch.undo()
+    wanted_loss, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2])
+    torch.testing.assert_close(loss.detach(), wanted_loss)
+    assert_same_gradients(gradients(model), wanted)
+
+
+# --- packing
+
+
+def packed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples one after the other in a row (1, total) without padding; positions begin anew, first labels are none."""
+    ids = torch.cat([p["input_ids"] for p in parts], 1)
+    for part in parts:
+        part["labels"][:, 0] = -100
+    return {
+        "input_ids": ids,
+        "labels": torch.cat([p["labels"] for p in parts], 1),
+        "position_ids": torch.cat([torch.arange(p["input_ids"].shape[1]) for p in parts])[None],
+        "pixel_values": torch.cat([p["pixel_values"] for p in parts]),
+    }
+
+
+@pytest.mark.parametrize("level", ["patch", "image"])
+def test_a_packed_row_is_its_samples(level: str) -> None:
+    samples = [[("text", 2), ("image", 8, 8), ("text", 5)], [("image", 8, 8), ("text", 3), ("image", 8, 8)]]
+    parts = [batch("llava", [sample], seed=i).inputs for i, sample in enumerate(samples)]
+    model = build("llava")
+    handle = apply_pre(model, level=level)
+    same_head(handle)
+    model(**packed(parts), use_cache=False).loss.backward()
+    assert handle.metrics()["pre_tokens"] == 12
+    found = {n: p.grad.clone() for n, p in handle.head.named_parameters()}
+
+    model.zero_grad()
+    terms = [4, 8] if level == "patch" else [1, 2]
+    with handle.defer(float(sum(terms))) as deferred:
+        for part in parts:
+            model(**part, use_cache=False)
+    sum(deferred.take()).backward()
+    for name, parameter in handle.head.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=2e-4, atol=1e-7)
+
+
+# --- quantised bases and LoRA
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer with int8 weights and a scale per row; stands for bitsandbytes where that is missing."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        scale = like.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (like.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def nf4(like: nn.Linear) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(like.in_features, like.out_features, bias=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(like.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("quantise", [Int8Linear, nf4])
+def test_a_quantised_base(quantise: Any) -> None:
+    """The head has the dtype of the layer's norms, the gradient passes the frozen integers to the adapters below."""
+    model, data = build("llava"), batch("llava")
+    for layer in model.model.language_model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, quantise(getattr(layer.mlp, name)))
+    model.requires_grad_(False)
+    peft = get_peft_model(model, LORA).train()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    handle = apply_pre(peft, weight=1.0)
+    assert {p.dtype for p in handle.head.parameters()} == {torch.float32}
+    peft(**data.inputs).loss.backward()
+    both = gradients(peft)
+    peft.zero_grad()
+    handle.enabled = False
+    peft(**data.inputs).loss.backward()
+    changed = {n for n, g in gradients(peft).items() if g is not None and not torch.equal(g, both[n])}
+    below = {n for n in both if "lora" in n and any(f"layers.{i}." in n for i in (0, 1))}
+    assert changed == below
+    trained = {n for n, g in both.items() if g is not None}
+    assert trained == {n for n in both if "lora" in n or n.startswith("pre_head")}
+
+
+@pytest.mark.parametrize("how", ["after", "modules_to_save"])
+def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
+    """Adapter and head are saved beside each other, merge back into a plain model, and resume together."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+
+    def fresh() -> Any:
+        model = build("llava")
+        if how == "after":
+            peft = get_peft_model(model, LORA)
+            return peft, apply_pre(peft)
+        handle = apply_pre(model)
+        config = LoraConfig(r=2, target_modules=LORA.target_modules, modules_to_save=["pre_head"])
+        return get_peft_model(model, config), handle
+
+    runs = []
+    for stop, resume in ((4, None), (4, str(tmp_path / "checkpoint-2"))):
+        peft, handle = fresh()
+        same_head(handle)
+        with patch_trainer():
+            trainer = InOrder(
+                model=peft,
+                args=arguments(tmp_path, 2, 2, max_steps=stop, **saving),
+                train_dataset=Samples(EQUAL),
+                data_collator=collate("llava", EQUAL),
+            )
+            trainer.train(resume_from_checkpoint=resume)
+        runs.append({n: p.detach().clone() for n, p in peft.named_parameters() if p.requires_grad})
+    assert any("pre_head" in name for name in runs[0])
+    assert runs[0].keys() == runs[1].keys()
+    for name, parameter in runs[0].items():
+        assert torch.equal(parameter, runs[1][name]), name
+
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert any("lora" in name for name in saved)
+    assert any("pre_head" in name for name in saved) == (how == "modules_to_save")
+    assert (tmp_path / "checkpoint-4" / "pre_head.safetensors").exists()
+    handle.remove()
+    merged = peft.merge_and_unload()
+    assert not any("pre_head" in name or "lora" in name for name in merged.state_dict())
+    assert merged.state_dict().keys() == build("llava").state_dict().keys()
+    assert merged(**batch("llava").inputs).loss is not None
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
+    """Bit by bit, losses and weights, although `save_pretrained` renames keys, which the Trainer does not undo."""
+    samples = [one_image(n) for n in (5, 4, 3, 6, 2, 5, 3, 4)] * 2
+    more = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-2}
+    more |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
+    curves, ends = [], []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        model = build(family, seed=0 if resume is None else 7)  # as somebody who only has the checkpoint
+        apply_pre(model, schedule="cosine")
+        with patch_trainer():
+            trainer = InOrder(
+                model=model,
+                args=arguments(tmp_path, 2, 1, **more),
+                train_dataset=Samples(samples),
+                data_collator=collate(family, samples),
+            )
+            trainer.train(resume_from_checkpoint=resume)
+        names = ("loss", "pre_loss", "pre_weight", "pre_head_grad_norm", "grad_norm")
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        curves.append([[entry.get(name) for name in names] for entry in logs])
+        ends.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    assert len(curves[0]) == 8
+    assert curves[0] == curves[1]
+    for name, parameter in ends[0].items():
+        assert torch.equal(parameter, ends[1][name]), name
+
+
+# --- export
+
+
+def test_what_the_trainer_saves(tmp_path: Path) -> None:
+    """The model's files are those of a training without PRe, and load without a missing or an unexpected key."""
+    from safetensors.torch import load_file
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0}
+    plain = build("llava")
+    without = InOrder(
+        model=plain,
+        args=arguments(tmp_path / "plain", 2, 2, learning_rate=0.0),
+        train_dataset=Samples(EQUAL),
+        data_collator=collate("llava", EQUAL),
+    )
+    without.train()  # it writes into the config
+    without.save_model(tmp_path / "plain")
+    plain = build("llava")
+    _, handle, trainer = train("llava", EQUAL, tmp_path / "run", 2, patched=True, **saving)
+    with patch_trainer():
+        trainer.save_model(tmp_path / "saved")
+    wanted = load_file(tmp_path / "plain" / "model.safetensors")
+    for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-1"):
+        assert (folder / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+        loaded, info = type(plain).from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert loaded.state_dict().keys() == plain.state_dict().keys()
+        again = apply_pre(loaded)
+        again.load(folder)
+        assert torch.equal(again.head.w1, handle.head.w1)
+    assert json.loads((tmp_path / "saved" / "pre_head.json").read_text())["layers"] == [2]
+
+
+def test_without_safetensors(tmp_path: Path) -> None:
+    """transformers 4 can still write its own pickles."""
+    import inspect
+
+    from transformers import PreTrainedModel
+
+    if "safe_serialization" not in inspect.signature(PreTrainedModel.save_pretrained).parameters:
+        pytest.skip("this transformers writes safetensors only")
+    model = build("llava")
+    model.save_pretrained(tmp_path / "plain", safe_serialization=False)
+    apply_pre(model)
+    model.save_pretrained(tmp_path / "attached", safe_serialization=False)
+    keys = [torch.load(tmp_path / n / "pytorch_model.bin", weights_only=True).keys() for n in ("plain", "attached")]
+    assert keys[0] == keys[1]
