@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .llava import Merge, is_original
+
 Inputs = Mapping[str, Any]
 DESCENT = ("text_model", "language_model", "model", "decoder")
 
@@ -134,11 +136,15 @@ FAMILIES = {  # by config.model_type
     ),
     "video_llama_3": Family(grids, "projector", name="VideoLLaMA 3", since="5.0", videos=True),
 }
+ORIGINAL = Family(projector="mm_projector", name="LLaVA and LLaVA-NeXT, the original code")
 
 
 @dataclass
 class Parts:
-    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens."""
+    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens.
+
+    `merge` finds them in models of the original LLaVA code bases instead.
+    """
 
     family: Family
     config: Any
@@ -146,6 +152,7 @@ class Parts:
     layers: nn.ModuleList
     projector: nn.Module | None
     tokens: dict[str, tuple[int, ...]]
+    merge: Merge | None = None
 
 
 def find_parts(
@@ -164,7 +171,8 @@ def find_parts(
             f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or a module "
             "with a .config that has hidden_size, and image_token_id unless mask_fn= is passed"
         )
-    family = FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
+    original = is_original(model)
+    family = ORIGINAL if original else FAMILIES.get(getattr(config, "model_type", ""), GENERIC)
     text: nn.Module | None = None if text_model is None else _module(model, "text_model", text_model)[1]
     if layers is None:
         text, found = _find_layers(model, config, family, text)
@@ -179,7 +187,8 @@ def find_parts(
     named = model.named_modules()
     projector = next((m for n, m in named if family.projector and n.split(".")[-1] == family.projector), None)
     tokens = {kind: _token_ids(config, kind) for kind in ("image", "video")}
-    return Parts(family, config, None if text is model else text, found, projector, tokens)
+    merge = Merge(model) if original else None
+    return Parts(family, config, None if text is model else text, found, projector, tokens, merge)
 
 
 def text_config(config: Any) -> Any:

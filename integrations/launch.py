@@ -29,6 +29,7 @@ from torch import nn
 from .attach import apply_pre
 from .checkpoint import CONFIG, WEIGHTS
 from .handle import find_handle
+from .llava import is_original
 from .trainer import _sharded as sharded
 from .trainer import patch_trainer
 
@@ -306,7 +307,7 @@ def _inside(model: Any) -> Any:
 
 def _is_vision_language(model: nn.Module) -> bool:
     config = getattr(_inside(model), "config", None)
-    return any(
+    return is_original(_inside(model)) or any(
         getattr(config, name, None) is not None
         for name in (
             "vision_config",

@@ -88,7 +88,9 @@ class Objective:
         else:
             if not seen.projector:
                 raise RuntimeError("anchor: the batch has images but the projector did not run; pass a callable anchor")
-            found = rows.kept(torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in seen.projector]))
+            entered = torch.cat([each.reshape(-1, each.shape[-1]) for each in seen.projector])
+            merge = self.parts.merge
+            found = rows.kept(entered) if merge is None else merge.projected(seen.inputs, entered)
         if found.shape[:-1] != rows.mask.shape and (found.dim() != 2 or len(found) != int(rows.mask.sum())):
             raise ValueError(
                 f"anchor: got shape {tuple(found.shape)} for {int(rows.mask.sum())} visual tokens in a batch of "

@@ -190,7 +190,7 @@ def test_targets(
         (["--", "-m", "missing.module"], "no module named 'missing.module' can be run"),
         (["--", "-m", "json"], "no module named 'json' can be run"),
         (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer"),
-        (["--set", "lyer=2", "--", "ok.py"], "--set: unknown setting 'lyer'; did you mean layer?"),
+        (["--set", "lyer=2", "--", "ok.py"], "--set: unknown setting 'lyer'; did you mean layer"),
         (["--set", "qqq=2", "--", "ok.py"], "--set: unknown setting 'qqq'; want one of layer, weight"),
         (["--set", "layer", "--", "ok.py"], "--set: got 'layer', want key=value"),
         (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is no valid YAML value"),
