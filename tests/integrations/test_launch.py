@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre, launch
+from pre_kernels.integrations import apply_pre, launch, patch_trainer
 from tiny_models import batch, build
 from tiny_training import UNEQUAL_IMAGES, assert_head, by_hand
 from transformers import Trainer
@@ -320,6 +320,17 @@ def test_errors_at_the_model_leave_nothing_behind(run: Any, tmp_path: Path) -> N
     """
     with pytest.raises(RuntimeError, match=r"optimizer: InOrder's does not hold the parameters of `pre_head`"):
         run(body)
+    assert dict(vars(Trainer)) == before
+
+
+def test_a_trainer_without_batch_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before transformers 4.46; the original LLaVA's 4.37 was trained with it."""
+    monkeypatch.delattr(Trainer, "get_batch_samples")
+    before = dict(vars(Trainer))
+    with pytest.warns(UserWarning, match=r"no Trainer.get_batch_samples, .* its micro-batches weigh the same"):
+        patch = patch_trainer()
+    assert vars(Trainer)["training_step"] is not before["training_step"]
+    patch.remove()
     assert dict(vars(Trainer)) == before
 
 
