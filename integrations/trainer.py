@@ -54,8 +54,8 @@ class TrainerPatch:
         wrappers = {name: wrapper for name, wrapper in _WRAPPERS.items() if hasattr(target, name)}
         if "get_batch_samples" not in wrappers:
             warnings.warn(
-                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not counted "
-                "over the step; its micro-batches weigh the same instead",
+                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
+                "counted over the step; its micro-batches weigh the same instead",
                 stacklevel=3,
             )
         for name, wrapper in wrappers.items():
