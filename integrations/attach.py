@@ -127,7 +127,9 @@ def apply_pre(
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
     parts = find_parts(inner, text_model, layers)
-    if mask_fn is None and not any(parts.tokens.values()):
+    if mask_fn is not None:
+        parts.merge = None
+    elif parts.merge is None and not any(parts.tokens.values()):
         raise ValueError(
             f"model: {type(inner).__name__}'s config names no visual tokens (looked for image_token_id, "
             "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="

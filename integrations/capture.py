@@ -77,6 +77,7 @@ class Capture:
         self.parts = parts
         self.seen: Seen | None = None
         self.inside = False
+        self.merge = parts.merge
         self.numbers = {}
         self.hooks = [
             outer.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -120,9 +121,13 @@ class Capture:
         inputs.update(kwargs)
         if self.start(inputs):
             self.seen = Seen(inputs, self.parts)
+            if self.merge is not None:
+                self.merge.open()
 
     def _end(self, output: Any) -> Any:
         seen, self.seen, self.inside = self.seen, None, False
+        if self.merge is not None:
+            self.merge.close()
         if seen is None or output is None:  # no output: the forward raised
             return None
         return self.finish(output, seen)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .llava import Merge, is_original
+
 Inputs = Mapping[str, Any]
 DESCENT = ("text_model", "language_model", "model", "decoder")
 
@@ -235,11 +237,15 @@ FAMILIES = {  # by config.model_type
     "emu3": Family(name="Emu3"),
     "gemma3n": Family(equal_parts, hidden=active, name="Gemma 3n"),
 }
+ORIGINAL = Family(projector="mm_projector", name="LLaVA and LLaVA-NeXT, the original code")
 
 
 @dataclass
 class Parts:
-    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens."""
+    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens.
+
+    `merge` finds them in models of the original LLaVA code bases instead.
+    """
 
     family: Family
     config: Any
@@ -247,6 +253,7 @@ class Parts:
     layers: nn.ModuleList
     projector: nn.Module | None
     tokens: dict[str, tuple[int, ...]]
+    merge: Merge | None = None
 
 
 def find_parts(
@@ -265,8 +272,9 @@ def find_parts(
             f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or a module "
             "with a .config that has hidden_size, and image_token_id unless mask_fn= is passed"
         )
+    original = is_original(model)
     kind = getattr(config, "model_type", "").replace("-", "_")  # "lfm2-vl" in 4.57
-    family = FAMILIES.get(kind, GENERIC)
+    family = ORIGINAL if original else FAMILIES.get(kind, GENERIC)
     text: nn.Module | None = None if text_model is None else _module(model, "text_model", text_model)[1]
     if layers is None:
         text, found = _find_layers(model, config, family, text)
@@ -282,7 +290,8 @@ def find_parts(
     end = f".{family.projector}"
     projector = next((m for n, m in named if family.projector and f".{n}".endswith(end)), None)
     tokens = {"image": _token_ids(config, "image"), "video": _token_ids(config, family.video_token)}
-    return Parts(family, config, None if text is model else text, found, projector, tokens)
+    merge = Merge(model) if original else None
+    return Parts(family, config, None if text is model else text, found, projector, tokens, merge)
 
 
 def text_config(config: Any) -> Any:

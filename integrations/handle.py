@@ -47,6 +47,7 @@ class PreHandle:
         self._forwards = 0
         self._norm: Tensor | None = None
         self._watchdog = Watchdog()
+        self._contributed = False
         self._warned = False
         self._deferred: Deferred | None = None
 
@@ -96,6 +97,11 @@ class PreHandle:
         """The numbers of the layers, one head each."""
         return self._objective.layers
 
+    @property
+    def contributed(self) -> bool:
+        """Whether a forward ever had a term, a visual token; reading it may be a host sync."""
+        return self._contributed or bool(self._totals()[0] > 0)
+
     def settings(self) -> dict[str, Any]:
         """What the heads were made for, as it is kept beside a saved head."""
         named = isinstance(self._objective.anchor, str)
@@ -122,6 +128,7 @@ class PreHandle:
         """
         totals = self._totals()
         count, tokens, cosine, sampled, *sums = (totals if combine is None else combine(totals)).tolist()
+        self._contributed |= count > 0
         means = [s / count if count else math.nan for s in sums]
         found = {"pre_loss": sum(means) / len(means)}
         if len(means) > 1:

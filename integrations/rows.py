@@ -30,6 +30,8 @@ class Rows:
         """The number of each row's image (N,), batch-major, not necessarily without gaps."""
         if self.numbers is not None:
             return self.numbers[self.mask]
+        if parts.merge is not None:
+            return parts.merge.numbers(inputs)[self.mask]
         if not self.places:
             return runs(self.mask, "", inputs, parts.config)
         whole = torch.zeros(self.mask.shape, dtype=torch.long, device=self.mask.device)
@@ -78,6 +80,9 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
             what = found.dtype if torch.is_tensor(found) else type(found).__name__
             raise TypeError(f"mask_fn: returned {what}, want a bool or integer tensor (batch, tokens)")
         return Rows(found, {}) if found.dtype == torch.bool else Rows(found != 0, {}, found)
+    if parts.merge is not None:
+        merged = parts.merge.mask(inputs)
+        return None if merged is None else Rows(merged, {})
     places = placeholders(parts, inputs)
     if not places:
         return None

@@ -35,7 +35,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
       too where the Trainer would not, because its keys were renamed on saving.
 
-    Other trainers of the class behave as before.
+    Other trainers of the class behave as before. Before transformers 4.46 the micro-batches of a step weigh the same.
 
     Raises:
         TypeError: if `trainer_class` is not a `transformers.Trainer`.
@@ -57,7 +57,14 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self._before: dict[str, Any] = {_MARK: None}
-        for name, wrapper in _WRAPPERS.items():
+        wrappers = {name: wrapper for name, wrapper in _WRAPPERS.items() if hasattr(target, name)}
+        if "get_batch_samples" not in wrappers:
+            warnings.warn(
+                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
+                "counted over the step; its micro-batches weigh the same instead",
+                stacklevel=3,
+            )
+        for name, wrapper in wrappers.items():
             original = getattr(target, name)
             self._before[name] = vars(target).get(name)
             setattr(target, name, _wrap(original, wrapper))

@@ -1,0 +1,196 @@
+"""The original code bases of LLaVA and LLaVA-NeXT: which rows their merge of text and images made visual tokens.
+
+Their `prepare_inputs_labels_for_multimodal` puts image features between the words' embeddings and does not say where.
+But it moves the labels along, and gives image rows the label -100. So in a training forward it gets each position's own
+number for a label: what comes back says which word every row is, and the true labels are looked up with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PREPARE = "prepare_inputs_labels_for_multimodal"
+
+
+def is_original(model: Any) -> bool:
+    """Whether `model` merges text and images as the original code bases do."""
+    return all(callable(getattr(model, name, None)) for name in (PREPARE, "get_vision_tower", "encode_images"))
+
+
+class Merge:
+    """The merge of one model: `open()` before a forward to follow it, `close()` after it.
+
+    Args:
+        model: with the methods that `is_original` asks for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: Any = None
+        self.found: tuple[Tensor, Tensor | None] | None = None
+        self.tokens: dict[tuple[int, ...], int] = {}
+        tower: Any = model
+        size = getattr(getattr(tower.get_vision_tower(), "config", None), "image_size", None)
+        if isinstance(size, int):  # the usual size now, since parameters may be sharded later
+            with contextlib.suppress(RuntimeError):  # the first count says it
+                self._tokens((3, size, size))
+
+    def open(self) -> None:
+        """Follow the model's merges until `close()`."""
+        self.before, self.found = vars(self.model).get(PREPARE), None
+        vars(self.model)[PREPARE] = self._followed
+
+    def close(self) -> None:
+        """Put the method back. Calling it twice is fine."""
+        if vars(self.model).get(PREPARE) == self._followed:
+            del vars(self.model)[PREPARE]
+            if self.before is not None:
+                vars(self.model)[PREPARE] = self.before
+
+    def mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The visual tokens (B, T) of a forward with these arguments, T as it is after the merge; None without images.
+
+        Of the forward that was just followed they are known; of others the merge is run without the model's weights.
+        """
+        found, self.found = self.found, None
+        if found is not None and found[0] is inputs.get("input_ids"):
+            return found[1]
+        return self._rehearsed(inputs)[0]
+
+    def numbers(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The number of each row's image (B, T), 1, 2, ... in the order of `images`; 0 for text."""
+        mask, features = self._rehearsed(inputs)
+        if mask is None:
+            return torch.zeros_like(inputs["input_ids"])
+        images = inputs["images"]
+        crops = [len(image) if image.dim() == 4 else 1 for image in images]
+        ends = torch.tensor(crops).cumsum(0) * self._tokens(tuple(images[0].shape[-3:]))
+        found = torch.searchsorted(ends, features) + 1
+        # newline rows, which belong to the image before them, come from no feature
+        return (found * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
+
+    def projected(self, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
+        """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their order."""
+        mask, features = self._rehearsed(inputs)
+        index = features[mask.cpu()].to(rows.device) if mask is not None else features.long()
+        if (index < 1).any() or (index > len(rows)).any() or (index != index.long()).any():
+            raise ValueError(
+                "anchor: visual tokens that come from no row of the projector's input alone (newlines, pooled frames) "
+                'have no anchor there; use "pre_llm", or pass a callable anchor'
+            )
+        return rows[index.long() - 1]
+
+    def _followed(self, *args: Any, **kwargs: Any) -> Any:
+        own = types.MethodType(getattr(type(self.model), PREPARE), self.model)
+        given = inspect.signature(own).bind(*args, **kwargs).arguments
+        ids = given["input_ids"]
+        output, mask = _follow(self.before or own, given)
+        self.found = ids, mask
+        return output
+
+    def _rehearsed(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """The mask (B, T), and the number (B, T) of the feature each row is made from (1, 2, ...; 0: from none)."""
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ValueError("input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn=")
+        stand_in = _stand_in(self.model, self._tokens)
+        method = types.MethodType(getattr(type(self.model), PREPARE), stand_in)
+        given = {
+            name: _without_data(inputs[name], name) for name in inspect.signature(method).parameters if name in inputs
+        }
+        for name in ("position_ids", "attention_mask", "past_key_values", "labels", "images"):
+            given.setdefault(name, None)
+        with torch.no_grad():
+            output, mask = _follow(method, given)
+        if mask is None:
+            return None, torch.zeros(0)
+        return mask.to(ids.device), output[4][..., 0]
+
+    def _tokens(self, shape: tuple[int, ...]) -> int:
+        """The number of tokens that the model makes of an image of this shape: its own code, on the meta device."""
+        if shape not in self.tokens:
+            encode = _Encode(self.model)
+            named = [*encode.named_parameters(), *encode.named_buffers()]
+            # ds_shape: of a parameter that ZeRO-3 has taken apart
+            empty = {n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta") for n, t in named}
+            try:
+                with torch.no_grad():
+                    made = torch.func.functional_call(encode, empty, (torch.empty(1, *shape, device="meta"),))
+            except Exception as error:
+                raise RuntimeError(
+                    f"images: cannot tell how many tokens {type(self.model).__name__} makes of an image of shape "
+                    f"{shape}: {error}; pass mask_fn= to apply_pre"
+                ) from error
+            self.tokens[shape] = made.shape[1]
+        return self.tokens[shape]
+
+
+def _follow(method: Callable[..., Any], given: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor | None]:
+    """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged nothing."""
+    ids, labels, attention = given["input_ids"], given.get("labels"), given.get("attention_mask")
+    given = given | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
+    if attention is None:  # tells padding from images
+        given["attention_mask"] = torch.ones_like(ids)
+    output = list(method(**given))
+    if output[4] is None:
+        output[2], output[5] = attention, labels
+        return tuple(output), None
+    words = output[5]
+    mask = (words < 0) & output[2].bool()
+    output[5] = None if labels is None else labels.flatten()[words.clamp(min=0)].where(words >= 0, -100)
+    if attention is None:
+        output[2] = None
+    return tuple(output), mask
+
+
+def _without_data(value: Any, name: str) -> Any:
+    """An argument of the merge on the CPU; of the images the shapes alone."""
+    if name == "images" and value is not None:
+        return [_without_data(v, name) for v in value] if isinstance(value, (list, tuple)) else value.to("meta")
+    return value.cpu() if torch.is_tensor(value) else value
+
+
+def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> Any:
+    """A shallow copy on the CPU that merges without weights: a feature is one number, its place in the images."""
+
+    def embed_tokens(ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, 1, dtype=torch.double)
+
+    def encode_images(images: Tensor) -> Tensor:
+        count, each = len(images), tokens(tuple(images.shape[1:]))
+        return torch.arange(1, count * each + 1, dtype=torch.double).view(count, each, 1)
+
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    vars(twin).pop(PREPARE, None)
+    # as wide as a feature: the newline, ...; and one more so that `.device` is the CPU
+    empty = {name: nn.Parameter(torch.zeros(1, dtype=torch.double)) for name in [*module._parameters, "stand_in"]}
+    inner: dict[str, Any] = {
+        n: _stand_in(m, tokens) if m is not None and hasattr(m, "embed_tokens") else m
+        for n, m in module._modules.items()
+    }
+    functions = {"embed_tokens": embed_tokens, "encode_images": encode_images}
+    vars(twin).update(_parameters=empty, _modules=inner, training=False, **functions)  # in training some draw positions
+    return twin
+
+
+class _Encode(nn.Module):
+    """The model's `encode_images` as a module's forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        tower = model.get_vision_tower()
+        # the model may keep it where its modules do not show it; twice here, it would be left on the meta device
+        self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model.encode_images(images)
+        return found

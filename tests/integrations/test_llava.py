@@ -1,0 +1,236 @@
+"""The original LLaVA code bases: visual rows behind a merge that loses them, counted ahead, trained in two stages."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eager import assert_same_gradients, copy_of, gradients, means
+from original_llava import SAMPLES, OldLlava, OldLlavaNext, build_original, original_batch
+from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.launch import Launch
+from safetensors import safe_open
+from tiny_training import InOrder, Recorder, Samples, arguments
+
+from pre_kernels import reference
+
+CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "crops": (OldLlava, {}, {}),
+    "square": (OldLlava, {}, {"square": True}),
+    "left": (OldLlava, {"tokenizer_padding_side": "left"}, {}),
+    "truncated": (OldLlava, {"tokenizer_model_max_length": 13}, {}),
+    "next": (OldLlavaNext, {}, {"modalities": ["image"] * 5, "image_sizes": [(8, 8)] * 5}),
+    "video": (OldLlavaNext, {}, {"modalities": ["image", "video", "video"]}),
+}
+
+
+def by_hand(model: Any, inputs: dict[str, Any], head: Any, level: str = "patch", anchor: str = "pre_llm") -> Any:
+    """(loss, gradients, truth (B, T)) of the plain model with PRe added by hand at layer 2."""
+    seen: dict[str, Any] = {}
+    body = model.model
+    hooks = [
+        body.register_forward_pre_hook(lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True),
+        body.layers[2].register_forward_pre_hook(
+            lambda m, a, k: seen.update(hidden=a[0] if a else k["hidden_states"]), with_kwargs=True
+        ),
+        body.mm_projector.register_forward_pre_hook(lambda m, a: seen.update(projector=a[0])),
+    ]
+    parameters = copy_of(head)
+    output = model(**inputs)
+    visual = model.truth > 0
+    hidden, target = seen["hidden"][visual], seen["embeds"][visual]
+    if anchor == "pre_projector":
+        target = torch.cat([seen["projector"][i - 1] for i in model.truth[visual].unique_consecutive().tolist()])
+    if level == "image":
+        lengths = model.truth[visual].unique_consecutive(return_counts=True)[1].tolist()
+        hidden, target = means(hidden, lengths), means(target, lengths)
+    loss = output.loss + 0.5 * reference.pre_loss(hidden, target, **parameters)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return loss.detach(), gradients(model) | {f"pre_head.{n}": p.grad for n, p in parameters.items()}, model.truth
+
+
+def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
+    twin = copy.deepcopy(model)
+    handle = apply_pre(model, 2, **options)
+    wanted, expected, truth = by_hand(twin, inputs, handle.head, **options)
+    runs = model.get_vision_tower().runs
+    count = handle.count(inputs)
+    assert model.get_vision_tower().runs == runs
+    visual = truth[truth > 0]
+    assert int(count) == (len(visual) if options.get("level") != "image" else len(visual.unique()))
+    loss = model(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), wanted)
+    assert_same_gradients(gradients(model), expected)
+    assert handle.metrics()["pre_rows"] == int(count)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("level", ["patch", "image"])
+def test_loss_and_every_gradient(case: str, level: str) -> None:
+    kind, config, more = CASES[case]
+    check(build_original(kind, **config), original_batch(**more), level=level)
+
+
+def test_anchor_before_the_projector() -> None:
+    """A text-only sample's image goes through the projector and into no row."""
+    check(build_original(), original_batch([[3, "1", 5], [6], ["1", "1", 2]]), anchor="pre_projector")
+    model = build_original()
+    apply_pre(model, anchor="pre_projector")
+    with pytest.raises(ValueError, match=r"anchor: visual tokens that come from no row of the projector's input"):
+        model(**original_batch())
+
+
+def test_without_an_attention_mask() -> None:
+    inputs = original_batch([[3, "1", 5], [2, "3", 5]])
+    check(build_original(), inputs | {"attention_mask": None})
+
+
+def test_text_only() -> None:
+    for inputs in (original_batch([[4], [6]]), original_batch([[4], [6]]) | {"images": None}):
+        model = build_original()
+        handle = apply_pre(model)
+        loss = model(**inputs).loss
+        assert int(handle.count(inputs)) == 0
+        handle.enabled = False
+        torch.testing.assert_close(loss, model(**inputs).loss)
+        loss.backward()
+        assert not model.pre_head.w1.grad.any()
+
+
+def test_labels_and_attention_reach_the_text_model_as_without() -> None:
+    """Row by row what the merge returns is what it returned, and it is followed in captured forwards alone."""
+    model = build_original()
+    seen: list[Any] = []
+    original = model.prepare_inputs_labels_for_multimodal
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    inputs = original_batch()
+    arguments = [inputs["input_ids"], None, inputs["attention_mask"], None, inputs["labels"], inputs["images"]]
+    plain = original(*arguments)
+    handle = apply_pre(model)
+    before = dict(vars(model))
+    merge = handle._objective.parts.merge
+    merge.open()
+    found = model.prepare_inputs_labels_for_multimodal(*arguments)
+    merge.close()
+    for mine, theirs in zip(found, plain, strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    assert dict(vars(model)) == before | {"truth": model.truth}
+
+    with pytest.raises(RuntimeError, match="to have 3 channels"):  # a forward that fails leaves nothing behind
+        model(**inputs | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
+    assert "prepare_inputs_labels_for_multimodal" not in vars(model)
+    vars(model)["prepare_inputs_labels_for_multimodal"] = recorded  # somebody else's patch is kept, and called
+    model(**inputs).loss.backward()
+    assert len(seen) == 1
+    assert vars(model)["prepare_inputs_labels_for_multimodal"] is recorded
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_trainer_counts_ahead(accumulation: int, tmp_path: Path) -> None:
+    """The step's gradient is that of the sum over its visual tokens; the vision tower does not run for the count."""
+    model, recorder = build_original(), Recorder()
+    twin = copy.deepcopy(model)
+    handle = apply_pre(model, 2)
+    head = copy.deepcopy(handle.head)
+    with patch_trainer():
+        trainer = InOrder(
+            model=model,
+            args=arguments(tmp_path, accumulation, 4 // accumulation),
+            train_dataset=Samples(SAMPLES),
+            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], seed=min(indices)),
+            callbacks=[recorder],
+        )
+        trainer.train()
+    assert model.get_vision_tower().runs == accumulation
+    total, wanted = 0, {n: torch.zeros_like(p) for n, p in head.named_parameters()}
+    for i in range(0, 4, 4 // accumulation):
+        inputs = original_batch(SAMPLES[i : i + 4 // accumulation], seed=i)
+        _, found, truth = by_hand(twin, inputs, head)
+        count = int((truth > 0).sum())
+        total += count
+        for name in wanted if count else ():
+            wanted[name] += count * found[f"pre_head.{name}"]
+    for name in wanted:
+        found = recorder.steps[0][f"pre_head.{name}"]
+        torch.testing.assert_close(found, wanted[name] / total, rtol=2e-4, atol=1e-7)
+
+
+def test_an_image_size_that_the_model_cannot_take() -> None:
+    handle = apply_pre(build_original())
+    with pytest.raises(RuntimeError, match=r"images: cannot tell how many tokens OldLlava makes of .* \(5, 8, 8\)"):
+        handle.count(original_batch() | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
+
+
+def test_nothing_to_find_the_images_in() -> None:
+    model = build_original()
+    apply_pre(model)
+    with pytest.raises(ValueError, match="input_ids: the forward got none"):
+        model(inputs_embeds=torch.zeros(1, 3, 32), labels=torch.ones(1, 3, dtype=torch.long))
+
+
+class ByName(InOrder):
+    """Keeps and groups by name as the trainer of LLaVA does: stage 1 saves the projector alone."""
+
+    stage = 1
+
+    def create_optimizer(self, *_: Any) -> Any:
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = [[p for n, p in named if ("mm_projector" in n) is projector] for projector in (True, False)]
+        self.optimizer = torch.optim.SGD([{"params": g} for g in groups if g], lr=self.args.learning_rate)
+        return self.optimizer
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        if self.stage > 1:
+            return super()._save_checkpoint(*args)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir()
+        torch.save({n: p for n, p in self.model.named_parameters() if "mm_projector" in n}, folder / "mm_projector.bin")
+
+
+def test_two_stages(tmp_path: Path) -> None:
+    """Stage 1 trains the head beside the projector, stage 2 goes on with both; the model's own files hold no head."""
+
+    def stage(number: int, model: Any, head: Path | None) -> Any:
+        more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        with Launch({"layer": 2}, None if head is None else str(head)):
+            trainer = ByName(
+                model=model,
+                args=arguments(tmp_path / str(number), 1, 4, **more),
+                train_dataset=Samples(SAMPLES),
+                data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices]),
+            )
+            trainer.stage = number
+            start = copy.deepcopy(model.pre_head.state_dict())
+            trainer.train()
+            if number > 1:
+                trainer.save_model()
+        assert not torch.equal(start["w1"], model.pre_head.w1)
+        return start, trainer.state.log_history
+
+    first = build_original()
+    first.requires_grad_(False)
+    first.model.mm_projector.requires_grad_(True)
+    frozen = first.model.layers[0].mlp.up_proj.weight.clone()
+    _, logs = stage(1, first, None)
+    assert torch.equal(frozen, first.model.layers[0].mlp.up_proj.weight)
+    assert logs[1]["pre_loss"] < logs[0]["pre_loss"]
+    assert {p.name for p in (tmp_path / "1").iterdir()} == {
+        *("checkpoint-1", "checkpoint-2"),
+        *("pre_head.json", "pre_head.safetensors"),
+    }
+    assert (tmp_path / "1" / "checkpoint-1" / "pre_head.safetensors").exists()
+
+    start, _ = stage(2, build_original(), tmp_path / "1")
+    assert all(torch.equal(start[n], p) for n, p in first.pre_head.named_parameters())
+    with safe_open(tmp_path / "2" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) <= set(build_original().state_dict())
