@@ -215,6 +215,21 @@ def test_the_head_computes_the_share_alone(impl: str, whole: int, third: int, mo
     assert computed == [whole, third]
 
 
+@pytest.mark.parametrize(
+    ("impl", "dtype", "capacity"),
+    [("auto", torch.float32, 21), ("auto", torch.float16, None), ("blas", torch.float16, 21)],
+)
+def test_a_bound_is_given_where_the_rows_there_are_would_not_be_counted(
+    impl: str, dtype: torch.dtype, capacity: int | None
+) -> None:
+    """In half precision "auto" computes the rows there are as long as it is given no bound."""
+    found = apply_pre(build("llava"), impl=impl, fraction=0.5)._objective
+    state = torch.zeros(2, 20, 4, dtype=dtype)
+    assert found._options(state, None, None).get("capacity") == capacity
+    found.fraction = 1.0
+    assert "capacity" not in found._options(state, None, None)
+
+
 class Waits(TorchDispatchMode):
     """The operators that read the device."""
 
