@@ -33,6 +33,7 @@ SIGLIP = {"model_type": "siglip_vision_model", **VISION}
 SAM = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 2, "window_size": 2}
 SAM |= {"hidden_size": 24, "output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 32}
 VIDEO_START, VIDEO_END = 58, 59
+OLD = hf.__version__.startswith("4.")
 
 
 def text(model_type: str, **more: Any) -> dict[str, Any]:
@@ -319,8 +320,8 @@ LOST = tuple(f"vision_model.{name}" for name in ("class", "positional", "patch",
 IDEFICS = {"pixels": idefics_pixels, "text": "model.text_model"}
 SHUFFLED = {"projector": "model.connector.modality_projection"}
 MORE = {  # by config.model_type
-    "idefics2": Tiny(idefics2, three, **IDEFICS, projector=None),
-    "idefics3": Tiny(idefics3, bracketed, **IDEFICS, **SHUFFLED),
+    "idefics2": Tiny(idefics2, three, **IDEFICS, projector=None, silent=OLD),
+    "idefics3": Tiny(idefics3, bracketed, **IDEFICS, **SHUFFLED, silent=OLD),
     "smolvlm": Tiny(smolvlm, bracketed, **IDEFICS, **SHUFFLED),
     "glm4v": Tiny(glm4v, **GLM),
     "glm4v_moe": Tiny(glm4v_moe, **GLM),
@@ -341,8 +342,8 @@ MORE = {  # by config.model_type
     "got_ocr2": Tiny(got_ocr2, bracketed, large_pixels, projector=None),
     "janus": Tiny(janus, bracketed, square_pixels, projector="model.aligner"),
     "deepseek_vl": Tiny(deepseek_vl, square_image, square_pixels, projector="model.aligner"),
-    "deepseek_vl_hybrid": Tiny(deepseek_vl_hybrid, square_image, two_pixels, projector="model.aligner"),
-    "emu3": Tiny(emu3, lined_image, lined_pixels, text="model.text_model", projector=None),
+    "deepseek_vl_hybrid": Tiny(deepseek_vl_hybrid, square_image, two_pixels, projector="model.aligner", silent=OLD),
+    "emu3": Tiny(emu3, lined_image, lined_pixels, text="model.text_model", projector=None, silent=OLD),
     "chameleon": Tiny(chameleon, bracketed, square_pixels, text="model", projector=None),
     "gemma3n": Tiny(gemma3n, bracketed, square_pixels, projector=None, hidden=active),
 }

@@ -92,6 +92,7 @@ class Tiny:
         clips: samples with videos, if the family takes no videos beside images.
         hidden: what a layer is given → the states (B, T, d) that it works on.
         lost: prefixes of the parameters that get no gradient under reentrant checkpointing, with or without PRe.
+        silent: whether the model takes fewer image tokens than features without an error.
     """
 
     make: Callable[[], nn.Module]
@@ -105,6 +106,7 @@ class Tiny:
     clips: list[list[tuple[Any, ...]]] | None = None
     lost: tuple[str, ...] = ()
     hidden: Callable[[torch.Tensor], torch.Tensor] = same
+    silent: bool = False
 
     @property
     def videos(self) -> bool:
