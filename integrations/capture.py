@@ -80,7 +80,8 @@ class Capture:
         self.merge = parts.merge
         self.numbers = {}
         self.hooks = [
-            outer.register_forward_pre_hook(self._open, with_kwargs=True),
+            # before others, which may put embeddings in the place of input_ids
+            outer.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
             # always_call: an exception inside the forward must not keep its activations alive
             outer.register_forward_hook(self._close, always_call=True),
             parts.layers[0].register_forward_pre_hook(self._first, with_kwargs=True),

@@ -314,6 +314,30 @@ def test_mask_fn_replaces_input_ids() -> None:
     torch.testing.assert_close(attached(**embedded).loss.detach(), wanted)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> None:
+    """ms-swift's way: `input_ids` are read before it, whichever hook came first."""
+
+    def replace(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
+        features = model.get_image_features(pixels)
+        features = torch.cat(list(getattr(features, "pooler_output", features)))
+        embeds = model.get_input_embeddings()(ids)
+        return args, kwargs | {"inputs_embeds": embeds.masked_scatter((ids == IMAGE)[..., None], features)}
+
+    model = build("llava")
+    if first:
+        model.register_forward_pre_hook(replace, with_kwargs=True)
+    handle = apply_pre(model)
+    if not first:
+        model.register_forward_pre_hook(replace, with_kwargs=True)
+    loss = model(**batch("llava").inputs).loss
+    loss.backward()
+    wanted_loss, wanted = expected_gradients(build("llava"), "llava", batch("llava"), handle.head, [DEPTH // 2])
+    torch.testing.assert_close(loss.detach(), wanted_loss)
+    assert_same_gradients(gradients(model), wanted)
+
+
 def test_autocast_state_of_the_layer() -> None:
     """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
     model, data = build("llava"), batch("llava")
