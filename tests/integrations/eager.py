@@ -52,17 +52,15 @@ def projector_rows(family: str, data: Batch) -> Tensor:
 
     Rows that the projector merges are concatenated.
     """
-    model = build(family)
+    model, tiny = build(family), FAMILIES[family]
     entered, left = [], []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        left.append(output.flatten(0, -2))
-        entered.append(args[0].reshape(len(left[-1]), -1))
-
-    model.get_submodule(FAMILIES[family].projector).register_forward_hook(keep)
+    model.get_submodule(tiny.projector).register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    made_by = model.get_submodule(tiny.made_by or tiny.projector)
+    made_by.register_forward_hook(lambda module, args, output: left.append(output.flatten(0, -2)))
     seen = watch(model, family)
     with torch.no_grad():
         model(**data.inputs)
+    del left[len(entered) :]
     # directions alone: some families scale what the projector returns
     embedded, made = (
         nn.functional.normalize(rows.double(), dim=-1) for rows in (seen["embeds"][data.visual], torch.cat(left))
@@ -70,7 +68,7 @@ def projector_rows(family: str, data: Batch) -> Tensor:
     distance, row = torch.cdist(embedded, made).min(1)
     assert distance.max() < 1e-5
     assert len(row.unique()) == len(row) == len(made)
-    return torch.cat(entered)[row]
+    return torch.cat([given.reshape(len(rows), -1) for given, rows in zip(entered, left, strict=True)])[row]
 
 
 def copy_of(head: nn.Module) -> dict[str, Tensor]:

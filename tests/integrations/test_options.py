@@ -250,9 +250,9 @@ def test_a_fraction_costs_no_host_sync(divisor: Any, monkeypatch: pytest.MonkeyP
     waits = Waits()
     original = objective.Objective._terms
 
-    def watched(self: Any, seen: Any, rows: Any, given: Any) -> Any:
+    def watched(self: Any, seen: Any, rows: Any, device: Any, given: Any) -> Any:
         with waits:
-            return original(self, seen, rows, divisor)
+            return original(self, seen, rows, device, divisor)
 
     monkeypatch.setattr(objective.Objective, "_terms", watched)
     model = build("llava")

@@ -52,7 +52,7 @@ def auxiliary(data: list[dict[str, torch.Tensor]], like: torch.nn.Module) -> dic
         (2, {"gradient_checkpointing": True}),
         (2, {"average_tokens_across_devices": False}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",  # alike in each process
 )
 def test_exactly_the_auxiliary_gradient_is_added(accumulation: int, options: dict[str, Any], tmp_path: Path) -> None:
     found, handle, trainer = train(COUNTS, tmp_path, accumulation, **options)

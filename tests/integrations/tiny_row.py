@@ -87,6 +87,7 @@ class Tiny:
         pixels: (sizes of the batch's images, generator) → the forward's arguments for them.
         video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are visual tokens.
         extra: input_ids (B, T) → further arguments, for batches without images too.
+        made_by: path of the module that makes a visual token's embedding of each row of the projector's, if another.
         text, projector: paths, written down here so that the tests do not rely on the library's search; no projector
             where no module's input rows are the visual tokens.
         clips: samples with videos, if the family takes no videos beside images.
@@ -103,6 +104,7 @@ class Tiny:
     extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] = nothing
     text: str = "model.language_model"
     projector: str | None = "model.multi_modal_projector"
+    made_by: str | None = None
     clips: list[list[tuple[Any, ...]]] | None = None
     lost: tuple[str, ...] = ()
     hidden: Callable[[torch.Tensor], torch.Tensor] = same
