@@ -26,10 +26,21 @@ AXES: dict[str, list[Any]] = {
     "processes": [1, 2],
 }
 
-# what differs there without PRe too
+# what does not work there without PRe either: (transformers' major version, family, loop)
 UPSTREAM = {
-    ("4", "vipllava", "Trainer"): "takes num_items_in_batch and ignores it: its own loss is GA times too large",
+    **{
+        ("4", family, "Trainer"): "takes num_items_in_batch and ignores it: its own loss is GA times too large"
+        for family in ("vipllava", "llama4", "gemma3n")
+    },
     ("4", "paligemma", "TRL"): "attends by whether there are labels, which TRL keeps back",
+    (
+        "4",
+        "emu3",
+        "TRL",
+    ): "the batch norms of its image tokenizer are in training mode: codes depend on what ran before",
+    ("4", "llama4", "TRL"): "TRL looks for .model, which it lacks",
+    ("5", "glm4v_moe", "TRL"): "TRL looks for num_experts, which its config calls otherwise",
+    ("5", "llama4", "TRL"): "TRL looks for last_hidden_state, which its output lacks",
 }
 
 
@@ -79,11 +90,12 @@ def make(case: Case) -> nn.Module:
     return peft.train()
 
 
-def gradients(case: Case, folder: str) -> dict[str, Tensor]:
+def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tensor]:
     """What a step over SAMPLES, one a micro-batch, leaves in `.grad`; with two processes, each calls this."""
     model = make(case)
     torch.manual_seed(0)
-    apply_pre(model, LAYER, WEIGHT)
+    if attached:
+        apply_pre(model, LAYER, WEIGHT)
     reentrant = CHECKPOINTING[case.checkpointing]
     if reentrant is not None:
         if case.tuning == "LoRA":
@@ -161,8 +173,8 @@ def of_trl() -> Any:
 TRAINERS: dict[str, Any] = {"Trainer": of_transformers, "TRL": of_trl}
 
 
-def wanted(case: Case) -> dict[str, Tensor]:
-    """The same gradients by hand, in one process, without checkpointing."""
+def wanted(case: Case, folder: str) -> dict[str, Tensor]:
+    """The same gradients by hand, in one process, without checkpointing; TRL's own loss is left to TRL."""
     model = make(case)
     torch.manual_seed(0)
     with apply_pre(model, LAYER, WEIGHT) as handle:
@@ -174,6 +186,9 @@ def wanted(case: Case) -> dict[str, Tensor]:
         own = model(**data.inputs).loss / len(SAMPLES)
         # a loop that knows nothing of PRe takes the mean over micro-batches, patch_trainer that over tokens
         share = 1 / len(SAMPLES) if case.loop == "plain" else count / sum(counts)
-        (own + WEIGHT * share * pre_loss(seen, data, [LAYER], head)).backward()
+        (own * (case.loop != "TRL") + WEIGHT * share * pre_loss(seen, data, [LAYER], head)).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if case.loop == "TRL":
+        own = gradients(case._replace(processes=1), folder, attached=False)
+        found = {name: own[name] + gradient for name, gradient in found.items()}
     return found | {f"pre_head.{name}": p.grad for name, p in head.items()}

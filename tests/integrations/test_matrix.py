@@ -24,6 +24,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_gradients_of_a_step(case: Case, tmp_path: Path) -> None:
     found = [gradients(case, str(tmp_path))] if case.processes == 1 else both(gradients, case, str(tmp_path))
-    expected = wanted(case)
+    expected = wanted(case, str(tmp_path))
     for one in found:
         assert_same_gradients(one, expected)

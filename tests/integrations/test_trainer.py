@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pre_kernels.integrations import apply_pre, patch_trainer
-from tiny_models import FAMILIES, batch, build
+from tiny_models import batch, build
 from tiny_training import (
     EQUAL,
     UNEQUAL_IMAGES,
