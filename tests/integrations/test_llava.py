@@ -234,3 +234,20 @@ def test_two_stages(tmp_path: Path) -> None:
     assert all(torch.equal(start[n], p) for n, p in first.pre_head.named_parameters())
     with safe_open(tmp_path / "2" / "model.safetensors", "pt") as file:
         assert set(file.keys()) <= set(build_original().state_dict())
+
+
+def test_lora() -> None:
+    """The merge is followed inside the PeftModel, and counted alike."""
+    peft = pytest.importorskip("peft")
+    model = build_original()
+    twin = copy.deepcopy(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    handle = apply_pre(wrapped, 2)
+    inputs = original_batch()
+    wanted, expected, truth = by_hand(twin, inputs, handle.head)  # LoRA starts as the model it is put on
+    assert int(handle.count(inputs)) == int((truth > 0).sum())
+    loss = wrapped(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), wanted)
+    for name, parameter in handle.head.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[f"pre_head.{name}"], rtol=1e-4, atol=2e-6)
