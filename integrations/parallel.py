@@ -47,7 +47,7 @@ class Group:
 
     def divisor(self, count: Tensor) -> Tensor:
         """What each process divides its Σℓ by, so that averaged gradients are those of the mean over all terms."""
-        mean = self.mean(count)
+        mean = self.mean(count)  # 0 where no process has a term
         return torch.where(mean > 0, mean, 1.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,12 @@ def test_attached_after_wrapping(how: str) -> None:
 # --- DeepSpeed
 
 
+def need_deepspeed() -> None:
+    """Skip a test where it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+
+
 def deepspeed() -> Any:
     """The package, without the C++ operator that it would compile for sums in shared memory."""
     import deepspeed
@@ -352,12 +359,14 @@ def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:
 
 @pytest.mark.parametrize(("stage", "samples"), [(2, UNEVEN), (2, TEXT_ONLY), (3, UNEVEN), (3, DUMMY)])
 def test_zero(stage: int, samples: list[Any]) -> None:
+    need_deepspeed()
     frozen = samples is TEXT_ONLY  # ZeRO-2 also reduces unequal sets of gradients otherwise
     check(both(zero, samples, stage, frozen), by_hand(samples, frozen=frozen))
 
 
 def test_zero3_text_only() -> None:
     """On both ranks: a rank that skips the vision tower alone makes ZeRO-3 wait for ever, with PRe or without."""
+    need_deepspeed()
     samples = [[TEXT], [TEXT]]
     check(both(zero, samples, 3), by_hand(samples, forwards=1))
 
@@ -381,6 +390,7 @@ def zero_init(folder: str, samples: list[Any]) -> Any:
 
 
 def test_zero3_init(tmp_path: Path) -> None:
+    need_deepspeed()
     model, handle = made()
     build("llava").save_pretrained(tmp_path)
     zero, one = both(zero_init, str(tmp_path), UNEVEN)

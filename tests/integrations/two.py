@@ -131,7 +131,8 @@ class Pair:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        written = (self.folder / f"{rank}.log").read_text(errors="replace")
+        log = self.folder / f"{rank}.log"
+        written = log.read_text(errors="replace") if log.exists() else ""
         return f"exit code {process.returncode}\n{written[-6000:]}"
 
     def close(self) -> None:
@@ -194,6 +195,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
     if torch.distributed.is_initialized():
         # left to the interpreter's exit, gloo's threads may be ended while they run: the process aborts
         torch.distributed.destroy_process_group()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # pytest-xdist's workers end without atexit
 
 
 def _forget() -> None:
