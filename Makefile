@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full test-oldest compile bench bench-report peers gpu lint format wheel clean
+.PHONY: help install demo matrix test test-full test-oldest compile bench bench-report peers gpu lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,10 @@ test-oldest: $(INSTALLED)  ## the integrations on transformers 4.57, the kernels
 	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations
 	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
 
-test-full: test test-oldest  ## everything that runs without a GPU
+matrix: $(INSTALLED)  ## every combination of family, checkpointing, loop, LoRA and processes (CI runs every pair of them)
+	$(PYTEST) tests/integrations/test_matrix.py --full-matrix
+
+test-full: test test-oldest matrix  ## everything that runs without a GPU
 	$(BIN)/pre-kernels demo --quick --out build/demo
 
 compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructions of every kernel, without a GPU

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import checkpoint
 from .attach import apply_pre
 from .checkpoint import CONFIG, WEIGHTS
 from .handle import find_handle
 from .llava import is_original
-from .trainer import _sharded as sharded
-from .trainer import patch_trainer
+from .trainer import patch_trainer, sharded
 
 PARAMETERS = {n: p for n, p in inspect.signature(apply_pre).parameters.items() if n != "model"}
 OF_THE_MODEL = ("text_model", "layers")  # name modules of the model, so nothing else can check them
@@ -356,8 +356,8 @@ def _callback(launch: Launch, trainer: Any) -> Any:
 
         def save(self, folder: str) -> None:
             handle = find_handle(trainer.model)
-            if handle is not None and (trainer.is_world_process_zero() or sharded(trainer)):
-                handle.save(folder)
+            if handle is not None:
+                checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
 
     return KeepsHead()
 

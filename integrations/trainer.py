@@ -215,7 +215,7 @@ def _log(
 
 def _save(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     done = original(*args, **kwargs)
-    if not _sharded(trainer):
+    if not sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
         checkpoint.save(handle, folder, writes=trainer.args.should_save)
     return done
@@ -223,7 +223,7 @@ def _save(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: 
 
 def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     done = original(*args, **kwargs)
-    if _sharded(trainer):  # collective; every process comes here, not every one to `_save`
+    if sharded(trainer):  # collective; every process comes here, not every one to `_save`
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
         checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
     return done
@@ -251,7 +251,7 @@ def _load_renamed(trainer: Any, folder: str) -> None:
     It loads with strict=False, so such a model would go on from the weights it was made with.
     """
     model = trainer.model
-    if _sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
+    if sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
         return
     if _keys(folder) <= model.state_dict().keys():
         return
@@ -281,7 +281,8 @@ def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:
         warnings.warn(f"PRe: {folder} holds no head, so it starts from its initial weights ({error})", stacklevel=2)
 
 
-def _sharded(trainer: Any) -> bool:
+def sharded(trainer: Any) -> bool:
+    """Whether its model's parameters are split over processes, or may be."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
