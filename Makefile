@@ -28,16 +28,21 @@ demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe: a table and a pi
 test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time (ARGS="-k row_loss" for some)
 	$(PYTEST) $(ARGS)
 
-test-oldest: $(INSTALLED)  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
-	@# the newest datasets, which TRL brings, does not import with the huggingface_hub of transformers 4.57
-	test -d .deps/transformers || { $(BIN)/pip install --quiet --target .deps/transformers 'transformers==4.57.*' && \
-		$(BIN)/pip install --quiet --no-deps --target .deps/transformers 'datasets==4.4.1'; }
-	test -d .deps/triton || $(BIN)/pip install --quiet --no-deps --target .deps/triton 'triton==3.6.*'
+test-oldest: .deps/transformers .deps/triton  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
 	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations
 	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
 
-matrix: $(INSTALLED)  ## every combination of family, checkpointing, loop, LoRA and processes (CI runs every pair of them)
+.deps/transformers: | $(INSTALLED)
+	@# the newest datasets, which TRL brings, does not import with the huggingface_hub of transformers 4.57
+	$(BIN)/pip install --quiet --target $@ 'transformers==4.57.*' 'datasets==4.4.*'
+
+.deps/triton: | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.6.*'
+
+# every combination of family, checkpointing, loop, LoRA and processes, on both versions of transformers
+matrix: .deps/transformers  ## the whole product of the integrations' matrix, of which `make test` runs every pair
 	$(PYTEST) tests/integrations/test_matrix.py --full-matrix
+	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations/test_matrix.py --full-matrix
 
 test-full: test test-oldest matrix  ## everything that runs without a GPU
 	$(BIN)/pre-kernels demo --quick --out build/demo
