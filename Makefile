@@ -34,7 +34,7 @@ test-oldest: .deps/transformers .deps/triton  ## the integrations on transformer
 
 .deps/transformers: | $(INSTALLED)
 	@# the newest datasets, which TRL brings, does not import with the huggingface_hub of transformers 4.57
-	$(BIN)/pip install --quiet --target $@ 'transformers==4.57.*' 'datasets==4.4.*'
+	$(BIN)/pip install --quiet --target $@ 'transformers==4.57.*' 'datasets>=4.7,<5'
 
 .deps/triton: | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.6.*'
