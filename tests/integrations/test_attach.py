@@ -469,3 +469,19 @@ def test_each_head_is_made_where_its_layer_is() -> None:
 
 def test_plain_samples_have_several_images_per_sample() -> None:
     assert [sum(kind == "image" for kind, *_ in sample) for sample in PLAIN] == [1, 2]
+
+
+def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
+    """A layer may run again before the forward ends, as recomputation makes it."""
+    wanted = run("llava")[0]
+    model = build("llava")
+    layer, again = model.model.language_model.layers[2], [False]
+
+    def twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        again[0] = not again[0]
+        if again[0]:
+            module(torch.zeros_like(args[0]), **kwargs)
+
+    layer.register_forward_hook(twice, with_kwargs=True)
+    apply_pre(model)
+    assert model(**batch("llava").inputs, use_cache=False).loss == wanted
