@@ -5,6 +5,7 @@ The head's gradient is purely auxiliary, so it is compared directly; the model's
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,23 @@ def test_patch_is_reversible_and_leaves_other_trainers_alone(tmp_path: Path) -> 
     with patch_trainer(InOrder):
         assert vars(Trainer)["training_step"] is before["training_step"]
     assert "training_step" not in vars(InOrder)
+
+
+def test_signatures_are_those_before(tmp_path: Path) -> None:
+    """Trainer reads signatures: of the model's forward, to drop the columns it does not take."""
+    methods = [name for name, value in vars(Trainer).items() if inspect.isfunction(value)]
+    before = {name: inspect.signature(getattr(Trainer, name)) for name in methods}
+    kept = []
+    for attached in (False, True):
+        model = build("llava")
+        if attached:
+            apply_pre(model)
+        with patch_trainer():
+            assert {name: inspect.signature(getattr(Trainer, name)) for name in methods} == before
+            trainer = InOrder(model=model, args=arguments(tmp_path, 1, 1, remove_unused_columns=True))
+            trainer._set_signature_columns_if_needed()
+        kept.append(trainer._signature_columns)
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("given", [int, torch.nn.Module, "Trainer"])
