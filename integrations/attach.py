@@ -51,9 +51,10 @@ def apply_pre(
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
 
     The predictor becomes `model.pre_head` (a `PreHead`, or a ModuleList of them for a sequence of layers), in the dtype
-    and on the device of the layer it reads: create the optimizer after this, shard the model (FSDP, ZeRO) after this,
-    call this after `get_peft_model`, and give all ranks the same seed. Eval, `generate()`, `no_grad`, a forward without
-    labels and weight 0 never reach the head. A batch without images adds 0, with zero gradients for the head.
+    and on the device of the layer it reads. Call this after weights are loaded and after `get_peft_model`, with one
+    seed on all ranks; create the optimizer and shard the model (FSDP, ZeRO) after it. Eval, `generate()`, `no_grad`, a
+    forward without labels and weight 0 never reach the head. A batch without images adds 0, with zero gradients for
+    the head.
 
     Under gradient accumulation every micro-batch adds its own mean, weighed as the trainer weighs its loss: like all
     others, or by its share of `num_items_in_batch` where the model is given that. `patch_trainer` makes it the mean of

@@ -102,6 +102,19 @@ def test_attached_twice() -> None:
     apply_pre(model)
 
 
+def test_weights_loaded_after_attaching() -> None:
+    """A strict load says that the head is missing; any other loads the model and leaves the head."""
+    plain, model = build("llava", seed=1), build("llava")
+    handle = apply_pre(model)
+    head = {name: p.clone() for name, p in handle.head.named_parameters()}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "pre_head.w1"'):
+        model.load_state_dict(plain.state_dict())
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == [f"pre_head.{name}" for name in head]
+    assert all(torch.equal(p, head[name]) for name, p in handle.head.named_parameters())
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+
+
 def test_inner_model_computes_no_loss() -> None:
     model, inputs = build("llava"), batch("llava").inputs
     apply_pre(model.model)
