@@ -77,7 +77,10 @@ def make(case: Case) -> nn.Module:
     """The model: only its decoder is trained, as DDP wants no parameter without a gradient under checkpointing."""
     model = build(case.family)
     model.requires_grad_(False)
-    model.get_submodule(FAMILIES[case.family].text).requires_grad_(True)
+    text = model.get_submodule(FAMILIES[case.family].text)
+    text.requires_grad_(True)
+    if hasattr(text, "vqmodel"):  # Chameleon's decoder contains its tokenizer of images
+        text.vqmodel.requires_grad_(False)
     if case.tuning == "full":
         return model
     text = FAMILIES[case.family].text.replace(".", r"\.")
