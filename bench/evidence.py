@@ -51,6 +51,9 @@ FIGURES = {
     "linear probe, mean of L/2 to L": lambda one: mean(one["probe"][DEEP]),
     "linear probe, layer L": lambda one: one["probe"][-1],
     "contrast ratio, mean of L/2 to L": lambda one: mean(one["contrast"][DEEP]),
+    "cosine with layer 0, mean of L/2 to L": lambda one: mean(one["cosine"][DEEP]),
+    "effective dimension, mean of L/2 to L": lambda one: mean(one["effective_dimension"][DEEP]),
+    "feature correlation, mean of L/2 to L": lambda one: mean(one["correlation"][DEEP]),
 }
 
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from pre_kernels import PreHead
-from pre_kernels.diagnostics import contrast_ratio, linear_probe
-from pre_kernels.integrations.capture import Capture, Seen
-from pre_kernels.integrations.families import find_parts
+from pre_kernels.diagnostics import Spectrum, SpectrumSummary, contrast_ratio, linear_probe, mean_cosine
+from pre_kernels.integrations import Reader
 
 from .model import fit
 from .scenes import Scenes, masks
 from .settings import Settings
-from .text import IMAGE, visual_batch
+from .text import visual_batch
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,17 @@ class States:
         return ((member / member.sum(-1, keepdim=True)) @ self.hidden[layer]).flatten(0, 1)
 
 
-@torch.no_grad()
 def states(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 250) -> States:
     """Hidden states of every layer on `scenes`, and whether the model's next token is the answer."""
-    parts = find_parts(model, None)
-    depth = len(parts.layers)
     hidden: list[Tensor] = []
     correct: list[Tensor] = []
-
-    def finish(output: Any, seen: Seen) -> Any:
-        visual = seen.inputs["input_ids"] == IMAGE
-        layers = [seen.anchor(), *(seen.layer(number) for number in range(1, depth + 1))]
-        hidden.append(torch.stack([h[visual].unflatten(0, (len(visual), -1)) for h in layers]).cpu())
-        # the answer is the last token, so the one before it predicts it
-        correct.append((output.logits[:, -2].argmax(-1) == seen.inputs["labels"][:, -1]).cpu())
-        return output
-
-    model.eval()
-    capture = Capture(model, parts, tuple(range(1, depth + 1)), lambda inputs: True, finish, lambda: None)
-    try:
+    with Reader(model) as reader:
         for index in torch.arange(len(scenes)).split(batch):
-            model(**{name: value.to(model.device) for name, value in visual_batch(scenes, index).items()})
-    finally:
-        capture.remove()
+            inputs = {name: value.to(model.device) for name, value in visual_batch(scenes, index).items()}
+            images, output = reader.read_with_output(inputs)
+            hidden.append(torch.stack([torch.stack([i.hidden[n] for i in images]) for n in reader.layers]).cpu())
+            # the answer is the last token, so the one before it predicts it
+            correct.append((output.logits[:, -2].argmax(-1) == inputs["labels"][:, -1]).cpu())
     return States(torch.cat(hidden, dim=1), torch.cat(correct))
 
 
@@ -66,6 +53,8 @@ def measure(
     before, after = states(model, fitting), states(model, test)
     layers = range(len(after.hidden))
     contrasts = [contrast_ratio(after.hidden[layer], masks().expand(len(test), -1, -1)) for layer in layers]
+    spectra = [spectrum(after.hidden[layer]) for layer in layers]
+    tokens = after.hidden.flatten(1, 2)
     found = {
         "accuracy": after.correct.double().mean().item(),
         "pre_loss": fresh_pre_loss(before, after, settings),
@@ -77,6 +66,9 @@ def measure(
         "cohesion": [c.cohesion for c in contrasts],
         "coupling": [c.coupling for c in contrasts],
         "contrast": [c.ratio for c in contrasts],
+        "cosine": [mean_cosine(h, tokens[0]) for h in tokens],
+        "effective_dimension": [s.effective_dimension for s in spectra],
+        "correlation": [s.correlation for s in spectra],
     }
     if head is not None:
         with torch.no_grad():
@@ -84,6 +76,13 @@ def measure(
             own = head(after.hidden[settings.pre_layer].to(device), after.hidden[0].to(device))
         found["pre_loss_own"] = own.item()
     return found
+
+
+def spectrum(hidden: Tensor) -> SpectrumSummary:
+    """Of all patches (S, PATCHES, d) of one layer."""
+    found = Spectrum()
+    found.update(hidden.flatten(0, 1))
+    return found.result()
 
 
 def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
