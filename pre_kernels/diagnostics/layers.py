@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import inputs
+from . import inputs, state
 from .contrast import Contrast, check_masks
 from .fidelity import cka_of_moments, cknna
 from .lens import LogitLens, decode
@@ -165,6 +167,23 @@ class LayerReport:
         self._sample.merge(other._sample)
         self._labelled.merge(other._labelled)
 
+    def save(self, path: str | os.PathLike[str], **more: Any) -> None:
+        """Write all that was seen so far to `path`, a safetensors file, whole or not at all; `more`: what JSON holds.
+
+        A report that `load` returns goes on as this one would.
+        """
+        state.save(Path(path), {"report": self, "more": more}, CLASSES)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[LayerReport, dict[str, Any]]:
+        """What `save` wrote, and its `more`; the sums that were not on the CPU are then on `device`.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file, if it is not there, is broken, or of another version.
+        """
+        found = state.load(Path(path), CLASSES, device)
+        return found["report"], found["more"]
+
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each layer, in order, all with the same keys; ValueError before the first image."""
         if not self.images:
@@ -259,6 +278,9 @@ class _Layer:
         for name in ("contrast", "spatial", "spectrum", "cross", "lens"):
             getattr(self, name).merge(getattr(other, name))
         self.cosine += other.cosine
+
+
+CLASSES = (LayerReport, _Layer, Contrast, Spatial, Spectrum, Moments, LogitLens, Reservoir)  # what a file may hold
 
 
 def _taken(tensors: Mapping[int | str, Tensor], chosen: Sequence[int]) -> list[dict[int | str, Tensor]]:

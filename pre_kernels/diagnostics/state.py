@@ -1,0 +1,102 @@
+"""What a stream of measurements has come to, in one safetensors file: numbers and tensors, nothing that is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+KIND = "__kind__"
+
+
+def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
+    """Write `value` to `path`, whole or not at all.
+
+    It may be made of None, bool, int, float, str, list, tuple, dict, tensors, random.Random and objects of `classes`,
+    whose attributes are made of the same. What shares memory is written twice.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    described = json.dumps(_describe(value, {kind: kind.__name__ for kind in classes}, tensors))
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {"version": str(VERSION), "value": described})
+    os.replace(partial, path)
+
+
+def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cpu") -> Any:
+    """What `save` wrote, its tensors on `device`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is broken, of another version, or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about.get("version") != str(VERSION):
+            raise ValueError(f"has version {about.get('version')}, want {VERSION}")
+        return _restore(json.loads(about["value"]), {kind.__name__: kind for kind in classes}, tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read, so it cannot be gone on with: {error}") from error
+
+
+def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor]) -> Any:
+    def within(inner: Any) -> Any:
+        return _describe(inner, classes, tensors)
+
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if torch.is_tensor(value):
+        name = str(len(tensors))
+        # a clone: safetensors refuses tensors that share memory, and views of larger ones
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {KIND: "tensor", "name": name, "cpu": value.device.type == "cpu"}
+    if isinstance(value, list):
+        return [within(item) for item in value]
+    if isinstance(value, tuple):
+        return {KIND: "tuple", "items": [within(item) for item in value]}
+    if isinstance(value, dict):  # JSON has no keys but strings
+        return {KIND: "dict", "items": [[within(key), within(item)] for key, item in value.items()]}
+    if isinstance(value, random.Random):
+        return {KIND: "random", "state": within(value.getstate())}
+    if type(value) in classes:
+        return {KIND: classes[type(value)], "fields": {name: within(item) for name, item in vars(value).items()}}
+    raise TypeError(f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or {classes}")
+
+
+def _restore(value: Any, classes: Mapping[str, type], tensors: Mapping[str, Tensor]) -> Any:
+    def within(inner: Any) -> Any:
+        return _restore(inner, classes, tensors)
+
+    if isinstance(value, list):
+        return [within(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value[KIND]
+    if kind == "tensor":
+        found = tensors[value["name"]]
+        return found.cpu() if value["cpu"] else found
+    if kind == "tuple":
+        return tuple(within(item) for item in value["items"])
+    if kind == "dict":
+        return {within(key): within(item) for key, item in value["items"]}
+    if kind == "random":
+        found = random.Random()
+        found.setstate(within(value["state"]))
+        return found
+    made = object.__new__(classes[kind])
+    made.__dict__.update({name: within(item) for name, item in value["fields"].items()})
+    return made
