@@ -74,7 +74,9 @@ def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor
         return {KIND: "random", "state": within(value.getstate())}
     if type(value) in classes:
         return {KIND: classes[type(value)], "fields": {name: within(item) for name, item in vars(value).items()}}
-    raise TypeError(f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or {classes}")
+    raise TypeError(
+        f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or {classes}"
+    )
 
 
 def _restore(value: Any, classes: Mapping[str, type], tensors: Mapping[str, Tensor]) -> Any:
