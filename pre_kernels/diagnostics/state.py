@@ -1,4 +1,4 @@
-"""What a stream of measurements has come to, in one safetensors file: numbers and tensors, nothing that is unpickled."""
+"""What a stream of measurements has come to, in a safetensors file: numbers and tensors, nothing that is unpickled."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def _restore(value: Any, classes: Mapping[str, type], tensors: Mapping[str, Tens
     if kind == "dict":
         return {within(key): within(item) for key, item in value["items"]}
     if kind == "random":
-        found = random.Random()
-        found.setstate(within(value["state"]))
-        return found
-    made = object.__new__(classes[kind])
+        generator = random.Random()
+        generator.setstate(within(value["state"]))
+        return generator
+    made: Any = object.__new__(classes[kind])
     made.__dict__.update({name: within(item) for name, item in value["fields"].items()})
     return made

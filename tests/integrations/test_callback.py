@@ -175,7 +175,7 @@ def test_two_processes(how: str, tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     samples = held_out(2)
-    with pytest.raises(TypeError, match="trainer: got Llava.*, want a transformers.Trainer"):
+    with pytest.raises(TypeError, match=r"trainer: got Llava\w+, want a transformers.Trainer"):
         LayerCallback(trainer.model, samples, 1)
     with pytest.raises(ValueError, match="every: got 0, want a positive number of steps"):
         LayerCallback(trainer, samples, 0)

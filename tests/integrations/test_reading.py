@@ -154,7 +154,7 @@ def test_bad_input() -> None:
         Reader(model, layers=(0, DEPTH + 1))
     with pytest.raises(TypeError, match="layers: got 'all'"):
         Reader(model, layers="all")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="1.5 among them"):
+    with pytest.raises(TypeError, match=r"1\.5 among them"):
         Reader(model, layers=[1.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="names no visual tokens"):
         Reader(text_only())
