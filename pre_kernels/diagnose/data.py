@@ -172,7 +172,6 @@ def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
     opened = _optional("PIL.Image").open
     try:
         with opened(path) as image:
-            image.load()
             yield image
     except Exception as error:  # decoders raise whatever comes to them on broken files
         raise ValueError(f"{argument}: cannot read {path} as an image: {error}") from error
