@@ -1,0 +1,298 @@
+"""The images of a report, their classes, and the masks of the objects in them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import io
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_COLUMNS = ("image", "file", "filename", "file_name")
+CLASS_COLUMNS = ("label", "class")
+MOST_OBJECTS = 255  # of an image, which uint8 can number
+INSTALL = "pip install 'pre-kernels[diagnose]'"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: where it is, its path in the folder with forward slashes, and its class as an index, if known."""
+
+    path: Path
+    name: str
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Images:
+    """What `find_images` found; `classes` names the labels, in order of their index, and is empty without any."""
+
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    folder: Path
+
+
+def find_images(folder: Path, labels: Path | None = None, limit: int | None = None, seed: int = 0) -> Images:
+    """The images in `folder`, in an order that `seed` draws, and their classes.
+
+    Without `labels`: images directly in `folder` have no class; if there are none, each subfolder with images directly
+    in it is a class. An image is a file whose name ends in one of `EXTENSIONS`, whatever the case, and begins with no
+    dot, nor does a class.
+
+    The order is drawn within each class, and then classes take turns, so that the first n images are a sample that is
+    balanced as far as the classes' sizes allow: that is what `limit` gives, and what an interrupted run has seen. A
+    larger `limit` only adds images at the end. Only the set of names and the seed decide on the order.
+
+    Args:
+        labels: a CSV file in UTF-8 with a header, of which two columns count: the image's path in `folder`, with
+            forward slashes, under one of `IMAGE_COLUMNS`, and the name of its class under one of `CLASS_COLUMNS` (in
+            any case). It may name images in any subfolder. Images that it does not name are left out.
+        limit: how many images at most; None: all.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted. One class without `labels` is no error, though
+            no probe can be trained on it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"images: {folder} is {'no folder' if folder.exists() else 'not there'}, want a folder")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit: got {limit!r}, want a positive integer")
+    named = _by_folder(folder) if labels is None else _by_table(folder, Path(labels))
+    classes = tuple(sorted(name for name in named if name is not None))
+    if limit is not None and limit < len(classes):
+        raise ValueError(f"limit: got {limit} for {len(classes)} classes, want at least one image of each")
+
+    draw = random.Random(seed)
+    turns: list[tuple[int, int, Item]] = []
+    for number, key in enumerate(classes or (None,)):
+        names = sorted(named[key])
+        draw.shuffle(names)
+        label = None if key is None else number
+        turns += [(turn, number, Item(folder / name, name, label)) for turn, name in enumerate(names)]
+    items = [item for *_, item in sorted(turns, key=lambda turn: turn[:2])]
+    return Images(tuple(items[:limit]), classes, folder)
+
+
+def _by_folder(folder: Path) -> dict[str | None, list[str]]:
+    """Names of images by class; None is the class of those that have none."""
+    found = _optional("sklearn.datasets").load_files(folder, load_content=False, shuffle=False)
+    named: dict[str | None, list[str]] = {}
+    for path, number in zip(map(Path, found.filenames), found.target, strict=True):
+        if _is_image(path) and not path.parent.name.startswith("."):
+            named.setdefault(found.target_names[number], []).append(path.relative_to(folder).as_posix())
+    direct = [path.name for path in folder.iterdir() if _is_image(path)]
+    if direct and named:
+        raise ValueError(
+            f"images: {folder} has {len(direct)} images beside {len(named)} subfolders with images "
+            f"({', '.join(sorted(map(repr, named)))}), want either images or a subfolder for each class"
+        )
+    if direct:
+        return {None: direct}
+    if not named:
+        raise ValueError(
+            f"images: {folder} has no images, neither directly in it nor in its subfolders, want files that end in "
+            f"{', '.join(EXTENSIONS)}"
+        )
+    return named
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def _by_table(folder: Path, labels: Path) -> dict[str | None, list[str]]:
+    named: dict[str | None, list[str]] = {}
+    seen: dict[str, int] = {}
+    for line, name, label in _rows(labels):
+        where = f"labels: line {line} of {labels}"
+        path = PurePosixPath(name)
+        if not name or not label:
+            raise ValueError(f"{where} has image {name!r} and class {label!r}, want both")
+        if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
+            raise ValueError(f"{where} names {name!r}, want the path of an image in {folder}, with forward slashes")
+        if (first := seen.setdefault(path.as_posix(), line)) != line:
+            raise ValueError(f"{where} names {name!r} again, after line {first}, want one row for an image")
+        named.setdefault(label, []).append(path.as_posix())
+    if len(named) < 2:
+        got = ", ".join(map(repr, named)) if named else "no rows"
+        raise ValueError(f"labels: {labels} has {got}, want images of at least two classes, for a probe to tell apart")
+    return named
+
+
+def _rows(labels: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, image, class) of a CSV file."""
+    try:
+        with labels.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            image, label = (_column(labels, header, names) for names in (IMAGE_COLUMNS, CLASS_COLUMNS))
+            for row in reader:
+                yield reader.line_num, (row[image] or "").strip(), (row[label] or "").strip()
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ValueError(f"labels: cannot read {labels}, want a CSV file in UTF-8: {error}") from error
+
+
+def _column(labels: Path, header: list[str], names: tuple[str, ...]) -> str:
+    found = [name for name in header if name.lower() in names]
+    if len(found) != 1:
+        raise ValueError(
+            f"labels: {labels} has columns {', '.join(map(repr, header)) or '(none)'}, want a header with exactly one "
+            f"of {', '.join(names)}"
+        )
+    return found[0]
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image in RGB, turned upright as its EXIF orientation says; of several frames the first.
+
+    Raises:
+        ValueError: naming the file, if it is unreadable, truncated, empty, or of 16 or 32 bits a channel.
+    """
+    turned = _optional("PIL.ImageOps").exif_transpose
+    with _opened("images", path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels are of mode {image.mode!r}, want 8 bits a channel")
+        return turned(image).convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
+    opened = _optional("PIL.Image").open
+    try:
+        with opened(path) as image:
+            yield image
+    except Exception as error:  # decoders raise whatever comes to them on broken files
+        raise ValueError(f"{argument}: cannot read {path} as an image: {error}") from error
+
+
+class MaskSource(Protocol):
+    """Where the objects of images are known from."""
+
+    def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
+        """The number of the object at each pixel, uint8 (height, width): 1..k, 0 for none; None without a mask.
+
+        Args:
+            size: (width, height) of the image as `open_image` gives it. Masks belong to the image upright.
+
+        Raises:
+            ValueError: if the mask has another size, cannot be read, or has more than `MOST_OBJECTS` objects.
+        """
+        ...
+
+
+def open_masks(path: Path, background: Collection[int] = (0, 255)) -> MaskSource:
+    """The masks in a folder, or in a file of COCO annotations.
+
+    A folder has a PNG file for each image, at the image's own path with the ending .png ("cats/1.jpg" → "cats/1.png"),
+    with one channel of 1, 8 or 16 bits, or a palette. Each value but those of `background` is an object, wherever its
+    pixels lie. The default is right for Pascal VOC. COCO-Stuff's pixel maps, where 0 is a person, want (255,); masks of
+    0 and 255, where 255 is the object, want (0,).
+
+    A file, *.json, has instances as COCO and COCO-Stuff write them; `file_name` is the image's path in its folder. Each
+    annotation is an object, but for crowds; where objects overlap, the smaller one is in front. An image in the file
+    without annotations has no objects.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+        ImportError: if a file needs pycocotools, and it is not installed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _Folder(path, background)
+    if path.suffix.lower() == ".json" and path.is_file():
+        return _Coco(path)
+    raise ValueError(
+        f"masks: {path} is {'neither' if path.exists() else 'not there'}, want a folder of PNG files or a COCO *.json"
+    )
+
+
+class _Folder:
+    def __init__(self, folder: Path, background: Collection[int]) -> None:
+        self.folder, self.background = folder, np.array(sorted(background), dtype=np.int64)
+
+    def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
+        path = self.folder / PurePosixPath(item.name).with_suffix(".png")
+        if not path.is_file():
+            return None
+        with _opened("masks", path) as image:
+            values = np.asarray(image)
+        if values.ndim != 2:
+            raise ValueError(f"masks: {path} has {values.shape[-1]} channels, want one, or a palette")
+        _check_size(str(path), (values.shape[1], values.shape[0]), size)
+        values = values.astype(np.int64)
+        return _numbered(np.where(np.isin(values, self.background), -1, values), -1, str(path))
+
+
+class _Coco:
+    def __init__(self, path: Path) -> None:
+        self.path, coco = path, _optional("pycocotools.coco").COCO
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
+                self.coco = coco(str(path))
+            self.images: dict[str, Any] = {image["file_name"]: image for image in self.coco.dataset["images"]}
+            self.coco.dataset["annotations"]
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"masks: cannot read {path} as COCO annotations, want an object with images and annotations: {error!r}"
+            ) from error
+        if len(self.images) < len(self.coco.dataset["images"]):
+            raise ValueError(f"masks: {path} names some image twice, want each file_name once")
+
+    def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
+        image = self.images.get(item.name)
+        if image is None:
+            return None
+        where = f"{item.name!r} in {self.path}"
+        _check_size(where, (image.get("width"), image.get("height")), size)
+        annotations = [a for a in self.coco.imgToAnns[image["id"]] if not a.get("iscrowd")]
+        masks = [self._mask(annotation, size) for annotation in annotations]
+        found = np.zeros((size[1], size[0]), dtype=np.int64)
+        for number, mask in sorted(enumerate(masks, 1), key=lambda one: one[1].sum(), reverse=True):
+            found[mask] = number
+        return _numbered(found, 0, where)
+
+    def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        try:
+            mask = self.coco.annToMask(annotation).astype(bool)
+        except Exception as error:  # raised in C, for what is no outline
+            raise ValueError(
+                f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can be read, want "
+                f"polygons or RLE: {error!r}"
+            ) from error
+        _check_size(f"annotation {annotation['id']} in {self.path}", (mask.shape[1], mask.shape[0]), size)
+        return mask
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported ({error}), want: {INSTALL}") from error
+
+
+def _check_size(where: str, got: tuple[Any, Any], want: tuple[int, int]) -> None:
+    if got != want:
+        raise ValueError(
+            f"masks: {where} is {got[0]} x {got[1]} pixels (width x height), want those of its image upright, "
+            f"{want[0]} x {want[1]}"
+        )
+
+
+def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
+    """`values` as 1..k in their order, `none` as 0."""
+    found = np.unique(values[values != none])
+    if len(found) > MOST_OBJECTS:
+        raise ValueError(f"masks: {where} has {len(found)} objects, want at most {MOST_OBJECTS}")
+    return np.where(values == none, 0, np.searchsorted(found, values) + 1).astype(np.uint8)

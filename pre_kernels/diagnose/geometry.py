@@ -1,0 +1,166 @@
+"""Which object each visual token shows, by way of the model's own image processor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Process = Callable[..., Mapping[str, Any]]
+PIXELS = ("pixel_values", "pixel_values_images")
+UNMAPPED = {  # by config.model_type: why the number and order of tokens say nothing about places
+    "aria": "a resampler makes its tokens",
+    "emu3": "ends of lines are among its tokens",
+    "idefics2": "a resampler makes its tokens",
+}
+NO_MASKS = "masks cannot be used with this model (all else in a report needs none)"
+# Blue of each pixel of a map of objects: no processor pads with it
+MARK = 200
+
+
+def token_grid(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[int, int] | None:
+    """(rows, columns) of an image's visual tokens, for `LayerReport`; None where they are not one grid.
+
+    Args: as for `token_objects`.
+    """
+    try:
+        tiles, grid = _layout(pixel_inputs, tokens, model_type)
+    except ValueError:
+        return None
+    return grid if tiles == 1 else None
+
+
+def token_objects(
+    process: Process,
+    objects: np.ndarray,
+    pixel_inputs: Mapping[str, Any],
+    tokens: int,
+    model_type: str,
+    share: float = 0.5,
+) -> Tensor:
+    """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for `LayerReport`.
+
+    The map of objects goes the way of the image: it is drawn as images, two bits of the numbers in each, that
+    `process` resizes, crops, pads and tiles, and each token looks at its own pixels. It belongs to the object that
+    covers most of them, if that is at least `share`, else to none; padding belongs to none. Where an image is cut into
+    tiles beside a thumbnail of the whole, an object has tokens in both. An object without tokens has a row of False.
+
+    Layouts: (tiles, 3, height, width), each tile a grid of square tokens in reading order; the same of one sample,
+    (1, tiles, 3, height, width); rows of patches with `image_grid_thw`, of which merge_size² make a token.
+
+    Args:
+        process: the model's image processor, or a function that calls its processor as the image's was called; called
+            as process(image, return_tensors="pt", do_rescale=False, do_normalize=False).
+        objects: uint8 (height, width) of the image upright: 1..k for its objects, 0 elsewhere.
+        pixel_inputs: what the processor made of the image, `pixel_values` and, where there are, `image_grid_thw` and
+            `image_sizes`; of one image.
+        tokens: how many visual tokens the image has in the model.
+        model_type: of the model's config.
+        share: above 0, at most 1.
+
+    Raises:
+        ValueError: naming the argument; for a model whose tokens are no places of the image, or not in a layout above.
+    """
+    if not isinstance(objects, np.ndarray) or objects.dtype != np.uint8 or objects.ndim != 2 or not objects.size:
+        got = f"{objects.dtype} {objects.shape}" if isinstance(objects, np.ndarray) else type(objects).__name__
+        raise ValueError(f"objects: got {got}, want an array of uint8 (height, width), not empty")
+    if not 0 < share <= 1:
+        raise ValueError(f"share: got {share}, want a number above 0, at most 1")
+    count = int(objects.max())
+    numbers = _numbers(process, objects, pixel_inputs, tokens, model_type)
+    place = torch.arange(tokens)[:, None] * (count + 1)
+    votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(tokens, count + 1)[:, 1:]
+    first = torch.arange(count) == votes.argmax(1, keepdim=True) if count else votes.bool()
+    return (first & (votes >= share * numbers.shape[1]) & (votes > 0)).mT
+
+
+def _numbers(
+    process: Process, objects: np.ndarray, pixel_inputs: Mapping[str, Any], tokens: int, model_type: str
+) -> Tensor:
+    """The object's number at each token's pixels, (tokens, pixels), 0 in padding."""
+    from PIL import Image
+
+    layout = _layout(pixel_inputs, tokens, model_type)
+    count = int(objects.max())
+    numbers = torch.zeros((), dtype=torch.long)
+    for bit in range(0, max(count.bit_length(), 1), 2):
+        # halfway between two objects all their bits change at once, so that interpolation makes up no third one
+        planes = [(objects >> bit & 1) * 255, (objects >> bit + 1 & 1) * 255, np.full_like(objects, MARK)]
+        drawn = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+        processed = process(drawn, return_tensors="pt", do_rescale=False, do_normalize=False)
+        want, got = _pixels(pixel_inputs).shape, _pixels(processed).shape
+        if got != want or _layout(processed, tokens, model_type) != layout:
+            raise ValueError(
+                f"process: made pixels of shape {tuple(got)} of the objects and {tuple(want)} of the image, want the "
+                "same: objects of the image's size, and the processor with the same settings"
+            )
+        low, high, mark = cut(processed, tokens, model_type).float().unbind(1)
+        inside = (mark - MARK).abs() < 8
+        if not inside.any():
+            raise ValueError(
+                f"process: left no pixel's blue at {MARK}, want a processor that leaves colours alone when do_rescale "
+                "and do_normalize are False"
+            )
+        numbers = numbers + inside * (((low > 127) << bit) + ((high > 127) << bit + 1))
+    return numbers * (numbers <= count)
+
+
+def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor:
+    """The pixels of each token, (tokens, 3, pixels); arguments and errors as for `token_objects`."""
+    _, (rows, columns) = _layout(pixel_inputs, tokens, model_type)
+    pixels = _pixels(pixel_inputs)
+    if "image_grid_thw" in pixel_inputs:
+        return rearrange(pixels, "(tokens patches) (c n) -> tokens c (patches n)", tokens=tokens, c=3)
+    tiles = pixels.flatten(0, -4)
+    side = _side(tiles, tokens // len(tiles))
+    tiles = tiles[..., : rows * side, : columns * side]  # what is left over at the edges enters no patch
+    return rearrange(tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side)
+
+
+def _pixels(inputs: Mapping[str, Any]) -> Tensor:
+    pixels = next((inputs[name] for name in PIXELS if torch.is_tensor(inputs.get(name))), None)
+    if pixels is None:
+        raise ValueError(f"pixel_inputs: got {', '.join(inputs) or 'nothing'}, want {PIXELS[0]}; {NO_MASKS}")
+    return pixels.cpu()
+
+
+def _layout(inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[int, tuple[int, int]]:
+    """The number of tiles, and the rows and columns of tokens in each."""
+    if reason := UNMAPPED.get(model_type):
+        raise ValueError(f"model_type: got {model_type!r}, and {reason}: {NO_MASKS}")
+    pixels = _pixels(inputs)
+    what = f"got {tokens} for pixels of shape {tuple(pixels.shape)}"
+    grids = inputs.get("image_grid_thw")
+    if grids is not None:
+        frames, height, width = (grids[0] if len(grids) == 1 else grids.sum(0)).tolist()
+        side = math.isqrt(height * width // max(tokens, 1))
+        if len(grids) != 1 or frames != 1 or not side or height % side or width % side:
+            side = 0
+        if pixels.dim() != 2 or not side or side**2 * tokens != height * width:
+            raise ValueError(
+                f"tokens: {what} and image_grid_thw {grids.tolist()}, want those of one image, where squares of "
+                f"patches make a token: {NO_MASKS}"
+            )
+        return 1, (height // side, width // side)
+
+    channels = pixels.dim() in (4, 5) and pixels.shape[-3] == 3
+    # of one sample, and not LLaVA-NeXT's tiles, from whose tokens those of padding are taken and among which lines end
+    if not channels or (pixels.dim() == 5 and (len(pixels) != 1 or "image_sizes" in inputs)):
+        raise ValueError(f"tokens: {what}, want tiles that all have the same tokens: {NO_MASKS}")
+    tiles = pixels.flatten(0, -4)
+    side = _side(tiles, tokens // len(tiles))
+    if tokens % len(tiles) or not side:
+        raise ValueError(f"tokens: {what}, want {len(tiles)} grids of squares: {NO_MASKS}")
+    return len(tiles), (tiles.shape[2] // side, tiles.shape[3] // side)
+
+
+def _side(tiles: Tensor, tokens: int) -> int:
+    """The side in pixels of the squares of which a tile holds `tokens`; 0 if there is none."""
+    height, width = tiles.shape[2:]
+    sides = range(min(height, width), 0, -1)
+    return next((side for side in sides if (height // side) * (width // side) == tokens), 0)
