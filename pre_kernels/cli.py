@@ -1,4 +1,4 @@
-"""The command line: `pre-kernels demo`, `pre-kernels tune` and `pre-kernels env`."""
+"""The command line: `pre-kernels demo | diagnose | trace | tune | env`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .diagnose import command
 from .loss import unavailable
 
 EXTRA = "pip install 'pre-kernels[demo]'"
@@ -28,6 +29,8 @@ examples:
   pre-kernels demo --quick                the same in little time: shows that it runs, too short for an effect
   pre-kernels demo --seeds 5 --out runs   more seeds, files into runs/
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
+  pre-kernels diagnose MODEL IMAGES       what each layer keeps of the visual tokens: an HTML report
+  pre-kernels trace out/                  score against probe accuracy along a training
   pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the best
   pre-kernels env                         versions and devices, for a bug report
   pre-kernels env --models                the vision-language models that PRe attaches to
@@ -37,8 +40,10 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    run = {"demo": demo, "diagnose": diagnose, "trace": trace, "tune": tune, "env": env}[options.command]
     try:
-        return {"demo": demo, "tune": tune, "env": env}[options.command](options)
+        return run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--layer", type=int, metavar="L", help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)")
     show.add_argument("--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)")
+    command.add_parsers(commands, whole)
     tuning = commands.add_parser(
         "tune",
         help="time the tiles of the Triton products on this GPU and keep the best",
@@ -131,11 +137,8 @@ def demo(options: argparse.Namespace) -> int:
         return fail(f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the demo's LLM")
     if options.device == "cuda" and not torch.cuda.is_available():
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return fail(f"the demo needs {', '.join(missing)}: {EXTRA}")
-    if problem := unwritable(options.out):
-        return fail(f"--out: {problem}")
+    if problem := missing("the demo", EXTRA) or unwritable(options.out):
+        return fail(problem)
 
     from .demo.run import run
 
@@ -145,14 +148,45 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def unwritable(folder: Path) -> str | None:
+def diagnose(options: argparse.Namespace) -> int:
+    """Measure a model's layers on images."""
+    if problem := missing("diagnose", "pip install 'pre-kernels[diagnose]'") or unwritable(options.out):
+        return fail(problem)
+    try:
+        command.diagnose(options, options.arguments)
+    except (ValueError, OSError, ImportError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def trace(options: argparse.Namespace) -> int:
+    """Draw a training's score against its probe accuracy."""
+    if problem := missing("trace", EXTRA):
+        return fail(problem)
+    try:
+        command.trace(options)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    return 0
+
+
+def missing(name: str, extra: str) -> str | None:
+    """What has to be installed for a command, or None."""
+    packages = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    return f"{name} needs {', '.join(packages)}: {extra}" if packages else None
+
+
+def unwritable(folder: Path, argument: str = "--out") -> str | None:
     """Why no file can be written into `folder` (made if it is not there), or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"cannot write into {folder}: {error.strerror or error}"
+        return f"{argument}: cannot write into {folder}: {error.strerror or error}"
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -167,8 +201,8 @@ def tune(options: argparse.Namespace) -> int:
     from .kernels import tiles
     from .kernels.tune import tune
 
-    if problem := unwritable(tiles.cache_file().parent):
-        return fail(f"PRE_KERNELS_CACHE: {problem}")
+    if problem := unwritable(tiles.cache_file().parent, "PRE_KERNELS_CACHE"):
+        return fail(problem)
     for found in tune(options.width or [4096], dtype, device):
         shipped = next(iter(found.times))
         print(f"{found.name}: {tuple(found.best)}, {found.times[found.best]:.3f} ms", end="")

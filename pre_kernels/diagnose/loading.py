@@ -1,0 +1,57 @@
+"""A vision-language model and its processor, from a folder or a hub, by transformers' own classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its processor, and `name`, what to call it."""
+
+    model: Any
+    processor: Any
+    name: str
+
+
+def load(
+    source: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> Loaded:
+    """The model in a folder that `save_pretrained` wrote (a PEFT adapter's too), or of that name on the hub.
+
+    Weights are read from safetensors alone.
+
+    Args:
+        dtype: None: as the weights are saved.
+        trust_remote_code: whether to run code that comes with the model.
+
+    Raises:
+        ValueError: naming the argument, if it is no vision-language model or has no processor of images and text.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    more: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    where = f"model: {source}"
+    if Path(source).exists() and not Path(source).is_dir():
+        raise ValueError(f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub")
+    try:
+        if not (Path(source) / "adapter_config.json").exists():
+            AutoConfig.from_pretrained(source, **more)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype or "auto", use_safetensors=True, **more
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error
+    try:
+        processor = AutoProcessor.from_pretrained(source, **more)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{where} has no processor that can be loaded: {error}") from error
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"{where} has a {type(processor).__name__}, want a processor of images and text; save the model's there too"
+        )
+    return Loaded(model.eval().to(device), processor, Path(source).name or source)

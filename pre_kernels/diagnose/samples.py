@@ -1,0 +1,129 @@
+"""From an image file to the arguments of a model's forward, and what is known of the image's patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pre_kernels.integrations import Sample
+from pre_kernels.integrations.families import visual_tokens
+
+from .data import Images, Item, MaskSource, find_images, open_image, open_masks
+from .geometry import token_grid, token_objects
+
+PROMPT = "Describe the image."
+AHEAD = 4  # images that are prepared while the model is busy
+
+
+class Preparation:
+    """Makes a `Sample` of an image file for one model.
+
+    The text is the model's chat template with the image and then `prompt`; without a template the image's placeholder
+    and the prompt. In a causal decoder what comes after the image does not reach its tokens.
+
+    Args:
+        model, processor: of transformers.
+        masks: where the objects in images are known from.
+        prompt: what is asked.
+    """
+
+    def __init__(self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT) -> None:
+        self.config, self.dtype = model.config, model.dtype
+        self.processor, self.masks = processor, masks
+        self.text = _text(processor, prompt)
+
+    def __call__(self, item: Item) -> Sample:
+        """The image as a batch of one, on the CPU.
+
+        Raises:
+            ValueError: naming the file: an image that cannot be read (`Unreadable`), or a mask that does not fit.
+        """
+        try:
+            image = open_image(item.path)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+        inputs = dict(self.processor(images=[image], text=[self.text], return_tensors="pt"))
+        placed = visual_tokens(self.config, inputs)
+        if placed is None or not placed.any():
+            raise ValueError(
+                f"processor: {type(self.processor).__name__} put no visual tokens into the text {self.text!r}, want "
+                "the model's own processor and a text with a place for the image"
+            )
+        tokens = int(placed.sum())
+        kind = self.config.model_type
+        masks = None
+        if self.masks is not None:
+            objects = self.masks.objects(item, image.size)
+            if objects is not None:
+                process = self.processor.image_processor
+                masks = token_objects(process, objects, inputs, tokens, kind)
+        inputs = {
+            name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+        return Sample(inputs, item.label, masks, token_grid(inputs, tokens, kind))
+
+
+class Unreadable(ValueError):
+    """An image that cannot be read: others can."""
+
+
+def load_samples(
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    *,
+    masks: str | Path | None = None,
+    labels: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    background: tuple[int, ...] = (0, 255),
+    prompt: str = PROMPT,
+) -> list[Sample]:
+    """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
+
+    Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the callback's figures.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+    source = None if masks is None else open_masks(Path(masks), background)
+    found = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
+    return list(map(Preparation(model, processor, source, prompt), found.items))
+
+
+def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[tuple[Item, Sample | Unreadable]]:
+    """Each item with its sample, or with why its image cannot be read, in order; some are prepared ahead in threads."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: list[tuple[Item, Future[Sample]]] = []
+        rest = iter(items)
+        try:
+            while True:
+                while len(waiting) < AHEAD and (item := next(rest, None)) is not None:
+                    waiting.append((item, pool.submit(prepare, item)))
+                if not waiting:
+                    return
+                item, future = waiting.pop(0)
+                try:
+                    yield item, future.result()
+                except Unreadable as error:
+                    yield item, error
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _text(processor: Any, prompt: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise ValueError(
+            f"processor: {type(processor).__name__} has neither a chat template nor an image token, want one of them"
+        )
+    return f"{token}\n{prompt}"
