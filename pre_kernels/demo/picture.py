@@ -20,6 +20,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure, axes = figures.grid(len(PANELS) + 1)
     for one, panel in zip(axes, PANELS, strict=False):
         figures.over_depth(one, models, panel, marked)
-    figures.steps(axes[-1], curves, title=curves[0]["label"])
+    figures.steps(axes[-1], curves, curves[0]["label"])
     figures.legend(figure, models)
     figure.savefig(path, dpi=120)

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from pre_kernels.diagnostics import report
-from pre_kernels.diagnostics.figures import COLOURS
+from pre_kernels.diagnostics.figures import COLOURS, DASHES
 from pre_kernels.diagnostics.measures import effect, spread
 
 ARMS = {  # how each is named and drawn
@@ -97,6 +97,7 @@ def conclusion(found: dict[str, Any]) -> list[str]:
             deep("without", "contrast"),
             deep("with", "contrast"),
         ),
+        *(["One seed says nothing about noise: use --seeds."] if len(runs) < 2 else []),
     ]
 
 
@@ -131,10 +132,12 @@ def document(found: dict[str, Any]) -> dict[str, Any]:
         "curves": [
             {
                 "name": f"with PRe, seed {seed['seed']}",
-                "label": f"L_PRe at layer {settings['layer']}",
+                "label": f"L_PRe at layer {settings['layer']} (line: stage two begins)",
                 "values": seed["with"]["train_pre_loss"],
+                "marked": [settings["align_steps"]],
+                "style": {"color": COLOURS[0], "linestyle": DASHES[n % len(DASHES)]},
             }
-            for seed in seeds
+            for n, seed in enumerate(seeds)
         ],
         "findings": training(found),
         "notes": [caption(found)],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers tell apart; the dashes also survive a print in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
-MARKERS: tuple[dict[str, Any], ...] = ({"marker": "o"}, {"marker": "s", "markerfacecolor": "white"})
+MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
 PANEL = (4.3, 3.0)  # inches
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -101,22 +101,20 @@ def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords
 
 def over_depth(axes: Axes, models: Sequence[Mapping[str, Any]], panel: Measure, marked: Sequence[int] = ()) -> None:
     """One panel of `depth`, without a legend of the models."""
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     for model, style in zip(models, styles(models), strict=True):
-        for column, marker in zip(panel.columns, MARKERS, strict=False):
-            _curve(axes, model["name"], model["runs"], column, style, marker)
+        _curve(axes, model["name"], model["runs"], panel.column, style)
     for layer in marked:
-        axes.axvline(layer, color="0.75", linewidth=1.5, zorder=0)
+        axes.axvline(layer, **MARK)
     axes.set(title=panel.title, xlabel="LLM layer", ylabel=panel.axis, yscale=panel.scale)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    if len(panel.columns) > 1:
-        handles = [Line2D([], [], color="0.4", markersize=4, **marker) for marker in MARKERS]
-        axes.legend(handles, panel.columns)
+    if panel.share:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
-def _curve(axes: Axes, name: str, runs: Runs, column: str, style: Mapping[str, Any], marker: Mapping[str, Any]) -> None:
+def _curve(axes: Axes, name: str, runs: Runs, column: str, style: Mapping[str, Any]) -> None:
     found = by_layer(runs, column)
     if not found:
         return
@@ -124,33 +122,29 @@ def _curve(axes: Axes, name: str, runs: Runs, column: str, style: Mapping[str, A
     if len(runs) > 1:
         for run in runs:
             layers = by_layer([run], column)
-            axes.plot([*layers], [values[0] for values in layers.values()], **style, linewidth=0.6, alpha=0.6)
+            axes.plot([*layers], [values[0] for values in layers.values()], **{**style, "linewidth": 0.6, "alpha": 0.6})
         half = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
         low, high = ([c + sign * h for c, h in zip(centre, half, strict=True)] for sign in (-1, 1))
         axes.fill_between([*found], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.plot([*found], centre, **{"linewidth": 2, "markersize": 3.5, **style, **marker}, label=name)
+    axes.plot([*found], centre, **{"linewidth": 2, "marker": "o", "markersize": 3.5, **style}, label=name)
 
 
-def steps(
-    axes: Axes, curves: Sequence[Mapping[str, Any]], marked: Sequence[float] = (), *, title: str = "", axis: str = ""
-) -> None:
+def steps(axes: Axes, curves: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """Values along training: a line and a legend entry for each of `curves`.
 
     Args:
         axes: of `grid`.
-        curves: {"name": str, "values": [float | None, ...]} each, optional "steps" (as many; 1, 2, … without) and
-            "style" as for `depth`.
-        marked: steps that get a grey vertical line.
-        title, axis: of the panel, and of its values.
+        curves: {"name": str, "values": [float | None, ...]} each; optional "steps" (as many; 1, 2, … without), "marked"
+            (steps that get a grey vertical line) and "style" as for `depth`.
+        title: of the panel.
     """
     for curve, style in zip(curves, styles(curves), strict=True):
         values = _numbers(curve["values"])
         at = curve.get("steps") or range(1, len(values) + 1)
         axes.plot(at, values, **{"linewidth": 1.2, **style}, label=curve["name"])
-    for step in marked:
-        axes.axvline(step, color="0.75", linewidth=1.5, zorder=0)
+    for step in {step for curve in curves for step in curve.get("marked", ())}:
+        axes.axvline(step, **MARK)
     axes.set_title(title, parse_math=False)
-    axes.set_ylabel(axis, parse_math=False)
     axes.set_xlabel("training step")
     legend(axes, curves)
 
@@ -187,15 +181,13 @@ def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
     colours: dict[str, Any] = {"norm": Normalize(min(every, default=0), max(every, default=1)), "cmap": "viridis_r"}
 
     for run, style in zip(runs, styles(runs), strict=True):
-        for key in ("score", "probe"):
-            axes[key].plot(run["steps"], _numbers(run[key]), **{"marker": "o", "markersize": 3.5, **style})
-        points = [
-            (step, probe, score)
-            for step, probe, score in zip(run["steps"], _numbers(run["probe"]), _numbers(run["score"]), strict=True)
-            if math.isfinite(probe) and math.isfinite(score)
-        ]
-        if points:
-            at, x, y = zip(*sorted(points), strict=True)
+        points = sorted(zip(run["steps"], _numbers(run["probe"]), _numbers(run["score"]), strict=True))
+        line = {"marker": "o", "markersize": 3.5, **style}
+        axes["probe"].plot([step for step, _, _ in points], [probe for _, probe, _ in points], **line)
+        axes["score"].plot([step for step, _, _ in points], [score for _, _, score in points], **line)
+        both = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
+        if both:
+            at, x, y = zip(*both, strict=True)
             axes["both"].plot(x, y, **{"linewidth": 1, **style}, zorder=1)
             axes["both"].scatter(x, y, c=at, **colours, edgecolors=style["color"], zorder=2)
     names = {key: runs[0].get(f"{key}_name", key) for key in ("score", "probe")}
@@ -241,12 +233,12 @@ def heat_maps(found: Mapping[str, Any]) -> Figure:
 
     scale = Normalize(min((value for maps in similarity.values() for one in maps for value in one), default=0), 1)
     side = 1.5 * math.sqrt(height / width)  # inches, of a tile as large as one of a square image
-    size = (1.5 / math.sqrt(height / width) * (len(layers) + 1) + 1, (side + 0.3) * len(similarity) + 0.3)
+    size = (1.5 / math.sqrt(height / width) * (len(layers) + 1) + 1, (side + 0.12) * len(similarity) + 0.3)
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(similarity), len(layers) + 1, squeeze=False)
     shown = None
-    for line, (name, maps) in zip(axes, similarity.items(), strict=True):
+    for number, (line, (name, maps)) in enumerate(zip(axes, similarity.items(), strict=True)):
         line[0].imshow(picture, extent=(0, width, height, 0), cmap="gray", interpolation="nearest")
         line[0].set_ylabel(name, parse_math=False)
         for place, layer, values in zip(line[1:], layers, maps, strict=True):
@@ -254,7 +246,7 @@ def heat_maps(found: Mapping[str, Any]) -> Figure:
             shown = place.imshow(
                 table, norm=scale, cmap="viridis", extent=(0, width, height, 0), interpolation="nearest"
             )
-            if line is axes[0]:
+            if number == 0:
                 place.set_title(f"layer {layer}", fontsize=9)
         for place in line:
             corner, cell = (column * width / columns, row * height / rows), (width / columns, height / rows)

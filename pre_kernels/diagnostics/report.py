@@ -47,14 +47,13 @@ def html(document: Document) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     models, data = document["models"], document.get("data") or {}
-    panels = measured(models)
     return template.render(
         title=document["title"],
         meta=[text for text in (document.get("date"), _images(data), document.get("device")) if text],
         said=document.get("findings") or [],
         findings=findings(document),
         legend=list(_legend(models)),
-        panels=[(panel, _depth_image(document, panel), _depth_text(models, panel)) for panel in panels],
+        panels=[(p, _depth_image(document, p), " ".join(_course(m, p) for m in models)) for p in measured(models)],
         marked=document.get("marked") or [],
         curves=list(_curve_images(document.get("curves") or [])),
         maps=[(found, _map_image(found), len(found["layers"]) + 1) for found in document.get("maps") or []],
@@ -66,7 +65,7 @@ def html(document: Document) -> str:
 
 def sentences(document: Document) -> list[str]:
     """What follows from the numbers of `document`, as for `html`, and nothing that does not."""
-    return [f"{title}, {text}" for title, texts in findings(document).items() for text in texts]
+    return [f"{title} – {text}" for title, texts in findings(document).items() for text in texts]
 
 
 def findings(document: Document) -> dict[str, list[str]]:
@@ -78,15 +77,18 @@ def findings(document: Document) -> dict[str, list[str]]:
     models = document["models"]
     available = measured(models)
     found: dict[str, list[str]] = {}
+    unknown: list[str] = []
     for name in MAIN:
         measure = MEASURES[name]
         if measure not in available:
-            found[measure.title] = [f"not measured: it takes {measure.needs}."]
+            unknown.append(f"{measure.title}: it takes {measure.needs}.")
             measure = MEASURES[STAND_INS.get(name, name)]
         if measure in available:
             texts = [_course(model, measure) for model in models]
             found[measure.title] = texts + [text for a, b in pairwise(models) for text in _differences(a, b, measure)]
-    return found
+    if len(models) > 1 and any(len(model["runs"]) < 2 for model in models):
+        unknown.append("Noise between seeds: it takes several runs of each model.")
+    return found | ({"Not measured": unknown} if unknown else {})
 
 
 def csv_text(document: Document) -> str:
@@ -107,7 +109,7 @@ def csv_text(document: Document) -> str:
 
 def _course(model: Mapping[str, Any], measure: Measure) -> str:
     """Where a measure starts, where it is least, and how it ends."""
-    found = by_layer(model["runs"], measure.columns[0])
+    found = by_layer(model["runs"], measure.column)
     if not found:
         return f"{model['name']}: not measured."
     first, last = min(found), max(found)
@@ -120,7 +122,7 @@ def _course(model: Mapping[str, Any], measure: Measure) -> str:
         return (
             f"{model['name']}: {spread(found[first], digits=measure.digits)} at layer {first}, the only one measured."
         )
-    runs = [by_layer([run], measure.columns[0]) for run in model["runs"]]
+    runs = [by_layer([run], measure.column) for run in model["runs"]]
     changes = [run[last][0] - run[first][0] for run in runs if first in run and last in run]
     change = f"; {spread(changes, '+', measure.digits)} from first to last" if changes else ""
     return f"{model['name']}: {', '.join(points)}{change}."
@@ -152,7 +154,7 @@ def _effect(name: str, before: list[float], after: list[float], names: tuple[str
 
 def _deep(model: Mapping[str, Any], measure: Measure) -> list[dict[int, float]]:
     """For each run its figures of layers from L/2 on, those that every run has; empty if there are none."""
-    found = by_layer(model["runs"], measure.columns[0])
+    found = by_layer(model["runs"], measure.column)
     depth = model.get("depth") or max(found, default=0)
     layers = [layer for layer, values in found.items() if layer >= depth // 2 and len(values) == len(model["runs"])]
     return [{layer: found[layer][run] for layer in layers} for run in range(len(model["runs"]))] if layers else []
@@ -191,21 +193,12 @@ def _depth_image(document: Document, panel: Measure) -> str:
     return _source(figure)
 
 
-def _depth_text(models: Sequence[Mapping[str, Any]], panel: Measure) -> str:
-    """The picture for who does not see it."""
-    return " ".join(
-        (f"{column}, " if len(panel.columns) > 1 else "") + _course(model, panel._replace(columns=(column,)))
-        for column in panel.columns
-        for model in models
-    )
-
-
 def _curve_images(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     from .figures import grid, steps
 
     for label in dict.fromkeys(curve["label"] for curve in curves):
         figure, [axes] = grid(1)
-        steps(axes, [curve for curve in curves if curve["label"] == label], axis=label)
+        steps(axes, [curve for curve in curves if curve["label"] == label])
         yield label, _source(figure)
 
 
