@@ -24,9 +24,9 @@ from pre_kernels.demo.compare import pretrained, run_arm
 from pre_kernels.demo.measure import measure
 from pre_kernels.demo.parallel import Bar, each_seed, quiet
 from pre_kernels.demo.progress import bars
-from pre_kernels.demo.report import effect, spread
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
+from pre_kernels.diagnostics.measures import effect, spread
 
 from . import record
 from .device import Cpu

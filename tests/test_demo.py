@@ -2,6 +2,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from pre_kernels.demo import compare, parallel, report
+from pre_kernels.demo import compare, parallel, picture, report
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.measure import states
 from pre_kernels.demo.run import run
@@ -126,6 +127,7 @@ def test_end_to_end(tmp_path):
     for seed in (0, 1):
         assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "demo.html").read_text().startswith("<!DOCTYPE html>")
     table = (out / "demo.md").read_text().splitlines()
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     assert sum("contrast ratio, layer" in line for line in table) == TINY.layers + 1
@@ -220,17 +222,44 @@ def test_states_are_those_that_the_layers_made():
     torch.testing.assert_close(objects[:, 0], found.hidden[1][:, sc.regions() == 0].mean(1))
 
 
-def test_sentences_follow_the_numbers():
-    steady = report.effect("x", [0.5, 0.6, 0.4], [0.6, 0.7, 0.501])
-    assert "difference +0.100 ± 0.001; positive in 3 of 3 seeds, clear of the noise" in steady
-    noisy = report.effect("x", [0.5, 0.6], [0.9, 0.3])
-    assert "positive in 1 of 2 seeds, within the noise" in noisy
-    assert "One seed says nothing about noise" in report.effect("x", [0.5], [0.6])
+def committed():
+    return json.loads((Path(__file__).parents[1] / "bench" / "results" / "demo.json").read_text())
 
 
-def test_the_interval_is_the_paired_t_test():
-    from scipy.stats import ttest_rel
+def test_the_report_has_the_figures_of_the_seeds(tmp_path):
+    found = committed()
+    shown = report.document(found)
+    assert [model["name"] for model in shown["models"]] == ["before visual training", "without PRe", "with PRe"]
+    for model, arm in zip(shown["models"], ("before", "without", "with"), strict=True):
+        for rows, seed in zip(model["runs"], found["seeds"], strict=True):
+            assert [row["layer"] for row in rows] == [*range(9)]
+            for column, name in (("linear_probe", "probe"), ("contrast", "contrast"), ("coupling", "coupling")):
+                assert [row[column] for row in rows] == seed[arm][name]
+    report.save(found, tmp_path)
+    page = (tmp_path / "demo.html").read_text()
+    assert "Along training" in page
+    assert "difference +0.064 ± 0.049" in page
 
-    without, with_ = [0.5, 0.6, 0.4], [0.62, 0.65, 0.55]
-    low, high = ttest_rel(with_, without).confidence_interval(0.95)
-    assert f"{low:+.3f} to {high:+.3f}" in report.effect("x", without, with_)
+
+def test_the_picture_has_probe_contrast_and_the_loss_along_training(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    found = committed()
+    picture.draw(report.document(found), tmp_path / "demo.png")
+    probe, contrast, training = drawn[0].axes
+    for axes, key in ((probe, "probe"), (contrast, "contrast")):
+        shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+        for name, arm in (("before visual training", "before"), ("without PRe", "without"), ("with PRe", "with")):
+            assert shown[name] == pytest.approx(torch.tensor([s[arm][key] for s in found["seeds"]]).mean(0).tolist())
+    curves = [list(line.get_ydata()) for line in training.get_lines()][:2]
+    assert curves == [seed["with"]["train_pre_loss"] for seed in found["seeds"]]
+    assert [30, 30] in [list(line.get_xdata()) for line in training.get_lines()]
+
+
+def test_one_seed_is_said_to_be_one():
+    found = committed()
+    hint = "One seed says nothing about noise: use --seeds."
+    assert hint not in report.conclusion(found)
+    assert hint in report.conclusion(found | {"seeds": found["seeds"][:1]})

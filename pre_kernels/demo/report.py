@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from pre_kernels.diagnostics import report
+from pre_kernels.diagnostics.figures import COLOURS, DASHES
+from pre_kernels.diagnostics.measures import effect, spread
+
+ARMS = {  # how each is named and drawn
+    "before": ("before visual training", {"color": "0.55", "linestyle": ":"}),
+    "without": ("without PRe", {"color": COLOURS[1], "linestyle": "-"}),
+    "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
+}
+COLUMNS = {"probe": "linear_probe"} | {  # of a report, by the name of a list over layers
+    name: name for name in ("contrast", "cohesion", "coupling", "effective_dimension", "correlation")
+}
 Rows = list[tuple[str, list[float] | None, list[float] | None]]
 
 
@@ -30,14 +42,6 @@ def table_rows(found: dict[str, Any]) -> Rows:
     rows += [row(f"linear probe, layer {n}", "probe", n) for n in range(depth + 1)]
     rows += [row(f"contrast ratio, layer {n}", "contrast", n) for n in range(depth + 1)]
     return rows
-
-
-def spread(values: list[float] | None, sign: str = "") -> str:
-    """Mean ± standard deviation over seeds."""
-    if values is None:
-        return "–"
-    text = f"{mean(values):{sign}.3f}"
-    return text if len(values) < 2 else f"{text} ± {stdev(values):.3f}"
 
 
 def difference(without: list[float] | None, with_: list[float] | None) -> list[float] | None:
@@ -79,9 +83,6 @@ def conclusion(found: dict[str, Any]) -> list[str]:
     def deep(arm: str, key: str) -> list[float]:
         return [mean(run[arm][key][layer:]) for run in runs]
 
-    curves = [run["with"]["train_pre_loss"] for run in runs]
-    first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
-    verb = "fell" if last < first else "did not fall"
     fall = [
         mean(run[arm]["probe"][0] for run in runs) - mean(run[arm]["probe"][depth] for run in runs)
         for arm in ("before", "without", "with")
@@ -89,33 +90,60 @@ def conclusion(found: dict[str, Any]) -> list[str]:
     return [
         f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, {fall[1]:.3f} after training "
         f"without PRe and {fall[2]:.3f} with it.",
-        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
-        effect("Task accuracy", [r["without"]["accuracy"] for r in runs], [r["with"]["accuracy"] for r in runs]),
+        *training(found),
         effect(f"Linear probe, mean of layers {layer} to {depth}", deep("without", "probe"), deep("with", "probe")),
         effect(
             f"Semantic contrast ratio, mean of layers {layer} to {depth}",
             deep("without", "contrast"),
             deep("with", "contrast"),
         ),
+        *(["One seed says nothing about noise: use --seeds."] if len(runs) < 2 else []),
     ]
 
 
-def effect(name: str, without: list[float], with_: list[float]) -> str:
-    """One difference, and whether it is larger than chance over seeds explains (paired t-test)."""
-    changes = [b - a for a, b in zip(without, with_, strict=True)]
-    text = f"{name}: {mean(without):.3f} without, {mean(with_):.3f} with PRe, difference {spread(changes, '+')}"
-    if len(changes) < 2:
-        return f"{text}. One seed says nothing about noise: use --seeds."
-    from scipy.stats import t
+def training(found: dict[str, Any]) -> list[str]:
+    """Those of the conclusions that are not about depth."""
+    runs = found["seeds"]
+    curves = [run["with"]["train_pre_loss"] for run in runs]
+    first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
+    verb = "fell" if last < first else "did not fall"
+    return [
+        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
+        effect("Task accuracy", [r["without"]["accuracy"] for r in runs], [r["with"]["accuracy"] for r in runs]),
+    ]
 
-    centre = mean(changes)
-    half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5
-    verdict = "clear of" if abs(centre) > half else "within"
-    above = sum(change > 0 for change in changes)
-    return (
-        f"{text}; positive in {above} of {len(changes)} seeds, {verdict} the noise between seeds (95 % interval of "
-        f"the mean {centre - half:+.3f} to {centre + half:+.3f})."
-    )
+
+def document(found: dict[str, Any]) -> dict[str, Any]:
+    """The same as what `diagnostics.report.html` shows, each seed a run."""
+    settings, seeds = found["settings"], found["seeds"]
+    layers = range(settings["layers"] + 1)
+
+    def rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+        names = {name: column for name, column in COLUMNS.items() if name in figures}
+        return [{"layer": n} | {column: figures[name][n] for name, column in names.items()} for n in layers]
+
+    return {
+        "title": "A tiny LLaVA on scenes of handwritten digits, without and with PRe",
+        "models": [
+            {"name": name, "style": style, "depth": settings["layers"], "runs": [rows(seed[arm]) for seed in seeds]}
+            for arm, (name, style) in ARMS.items()
+        ],
+        "marked": [settings["layer"]],
+        "curves": [
+            {
+                "name": f"with PRe, seed {seed['seed']}",
+                "label": f"L_PRe at layer {settings['layer']} (line: stage two begins)",
+                "values": seed["with"]["train_pre_loss"],
+                "marked": [settings["align_steps"]],
+                "style": {"color": COLOURS[0], "linestyle": DASHES[n % len(DASHES)]},
+            }
+            for n, seed in enumerate(seeds)
+        ],
+        "findings": training(found),
+        "notes": [caption(found)],
+        "data": {"images": settings["test_scenes"], "masks": "the patches of each digit"},
+        "command": "pre-kernels demo",
+    } | {name: found[name] for name in ("device", "versions", "date")}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -126,11 +154,13 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def save(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Write demo.json, demo.md and demo.png; returns their paths."""
+    """Write demo.json, demo.md, demo.png and demo.html; returns their paths."""
     from .picture import draw
 
-    paths = [folder / name for name in ("demo.json", "demo.md", "demo.png")]
+    paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]
+    shown = document(found)
     paths[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     paths[1].write_text(markdown(found), encoding="utf-8")
-    draw(found, paths[2])
+    draw(shown, paths[2])
+    paths[3].write_text(report.html(shown), encoding="utf-8")
     return paths

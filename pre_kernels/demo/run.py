@@ -37,6 +37,6 @@ def run(settings: Settings, device: str, out: Path, console: Console | None = No
     for sentence in conclusion(found):
         console.print(f"• {sentence}")
     console.print()
-    for path, what in zip(save(found, out), ("all numbers", "the table", "the curves"), strict=True):
+    for path, what in zip(save(found, out), ("all numbers", "the table", "the curves", "the report"), strict=True):
         console.print(f"{what}: {path}", soft_wrap=True)
     return found
