@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from pre_kernels.demo import compare, parallel, picture, report
+from pre_kernels.demo import compare, export, parallel, picture, report
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.measure import states
 from pre_kernels.demo.run import run
@@ -147,6 +148,36 @@ def test_end_to_end(tmp_path):
     assert "train_pre_loss" not in saved["seeds"][0]["without"]
 
 
+def test_the_saved_models_are_those_that_were_measured(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    found = compare.run_seed(0, TINY, "cpu", tmp_path, no_bar)
+    test = sc.compose(sc.split_digits(0)[2], TINY.test_scenes, 0)
+    for arm in ("before", "without", "with"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "models" / arm)
+        assert states(model, test).correct.double().mean().item() == found[arm]["accuracy"]
+
+
+def test_a_saved_scene_enters_the_model_as_in_training(tmp_path):
+    from PIL import Image
+
+    export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [str(n // 2) for n in range(20)]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]) / 255
+    processor = export.processor()
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION.decode()}]}]
+    text = processor.apply_chat_template(message)
+    inputs = processor(images=[Image.open(files[5]).convert("RGB")], text=[text], return_tensors="pt")
+    expected = visual_batch(sc.compose(sc.split_digits(0)[0], 1, 0), torch.arange(1))
+    assert torch.equal(inputs["input_ids"], expected["input_ids"][:, :-1])
+    torch.testing.assert_close(inputs["pixel_values"], pixels[5].expand(1, 3, -1, -1))
+    # sixteenths, as the digits are
+    assert ((pixels * 16) - (pixels * 16).round()).abs().max() < 16 * 0.5 / 255 + 1e-6
+    mask = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / "1" / "000.png")))
+    assert torch.equal(mask[:: sc.PATCH, :: sc.PATCH].flatten(), sc.regions() + 1)
+
+
 def test_seeds_in_processes_of_their_own_find_the_same(tmp_path):
     console = Console(file=(tmp_path / "screen").open("w"))
     apart, together = (run(TINY, "cpu", tmp_path, console, jobs=n) for n in (2, 1))
@@ -182,12 +213,12 @@ def test_the_model_is_a_plain_llava_again_after_training_with_pre():
 
 def test_the_arms_differ_in_nothing_but_pre():
     # same start, same batches in the same order: with a vanishing weight both are one run
-    found = compare.run_seed(1, replace(TINY, weight=1e-12), "cpu", no_bar)
+    found = compare.run_seed(1, replace(TINY, weight=1e-12), "cpu", None, no_bar)
     a, b = found["without"], found["with"]
     assert a["probe"] == pytest.approx(b["probe"], abs=1e-6)
     assert a["contrast"] == pytest.approx(b["contrast"], rel=1e-4)
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-    weighted = compare.run_seed(1, replace(TINY, weight=100.0), "cpu", no_bar)
+    weighted = compare.run_seed(1, replace(TINY, weight=100.0), "cpu", None, no_bar)
     assert weighted["without"]["contrast"] == pytest.approx(a["contrast"], rel=1e-4)
     assert weighted["with"]["contrast"] != pytest.approx(b["contrast"], rel=1e-4)
 

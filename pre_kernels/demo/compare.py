@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 import pre_kernels
 from pre_kernels.integrations import apply_pre
 
+from .export import save_model, save_scenes
 from .measure import measure
 from .model import Advance, build, learn_to_read, learn_to_see
 from .parallel import Bar, each_seed
@@ -27,13 +28,17 @@ from .text import library_source
 from .train import train_stage
 
 ARMS = ("without", "with")
+SCENES = 12  # of each digit that are written as files
 PROJECTOR, LLM, HEAD = ("multi_modal_projector",), ("language_model", "lm_head"), ("pre_head",)
 
 
-def compare(settings: Settings, device: str, bar: Bar, jobs: int) -> dict[str, Any]:
-    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without" and "with"."""
+def compare(settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None) -> dict[str, Any]:
+    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without" and "with".
+
+    Seed 0's models and scenes that they have not seen are written into `keep`.
+    """
     start = time.monotonic()
-    seeds = each_seed(run_seed, settings.seeds, (settings, device), bar, jobs)
+    seeds = each_seed(run_seed, settings.seeds, (settings, device, keep), bar, jobs)
     threads = f"CPU, {jobs} × {torch.get_num_threads()} thread"
     return {
         "settings": dataclasses.asdict(settings) | {"layer": settings.pre_layer},
@@ -60,7 +65,7 @@ def commit() -> str | None:
         return None
 
 
-def run_seed(seed: int, settings: Settings, device: str, bar: Bar) -> dict[str, Any]:
+def run_seed(seed: int, settings: Settings, device: str, keep: Path | None, bar: Bar) -> dict[str, Any]:
     """Both arms of one seed. They share the digits, the scenes, the pre-trained parts and the order of the batches."""
     digits = split_digits(seed)
     sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
@@ -68,10 +73,16 @@ def run_seed(seed: int, settings: Settings, device: str, bar: Bar) -> dict[str, 
 
     before = pretrained(training, settings, seed, device, bar)
     found: dict[str, Any] = {"seed": seed, "before": measure(before, fitting, test, settings, None)}
+    models = keep / "models" if keep is not None and seed == 0 else None
+    if models is not None:
+        save_scenes(digits[2], SCENES, seed, models.with_name("scenes"))
+        save_model(before, models / "before")
     for arm in ARMS:
         options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
         model = copy.deepcopy(before)
         found[arm] = run_arm(f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar)
+        if models is not None:
+            save_model(model, models / arm)
     return found
 
 

@@ -24,7 +24,7 @@ def run(settings: Settings, device: str, out: Path, console: Console | None = No
     restore = quiet()
     try:
         with bars(console) as bar:
-            found = compare(settings, device, bar, jobs)
+            found = compare(settings, device, bar, jobs, out)
     finally:
         restore()
 
@@ -39,4 +39,11 @@ def run(settings: Settings, device: str, out: Path, console: Console | None = No
     console.print()
     for path, what in zip(save(found, out), ("all numbers", "the table", "the curves", "the report"), strict=True):
         console.print(f"{what}: {path}", soft_wrap=True)
+    models, scenes = out / "models", out / "scenes"
+    console.print("more of seed 0's models, layer by layer:")
+    console.print(
+        f"  pre-kernels diagnose {models / 'without'} {scenes / 'images'} --masks {scenes / 'masks'} "
+        f"--compare {models / 'with'} --out {out / 'diagnosis'}",
+        soft_wrap=True,
+    )
     return found

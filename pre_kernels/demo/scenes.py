@@ -45,9 +45,16 @@ def compose(sources: np.ndarray, count: int, seed: int) -> Scenes:
 
     data = load_digits()
     chosen = np.random.default_rng(seed).choice(sources, (count, OBJECTS))
-    pixels = torch.from_numpy(data.images).float() / 16
+    return Scenes(drawn(chosen), torch.from_numpy(data.target[chosen]), torch.from_numpy(chosen))
+
+
+def drawn(chosen: np.ndarray) -> Tensor:
+    """The pictures (S, 3, SIDE, SIDE) in 0..1 of digits by their number in scikit-learn's set, (S, OBJECTS)."""
+    from sklearn.datasets import load_digits
+
+    pixels = torch.from_numpy(load_digits().images).float() / 16
     images = rearrange(pixels[chosen], "s (down right) y x -> s 1 (down y) (right x)", down=GRID)
-    return Scenes(images.expand(-1, 3, -1, -1), torch.from_numpy(data.target[chosen]), torch.from_numpy(chosen))
+    return images.expand(-1, 3, -1, -1)
 
 
 def regions() -> Tensor:

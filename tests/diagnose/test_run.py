@@ -1,0 +1,267 @@
+"""`pre-kernels diagnose`: from a model and images on disk to the report, whatever comes between."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from pre_kernels.cli import main
+from pre_kernels.demo.export import processor, save_model, save_scenes
+from pre_kernels.demo.model import build
+from pre_kernels.demo.scenes import PATCHES, split_digits
+from pre_kernels.demo.settings import Settings
+from pre_kernels.diagnose import run, samples
+from pre_kernels.diagnostics import LayerReport
+from pre_kernels.integrations import Reader, measure
+
+EACH = 2  # scenes of each digit
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    model = build(Settings(width=16, layers=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with models a and b, 20 images in classes, and masks."""
+    folder = tmp_path_factory.mktemp("with spaces é")
+    for seed, name in enumerate("ab"):
+        save_model(tiny(seed), folder / name)
+    save_scenes(split_digits(0)[2], EACH, 0, folder)
+    return folder
+
+
+def diagnose(*arguments):
+    return main(["diagnose", *map(str, arguments)])
+
+
+def document(out):
+    return json.loads((out / "diagnosis.json").read_text(encoding="utf-8"))
+
+
+def close(row, wanted):
+    return row == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()}
+
+
+def images(folder, count, kind="L"):
+    """A folder of plain images without classes."""
+    from PIL import Image
+
+    folder.mkdir()
+    for index in range(count):
+        Image.new(kind, (24, 24), 10 * index).save(folder / f"{index}.png")
+    return folder
+
+
+def test_end_to_end(there, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert diagnose(there / "a", there / "images", "--masks", there / "masks", "--compare", there / "b", "--out", out) == 0
+    found = document(out)
+    assert [model["name"] for model in found["models"]] == ["a", "b"]
+    for model, seed in zip(found["models"], (0, 1), strict=True):
+        loaded = samples.load_samples(tiny(seed), processor(), there / "images", masks=there / "masks")
+        assert len(loaded) == 10 * EACH
+        layers = LayerReport()
+        with Reader(tiny(seed)) as reader:
+            list(measure(reader, loaded, layers, lens=True))
+        for row, wanted in zip(model["runs"][0], layers.rows(), strict=True):
+            assert close(row, wanted)
+            assert (row["images"], row["tokens"]) == (10 * EACH, 10 * EACH * PATCHES)
+            assert None not in (row["contrast"], row["near"], row["cosine"], row["cka"], row["cknna"], row["lens_share"])
+            assert row["linear_probe"] is not None
+    assert found["data"]["classes"] == [str(digit) for digit in range(10)]
+    assert len(found["maps"]) == 3
+    for one in found["maps"]:
+        assert one["grid"] == [6, 6]
+        assert [*one["similarity"]] == ["a", "b"]
+        assert one["layers"] == [0, 1, 2]
+        row, column = one["patch"]
+        assert one["similarity"]["b"][2][row * 6 + column] == 1.0
+    rows = list(csv.DictReader((out / "layers.csv").open(encoding="utf-8")))
+    assert [(row["model"], row["layer"]) for row in rows] == [(m, str(n)) for m in "ab" for n in range(3)]
+    assert float(rows[1]["contrast"]) == pytest.approx(found["models"][0]["runs"][0][1]["contrast"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page
+    assert "--compare" in page
+    said = capsys.readouterr().out
+    assert f"the report: {out / 'report.html'}" in said
+    assert "Semantic contrast ratio" in said
+    assert [path.suffix for path in (out / "parts").iterdir()] == [".json", ".json"]
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(monkeypatch, after, error):
+    """`run.measure` that raises `error` instead of measuring the image after so many."""
+    done = []
+
+    def measured(*args, **kwargs):
+        if len(done) == after:
+            raise error
+        done.append(args)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(run, "measure", measured)
+    return done
+
+
+def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
+    settings = (there / "a", there / "images", "--masks", there / "masks")
+    assert diagnose(*settings, "--out", tmp_path / "whole") == 0
+    interrupted(monkeypatch, 7, KeyboardInterrupt())
+    assert diagnose(*settings, "--out", tmp_path / "parted") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "parted" / "report.html").exists()
+    done = interrupted(monkeypatch, 5, RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        diagnose(*settings, "--out", tmp_path / "parted")
+    assert len(done) == 5
+    capsys.readouterr()
+    done = interrupted(monkeypatch, 100, Stop())
+    assert diagnose(*settings, "--out", tmp_path / "parted") == 0
+    assert len(done) == 10 * EACH - 7 - 5
+    assert f"a: goes on after 12 of {10 * EACH} images" in capsys.readouterr().out
+    whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
+    for one, other in zip(whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True):
+        assert close(one, other)
+    assert whole["maps"] == parted["maps"]
+
+
+def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, capsys):
+    settings = (there / "a", there / "images", "--layers", "0,2", "--limit", 10, "--maps", 0)
+    assert diagnose(*settings, "--out", tmp_path / "out") == 0
+    done = interrupted(monkeypatch, 100, Stop())
+    assert diagnose(*settings, "--compare", there / "b", "--out", tmp_path / "out") == 0
+    assert len(done) == 10  # b's alone
+    assert "a: measured before" in capsys.readouterr().out
+    assert diagnose(*settings, "--seed", 1, "--out", tmp_path / "out") == 0
+    assert len(done) == 20
+    found = document(tmp_path / "out")
+    assert [row["layer"] for row in found["models"][0]["runs"][0]] == [0, 2]
+    assert found["maps"] == []
+
+
+def test_a_model_that_was_trained_further_is_measured_again(tmp_path):
+    save_model(tiny(0), tmp_path / "a")
+    pictures = images(tmp_path / "images", 3)
+    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
+    first = document(tmp_path / "out")
+    save_model(tiny(1), tmp_path / "a")
+    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
+    assert document(tmp_path / "out")["models"] != first["models"]
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, capsys):
+    pictures = images(tmp_path / "images", 4)
+    (pictures / "broken.png").write_bytes(b"\x89PNG no more")
+    assert diagnose(there / "a", pictures, "--out", tmp_path / "out") == 0
+    (model,) = document(tmp_path / "out")["models"]
+    assert model["runs"][0][0]["images"] == 4
+    assert model["notes"][0] == "1 images could not be read: broken.png"
+    assert "broken.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "left out: images: cannot read" in capsys.readouterr().out
+
+    for path in pictures.glob("?.png"):
+        path.unlink()
+    assert diagnose(there / "a", pictures, "--out", tmp_path / "out") == 2
+    assert "images: none of the 1 in" in capsys.readouterr().err
+
+
+def test_nan_is_named(tmp_path, capsys):
+    model = tiny()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight.fill_(math.nan)
+    save_model(model, tmp_path / "a")
+    assert diagnose(tmp_path / "a", images(tmp_path / "images", 1), "--out", tmp_path / "out") == 2
+    assert "a, 0.png: hidden[2]: got nan or infinite values" in capsys.readouterr().err
+
+
+def test_a_dtype_can_be_asked_for(there, tmp_path):
+    pictures = images(tmp_path / "images", 3, "RGB")
+    for dtype in ("auto", "bfloat16"):
+        assert diagnose(there / "a", pictures, "--dtype", dtype, "--out", tmp_path / dtype) == 0
+    exact, rounded = (document(tmp_path / dtype)["models"][0]["runs"][0][2] for dtype in ("auto", "bfloat16"))
+    assert exact["norm_mean"] == pytest.approx(rounded["norm_mean"], rel=0.05)
+    assert exact["norm_mean"] != rounded["norm_mean"]
+
+
+def test_bad_input(there, tmp_path, capsys, monkeypatch):
+    pictures = images(tmp_path / "images", 2)
+
+    def error(*arguments):
+        assert diagnose(*arguments, "--out", tmp_path / "out") == 2
+        return capsys.readouterr().err
+
+    assert "images: " in error(there / "a", tmp_path / "nowhere")
+    assert "cannot be loaded as a vision-language model" in error(tmp_path / "nowhere-model", pictures)
+    assert "is no folder, want one that save_pretrained wrote" in error(there / "a" / "config.json", pictures)
+    assert "layers: got 9 among them, want integers in 0..2" in error(there / "a", pictures, "--layers", "0,9")
+    assert "masks: " in error(there / "a", pictures, "--masks", tmp_path / "nothing")
+    assert "--device: got 'warp'" in error(there / "a", pictures, "--device", "warp")
+
+    tiny().save_pretrained(tmp_path / "bare")
+    assert "bare has no processor that can be loaded" in error(tmp_path / "bare", pictures)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "text")
+    assert "cannot be loaded as a vision-language model" in error(tmp_path / "text", pictures)
+
+    with pytest.raises(SystemExit):
+        diagnose(there / "a", pictures, "--metrics", "everything")
+    assert "want some of structure" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        diagnose(there / "a", pictures, "--layers", "all")
+    assert "want whole numbers separated by commas" in capsys.readouterr().err
+
+    (tmp_path / "file").write_text("")
+    assert diagnose(there / "a", pictures, "--out", tmp_path / "file") == 2
+    assert "--out: cannot write into" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "diagnose needs scikit-learn" in error(there / "a", pictures)
+
+
+def test_weights_in_pickles_are_refused(tmp_path, capsys):
+    tiny().save_pretrained(tmp_path / "a")
+    processor().save_pretrained(tmp_path / "a")
+    torch.save(tiny().state_dict(), tmp_path / "a" / "pytorch_model.bin")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    assert diagnose(tmp_path / "a", images(tmp_path / "images", 2), "--out", tmp_path / "out") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_names_tell_models_apart():
+    assert run.names(("x/a", "x/b")) == ["a", "b"]
+    assert run.names(("x/with/last", "x/without/last")) == ["with/last", "without/last"]
+    assert run.names(("llava", "llava")) == ["llava", "llava"]
+
+
+def test_saving_takes_a_small_part_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    saved = []
+
+    def save():
+        now[0] += 6.0
+        saved.append(now[0])
+
+    saver = run.Saver(save)
+    while now[0] < 3600:
+        now[0] += 1.0
+        saver.now_and_then()
+    assert 6.0 * len(saved) <= 1.05 * run.SAVING * 3600
+    assert len(saved) > 20
