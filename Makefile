@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe: a table and a picture (ARGS="--quick" in a minute)
+demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe: a table, a picture, a report (ARGS="--quick" in a minute)
 	$(BIN)/pre-kernels demo $(ARGS)
 
 test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time (ARGS="-k row_loss" for some)

@@ -140,9 +140,11 @@ def document(found: dict[str, Any]) -> dict[str, Any]:
             for n, seed in enumerate(seeds)
         ],
         "findings": training(found),
-        "notes": [caption(found)],
+        "notes": [
+            caption(found),
+            "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        ],
         "data": {"images": settings["test_scenes"], "masks": "the patches of each digit"},
-        "command": "pre-kernels demo",
     } | {name: found[name] for name in ("device", "versions", "date")}
 
 

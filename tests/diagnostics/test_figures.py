@@ -198,3 +198,11 @@ def test_heat_maps_share_a_scale_and_outline_the_patch():
 def test_heat_maps_of_another_size_are_an_error(similarity):
     with pytest.raises(ValueError, match="similarity: got"):
         figures.heat_maps(heat_map(similarity=similarity))
+
+
+def test_axes_of_a_share_end_at_0_and_1():
+    for values in ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.5]):
+        [axes] = figures.depth([{"name": "a", "runs": [run(values)]}]).axes
+        assert -0.02 <= axes.get_ylim()[0] < axes.get_ylim()[1] <= 1.02
+    [axes] = figures.depth([{"name": "a", "runs": [run([1.0, 3.0, 2.0], "contrast")]}]).axes
+    assert axes.get_ylim()[1] > 3
