@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 Process = Callable[..., Mapping[str, Any]]
 PIXELS = ("pixel_values", "pixel_values_images")
@@ -21,6 +23,38 @@ UNMAPPED = {  # by config.model_type: why the number and order of tokens say not
 NO_MASKS = "masks cannot be used with this model (all else in a report needs none)"
 # Blue of each pixel of a map of objects: no processor pads with it
 MARK = 200
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model like LLaVA-NeXT makes an image's tokens of those of its tiles: it takes out what is padding, and ends
+    each line with a token of its own; LLaVA-OneVision also scales what is left.
+
+    Attributes:
+        per_tile: tokens of each tile.
+        pack: (tiles, per_tile, width), `image_sizes` → (tokens, width); zeros for what shows no place.
+    """
+
+    per_tile: int
+    pack: Callable[[Tensor, Tensor], Tensor]
+
+
+def find_packing(model: nn.Module) -> Packing | None:
+    """That of a transformers model, by its own `pack_image_features`; None if it has none."""
+    found = [module for module in model.modules() if hasattr(type(module), "pack_image_features")]
+    if not found:
+        return None
+    # the innermost: LLaVA-OneVision's outer model hands on an argument that the inner one does not take
+    make: Any = found[-1].pack_image_features
+    config: Any = found[-1].config
+    names = ("vision_feature_select_strategy", "vision_aspect_ratio")
+    options = {name: getattr(config, name) for name in names if name in inspect.signature(make).parameters}
+
+    def pack(tiles: Tensor, sizes: Tensor) -> Tensor:
+        packed, _ = make([tiles], sizes, image_newline=tiles.new_zeros(tiles.shape[-1]), **options)
+        return packed if torch.is_tensor(packed) else packed[0]
+
+    return Packing((config.vision_config.image_size // config.vision_config.patch_size) ** 2, pack)
 
 
 def token_grid(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[int, int] | None:
@@ -42,6 +76,7 @@ def token_objects(
     tokens: int,
     model_type: str,
     share: float = 0.5,
+    packing: Packing | None = None,
 ) -> Tensor:
     """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for `LayerReport`.
 
@@ -62,6 +97,7 @@ def token_objects(
         tokens: how many visual tokens the image has in the model.
         model_type: of the model's config.
         share: above 0, at most 1.
+        packing: `find_packing(model)`; without it LLaVA-NeXT's and LLaVA-OneVision's tokens are in no layout above.
 
     Raises:
         ValueError: naming the argument; for a model whose tokens are no places of the image, or not in a layout above.
@@ -71,12 +107,50 @@ def token_objects(
         raise ValueError(f"objects: got {got}, want an array of uint8 (height, width), not empty")
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, want a number above 0, at most 1")
-    count = int(objects.max())
+    count = max(int(objects.max()), 1)
+    if packing is None:
+        covered = _covered(process, objects, pixel_inputs, tokens, model_type, count)
+    else:
+        covered = _packed(process, objects, pixel_inputs, model_type, count, packing)
+        if len(covered) != tokens:
+            raise ValueError(f"tokens: got {tokens}, want {len(covered)}, which the model makes of such an image")
+    first = torch.arange(count) == covered.argmax(1, keepdim=True)
+    return (first & (covered >= share)).mT[: int(objects.max())]
+
+
+def _packed(
+    process: Process,
+    objects: np.ndarray,
+    pixel_inputs: Mapping[str, Any],
+    model_type: str,
+    count: int,
+    packing: Packing,
+) -> Tensor:
+    """As `_covered`, of the tokens that are made of the tiles' tokens."""
+
+    def tiles(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"pixel_values": _pixels(inputs).flatten(0, -4)}
+
+    whole = tiles(pixel_inputs)
+    number = len(whole["pixel_values"])
+    tokens = number * packing.per_tile
+    covered = _covered(lambda *a, **o: tiles(process(*a, **o)), objects, whole, tokens, model_type, count)
+    return packing.pack(covered.unflatten(0, (number, packing.per_tile)), pixel_inputs["image_sizes"].cpu())
+
+
+def _covered(
+    process: Process,
+    objects: np.ndarray,
+    pixel_inputs: Mapping[str, Any],
+    tokens: int,
+    model_type: str,
+    count: int,
+) -> Tensor:
+    """The share of each token that each object covers, (tokens, count), float64."""
     numbers = _numbers(process, objects, pixel_inputs, tokens, model_type)
     place = torch.arange(tokens)[:, None] * (count + 1)
-    votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(tokens, count + 1)[:, 1:]
-    first = torch.arange(count) == votes.argmax(1, keepdim=True) if count else votes.bool()
-    return (first & (votes >= share * numbers.shape[1]) & (votes > 0)).mT
+    votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(tokens, count + 1)
+    return votes[:, 1:].double() / numbers.shape[1]
 
 
 def _numbers(

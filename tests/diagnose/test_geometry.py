@@ -4,7 +4,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from pre_kernels.diagnose.geometry import token_grid, token_objects
+from pre_kernels.diagnose.geometry import find_packing, token_grid, token_objects
 
 WIDE, TALL = (300, 200), (200, 300)  # width, height
 
@@ -100,6 +100,49 @@ def test_tokens_of_objects_lie_where_the_image_processor_puts_them(process, size
     assert torch.equal(found[clear], (covered >= 0.5)[clear])
     assert found.any(1).all()
     assert found.sum(0).max() == 1
+
+
+PINPOINTS = [[224, 448], [448, 224], [448, 448]]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "grid"),
+    [
+        ("LlavaNext", {}, (8, 12)),
+        ("LlavaOnevision", {"vision_feature_select_strategy": "full"}, (8, 12)),
+        ("LlavaOnevision", {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_1"}, (6, 9)),
+    ],
+)
+def test_tiles_whose_tokens_are_packed(name, more, grid):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = getattr(hf, f"{name}Config")(
+        vision_config=hf.CLIPVisionConfig(image_size=224, patch_size=28, **sizes),
+        text_config=hf.Qwen2Config(vocab_size=9, num_key_value_heads=1, **sizes),
+        image_grid_pinpoints=PINPOINTS,
+        **more,
+    )
+    packing = find_packing(getattr(hf, f"{name}ForConditionalGeneration")(config))
+    process = processor(
+        f"{name}ImageProcessor",
+        image_grid_pinpoints=PINPOINTS,
+        size={"height": 224, "width": 224} if name == "LlavaOnevision" else {"shortest_edge": 224},
+    )
+    inputs = process(Image.new("RGB", WIDE), return_tensors="pt")
+    rows, columns = grid
+    tokens = 64 + rows * (columns + 1)
+    objects = scene(WIDE)
+    found = token_objects(process, objects, inputs, tokens, config.model_type, packing=packing)
+    lines = found[:, 64:].unflatten(1, (rows, columns + 1))
+    assert not lines[:, :, -1].any()  # the end of each line
+    found = torch.cat([found[:, :64], lines[:, :, :-1].flatten(1)], dim=1)
+    covered = torch.cat([shares(objects, whole(WIDE), g) for g in ((8, 8), grid)], dim=1)
+    clear = (covered - 0.5).abs() > 0.25  # few tokens, and in one case interpolated
+    assert clear.double().mean() > 0.8
+    assert torch.equal(found[clear], (covered >= 0.5)[clear])
+    assert found.any(1).all()
+    assert token_objects(process, 0 * objects, inputs, tokens, config.model_type, packing=packing).shape == (0, tokens)
+    with pytest.raises(ValueError, match=f"tokens: got 99, want {tokens}, which the model makes"):
+        token_objects(process, objects, inputs, 99, config.model_type, packing=packing)
 
 
 def same(image, **options):
