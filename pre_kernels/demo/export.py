@@ -49,7 +49,7 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None:
-    """`each` scenes for each digit, which fills the middle and four more cells, as images/<digit>/*.png and masks/ alike.
+    """`each` scenes for each digit, in images/<digit>/*.png and masks/ alike; it fills the middle and four more cells.
 
     Args:
         sources: the digit images to draw from, as numbers in scikit-learn's set.

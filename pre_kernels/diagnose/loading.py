@@ -41,9 +41,7 @@ def load(
     try:
         if not (Path(source) / "adapter_config.json").exists():
             AutoConfig.from_pretrained(source, **more)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=True, **more
-        )
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, **more)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error
     try:

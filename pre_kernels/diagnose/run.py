@@ -1,4 +1,4 @@
-"""`pre-kernels diagnose`: stream images through each model, measure its layers, write the report; go on if interrupted."""
+"""`pre-kernels diagnose`: images through each model, its layers measured, the report; an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Part:
         files += [path for path in (settings.masks, settings.labels) if path is not None]
         if settings.masks is not None and settings.masks.is_dir():
             files += sorted(settings.masks.rglob("*"))
-        stamps = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()]
+        stamps = [
+            (str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()
+        ]
         key = json.dumps([settled, source, stamps, pre_kernels.__version__, torch.__version__])
         return cls(folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
 
@@ -286,7 +288,9 @@ def progress(console: Console) -> Progress:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def versions() -> dict[str, str]:

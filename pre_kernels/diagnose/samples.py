@@ -12,7 +12,7 @@ import torch
 from pre_kernels.integrations import Sample
 from pre_kernels.integrations.families import visual_tokens
 
-from .data import Images, Item, MaskSource, find_images, open_image, open_masks
+from .data import Item, MaskSource, find_images, open_image, open_masks
 from .geometry import token_grid, token_objects
 
 PROMPT = "Describe the image."

@@ -12,9 +12,7 @@ STATE = "trainer_state.json"
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def draw(
-    logs: list[Path], layer: int | None, figure: str, score: str, scores: list[Path] | None, out: Path
-) -> str:
+def draw(logs: list[Path], layer: int | None, figure: str, score: str, scores: list[Path] | None, out: Path) -> str:
     """Write the figure to `out`; returns a line for each run that says what it holds.
 
     Args:
@@ -42,8 +40,8 @@ def draw(
         raise ValueError(f"out: {out.parent} is no folder")
     trajectory(runs).savefig(out, dpi=150)
     return "\n".join(
-        f"{one['name']}: {len(one['steps'])} steps, {one['probe_name']} {one['probe'][0]:.3f} → {one['probe'][-1]:.3f}, "
-        f"{one['score_name']} {one['score'][0]:.3f} → {one['score'][-1]:.3f}"
+        f"{one['name']}: {len(one['steps'])} steps"
+        + "".join(f", {one[f'{k}_name']} {one[k][0]:.3f} → {one[k][-1]:.3f}" for k in ("probe", "score"))
         for one in runs
     )
 

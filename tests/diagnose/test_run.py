@@ -11,6 +11,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from pre_kernels.integrations import Reader, measure
+
 from pre_kernels.cli import main
 from pre_kernels.demo.export import processor, save_model, save_scenes
 from pre_kernels.demo.model import build
@@ -18,7 +20,6 @@ from pre_kernels.demo.scenes import PATCHES, split_digits
 from pre_kernels.demo.settings import Settings
 from pre_kernels.diagnose import run, samples
 from pre_kernels.diagnostics import LayerReport
-from pre_kernels.integrations import Reader, measure
 
 EACH = 2  # scenes of each digit
 
@@ -67,7 +68,9 @@ def images(folder, count, kind="L"):
 
 def test_end_to_end(there, tmp_path, capsys):
     out = tmp_path / "out"
-    assert diagnose(there / "a", there / "images", "--masks", there / "masks", "--compare", there / "b", "--out", out) == 0
+    assert (
+        diagnose(there / "a", there / "images", "--masks", there / "masks", "--compare", there / "b", "--out", out) == 0
+    )
     found = document(out)
     assert [model["name"] for model in found["models"]] == ["a", "b"]
     for model, seed in zip(found["models"], (0, 1), strict=True):
@@ -79,7 +82,14 @@ def test_end_to_end(there, tmp_path, capsys):
         for row, wanted in zip(model["runs"][0], layers.rows(), strict=True):
             assert close(row, wanted)
             assert (row["images"], row["tokens"]) == (10 * EACH, 10 * EACH * PATCHES)
-            assert None not in (row["contrast"], row["near"], row["cosine"], row["cka"], row["cknna"], row["lens_share"])
+            assert None not in (
+                row["contrast"],
+                row["near"],
+                row["cosine"],
+                row["cka"],
+                row["cknna"],
+                row["lens_share"],
+            )
             assert row["linear_probe"] is not None
     assert found["data"]["classes"] == [str(digit) for digit in range(10)]
     assert len(found["maps"]) == 3
