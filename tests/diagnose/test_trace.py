@@ -1,4 +1,4 @@
-"""A training with LayerCallback: its log agrees with `pre-kernels diagnose` on its checkpoints, and `trace` draws it."""
+"""Training with LayerCallback: its log agrees with `pre-kernels diagnose` on the checkpoints, and `trace` draws it."""
 
 import json
 import shutil
