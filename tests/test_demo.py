@@ -158,10 +158,17 @@ def test_the_saved_models_are_those_that_were_measured(tmp_path):
         assert states(model, test).correct.double().mean().item() == found[arm]["accuracy"]
 
 
-def test_a_saved_scene_enters_the_model_as_in_training(tmp_path):
+def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
     from PIL import Image
+    from sklearn.datasets import load_digits
 
+    chosen = []
+    monkeypatch.setattr(export, "drawn", lambda sources: chosen.append(sources) or sc.drawn(sources))
     export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
+    for digit, sources in enumerate(chosen):
+        found = load_digits().target[sources] == digit
+        assert found[:, sc.MIDDLE].all()
+        assert (found.sum(1) >= 5).all()
     files = sorted((tmp_path / "images").rglob("*.png"))
     assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [str(n // 2) for n in range(20)]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]) / 255

@@ -110,7 +110,7 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
     from .run import FILES, Settings, diagnose
     from .samples import PROMPT
 
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,10 +138,10 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
 
     console.print()
     for sentence in sentences(document):
-        console.print(f"• {sentence}", highlight=False)
+        console.print(f"• {sentence}")
     console.print()
     for name, what in FILES.items():
-        console.print(f"{what}: {options.out / name}", soft_wrap=True, highlight=False)
+        console.print(f"{what}: {options.out / name}")
 
 
 def check_device(name: str) -> None:

@@ -131,11 +131,14 @@ def _packed(
     def tiles(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"pixel_values": _pixels(inputs).flatten(0, -4)}
 
+    sizes = pixel_inputs.get("image_sizes")
+    if sizes is None:
+        raise ValueError(f"pixel_inputs: got {', '.join(pixel_inputs)}, want image_sizes too, to pack tokens by")
     whole = tiles(pixel_inputs)
     number = len(whole["pixel_values"])
     tokens = number * packing.per_tile
     covered = _covered(lambda *a, **o: tiles(process(*a, **o)), objects, whole, tokens, model_type, count)
-    return packing.pack(covered.unflatten(0, (number, packing.per_tile)), pixel_inputs["image_sizes"].cpu())
+    return packing.pack(covered.unflatten(0, (number, packing.per_tile)), sizes.cpu())
 
 
 def _covered(

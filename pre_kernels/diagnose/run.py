@@ -64,7 +64,7 @@ def diagnose(settings: Settings, out: Path, console: Console | None = None, comm
         ValueError: naming the argument, what came and what is wanted; before any work where that is possible.
         OSError: if `out` cannot be written.
     """
-    console = Console() if console is None else console
+    console = Console(highlight=False, soft_wrap=True) if console is None else console
     images = find_images(settings.images, settings.labels, settings.limit, settings.seed)
     masks = None if settings.masks is None else open_masks(settings.masks, settings.background)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def diagnose(settings: Settings, out: Path, console: Console | None = None, comm
         if result is None:
             result = examine(settings, source, name, images, masks, part, console)
         else:
-            console.print(f"{name}: measured before ({part.path.name})", highlight=False)
+            console.print(f"{name}: measured before ({part.path.name})")
         found.append(result | {"name": name})
     document = described(settings, images, found, command)
     texts = (json.dumps(document, indent=1) + "\n", report.csv_text(document), report.html(document))
@@ -135,11 +135,11 @@ def examine(
     """Rows, heat maps and notes of one model, also kept in `part`."""
     if part.state.exists():
         layers, more = LayerReport.load(part.state, settings.device)
-        console.print(f"{name}: goes on after {more['done']} of {len(images.items)} images", highlight=False)
+        console.print(f"{name}: goes on after {more['done']} of {len(images.items)} images")
     else:
         layers = LayerReport(settings.metrics, seed=settings.seed)
         more = {"done": 0, "masked": 0, "unreadable": [], "maps": [], "seconds": 0.0}
-    console.print(f"{name}: loading", highlight=False)
+    console.print(f"{name}: loading")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     loaded = load(source, dtype, settings.device, settings.trust_remote_code)
     saver = Saver(lambda: layers.save(part.state, **more))
@@ -162,6 +162,8 @@ def examine(
         if more["done"]:
             more["seconds"] += saver.elapsed()
             saver.save()
+    if masks is not None and not more["masked"]:
+        console.print(f"masks: {settings.masks} has none of these images", style="yellow")
     if not layers.images:
         raise ValueError(f"images: none of the {len(images.items)} in {images.folder} can be read")
     result = {"depth": depth, "rows": layers.rows(), "device": device_name(settings.device), **more}
@@ -181,7 +183,7 @@ def readable(
     prepare = Preparation(loaded.model, loaded.processor, masks, settings.prompt)
     for item, sample in ahead(prepare, images.items[more["done"] :]):
         if isinstance(sample, Unreadable):
-            console.print(f"left out: {sample}", style="yellow", highlight=False)
+            console.print(f"left out: {sample}", style="yellow")
             more["unreadable"].append(item.name)
             more["done"] += 1
         else:
@@ -228,6 +230,8 @@ def described(settings: Settings, images: Images, found: list[dict[str, Any]], c
     for result in found:
         skipped = result["unreadable"]
         notes = [f"{len(skipped)} images could not be read: {', '.join(skipped[:10])}"] if skipped else []
+        if settings.masks is not None and not result["masked"]:
+            notes.append(f"{settings.masks} has no mask of any of these images")
         notes += sorted({row["notes"] for row in result["rows"] if row["notes"]})
         models.append({"name": result["name"], "depth": result["depth"], "runs": [result["rows"]], "notes": notes})
     masked = max(result["masked"] for result in found)

@@ -13,7 +13,7 @@ from pre_kernels.integrations import Sample
 from pre_kernels.integrations.families import visual_tokens
 
 from .data import Item, MaskSource, find_images, open_image, open_masks
-from .geometry import token_grid, token_objects
+from .geometry import find_packing, token_grid, token_objects
 
 PROMPT = "Describe the image."
 AHEAD = 4  # images that are prepared while the model is busy
@@ -32,7 +32,7 @@ class Preparation:
     """
 
     def __init__(self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT) -> None:
-        self.config, self.dtype = model.config, model.dtype
+        self.config, self.dtype, self.packing = model.config, model.dtype, find_packing(model)
         self.processor, self.masks = processor, masks
         self.text = _text(processor, prompt)
 
@@ -46,7 +46,7 @@ class Preparation:
             image = open_image(item.path)
         except ValueError as error:
             raise Unreadable(str(error)) from error
-        inputs = dict(self.processor(images=[image], text=[self.text], return_tensors="pt"))
+        inputs = dict(self._process(image, return_tensors="pt"))
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
@@ -59,13 +59,15 @@ class Preparation:
         if self.masks is not None:
             objects = self.masks.objects(item, image.size)
             if objects is not None:
-                process = self.processor.image_processor
-                masks = token_objects(process, objects, inputs, tokens, kind)
+                masks = token_objects(self._process, objects, inputs, tokens, kind, packing=self.packing)
         inputs = {
             name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
         return Sample(inputs, item.label, masks, token_grid(inputs, tokens, kind))
+
+    def _process(self, image: Any, **options: Any) -> Any:
+        return self.processor(images=[image], text=[self.text], **options)
 
 
 class Unreadable(ValueError):

@@ -143,6 +143,9 @@ def test_tiles_whose_tokens_are_packed(name, more, grid):
     assert token_objects(process, 0 * objects, inputs, tokens, config.model_type, packing=packing).shape == (0, tokens)
     with pytest.raises(ValueError, match=f"tokens: got 99, want {tokens}, which the model makes"):
         token_objects(process, objects, inputs, 99, config.model_type, packing=packing)
+    del inputs["image_sizes"]
+    with pytest.raises(ValueError, match=r"pixel_inputs: got pixel_values.*, want image_sizes too"):
+        token_objects(process, objects, inputs, tokens, config.model_type, packing=packing)
 
 
 def same(image, **options):
