@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,7 +26,7 @@ from pre_kernels.demo.parallel import Bar, each_seed, quiet
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
-from pre_kernels.diagnostics.measures import effect, spread
+from pre_kernels.diagnostics.measures import interval, spread
 
 from . import record
 from .device import Cpu
@@ -54,6 +54,36 @@ FIGURES = {
     "cosine with layer 0, mean of L/2 to L": lambda one: mean(one["cosine"][DEEP]),
     "effective dimension, mean of L/2 to L": lambda one: mean(one["effective_dimension"][DEEP]),
     "feature correlation, mean of L/2 to L": lambda one: mean(one["correlation"][DEEP]),
+}
+
+
+def _gain(name: str, arm: str = BASE, over: str = WITHOUT) -> Callable[[Mapping[str, Any]], float]:
+    figure = FIGURES[name]
+    return lambda arms: figure(arms[arm]) - figure(arms[over])
+
+
+PROBE, CONTRAST = "linear probe, mean of L/2 to L", "contrast ratio, mean of L/2 to L"
+CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {  # a finding, and the difference that it says is positive
+    "An LLM that has only seen text loses what patches show (probe, layer 0 less layer L)": (
+        lambda arms: arms[BEFORE]["probe"][0] - arms[BEFORE]["probe"][-1]
+    ),
+    "Training without PRe leaves it so (the same difference)": (
+        lambda arms: arms[WITHOUT]["probe"][0] - arms[WITHOUT]["probe"][-1]
+    ),
+    "and loses patch structure (contrast ratio, layer 0 less the mean of L/2 to L)": (
+        lambda arms: arms[WITHOUT]["contrast"][0] - FIGURES[CONTRAST](arms[WITHOUT])
+    ),
+    f"PRe raises the {PROBE}": _gain(PROBE),
+    f"PRe raises the {CONTRAST}": _gain(CONTRAST),
+    "PRe raises the effective dimension": _gain("effective dimension, mean of L/2 to L"),
+    "PRe raises task accuracy": _gain("task accuracy"),
+    "Cosine has a higher probe than MSE": _gain(PROBE, BASE, "mse"),
+    "Layer L/2 has a higher probe than layer L": _gain(PROBE, BASE, "L"),
+    "Layer L/2 has a higher task accuracy than layer L": _gain("task accuracy", BASE, "L"),
+    "The embeddings as anchor have a higher probe than what enters the projector": (
+        _gain(PROBE, BASE, "anchor pre_projector")
+    ),
+    "A term for each patch has a higher probe than one for each image": _gain(PROBE, BASE, "image level"),
 }
 
 
@@ -101,16 +131,31 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             cells.append(spread(values) + added)
         rows.append((arm, *cells))
     sentences = [
-        effect(f"{arm}, {name}", [figure(one) for one in by_arm[WITHOUT]], [figure(one) for one in by_arm[arm]])
-        for name, figure in FIGURES.items()
-        for arm in (BASE,)
+        claim(text, [difference({a: runs[i] for a, runs in by_arm.items()}) for i in range(len(seeds))])
+        for text, difference in CLAIMS.items()
     ]
     about = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the difference to training "
         "without PRe, seed by seed, and in how many seeds it is positive."
     )
     sources = provenance(one for one in records if one["seed"] in seeds)
-    return "\n".join([markdown(rows), "", about, "", *(f"- {s}" for s in sentences), "", *(f"- {s}" for s in sources)])
+    found = [
+        "What of the paper's findings this shows, each a difference within seeds:",
+        "",
+        *(f"- {s}" for s in sentences),
+    ]
+    return "\n".join([markdown(rows), "", about, "", *found, "", *(f"- {s}" for s in sources)])
+
+
+def claim(text: str, changes: Sequence[float]) -> str:
+    """Whether a difference that a finding wants to be positive is so in these seeds, beyond the noise between them."""
+    low, high = interval(changes)
+    verdict = "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"
+    above = sum(change > 0 for change in changes)
+    return (
+        f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; 95 % interval "
+        f"{low:+.3f} to {high:+.3f})."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

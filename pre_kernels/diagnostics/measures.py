@@ -188,13 +188,18 @@ def effect(
     text = f"{name}: {means}, difference {spread(changes, '+', digits)}"
     if len(changes) < 2:
         return f"{text}."
-    from scipy.stats import t
-
-    centre = mean(changes)
-    half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5
-    verdict = "clear of" if abs(centre) > half else "within"
+    low, high = interval(changes)
+    verdict = "within" if low <= 0 <= high else "clear of"
     above = sum(change > 0 for change in changes)
     return (
         f"{text}; positive in {above} of {len(changes)} seeds, {verdict} the noise between seeds (95 % interval of "
-        f"the mean {centre - half:+.{digits}f} to {centre + half:+.{digits}f})."
+        f"the mean {low:+.{digits}f} to {high:+.{digits}f})."
     )
+
+
+def interval(changes: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of at least two differences (Student's t)."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5
+    return mean(changes) - half, mean(changes) + half
