@@ -105,6 +105,7 @@ def pairs(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float
     )
 
 
+NAMES = {"ours": "`LayerReport`", "matrix": "all similarities of an image at once", "pairs": "the definition, per pair"}
 PEERS = {"ours": ours, "matrix": matrix, "pairs": pairs}
 
 
@@ -166,6 +167,36 @@ def measure(
         }
         records.append({**about, "peer": name, **result, **stamp})
     return records
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The README's table: patch structure of a data set, and where the figures come from."""
+    chosen = [one for one in records if one["kind"] == "diagnostics" and "median_ms" in one]
+    if not chosen:
+        return "Not yet measured."
+    rows: list[Sequence[str]] = [
+        ("patch structure of", "by", "ms for an image's layer", "all of it, s", "÷ ours", "peak MiB", "largest error")
+    ]
+    for one in chosen:
+        what = f"{one['images']} images × {one['patches']} patches × {one['layers']} layers × {one['width']:,} wide"
+        memory = f"{one['peak_mib']:,.0f}" if "peak_mib" in one else ""
+        rows.append(
+            (
+                what,
+                NAMES[one["peer"]],
+                f"{one['median_ms']:,.1f}",
+                f"{one['total_s']:,.0f}",
+                f"{one['slower_than_ours']:,.1f}",
+                memory,
+                f"{one['largest_error']:.0e}",
+            )
+        )
+    kept = sorted({f"{one['all_pairs_mib']:,.0f} MiB" for one in chosen})
+    about = (
+        "Contrast ratio and spatial contrast. One image of one layer is timed and the rest extrapolated, since images "
+        f"and layers are independent; keeping all pairwise similarities would take {', '.join(kept)}."
+    )
+    return "\n".join([report.markdown(rows), "", about, "", *(f"- {line}" for line in report.provenance(chosen))])
 
 
 def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
 
-    from . import goals, plots  # which build on this module
+    from . import diagnostics, goals, plots  # which build on this module
 
     files = arguments.files or sorted(record.RESULTS.glob("*.jsonl"))
     records = [one for one in record.latest(record.load(files)) if not one.get("dry_run")]
@@ -179,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     goal_table = markdown(goals.table(records))
     if arguments.readme:
-        into_readme(arguments.readme, {"bench": page(records), "goals": goal_table})
+        texts = {"bench": page(records), "goals": goal_table, "diagnostics": diagnostics.page(records)}
+        into_readme(arguments.readme, texts)
     if arguments.plot:
         plots.bars(records, arguments.plot)
     if arguments.curves:
