@@ -29,7 +29,7 @@ test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time
 	$(PYTEST) $(ARGS)
 
 test-oldest: .deps/transformers .deps/triton  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
-	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations
+	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations tests/diagnose
 	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
 
 .deps/transformers: | $(INSTALLED)
