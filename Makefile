@@ -6,9 +6,11 @@ INSTALLED := $(VENV)/.installed
 # Two single-threaded workers beat one with two threads: most of a test is Python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS ?=
+API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
+	pre_kernels.diagnostics pre_kernels.diagnose.samples
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo matrix test test-full test-oldest compile bench bench-report peers gpu lint format wheel clean
+.PHONY: help install demo matrix test test-full test-oldest compile bench bench-report peers gpu lint format docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,9 +73,13 @@ format: $(INSTALLED)  ## ruff, rewriting
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-wheel: $(INSTALLED)  ## build the wheel, install it into a fresh environment and import it
-	rm -rf dist build/wheel
-	$(BIN)/python -m build --wheel
+docs: $(INSTALLED)  ## the API reference, build/docs/index.html, from the docstrings
+	rm -rf build/docs
+	$(BIN)/pdoc --docformat google --no-include-undocumented --output-directory build/docs $(API)
+
+wheel: $(INSTALLED)  ## build the wheel twice, to one hash; install it into a fresh environment and import it
+	rm -rf build/wheel
+	$(BIN)/python tests/wheel.py
 	$(BIN)/python -m zipfile -l dist/*.whl | awk 'NR > 1 { split($$1, path, "/"); print path[1] }' | sort -u
 	$(PYTHON) -m venv build/wheel
 	nvidia-smi -L >/dev/null 2>&1 || build/wheel/bin/pip install --quiet torch==2.13.0

@@ -33,6 +33,12 @@ class EncoderAnchor:
     The encoder is frozen, put in eval, moved to where the pixels are and keeps its dtype. It never becomes a part of
     the model: not saved, trained or sharded with it; a deep copy of the model shares it.
 
+    ```python
+    dino = AutoModel.from_pretrained("facebook/dinov2-base")
+    vision = processor.image_processor
+    apply_pre(model, anchor=EncoderAnchor(dino, model, image_mean=vision.image_mean, image_std=vision.image_std))
+    ```
+
     Attributes:
         anchor_dim: z, the width of the features.
 

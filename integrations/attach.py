@@ -60,6 +60,18 @@ def apply_pre(
     others, or by its share of `num_items_in_batch` where the model is given that. `patch_trainer` makes it the mean of
     the whole step; a trainer that takes the labels away or ignores `output.loss` also needs it.
 
+    ```python
+    handle = apply_pre(model, layer=2, weight=0.5)
+    optimizer = torch.optim.AdamW(model.parameters())  # after it, so that the head is trained too
+    for batch in batches:
+        model(**batch).loss.backward()  # L_LM + λ · L_PRe
+        optimizer.step()
+        optimizer.zero_grad()
+    print(handle.metrics()["pre_loss"])
+    handle.save(folder)
+    handle.remove()
+    ```
+
     Args:
         model: a Hugging Face vision-language model with a loss, or a `PeftModel` around one.
         layer: l in 1..L reads what l of the L decoder layers made (L: before the final norm); a sequence trains one

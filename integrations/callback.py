@@ -21,7 +21,9 @@ LABELS = ("layer", "images", "tokens", "notes", "lens_tokens")  # columns of a r
 class LayerCallback(TrainerCallback):
     """Measures chosen layers on held-out images before the first step, every `every` steps and after the last.
 
-        trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
+    ```python
+    trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
+    ```
 
     The trainer logs, and its integrations show, `layer_<l>/<figure>` for every figure of `LayerReport.rows()` that was
     measured, "score" or what `score` named, "layers_seconds" (this measurement's) and "layers_share" (of the time of
@@ -103,14 +105,17 @@ class LayerCallback(TrainerCallback):
         return found
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure before the first step."""
         self._begun, self._spent, self._last, self._measured = time.monotonic(), 0.0, 0.0, None
         self._log(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every `every` steps, within `max_share`."""
         if state.global_step % self.every == 0 and self._affordable():
             self._log(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure after the last step."""
         if self._measured != state.global_step:
             self._log(state)
 

@@ -55,9 +55,11 @@ class Sample:
 class Reader:
     """Reads the hidden states of `model`'s visual tokens; a context manager that takes its hooks off at the end.
 
-        with Reader(model, layers=(0, 16, 32)) as reader:
-            for image in reader.read(inputs):
-                image.hidden[16]        # (patches, width)
+    ```python
+    with Reader(model, layers=(0, 16, 32)) as reader:
+        for image in reader.read(inputs):
+            print(image.hidden[16].shape)  # (patches, width)
+    ```
 
     Works on a model that PRe is attached to as well, and on the model that a trainer has wrapped.
 
@@ -196,6 +198,14 @@ def measure(
 
     The anchor is what enters the decoder, whether or not layer 0 is among the reader's. An image that a model cuts into
     tiles is one image here, without a grid. `lens`: with the logit lens, where the model has the parts for it.
+
+    ```python
+    report = LayerReport()
+    with Reader(model, layers=(0, 16, 32)) as reader:
+        for hidden in measure(reader, samples, report):
+            pass
+    print(report.rows())
+    ```
 
     Raises:
         ValueError: what the report or the reader found wrong.

@@ -37,6 +37,11 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
 
     Other trainers of the class behave as before. Before transformers 4.46 the micro-batches of a step weigh the same.
 
+    ```python
+    with apply_pre(trainer.model), patch_trainer():
+        trainer.train()
+    ```
+
     Raises:
         TypeError: if `trainer_class` is not a `transformers.Trainer`.
         RuntimeError: if it (or a base of it) is patched already.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
 from .diagnose import command
 from .loss import unavailable
 
@@ -39,6 +41,9 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that has no λ
     options = parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     run = {"demo": demo, "diagnose": diagnose, "trace": trace, "tune": tune, "env": env}[options.command]
@@ -57,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     show = commands.add_parser(
         "demo",

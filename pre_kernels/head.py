@@ -19,6 +19,13 @@ class PreHead(nn.Module):
     `w2` (out_dim, hidden_dim), `b2` (out_dim,). `forward` returns the loss, so that DDP, FSDP, ZeRO-3 and LoRA see a
     module like any other.
 
+    ```python
+    head = PreHead(dim=64, out_dim=48)
+    hidden, anchor = torch.randn(2, 10, 64, requires_grad=True), torch.randn(2, 10, 48)
+    visual = torch.rand(2, 10) < 0.5
+    head(hidden, anchor, rows=visual).backward()
+    ```
+
     Args:
         dim: width d of the hidden states.
         hidden_dim: width m of the predictor; `dim` if None.
@@ -44,6 +51,7 @@ class PreHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Both layers, initialised as `nn.Linear` is."""
         super().__init__()
         checks.width("dim", dim)
         hidden_dim = dim if hidden_dim is None else checks.width("hidden_dim", hidden_dim)
@@ -82,6 +90,7 @@ class PreHead(nn.Module):
         return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)
 
     def extra_repr(self) -> str:
+        """Widths, activation and loss, for `repr`."""
         return (
             f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, bias={self.b1 is not None}, "
             f"activation={self.activation!r}, loss={self.loss!r}"

@@ -94,6 +94,16 @@ def fused_pre_loss(
     of `hidden` are computed chunk by chunk in the forward, so no activation is kept; `reduction="none"` and float16
     products recompute the chunks in the backward instead, where the upstream gradient is known.
 
+    ```python
+    hidden, anchor = torch.randn(2, 10, 64, requires_grad=True), torch.randn(2, 10, 48)
+    w1, b1 = torch.randn(64, 64, requires_grad=True), torch.zeros(64, requires_grad=True)
+    w2, b2 = torch.randn(48, 64, requires_grad=True), torch.zeros(48, requires_grad=True)
+    visual = torch.zeros(2, 10, dtype=torch.bool)
+    visual[:, 1:9] = True
+    loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, visual)
+    loss.backward()  # hidden.grad is zero where visual is False; anchor has no gradient
+    ```
+
     Args:
         hidden: (..., d) with at least one leading dimension; floating point of 16 bits or more, as all that follow.
         anchor: hidden's leading shape + (z,), else (N, z) in selection order; of any dtype. The leading shape

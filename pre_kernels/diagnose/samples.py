@@ -90,6 +90,10 @@ def load_samples(
 
     Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the callback's figures.
 
+    ```python
+    samples = load_samples(model, processor, "held-out/", limit=256)
+    ```
+
     Raises:
         ValueError: naming the argument, what came and what is wanted.
     """

@@ -15,8 +15,11 @@ class ContrastRatio(NamedTuple):
     """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
 
     cohesion: float
+    """Within objects."""
     coupling: float
+    """Between objects."""
     ratio: float
+    """Of the two."""
 
 
 def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
@@ -32,6 +35,14 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
     unit; 1 means that object borders leave no trace, larger is better. The ratio is nan unless the mean coupling is
     positive. Scaling a patch, rotating the feature space and reordering the patches (with their masks) change nothing;
     moving the origin does. A patch of zeros has similarity 0 to all.
+
+    ```python
+    >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    >>> masks = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    >>> round(contrast_ratio(features, masks).ratio, 3)
+    1.414
+
+    ```
 
     Args:
         features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
@@ -57,6 +68,7 @@ class Contrast:
         self._between, self._pairs = 0.0, 0
 
     def update(self, features: Tensor, masks: Tensor) -> None:
+        """Add images."""
         x = inputs.images(features)
         masks = check_masks(masks, x)
         images = inputs.chunk(x)
@@ -82,10 +94,12 @@ class Contrast:
         self._between, self._pairs = self._between + sums[2], self._pairs + int(sums[3])
 
     def merge(self, other: Contrast) -> None:
+        """Add the images that another one saw."""
         self._within, self._objects = self._within + other._within, self._objects + other._objects
         self._between, self._pairs = self._between + other._between, self._pairs + other._pairs
 
     def result(self) -> ContrastRatio:
+        """Of all images so far."""
         cohesion = self._within / self._objects if self._objects else math.nan
         coupling = self._between / self._pairs if self._pairs else math.nan
         return ContrastRatio(cohesion, coupling, cohesion / coupling if coupling > 0 else math.nan)

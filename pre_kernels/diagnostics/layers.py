@@ -27,10 +27,12 @@ METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
 class LayerReport:
     """The measures of this package for each layer, over a stream of images whose hidden states come one at a time.
 
-        report = LayerReport()
-        for image in data:
-            report.update({0: h0, 16: h16, 32: h32}, anchor=h0, masks=masks, label=label)
-        rows = report.rows()        # a dict for each layer, plain numbers and None: for json.dump or csv.DictWriter
+    ```python
+    report = LayerReport()
+    for h0, h16, h32, masks, label in images:
+        report.update({0: h0, 16: h16, 32: h32}, anchor=h0, masks=masks, label=label)
+    rows = report.rows()  # a dict for each layer, plain numbers and None: for json.dump or csv.DictWriter
+    ```
 
     | metric    | columns                                                 | measured on images given       |
     |-----------|---------------------------------------------------------|--------------------------------|

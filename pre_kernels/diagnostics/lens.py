@@ -12,10 +12,12 @@ from . import inputs
 
 
 class LensSummary(NamedTuple):
-    """`share` in 0..1 of the rows that decode to one of `tokens`, vocabulary ids from the most frequent on."""
+    """The few most frequent tokens that rows decode to."""
 
     share: float
+    """Of the rows that decode to one of `tokens`, in 0..1."""
     tokens: list[int]
+    """Vocabulary ids, from the most frequent on."""
 
 
 class LogitLens:

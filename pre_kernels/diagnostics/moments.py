@@ -16,8 +16,10 @@ CONSTANT = 1e-12
 class Moments:
     """Sums over aligned rows x (width d) and y (width z), centred on the means of all rows seen so far; float64.
 
-        product = Σ x yᵀ   (d, z)            square_x = Σ |x|²,  square_y = Σ |y|²,  quartic = Σ |x|² |y|²
-                                             cubic_x = Σ |y|² x  (d,),  cubic_y = Σ |x|² y  (z,)
+        product = Σ x yᵀ                         (d, z)
+        square_x = Σ |x|²,  square_y = Σ |y|²
+        cubic_x = Σ |y|² x,  cubic_y = Σ |x|² y  (d,), (z,)
+        quartic = Σ |x|² |y|²
 
     product / rows is the covariance; the others are what the debiased HSIC needs beside it. Memory: 8·d·z bytes,
     whatever the number of rows. The centre moves with each update, and the sums with it by the exact formulas (for the

@@ -33,6 +33,13 @@ def linear_probe(
     moving single features and reordering them change nothing (up to the solver's tolerance); a rotation does, because
     of the standardisation. A test label that is not among the training labels counts as an error.
 
+    ```python
+    >>> labels = torch.arange(40) % 2
+    >>> linear_probe(torch.randn(40, 8) + 10 * labels[:, None], labels)
+    1.0
+
+    ```
+
     Args:
         features: (N, width), floating point.
         labels: (N,), integer classes.

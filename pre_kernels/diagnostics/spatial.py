@@ -15,8 +15,11 @@ class SpatialContrast(NamedTuple):
     """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
 
     near: float
+    """Of neighbours."""
     far: float
+    """Of distant patches."""
     ratio: float
+    """Of the two."""
 
 
 def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None = None) -> SpatialContrast:
@@ -72,6 +75,7 @@ class Spatial:
         self._far, self._with_far = 0.0, 0
 
     def update(self, features: Tensor, grid: tuple[int, int]) -> None:
+        """Add images of one grid."""
         x = inputs.images(features)
         grid = check_grid(grid, x.shape[1])
         for part in x.split(inputs.chunk(x)):
@@ -107,10 +111,12 @@ class Spatial:
             self._far, self._with_far = self._far + sums[1] / pairs, self._with_far + len(x)
 
     def merge(self, other: Spatial) -> None:
+        """Add the images that another one saw; it has to have the same radius."""
         self._near, self._with_near = self._near + other._near, self._with_near + other._with_near
         self._far, self._with_far = self._far + other._far, self._with_far + other._with_far
 
     def result(self) -> SpatialContrast:
+        """Of all images so far."""
         near = self._near / self._with_near if self._with_near else math.nan
         far = self._far / self._with_far if self._with_far else math.nan
         return SpatialContrast(near, far, near / far if far > 0 else math.nan)

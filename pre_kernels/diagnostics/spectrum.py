@@ -15,14 +15,22 @@ from .moments import CONSTANT, Moments
 class SpectrumSummary(NamedTuple):
     """What `Spectrum` measures; nan where there was nothing to measure."""
 
-    effective_dimension: float  # in 1..width
-    components_90: float  # a whole number in 1..width
-    correlation: float  # in 0..1
-    norm_mean: float  # in the features' own unit, as the next two
+    effective_dimension: float
+    """In 1..width."""
+    components_90: float
+    """A whole number in 1..width."""
+    correlation: float
+    """In 0..1."""
+    norm_mean: float
+    """In the features' own unit, as the next two."""
     norm_median: float
+    """The lower of two in the middle, by a histogram."""
     norm_max: float
-    massive_activations: float  # share of the numbers, in 0..1
-    massive_tokens: float  # share of the rows, in 0..1
+    """The largest."""
+    massive_activations: float
+    """Share of the numbers, in 0..1."""
+    massive_tokens: float
+    """Share of the rows, in 0..1."""
 
 
 class Spectrum:

@@ -1,0 +1,184 @@
+"""The README's Python and the examples in docstrings run, against tiny stand-ins where they name a model or data."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+import pre_kernels.integrations.callback as callback
+import transformers
+from pre_kernels import integrations
+from tiny_training import InOrder, arguments
+
+import pre_kernels
+from pre_kernels import diagnostics
+from pre_kernels.demo.export import processor, save_model, save_scenes
+from pre_kernels.demo.model import build
+from pre_kernels.demo.scenes import compose, split_digits
+from pre_kernels.demo.settings import Settings
+from pre_kernels.demo.text import visual_batch
+from pre_kernels.diagnose import samples
+
+ROOT = Path(__file__).parents[2]
+FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MODULES = (pre_kernels, pre_kernels.reference, integrations, callback, diagnostics, samples)
+
+
+def of_the_readme() -> Iterator[Any]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for found in FENCED.finditer(text):
+        yield pytest.param(found[1], id=f"README:{text[: found.start()].count(chr(10)) + 1}")
+
+
+def of_docstrings() -> Iterator[Any]:
+    for file in sorted([*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                name = getattr(node, "name", "module")
+                for number, code in enumerate(FENCED.findall(ast.get_docstring(node) or "")):
+                    yield pytest.param(code, id=f"{file.stem}.{name}" + (f"-{number}" if number else ""))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has the images, and a model of 32 layers."""
+    folder = tmp_path_factory.mktemp("examples")
+    save_scenes(split_digits(0)[2], 2, 0, folder / "scenes")
+    (folder / "scenes" / "images").rename(folder / "held-out")
+    torch.manual_seed(0)
+    save_model(build(Settings(width=16, layers=32)), folder / "checkpoint")
+    return folder
+
+
+@pytest.fixture
+def names(held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the examples take as given."""
+    monkeypatch.chdir(held_out)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained("checkpoint")
+    scenes = compose(split_digits(0)[0], 4, 0)
+    batch = visual_batch(scenes, torch.arange(2))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    patches = int((batch["input_ids"][0] == model.config.image_token_id).sum())
+    masks = torch.arange(patches) % 2 == torch.arange(2)[:, None]
+    trainer = InOrder(
+        model=model,
+        args=arguments(tmp_path / "out", 1, 2),
+        train_dataset=torch.utils.data.TensorDataset(torch.arange(4)),
+        data_collator=lambda drawn: visual_batch(scenes, torch.cat([index for (index,) in drawn])),
+    )
+    state = torch.randn(patches, 16)
+    given = {
+        "batches": [batch],
+        "checkpoint": "checkpoint",
+        "data": [({name: value[:1] for name, value in inputs.items()}, masks, label) for label in (0, 0, 1, 1)],
+        "folder": str(tmp_path),
+        "hidden": torch.randn(1, 3, 4096, requires_grad=True),
+        "anchor": torch.randn(1, 3, 4096),
+        "images": [(state, state + 1, state * 2, masks, label) for label in (0, 0, 1, 1)],
+        "inputs": inputs,
+        "model": model.train(),
+        "my_vqa_accuracy": lambda model: 0.5,
+        "processor": processor(),
+        "samples": samples.load_samples(model, processor(), "held-out"),
+        "trainer": trainer,
+        "visual_mask": torch.tensor([[True, False, True]]),
+    }
+    public = {name: getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())}
+    own = {name: getattr(module, name) for module, name in ((callback, "LayerCallback"), (samples, "load_samples"))}
+    return {"torch": torch, "AutoModel": transformers.AutoModel, **public, **own, **given}
+
+
+@pytest.fixture(autouse=True)
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network; a Trainer that an example left patched is put back."""
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    encoder = transformers.Dinov2Model(config)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", mock.Mock(return_value=encoder))
+    yield
+    patch = vars(transformers.Trainer).get("_pre_patch")
+    if patch is not None:
+        patch.remove()
+
+
+@pytest.mark.parametrize("code", [*of_the_readme(), *of_docstrings()])
+def test_example(code: str, names: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    if ">>>" not in code:
+        exec(compile(code, "<example>", "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(code, names, "example", None, 0)
+    said: list[str] = []
+    found = doctest.DocTestRunner().run(test, out=said.append)
+    assert found.attempted
+    assert not found.failed, "".join(said)
+
+
+def test_the_readme_trains_with_pre(names: dict[str, Any]) -> None:
+    """The stand-ins are no excuse: the head is there before the training, and was trained."""
+    code = next(code for code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "train()" in code)
+    head = "before = handle.head.w1.detach().clone()\n"
+    code = code.replace("trainer.train()", f"{head}trainer.train()\nmoved = not torch.equal(before, handle.head.w1)")
+    exec(code, names)
+    assert names["moved"]
+    assert any("pre_loss" in entry for entry in names["trainer"].state.log_history)
+
+
+def members(module: Any) -> Iterator[tuple[str, Any]]:
+    """The public names of a documented module and the public methods of its classes."""
+    names = getattr(module, "__all__", None) or [n for n, v in vars(module).items() if _own(module, n, v)]
+    for name in names:
+        value = getattr(module, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        yield f"{module.__name__}.{name}", value
+        for key, member in vars(value).items() if inspect.isclass(value) else ():
+            plain = inspect.unwrap(getattr(member, "__func__", member))
+            if not key.startswith("_") and (inspect.isfunction(plain) or isinstance(member, property)):
+                yield f"{module.__name__}.{name}.{key}", member
+
+
+def _own(module: Any, name: str, value: Any) -> bool:
+    return not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+
+
+
+def test_everything_public_has_a_docstring() -> None:
+    found = dict(pair for module in MODULES for pair in members(module))
+    assert {"pre_kernels.fused_pre_loss", "pre_kernels.integrations.PreHandle.save"} <= found.keys()
+    missing = [name for name, value in found.items() if not (value.__doc__ or "").strip()]
+    assert not missing
+    assert all((module.__doc__ or "").strip() for module in MODULES)
+
+
+def test_arguments_in_docstrings_are_those_of_the_function() -> None:
+    for name, value in dict(pair for module in MODULES for pair in members(module)).items():
+        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(value.__doc__ or ""), re.MULTILINE)
+        if section is None or isinstance(value, property):
+            continue
+        lines = textwrap.dedent(section[1]).splitlines()
+        listed = [n for line in lines if line[:1].strip() for n in line.partition(":")[0].split(", ")]
+        taken = inspect.signature(getattr(value, "__func__", value)).parameters
+        var_keyword = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        unknown = [n for n in listed if n not in taken and not var_keyword]
+        assert not unknown, f"{name}: its docstring has arguments {unknown}"
+
+
+def test_make_docs_has_these_modules() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    named = re.search(r"^API := (.*)$", makefile, re.MULTILINE)[1].split()
+    # pdoc documents what a listed module's __all__ names, modules too
+    assert sorted([*named, "pre_kernels.reference"]) == sorted(module.__name__ for module in MODULES)
