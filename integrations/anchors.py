@@ -36,7 +36,8 @@ class EncoderAnchor:
     ```python
     dino = AutoModel.from_pretrained("facebook/dinov2-base")
     vision = processor.image_processor
-    apply_pre(model, anchor=EncoderAnchor(dino, model, image_mean=vision.image_mean, image_std=vision.image_std))
+    anchor = EncoderAnchor(dino, model, image_mean=vision.image_mean, image_std=vision.image_std)
+    apply_pre(model, anchor=anchor)
     ```
 
     Attributes:

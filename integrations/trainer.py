@@ -260,7 +260,8 @@ def _load_renamed(trainer: Any, folder: str) -> None:
         return
     if _keys(folder) <= model.state_dict().keys():
         return
-    loaded = type(model).from_pretrained(folder, dtype=torch.promote_types(model.dtype, torch.float32))
+    wide = torch.promote_types(model.dtype, torch.float32)
+    loaded = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True)
     result = model.load_state_dict(loaded.state_dict(), strict=False)
     lost = [name for name in result.missing_keys if not name.startswith(f"{ATTRIBUTE}.")]
     if lost or result.unexpected_keys:

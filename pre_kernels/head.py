@@ -21,8 +21,8 @@ class PreHead(nn.Module):
 
     ```python
     head = PreHead(dim=64, out_dim=48)
-    hidden, anchor = torch.randn(2, 10, 64, requires_grad=True), torch.randn(2, 10, 48)
-    visual = torch.rand(2, 10) < 0.5
+    hidden = torch.randn(2, 10, 64, requires_grad=True)
+    anchor, visual = torch.randn(2, 10, 48), torch.rand(2, 10) < 0.5
     head(hidden, anchor, rows=visual).backward()
     ```
 

@@ -95,13 +95,11 @@ def fused_pre_loss(
     products recompute the chunks in the backward instead, where the upstream gradient is known.
 
     ```python
-    hidden, anchor = torch.randn(2, 10, 64, requires_grad=True), torch.randn(2, 10, 48)
-    w1, b1 = torch.randn(64, 64, requires_grad=True), torch.zeros(64, requires_grad=True)
-    w2, b2 = torch.randn(48, 64, requires_grad=True), torch.zeros(48, requires_grad=True)
-    visual = torch.zeros(2, 10, dtype=torch.bool)
-    visual[:, 1:9] = True
-    loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, visual)
-    loss.backward()  # hidden.grad is zero where visual is False; anchor has no gradient
+    hidden = torch.randn(2, 10, 64, requires_grad=True)
+    anchor, visual = torch.randn(2, 10, 48), torch.rand(2, 10) < 0.5
+    w1, w2 = torch.randn(64, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    loss = fused_pre_loss(hidden, anchor, w1, None, w2, None, visual)
+    loss.backward()  # hidden.grad is 0 where visual is False
     ```
 
     Args:

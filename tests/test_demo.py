@@ -1,5 +1,6 @@
 import json
 import math
+import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
+from pre_kernels import cli
 from pre_kernels.demo import compare, export, parallel, picture, report
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.measure import states
@@ -115,7 +117,7 @@ def test_text_is_the_standard_library():
 
 
 def test_end_to_end(tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "mit Leerzeichen, ü 目录"
     out.mkdir()
     console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
     threads = torch.get_num_threads()
@@ -124,6 +126,10 @@ def test_end_to_end(tmp_path):
 
     printed = console.export_text()
     assert str(out / "demo.png") in printed
+    (command,) = [line for line in printed.splitlines() if "pre-kernels diagnose" in line]
+    given = cli.parser().parse_args(shlex.split(command)[1:])
+    assert given.images == out / "scenes" / "images"
+    assert given.images.is_dir()
     assert "linear probe, layer 2" in printed
     for seed in (0, 1):
         assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed

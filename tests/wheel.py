@@ -2,8 +2,8 @@
 
     python tests/wheel.py       writes dist/*.whl and prints its hash
 
-Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a zip file can hold), and the
-copies the permissions of a checkout under umask 022, because a wheel keeps those too.
+Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a zip file can hold) and
+the permissions of a checkout under umask 022, because a wheel keeps those too.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks
 from .text import BEGIN, IMAGE
@@ -26,6 +26,8 @@ def processor() -> LlavaProcessor:
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in added])
     assert {name: tokenizer.token_to_id(name) for name in added} == added
     fast: Any = PreTrainedTokenizerFast
+    from transformers import CLIPImageProcessor  # says when it is imported that torchvision would be faster
+
     images: Any = CLIPImageProcessor
     return LlavaProcessor(
         image_processor=images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def run(settings: Settings, device: str, out: Path, console: Console | None = No
         console.print(f"{what}: {path}", soft_wrap=True)
     models, scenes = out / "models", out / "scenes"
     console.print("more of seed 0's models, layer by layer:")
-    console.print(
-        f"  pre-kernels diagnose {models / 'without'} {scenes / 'images'} --masks {scenes / 'masks'} "
-        f"--compare {models / 'with'} --out {out / 'diagnosis'}",
-        soft_wrap=True,
-    )
+    more = [models / "without", scenes / "images", "--masks", scenes / "masks", "--compare", models / "with"]
+    command = shlex.join(map(str, ["pre-kernels", "diagnose", *more, "--out", out / "diagnosis"]))
+    console.print(f"  {command}", soft_wrap=True, markup=False)
     return found

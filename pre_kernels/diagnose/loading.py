@@ -33,14 +33,17 @@ def load(
         ValueError: naming the argument, if it is no vision-language model or has no processor of images and text.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import cached_file, find_adapter_config_file
 
     more: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     where = f"model: {source}"
     if Path(source).exists() and not Path(source).is_dir():
         raise ValueError(f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub")
     try:
-        if not (Path(source) / "adapter_config.json").exists():
+        if find_adapter_config_file(source) is None:
             AutoConfig.from_pretrained(source, **more)
+        else:
+            cached_file(source, "adapter_model.safetensors")  # or an adapter's pickle would do
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, **more)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error

@@ -22,6 +22,7 @@ from .spatial import Spatial, check_grid
 from .spectrum import Spectrum, SpectrumSummary
 
 METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
+"""What a `LayerReport` can measure."""
 
 
 class LayerReport:
@@ -30,9 +31,12 @@ class LayerReport:
     ```python
     report = LayerReport()
     for h0, h16, h32, masks, label in images:
-        report.update({0: h0, 16: h16, 32: h32}, anchor=h0, masks=masks, label=label)
-    rows = report.rows()  # a dict for each layer, plain numbers and None: for json.dump or csv.DictWriter
+        hidden = {0: h0, 16: h16, 32: h32}
+        report.update(hidden, anchor=h0, masks=masks, label=label)
+    rows = report.rows()
     ```
+
+    `rows` gives a dict for each layer, of plain numbers and None, for json.dump or csv.DictWriter.
 
     | metric    | columns                                                 | measured on images given       |
     |-----------|---------------------------------------------------------|--------------------------------|
@@ -45,7 +49,7 @@ class LayerReport:
     | probe     | linear_probe, knn_probe on the mean over each image     | `label`                        |
     | (always)  | lens_share, lens_tokens (`LogitLens`)                   | `logits`                       |
 
-    A row also has layer, images, tokens, and notes: why a figure that its input was given for is missing. None is what
+    Each also has layer, images, tokens, and notes: why a figure that its input was given for is missing. None is what
     could not be measured.
 
     Memory is flat in the number of images. Per layer of width d with an anchor of width z, in float64 on the layer's

@@ -99,7 +99,10 @@ class Moments:
         """The Hilbert-Schmidt independence criterion of the linear kernels x xᵀ and y yᵀ, up to a constant factor.
 
         |product|²_F, or unbiased (Song et al. 2012), here for centred rows, whose kernels sum to 0 along each row:
-        |product|² - quartic·n/(n - 2) + square_x·square_y / ((n - 1)(n - 2)). nan with fewer than 4 rows then.
+
+            |product|²_F - quartic·n / (n - 2) + square_x·square_y / ((n - 1)(n - 2))
+
+        nan with fewer than 4 rows then.
         """
         biased, n = self.product.square().sum(), self.rows
         if not debiased:

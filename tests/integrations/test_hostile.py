@@ -1,0 +1,173 @@
+"""Settings are data, whatever they say; models bring code or pickles in vain; paths may have spaces and any letters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from pre_kernels.integrations import apply_pre, launch
+from tiny_models import build
+
+from pre_kernels import cli
+
+TOUCH = "__import__('pathlib').Path('pwned').touch()"
+HOSTILE = [
+    TOUCH,
+    f"exec({TOUCH!r})",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "x; touch pwned",
+    "!!python/object/apply:os.system ['touch pwned']",
+    "!!python/object/new:os.system ['touch pwned']",
+    "!!python/name:os.system",
+    "!!python/module:antigravity",
+    "{{ ''.__class__ }}",
+    "%(x)s",
+    "../../etc/passwd",
+    "os:system",
+    "\N{RIGHT-TO-LEFT OVERRIDE}\x1b[2J",
+]
+
+
+def exit_status(main: Callable[[list[str]], Any], arguments: list[str]) -> Any:
+    """What it returned or exited with."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one, with a script and a module that leave something behind if they run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text("open('pwned', 'w')")
+    (tmp_path / "evil.py").write_text("open('pwned', 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_settings_of_the_launcher_are_not_evaluated(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
+    named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]  # module:name, by design
+    for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
+        for quoted in (text, json.dumps(text)):  # as YAML, and as a string in it
+            (folder / "pre.yaml").write_text(f"{name}: {quoted}\n", encoding="utf-8")
+            for options in (["--set", f"{name}={quoted}"], ["--config", "pre.yaml"]):
+                assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2)  # 2: refused
+                assert "Traceback" not in capsys.readouterr().err
+                assert not (folder / "pwned").exists()
+
+
+def test_only_callables_are_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
+    for name, parameter in launch.PARAMETERS.items():
+        if "Callable" in str(parameter.annotation):
+            continue
+        with pytest.raises(SystemExit):
+            launch.main(["--set", f"{name}=evil:x", "--set", "layer=0", "--", "script.py"])
+        assert not (folder / "pwned").exists()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_options_of_the_command_line_are_not_evaluated(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["demo", "--seeds", text],
+        ["demo", "--weight", text],
+        ["diagnose", text, text],
+        ["diagnose", "model", "images", "--layers", text],
+        ["diagnose", "model", "images", "--metrics", text],
+        ["diagnose", "model", "images", "--device", text],
+        ["trace", text],
+        ["tune", "--width", text],
+    ):
+        assert exit_status(cli.main, arguments) == 2, arguments
+        assert "Traceback" not in capsys.readouterr().err
+        assert not (folder / "pwned").exists()
+
+
+def test_a_model_that_brings_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model").mkdir()
+    classes = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoProcessor": "evil.P"}
+    config = {"model_type": "evil", "auto_map": classes, "architectures": ["Model"]}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    (folder / "model" / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
+    (folder / "images").mkdir()
+    assert cli.main(["diagnose", "model", "images", "--out", "out"]) == 2
+    assert not (folder / "pwned").exists()
+    assert "trust_remote_code" in capsys.readouterr().err or "image" in capsys.readouterr().err
+
+
+class Touch:
+    def __reduce__(self) -> Any:
+        return open, ("pwned", "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_model_that_brings_a_pickle(name: str, folder: Path) -> None:
+    from pre_kernels.diagnose.loading import load
+
+    build("llava").save_pretrained(folder / "model")
+    (folder / "model" / "model.safetensors").unlink()
+    torch.save({"weight": Touch()}, folder / "model" / name)
+    with pytest.raises(Exception) as raised:
+        load(str(folder / "model"))
+    assert not (folder / "pwned").exists()
+    assert "safetensors" in str(raised.value) or "header" in str(raised.value)
+
+
+def test_an_adapter_that_brings_a_pickle(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from pre_kernels.demo.export import save_model
+    from pre_kernels.diagnose.loading import load
+
+    save_model(build("llava"), folder / "base")
+    model = transformers.AutoModelForImageTextToText.from_pretrained("base")
+    save_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), folder / "adapter")
+    assert load("adapter").model is not None
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"weight": Touch()}, folder / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        load("adapter")
+    assert not (folder / "pwned").exists()
+
+
+def test_a_head_that_is_a_pickle(folder: Path) -> None:
+    with apply_pre(build("llava")) as handle:
+        handle.save("head")
+        torch.save({"w1": Touch()}, folder / "head" / "pre_head.safetensors")
+        with pytest.raises(ValueError, match="no valid safetensors file"):
+            handle.load("head")
+    assert not (folder / "pwned").exists()
+
+
+def test_paths_with_spaces_and_any_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mit Leerzeichen, ß 目录 'q' \"d\" 100%"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with apply_pre(build("llava"), layer=2) as handle:
+        handle.save(folder / "kopf ü")
+        before = handle.head.w1.detach().clone()
+    script = folder / "träin 1.py"
+    script.write_text("import sys\nprint(sys.argv, sys.path[0])", encoding="utf-8")
+    (folder / "pre ä.yaml").write_text("layer: 2  # λ\nweight: 0.25\n", encoding="utf-8")
+    for script_name in (script.name, str(script)):
+        launch.main(["--config", "pre ä.yaml", "--head", "kopf ü", "--", script_name, "an argument"])
+        assert f"{[script_name, 'an argument']} {folder}" in capsys.readouterr().out
+    with apply_pre(build("llava"), layer=2) as handle:
+        torch.nn.init.zeros_(handle.head.w1)
+        handle.load(folder / "kopf ü")
+        assert torch.equal(handle.head.w1, before)
