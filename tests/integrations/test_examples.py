@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import inspect
 import re
 import shutil
@@ -26,7 +27,7 @@ import pre_kernels
 from pre_kernels import diagnostics, integrations
 from pre_kernels.demo.export import processor, save_scenes
 from pre_kernels.demo.model import build
-from pre_kernels.demo.scenes import compose, split_digits
+from pre_kernels.demo.scenes import PATCHES, compose, split_digits
 from pre_kernels.demo.settings import Settings
 from pre_kernels.demo.text import visual_batch
 from pre_kernels.diagnose import samples
@@ -63,42 +64,70 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Given:
+    """What the examples take as given, made when one names it."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = str(out)
+        self.checkpoint = "checkpoint"
+        self.scenes = compose(split_digits(0)[0], 4, 0)
+        self.hidden, self.anchor = torch.randn(1, 3, 4096, requires_grad=True), torch.randn(1, 3, 4096)
+        self.visual_mask = torch.tensor([[True, False, True]])
+        self.masks = torch.arange(PATCHES) % 2 == torch.arange(2)[:, None]
+
+    def names(self, code: str) -> dict[str, Any]:
+        public = {name: getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())}
+        public |= {"LayerCallback": callback.LayerCallback, "load_samples": samples.load_samples}
+        named = set(re.findall(r"\w+", code)) - {"scenes", "names"}
+        found = {name: getattr(self, name) for name in named if hasattr(self, name)}
+        return {"torch": torch, "AutoModel": transformers.AutoModel, **public, **found}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return build(Settings(width=16, layers=32)).train()
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        return processor()
+
+    @property
+    def batches(self) -> list[Any]:
+        return [visual_batch(self.scenes, torch.arange(2))]
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {name: value[:1] for name, value in self.batches[0].items() if name != "labels"}
+
+    @property
+    def data(self) -> list[Any]:
+        return [(self.inputs, self.masks, label) for label in (0, 0, 1, 1)]
+
+    @property
+    def images(self) -> list[Any]:
+        state = torch.randn(PATCHES, 16)
+        return [(state, state + 1, state * 2, self.masks, label) for label in (0, 0, 1, 1)]
+
+    @property
+    def samples(self) -> list[Any]:
+        return samples.load_samples(self.model, self.processor, "held-out")
+
+    @functools.cached_property
+    def trainer(self) -> Any:
+        return InOrder(
+            model=self.model,
+            args=arguments(Path(self.folder), 1, 2),
+            train_dataset=list(range(4)),
+            data_collator=lambda drawn: visual_batch(self.scenes, torch.tensor(drawn)),
+        )
+
+    def my_vqa_accuracy(self, model: Any) -> float:
+        return 0.5
+
+
 @pytest.fixture
-def names(held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the examples take as given."""
+def given(held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
     monkeypatch.chdir(held_out)
-    model = build(Settings(width=16, layers=32))
-    scenes = compose(split_digits(0)[0], 4, 0)
-    batch = visual_batch(scenes, torch.arange(2))
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    patches = int((batch["input_ids"][0] == model.config.image_token_id).sum())
-    masks = torch.arange(patches) % 2 == torch.arange(2)[:, None]
-    trainer = InOrder(
-        model=model,
-        args=arguments(tmp_path / "out", 1, 2),
-        train_dataset=list(range(4)),
-        data_collator=lambda drawn: visual_batch(scenes, torch.tensor(drawn)),
-    )
-    state = torch.randn(patches, 16)
-    given = {
-        "batches": [batch],
-        "checkpoint": "checkpoint",
-        "data": [({name: value[:1] for name, value in inputs.items()}, masks, label) for label in (0, 0, 1, 1)],
-        "folder": str(tmp_path),
-        "hidden": torch.randn(1, 3, 4096, requires_grad=True),
-        "anchor": torch.randn(1, 3, 4096),
-        "images": [(state, state + 1, state * 2, masks, label) for label in (0, 0, 1, 1)],
-        "inputs": inputs,
-        "model": model.train(),
-        "my_vqa_accuracy": lambda model: 0.5,
-        "processor": processor(),
-        "samples": samples.load_samples(model, processor(), "held-out"),
-        "trainer": trainer,
-        "visual_mask": torch.tensor([[True, False, True]]),
-    }
-    public = {name: getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())}
-    own = {name: getattr(module, name) for module, name in ((callback, "LayerCallback"), (samples, "load_samples"))}
-    return {"torch": torch, "AutoModel": transformers.AutoModel, **public, **own, **given}
+    return Given(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +145,9 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("code", [*of_the_readme(), *of_docstrings()])
-def test_example(code: str, names: dict[str, Any]) -> None:
+def test_example(code: str, given: Given) -> None:
     torch.manual_seed(0)
+    names = given.names(code)
     if ">>>" not in code:
         exec(compile(code, "<example>", "exec"), names)
         return
@@ -128,14 +158,15 @@ def test_example(code: str, names: dict[str, Any]) -> None:
     assert not found.failed, "".join(said)
 
 
-def test_the_readme_trains_with_pre(names: dict[str, Any]) -> None:
+def test_the_readme_trains_with_pre(given: Given) -> None:
     """The stand-ins are no excuse: the head is there before the training, and was trained."""
     code = next(code for code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "train()" in code)
     head = "before = handle.head.w1.detach().clone()\n"
     code = code.replace("trainer.train()", f"{head}trainer.train()\nmoved = not torch.equal(before, handle.head.w1)")
+    names = given.names(code)
     exec(code, names)
     assert names["moved"]
-    assert any("pre_loss" in entry for entry in names["trainer"].state.log_history)
+    assert any("pre_loss" in entry for entry in given.trainer.state.log_history)
 
 
 def members(module: Any) -> Iterator[tuple[str, Any]]:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import transformers.dynamic_module_utils
 from pre_kernels.integrations import apply_pre, launch
 from tiny_models import build
 
 from pre_kernels import cli
+from pre_kernels.demo.export import save_model
+from pre_kernels.diagnose.loading import load
 
 TOUCH = "__import__('pathlib').Path('pwned').touch()"
 HOSTILE = [
@@ -59,12 +62,12 @@ def test_settings_of_the_launcher_are_not_evaluated(
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
     named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]  # module:name, by design
     for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
-        for quoted in (text, json.dumps(text)):  # as YAML, and as a string in it
-            (folder / "pre.yaml").write_text(f"{name}: {quoted}\n", encoding="utf-8")
-            for options in (["--set", f"{name}={quoted}"], ["--config", "pre.yaml"]):
-                assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2)  # 2: refused
-                assert "Traceback" not in capsys.readouterr().err
-                assert not (folder / "pwned").exists()
+        (folder / "pre.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
+        # as YAML, and as a string in it
+        for options in (["--config", "pre.yaml"], ["--set", f"{name}={text}"], ["--set", f"{name}={json.dumps(text)}"]):
+            assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), options  # 2: refused
+            assert "Traceback" not in capsys.readouterr().err
+            assert not (folder / "pwned").exists()
 
 
 def test_only_callables_are_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +99,20 @@ def test_options_of_the_command_line_are_not_evaluated(
         assert not (folder / "pwned").exists()
 
 
-def test_a_model_that_brings_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_brings_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "cache"))
     (folder / "model").mkdir()
     classes = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoProcessor": "evil.P"}
     config = {"model_type": "evil", "auto_map": classes, "architectures": ["Model"]}
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (folder / "model" / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
-    (folder / "images").mkdir()
-    assert cli.main(["diagnose", "model", "images", "--out", "out"]) == 2
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load("model")
     assert not (folder / "pwned").exists()
-    assert "trust_remote_code" in capsys.readouterr().err or "image" in capsys.readouterr().err
+    assert cli.parser().parse_args(["diagnose", "model", "images"]).trust_remote_code is False
+    with pytest.raises(Exception):  # noqa: B017 - it has no class Config
+        load("model", trust_remote_code=True)
+    assert (folder / "pwned").exists()
 
 
 class Touch:
@@ -115,8 +122,6 @@ class Touch:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_model_that_brings_a_pickle(name: str, folder: Path) -> None:
-    from pre_kernels.diagnose.loading import load
-
     build("llava").save_pretrained(folder / "model")
     (folder / "model" / "model.safetensors").unlink()
     torch.save({"weight": Touch()}, folder / "model" / name)
@@ -128,9 +133,6 @@ def test_a_model_that_brings_a_pickle(name: str, folder: Path) -> None:
 
 def test_an_adapter_that_brings_a_pickle(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
-
-    from pre_kernels.demo.export import save_model
-    from pre_kernels.diagnose.loading import load
 
     save_model(build("llava"), folder / "base")
     model = transformers.AutoModelForImageTextToText.from_pretrained("base")
