@@ -40,8 +40,9 @@ def read(page: str) -> str:
 
 def blocks(text: str) -> list[str]:
     """The lines of code blocks without a language: what one types, without comments."""
-    found = re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [line.split("  #")[0].strip() for block in found for line in block.splitlines() if line.strip()]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    typed = [line for language, block in found if not language for line in block.splitlines() if line.strip()]
+    return [re.split(" +#", line)[0].strip() for line in typed]
 
 
 def code(text: str) -> list[str]:
