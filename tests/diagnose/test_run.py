@@ -225,6 +225,14 @@ def test_a_dtype_can_be_asked_for(there, tmp_path):
     assert exact["norm_mean"] != rounded["norm_mean"]
 
 
+def test_a_model_that_accelerate_places(there, tmp_path):
+    pictures = images(tmp_path / "images", 3)
+    for device in ("cpu", "spread"):
+        assert diagnose(there / "a", pictures, "--device", device, "--out", tmp_path / device) == 0
+    one, other = (document(tmp_path / device)["models"][0]["runs"][0] for device in ("cpu", "spread"))
+    assert all(close(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_bad_input(there, tmp_path, capsys, monkeypatch):
     pictures = images(tmp_path / "images", 2)
 
