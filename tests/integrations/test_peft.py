@@ -45,6 +45,17 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
     assert_same_gradients(gradients(model), expected)
 
 
+def test_a_base_whose_hooks_are_passed_by() -> None:
+    """Up to 0.20 a PeftModel calls its base's `forward`, so hooks on the base itself would not be called."""
+    wanted = lora(build("llava"))
+    apply_pre(wanted)
+    model, inputs = lora(build("llava")), batch("llava").inputs
+    base = model.get_base_model()
+    model.forward = lambda **kwargs: base.forward(**kwargs)
+    apply_pre(model)
+    assert model(**inputs).loss == wanted(**inputs).loss
+
+
 def test_saved_adapter_has_no_head(tmp_path: Any) -> None:
     from safetensors.torch import load_file
 
