@@ -92,6 +92,14 @@ def test_wrapped_after_attaching_with_modules_to_save(tmp_path: Any) -> None:
     assert torch.equal(fresh.head.w1, handle.head.modules_to_save["default"].w1)
 
 
+def test_the_head_is_nothing_that_all_linear_wraps() -> None:
+    model = build("llava")
+    apply_pre(model)
+    names = [n for n, _ in get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).named_parameters()]
+    assert any("lora" in name for name in names)
+    assert [name.rpartition(".")[2] for name in names if "pre_head" in name] == ["w1", "b1", "w2", "b2"]
+
+
 def test_a_head_frozen_on_purpose_is_fine() -> None:
     model, data = lora(build("llava")), batch("llava")
     handle = apply_pre(model)
