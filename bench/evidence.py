@@ -1,6 +1,6 @@
 """What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the README.
 
-    python -m bench.evidence                     5 seeds, a process for each core; what is done already is not done again
+    python -m bench.evidence                     5 seeds, a process for each core; what is done is not done again
     python -m bench.evidence --readme README.md  no training: the table of the committed results between its markers
 
 Every seed pre-trains one model, and every arm starts from it, on the same batches in the same order.
