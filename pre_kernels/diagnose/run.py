@@ -236,7 +236,7 @@ def described(settings: Settings, images: Images, found: list[dict[str, Any]], c
         models.append({"name": result["name"], "depth": result["depth"], "runs": [result["rows"]], "notes": notes})
     masked = max(result["masked"] for result in found)
     return {
-        "title": "Visual tokens through " + " and ".join(result["name"] for result in found),
+        "title": "Visual tokens, layer by layer: " + ", ".join(result["name"] for result in found),
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": ", ".join(dict.fromkeys(result["device"] for result in found)),
