@@ -31,8 +31,6 @@ WRITTEN = {  # by a command, beside what it is about, or on the user's side
     "instances_val2017.json", "photos/", "imagenet/", "val2017/", "held-out/", "out/", "masks/",
 }  # fmt: skip
 
-TO_COME = {"bench/results/evidence.jsonl"}  # by `python -m bench.evidence`
-
 
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
@@ -102,7 +100,7 @@ def test_links_and_files_exist(page: str) -> None:
     text = read(page)
     folder = (ROOT / page).parent
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
-    assert not [link for link in links if not (folder / link.partition("#")[0]).exists() and link not in TO_COME]
+    assert not [link for link in links if not (folder / link.partition("#")[0]).exists()]
     named = [word.strip("()") for one in code(text) for word in one.split() if FILE.fullmatch(word.strip("()"))]
     there = {path.name for path in ROOT.rglob("*") if not {".venv", ".deps", "build"} & set(path.parts)}
     missing = [

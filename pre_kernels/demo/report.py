@@ -17,7 +17,7 @@ ARMS = {  # how each is named and drawn
     "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
 }
 COLUMNS = {"probe": "linear_probe"} | {  # of a report, by the name of a list over layers
-    name: name for name in ("contrast", "cohesion", "coupling", "effective_dimension", "correlation")
+    name: name for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
 }
 Rows = list[tuple[str, list[float] | None, list[float] | None]]
 
