@@ -21,6 +21,7 @@ from .training import Training
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
 WEIGHTINGS = ("token", "image")
+NONFINITE = ("propagate", "skip")
 
 
 def apply_pre(
@@ -40,6 +41,7 @@ def apply_pre(
     layers: str | nn.ModuleList | None = None,
     weighting: str = "token",
     fraction: float = 1.0,
+    nonfinite: str = "propagate",
     impl: str = "auto",
     group: Any = None,
     head_dtype: torch.dtype | None = None,
@@ -91,6 +93,12 @@ def apply_pre(
             N, max(1, round(fraction · N)), any as likely as others, and divided by their share of N, so that the
             expected loss and gradient are those of all. At 1 nothing is drawn. Every process draws by itself; those
             that are seeded alike may draw the same numbers, which biases nothing.
+        nonfinite: of visual tokens with a nan or inf in the anchor or in a hidden state of one of the layers.
+            "propagate": the loss is not finite, nor are the gradients. "skip": they are left out, and the loss is that
+            of the batch without them: at level "image" the mean over an image's other tokens, and a group counts the
+            others alone. What `patch_trainer` counts ahead, or `defer` is given, still has them: there they are terms
+            of 0. `handle.metrics()` says how many there were. One more pass over the layers' hidden states and the
+            anchors. The loss of the model itself stays what it is.
         anchor_dim: z of a callable anchor; None is its attribute `anchor_dim`, else the model's width.
         mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool mask (B, T), or an
             integer one with the number of each token's image (1, 2, ...; 0 for text).
@@ -127,6 +135,7 @@ def apply_pre(
     choice("level", level, LEVELS)
     choice("weighting", weighting, WEIGHTINGS)
     _check_fraction(fraction)
+    choice("nonfinite", nonfinite, NONFINITE)
     choice("impl", impl, IMPLEMENTATIONS)
     if not callable(anchor):
         choice("anchor", anchor, ANCHORS)
@@ -173,7 +182,7 @@ def apply_pre(
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
     check_same_everywhere(head)
     objective = Objective(
-        parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted
+        parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted, nonfinite
     )
     return PreHandle(model, objective, head, weight, training)
 

@@ -100,11 +100,11 @@ class Capture:
         self.depth = len(parts.layers)
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off, and let go of what an interrupted forward has left."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        self.seen = None
+        self._drop()
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _untraced(self._begin, module, args, kwargs)
@@ -117,7 +117,8 @@ class Capture:
             raise RuntimeError(
                 "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP or FSDP"
             )
-        self.seen, self.inside = None, True
+        self._drop()  # no hook is called after a KeyboardInterrupt
+        self.inside = True
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
         inputs.update(kwargs)
         if self.start(inputs):
@@ -126,12 +127,17 @@ class Capture:
                 self.merge.open()
 
     def _end(self, output: Any) -> Any:
-        seen, self.seen, self.inside = self.seen, None, False
-        if self.merge is not None:
-            self.merge.close()
+        seen = self._drop()
         if seen is None or output is None:  # no output: the forward raised
             return None
         return self.finish(output, seen)
+
+    def _drop(self) -> Seen | None:
+        """End the forward; what it has captured."""
+        seen, self.seen, self.inside = self.seen, None, False
+        if self.merge is not None:
+            self.merge.close()
+        return seen
 
     def _text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.seen is None:

@@ -91,6 +91,8 @@ def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Ten
             raise ValueError(
                 f"{paths[WEIGHTS]!r}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
             )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{paths[WEIGHTS]!r}: `{name}` has dtype {tensor.dtype}, want floating point")
     return found
 
 

@@ -32,4 +32,5 @@ def sample_cosine(head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor 
     rows = torch.searchsorted(places, ranks + 1).clamp(max=len(flat) - 1)
     matching = rows if len(target) == len(flat) else ranks.clamp(max=len(target) - 1)
     cosines = -head(flat[rows], target[matching], None, loss="cosine", reduction="none", impl=impl)
-    return torch.stack([(cosines * valid).sum(), valid.sum().to(cosines.dtype)])
+    # what stands in for a row that does not count may be nan
+    return torch.stack([cosines.where(valid, 0).sum(), valid.sum().to(cosines.dtype)])

@@ -122,6 +122,7 @@ class PreHandle:
         - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not -cosine, of at most
           `cosine.SAMPLE` rows of each forward;
         - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this process's forwards;
+        - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they are not in the above;
         - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled, clipped), once an
           optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
         - "pre_weight": λ of the last step, if it has a schedule.
@@ -130,6 +131,7 @@ class PreHandle:
         """
         totals = self._totals()
         count, tokens, cosine, sampled, *sums = (totals if combine is None else combine(totals)).tolist()
+        skipped = sums.pop() if self._objective.nonfinite == "skip" else None
         self._contributed |= count > 0
         means = [s / count if count else math.nan for s in sums]
         found = {"pre_loss": sum(means) / len(means)}
@@ -140,6 +142,8 @@ class PreHandle:
         else:
             found["pre_cosine"] = cosine / sampled if sampled else math.nan
         found |= {"pre_rows": count, "pre_tokens": tokens, "pre_forwards": self._forwards}
+        if skipped is not None:
+            found["pre_skipped"] = skipped
         if self._norm is not None:
             found["pre_head_grad_norm"] = float(self._norm)
         if self._training.scheduled:
@@ -281,13 +285,15 @@ class PreHandle:
                 found.tokens.to(device, wide),
                 *(torch.stack(cosines).sum(0) if cosines else torch.zeros(2, dtype=wide, device=device)),
                 *((loss.detach().to(device) * scale.to(device)).to(wide) for loss in found.layers),
+                *(() if found.skipped is None else (found.skipped.to(device, wide),)),
             ]
         )
         self._sums = new if self._sums is None else self._sums + new
         self._forwards += 1
 
     def _totals(self) -> Tensor:
-        return torch.zeros(4 + len(self.layers), dtype=torch.double) if self._sums is None else self._sums
+        size = 4 + len(self.layers) + (self._objective.nonfinite == "skip")
+        return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
 
     def _measure(self, *_: Any) -> None:
         gradients = [p.grad for p in self.head.parameters() if p.grad is not None]

@@ -17,7 +17,7 @@ from .capture import Seen
 from .cosine import sample_cosine
 from .families import Parts
 from .parallel import Group
-from .rows import Rows, find_rows, image_weights, pool, sample
+from .rows import Rows, find_rows, finite, image_weights, pool, sample
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Terms:
     """The terms of one forward's loss: visual tokens, or images at level "image".
 
     Attributes:
+        tokens: bool mask (B, T) of the visual tokens that count.
         rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for all.
         anchor: its leading shape + (z,), else (N, z) in the order of the rows.
         weight: of the rows' leading shape, or None for 1.
@@ -32,8 +33,10 @@ class Terms:
         whole: what Σ weight · ℓ over all rows is divided by, None for `count`.
         divisor: what it is divided by over `rows`, None for Σ weight.
         images: the number of each visual token's image, at level "image".
+        skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are not.
     """
 
+    tokens: Tensor
     rows: Tensor | None
     anchor: Tensor
     weight: Tensor | None
@@ -41,6 +44,7 @@ class Terms:
     whole: Tensor | float | None = None
     divisor: Tensor | float | None = None
     images: Tensor | None = None
+    skipped: Tensor | None = None
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Losses:
         terms: this forward's terms, visual tokens or images; 0-d.
         tokens: the number of visual tokens, 0-d.
         cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
+        skipped: as in `Terms`.
     """
 
     layers: list[Tensor]
@@ -60,6 +65,7 @@ class Losses:
     terms: Tensor
     tokens: Tensor
     cosines: list[Tensor]
+    skipped: Tensor | None = None
 
 
 @dataclass
@@ -77,6 +83,7 @@ class Objective:
     weighting: str = "token"
     fraction: float = 1.0
     group: Group | None = None
+    nonfinite: str = "propagate"
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """What Σ over a forward with these arguments has to be divided by: its visual tokens, or its images; 0-d."""
@@ -98,13 +105,13 @@ class Objective:
 
         rows.check(hidden[0])
         with torch.no_grad():
-            terms = self._terms(seen, rows, hidden[0].device, divisor)
+            terms = self._terms(seen, rows, hidden, divisor)
         whole = terms.count if terms.whole is None else terms.whole
-        found = Losses([], whole, terms.count, rows.mask.sum(), [])
+        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:
-                state = pool(state, rows.mask.to(device), terms.images.to(device))
+                state = pool(state, terms.tokens.to(device), terms.images.to(device))
             with _products(seen, number, state, head):
                 options = self._options(state, terms.divisor, terms.weight)
                 selected = None if terms.rows is None else terms.rows.to(device)
@@ -114,18 +121,28 @@ class Objective:
                     found.cosines.append(sample_cosine(head, state, target, selected, self.impl))
         return found
 
-    def _terms(self, seen: Seen, rows: Rows, device: torch.device, divisor: Tensor | float | None) -> Terms:
-        mask = rows.mask
-        terms = Terms(mask, self._anchor(seen, rows), None, mask.sum())
-        if self.level == "image":
-            terms.images = rows.images(self.parts, seen.inputs)
+    def _terms(self, seen: Seen, rows: Rows, hidden: list[Tensor], divisor: Tensor | float | None) -> Terms:
+        mask, anchor, images, skipped = rows.mask, self._anchor(seen, rows), None, None
+        if "image" in (self.level, self.weighting):
+            images = rows.images(self.parts, seen.inputs)
+        if self.nonfinite == "skip":
+            mask, skipped = finite(mask, anchor, hidden), mask.sum()
+            skipped = skipped - mask.sum()
+            flat = anchor.shape[:-1] != mask.shape
+            if flat or images is not None:  # both have read the host anyway
+                kept = mask[rows.mask]
+                anchor = anchor[kept.to(anchor.device)] if flat else anchor
+                images = None if images is None else images[kept.to(images.device)]
+        terms = Terms(mask, mask, anchor, None, mask.sum(), skipped=skipped)
+        if images is not None and self.level == "image":
+            terms.images = images
             where = terms.anchor.device
-            terms.anchor = pool(terms.anchor, mask.to(where), terms.images.to(where))
+            terms.anchor = pool(anchor, mask.to(where), images.to(where))
             mask, terms.rows = mask.new_ones(len(terms.anchor)), None
             terms.count = torch.tensor(len(mask))
-        elif self.weighting == "image":
-            terms.weight, terms.count = image_weights(mask, rows.images(self.parts, seen.inputs))
-        terms.whole = terms.divisor = self._whole(terms.count, device, divisor)
+        elif images is not None:
+            terms.weight, terms.count = image_weights(mask, images)
+        terms.whole = terms.divisor = self._whole(terms.count, hidden[0].device, divisor)
         if self.fraction < 1:
             terms.rows, share = sample(mask, self.fraction)
             if terms.anchor.shape[:-1] != mask.shape:
@@ -156,7 +173,8 @@ class Objective:
         """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
         zero = torch.zeros((), dtype=torch.long)
         whole = self._whole(zero, hidden[0].device, divisor)
-        found = Losses([], 1.0 if whole is None else whole, zero, zero, [])
+        skipped = zero if self.nonfinite == "skip" else None
+        found = Losses([], 1.0 if whole is None else whole, zero, zero, [], skipped)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             none, target = state.new_zeros(0, dtype=torch.long), state.new_zeros(0, self.anchor_dim)
             normalizer = whole.to(state.device) if torch.is_tensor(whole) else whole
@@ -188,7 +206,7 @@ class Objective:
             )
         if found.shape[-1] != self.anchor_dim:
             raise ValueError(f"anchor: got shape {tuple(found.shape)}, want width {self.anchor_dim} (anchor_dim)")
-        if debugging():
+        if debugging() and self.nonfinite != "skip":
             _check_finite(found, rows.mask)
         return found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,22 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
     if torch.is_tensor(attention) and attention.shape == mask.shape:
         mask = mask & attention.bool().to(mask.device)
     return Rows(mask, places)
+
+
+def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`; no host sync.
+
+    Args:
+        mask: bool, of N rows.
+        anchor: (B, T, z), or (N, z) in the order of the rows.
+        hidden: each (B, T, d).
+    """
+    kept = mask
+    for rows in (anchor, *hidden):
+        # the largest magnitude: one pass, and nan and inf come through it
+        good = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1).isfinite().to(mask.device)
+        kept = kept & (good if good.shape == mask.shape else torch.ones_like(mask).masked_scatter(mask, good))
+    return kept
 
 
 def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - the head's parameters are in optimizer groups of their own, last, with `head_lr` and `head_weight_decay`, also
       where a subclass makes the optimizer or leaves the head out; an optimizer given to the Trainer stays as it is;
     - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
-    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm" and "pre_weight", each where
-      `handle.metrics()` has it, over all processes, since the last log;
+    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm" and "pre_weight",
+      each where `handle.metrics()` has it, over all processes, since the last log;
     - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
       too where the Trainer would not, because its keys were renamed on saving.
 
@@ -213,7 +213,7 @@ def _log(
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
         found = handle.metrics(combine=functools.partial(_over_processes, trainer))
-        if found["pre_rows"]:
+        if found["pre_rows"] or found.get("pre_skipped"):
             logs |= {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
     return original(logs, *args, **kwargs)
 

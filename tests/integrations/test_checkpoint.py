@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
+from safetensors.torch import load_file, save_file
 from tiny_models import build
-from torch import nn
+from torch import Tensor, nn
 
 
 @pytest.mark.parametrize("layer", [2, [1, 3]], ids=str)
@@ -100,14 +102,76 @@ def test_broken_config(tmp_path: Path, content: bytes) -> None:
         handle.load(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0, 4, 100, -5])
-def test_broken_weights(tmp_path: Path, cut: int) -> None:
+def changed_config(**more: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text()) | more
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+    return change
+
+
+def changed_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return write
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: int(share * (folder / name).stat().st_size)]
+    )
+
+
+BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
+    *[(WEIGHTS, cut(WEIGHTS, share), "no valid safetensors file") for share in (0, 0.0005, 0.01, 0.3, 0.6, 0.9999)],
+    *[(CONFIG, cut(CONFIG, share), "no valid JSON") for share in (0.2, 0.9)],
+    (CONFIG, changed_config(format=0), "format 0, want 1"),
+    (CONFIG, changed_config(format=2), "format 2, want 1"),
+    (CONFIG, changed_config(format="1"), "format '1', want 1"),
+    (CONFIG, changed_config(format=...), "format None, want 1"),
+    (CONFIG, changed_config(activation=...), "says None, this handle has 'gelu'"),
+    (WEIGHTS, changed_weights(lambda t: t.pop("0.b2")), r"holds .*'0.b1', '0.w1'.*this head has .*'0.b2'"),
+    (WEIGHTS, changed_weights(lambda t: t.update(w3=torch.ones(2))), r"holds .*'w3'"),
+    (WEIGHTS, changed_weights(lambda t: t.update({"1.w2": torch.ones(32, 8)})), r"`1.w2` has shape \(32, 8\)"),
+    (WEIGHTS, changed_weights(lambda t: t.update({"1.b2": torch.ones(32).int()})), r"`1.b2` has dtype torch.int32"),
+]
+
+
+def test_a_broken_checkpoint_is_named_and_loads_nothing(tmp_path: Path) -> None:
+    """Two heads, of which the second may be the broken one."""
+    apply_pre(build("llava", seed=1), [1, 3]).save(tmp_path)
+    good = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    handle = apply_pre(build("llava"), [1, 3])
+    before = {n: p.detach().clone() for n, p in handle.head.named_parameters()}
+    for file, change, message in BROKEN:
+        change(tmp_path)
+        with pytest.raises(ValueError, match=message) as caught:
+            handle.load(tmp_path)
+        assert str(tmp_path / file) in str(caught.value)
+        assert all(torch.equal(p, before[n]) for n, p in handle.head.named_parameters())
+        for name, content in good.items():
+            (tmp_path / name).write_bytes(content)
+    changed_config(pre_kernels="99.0", later="?")(tmp_path)  # a later version of the same format may say more
+    handle.load(tmp_path)
+    assert not torch.equal(handle.head[0].w1, before["0.w1"])
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = apply_pre(build("llava"))
     handle.save(tmp_path)
-    path = tmp_path / WEIGHTS
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"no valid safetensors file"):
-        handle.load(tmp_path)
+    before = [(tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)]
+    handle.head.reset_parameters()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        handle.save(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)] == before
 
 
 def test_weights_that_are_not_what_the_config_says(tmp_path: Path) -> None:
