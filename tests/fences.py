@@ -36,7 +36,7 @@ class Fenced:
     def __init__(self) -> None:
         self.watched: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def _place(self, like: torch.Tensor, fill: bool, constant: bool) -> torch.Tensor:
+    def _place(self, like: torch.Tensor, fill: bool, constant: bool, live: int | None = None) -> torch.Tensor:
         margin = MARGIN // like.element_size()
         span = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
         small = like.dtype == torch.float8_e4m3fn  # which cannot be filled
@@ -44,7 +44,7 @@ class Fenced:
         buffer = buffer.to(torch.uint8).view(like.dtype) if small else buffer.to(like.dtype)
         inner = buffer.as_strided(like.shape, like.stride(), margin)
         if fill:
-            inner.copy_(like)
+            inner[:live].copy_(like[:live]) if inner.dim() else inner.copy_(like)
         watched = torch.ones(buffer.shape, dtype=torch.bool, device=like.device)
         if not constant:
             watched.as_strided(like.shape, like.stride(), margin).fill_(False)
@@ -55,13 +55,13 @@ class Fenced:
     def _bytes(buffer: torch.Tensor) -> torch.Tensor:
         return buffer.view(torch.uint8).view(buffer.shape[0], -1)
 
-    def __call__(self, tensor):
-        """An input, which stays as it is."""
-        return self._place(tensor, fill=True, constant=True)
+    def __call__(self, tensor, live=None):
+        """An input, which stays as it is; poison from row `live` on."""
+        return self._place(tensor, fill=True, constant=True, live=live)
 
-    def both(self, tensor):
+    def both(self, tensor, live=None):
         """An input that is written over."""
-        return self._place(tensor, fill=True, constant=False)
+        return self._place(tensor, fill=True, constant=False, live=live)
 
     def out(self, *shape, dtype=torch.float32, device=None):
         return self._place(torch.empty(shape, dtype=dtype, device=device), fill=False, constant=False)
@@ -74,10 +74,10 @@ class Fenced:
 class Plain:
     """The same without fences, and other values where nothing is promised yet."""
 
-    def __call__(self, tensor):
+    def __call__(self, tensor, live=None):
         return tensor
 
-    def both(self, tensor):
+    def both(self, tensor, live=None):
         return tensor.clone()
 
     def out(self, *shape, dtype=torch.float32, device=None):

@@ -39,7 +39,7 @@ def read(q, n):
 
 def gathers(f, device, width):
     x = f(randn(device, 9, 2 * width)[:, ::2])
-    index = f(torch.tensor([8, 0, 3, 2, 1, 7], dtype=torch.int32, device=device))
+    index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)  # 8 is the last
     out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
     rows.gather(x, out, index=index, **live(f, device, 5))
     rows.gather(x, cleared, index=index, clear=True, **live(f, device, 5))
@@ -66,27 +66,27 @@ def selects(f, device, width):
 
 
 def activations(f, device, width):
-    z, dg = randn(device, 9, width), f(randn(device, 9, width))
-    g, dz, more = f.out(9, width, device=device), f.both(z), f.both(z)
+    z, dg = randn(device, 9, width), randn(device, 9, width)
+    g, dz, more = f.out(9, width, device=device), f.both(z, 7), f.both(z)
     sums, added = f.out(3, width, device=device), f.both(randn(device, 3, width))
-    activation.apply_activation(f(z), g, "silu", **live(f, device, 9))
-    activation.apply_activation_grad(dg, dz, "gelu", sums=sums, **live(f, device, 9))
-    activation.apply_activation_grad(dg, more, "gelu", sums=added, first=False)
-    results = [g[:7], dz, sums, more, added]
+    activation.apply_activation(f(z, 7), g, "silu", **live(f, device, 9))
+    activation.apply_activation_grad(f(dg, 7), dz, "gelu", sums=sums, **live(f, device, 9))
+    activation.apply_activation_grad(f(dg), more, "gelu", sums=added, first=False)
+    results = [g[:7], dz[:7], sums, more, added]
     if width <= LONGEST:
         q, dq = quantized(f, device, 9, width), quantized(f, device, 9, width)
         activation.apply_activation(f(z), g, "silu", quantized=q)
-        activation.apply_activation_grad(dg, f.both(z), "relu", quantized=dq)
+        activation.apply_activation_grad(f(dg), f.both(z), "relu", quantized=dq)
         results += [*read(q, 9), *read(dq, 9)]
     return results
 
 
 def row_losses(f, device, width):
     anchor, weight = f(randn(device, 20, 2 * width)[:, ::2]), f(randn(device, 20).abs())
-    index, upstream = f(torch.randperm(20, device=device)), f(randn(device, 20))
     results, n = [], 9 if width <= LONGEST else 4
+    index, upstream = f(torch.arange(21, 1, -1, device=device) % 20, n), f(randn(device, 20), n)
     for loss, first in (("cosine", True), ("mse", False), ("smooth_l1", True)):
-        p, losses = f.both(randn(device, n, width)), f.out(20, device=device)
+        p, losses = f.both(randn(device, n, width), n - 2), f.out(20, device=device)
         sums = f.out(2, width, device=device) if first else f.both(randn(device, 2, width))
         q = quantized(f, device, n, width) if width <= LONGEST else None
         chosen = {"index": index, "gather_anchor": True, "weight": weight, "gather_weight": True}
@@ -104,13 +104,13 @@ def row_losses(f, device, width):
             **chosen,
             **live(f, device, n),
         )
-        results += [p, losses[2:n], sums, *(read(q, 7) if q else ())]
+        results += [p if first else p[: n - 2], losses[2:n], sums, *(read(q, 7) if q else ())]
     return results
 
 
 def finishes(f, device, width):
-    losses, weight = f(randn(device, width + 50)), f(randn(device, width + 50).abs())
-    index, count = f(torch.randperm(width + 50, device=device)), f(torch.tensor(width, device=device).int())
+    losses, weight = f(randn(device, width + 50), width), f(randn(device, width + 50).abs())
+    index, count = f(torch.randperm(width + 50, device=device), width), f(torch.tensor(width, device=device).int())
     loss = finish.reduce_loss(losses, mean=True, weight=weight, index=index, count=count)
     matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
     sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
@@ -121,16 +121,16 @@ def finishes(f, device, width):
 
 def products(f, device, width, dtype=torch.float32, k=None):
     k = k or width + 7
-    x, w, bias = f(randn(device, 21, k, dtype=dtype)), f(randn(device, k, width, dtype=dtype)), randn(device, width)
+    w, bias = f(randn(device, k, width, dtype=dtype)), f(randn(device, width, dtype=dtype))
+    x, dy = randn(device, 21, k, dtype=dtype), randn(device, 21, width, dtype=dtype)
     y, back = (f.out(21, n, dtype=dtype, device=device) for n in (width, k))
-    matmul.matmul(x, w, y, bias=f(bias.to(dtype)), **live(f, device, 18))
-    dy, first = f(randn(device, 21, width, dtype=dtype)), f.out(width, k, device=device)
-    matmul.matmul(dy, w.t(), back)
-    total = f.both(randn(device, width, k))
-    weight_grad.add_weight_grad(first, dy, x, first=True, **live(f, device, 18))
-    weight_grad.add_weight_grad(total, dy, x)
+    matmul.matmul(f(x, 16), w, y, bias=bias, **live(f, device, 18))
+    matmul.matmul(f(dy), w.t(), back)
+    first, total = f.out(width, k, device=device), f.both(randn(device, width, k))
+    weight_grad.add_weight_grad(first, f(dy, 16), f(x, 16), first=True, **live(f, device, 18))
+    weight_grad.add_weight_grad(total, f(dy), f(x))
     strided, last = f(randn(device, k, 21, dtype=dtype)).t(), f.out(width, k, device=device)
-    weight_grad.add_weight_grad(last, dy, strided, first=True)
+    weight_grad.add_weight_grad(last, f(dy), strided, first=True)
     return [y[:16], back, first, total, last]
 
 
