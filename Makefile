@@ -61,7 +61,7 @@ bench-report: $(INSTALLED)  ## the committed results as the README's tables and 
 peers: $(INSTALLED)  ## what is compared with, in .deps/peers, for a GPU machine that has no network
 	$(BIN)/pip install --quiet --no-deps --target .deps/peers liger-kernel
 
-gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|bench|peers|profile|sweep, results to $GPU_OUT
+gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|sanitize|bench|peers|profile|sweep, results to $GPU_OUT
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy

@@ -1,6 +1,7 @@
 """The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton and pytest.
 
     python -m bench.gpu --stage tests       the tests on the GPU: the kernels, the loss, the integrations
+    python -m bench.gpu --stage sanitize    every kernel under compute-sanitizer: memcheck, racecheck
     python -m bench.gpu --stage bench       speed and memory beside the peers, over the real shapes
     python -m bench.gpu --stage peers       the first two of them again, with the peers that compile for minutes
     python -m bench.gpu --stage profile     kernels of a step, host syncs, graphs, workspace, first call, training step
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     command: list[str]
     limit: float  # seconds
     log: str | None = None  # file for its output; None: the screen
+    settings: dict[str, str] = {}  # noqa: RUF012  of its environment, beside those of every part
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -59,6 +61,35 @@ def tests(dry: bool, out: Path) -> Iterator[Part]:
     # compiling ahead of time and the benchmark's own tests say nothing new on a GPU
     done = ("test_loss", "test_compile", "test_bench")
     yield Part([*command, "tests", *(f"--ignore=tests/{name}.py" for name in done)], 400)
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer of the CUDA toolkit, which does not put it on every PATH."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders = [Path(home, "bin") for home in (*homes, "/usr/local/cuda")]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(map(str, folders))
+    )
+
+
+def sanitize(dry: bool, out: Path) -> Iterator[Part]:
+    """Each kernel in the small sizes of its fences, which run without them too. Every tensor an allocation of its own:
+    within the blocks that torch caches an access beyond a tensor is no error."""
+    tool = sanitizer()
+    if tool is None:
+        print(
+            "== compute-sanitizer is missing: neither on PATH nor in CUDA_HOME; no memcheck, no racecheck", flush=True
+        )
+    command = _module("pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider")
+    command += ["tests/test_memory_safety.py", "-k"]
+    if dry:
+        yield Part([*command, "between_fences and scatters and 130"], 60)
+        return
+    for check in ("memcheck", "racecheck") if tool else ():
+        options = ["--tool", check, "--target-processes", "all", "--error-exitcode", "99"]
+        yield Part(
+            [str(tool), *options, *command, "between_fences"], 240, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        )
 
 
 def bench(dry: bool, out: Path) -> Iterator[Part]:
@@ -112,7 +143,7 @@ def sweep(dry: bool, out: Path) -> Iterator[Part]:
         yield Part(_module("bench.sweep", "sizes", "--n", str(n), *small), 60)
 
 
-STAGES = {"tests": tests, "bench": bench, "peers": costly, "profile": profile, "sweep": sweep}
+STAGES = {"tests": tests, "sanitize": sanitize, "bench": bench, "peers": costly, "profile": profile, "sweep": sweep}
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
@@ -127,7 +158,12 @@ def run(part: Part, seconds: float, out: Path, dry: bool = False) -> int | None:
     log = (out / part.log).open("w") if part.log else None
     try:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment(out, dry), stdout=log, stderr=log, start_new_session=True
+            part.command,
+            cwd=ROOT,
+            env=environment(out, dry) | part.settings,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             return process.wait(seconds)

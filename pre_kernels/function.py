@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops  # noqa: F401  (registers the operators)
 from .checks import Options, Problem
+
+INSTEAD = "reference.pre_loss, the equations in plain PyTorch, does"
 
 
 def recomputes(options: Options) -> bool:
@@ -40,10 +43,11 @@ class _PreLoss(torch.autograd.Function):
         options: tuple[Any, ...],
         impl: str,
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         tensors = (hidden, w1, b1, w2, b2, anchor, rows, weight, normalizer)
         wanted = list(ctx.needs_input_grad[:5]) if grad_enabled else [False] * 5
         recompute = recomputes(Options(*options))
+        token = hidden.new_empty(0)  # what `_Once` hangs on
         loss, divisor, place, dh, *sums = torch.ops.pre_kernels.loss(
             *tensors, [False] * 5 if recompute else wanted, impl, *options
         )
@@ -54,13 +58,13 @@ class _PreLoss(torch.autograd.Function):
             if recompute:
                 # a copy of the rows: the caller may reuse the tensor before the backward
                 rows = None if rows is None else rows.clone()
-                ctx.save_for_backward(*tensors[:5], _constant(anchor), rows, _constant(weight), divisor)
+                ctx.save_for_backward(*tensors[:5], _constant(anchor), rows, _constant(weight), divisor, token)
             else:
-                ctx.save_for_backward(divisor, place, dh, *sums)
+                ctx.save_for_backward(divisor, place, dh, *sums, token)
         # torch.compile wants to see them leave: their first size may be one that only the device knows
         ctx.mark_non_differentiable(dh, place)
         ctx.set_materialize_grads(False)  # no zeros of dH's size as their gradients
-        return loss, dh, place
+        return loss, dh, place, token
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -68,18 +72,18 @@ class _PreLoss(torch.autograd.Function):
             return (None,) * 12
         with torch.no_grad():
             if ctx.recompute:
-                *tensors, divisor = ctx.saved_tensors
+                *tensors, divisor, token = ctx.saved_tensors
                 grads = torch.ops.pre_kernels.recompute(
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:
-                divisor, place, *sums = ctx.saved_tensors
+                divisor, place, *sums, token = ctx.saved_tensors
                 grads = torch.ops.pre_kernels.rescale(
                     upstream, divisor, None if ctx.all_rows else place, *sums, ctx.total, *ctx.dtypes, ctx.impl
                 )
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [None if grad is None else _Once.apply(grad, torch.ones((), requires_grad=True)) for grad in grads]
+            grads = [None if grad is None else _Once.apply(grad, upstream, token) for grad in grads]
         return (*grads, *(None,) * 7)
 
 
@@ -90,21 +94,32 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _dual(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 class _Once(torch.autograd.Function):
-    """A gradient that raises when it is differentiated. PyTorch's `once_differentiable` lets it pass as a constant
-    where the upstream gradient is one, and a penalty on the gradient would silently do nothing."""
+    """A gradient that raises when it is differentiated, by the inputs (which the token leads to) or by the upstream
+    gradient. PyTorch's `once_differentiable` lets it pass as a constant where the upstream gradient is one, and a
+    penalty on the gradient would silently do nothing; so would one hung on a leaf of its own, in `autograd.grad` by the
+    inputs."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, upstream: Tensor, token: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("fused_pre_loss: its gradient was differentiated; it is once-differentiable")
+        raise RuntimeError(f"fused_pre_loss: its gradient was differentiated; it is once-differentiable; {INSTEAD}")
 
 
 def pre_loss(problem: Problem, impl: str) -> Tensor:
     """The loss of a checked problem, computed by `impl`."""
+    if not torch.compiler.is_compiling():  # which would take these questions, or a `jvp` that raises, for a graph break
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"fused_pre_loss: does not run under a transform of torch.func; {INSTEAD}")
+        if forward_ad._current_level >= 0 and any(_dual(tensor) for tensor in problem[:5]):
+            raise NotImplementedError(f"fused_pre_loss: has no forward-mode derivative; {INSTEAD}")
     # inside forward grad mode is always off, and needs_input_grad stays True
     loss, *_ = _PreLoss.apply(*problem[:9], tuple(problem.options), impl, torch.is_grad_enabled())
     return loss

@@ -132,7 +132,10 @@ def fused_pre_loss(
 
     Raises:
         ValueError, TypeError: for a wrong argument, naming it, what was given and what is wanted.
-        RuntimeError: if `impl` cannot run here; also when differentiated twice.
+        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated, by whatever.
+        NotImplementedError: under a transform of torch.func, or for an input with a forward-mode tangent.
+
+    The same call gives the same bits on the same device and versions, as far as the vendor's products do.
 
     Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights; a mask with "none",
     with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one for any mask. Calls without a sync can

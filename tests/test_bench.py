@@ -229,7 +229,7 @@ def test_every_stage_of_the_gpu_script(stage, tmp_path, monkeypatch):
     assert gpu.main(["--stage", stage, "--dry-run", "--out", str(tmp_path)]) == 0
     lines = record.load([tmp_path / "dry-run.jsonl"])
     kinds = {one["kind"] for one in lines}
-    wanted = {"tests": {"test"}, "bench": {"loss"}, "peers": {"loss"}, "sweep": {"tile", "sweep"}}
+    wanted = {"tests": {"test"}, "sanitize": {"test"}, "bench": {"loss"}, "peers": {"loss"}, "sweep": {"tile", "sweep"}}
     wanted["profile"] = {"sync", "fullgraph", "step", "kernel", "workspace", "firstcall", "training"}
     assert kinds >= wanted[stage]
     if stage == "bench":
@@ -249,6 +249,29 @@ def test_a_part_that_hangs_is_ended(tmp_path):
     assert gpu.run(gpu.Part([sys.executable, "-c", "import time; time.sleep(60)"], 60), 1.0, tmp_path) is None
     assert gpu.run(gpu.Part([sys.executable, "-c", "exit(3)"], 60, "log.txt"), 9.0, tmp_path) == 3
     assert time.monotonic() - start < 15
+
+
+def test_compute_sanitizer(tmp_path, monkeypatch, capsys):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool, path=None: None)
+    assert list(gpu.sanitize(False, tmp_path)) == []
+    assert "compute-sanitizer is missing" in capsys.readouterr().out
+    monkeypatch.undo()
+
+    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"\nexit 99\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    parts = list(gpu.sanitize(False, tmp_path))
+    assert [part.command[2] for part in parts] == ["memcheck", "racecheck"]
+    assert gpu.run(parts[1]._replace(log="log.txt"), 30.0, tmp_path) == 99
+    said = (tmp_path / "log.txt").read_text()
+    assert said.startswith("1 --tool racecheck ")
+    assert "-m pytest" in said
+    assert "tests/test_memory_safety.py -k between_fences" in said
 
 
 def test_without_a_gpu_the_script_says_so(monkeypatch, capsys):

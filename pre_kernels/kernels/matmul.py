@@ -49,7 +49,7 @@ def matmul_kernel(
     o_k = tl.arange(0, BLOCK_K)
     # rows and columns beyond the edge repeat others instead of taking a mask; they are not stored
     p_x = x_ptr + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm + o_k[None, :] * stride_xk  # (M, K)
-    p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N)[None, :] * stride_wn  # (K, N)
+    p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N).to(tl.int64)[None, :] * stride_wn  # (K, N)
 
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):

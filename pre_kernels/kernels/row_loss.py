@@ -57,7 +57,8 @@ def row_loss_kernel(
         if GATHER_ANCHOR or GATHER_WEIGHT:
             selected = tl.load(index_ptr + start + o_n, mask=m_n, other=0).to(tl.int64)
         p_p = p_ptr + o_n.to(tl.int64)[:, None] * Z + o_b[None, :]
-        p_a = a_ptr + (selected if GATHER_ANCHOR else rows)[:, None] * stride_am + o_b[None, :] * stride_az
+        p_a = a_ptr + (selected if GATHER_ANCHOR else rows)[:, None] * stride_am
+        p_a += o_b.to(tl.int64)[None, :] * stride_az
         weight = tl.full((ROWS,), 1.0, tl.float32)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0)
@@ -73,7 +74,7 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 b_pp += b_p * b_p
                 b_aa += b_a * b_a
             # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
@@ -85,7 +86,7 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 b_cosine += (b_p / p_norm[:, None]) * (b_a / a_norm[:, None])
             cosine = tl.sum(b_cosine, 1)
             loss = -cosine
@@ -96,7 +97,7 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 b_d = b_p - b_a
                 if LOSS == "mse":
                     b_loss += b_d * b_d
@@ -117,7 +118,7 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + z * stride_az, mask=mask, other=0.0))
+                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 if LOSS == "cosine":
                     # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|; unit vectors cancel exactly where p and a are parallel
                     b_dp = along[:, None] * (b_p / p_norm[:, None]) - b_a / a_norm[:, None]

@@ -76,7 +76,8 @@ def gather_kernel(
         rows = (start + o_n).to(tl.int64)
     last = n if CLEAR else live
     m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
-    b_x = widen(tl.load(x_ptr + rows[:, None] * stride_xm + o_d[None, :] * stride_xd, mask=m_x, other=0.0))
+    p_x = x_ptr + rows[:, None] * stride_xm + o_d.to(tl.int64)[None, :] * stride_xd
+    b_x = widen(tl.load(p_x, mask=m_x, other=0.0))
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < last)[:, None] & (o_d < D)[None, :])

@@ -41,7 +41,7 @@ def weight_grad_kernel(
     o_k = tl.arange(0, BLOCK_K)
     # columns beyond the edge wrap around instead of taking a mask; they are not stored
     p_dy = dy_ptr + o_k[None, :] * M + (o_m % M)[:, None]  # (M, K)
-    p_x = x_ptr + (o_n % N)[None, :] * stride_xn  # (1, N)
+    p_x = x_ptr + (o_n % N).to(tl.int64)[None, :] * stride_xn  # (1, N)
 
     b_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, live, BLOCK_K):

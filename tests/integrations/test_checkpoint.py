@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build
 from torch import Tensor, nn
 
+DATA = Path(__file__).parents[1] / "data"
+
 
 @pytest.mark.parametrize("layer", [2, [1, 3]], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -35,6 +37,15 @@ def test_load_casts(tmp_path: Path) -> None:
     second = apply_pre(build("llava").bfloat16())
     second.load(tmp_path)
     assert torch.equal(second.head.w1, first.head.w1.bfloat16())
+
+
+@pytest.mark.parametrize("folder", sorted(DATA.glob("head-*")), ids=lambda folder: folder.name)
+def test_heads_of_earlier_versions(folder: Path) -> None:
+    handle = apply_pre(build("llava"), hidden_dim=2, loss="mse", activation="silu")
+    handle.load(folder)
+    found = load_file(folder / WEIGHTS)
+    assert found.keys() == {"w1", "b1", "w2", "b2"}
+    assert all(torch.equal(p, found[name]) for name, p in handle.head.named_parameters())
 
 
 def test_save_replaces(tmp_path: Path) -> None:
