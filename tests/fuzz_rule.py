@@ -2,8 +2,8 @@
 
 The rule of oracle.py compares two samples of rounding noise. Where a few rows or elements dominate a tensor, eager's
 error may be small by chance, and eager itself breaks the rule against its own error on another sample. So a tensor
-outside the rule is judged again by the same rule over an ensemble: the case and neighbours of it, whose inputs differ
-in their last bits. What is worse than eager fails that too, and is a violation; what passes is counted as "luck".
+outside the rule is judged again by the same rule over an ensemble: the case and neighbours of it, alike but for the
+bits that are rounded. What is worse than eager fails that too, and is a violation; what passes is counted as "luck".
 
 An overflow in eager is no error to compare with: where float64 is finite and eager is not, ours is held against float64
 alone ("overflow").
@@ -39,9 +39,9 @@ class Outcome(NamedTuple):
     message: str
 
 
-def run(spec: Spec) -> list[Outcome]:
+def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
     """The outcome of each tensor of a case."""
-    case, extra = build(spec)
+    case, extra = build(spec, device)
 
     def function(**arguments: Any) -> Tensor:
         return fused_pre_loss(**arguments, **extra, impl=spec.impl)
@@ -89,18 +89,20 @@ class Ensemble:
 
 
 def neighbour(case: oracle.Case, seed: int) -> oracle.Case:
-    """The case with inputs that differ by up to 2 eps and an upstream gradient that differs by up to 10 %: the same
-    problem for every purpose but rounding."""
+    """The same problem for every purpose but rounding. Inputs differ by up to 2 eps; the upstream gradient and each
+    column of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay parallel.
+    The last bits alone would not do where every row is the same: what is lost depends on the leading ones too."""
     g = torch.Generator().manual_seed(seed)
+    columns = 2 ** -torch.rand(case.tensors["w2"].shape[0], generator=g, dtype=torch.float64)
+    factors = {"w2": columns[:, None], "b2": columns, "anchor": columns}
 
     def near(name: str, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype if name == "anchor" else case.product_dtype).eps
-        steps = torch.randint(-2, 3, x.shape, generator=g).to(x.device)
-        return (x.double() * (1 + eps * steps)).to(x.dtype)
+        change = (1 + eps * torch.randint(-2, 3, x.shape, generator=g)) * factors.get(name, 1)
+        return (x.double() * change.to(x.device)).to(x.dtype)
 
     tensors = {name: None if x is None else near(name, x) for name, x in case.tensors.items()}
-    upstream = case.upstream * (0.9 + 0.2 * torch.rand((), generator=g).item())
-    return dataclasses.replace(case, tensors=tensors, upstream=upstream)
+    return dataclasses.replace(case, tensors=tensors, upstream=case.upstream * 2 ** -torch.rand((), generator=g).item())
 
 
 def _estimated_errors(case: oracle.Case) -> dict[str, Tensor]:
