@@ -33,13 +33,13 @@ from .device import current
 from .report import markdown, plain_table
 
 SHARES = {"torch": 0.9, "triton": 0.05, "blas": 0.05}
-BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: about half a minute each on a busy machine
+BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
 
 
 def blocks(cases: int) -> list[tuple[str, int]]:
-    """(implementation, number) of every block, those that take longest first."""
+    """(implementation, number) of every block."""
     counts = {impl: math.ceil(cases * share / BLOCK[impl]) for impl, share in SHARES.items()}
-    return [(impl, i) for impl in ("triton", "blas", "torch") for i in range(counts[impl])]
+    return [(impl, i) for impl in SHARES for i in range(counts[impl])]
 
 
 def run_block(impl: str, number: int, seed: int) -> list[dict[str, Any]]:
