@@ -32,7 +32,7 @@ from .check import ROOT
 from .device import current
 from .report import markdown, plain_table
 
-SHARES = {"torch": 0.9, "triton": 0.05, "blas": 0.05}
+SHARES = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
 BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
 
 
@@ -45,7 +45,7 @@ def blocks(cases: int) -> list[tuple[str, int]]:
 def run_block(impl: str, number: int, seed: int) -> list[dict[str, Any]]:
     """The cases of one block and their outcomes."""
     import hypothesis
-    from fuzz_cases import specs
+    from fuzz_draw import specs
 
     found: list[dict[str, Any]] = []
 
@@ -105,7 +105,7 @@ def _prepare() -> None:
 def _kept(seed: int) -> Path:
     """Where blocks are kept: another file for other code, so that results of two versions do not mix."""
     digest = hashlib.sha256(record.stamp(current())["source"].encode())
-    for name in ("oracle.py", "fuzz_cases.py", "fuzz_rule.py"):
+    for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py"):
         digest.update((ROOT / "tests" / name).read_bytes())
     path = ROOT / "build" / "fuzz" / f"{seed}-{digest.hexdigest()[:12]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
