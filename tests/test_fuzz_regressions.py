@@ -1,5 +1,6 @@
 """Cases that fuzzing found to be outside the rule, kept after the repair, and the judge of such cases itself."""
 
+import oracle
 import pytest
 import torch
 from fuzz_cases import Spec, build
@@ -46,7 +47,9 @@ EAGER_OVERFLOWS = Spec(
     upstream=0.37,
 )
 # rows alike: eager's error in dW2 is small by chance
-EAGER_IS_LUCKY = Spec(leading=(131, 3), d=1, m=3, loss="mse", bias=(False, False), scale_anchor=3, layout="expanded")
+EAGER_IS_LUCKY = Spec(
+    leading=(131, 3), d=1, m=3, loss="mse", bias=(False, False), pattern="all", scale_anchor=3, layout="expanded"
+)
 
 
 @pytest.mark.parametrize("spec", FOUND.values(), ids=FOUND.keys())
@@ -66,7 +69,7 @@ def test_where_eager_is_no_measure(spec, tensor, verdict):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("what", ["sum", "infinite"])
 def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
-    """In every ensemble too: a tenth of the gradient's eps more is nothing, twice eager's error is found."""
+    """In every ensemble too: the noise of neighbours is no excuse."""
     from pre_kernels import products
 
     real = products.add_product
@@ -90,6 +93,6 @@ def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():
     spec = Spec(leading=(5, 3), outliers="tokens", zero_rows=True, rows="index64", weight="compact")
     case, again = build(spec)[0], build(spec)[0]
     assert all(torch.equal(x, again.tensors[name]) for name, x in case.tensors.items())
-    ensemble = Ensemble(lambda **arguments: arguments["hidden"].sum() + arguments["w2"].sum(), case)
+    ensemble = Ensemble(lambda **arguments: sum(arguments[name].sum() for name in oracle.LEAVES), case)
     values = [ensemble.member(i)["loss"][0] for i in range(3)]
     assert len(set(map(float, values))) == 3
