@@ -1,6 +1,6 @@
 """What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the README.
 
-    python -m bench.evidence                    5 seeds, a process for each core; what is done already is not done again
+    python -m bench.evidence                     5 seeds, a process for each core; what is done is not done again
     python -m bench.evidence --readme README.md  no training: the table of the committed results between its markers
 
 Every seed pre-trains one model, and every arm starts from it, on the same batches in the same order.
@@ -140,7 +140,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     )
     sources = provenance(one for one in records if one["seed"] in seeds)
     found = [
-        "What of the paper's findings this shows, each a difference within seeds:",
+        "What the seeds show of the paper's findings and choices, each a difference within seeds:",
         "",
         *(f"- {s}" for s in sentences),
     ]

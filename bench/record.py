@@ -129,7 +129,7 @@ def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"
-    return commit + ("-dirty" if _git("status", "--porcelain", "pre_kernels", "bench") else "")
+    return commit + ("-dirty" if _git("status", "--porcelain", "pre_kernels", "bench", ":!bench/results") else "")
 
 
 @cache

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WEIGHTS = "pre_head.safetensors"
 CONFIG = "pre_head.json"
 FORMAT = 1
+LATER = ("weighting",)  # settings that files of the same format may lack
 
 
 def save(
@@ -79,7 +80,7 @@ def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Ten
 
     config = _read_config(paths[CONFIG])
     for name, wanted in describe(handle).items():
-        if config.get(name) != wanted:
+        if config.get(name) != wanted and not (name in LATER and name not in config):
             raise ValueError(f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}")
 
     found, shapes = _read_weights(paths[WEIGHTS]), _shapes(handle)

@@ -237,7 +237,7 @@ FAMILIES = {  # by config.model_type
     "emu3": Family(name="Emu3"),
     "gemma3n": Family(equal_parts, hidden=active, name="Gemma 3n"),
 }
-ORIGINAL = Family(projector="mm_projector", name="LLaVA and LLaVA-NeXT, the original code")
+ORIGINAL = Family(projector="mm_projector", name="the original LLaVA and LLaVA-NeXT")
 
 
 @dataclass

@@ -109,6 +109,8 @@ class PreHandle:
             "layers": list(self.layers),
             "several": self._several,
             "level": self._objective.level,
+            # images weigh the same at level "image" whatever `weighting` says
+            "weighting": "image" if self._objective.level == "image" else self._objective.weighting,
             "anchor": self._objective.anchor if named else "callable",
         }
 

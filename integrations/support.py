@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .families import FAMILIES, GENERIC, Family
+from .families import FAMILIES, GENERIC, ORIGINAL, Family
 
 HEAD = ("family", "config.model_type", "transformers", "images told apart by", 'anchor="pre_projector"', "video tokens")
 # how a family's `images` tells images apart, in a reader's words; a rule that is missing here goes by its name
@@ -16,12 +16,13 @@ RULES = {
     "grids": "grid_thw",
     "tiles": "tiles of pixel_values",
     "shapes": "spatial_shapes",
+    "merge": "their order in images",  # of the original code bases, see llava.Merge
 }
 
 
 @dataclass(frozen=True)
 class Support:
-    """One line of the table: the model types of a family that share all else."""
+    """One line of the table: the model types of a family that share all else; none where the config does not tell."""
 
     name: str
     types: tuple[str, ...]
@@ -29,24 +30,26 @@ class Support:
 
     def cells(self) -> tuple[str, ...]:
         """In the order of HEAD, without the version that is installed."""
-        rule = self.row.images.__name__
+        original = self.row is ORIGINAL
+        rule = "merge" if original else self.row.images.__name__
+        projector = "yes, but for newline rows" if original else "yes" if self.row.projector else "pass a callable"
         return (
             self.name,
             ", ".join(self.types),
             f"≥ {self.row.since}" if self.types else "",
             RULES.get(rule, rule.replace("_", " ")),
-            "yes" if self.row.projector else "pass a callable",
-            "yes" if self.row.videos or not self.types else "",
+            projector,
+            "yes" if self.row.videos or self.row is GENERIC else "",
         )
 
 
 def supported() -> list[Support]:
-    """The lines of the table, in the order of FAMILIES; the last one is any model that is not listed."""
+    """The lines of the table, in the order of FAMILIES; the original code bases; any model that is not listed."""
     types: dict[tuple[str, Family], list[str]] = {}
     for model_type, row in FAMILIES.items():
         types.setdefault((row.name or model_type, row), []).append(model_type)
     lines = [Support(name, tuple(of), row) for (name, row), of in types.items()]
-    return [*lines, Support("any other whose parts are found", (), GENERIC)]
+    return [*lines, Support(ORIGINAL.name, (), ORIGINAL), Support("any other whose parts are found", (), GENERIC)]
 
 
 def text(installed: str | None) -> str:

@@ -227,6 +227,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "kernel": launch.kernel,
         "dtype": next((element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None),
         "precision": launch.constants.get("PRECISION"),
+        "fusion": launch.options.get("enable_fp_fusion"),
         **resources(launch.target, compiled),
         "instructions": [word for word, present in found.items() if present],
     }

@@ -1,9 +1,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +127,11 @@ def test_importing_the_package_imports_no_extra():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert not {"sklearn", "matplotlib", "transformers", "rich", "accelerate"} & set(out.stdout.split())
+
+
+def test_the_core_wants_no_package_that_has_to_be_built():
+    """As flash-attn is, from its source: an extra."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    core = project.split("\ndependencies = [")[1].split("\n]")[0]
+    assert re.findall(r'"([\w-]+)', core) == ["torch", "einops", "triton"]
+    assert re.search(r"^flash-attn = ", project, re.M)

@@ -63,3 +63,8 @@ def test_float32_products_are_ieee_unless_tf32_is_allowed(kernels):
     for kernel in products:
         if kernel["target"].startswith("sm"):
             assert ("tf32" in kernel["instructions"]) == (kernel["precision"] == "tf32"), kernel["name"]
+
+
+def test_fusion_to_multiply_and_add_is_asked_for(kernels):
+    """Triton warns that its default turns off in 3.10."""
+    assert {kernel["fusion"] for kernel in kernels} == {True}

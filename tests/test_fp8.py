@@ -10,6 +10,7 @@ from pre_kernels.kernels.activation import apply_activation, apply_activation_gr
 from pre_kernels.kernels.quantize import Quantized
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import gather
+from pre_kernels.loss import fp8_unavailable
 
 ERROR = 0.1  # of a gradient, relative RMS: e4m3 has three bits of mantissa
 
@@ -125,3 +126,12 @@ def test_hardware_without_float8_is_named(device, monkeypatch):
     case = make(0, dtype=torch.bfloat16, device=device, d=64, m=96, z=48)
     with pytest.raises(RuntimeError, match=r"precision: got 'fp8', which cannot run here: A100 is older"):
         fused_pre_loss(**case.tensors, precision="fp8")
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_float8_is_for_sm90_and_newer(monkeypatch, capability, runs):
+    """Triton does not compile it for sm_80."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert (fp8_unavailable(torch.device("cuda")) is None) is runs

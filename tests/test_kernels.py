@@ -1,13 +1,18 @@
 """The products by themselves: edges, poisoned outputs, and a count that only the device knows."""
 
+import contextlib
+
 import pytest
 import torch
-from oracle import judge
+from oracle import judge, make, run
 
+from pre_kernels import fused_pre_loss
+from pre_kernels.kernels import activation, finish, tiles
 from pre_kernels.kernels import matmul as matmul_module
-from pre_kernels.kernels import tiles
+from pre_kernels.kernels import row_loss as row_loss_module
+from pre_kernels.kernels import rows as rows_module
 from pre_kernels.kernels import weight_grad as weight_grad_module
-from pre_kernels.kernels.launch import arch
+from pre_kernels.kernels.launch import arch, on_device
 from pre_kernels.kernels.matmul import matmul
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import gather
@@ -204,3 +209,37 @@ def test_row_offsets_beyond_31_bits(device):
     total = torch.empty(32, 32, device=device)
     add_weight_grad(total, eye[:2], far, first=True)
     assert total[:2, 0].tolist() == [1, 2]
+
+
+def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
+    """`device_map="auto"` computes on devices that are not the current one, on which Triton launches."""
+    inside, launches = [], []
+
+    @contextlib.contextmanager
+    def entered(tensor):
+        with on_device(tensor):
+            inside.append(tensor)
+            yield
+            inside.pop()
+
+    for module in (activation, finish, matmul_module, row_loss_module, rows_module, weight_grad_module):
+        monkeypatch.setattr(module, "on_device", entered)
+    kind = type(rows_module.select_kernel)
+    launch = kind.run
+
+    def spy(kernel, *args, **options):
+        launches.append((kernel.fn.__name__, bool(inside)))
+        return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(kind, "run", spy)
+    for options in ({"rows": "mask"}, {"rows": "index64", "reduction": "none"}):
+        run(lambda **arguments: fused_pre_loss(**arguments, impl="triton"), make(4, device=device, **options))
+    assert {"select_kernel", "invert_kernel", "matmul_kernel", "row_loss_kernel", "reduce_kernel"} <= {*dict(launches)}
+    assert [name for name, where in launches if not where] == []
+
+
+def test_the_tensors_device_is_not_the_current_one():
+    class Far:
+        is_cuda, device = True, torch.device("cuda:1")
+
+    assert on_device(Far()).idx == 1

@@ -64,7 +64,7 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     show.add_argument("--maps", type=int, default=3, metavar="N", help="images with heat maps (default: %(default)s)")
     show.add_argument("--prompt", default=None, metavar="TEXT", help='after the image (default: "Describe the image.")')
     show.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved")
-    show.add_argument("--device", default="auto", metavar="NAME", help="auto: a GPU if there is one")
+    show.add_argument("--device", default="auto", metavar="NAME", help="auto: a GPU if there is one; spread: over all")
     show.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of images and the probes' split")
     show.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     show.add_argument(
@@ -107,6 +107,7 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
     """Run it; ValueError and OSError say what is wrong."""
     from rich.console import Console
 
+    from .loading import SPREAD
     from .run import FILES, Settings, diagnose
     from .samples import PROMPT
 
@@ -114,7 +115,8 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    if device != SPREAD:
+        check_device(device)
     settings = Settings(
         models=(options.model, *options.compare),
         images=options.images,

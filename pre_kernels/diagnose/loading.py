@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+SPREAD = "spread"  # over all GPUs, as accelerate's device_map="auto" does
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, its processor, and `name`, what to call it."""
+    """A model in eval mode and its processor."""
 
     model: Any
     processor: Any
-    name: str
 
 
 def load(
@@ -27,6 +28,7 @@ def load(
 
     Args:
         dtype: None: as the weights are saved.
+        device: of torch, or `SPREAD`.
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:
@@ -35,13 +37,16 @@ def load(
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     more: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    placed: dict[str, Any] = {"device_map": "auto"} if device == SPREAD else {}
     where = f"model: {source}"
     if Path(source).exists() and not Path(source).is_dir():
         raise ValueError(f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub")
     try:
         if not (Path(source) / "adapter_config.json").exists():
             AutoConfig.from_pretrained(source, **more)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, **more)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype or "auto", use_safetensors=True, **placed, **more
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error
     try:
@@ -52,4 +57,4 @@ def load(
         raise ValueError(
             f"{where} has a {type(processor).__name__}, want a processor of images and text; save the model's there too"
         )
-    return Loaded(model.eval().to(device), processor, Path(source).name or source)
+    return Loaded(model.eval() if placed else model.eval().to(device), processor)

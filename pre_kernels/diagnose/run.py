@@ -24,7 +24,7 @@ from pre_kernels.diagnostics import METRICS, LayerReport, report, similarity_map
 from pre_kernels.integrations import Reader, Sample, measure
 
 from .data import Images, MaskSource, find_images, open_image, open_masks
-from .loading import Loaded, load
+from .loading import SPREAD, Loaded, load
 from .samples import PROMPT, Preparation, Unreadable, ahead
 
 PARTS = "parts"  # the folder of what each model gave, and of how far an interrupted run came
@@ -134,7 +134,7 @@ def examine(
 ) -> dict[str, Any]:
     """Rows, heat maps and notes of one model, also kept in `part`."""
     if part.state.exists():
-        layers, more = LayerReport.load(part.state, settings.device)
+        layers, more = LayerReport.load(part.state, sums_device(settings.device))
         console.print(f"{name}: goes on after {more['done']} of {len(images.items)} images")
     else:
         layers = LayerReport(settings.metrics, seed=settings.seed)
@@ -149,7 +149,7 @@ def examine(
             task = bar.add_task(name, total=len(images.items), completed=more["done"])
             for sample, item in readable(loaded, images, masks, settings, more, console):
                 try:
-                    (hidden,) = measure(reader, [sample], layers, lens=settings.lens, device=settings.device)
+                    (hidden,) = measure(reader, [sample], layers, lens=settings.lens, device=loaded.model.device)
                 except ValueError as error:
                     raise ValueError(f"{name}, {item.name}: {error}") from error
                 if len(more["maps"]) < settings.maps and sample.grid is not None:
@@ -291,10 +291,16 @@ def progress(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
+def sums_device(device: str) -> str:
+    """Where sums that were saved go on: with layers on several GPUs, what each adds is moved to the first."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == SPREAD else device
+
+
 def device_name(device: str) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    )
+    if not sums_device(device).startswith("cuda"):
+        return f"CPU, {torch.get_num_threads()} threads"
+    count = torch.cuda.device_count() if device == SPREAD else 1
+    return f"{count} × {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name(sums_device(device))
 
 
 def versions() -> dict[str, str]:

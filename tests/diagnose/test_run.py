@@ -213,6 +213,30 @@ def test_masks_of_other_images_are_missed(there, tmp_path, capsys):
     assert "has none of these images" in capsys.readouterr().out
 
 
+def test_one_class_leaves_the_rest_of_the_report(there, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copytree(there / "images" / "3", tmp_path / "images" / "3")
+    arguments = ("--masks", there / "masks", "--out", tmp_path / "out")
+    assert diagnose(there / "a", tmp_path / "images", *arguments) == 0
+    (model,) = document(tmp_path / "out")["models"]
+    assert model["runs"][0][0]["linear_probe"] is None
+    assert model["runs"][0][0]["contrast"] is not None
+    assert any("labels: got a single class, want at least two" in note for note in model["notes"])
+
+
+def test_a_mask_of_another_size_is_named(there, tmp_path, capsys):
+    from PIL import Image
+
+    pictures = images(tmp_path / "images", 1)
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (12, 24), 1).save(tmp_path / "masks" / "0.png")
+    assert diagnose(there / "a", pictures, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "masks: " in said
+    assert "12 x 24 pixels" in said
+    assert "24 x 24" in said
+
+
 def test_a_dtype_can_be_asked_for(there, tmp_path):
     for sample in samples.load_samples(tiny().bfloat16(), processor(), there / "images", limit=10):
         assert sample.inputs["pixel_values"].dtype == torch.bfloat16
@@ -223,6 +247,14 @@ def test_a_dtype_can_be_asked_for(there, tmp_path):
     exact, rounded = (document(tmp_path / dtype)["models"][0]["runs"][0][2] for dtype in ("auto", "bfloat16"))
     assert exact["norm_mean"] == pytest.approx(rounded["norm_mean"], rel=0.05)
     assert exact["norm_mean"] != rounded["norm_mean"]
+
+
+def test_a_model_that_accelerate_places(there, tmp_path):
+    pictures = images(tmp_path / "images", 3)
+    for device in ("cpu", "spread"):
+        assert diagnose(there / "a", pictures, "--device", device, "--out", tmp_path / device) == 0
+    one, other = (document(tmp_path / device)["models"][0]["runs"][0] for device in ("cpu", "spread"))
+    assert all(close(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_bad_input(there, tmp_path, capsys, monkeypatch):

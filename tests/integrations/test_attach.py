@@ -314,30 +314,6 @@ def test_mask_fn_replaces_input_ids() -> None:
     torch.testing.assert_close(attached(**embedded).loss.detach(), wanted)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> None:
-    """ms-swift's way: `input_ids` are read before it, whichever hook came first."""
-
-    def replace(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
-        features = model.get_image_features(pixels)
-        features = torch.cat(list(getattr(features, "pooler_output", features)))
-        embeds = model.get_input_embeddings()(ids)
-        return args, kwargs | {"inputs_embeds": embeds.masked_scatter((ids == IMAGE)[..., None], features)}
-
-    model = build("llava")
-    if first:
-        model.register_forward_pre_hook(replace, with_kwargs=True)
-    handle = apply_pre(model)
-    if not first:
-        model.register_forward_pre_hook(replace, with_kwargs=True)
-    loss = model(**batch("llava").inputs).loss
-    loss.backward()
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", batch("llava"), handle.head, [DEPTH // 2])
-    torch.testing.assert_close(loss.detach(), wanted_loss)
-    assert_same_gradients(gradients(model), wanted)
-
-
 def test_autocast_state_of_the_layer() -> None:
     """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
     model, data = build("llava"), batch("llava")
@@ -365,20 +341,6 @@ def test_half_precision_model() -> None:
     assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
     model(**data.inputs).loss.backward()
     assert handle.head.w1.grad.dtype == torch.bfloat16
-
-
-def test_an_exception_in_the_forward_leaves_nothing() -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model)
-    norm = model.model.language_model.norm
-    hook = norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("stop")))
-    with pytest.raises(KeyError, match=r"stop"):
-        model(**data.inputs)
-    assert handle._capture.seen is None
-    hook.remove()
-    model(**data.inputs).loss.backward()
-    assert handle.metrics()["pre_forwards"] == 1
-    copy.deepcopy(model)
 
 
 def test_metrics() -> None:
@@ -469,19 +431,3 @@ def test_each_head_is_made_where_its_layer_is() -> None:
 
 def test_plain_samples_have_several_images_per_sample() -> None:
     assert [sum(kind == "image" for kind, *_ in sample) for sample in PLAIN] == [1, 2]
-
-
-def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
-    """A layer may run again before the forward ends, as recomputation makes it."""
-    wanted = run("llava")[0]
-    model = build("llava")
-    layer, again = model.model.language_model.layers[2], [False]
-
-    def twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        again[0] = not again[0]
-        if again[0]:
-            module(torch.zeros_like(args[0]), **kwargs)
-
-    layer.register_forward_hook(twice, with_kwargs=True)
-    apply_pre(model)
-    assert model(**batch("llava").inputs, use_cache=False).loss == wanted

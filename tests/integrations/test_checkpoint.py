@@ -56,6 +56,7 @@ def test_save_replaces(tmp_path: Path) -> None:
         ({"loss": "mse"}, "loss: .* says 'cosine', this handle has 'mse'"),
         ({"activation": "silu"}, "activation: .* says 'gelu', this handle has 'silu'"),
         ({"level": "image"}, "level: .* says 'patch'"),
+        ({"weighting": "image"}, "weighting: .* says 'token', this handle has 'image'"),
         ({"anchor": "pre_projector"}, "anchor: .* says 'pre_llm'"),
     ],
 )
@@ -63,6 +64,17 @@ def test_another_head(tmp_path: Path, options: dict[str, Any], message: str) -> 
     apply_pre(build("llava")).save(tmp_path)
     with pytest.raises(ValueError, match=message):
         apply_pre(build("llava"), **options).load(tmp_path)
+
+
+def test_what_need_not_agree(tmp_path: Path) -> None:
+    """How many terms are drawn, how images weigh where they weigh the same anyway, what earlier files do not say."""
+    apply_pre(build("llava"), level="image").save(tmp_path)
+    apply_pre(build("llava"), level="image", weighting="image", fraction=0.5, weight=0.1).load(tmp_path)
+    apply_pre(build("llava"), weighting="image").save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config.pop("weighting") == "image"
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    apply_pre(build("llava")).load(tmp_path)
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -175,6 +175,14 @@ def test_layers_of_the_model_itself() -> None:
     assert model(**inputs, inputs_embeds=model.words(inputs["ids"]))["loss"] == loss
 
 
+def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
+    model, _ = home_made(num_hidden_layers=DEPTH)
+    model.layers = nn.ModuleList([nn.Linear(8, 8)])  # of an encoder, say
+    model.decoder = model.trunk
+    model.trunk.layers = model.trunk.blocks
+    assert families.find_parts(model).layers is model.trunk.blocks
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

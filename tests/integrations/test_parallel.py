@@ -124,12 +124,12 @@ def test_ddp_without_group_is_the_mean_of_the_ranks_means() -> None:
     check(found, by_hand(TEXT_ONLY, group=False))
 
 
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
-def test_ddp_finds_the_head_on_a_text_only_rank(options: dict[str, Any]) -> None:
-    """DDP waits for every trainable parameter of each rank."""
-    samples = [r[:1] for r in TEXT_ONLY] if options else TEXT_ONLY
-    found = both(ddp, samples, {"group": "world"}, True, **options)
-    check(found, by_hand(samples, frozen=True, forwards=len(samples[0])))
+@pytest.mark.parametrize(("forwards", "options"), [(2, {}), (1, {}), (1, {"static_graph": True})], ids=str)
+def test_ddp_finds_the_head_on_a_text_only_rank(forwards: int, options: dict[str, Any]) -> None:
+    """DDP waits for every trainable parameter of each rank, in the forward after which it averages."""
+    samples = [r[:forwards] for r in TEXT_ONLY]
+    found = both(ddp, samples, {"group": "world"}, True, timeout=60, **options)
+    check(found, by_hand(samples, frozen=True, forwards=forwards))
 
 
 def subgroups() -> Any:

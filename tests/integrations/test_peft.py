@@ -45,6 +45,17 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
     assert_same_gradients(gradients(model), expected)
 
 
+def test_a_base_whose_hooks_are_passed_by() -> None:
+    """Up to 0.20 a PeftModel calls its base's `forward`, so hooks on the base itself would not be called."""
+    wanted = lora(build("llava"))
+    apply_pre(wanted)
+    model, inputs = lora(build("llava")), batch("llava").inputs
+    base = model.get_base_model()
+    model.forward = lambda **kwargs: base.forward(**kwargs)
+    apply_pre(model)
+    assert model(**inputs).loss == wanted(**inputs).loss
+
+
 def test_saved_adapter_has_no_head(tmp_path: Any) -> None:
     from safetensors.torch import load_file
 
@@ -79,6 +90,14 @@ def test_wrapped_after_attaching_with_modules_to_save(tmp_path: Any) -> None:
     fresh = apply_pre(build("llava", seed=4))
     fresh.load(tmp_path)
     assert torch.equal(fresh.head.w1, handle.head.modules_to_save["default"].w1)
+
+
+def test_the_head_is_nothing_that_all_linear_wraps() -> None:
+    model = build("llava")
+    apply_pre(model)
+    names = [n for n, _ in get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).named_parameters()]
+    assert any("lora" in name for name in names)
+    assert [name.rpartition(".")[2] for name in names if "pre_head" in name] == ["w1", "b1", "w2", "b2"]
 
 
 def test_a_head_frozen_on_purpose_is_fine() -> None:

@@ -19,8 +19,9 @@ def test_readme_shows_the_table() -> None:
 
 def test_every_row_has_a_name_and_stands_in_the_table_once() -> None:
     assert all(row.name for row in families.FAMILIES.values())
-    *listed, other = support.supported()
+    *listed, original, other = support.supported()
     assert sorted(name for line in listed for name in line.types) == sorted(families.FAMILIES)
+    assert (original.row, original.cells()[2:4]) == (families.ORIGINAL, ("", "their order in images"))
     assert other.row is families.GENERIC
 
 
