@@ -37,9 +37,10 @@ BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
 
 
 def blocks(cases: int) -> list[tuple[str, int]]:
-    """(implementation, number) of every block."""
+    """(implementation, number) of every block. The implementations take turns, so that a campaign that is cut short is
+    one of fewer cases."""
     counts = {impl: math.ceil(cases * share / BLOCK[impl]) for impl, share in SHARES.items()}
-    return [(impl, i) for impl in SHARES for i in range(counts[impl])]
+    return sorted(((impl, i) for impl in SHARES for i in range(counts[impl])), key=lambda one: one[1] / counts[one[0]])
 
 
 def run_block(impl: str, number: int, seed: int) -> list[dict[str, Any]]:
