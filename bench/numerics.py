@@ -72,7 +72,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     records = [one for one in records if one["kind"] == "fuzz"]
     if not records:
         return "No results yet."
-    last = records[-1]
+    last = max(records, key=lambda one: one["date"])
     records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
     rows: list[Sequence[str]] = [("implementation", "dtype", "loss", "cases", *TENSORS.values())]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}

@@ -50,7 +50,7 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, partial: Tens
     elif total.is_cuda and _sums_in_place(total.device, dy.dtype):
         torch.ops.aten.addmm.dtype_out(total, dy.t(), x, total.dtype, out=total)
     elif partial is not None and dy.dtype == torch.float16:
-        # in half precision a chunk's product may overflow where the sum of them does not
+        # through copies, since a chunk's product may overflow where the sum of them does not
         dy, x = dy.to(total.dtype), x.to(total.dtype)
         torch.mm(dy.t(), x, out=total) if first else total.addmm_(dy.t(), x)
     elif partial is not None:

@@ -42,8 +42,8 @@ def test_ratios_and_counts():
 
 
 def test_page():
-    old = [{**one, "seed": 5} for one in lines()]
-    text = numerics.page(old + lines())
+    old = [{**one, "seed": 5, "date": "2026-01-01"} for one in lines()]
+    text = numerics.page(lines() + old)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| torch")
     ]

@@ -24,3 +24,12 @@ def test_only_a_refused_dtype_is_an_answer(monkeypatch, message):
     else:
         with pytest.raises(RuntimeError, match=message):
             products._sums_in_place(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_chunk_of_float16_may_be_larger_than_the_sum():
+    """90,000 is infinite in float16."""
+    dy, x = (torch.full((1, 2), 300.0, dtype=torch.float16) for _ in range(2))
+    total, partial = torch.empty(2, 2), torch.empty(2, 2, dtype=torch.float16)
+    for first, rows in ((True, dy), (False, -dy), (False, dy / 300)):
+        assert products.add_product(total, rows, x, first, partial)
+    assert torch.equal(total, torch.full((2, 2), 300.0))
