@@ -89,9 +89,9 @@ class Ensemble:
 
 
 def neighbour(case: oracle.Case, seed: int) -> oracle.Case:
-    """The same problem for every purpose but rounding. Inputs differ by up to 2 eps; the upstream gradient and each
-    column of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay parallel.
-    The last bits alone would not do where every row is the same: what is lost depends on the leading ones too."""
+    """The same problem for every purpose but rounding. Inputs differ by up to 2 eps; row weights, the upstream gradient
+    and each column of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay
+    parallel. The last bits alone would not do where rows are the same: what is lost depends on the leading ones too."""
     g = torch.Generator().manual_seed(seed)
     columns = 2 ** -torch.rand(case.tensors["w2"].shape[0], generator=g, dtype=torch.float64)
     factors = {"w2": columns[:, None], "b2": columns, "anchor": columns}
@@ -102,7 +102,11 @@ def neighbour(case: oracle.Case, seed: int) -> oracle.Case:
         return (x.double() * change.to(x.device)).to(x.dtype)
 
     tensors = {name: None if x is None else near(name, x) for name, x in case.tensors.items()}
-    return dataclasses.replace(case, tensors=tensors, upstream=case.upstream * 2 ** -torch.rand((), generator=g).item())
+    options = dict(case.options)
+    if (weight := options.get("row_weight")) is not None:
+        options["row_weight"] = weight * 2 ** -torch.rand(weight.shape, generator=g).to(weight.device)
+    upstream = case.upstream * 2 ** -torch.rand((), generator=g).item()
+    return dataclasses.replace(case, tensors=tensors, options=options, upstream=upstream)
 
 
 def _estimated_errors(case: oracle.Case) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from fuzz_cases import Spec, build
 from fuzz_rule import LUCK, OVERFLOW, VIOLATION, WITHIN, Ensemble, run
 
 FOUND = {
-    # the product of a chunk was rounded to float16, and overflowed where the sum of the chunks does not
+    # the products of chunks were rounded to float16, and overflowed where their sum does not
     "float16 sums of chunks": Spec(
         seed=4096,
         dtype="float16",
@@ -51,6 +51,32 @@ EAGER_IS_LUCKY = Spec(
     leading=(131, 3), d=1, m=3, loss="mse", bias=(False, False), pattern="all", scale_anchor=3, layout="expanded"
 )
 
+# every derivative is a row's weight, so there are as few roundings as rows
+ROWS_ARE_FEW = Spec(
+    seed=19851259,
+    dtype="bfloat16",
+    leading=(2, 7, 13),
+    d=2,
+    m=16,
+    z=16,
+    loss="smooth_l1",
+    activation="silu",
+    bias=(False, True),
+    rows="index32",
+    pattern="runs",
+    anchor_compact=True,
+    anchor_dtype="float64",
+    anchor="parallel",
+    noise=1e-7,
+    weight="compact",
+    scale=-3,
+    scale_w2=1,
+    scale_anchor=2,
+    outliers="channels",
+    zero_rows=True,
+    workspace=1,
+)
+
 
 @pytest.mark.parametrize("spec", FOUND.values(), ids=FOUND.keys())
 def test_found_by_fuzzing(spec, device):
@@ -58,7 +84,8 @@ def test_found_by_fuzzing(spec, device):
 
 
 @pytest.mark.parametrize(
-    ("spec", "tensor", "verdict"), [(EAGER_OVERFLOWS, "b1", OVERFLOW), (EAGER_IS_LUCKY, "w2", LUCK)]
+    ("spec", "tensor", "verdict"),
+    [(EAGER_OVERFLOWS, "b1", OVERFLOW), (EAGER_IS_LUCKY, "w2", LUCK), (ROWS_ARE_FEW, "w2", LUCK)],
 )
 def test_where_eager_is_no_measure(spec, tensor, verdict):
     found = {one.name: one.verdict for one in run(spec)}
@@ -74,8 +101,8 @@ def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
 
     real = products.add_product
 
-    def worse(total, dy, x, first, partial=None):
-        done = real(total, dy, x, first, partial)
+    def worse(total, dy, x, first, copies=False):
+        done = real(total, dy, x, first, copies)
         noise = torch.randn(total.shape, generator=torch.Generator().manual_seed(0))
         if what == "sum":
             total.add_(total * noise.to(total.dtype) * (5 * torch.finfo(dy.dtype).eps))
