@@ -43,8 +43,8 @@ def blocks(cases: int) -> list[tuple[str, int]]:
     return sorted(((impl, i) for impl in SHARES for i in range(counts[impl])), key=lambda one: one[1] / counts[one[0]])
 
 
-def run_block(impl: str, number: int, seed: int) -> list[dict[str, Any]]:
-    """The cases of one block and their outcomes."""
+def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, Any]]:
+    """`size` cases and their outcomes."""
     import hypothesis
     from fuzz_draw import specs
 
@@ -52,7 +52,7 @@ def run_block(impl: str, number: int, seed: int) -> list[dict[str, Any]]:
 
     @hypothesis.seed(int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big"))
     @hypothesis.settings(
-        max_examples=BLOCK[impl],
+        max_examples=size,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
@@ -106,8 +106,9 @@ def _prepare() -> None:
 def _kept(seed: int) -> Path:
     """Where blocks are kept: another file for other code, so that results of two versions do not mix."""
     digest = hashlib.sha256(record.stamp(current())["source"].encode())
-    for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py"):
-        digest.update((ROOT / "tests" / name).read_bytes())
+    tests = [ROOT / "tests" / name for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py")]
+    for path in (Path(__file__), *tests):
+        digest.update(path.read_bytes())
     path = ROOT / "build" / "fuzz" / f"{seed}-{digest.hexdigest()[:12]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -135,13 +136,17 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
             for impl in SHARES
         }
         failed = dict.fromkeys(SHARES, 0)
-        futures = {pool.submit(run_block, *block, seed): block for block in left}
-        for future in as_completed(futures):
-            block, cases = futures[future], future.result()
-            record.append(path, {"block": block, "cases": cases})
-            impl = block[0]
-            failed[impl] += sum(outcome[1] == "violation" for case in cases for outcome in case["outcomes"])
-            progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
+        futures = {pool.submit(run_block, *block, seed, BLOCK[block[0]]): block for block in left}
+        try:
+            for future in as_completed(futures):
+                block, cases = futures[future], future.result()
+                record.append(path, {"block": block, "cases": cases})
+                impl = block[0]
+                failed[impl] += sum(outcome[1] == "violation" for case in cases for outcome in case["outcomes"])
+                progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else what is left would be run before this is seen
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
