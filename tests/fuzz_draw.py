@@ -25,7 +25,9 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
     - the cosine of a single number, which is a sign: rounding flips it, eager's or ours;
     - rows that are all alike and nearly parallel to their anchors, but differ in weight. Ours cancel before the weight
       enters, so every row has the same rounding error; eager's are multiplied first, and average out a little over the
-      rows. In float32 that is 1.2 × eager's error, of a gradient that is zero.
+      rows. In float32 that is 1.2 × eager's error, of a gradient that is zero;
+    - float64 at scales at which the tails of an activation vanish in float32, by which its error is estimated: rows
+      with tiny predictions have the largest error, and are not there in float32.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
@@ -38,7 +40,7 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
     leading = draw(st.lists(sides, min_size=1, max_size=3).filter(lambda x: math.prod(x) <= (420 if on_torch else 70)))
     reduction, rows = pick(*REDUCTIONS), pick("all", "mask", "index32", "index64")
     half = "float16" in (dtype, autocast)
-    scale = draw(st.integers(-4, 4))
+    scale = draw(st.integers(-4, 0 if dtype == "float64" else 4))
     anchor, layout, constant = pick(*ANCHORS), pick(*LAYOUTS), pick(False, False, False, True)
     weight = pick(None, "leading", "compact")
     if anchor != "random" and loss == "cosine" and (constant or layout == "expanded"):
@@ -69,7 +71,7 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
         # beyond float16's 65504 there is little to compare
         scale_w2=draw(st.integers(-4, min(4, 4 - scale) if half else 4)),
         scale_anchor=draw(st.integers(-4, 4)),
-        outliers=pick(*OUTLIERS),
+        outliers=pick(*OUTLIERS) if dtype != "float64" else "none",
         zero_rows=maybe(),
         constant=constant,
         layout=layout,

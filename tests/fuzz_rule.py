@@ -70,11 +70,12 @@ class Ensemble:
     def member(self, i: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """ours, eager and float64 of each tensor, on neighbour `i`; 0 is the case itself."""
         while len(self.members) <= i:
-            case = neighbour(self.case, len(self.members)) if self.members else self.case
+            number = len(self.members)
+            case = neighbour(self.case, number)
             ours, exact = oracle.run(self.function, case), oracle.run(reference.pre_loss, case, torch.float64)
             eager = oracle.run(reference.pre_loss, case)
             if case.product_dtype == torch.float64:
-                eager = {name: exact[name] + error for name, error in _estimated_errors(case).items()}
+                eager = {name: exact[name] + error for name, error in _estimated_errors(self.case, number).items()}
             self.members.append({name: (ours[name], eager[name], exact[name]) for name in ours})
         return self.members[i]
 
@@ -88,11 +89,16 @@ class Ensemble:
         return False
 
 
-def neighbour(case: oracle.Case, seed: int) -> oracle.Case:
-    """The same problem for every purpose but rounding. Inputs differ by up to 2 eps; row weights, the upstream gradient
-    and each column of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay
-    parallel. The last bits alone would not do where rows are the same: what is lost depends on the leading ones too."""
-    g = torch.Generator().manual_seed(seed)
+def neighbour(case: oracle.Case, number: int) -> oracle.Case:
+    """0: the case itself; else the same problem for every purpose but rounding.
+
+    Inputs differ by up to 2 eps; row weights, the upstream gradient and each column of the predictions, with that of
+    the anchors, by a factor between ½ and 1: parallel vectors stay parallel. The last bits alone would not do where
+    rows are the same: what is lost depends on the leading ones too.
+    """
+    if number == 0:
+        return case
+    g = torch.Generator().manual_seed(number)
     columns = 2 ** -torch.rand(case.tensors["w2"].shape[0], generator=g, dtype=torch.float64)
     factors = {"w2": columns[:, None], "b2": columns, "anchor": columns}
 
@@ -109,10 +115,11 @@ def neighbour(case: oracle.Case, seed: int) -> oracle.Case:
     return dataclasses.replace(case, tensors=tensors, options=options, upstream=upstream)
 
 
-def _estimated_errors(case: oracle.Case) -> dict[str, Tensor]:
-    """Of eager in float64."""
+def _estimated_errors(case: oracle.Case, number: int) -> dict[str, Tensor]:
+    """Of eager in float64 on a neighbour."""
     tensors = {name: None if x is None else x.float() for name, x in case.tensors.items()}
-    case = dataclasses.replace(case, tensors=tensors)
+    # of the case in float32, whose last bits are others
+    case = neighbour(dataclasses.replace(case, tensors=tensors), number)
     exact = oracle.run(reference.pre_loss, case, torch.float64)
     return {name: 2**-28 * (value - exact[name]) for name, value in oracle.run(reference.pre_loss, case).items()}
 

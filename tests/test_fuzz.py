@@ -6,7 +6,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed; test_fuzz
 
 from fuzz_draw import specs
 from fuzz_rule import VIOLATION, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 
 @pytest.mark.parametrize(("impl", "examples"), [("torch", 250), ("blas", 15), ("triton", 15)])
@@ -17,6 +17,7 @@ def test_fresh_cases_are_within_the_rule(impl, examples, device):
         database=None,
         deadline=None,
         print_blob=True,
+        phases=[Phase.generate],  # a smaller case has less to average, and is judged by luck rather than by the code
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(specs(impl))
