@@ -35,10 +35,12 @@ def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, partial: Tensor | None = None) -> bool:
+def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool = False) -> bool:
     """total += dyᵀ·x, or = if `first`; dy: (n, M), x: (n, N), total: (M, N) in their dtype or float32.
 
-    False, and nothing done, where that takes a buffer (`partial`, of total's size and dy's dtype) that is not there.
+    False, and nothing done, where the library cannot add half precision to float32, unless `copies` of dy and x in
+    float32 may be made. Rounded to half precision, the product of a chunk would lose what the sum of all is left with
+    where chunks cancel, and in float16 overflow.
     """
     if total.dtype == dy.dtype:
         if first:
@@ -49,9 +51,8 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, partial: Tens
         torch.ops.aten.mm.dtype_out(dy.t(), x, total.dtype, out=total)
     elif total.is_cuda and _sums_in_place(total.device, dy.dtype):
         torch.ops.aten.addmm.dtype_out(total, dy.t(), x, total.dtype, out=total)
-    elif partial is not None:
-        torch.mm(dy.t(), x, out=partial)
-        total.copy_(partial) if first else total.add_(partial)
+    elif copies:
+        return add_product(total, dy.to(total.dtype), x.to(total.dtype), first)
     else:
         return False
     return True

@@ -100,9 +100,6 @@ class TorchSteps:
         on_cpu = problem.hidden.device.type == "cpu"
         self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
-        # products of half precision come back in half precision, so a sum of them needs a place to land
-        sums = [grad for grad in (self.grads.w1, self.grads.w2) if grad is not None and grad.dtype != dtype]
-        self.partial = buffer(1, max(grad.numel() for grad in sums)) if sums else None
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
@@ -148,10 +145,6 @@ class TorchSteps:
         if self.grads.b2 is not None:
             self._add_rows(self.grads.b2[0], self.p_rows, start == 0)
 
-    def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
-        partial = None if self.partial is None else self.partial[0, : total.numel()].view_as(total)
-        add_product(total, dy, x, first, partial)
-
     def _add_rows(self, total: Tensor, y: Tensor, first: bool) -> None:
         """total += Σ y; the CPU sums half precision in float32 through a copy, which should stay in the cache."""
         if first:
@@ -161,7 +154,7 @@ class TorchSteps:
 
     def output_grads(self, start: int, stop: int) -> None:
         assert self.grads.w2 is not None
-        self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
+        add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0, copies=True)
 
     def backproject(self, start: int, stop: int) -> None:
         torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
@@ -172,7 +165,7 @@ class TorchSteps:
 
     def input_grads(self, start: int, stop: int) -> None:
         if self.grads.w1 is not None:
-            self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
+            add_product(self.grads.w1, self.z_rows, self.x, start == 0, copies=True)
         if self.grads.hidden is not None:
             torch.mm(self.z_rows, self.w1, out=self.grads.hidden[start:stop])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,14 +173,34 @@ def judge(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, fe
     )
 
 
-def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
-    """Judge `function` on `case`: the loss and every gradient against float64, with eager in the same dtype."""
+class Comparison(NamedTuple):
+    """One tensor of a call, and what `judge` wants to know of it."""
+
+    name: str
+    ours: Tensor
+    eager: Tensor
+    oracle: Tensor
+    eps: float
+    few: float | None
+
+
+def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
+    """The loss and every gradient of `function`, beside eager's in the same dtype and those in float64."""
     ours = run(function, case, **extra)
     eager, oracle = run(reference.pre_loss, case), run(reference.pre_loss, case, torch.float64)
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
     scale, eps = scales(case), torch.finfo(case.product_dtype).eps
-    for name, value in ours.items():
-        # the elements of a weight's gradient from few rows are no independent samples: their RMS is luck too
-        few = value.numel() < 64 or scale["N"] < 8
-        judge(name, value, eager[name], oracle[name], eps, scale[name] if few else None)
-    return ours
+    # the elements of a weight's gradient from few rows are no independent samples: their RMS is luck too
+    few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}
+    return [
+        Comparison(name, value, eager[name], oracle[name], eps, scale[name] if few[name] else None)
+        for name, value in ours.items()
+    ]
+
+
+def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
+    """Judge `function` on `case`: the loss and every gradient against float64, with eager in the same dtype."""
+    compared = comparisons(function, case, **extra)
+    for one in compared:
+        judge(*one)
+    return {one.name: one.ours for one in compared}

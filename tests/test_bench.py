@@ -329,7 +329,9 @@ def test_report_and_picture(tmp_path):
         record.append(file, line)
     with file.open("a") as out:
         out.write('{"kind": "loss", "sha')  # cut short by a kill
-    readme.write_text(f"before\n{markers('bench')}\nbetween\n{markers('goals')}\nafter\n{markers('diagnostics')}\n")
+    readme.write_text(
+        f"before\n{markers('bench')}\nbetween\n{markers('goals')}\nafter\n{markers('diagnostics')}\n{markers('fuzz')}\n"
+    )
     report.main([str(file), "--readme", str(readme), "--plot", str(picture)])
     text = readme.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n|")

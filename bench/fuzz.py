@@ -1,0 +1,189 @@
+"""A fuzz campaign: loss and gradients of drawn cases against float64, by the error rule of the tests.
+
+    python -m bench.fuzz --cases 10000 --seed 1 --jobs 2   a line for each group of cases into bench/results/fuzz.jsonl
+    python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
+
+Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is done: the same
+command goes on where it was stopped. Without a GPU the kernels are interpreted, and most cases are of the torch path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import numerics, record
+from .check import ROOT
+from .device import current
+from .report import markdown, plain_table
+
+SHARES = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
+BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
+
+
+def blocks(cases: int) -> list[tuple[str, int]]:
+    """(implementation, number) of every block. The implementations take turns, so that a campaign that is cut short is
+    one of fewer cases."""
+    counts = {impl: math.ceil(cases * share / BLOCK[impl]) for impl, share in SHARES.items()}
+    return sorted(((impl, i) for impl in SHARES for i in range(counts[impl])), key=lambda one: one[1] / counts[one[0]])
+
+
+def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, Any]]:
+    """`size` cases and their outcomes."""
+    import hypothesis
+    from fuzz_draw import specs
+
+    found: list[dict[str, Any]] = []
+
+    @hypothesis.seed(int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big"))
+    @hypothesis.settings(
+        max_examples=size,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(specs(impl))
+    def each(spec: Any) -> None:
+        found.append(run_case(spec))
+
+    each()
+    return found
+
+
+def run_case(spec: Any) -> dict[str, Any]:
+    """A case as `numerics.aggregate` wants it; an exception is a violation."""
+    from fuzz_rule import run
+
+    try:
+        outcomes: list[Sequence[Any]] = list(run(spec, current().torch_device))
+    except Exception as error:
+        outcomes = [("call", "violation", math.nan, math.nan, math.nan, f"{type(error).__name__}: {error}")]
+    return {
+        "impl": spec.impl,
+        "dtype": spec.product_dtype,
+        "loss": spec.loss,
+        "activation": spec.activation,
+        "spec": changed(spec),
+        "outcomes": [(name, verdict, *map(numerics.plain, sizes), text) for name, verdict, *sizes, text in outcomes],
+    }
+
+
+def changed(spec: Any) -> dict[str, Any]:
+    """The fields that are not the default, impl and seed always."""
+    default = dataclasses.asdict(type(spec)())
+    return {k: v for k, v in dataclasses.asdict(spec).items() if k in ("impl", "seed") or v != default[k]}
+
+
+def distinct(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every case once: blocks begin with the same simple ones."""
+    return list({json.dumps(case["spec"], sort_keys=True): case for case in cases}.values())
+
+
+def _prepare() -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    torch.set_num_threads(1)  # a case is too small for more
+    warnings.simplefilter("ignore")  # numpy's on nan and infinity, which some cases want
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _kept(seed: int) -> Path:
+    """Where blocks are kept: another file for other code, so that results of two versions do not mix."""
+    digest = hashlib.sha256(record.stamp(current())["source"].encode())
+    tests = [ROOT / "tests" / name for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py")]
+    for path in (Path(__file__), *tests):
+        digest.update(path.read_bytes())
+    path = ROOT / "build" / "fuzz" / f"{seed}-{digest.hexdigest()[:12]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path) -> None:
+    """Run the blocks that `path` does not have yet."""
+    done = {tuple(one["block"]) for one in record.load([path])} if path.exists() else set()
+    left = [block for block in wanted if block not in done]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[found]} outside the rule"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(jobs, context, _prepare) as pool,
+    ):
+        bars = {
+            impl: progress.add_task(impl, total=BLOCK[impl] * sum(i == impl for i, _ in left), found=0)
+            for impl in SHARES
+        }
+        failed = dict.fromkeys(SHARES, 0)
+        futures = {pool.submit(run_block, *block, seed, BLOCK[block[0]]): block for block in left}
+        try:
+            for future in as_completed(futures):
+                block, cases = futures[future], future.result()
+                record.append(path, {"block": block, "cases": cases})
+                impl = block[0]
+                failed[impl] += sum(outcome[1] == "violation" for case in cases for outcome in case["outcomes"])
+                progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else what is left would be run before this is seen
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000, help="how many to draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole campaign (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)")
+    parser.add_argument("--case", type=json.loads, help="only this case, as JSON: its outcomes on the screen")
+    options = parser.parse_args(argv)
+    _prepare()
+    if options.case is not None:
+        from fuzz_cases import Spec
+
+        found = run_case(Spec.of(options.case))["outcomes"]
+        names = ("tensor", "verdict", "error", "eager's", "allowed", "message")
+        print(markdown([names, *([str(cell) for cell in one] for one in found)]))
+        return int(any(verdict == "violation" for _, verdict, *_ in found))
+
+    wanted, path = blocks(options.cases), _kept(options.seed)
+    campaign(wanted, options.seed, options.jobs, path)
+    kept = [one for one in record.load([path]) if tuple(one["block"]) in wanted]
+    kept.sort(key=lambda one: wanted.index(tuple(one["block"])))
+    cases = distinct([case for one in kept for case in one["cases"]])
+    import hypothesis
+
+    about = {"kind": "fuzz", "seed": options.seed, "drawn": options.cases, "hypothesis": hypothesis.__version__}
+    lines = [{**about, **line, **record.stamp(current())} for line in numerics.aggregate(cases)]
+    date = lines[-1]["date"]
+    for line in lines:
+        record.append(record.folder(options.results) / "fuzz.jsonl", {**line, "date": date})
+    print(numerics.page([{**line, "date": date} for line in lines]))
+    failed = [one for line in lines for one in line["violations"]]
+    if failed:
+        print(markdown(plain_table([{**one, "spec": json.dumps(one["spec"])} for one in failed])))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

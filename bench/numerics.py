@@ -1,0 +1,114 @@
+"""What a fuzz campaign found, as result lines and as the README's table; reads outcomes, and needs no hypothesis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from .report import markdown, provenance
+
+TENSORS = {"loss": "loss", "hidden": "dH", "w1": "dW1", "b1": "db1", "w2": "dW2", "b2": "db2"}
+GROUP = ("impl", "dtype", "loss", "activation")
+VERDICTS = ("within", "overflow", "luck", "violation")
+
+
+def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each implementation, dtype of the products, loss and activation. A case: its group, `spec` and
+    `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows besides, message)."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case[name] for name in GROUP), []).append(case)
+    lines = []
+    for key, members in sorted(groups.items()):
+        failed = [
+            {"tensor": name, "message": message, "spec": case["spec"]}
+            for case in members
+            for name, verdict, *_, message in case["outcomes"]
+            if verdict == "violation"
+        ]
+        tensors = {
+            new: figures for old, new in TENSORS.items() if (figures := _figures(one for one in _of(members, old)))
+        }
+        group = dict(zip(GROUP, key, strict=True))
+        item = f"{group['impl']} {group['loss']} {group['activation']}"
+        lines.append({"item": item, **group, "cases": len(members), "tensors": tensors, "violations": failed})
+    return lines
+
+
+def _of(members: Iterable[dict[str, Any]], name: str) -> Iterable[Sequence[Any]]:
+    return (outcome for case in members for outcome in case["outcomes"] if outcome[0] == name)
+
+
+def _figures(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """Of one tensor; empty if it was never wanted."""
+    outcomes = list(outcomes)
+    if not outcomes:
+        return {}
+    ratios = [error / eager for _, _, error, eager, *_ in outcomes if eager and eager > 0]
+    # eager may be exact by chance: beside what the rule allows in any case that says nothing
+    bounded = [
+        error / max(eager, allowed)
+        for _, _, error, eager, allowed, _ in outcomes
+        if allowed is not None and max(eager, allowed) > 0
+    ]
+    verdicts = {name: sum(one[1] == name for one in outcomes) for name in VERDICTS}
+    return {
+        "cases": len(outcomes),
+        "median": _rounded(median(ratios)) if ratios else None,
+        "largest": _rounded(max(ratios)) if ratios else None,
+        "largest_bounded": _rounded(max(bounded)) if bounded else None,
+        **verdicts,
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The README's section: a row for each implementation, dtype and loss of the last campaign."""
+    records = [one for one in records if one["kind"] == "fuzz"]
+    if not records:
+        return "No results yet."
+    last = max(records, key=lambda one: one["date"])
+    records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
+    rows: list[Sequence[str]] = [("implementation", "dtype", "loss", "cases", *TENSORS.values())]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in records:
+        groups.setdefault((one["impl"], one["dtype"], one["loss"]), []).append(one)
+    for key, members in groups.items():
+        cells = [
+            _cell([one["tensors"][name] for one in members if name in one["tensors"]]) for name in TENSORS.values()
+        ]
+        rows.append((*key, f"{sum(one['cases'] for one in members):,}", *cells))
+    return "\n".join([markdown(rows), "", _summary(records), "", *(f"- {line}" for line in provenance(records))])
+
+
+def _cell(figures: Sequence[dict[str, Any]]) -> str:
+    weighed = [(one["median"], one["cases"]) for one in figures if one["median"] is not None]
+    worst = [one["largest_bounded"] for one in figures if one["largest_bounded"] is not None]
+    if not weighed or not worst:
+        return ""
+    middle = sum(value * cases for value, cases in weighed) / sum(cases for _, cases in weighed)
+    return f"{middle:.2f} · {max(worst):.2f}"
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> str:
+    figures = [one for record in records for one in record["tensors"].values()]
+    count = {name: sum(one[name] for one in figures) for name in VERDICTS}
+    total, failed = sum(one["cases"] for one in figures), sum(len(one["violations"]) for one in records)
+    cases = sum(one["cases"] for one in records)
+    return (
+        f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: {count['within']:,} within the "
+        f"rule; {count['overflow']:,} where eager overflows and ours does not; {count['luck']:,} where eager's own "
+        f"error is luck, and the rule holds over an ensemble of neighbouring cases; {failed:,} violations. A cell: "
+        "error ÷ eager's error, the median · the largest, for which eager's error counts at least as what the rule "
+        "allows in any case. In float64 eager's error is estimated from float32."
+    )
+
+
+def plain(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None

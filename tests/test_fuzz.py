@@ -1,0 +1,28 @@
+"""A slice of the fuzz campaign (`python -m bench.fuzz`) on cases that no run has seen before."""
+
+import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed; test_fuzz_regressions.py runs without it")
+
+from fuzz_draw import specs
+from fuzz_rule import VIOLATION, run
+from hypothesis import HealthCheck, Phase, given, settings
+
+
+@pytest.mark.parametrize(("impl", "examples"), [("torch", 250), ("blas", 15), ("triton", 15)])
+def test_fresh_cases_are_within_the_rule(impl, examples, device):
+    @settings(
+        max_examples=examples,
+        derandomize=False,  # which it is where the variable CI is set
+        database=None,
+        deadline=None,
+        print_blob=True,
+        phases=[Phase.generate],  # a smaller case has less to average, and is judged by luck rather than by the code
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(specs(impl))
+    def each(spec):
+        failed = [one.message for one in run(spec, device) if one.verdict == VIOLATION]
+        assert not failed, "; ".join(failed)
+
+    each()
