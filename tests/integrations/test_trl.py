@@ -39,6 +39,8 @@ def auxiliary(data: list[dict[str, torch.Tensor]], like: torch.nn.Module) -> dic
     return found | {f"pre_head.{name}": p.grad for name, p in head.items()}
 
 
+# what TRL deprecates is used as long as TRL takes it
+@pytest.mark.filterwarnings("default:.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("accumulation", "options"),
     [
