@@ -5,8 +5,8 @@ error may be small by chance, and eager itself breaks the rule against its own e
 outside the rule is judged again by the same rule over an ensemble: the case and neighbours of it, alike but for the
 bits that are rounded. What is worse than eager fails that too, and is a violation; what passes is counted as "luck".
 
-An overflow in eager is no error to compare with: where float64 is finite and eager is not, ours is held against float64
-alone ("overflow").
+An overflow in eager is no error to compare with: where ours is finite, as float64 is, and eager is not, ours is held
+against float64 alone ("overflow").
 
 float64 has no wider oracle to show eager's error: there that is estimated as twice eager's error in float32 on the same
 numbers, which measures how well the problem is conditioned, × 2⁻²⁹; ours is compared with eager in float64.
@@ -125,7 +125,7 @@ def _estimated_errors(case: oracle.Case, number: int) -> dict[str, Tensor]:
 
 
 def _without_overflow(one: oracle.Comparison) -> oracle.Comparison:
-    overflow = ~one.eager.isfinite() & one.oracle.isfinite()
+    overflow = ~one.eager.isfinite() & one.ours.isfinite() & one.oracle.isfinite()
     return one._replace(eager=torch.where(overflow, one.oracle, one.eager.double()))
 
 

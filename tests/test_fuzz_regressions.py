@@ -26,7 +26,31 @@ FOUND = {
         upstream=0.37,
         workspace=1,
     ),
+    # dG overflowed where relu's derivative is 0: their product was no number
+    "relu of an overflow": Spec(
+        impl="triton",
+        seed=5523,
+        dtype="float16",
+        leading=(13, 1),
+        d=7,
+        m=2,
+        z=2,
+        activation="relu",
+        reduction="none",
+        bias=(False, False),
+        pattern="all",
+        anchor_dtype="bfloat16",
+        weight="leading",
+        scale=-2,
+        scale_w2=2,
+        scale_anchor=1,
+        outliers="channels",
+        zero_rows=True,
+        layout="transposed",
+        upstream=0.37,
+    ),
 }
+
 # eager's db1 is infinite, and float64's and ours are not
 EAGER_OVERFLOWS = Spec(
     seed=1,
@@ -45,6 +69,27 @@ EAGER_OVERFLOWS = Spec(
     scale_anchor=3,
     layout="expanded",
     upstream=0.37,
+)
+# the same of db2; some elements overflow in both
+BOTH_OVERFLOW = Spec(
+    seed=1,
+    autocast="float16",
+    leading=(13, 13),
+    m=3,
+    z=7,
+    loss="mse",
+    activation="silu",
+    reduction="none",
+    rows="index64",
+    anchor_compact=True,
+    anchor_dtype="bfloat16",
+    anchor="parallel",
+    noise=1e-7,
+    scale=1,
+    scale_w2=3,
+    scale_anchor=3,
+    outliers="channels",
+    zero_rows=True,
 )
 # rows alike: eager's error in dW2 is small by chance
 EAGER_IS_LUCKY = Spec(
@@ -85,7 +130,12 @@ def test_found_by_fuzzing(spec, device):
 
 @pytest.mark.parametrize(
     ("spec", "tensor", "verdict"),
-    [(EAGER_OVERFLOWS, "b1", OVERFLOW), (EAGER_IS_LUCKY, "w2", LUCK), (ROWS_ARE_FEW, "w2", LUCK)],
+    [
+        (EAGER_OVERFLOWS, "b1", OVERFLOW),
+        (BOTH_OVERFLOW, "b2", OVERFLOW),
+        (EAGER_IS_LUCKY, "w2", LUCK),
+        (ROWS_ARE_FEW, "w2", LUCK),
+    ],
 )
 def test_where_eager_is_no_measure(spec, tensor, verdict):
     found = {one.name: one.verdict for one in run(spec)}

@@ -36,18 +36,16 @@ def sigmoids(x):
 
 @triton.jit
 def activate_grad(x, ACTIVATION: tl.constexpr):
-    """act'(x), float32."""
+    """act'(x), float32; relu's is a choice, not a factor."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         y = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
         s, rest = sigmoids(1.5957691216057308 * (x + 0.044715 * x * x * x))
         y = s + x * s * rest * (1.5957691216057308 + 0.2140644488178315 * x * x)
-    elif ACTIVATION == "silu":
+    else:
         s, rest = sigmoids(x)
         y = s * (1.0 + x * rest)
-    else:
-        y = tl.where(x > 0, 1.0, 0.0)
     return y
 
 
@@ -103,7 +101,11 @@ def activate_grad_kernel(
         o_z = o_n.to(tl.int64)[:, None] * M + o_m[None, :]
         mask = (o_n < live)[:, None] & (o_m < M)[None, :]
         b_z = widen(tl.load(z_ptr + o_z, mask=mask, other=0.0))
-        b_z = activate_grad(b_z, ACTIVATION) * widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
+        b_dg = widen(tl.load(dg_ptr + o_z, mask=mask, other=0.0))
+        if ACTIVATION == "relu":
+            b_z = tl.where(b_z > 0, b_dg, 0.0)  # not 0 · inf, which is no number
+        else:
+            b_z = activate_grad(b_z, ACTIVATION) * b_dg
         tl.store(z_ptr + o_z, narrow(b_z, z_ptr.dtype.element_ty), mask=mask)
         if q_ptr is not None:
             store_quantized(q_ptr, scales_ptr, b_z, o_n, o_m, live, M)
