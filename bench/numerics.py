@@ -102,7 +102,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
     cases = sum(one["cases"] for one in records)
     return (
         f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: {count['within']:,} within the "
-        f"rule; {count['overflow']:,} where eager overflows and ours does not; {count['luck']:,} where eager's own "
+        f"rule; {count['overflow']:,} where eager overflows or is about to; {count['luck']:,} where eager's own "
         f"error is luck, and the rule holds over an ensemble of neighbouring cases; {failed:,} violations. A cell: "
         "error ÷ eager's error, the median · the largest, for which eager's error counts at least as what the rule "
         "allows in any case. In float64 eager's error is estimated from float32."

@@ -96,7 +96,9 @@ class TorchSteps:
             return problem.hidden.new_empty(rows, columns, dtype=dtype)
 
         self.z, self.g, self.p = (buffer(chunk, columns) for columns in (m, m, z))
-        self.h = None if self.index is None and problem.hidden.dtype == dtype else buffer(chunk, d)
+        # products of rows that are no rows in memory add up one term after another: small ones are twice as wrong
+        as_given = self.index is None and problem.hidden.dtype == dtype and problem.hidden.stride(1) == 1
+        self.h = None if as_given else buffer(chunk, d)
         on_cpu = problem.hidden.device.type == "cpu"
         self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)

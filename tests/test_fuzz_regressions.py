@@ -26,6 +26,27 @@ FOUND = {
         upstream=0.37,
         workspace=1,
     ),
+    # products with hidden states that are transposed in memory had twice the error
+    "transposed hidden states": Spec(
+        seed=11326,
+        leading=(1, 131),
+        d=37,
+        m=1,
+        z=64,
+        loss="smooth_l1",
+        activation="relu",
+        reduction="sum",
+        bias=(False, True),
+        pattern="all",
+        anchor="parallel",
+        noise=1e-7,
+        scale=-2,
+        scale_w2=4,
+        scale_anchor=3,
+        outliers="channels",
+        layout="transposed",
+        upstream=-3.0,
+    ),
     # dG overflowed where relu's derivative is 0: their product was no number
     "relu of an overflow": Spec(
         impl="triton",
