@@ -73,7 +73,7 @@ def run_case(spec: Any) -> dict[str, Any]:
     try:
         outcomes: list[Sequence[Any]] = list(run(spec, current().torch_device))
     except Exception as error:
-        outcomes = [("call", "violation", math.nan, math.nan, math.nan, f"{type(error).__name__}: {error}")]
+        outcomes = [("call", "violation", math.nan, math.nan, math.nan, False, f"{type(error).__name__}: {error}")]
     return {
         "impl": spec.impl,
         "dtype": spec.product_dtype,
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fuzz_cases import Spec
 
         found = run_case(Spec.of(options.case))["outcomes"]
-        names = ("tensor", "verdict", "error", "eager's", "allowed", "message")
+        names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")
         print(markdown([names, *([str(cell) for cell in one] for one in found)]))
         return int(any(verdict == "violation" for _, verdict, *_ in found))
 

@@ -15,7 +15,7 @@ from .sweep import Gradients, Layout, Selection, Work
 aten = torch.ops.aten
 
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
-ROWS_IN_CACHE = 256  # the row loss makes several passes over float32 copies of that many rows
+ROWS_IN_CACHE = 256  # the row loss makes several passes over wider copies of that many rows
 
 # (forward, backward) into `out`; the backward takes (dG, Z)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -60,7 +60,8 @@ def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) ->
     return loss
 
 
-# (n, 1) losses of float32 (or wider) rows; with `grad`, p becomes coefficient · dℓ/dp
+# (n, 1) losses of rows wider than the products; with `grad`, p becomes coefficient · dℓ/dp. Where predictions are close
+# to their anchors what cancelling leaves is rounding, alike in rows that are alike: it would add up in their sums
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
@@ -90,7 +91,7 @@ class TorchSteps:
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
         self.weight = None if self.losses is None else _weight(problem, selection)
-        (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
+        (d, m, z), dtype = problem.widths, problem.options.dtype
 
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
             return problem.hidden.new_empty(rows, columns, dtype=dtype)
@@ -101,7 +102,8 @@ class TorchSteps:
         self.h = None if as_given else buffer(chunk, d)
         on_cpu = problem.hidden.device.type == "cpu"
         self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
-        self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
+        self.wide = torch.float64 if dtype == torch.float32 else problem.loss_dtype
+        self.wide_p = None if self.wide == dtype else buffer(self.block, z, self.wide)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
@@ -120,7 +122,7 @@ class TorchSteps:
             rows = anchor[start:stop]
         else:
             rows = anchor.index_select(0, self.index[start:stop])
-        return rows.to(self.problem.loss_dtype)
+        return rows.to(self.wide)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from oracle import judge, make, run
+from oracle import Comparison, judge, make, run
 
 from pre_kernels import fused_pre_loss
 from pre_kernels.kernels import activation, finish, tiles
@@ -116,7 +116,7 @@ def test_matmul_by_descriptor(device, launched, dtype, transposed, live, size):
     truth, eager = (cast(x[:rows]) @ cast(w) for cast in (torch.Tensor.double, torch.Tensor.float))
     if bias is not None:
         truth, eager = truth + bias.double(), eager + bias.float()
-    judge("y", y[:rows], eager.to(dtype), truth, torch.finfo(dtype).eps, None)
+    judge(Comparison("y", y[:rows], eager.to(dtype), truth, torch.finfo(dtype).eps, None))
     for outside in (around[:32], around[n + 32 :]):
         assert outside.isnan().all()
 
@@ -139,7 +139,7 @@ def test_weight_grad_by_descriptor(device, launched, dtype, first, live):
     eager = dy[:rows].float().t() @ x[:rows].float() + (0 if first else total)
     add_weight_grad(total, dy, x, count=count(start + live, device), start=start, first=first)
     assert launched == ["descriptor"]
-    judge("total", total, eager, truth, torch.finfo(torch.float32).eps, None)
+    judge(Comparison("total", total, eager, truth, torch.finfo(torch.float32).eps, None))
     for outside in (around[:32], around[M + 32 :]):
         assert outside.isnan().all()
 

@@ -90,6 +90,18 @@ def test_float64_is_exact(device):
         torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ["mask", "all"])
+def test_strides_change_no_bit(impl, device, dtype, rows):
+    """Of the same numbers: the vendor's products would add up those of a transposed matrix in another order."""
+    case = make(8, leading=(343,), d=7, m=31, z=9, dtype=dtype, device=device, rows=rows)
+    want = run(ours(impl), case)
+    for name in ("hidden", "w1", "w2"):
+        case.tensors[name] = case.tensors[name].t().contiguous().t()
+    for name, value in run(ours(impl), case).items():
+        assert torch.equal(value, want[name]), name
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", ["mask", "index64"])
 def test_no_rows_is_zero_and_attached(impl, device, reduction, rows):
