@@ -15,7 +15,7 @@ from .sweep import Gradients, Layout, Selection, Work
 aten = torch.ops.aten
 
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
-ROWS_IN_CACHE = 256  # the row loss makes several passes over wider copies of that many rows
+ROWS_IN_CACHE = 256  # the row loss makes several passes over float32 copies of that many rows
 
 # (forward, backward) into `out`; the backward takes (dG, Z)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -33,13 +33,17 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's norm is not."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
-    # unit vectors first: they cancel exactly where p and a are parallel
     p.div_(p_norm)
     a = a / torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8)
-    cosine = torch.linalg.vecdot(p, a).unsqueeze(1)
+    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
+    near = torch.linalg.vecdot(p, a).unsqueeze(1)
+    r = a.sub_(near * p)
+    part, square = (torch.linalg.vecdot(p, x).unsqueeze(1) for x in (r, p))
+    cosine = near * square + part
     if grad:
         # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-        p.mul_(torch.where(norm > 0, cosine * (p_norm / norm), 0)).sub_(a).mul_(coefficient / p_norm)
+        along = torch.where(norm < p_norm, cosine * (p_norm / norm) - near, part / square)
+        p.mul_(along.masked_fill_(norm == 0, 0)).sub_(r).mul_(coefficient / p_norm)
     return -cosine
 
 
@@ -60,8 +64,7 @@ def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) ->
     return loss
 
 
-# (n, 1) losses of rows wider than the products; with `grad`, p becomes coefficient · dℓ/dp. Where predictions are close
-# to their anchors what cancelling leaves is rounding, alike in rows that are alike: it would add up in their sums
+# (n, 1) losses of float32 (or wider) rows; with `grad`, p becomes coefficient · dℓ/dp
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
@@ -91,7 +94,7 @@ class TorchSteps:
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
         self.weight = None if self.losses is None else _weight(problem, selection)
-        (d, m, z), dtype = problem.widths, problem.options.dtype
+        (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
 
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
             return problem.hidden.new_empty(rows, columns, dtype=dtype)
@@ -102,8 +105,7 @@ class TorchSteps:
         self.h = None if as_given else buffer(chunk, d)
         on_cpu = problem.hidden.device.type == "cpu"
         self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
-        self.wide = torch.float64 if dtype == torch.float32 else problem.loss_dtype
-        self.wide_p = None if self.wide == dtype else buffer(self.block, z, self.wide)
+        self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
@@ -122,7 +124,7 @@ class TorchSteps:
             rows = anchor[start:stop]
         else:
             rows = anchor.index_select(0, self.index[start:stop])
-        return rows.to(self.wide)
+        return rows.to(self.problem.loss_dtype)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start

@@ -101,9 +101,9 @@ class Ensemble:
 def neighbour(case: oracle.Case, number: int) -> oracle.Case:
     """0: the case itself; else the same problem for every purpose but rounding.
 
-    Inputs differ by up to 2 eps; row weights, the upstream gradient and each column of the predictions, with that of
-    the anchors, by a factor between ½ and 1: parallel vectors stay parallel. The last bits alone would not do where
-    rows are the same: what is lost depends on the leading ones too.
+    Inputs differ by up to 2 eps; row weights (one for all, where there are none), the upstream gradient and each column
+    of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay parallel, and rows
+    alike. The last bits alone would not do where rows are the same: what is lost depends on the leading ones too.
     """
     if number == 0:
         return case
@@ -118,8 +118,11 @@ def neighbour(case: oracle.Case, number: int) -> oracle.Case:
 
     tensors = {name: None if x is None else near(name, x) for name, x in case.tensors.items()}
     options = dict(case.options)
-    if (weight := options.get("row_weight")) is not None:
-        options["row_weight"] = weight * 2 ** -torch.rand(weight.shape, generator=g).to(weight.device)
+    weight = options.get("row_weight")
+    factors_of_rows = 2 ** -torch.rand(() if weight is None else weight.shape, generator=g)
+    if weight is None:
+        weight = torch.ones(case.tensors["hidden"].shape[:-1], device=case.tensors["hidden"].device)
+    options["row_weight"] = weight * factors_of_rows.to(weight.device)
     upstream = case.upstream * 2 ** -torch.rand((), generator=g).item()
     return dataclasses.replace(case, tensors=tensors, options=options, upstream=upstream)
 
