@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pre_kernels import fused_pre_loss
 
-ENSEMBLES = (32, 128, 512)  # the last decides: with so many an RMS is known to some percent
+ENSEMBLES = (32, 128, 512, 2048)  # the last decides: with so many an RMS is known to some percent
 WITHIN, OVERFLOW, LUCK, VIOLATION = "within", "overflow", "luck", "violation"
 
 
