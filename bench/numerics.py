@@ -70,22 +70,37 @@ def _rounded(value: float) -> float:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's section: a row for each implementation, dtype and loss of the last campaign."""
+    """The README's section, of the last campaign: rows by implementation, dtype and loss, and by activation too."""
     records = [one for one in records if one["kind"] == "fuzz"]
     if not records:
         return "No results yet."
     last = max(records, key=lambda one: one["date"])
     records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
-    rows: list[Sequence[str]] = [("implementation", "dtype", "loss", "cases", *TENSORS.values())]
+    by_activation = ["<details><summary>By activation</summary>", "", _table(records, GROUP), "", "</details>"]
+    return "\n".join(
+        [
+            _table(records, GROUP[:3]),
+            "",
+            _summary(records),
+            "",
+            *by_activation,
+            "",
+            *map("- {}".format, provenance(records)),
+        ]
+    )
+
+
+def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in records:
-        groups.setdefault((one["impl"], one["dtype"], one["loss"]), []).append(one)
+        groups.setdefault(tuple(one[name] for name in by), []).append(one)
+    rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *TENSORS.values())]
     for key, members in groups.items():
         cells = [
             _cell([one["tensors"][name] for one in members if name in one["tensors"]]) for name in TENSORS.values()
         ]
         rows.append((*key, f"{sum(one['cases'] for one in members):,}", *cells))
-    return "\n".join([markdown(rows), "", _summary(records), "", *(f"- {line}" for line in provenance(records))])
+    return markdown(rows)
 
 
 def _cell(figures: Sequence[dict[str, Any]]) -> str:

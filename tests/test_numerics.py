@@ -54,6 +54,9 @@ def test_page():
     assert rows == [
         ["torch", "float32", "cosine", "1", "", "", "", "", "", ""],
         ["torch", "float32", "mse", "4", "2.00 · 1.00", "", "1.88 · 4.50", "", "", ""],
+        ["torch", "float32", "cosine", "gelu", "1", "", "", "", "", "", ""],
+        ["torch", "float32", "mse", "gelu", "3", "2.00 · 1.00", "", "1.00 · 1.50", "", "", ""],
+        ["torch", "float32", "mse", "relu", "1", "", "", "4.50 · 4.50", "", "", ""],
     ]
     assert "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager overflows or is" in text
     assert "1 where eager's own error is luck" in text
