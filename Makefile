@@ -55,7 +55,7 @@ compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructio
 bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
-fuzz: $(INSTALLED)  ## 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
+fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
