@@ -1,0 +1,180 @@
+"""Mutation testing: each small error put into a copy of the sources, and the tests run until one of them sees it.
+
+    python tests/mutate.py                         every mutant (hours): a line for each file of the sources into
+                                                   bench/results/mutation.jsonl
+    python tests/mutate.py --sample 300 --seed 1   some, drawn over all files
+    python tests/mutate.py --again --sample 24     the same, with no test but the one that the results name
+    python tests/mutate.py --only row_loss         those whose key has this text; the screen shows who survives
+    python tests/mutate.py --only row_loss --list  what would be changed, and nothing run
+
+What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the mutant's statement (traced
+once, in minutes), the cheapest first, up to --budget seconds. Every outcome is kept in build/mutation as it comes: the
+same command goes on where it was stopped, and survivors meet the tests again when these have changed. Kernels are
+interpreted. Exit status 1: a mutant survived that `mutants_known.py` does not name.
+
+mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines hide functions from
+`triton.jit`, which reads their source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mutant_run import ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
+from mutants import FILES, PACKAGE, Mutant, every_mutant
+from mutants_known import EQUIVALENT, GAPS
+
+KEPT = ROOT / "build" / "mutation"
+RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
+KILLED = ("killed", "timeout", "crash", "invalid")
+
+
+def digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def tests_hash() -> str:
+    return digest(ROOT / "tests" / f"{name}.py" for name in (*(f"test_{one}" for one in TESTS), "oracle", "fences"))
+
+
+def reach(folder: Path) -> dict[str, Any]:
+    """Seconds of each test, and the tests of each line of the package: measured, or kept from last time."""
+    path = KEPT / f"reach-{digest(PACKAGE.rglob('*.py'))}-{tests_hash()}.json"
+    if not path.exists():
+        print("tracing which tests reach which line", file=sys.stderr)
+
+        def trace() -> Any:
+            plugin = Reach(folder / "pre_kernels")
+            status = pytest_in(folder, plugin, [f"tests/test_{name}.py" for name in TESTS])
+            return {"status": status, "failed": plugin.failed, "seconds": plugin.took, "lines": plugin.lines()}
+
+        found, status = forked(trace, 3600)
+        if not found or found["status"]:
+            raise SystemExit(f"the tests fail on unchanged sources: {found and found['failed']}, status {status}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return dict(json.loads(path.read_text()))
+
+
+def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
+    """The seconds of the tests that reach a mutant's statement, the cheapest first; what a module says as it is
+    imported, all tests of the file reach."""
+    lines = known["lines"].get(mutant.file, {})
+    wanted = range(mutant.lines[0], mutant.lines[1] + 1)
+    imported = mutant.function == "module"
+    names = {name for line, tests in lines.items() if imported or int(line) in wanted for name in tests}
+    seconds = known["seconds"]
+    return dict(sorted(((name, seconds[name]) for name in names), key=lambda one: one[1]))
+
+
+def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
+    """Those whose seconds add up to the budget at most; `first` come first, which changes no outcome."""
+    total, chosen = 0.0, {}
+    for name, each in seconds.items():
+        if (total := total + each) > budget and chosen:
+            break
+        chosen[name] = each
+    return {**{name: chosen[name] for name in first if name in chosen}, **chosen}
+
+
+def campaign(wanted: Sequence[Mutant], path: Path, budget: float, folder: Path) -> dict[str, dict[str, Any]]:
+    """The outcome of each mutant by its key, those that are kept in `path` and those that are run now."""
+    kept = {one["key"]: one for one in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    known, now = reach(folder), tests_hash()
+    killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    done, start = Counter[str](), time.monotonic()
+    for number, mutant in enumerate(wanted, 1):
+        last, often = kept.get(mutant.key), killers[mutant.file, mutant.function]
+        if not last or (last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)):
+            begin, outcome, test = time.monotonic(), "unreached", None
+            if seconds := reaching(mutant, known):
+                first = [name for name, _ in often.most_common(3)]
+                outcome, test = run(mutant, folder, affordable(seconds, first, budget))
+            took = round(time.monotonic() - begin, 2)
+            last = kept[mutant.key] = {
+                **{name: getattr(mutant, name) for name in ("key", "short", "file", "operator")},
+                **{"outcome": outcome, "test": test, "seconds": took, "tests": now, "budget": budget},
+            }
+            with path.open("a") as out:
+                out.write(json.dumps(last) + "\n")
+            done[outcome] += 1
+            if outcome not in KILLED and mutant.key not in {**EQUIVALENT, **GAPS}:
+                print(f"{outcome}: {mutant.key}", flush=True)
+        often.update([last["test"]] if last["test"] else [])
+        if number % 20 == 0:
+            print(f"{number}/{len(wanted)} {time.monotonic() - start:.0f} s {dict(done)}", file=sys.stderr, flush=True)
+    return {mutant.key: kept[mutant.key] for mutant in wanted}
+
+
+def again(wanted: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
+    """The same by the test that the results name. A mutant that they do not know meets the tests of the kernels and of
+    the loss."""
+    lines = map(json.loads, RESULTS.read_text().splitlines())
+    killers = {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
+    found = {}
+    for mutant in wanted:
+        test = killers.get(mutant.short)
+        if mutant.key not in EQUIVALENT and mutant.key not in GAPS:
+            outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
+            found[mutant.key] = {"outcome": outcome}
+            if outcome not in KILLED:
+                print(f"{outcome}: {mutant.key}, formerly killed by {test}")
+    return found
+
+
+def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """A line for each file into the results."""
+    sys.path.insert(0, str(ROOT))
+    from bench import mutation, record
+    from bench.device import current
+
+    stamp = record.stamp(current())
+    for line in mutation.aggregate(found, {"equivalent": EQUIVALENT, "gap": GAPS}):
+        record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="how many to draw; else all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, and of the order (default: %(default)s)")
+    parser.add_argument("--only", default="", help="mutants whose key (file function: before → after) has this text")
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests for a mutant (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="run only the test that killed it, whatever is kept")
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    options = parser.parse_args(argv)
+    wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
+    random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
+    wanted = wanted[: options.sample]
+    if options.list:
+        for mutant in wanted:
+            print(f"{mutant.operator:5} {mutant.key}")
+        return 0
+    prepare()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    path = KEPT / f"{digest(PACKAGE / file for file in FILES)}.jsonl"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy(folder)
+        found = again(wanted, folder) if options.again else campaign(wanted, path, options.budget, folder)
+    if not (options.again or options.only):
+        write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
+    print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
+    named = {**EQUIVALENT, **GAPS}
+    return int(any(one["outcome"] not in KILLED and key not in named for key, one in found.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
