@@ -14,8 +14,8 @@ SURVIVED = ("equivalent", "gap", "unreached", "survived")
 
 
 def aggregate(outcomes: Iterable[Mapping[str, Any]], named: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that failed; named: by "equivalent"
-    and "gap", the reasons of mutants."""
+    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that failed; named: the
+    reasons of mutants, by "equivalent" and "gap"."""
     files: dict[str, list[Mapping[str, Any]]] = {}
     for one in outcomes:
         files.setdefault(one["file"], []).append(one)

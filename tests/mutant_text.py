@@ -21,7 +21,8 @@ class Places(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         outer = self.statement
         if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
+            # the head of a function is run on import: its tests are those of the function
+            body = None if isinstance(node, ast.FunctionDef) else getattr(node, "body", None)
             self.statement = node.lineno, (body[0].lineno - 1 if body else node.end_lineno or node.lineno)
         super().visit(node)
         self.statement = outer

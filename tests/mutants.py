@@ -79,6 +79,18 @@ def every_mutant() -> list[Mutant]:
     return [mutant for file, source in sources.items() for mutant in mutants(file, source, optional)]
 
 
+def named() -> dict[str, dict[str, str]]:
+    """The reasons of those that no test kills, by "equivalent" and "gap" and by key."""
+    found: dict[str, dict[str, str]] = {"equivalent": {}, "gap": {}}
+    kind = reason = ""
+    for line in (Path(__file__).parent / "data" / "mutants.txt").read_text().splitlines():
+        if line.startswith("  "):
+            found[kind][line.strip()] = reason
+        elif line and not line.startswith("#"):
+            kind, _, reason = line.partition(": ")
+    return found
+
+
 def _around(data: bytes, start: int, stop: int, text: bytes) -> tuple[str, str]:
     """The lines of the change before and after it, on one line each and cut where they are long."""
     first, last = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", stop)

@@ -8,9 +8,10 @@
     python tests/mutate.py --only row_loss --list  what would be changed, and nothing run
 
 What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the mutant's statement (traced
-once, in minutes), the cheapest first, up to --budget seconds. Every outcome is kept in build/mutation as it comes: the
-same command goes on where it was stopped, and survivors meet the tests again when these have changed. Kernels are
-interpreted. Exit status 1: a mutant survived that `mutants_known.py` does not name.
+once, in minutes), those of single kernels first, as many as --budget allows. What is named as equivalent meets none.
+Every outcome is kept in build/mutation as it comes: the same command goes on where it was stopped, and survivors meet the
+tests again when these have changed. Kernels are interpreted. Exit status 1: a mutant survived that `data/mutants.txt`
+does not name.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines hide functions from
 `triton.jit`, which reads their source.
@@ -30,12 +31,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mutant_run import ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
-from mutants import FILES, PACKAGE, Mutant, every_mutant
-from mutants_known import EQUIVALENT, GAPS
+from mutant_run import GENERAL, ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
+from mutants import FILES, PACKAGE, Mutant, every_mutant, named
 
 KEPT = ROOT / "build" / "mutation"
 RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
+NAMED = named()
 KILLED = ("killed", "timeout", "crash", "invalid")
 
 
@@ -46,38 +47,46 @@ def digest(paths: Iterable[Path]) -> str:
     return found.hexdigest()[:12]
 
 
-def tests_hash() -> str:
-    return digest(ROOT / "tests" / f"{name}.py" for name in (*(f"test_{one}" for one in TESTS), "oracle", "fences"))
-
-
 def reach(folder: Path) -> dict[str, Any]:
-    """Seconds of each test, and the tests of each line of the package: measured, or kept from last time."""
-    path = KEPT / f"reach-{digest(PACKAGE.rglob('*.py'))}-{tests_hash()}.json"
-    if not path.exists():
-        print("tracing which tests reach which line", file=sys.stderr)
+    """Seconds of each test, and the tests of each line of the package: traced, or kept from last time."""
+    source = digest(PACKAGE.rglob("*.py"))
+    known: dict[str, Any] = {"seconds": {}, "lines": defaultdict(lambda: defaultdict(list)), "hash": {}}
+    for name in (f"tests/test_{one}.py" for one in TESTS):
+        known["hash"][name] = digest(ROOT / path for path in (name, "tests/oracle.py", "tests/fences.py"))
+        path = KEPT / f"reach-{source}-{Path(name).stem}-{known['hash'][name]}.json"
+        if not path.exists():
+            print(f"tracing which lines {name} reaches", file=sys.stderr)
 
-        def trace() -> Any:
-            plugin = Reach(folder / "pre_kernels")
-            status = pytest_in(folder, plugin, [f"tests/test_{name}.py" for name in TESTS])
-            return {"status": status, "failed": plugin.failed, "seconds": plugin.took, "lines": plugin.lines()}
+            def trace(name: str = name) -> Any:
+                plugin = Reach(folder / "pre_kernels")
+                status = pytest_in(folder, plugin, [name])
+                return {"status": status, "failed": plugin.failed, "seconds": plugin.took, "lines": plugin.lines()}
 
-        found, status = forked(trace, 3600)
-        if not found or found["status"]:
-            raise SystemExit(f"the tests fail on unchanged sources: {found and found['failed']}, status {status}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
-    return dict(json.loads(path.read_text()))
+            found, status = forked(trace, 3600)
+            if not found or found["status"]:
+                raise SystemExit(f"{name} fails on unchanged sources: {found and found['failed']}, status {status}")
+            path.write_text(json.dumps(found))
+        one = json.loads(path.read_text())
+        known["seconds"].update(one["seconds"])
+        for file, lines in one["lines"].items():
+            for line, tests in lines.items():
+                known["lines"][file][int(line)] += tests
+    return known
 
 
 def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
-    """The seconds of the tests that reach a mutant's statement, the cheapest first; what a module says as it is
-    imported, all tests of the file reach."""
-    lines = known["lines"].get(mutant.file, {})
-    wanted = range(mutant.lines[0], mutant.lines[1] + 1)
-    imported = mutant.function == "module"
-    names = {name for line, tests in lines.items() if imported or int(line) in wanted for name in tests}
-    seconds = known["seconds"]
-    return dict(sorted(((name, seconds[name]) for name in names), key=lambda one: one[1]))
+    """The seconds of the tests that reach a mutant's statement: those of single kernels, the cheapest first, then the
+    longest of each test function, another of each, and so on. All tests of a file reach what is run on import."""
+    lines, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
+    wanted, imported = range(mutant.lines[0], mutant.lines[1] + 1), mutant.function == "module"
+    names = {name for line, tests in lines.items() if imported or line in wanted for name in tests}
+    of_kernels = tuple(f"tests/test_{name}.py" for name in GENERAL[:3])
+    order, cases = {}, Counter[str]()
+    for name in sorted(names, key=lambda name: (-seconds[name], name)):
+        function = name.partition("[")[0]
+        order[name] = (0 if name.startswith(of_kernels) else 1 + cases[function], seconds[name])
+        cases[function] += 1
+    return {name: seconds[name] for name in sorted(order, key=lambda name: order[name])}
 
 
 def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
@@ -93,14 +102,17 @@ def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -
 def campaign(wanted: Sequence[Mutant], path: Path, budget: float, folder: Path) -> dict[str, dict[str, Any]]:
     """The outcome of each mutant by its key, those that are kept in `path` and those that are run now."""
     kept = {one["key"]: one for one in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    known, now = reach(folder), tests_hash()
+    known = reach(folder)
+    now = digest(ROOT / name for name in known["hash"])
     killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     done, start = Counter[str](), time.monotonic()
     for number, mutant in enumerate(wanted, 1):
         last, often = kept.get(mutant.key), killers[mutant.file, mutant.function]
         if not last or (last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)):
             begin, outcome, test = time.monotonic(), "unreached", None
-            if seconds := reaching(mutant, known):
+            if mutant.key in NAMED["equivalent"]:
+                outcome = "survived"
+            elif seconds := reaching(mutant, known):
                 first = [name for name, _ in often.most_common(3)]
                 outcome, test = run(mutant, folder, affordable(seconds, first, budget))
             took = round(time.monotonic() - begin, 2)
@@ -111,7 +123,7 @@ def campaign(wanted: Sequence[Mutant], path: Path, budget: float, folder: Path) 
             with path.open("a") as out:
                 out.write(json.dumps(last) + "\n")
             done[outcome] += 1
-            if outcome not in KILLED and mutant.key not in {**EQUIVALENT, **GAPS}:
+            if outcome not in KILLED and not any(mutant.key in reasons for reasons in NAMED.values()):
                 print(f"{outcome}: {mutant.key}", flush=True)
         often.update([last["test"]] if last["test"] else [])
         if number % 20 == 0:
@@ -127,7 +139,7 @@ def again(wanted: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
-        if mutant.key not in EQUIVALENT and mutant.key not in GAPS:
+        if not any(mutant.key in reasons for reasons in NAMED.values()):
             outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
             found[mutant.key] = {"outcome": outcome}
             if outcome not in KILLED:
@@ -142,7 +154,7 @@ def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     from bench.device import current
 
     stamp = record.stamp(current())
-    for line in mutation.aggregate(found, {"equivalent": EQUIVALENT, "gap": GAPS}):
+    for line in mutation.aggregate(found, NAMED):
         record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
 
 
@@ -172,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (options.again or options.only):
         write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
     print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
-    named = {**EQUIVALENT, **GAPS}
-    return int(any(one["outcome"] not in KILLED and key not in named for key, one in found.items()))
+    expected = NAMED["equivalent"].keys() | NAMED["gap"].keys()
+    return int(any(one["outcome"] not in KILLED and key not in expected for key, one in found.items()))
 
 
 if __name__ == "__main__":
