@@ -9,9 +9,9 @@
 
 What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the mutant's statement (traced
 once, in minutes), those of single kernels first, as many as --budget allows. What is named as equivalent meets none.
-Every outcome is kept in build/mutation as it comes: the same command goes on where it was stopped, and survivors meet the
-tests again when these have changed. Kernels are interpreted. Exit status 1: a mutant survived that `data/mutants.txt`
-does not name.
+Every outcome is kept in build/mutation as it comes: the same command goes on where it was stopped, and survivors meet
+the tests again when these have changed. Kernels are interpreted. Exit status 1: a mutant survived that
+`data/mutants.txt` does not name.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines hide functions from
 `triton.jit`, which reads their source.

@@ -69,6 +69,18 @@ def test_matmul_takes_any_strides(device):
     torch.testing.assert_close(y, x @ w)
 
 
+def test_tf32_only_where_it_is_allowed():
+    """Which the interpreter cannot show."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for allowed in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            assert matmul_module.input_precision(torch.float32) == allowed
+            assert matmul_module.input_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_grad_ignores_what_lies_beyond_the_count(device, first):
     dy, x = torch.randn(50, 70, device=device), torch.randn(50, 40, device=device)
