@@ -101,6 +101,19 @@ def test_no_rows_is_zero_and_attached(impl, device, reduction, rows):
         assert not got[name].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rows", ["mask", "index64", "all"])
+def test_hidden_states_without_rows(impl, device, reduction, rows):
+    got = run(ours(impl), make(1, leading=(0,), device=device, rows=rows, reduction=reduction))
+    assert got["loss"].shape == ((0,) if reduction == "none" else ())
+    assert not any(value.any() for value in got.values())
+
+
+def test_more_rows_than_a_block_of_the_scatter(device):
+    """Of the torch path."""
+    judge("torch", make(2, leading=(9000,), d=5, m=6, z=7, device=device))
+
+
 def test_no_rows_with_zero_normalizer_is_zero(impl, device):
     got = run(ours(impl), make(1, device=device, share=0.0, normalizer=0))
     assert got["loss"] == 0
