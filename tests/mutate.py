@@ -134,7 +134,7 @@ def campaign(wanted: Sequence[Mutant], path: Path, budget: float, folder: Path) 
 def again(wanted: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
     """The same by the test that the results name. A mutant that they do not know meets the tests of the kernels and of
     the loss."""
-    lines = map(json.loads, RESULTS.read_text().splitlines())
+    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
     killers = {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
     found = {}
     for mutant in wanted:
@@ -170,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
     random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
     wanted = wanted[: options.sample]
+    if not wanted:
+        parser.error(f"--only {options.only!r}: no mutant has this text")
     if options.list:
         for mutant in wanted:
             print(f"{mutant.operator:5} {mutant.key}")

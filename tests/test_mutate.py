@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from mutants import FILES, OPERATORS, PACKAGE, every_mutant, mutants, named
 
+from bench import mutation, record
+from bench.device import Cpu
+
 MUTATE = Path(__file__).with_name("mutate.py")
 
 
@@ -114,8 +117,41 @@ def test_named_mutants_exist():
     assert all(reason for reasons in named().values() for reason in reasons.values())
 
 
+def test_the_table_says_what_the_outcomes_are():
+    outcomes = [
+        {"key": key, "short": key, "file": file, "operator": operator, "outcome": outcome, "test": test}
+        for key, file, operator, outcome, test in (
+            ("a", "f.py", "sign", "killed", "t::a"),
+            ("b", "f.py", "sign", "survived", None),
+            ("c", "f.py", "mask", "timeout", None),
+            ("d", "g.py", "mask", "survived", None),
+            ("e", "g.py", "chunk", "unreached", None),
+        )
+    ]
+    lines = mutation.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
+    assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
+    stamp = record.stamp(Cpu())
+    text = mutation.page([{"kind": "mutation", "seed": 3, "drawn": 5, **line, **stamp} for line in lines])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [
+        ["f.py", "3", "1/2", "", "1/1", "", "", "1", "1", "0"],
+        ["g.py", "2", "", "", "0/1", "", "0/1", "0", "0", "2"],
+        ["all", "5", "1/2", "", "1/2", "", "0/1", "1", "1", "2"],
+    ]
+    assert "5 mutants (a sample of seed 3): 2 killed (1 by a timeout), 40.0 %; 50.0 % of those" in text
+    assert "equivalent: as zero is\n\n```text\nb\n```" in text
+    assert "survived\n\n```text\nd\n```" in text
+
+
 def mutate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, MUTATE, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_mutant_of_a_kernel_is_killed():
+    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * tl.sigmoid(x) → y = (x)")
+    assert done.returncode == 2, "no such mutant is an error"
+    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * tl.sigmoid(x) → y = x")
+    assert "1 mutants: {'killed': 1}" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_slice_is_killed_again():
