@@ -204,9 +204,9 @@ def test_row_offsets_beyond_31_bits(device):
     """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a stride does that without
     the memory, and an offset that wrapped would read elsewhere."""
     stride = 2**30 + 64
-    storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=device)  # 4 GiB of addresses, two pages touched
+    storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=device)  # 4 GiB of addresses, three pages touched
     x = storage.as_strided((3, 32), (stride, 1))
-    x[0], x[2] = 1, 2
+    x[0], x[1], x[2] = 1, 3, 2
     rows = torch.tensor([2, 0], dtype=torch.int32, device=device)
     y = torch.empty(2, 32, dtype=torch.float16, device=device)
     gather(x, y, index=rows)
@@ -221,6 +221,8 @@ def test_row_offsets_beyond_31_bits(device):
     total = torch.empty(32, 32, device=device)
     add_weight_grad(total, eye[:2], far, first=True)
     assert total[:2, 0].tolist() == [1, 2]
+    add_weight_grad(total, eye[:3].float(), x, first=True)  # with a cast: by pointers
+    assert total[:3, 0].tolist() == [1, 3, 2]
 
 
 def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):

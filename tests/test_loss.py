@@ -221,12 +221,13 @@ def test_small_gradients_survive_a_loss_scale(impl, device, dtype):
     judge(impl, case)
 
 
-def test_inputs_changed_in_place_are_noticed(impl, device):
+@pytest.mark.parametrize("name", ["hidden", "anchor"])
+def test_inputs_changed_in_place_are_noticed(impl, device, name):
     case = make(11, device=device, reduction="none")
     case.tensors["w1"].requires_grad_()
     loss = fused_pre_loss(**case.tensors, rows=case.rows, **case.options, impl=impl)
     with torch.no_grad():
-        case.tensors["hidden"].add_(1)
+        case.tensors[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.sum().backward()
 

@@ -22,6 +22,7 @@ CALLS = {
     "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
     "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
     "frozen": {"rows": "mask", "frozen": ("hidden", "b1")},
+    "frozen weights": {"rows": "mask", "frozen": ("w1", "w2")},
 }
 
 
