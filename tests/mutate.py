@@ -3,7 +3,7 @@
     python tests/mutate.py                         every mutant (hours): a line for each file of the sources into
                                                    bench/results/mutation.jsonl
     python tests/mutate.py --sample 300 --seed 1   some, drawn over all files
-    python tests/mutate.py --again --sample 24     the same, with no test but the one that the results name
+    python tests/mutate.py --again --sample 24     some of those that the results know, by the test that killed them
     python tests/mutate.py --only row_loss         those whose key has this text; the screen shows who survives
     python tests/mutate.py --only row_loss --list  what would be changed, and nothing run
 
@@ -131,11 +131,14 @@ def campaign(wanted: Sequence[Mutant], path: Path, budget: float, folder: Path) 
     return {mutant.key: kept[mutant.key] for mutant in wanted}
 
 
-def again(wanted: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
-    """The same by the test that the results name. A mutant that they do not know meets the tests of the kernels and of
-    the loss."""
+def recorded() -> dict[str, str]:
+    """The test that killed a mutant, by `Mutant.short`, as the results name it."""
     lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
-    killers = {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
+    return {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
+
+
+def again(wanted: Sequence[Mutant], folder: Path, killers: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The same by one test. A mutant that no result knows meets those of `GENERAL`."""
     found = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
@@ -169,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
     random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
+    killers = recorded() if options.again else {}
+    if options.again and options.sample:
+        wanted = [mutant for mutant in wanted if mutant.short in killers]
     wanted = wanted[: options.sample]
     if not wanted:
         parser.error(f"--only {options.only!r}: no mutant has this text")
@@ -182,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy(folder)
-        found = again(wanted, folder) if options.again else campaign(wanted, path, options.budget, folder)
+        found = again(wanted, folder, killers) if options.again else campaign(wanted, path, options.budget, folder)
     if not (options.again or options.only):
         write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
     print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
