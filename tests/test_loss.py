@@ -83,6 +83,17 @@ def test_frozen_inputs_in_every_combination(impl, device, frozen):
         judge(impl, make(3, leading=(2, 20), device=device, frozen=names, reduction=reduction))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction):
+    """Under autocast dtypes may differ: beside float16 biases the gradients of float32 weights are beyond float16."""
+    case = make(15, device=device, reduction=reduction, autocast=torch.bfloat16, upstream=1e9)
+    for name in ("b1", "b2"):
+        case.tensors[name] = case.tensors[name].half()
+    got, truth = run(ours(impl), case), run(reference.pre_loss, case, torch.float64)
+    for name in ("w1", "w2"):
+        assert (got[name].double() - truth[name]).norm() < 0.05 * truth[name].norm(), name
+
+
 def test_float64_is_exact(device):
     case = make(5, dtype=torch.float64, device=device, weight="leading")
     got, want = run(fused_pre_loss, case), run(reference.pre_loss, case)
