@@ -12,7 +12,6 @@ from . import checks
 from .checks import Problem
 from .function import pre_loss
 
-
 # looked up once: Dynamo of torch 2.9 cannot trace it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import versions
 
 
 def old_interpreter() -> None:
-    """Triton 3.5's as it is from 3.6 on: strides of descriptors are multiples of 16 bytes, where it asks for 16 elements;
-    a launch goes through the class's `run`, which tests take the place of."""
+    """Triton 3.5's as it is from 3.6 on: strides of descriptors are multiples of 16 bytes, where it asks for multiples
+    of 16 elements; a launch goes through the class's `run`, which tests take the place of."""
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorDescHandle
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -32,6 +33,23 @@ if not torch.cuda.is_available():
         old_interpreter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--versions", choices=versions.ROWS, help="stop unless what README's row names is installed")
+
+
+def pytest_report_header() -> str:
+    found = {name: versions.installed(name) for name in versions.claims()}
+    newer = [name for name, version in versions.table()["newest"].items() if (found[name] or version) > version]
+    told = f"versions: {', '.join(f'{name} {version}' for name, version in found.items())}"
+    return told + (f"\nversions: README's table has no {', '.join(newer)} as new as that" if newer else "")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    row = session.config.getoption("--versions")
+    if row and (wrong := versions.differences(row)):
+        raise pytest.UsageError(f"--versions {row}: {'; '.join(wrong)}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What is deprecated is called neither by the library nor by its tests; what they call may do as it likes."""
     own = "|".join(["pre_kernels", "bench", *sorted({path.stem for path in Path(__file__).parent.rglob("*.py")})])
@@ -47,3 +65,15 @@ def device() -> torch.device:
 @pytest.fixture(params=["torch", "blas", "triton"])
 def impl(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def row_scales(device):
+    """What the products of "fp8" are taken with: on a CPU torch 2.9 has one scale a tensor alone."""
+    x, rows = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        if device.type != "cpu":
+            raise
+        pytest.skip(f"torch {torch.__version__} has no float8 products with scales of rows on a CPU")

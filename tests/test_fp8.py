@@ -21,18 +21,6 @@ def _needs_float8(device):
         pytest.skip("float8 with a scale for each row needs sm_90")
 
 
-@pytest.fixture
-def row_scales(device):
-    """What the products of "fp8" are taken with: on a CPU torch 2.9 has one scale a tensor alone."""
-    x, rows = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device), torch.ones(16, 1, device=device)
-    try:
-        torch._scaled_mm(x, x.t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16)
-    except RuntimeError as error:
-        if device.type != "cpu":
-            raise
-        pytest.skip(f"torch {torch.__version__} on a CPU: {str(error).splitlines()[0]}")
-
-
 def check_quantized(quantized, rows):
     """Against torch's own rounding of rows ÷ scale, where a scale brings the row's largest element to 448."""
     largest = rows.abs().amax(1)
