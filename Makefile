@@ -5,12 +5,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two single-threaded workers beat one with two threads: most of a test is Python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+OTHERS := oldest image newest
+# the newest datasets does not go with the huggingface_hub of transformers 4.57, the newest pyarrow not with numpy 1.26
+PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
+PINS_image = $$($(BIN)/python tests/versions.py image)
+# of the core, what versions may change; `make test-versions` runs the rest
+CORE := loss kernels row_kernels ops head reference checks versions
 ARGS ?=
 API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
 	pre_kernels.diagnostics pre_kernels.diagnose.samples
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo matrix test test-full test-oldest compile bench fuzz mutate bench-report peers gpu lint format docs wheel clean
+.PHONY: help install demo matrix test test-full test-oldest test-versions compile bench fuzz mutate bench-report peers gpu lint format docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,23 +36,30 @@ demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe: a table, a pictu
 test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time (ARGS="-k row_loss" for some)
 	$(PYTEST) $(ARGS)
 
-test-oldest: .deps/transformers .deps/triton  ## the integrations on transformers 4.57, the kernels' compilation on triton 3.6
-	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations tests/diagnose
+test-oldest: .deps/oldest/.installed .deps/triton  ## kernels and integrations on every oldest version claimed, compilation on triton 3.6
+	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(CORE:%=tests/test_%.py) tests/integrations tests/diagnose
+	.deps/oldest/bin/python tests/aot.py --targets sm90
 	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
 
-.deps/transformers: | $(INSTALLED)
-	@# the newest datasets, which TRL brings, does not import with the huggingface_hub of transformers 4.57
-	$(BIN)/pip install --quiet --target $@ 'transformers==4.57.*' 'datasets>=4.7,<5'
+test-versions: $(OTHERS:%=.deps/%/.installed)  ## all tests on the other versions of the README's table
+	$(foreach row,$(OTHERS),$(subst $(BIN),.deps/$(row)/bin,$(PYTEST)) --versions $(row) &&) true
+
+# uv, because pip takes four times as long; torch compiles with setuptools
+$(OTHERS:%=.deps/%/.installed): .deps/%/.installed: pyproject.toml | $(INSTALLED)
+	rm -rf .deps/$*
+	$(PYTHON) -m venv --without-pip .deps/$*
+	$(BIN)/uv pip install --quiet --python .deps/$*/bin/python -e '.[dev]' 'setuptools>=77' $(PINS_$*)
+	touch $@
 
 .deps/triton: | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.6.*'
 
 # every combination of family, checkpointing, loop, LoRA and processes, on both versions of transformers
-matrix: .deps/transformers  ## the whole product of the integrations' matrix, of which `make test` runs every pair
+matrix: .deps/oldest/.installed  ## the whole product of the integrations' matrix, of which `make test` runs every pair
 	$(PYTEST) tests/integrations/test_matrix.py --full-matrix
-	PYTHONPATH=.deps/transformers $(PYTEST) tests/integrations/test_matrix.py --full-matrix
+	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) tests/integrations/test_matrix.py --full-matrix
 
-test-full: test test-oldest matrix  ## everything that runs without a GPU
+test-full: test test-oldest test-versions matrix  ## everything that runs without a GPU
 	$(BIN)/pre-kernels demo --quick --out build/demo
 
 compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructions of every kernel, without a GPU

@@ -126,9 +126,16 @@ def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}")
 
 
+def _under_autocast(device: str) -> bool:
+    try:  # Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # "meta" has none
+        return False
+
+
 def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype:
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _under_autocast(device):
         doubles = [name for name, value in parameters.items() if value.dtype == torch.float64]
         if not doubles and hidden.dtype != torch.float64:
             return torch.get_autocast_dtype(device)

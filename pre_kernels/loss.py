@@ -12,10 +12,13 @@ from . import checks
 from .checks import Problem
 from .function import pre_loss
 
+# looked up once: Dynamo of torch 2.9 cannot trace it
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`; None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
         return "float64 has no Triton kernels"

@@ -256,7 +256,7 @@ def main() -> None:
             print(f"{used}  {','.join(result['instructions']):26} {result['name']}", flush=True)
     results.sort(key=lambda result: result["name"])
     spilled = sum(result["spills"] > 0 for result in results)
-    print(f"{len(results)} kernels compiled, {spilled} spill")
+    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill")
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1))
     raise SystemExit(spilled > 0)

@@ -120,9 +120,11 @@ def test_bytes_of_the_rows(impl):
 
 
 @pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
-def test_memory_of_a_step(impl, precision):
+def test_memory_of_a_step(impl, precision, request):
     """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the weights' gradients, dH,
     what is returned, and a few numbers for each row."""
+    if precision == "fp8":
+        request.getfixturevalue("row_scales")
     n, width = 4096, 128
     workspace = 4 * 264 * 2 * width + n // 4 * 4 * width * 2  # partial sums, and a quarter of the rows in four buffers
     found = count(impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision)

@@ -60,6 +60,7 @@ def test_what_is_not_finite_shows(device, bad):
     assert room.values.float()[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.usefixtures("row_scales")
 @pytest.mark.parametrize("options", [{}, {"loss": "mse"}, {"reduction": "none"}, {"workspace": 1}, {"rows": "all"}])
 def test_loss_and_gradients(device, options):
     workspace = {"workspace": options.pop("workspace")} if "workspace" in options else {}
@@ -85,6 +86,7 @@ def test_inputs_are_left_alone(device):
     assert torch.equal(around, before)
 
 
+@pytest.mark.usefixtures("row_scales")
 def test_frozen_inputs(device):
     shape = {"leading": (3, 20), "d": 64, "m": 96, "z": 48}
     for name in oracle.LEAVES:
@@ -95,6 +97,7 @@ def test_frozen_inputs(device):
         assert (got[name].double() - truth[name]).norm() / truth[name].norm() < ERROR
 
 
+@pytest.mark.usefixtures("row_scales")
 def test_a_training_ends_where_bfloat16_ends(device):
     """The anchors are a fixed function of the hidden states, which the predictor can learn."""
     ends = {}
