@@ -14,7 +14,7 @@ import test_two_processes as pair
 import torch
 from pre_kernels.integrations import Reader, Sample, apply_pre, measure, patch_trainer
 from pre_kernels.integrations.callback import LayerCallback
-from test_parallel import need_deepspeed
+from ranks import need_deepspeed
 from tiny_models import DEPTH, batch, build
 from tiny_training import EQUAL, InOrder, Samples, arguments, collate
 from two import both

@@ -22,10 +22,10 @@ from original_llava import build_original, original_batch
 from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
 from pre_kernels.integrations.llava import PREPARE
+from ranks import made, shard
 from safetensors.torch import load_file
 from test_head_training import make
 from test_options import Waits
-from test_parallel import made, shard
 from test_two_processes import ddp_resumes, trained
 from tiny_models import FAMILIES, Batch, batch, build
 from torch import Tensor, nn
