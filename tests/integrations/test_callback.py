@@ -143,6 +143,16 @@ def test_scores(tmp_path: Path) -> None:
     assert not any(type(hook).__name__ == "Reader" for m in other.model.modules() for hook in m._forward_hooks.values())
 
 
+def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
+    """DeepSpeed's torch_autocast is around the call of its engine, not inside the model."""
+    trainer = trainer_of(tmp_path)
+    callback, plain = LayerCallback(trainer, held_out(), 1), offline(trainer.model)
+    trainer.model_wrapped = torch.autocast("cpu", torch.bfloat16)(trainer.model.__call__)
+    found = figures(callback.measure())
+    assert found == pytest.approx(plain, abs=0.1)
+    assert found["layer_2/contrast"] != pytest.approx(plain["layer_2/contrast"], rel=1e-6)
+
+
 class Watched(InOrder):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(LayerCallback(self, held_out(), every=1, max_share=0.9999))
