@@ -95,6 +95,7 @@ class LayerCallback(TrainerCallback):
         report = LayerReport(self.metrics, seed=self.seed)
         devices = [device] if device.type == "cuda" else []
         with Reader(model, self.layers, **self.options) as reader, torch.random.fork_rng(devices):
+            # DeepSpeed's engine autocasts around the model; FSDP's wrapper is trainer.model itself
             for _ in measure(reader, self.samples, report, call=self.trainer.model_wrapped, device=device):
                 pass
             found = {} if self.score is None else self._scores(model)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
 from .objective import Losses, Objective
-from .output import add_to_loss, share
+from .output import add_to_loss, logits, share
 from .training import Training, number
 from .watchdog import Watchdog
 
@@ -272,7 +272,7 @@ class PreHandle:
         else:
             term = weight * share(seen.inputs, device, self._objective.group) * total
             output = add_to_loss(output, term, required=True)
-        self._watchdog.watch(term)
+        self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
         return output
 
     def _record(self, found: Losses, device: torch.device) -> None:

@@ -43,3 +43,12 @@ def add_to_loss(output: Any, term: Tensor, required: bool) -> Any:
     else:
         output.loss = loss
     return output
+
+
+def logits(output: Any) -> list[Tensor]:
+    """Those in what the model returns, where there are any: what a trainer's own loss is made of."""
+    if isinstance(output, tuple):
+        found = output[1] if len(output) > 1 else None
+    else:
+        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    return [found] if torch.is_tensor(found) else []

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 from torch import Tensor
 
-PATIENCE = 2  # a single forward may be somebody's look at the loss
+PATIENCE = 2  # a single one may be somebody's look at a gradient
 
 
 class Watchdog:
-    """Warns once when terms in a row were dropped without a backward pass that reached them; no host sync."""
+    """Warns once when backward passes of forwards in a row left out their terms; no host sync."""
 
     def __init__(self) -> None:
         self.lost = 0
         self.warned = False
 
-    def watch(self, term: Tensor) -> None:
-        """Follow a 0-d term of the loss; what follows it lives as long as its graph."""
-        if term.requires_grad:
-            term.register_hook(_Watched(self))
+    def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
+        """Follow a 0-d term of the loss; nothing is kept longer than its graph.
+
+        `others`: what another loss of this forward would be made of. A forward whose backward pass never came, for want
+        of memory or because its loss was only looked at, says nothing about the trainer.
+        """
+        if not term.requires_grad:
+            return
+        watched = _Watched(self)
+        term.register_hook(watched.reach)
+        for other in others:
+            if other.requires_grad:
+                other.register_hook(watched.pass_by)
 
     def check(self) -> None:
-        """Warn if the last terms were all lost."""
+        """Warn if the last backward passes all left out their terms."""
         if self.lost >= PATIENCE and not self.warned:
             self.warned = True
             warnings.warn(
@@ -35,12 +45,14 @@ class Watchdog:
 class _Watched:
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
-        self.reached = False
+        self.reached = self.passed = False
 
-    def __call__(self, gradient: Tensor) -> None:
+    def reach(self, gradient: Tensor) -> None:
         self.reached = True
         self.watchdog.lost = 0
 
-    def __del__(self) -> None:
-        if not self.reached:
+    def pass_by(self, gradient: Tensor) -> None:
+        """May come before `reach` in the same backward pass, which then takes it back."""
+        if not (self.reached or self.passed):
+            self.passed = True
             self.watchdog.lost += 1

@@ -68,20 +68,26 @@ def cka_of_moments(xx: Moments, xy: Moments, yy: Moments, *, debiased: bool = Fa
 
 
 def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment: CKA that looks at shared neighbours alone (Huh et al. 2024).
+    """Centred kernel nearest-neighbour alignment: debiased CKA that looks at shared neighbours alone (Huh et al. 2024).
 
-    With rows scaled to unit length, K = x xᵀ and L = y yᵀ, K̄_ij = K_ij - mean over l of K_il, and N_K(i) the
-    `neighbours` rows most similar to row i, itself left out:
+    With rows scaled to unit length, K = x xᵀ and L = y yᵀ, and N_K(i) the `neighbours` rows most similar to row i,
+    itself left out:
 
-        align(K, L) = Σ K̄_ij · L̄_ij over i and j in N_K(i) ∩ N_L(i)
+        align(K, L) = HSIC(M ∘ K, M ∘ L),     M_ij = 1 where j is in N_K(i) ∩ N_L(i), else 0
         CKNNA       = align(K, L) / √(align(K, K) · align(L, L))
 
-    At most 1, and 1 for equal neighbourhoods and similarities; 0 where no neighbours are shared. No unit. Unchanged by
-    rotating either side, scaling rows and reordering the rows of both; not by moving the origin. nan where one side's
-    own alignment is 0, as when all its rows are alike.
+    HSIC is the unbiased one of Song et al. 2012, equation 5. So the authors' own code has it, and with it what they and
+    others have published; their paper writes Σ K̄_ij · L̄_ij over the same pairs, centred before the neighbours are
+    chosen, whose values differ. Their features had their outliers clipped as well.
+
+    With all other rows as neighbours it is `linear_cka` of the unit rows, debiased. 1 for equal neighbourhoods and
+    similarities; 0 where no neighbours are shared, and sometimes just below. No unit. Unchanged by rotating either
+    side, scaling rows and reordering the rows of both; not by moving the origin. Being a neighbour is not mutual, so x
+    and y in each other's place may differ in the third digit. nan where one side's own alignment is not positive, as
+    when all its rows are alike, and with fewer than 4 rows.
 
     Args:
-        x: (N, d), floating point, computed in float64; two N-by-N matrices are made, so pass a sample.
+        x: (N, d), floating point, computed in float64; a few N-by-N matrices are made, so pass a sample.
         y: (N, z), the same rows.
         neighbours: less than N.
 
@@ -92,23 +98,31 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
     inputs.check_positive("neighbours", neighbours)
     if neighbours >= len(x):
         raise ValueError(f"neighbours: got {neighbours}, want fewer than the {len(x)} rows")
+    if len(x) < 4:
+        return math.nan
     similar_x, near_x = _neighbourhood(x, neighbours)
     similar_y, near_y = _neighbourhood(y.to(x.device), neighbours)
-    own = [similar[near].square().sum().item() for similar, near in ((similar_x, near_x), (similar_y, near_y))]
-    # similarities of unit vectors: below this it is the rounding of equal ones
-    if min(own) <= len(x) * neighbours * 1e-24:
+    own = [_hsic(similar, similar, near) for similar, near in ((similar_x, near_x), (similar_y, near_y))]
+    # similarities of unit vectors: below this they are equal but for rounding, and any rows the nearest
+    spread = [(similar.max() - similar.min()).item() for similar in (similar_x, similar_y)]
+    if min(spread) <= 1e-12 or not min(own) > 0:
         return math.nan
-    shared = near_x & near_y
-    return (similar_x[shared] @ similar_y[shared]).item() / math.sqrt(own[0] * own[1])
+    return _hsic(similar_x, similar_y, near_x & near_y) / math.sqrt(own[0] * own[1])
 
 
 def _neighbourhood(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """K̄ and whether j is a neighbour of i, each (N, N)."""
+    """Similarities and whether j is a neighbour of i, each (N, N)."""
     x = inputs.unit(x)
     similarity = x @ x.T
     nearest = similarity.clone().fill_diagonal_(-torch.inf).topk(neighbours, dim=1).indices
-    near = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, nearest, True)
-    return similarity - similarity.mean(1, keepdim=True), near
+    return similarity, torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, nearest, True)
+
+
+def _hsic(k: Tensor, l: Tensor, near: Tensor) -> float:  # noqa: E741
+    """Song et al. 2012, equation 5, up to its factor 1 / (n(n - 3)), of k and l where `near`, which has no diagonal."""
+    n, k, l = len(k), k.where(near, 0), l.where(near, 0)  # noqa: E741
+    mixed = k.sum(0) @ l.sum(1)
+    return ((k * l.T).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)).item()
 
 
 def _check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

@@ -14,7 +14,7 @@ import test_two_processes as pair
 import torch
 from pre_kernels.integrations import Reader, Sample, apply_pre, measure, patch_trainer
 from pre_kernels.integrations.callback import LayerCallback
-from test_parallel import need_deepspeed
+from ranks import need_deepspeed
 from tiny_models import DEPTH, batch, build
 from tiny_training import EQUAL, InOrder, Samples, arguments, collate
 from two import both
@@ -141,6 +141,16 @@ def test_scores(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="score: returned nan for 'score', want a finite number"):
         LayerCallback(other, held_out(), 1, score=lambda model: float("nan")).measure()
     assert not any(type(hook).__name__ == "Reader" for m in other.model.modules() for hook in m._forward_hooks.values())
+
+
+def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
+    """DeepSpeed's torch_autocast is around the call of its engine, not inside the model."""
+    trainer = trainer_of(tmp_path)
+    callback, plain = LayerCallback(trainer, held_out(), 1), offline(trainer.model)
+    trainer.model_wrapped = torch.autocast("cpu", torch.bfloat16)(trainer.model.__call__)
+    found, wanted = figures(callback.measure())["layer_2/contrast"], plain["layer_2/contrast"]
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert found != pytest.approx(wanted, rel=1e-6)
 
 
 class Watched(InOrder):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from original_llava import build_original, original_batch
 from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
 from pre_kernels.integrations.llava import PREPARE
+from pre_kernels.integrations.parallel import Whole
+from ranks import made, shard
 from safetensors.torch import load_file
 from test_head_training import make
 from test_options import Waits
-from test_parallel import made, shard
 from test_two_processes import ddp_resumes, trained
 from tiny_models import FAMILIES, Batch, batch, build
 from torch import Tensor, nn
@@ -381,20 +383,27 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
 
 
 def ranks_that_die(folder: str, how: str) -> None:
-    """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time limit."""
+    """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time limit.
+
+    "save": from its beginning, "gather": when the parts of the head are put together.
+    """
     rank = torch.distributed.get_rank()
     torch.distributed.destroy_process_group()
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    limit = timedelta(seconds=2)
+    limit = timedelta(seconds=5)  # what both take part in has to end in it too, on a busy machine
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     model, handle = made(group="world")
     wanted = step(model) if how == "forward" else None  # both take part
     (Path(folder) / "whole").mkdir(exist_ok=True)
-    if how in ("save", "load"):
+    if how in ("save", "gather", "load"):
         shard(model, False)
         handle.save(f"{folder}/whole")
-    call = {"save": lambda: handle.save(f"{folder}/half"), "load": lambda: handle.load(f"{folder}/whole")}.get(how)
+    save = lambda: handle.save(f"{folder}/half")  # noqa: E731
+    call = {"save": save, "gather": save, "load": lambda: handle.load(f"{folder}/whole")}.get(how)
     if rank == 1:
+        if how == "gather":
+            with mock.patch.object(Whole, "read", side_effect=out_of_memory()):
+                fails(save, torch.OutOfMemoryError)
         if how == "exit":
             model.model.language_model.layers[3].register_forward_pre_hook(lambda *_: os._exit(3))
             model(**batch("llava").inputs)
@@ -419,7 +428,7 @@ def ranks_that_die(folder: str, how: str) -> None:
         assert handle.metrics()["pre_forwards"] == (2 if how == "forward" else 1)
 
 
-@pytest.mark.parametrize("how", ["forward", "save", "load", "exit"])
+@pytest.mark.parametrize("how", ["forward", "save", "gather", "load", "exit"])
 def test_a_rank_that_dies(how: str, tmp_path: Path) -> None:
     if how != "exit":
         both(ranks_that_die, str(tmp_path), how)

@@ -166,7 +166,8 @@ def test_paths_with_spaces_and_any_letters(
         before = handle.head.w1.detach().clone()
     script = folder / "träin 1.py"
     script.write_text("import sys\nprint(sys.argv, sys.path[0])", encoding="utf-8")
-    (folder / "pre ä.yaml").write_text("layer: 2  # λ\nweight: 0.25\n", encoding="utf-8")
+    (folder / "häkchen.py").write_text("def mask(inputs): ...", encoding="utf-8")  # a setting in the file names it
+    (folder / "pre ä.yaml").write_text("layer: 2  # λ\nmask_fn: häkchen:mask\n", encoding="utf-8")
     for script_name in (script.name, str(script)):
         launch.main(["--config", "pre ä.yaml", "--head", "kopf ü", "--", script_name, "an argument"])
         assert f"{[script_name, 'an argument']} {folder}" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
+from ranks import UNEVEN, batches, by_hand, engine, made, need_deepspeed, shard
 from safetensors.torch import load_file
-from test_parallel import UNEVEN, batches, by_hand, engine, made, need_deepspeed, shard
 from tiny_models import build
 from torch import nn
 from two import both

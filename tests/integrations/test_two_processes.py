@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pre_kernels.integrations import apply_pre, patch_trainer
+from ranks import config, deepspeed, need_deepspeed
 from safetensors.torch import load_file
-from test_parallel import config, deepspeed, need_deepspeed
 from test_trainer import Starts
 from tiny_models import batch, build
 from tiny_training import (

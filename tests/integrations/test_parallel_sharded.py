@@ -1,0 +1,201 @@
+"""FSDP1, FSDP2 and ZeRO in two processes: loss and every gradient are what one process computes by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eager import copy_of, gradients, pre_loss, watch
+from pre_kernels.integrations import apply_pre
+from ranks import (
+    DUMMY,
+    TEXT,
+    TEXT_ONLY,
+    UNEVEN,
+    batches,
+    by_hand,
+    check,
+    config,
+    deepspeed,
+    engine,
+    made,
+    need_deepspeed,
+    shard,
+    steps,
+)
+from tiny_models import build
+from torch import nn
+from two import both
+
+# --- FSDP
+
+
+def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
+    model, _ = made(frozen, group="world")
+    shard(model, own)
+    losses = steps(model, samples)
+    return losses, {n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
+@pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
+def test_fsdp2(own: bool, samples: list[Any]) -> None:
+    frozen = samples is TEXT_ONLY  # FSDP2 reduces unequal sets of gradients otherwise, with PRe or without
+    check(both(fsdp2, samples, own, frozen), by_hand(samples, frozen=frozen))
+
+
+def fsdp2_from_meta() -> Any:
+    """Made on the meta device, sharded, then materialised: head.reset_parameters() under a common seed."""
+    source, _ = made()
+    with torch.device("meta"):
+        model = type(source)(source.config)
+    handle = apply_pre(model.train())
+    assert {p.device.type for p in handle.head.parameters()} == {"meta"}
+    shard(model, False).to_empty(device="cpu")
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = {n: p for n, p in source.state_dict().items() if not n.startswith("pre_head")}
+    set_model_state_dict(model, plain, options=StateDictOptions(full_state_dict=True, strict=False))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(source.get_buffer(name))
+    torch.manual_seed(5)
+    handle.head.reset_parameters()
+    head = {n: p.full_tensor() for n, p in handle.head.named_parameters()}
+    source.pre_head.load_state_dict(head)
+    data = batches(UNEVEN, 0)[0]
+    return model(**data.inputs).loss.detach(), source(**data.inputs).loss.detach(), head
+
+
+def test_fsdp2_from_the_meta_device() -> None:
+    zero, one = both(fsdp2_from_meta)
+    for sharded, plain, head in (zero, one):
+        torch.testing.assert_close(sharded, plain)
+        assert 0.1 < head["w1"].abs().max() <= 32**-0.5
+        assert all(torch.equal(head[n], zero[2][n]) for n in head)
+
+
+def fsdp1(samples: list[Any], own: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from pre_kernels import PreHead
+
+    model, _ = made(group="world")
+    policy = ModuleWrapPolicy({type(model.model.language_model.layers[0]), *([PreHead] if own else [])})
+    wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    losses = steps(wrapped, samples)
+    with FSDP.summon_full_params(wrapped, with_grads=True):
+        found = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(wrapped).items()}
+    return losses, found
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
+def test_fsdp1(own: bool) -> None:
+    check(both(fsdp1, TEXT_ONLY, own), by_hand(TEXT_ONLY))
+
+
+def attach_late(how: str) -> None:
+    model = build("llava")
+    if how == "FullyShardedDataParallel":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(
+        TypeError, match=rf"model: got .* with {how} around or inside; want the plain model: call apply"
+    ):
+        apply_pre(model)
+    assert not hasattr(model, "pre_head")
+
+
+@pytest.mark.parametrize("how", ["FullyShardedDataParallel", "DistributedDataParallel"])
+def test_attached_after_wrapping(how: str) -> None:
+    both(attach_late, how)
+
+
+# --- DeepSpeed
+
+
+def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
+    ds = engine(model, stage, accumulation=len(samples[0]))
+    head = model.pre_head
+    whole = {n: p.shape for n, p in head.named_parameters()}
+    inside = []
+    head.register_forward_pre_hook(lambda *_: inside.append({n: p.shape for n, p in head.named_parameters()}))
+    from deepspeed.utils import safe_get_full_grad
+
+    losses, found = [], {}
+    for d in batches(samples, torch.distributed.get_rank()):
+        loss = ds(**d.inputs).loss
+        losses.append(loss.detach())
+        ds.backward(loss)
+        if ds.is_gradient_accumulation_boundary():
+            found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+            found = {n: None if g is None else g.clone() for n, g in found.items()}
+        ds.step()
+    if stage == 3:
+        assert set(whole.values()) == {(0,)} == {p.shape for p in head.parameters()}
+        assert [i["w1"] for i in inside] == [(32, 32)] * len(inside)
+    return losses, found
+
+
+def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:
+    deepspeed()
+    return zero_steps(made(frozen, group="world")[0], samples, stage)
+
+
+@pytest.mark.parametrize(("stage", "samples"), [(2, UNEVEN), (2, TEXT_ONLY), (3, UNEVEN), (3, DUMMY)])
+def test_zero(stage: int, samples: list[Any]) -> None:
+    need_deepspeed()
+    frozen = samples is TEXT_ONLY  # ZeRO-2 also reduces unequal sets of gradients otherwise
+    check(both(zero, samples, stage, frozen), by_hand(samples, frozen=frozen))
+
+
+def test_zero3_text_only() -> None:
+    """On both ranks: a rank that skips the vision tower alone makes ZeRO-3 wait for ever, with PRe or without."""
+    need_deepspeed()
+    samples = [[TEXT], [TEXT]]
+    check(both(zero, samples, 3), by_hand(samples, forwards=1))
+
+
+def zero_init(folder: str, samples: list[Any]) -> Any:
+    """The model is loaded under zero.Init, as from_pretrained does under the Trainer; the head comes afterwards."""
+    deepspeed()
+    from transformers import LlavaForConditionalGeneration
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(config(3))
+    model = LlavaForConditionalGeneration.from_pretrained(folder).train()
+    assert {p.shape for p in model.parameters()} == {(0,)}
+    torch.manual_seed(7)
+    apply_pre(model, group="world")
+    assert model.pre_head.w1.shape == (32, 32)
+    head = {n: p.detach().clone() for n, p in model.pre_head.named_parameters()}
+    found = zero_steps(model, samples, 3)
+    del alive
+    return found, head
+
+
+def test_zero3_init(tmp_path: Path) -> None:
+    need_deepspeed()
+    model, handle = made()
+    build("llava").save_pretrained(tmp_path)
+    zero, one = both(zero_init, str(tmp_path), UNEVEN)
+    torch.manual_seed(7)
+    handle.head.reset_parameters()
+    assert all(torch.equal(p, zero[1][n]) for n, p in handle.head.named_parameters())
+    # by_hand has another head, so the whole step is done here
+    head = copy_of(handle.head)
+    handle.remove()
+    seen = watch(model, "llava")
+    losses = []
+    for number in range(2):
+        data = [batches(UNEVEN, rank)[number] for rank in range(2)]
+        count = sum(int(d.visual.sum()) for d in data)
+        parts = [model(**d.inputs).loss / 2 + 0.5 * pre_loss(seen, d, [2], head, reduction="sum") / count for d in data]
+        (sum(parts) / 2).backward()
+        losses.append(sum(parts).detach())
+    check([zero[0], one[0]], (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}))

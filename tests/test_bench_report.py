@@ -1,0 +1,175 @@
+"""The report: tables, goals and pictures from results, and the committed results themselves."""
+
+import json
+
+import pytest
+from test_bench import STAMP
+
+from bench import goals, plots, record, report, shapes
+
+
+def results() -> list[dict]:
+    stamp = {"device": "A", "torch": "2", "triton": "3", "date": "2026-01-02T03:04:05", "commit": "c", "group": "g"}
+    about = {
+        "kind": "loss",
+        "shape": "tiny",
+        "dtype": "bf16",
+        "selection": "index",
+        "n": 200,
+        "d": 128,
+        "m": 96,
+        "z": 64,
+        **stamp,
+    }
+    figures = {"q1_ms": 1.0, "q3_ms": 4.0, "tflops": 12.0}
+    ours = {"peer": "ours-torch", "median_ms": 1.5, "peak_mib": 30.0, "returned_mib": 10.0, "error_ratio": 1.0}
+    eager = {"peer": "eager", "median_ms": 3.0, "peak_mib": 110.0, "returned_mib": 10.0, "error_ratio": 1.0}
+    return [
+        {**about, **figures, **ours},
+        {**about, **figures, **eager},
+        {**about, **figures, "peer": "floor", "median_ms": 1.0},
+        {**about, "peer": "ours-triton", "unavailable": "no GPU"},
+    ]
+
+
+def markers(name):
+    return f"<!-- {name}:begin -->\nstale\n<!-- {name}:end -->"
+
+
+def test_report_and_picture(tmp_path):
+    file, readme, picture = tmp_path / "a.jsonl", tmp_path / "README.md", tmp_path / "speed.png"
+    alone = {**results()[0], "median_ms": 77.0, "group": "later, without eager beside it"}
+    for line in [{**results()[0], "median_ms": 99.0}, *results(), alone]:  # the later of two lines of a key counts
+        record.append(file, line)
+    with file.open("a") as out:
+        out.write('{"kind": "loss", "sha')  # cut short by a kill
+    readme.write_text(
+        "before\n"
+        + "\nbetween\n".join(map(markers, ("bench", "goals")))
+        + "\nafter\n"
+        + "\n".join(map(markers, ("diagnostics", "fuzz", "mutation")))
+        + "\n"
+    )
+    report.main([str(file), "--readme", str(readme), "--plot", str(picture)])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:begin -->\n|")
+    assert "<!-- bench:end -->\nbetween\n<!-- goals:begin -->\n| goal" in text
+    assert "<!-- goals:end -->\nafter\n<!-- diagnostics:begin -->\nNot yet measured." in text
+    assert "stale" not in text
+    row = next(line for line in text.splitlines() if "ours-torch" in line)
+    assert [cell.strip() for cell in row.split("|")[8:14]] == ["0.50", "1.50", "30", "0.27", "0.20", "1.00"]
+    assert "2026-01-02, commit c" in text
+    assert picture.stat().st_size > 10_000
+
+
+def test_rows_by_index_and_by_mask_are_kept_apart():
+    index = results()
+    mask = [{**one, "selection": "mask", "group": "m"} for one in index]
+    unnamed = [{name: value for name, value in one.items() if name != "selection"} for one in mask]
+    assert record.latest([*unnamed, *index, *mask]) == [*mask, *index]
+    kinds = [row.split("|")[4].strip() for row in report.page(index + mask).splitlines() if "ours-torch" in row]
+    assert kinds == ["index", "mask"]
+
+
+def test_readme_without_markers_is_an_error(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match=r"readme: .* lacks the lines <!-- bench:begin"):
+        report.into_readme(readme, {"bench": "text"})
+
+
+def gpu_results() -> list[dict]:
+    """Of a GPU that meets each goal: every time is the floor's 2 ms × 1.05 for ours."""
+    stamp = {"device": "G", "capability": "9.0", "torch": "2", "triton": "3", "date": "2026-01-02", "commit": "c"}
+    lines = []
+
+    def add(kind, **fields):
+        lines.append({"kind": kind, "dtype": "bf16", "selection": "index", **stamp, **fields})
+
+    def run(kind, shape, selection="index"):
+        about = {"shape": shape.name, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
+        times = {"floor": 2.0, "ours-blas": 2.1, "ours-triton": 2.2, "ours-fp8": 1.5, "eager": 4.0, "compile": 2.9}
+        times |= {"liger": 4.0, "viral": 7.0}
+        for peer, ms in times.items():
+            figures = {"median_ms": ms, "q1_ms": ms, "q3_ms": ms, "tflops": 1 / ms}
+            figures |= {"peak_mib": 300.0, "returned_mib": 100.0, "formula_mib": 210.0} if peer != "floor" else {}
+            group = f"{kind} {shape.name} {selection}"
+            add(kind, peer=peer, **about, **figures, selection=selection, group=group)
+
+    for shape in shapes.GPU:
+        run("loss", shape)
+    run("loss", shapes.BY_NAME[goals.MAIN], "mask")
+    for n in (256, 131072):
+        run("sweep", shapes.Shape(f"n{n}-m4096", 1, n * 5 // 4, n, 4096, 4096, 4096, ""))
+    for mib, ratio in ((32, 1.2), (64, 1.1), (512, 1.01)):
+        add("workspace", shape=goals.MAIN, peer="ours-blas", item=mib, over_floor=ratio)
+    item = "mask, leading anchor"
+    for kind, outcome in (("sync", "no sync"), ("graph", "captured, same gradients"), ("fullgraph", "no break")):
+        add(kind, shape=goals.MAIN, peer="ours-triton", item=item, outcome=outcome)
+    add("step", shape=goals.SMALL, peer="ours-blas", launches=14.0)
+    add("firstcall", peer="ours-blas", item="cold cache", seconds=20.0)
+    add("firstcall", peer="ours-blas", item="warm cache", seconds=1.0)
+    add("training", item="llava15-7b", time_ratio=1.004, memory_ratio=1.003)
+    return lines
+
+
+def goal_row(records, name):
+    return next(row for row in goals.table(records) if row[0].startswith(name))
+
+
+def test_goals():
+    records = gpu_results()
+    of_cpu = [{name: value for name, value in one.items() if name != "capability"} for one in records]
+    assert all(row[1] == goals.ABSENT for row in goals.table(of_cpu)[1:])
+    for row in goals.table(records)[1:]:
+        assert row[1].endswith(", met"), row
+        assert "G, 2026-01-02, commit c" in row[2]
+    assert goal_row(records, "time ÷ floor, LLaVA")[1:] == ("1.05, met", "ours-blas; G, 2026-01-02, commit c")
+    # with a mask those that were seen to wait do not count
+    assert goal_row(records, "time ÷ floor, a mask")[1] == "1.1, met"
+    assert goal_row(records, "time ÷ floor, workspace")[1] == "1.1, met"
+    assert goal_row(records, "time ÷ the bf16 floor in fp8")[1] == "0.75, met"
+    assert goal_row(records, "speed over VIRAL")[1] == "3.333, met"
+    assert goal_row(records, "peak memory ÷ formula, N = 131,072")[1] == "0.9524, met"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "name"),
+    [
+        ("loss", {"median_ms": 2.4}, "time ÷ floor, LLaVA"),
+        ("loss", {"median_ms": 2.4}, "time ÷ floor, every shape"),
+        ("loss", {"peak_mib": 400.0}, "peak memory ÷ formula, N = 9,216"),
+        ("sync", {"outcome": "called a synchronizing operation"}, "calls with a host sync"),
+        ("step", {"launches": 17.0}, "launches"),
+        ("training", {"memory_ratio": 1.006}, "training step of LLaVA-1.5-7B, memory"),
+    ],
+)
+def test_a_goal_that_is_missed(kind, change, name):
+    records = gpu_results()
+    for one in records:
+        if one["kind"] == kind and one.get("peer") in (None, "ours-blas", "ours-triton"):
+            one |= change
+    assert goal_row(records, name)[1].endswith(", missed")
+
+
+def test_a_goal_over_every_shape_is_not_met_by_some():
+    few = [one for one in gpu_results() if one.get("shape") in (goals.MAIN, goals.SMALL)]
+    assert goal_row(few, "time ÷ floor, every shape")[1] == "1.05 so far"
+
+
+def test_curves(tmp_path):
+    picture = tmp_path / "curves.png"
+    assert plots.curves([], picture) == []
+    assert not picture.exists()
+    assert len(plots.curves(gpu_results() + results(), picture)) == len(plots.PANELS)
+    assert picture.stat().st_size > 10_000
+    without = [one for one in gpu_results() if one["kind"] != "workspace"]
+    assert "time ÷ floor over the workspace" not in plots.curves(without, picture)
+    square = {"n": 1 << 40, "d": 4096, "m": 4096, "z": 4096, "dtype": "bf16"}
+    assert plots.intensity(square) == pytest.approx(12 * 4096**2 / (3 * 4096 * 2))
+
+
+def test_committed_results_can_be_read():
+    for file in record.RESULTS.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            assert json.loads(line).keys() >= STAMP, file
