@@ -17,7 +17,7 @@ API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
 	pre_kernels.diagnostics pre_kernels.diagnose.samples
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo matrix test test-full test-oldest test-versions compile bench fuzz bench-report peers gpu lint format docs wheel clean
+.PHONY: help install demo matrix test test-full test-oldest test-versions compile bench fuzz mutate bench-report peers gpu lint format docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,8 +69,11 @@ compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructio
 bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
-fuzz: $(INSTALLED)  ## 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
+fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
 	$(BIN)/python -m bench.fuzz $(ARGS)
+
+mutate: $(INSTALLED)  ## small errors in the kernels and the Function, which the tests have to see (ARGS="--sample 100 --seed 1")
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
 	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png

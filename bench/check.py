@@ -67,7 +67,7 @@ class Judge:
         try:
             for name, value in result.items():
                 few = self.scale if value.numel() < 64 else None
-                oracle.judge(name, value, self.eager[name], self.truth[name], eps, few)
+                oracle.judge(oracle.Comparison(name, value, self.eager[name], self.truth[name], eps, few))
         except AssertionError as error:
             return Verdict(str(error), ratio, relative, not ratio < WRONG[self.case.product_dtype.itemsize])
         return Verdict(None, ratio, relative, False)

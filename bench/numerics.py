@@ -16,7 +16,8 @@ VERDICTS = ("within", "overflow", "luck", "violation")
 
 def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for each implementation, dtype of the products, loss and activation. A case: its group, `spec` and
-    `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows besides, message)."""
+    `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows besides, whether eager is outside the
+    rule against ours, message)."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for case in cases:
         groups.setdefault(tuple(case[name] for name in GROUP), []).append(case)
@@ -50,7 +51,7 @@ def _figures(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
     # eager may be exact by chance: beside what the rule allows in any case that says nothing
     bounded = [
         error / max(eager, allowed)
-        for _, _, error, eager, allowed, _ in outcomes
+        for _, _, error, eager, allowed, *_ in outcomes
         if allowed is not None and max(eager, allowed) > 0
     ]
     verdicts = {name: sum(one[1] == name for one in outcomes) for name in VERDICTS}
@@ -60,6 +61,7 @@ def _figures(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
         "largest": _rounded(max(ratios)) if ratios else None,
         "largest_bounded": _rounded(max(bounded)) if bounded else None,
         **verdicts,
+        "turned": sum(one[5] for one in outcomes),
     }
 
 
@@ -68,22 +70,37 @@ def _rounded(value: float) -> float:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's section: a row for each implementation, dtype and loss of the last campaign."""
+    """The README's section, of the last campaign: rows by implementation, dtype and loss, and by activation too."""
     records = [one for one in records if one["kind"] == "fuzz"]
     if not records:
         return "No results yet."
     last = max(records, key=lambda one: one["date"])
     records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
-    rows: list[Sequence[str]] = [("implementation", "dtype", "loss", "cases", *TENSORS.values())]
+    by_activation = ["<details><summary>By activation</summary>", "", _table(records, GROUP), "", "</details>"]
+    return "\n".join(
+        [
+            _table(records, GROUP[:3]),
+            "",
+            _summary(records),
+            "",
+            *by_activation,
+            "",
+            *map("- {}".format, provenance(records)),
+        ]
+    )
+
+
+def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in records:
-        groups.setdefault((one["impl"], one["dtype"], one["loss"]), []).append(one)
+        groups.setdefault(tuple(one[name] for name in by), []).append(one)
+    rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *TENSORS.values())]
     for key, members in groups.items():
         cells = [
             _cell([one["tensors"][name] for one in members if name in one["tensors"]]) for name in TENSORS.values()
         ]
         rows.append((*key, f"{sum(one['cases'] for one in members):,}", *cells))
-    return "\n".join([markdown(rows), "", _summary(records), "", *(f"- {line}" for line in provenance(records))])
+    return markdown(rows)
 
 
 def _cell(figures: Sequence[dict[str, Any]]) -> str:
@@ -97,15 +114,16 @@ def _cell(figures: Sequence[dict[str, Any]]) -> str:
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     figures = [one for record in records for one in record["tensors"].values()]
-    count = {name: sum(one[name] for one in figures) for name in VERDICTS}
+    count = {name: sum(one[name] for one in figures) for name in (*VERDICTS, "turned")}
     total, failed = sum(one["cases"] for one in figures), sum(len(one["violations"]) for one in records)
     cases = sum(one["cases"] for one in records)
     return (
         f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: {count['within']:,} within the "
         f"rule; {count['overflow']:,} where eager overflows or is about to; {count['luck']:,} where eager's own "
-        f"error is luck, and the rule holds over an ensemble of neighbouring cases; {failed:,} violations. A cell: "
-        "error ÷ eager's error, the median · the largest, for which eager's error counts at least as what the rule "
-        "allows in any case. In float64 eager's error is estimated from float32."
+        f"error is luck, and the rule holds over an ensemble of neighbouring cases; {failed:,} violations. "
+        f"Held against ours by the same rule, eager is outside in {count['turned']:,}. A cell: error ÷ eager's error, "
+        "the median · the largest, for which eager's error counts at least as what the rule allows in any case. The "
+        "oracle is float64, that of float64 80-bit floats."
     )
 
 

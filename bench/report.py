@@ -8,7 +8,8 @@
     python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
 
 The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the table of the loss,
-and the same with `goals` for the goals on a GPU, `fuzz` for errors beside eager's.
+and the same with `goals` for the goals on a GPU, `fuzz` for errors beside eager's, `mutation` for the
+errors that tests have to see.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
 
-    from . import diagnostics, goals, numerics, plots  # which build on this module
+    from . import diagnostics, goals, mutation, numerics, plots  # which build on this module
 
     files = arguments.files or sorted(record.RESULTS.glob("*.jsonl"))
     records = [one for one in record.latest(record.load(files)) if not one.get("dry_run")]
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     goal_table = markdown(goals.table(records))
     if arguments.readme:
         texts = {"bench": page(records), "goals": goal_table, "diagnostics": diagnostics.page(records)}
-        texts["fuzz"] = numerics.page(records)
+        texts["fuzz"], texts["mutation"] = numerics.page(records), mutation.page(records)
         into_readme(arguments.readme, texts)
     if arguments.plot:
         plots.bars(records, arguments.plot)

@@ -73,10 +73,11 @@ class Problem(NamedTuple):
         return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 in the products' dtype."""
+        """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other strides in another order,
+        which at small widths is twice as wrong."""
         dtype = self.options.dtype
         b1, b2 = (None if bias is None else bias.to(dtype) for bias in (self.b1, self.b2))
-        return self.w1.to(dtype), b1, self.w2.to(dtype), b2
+        return self.w1.to(dtype).contiguous(), b1, self.w2.to(dtype).contiguous(), b2
 
 
 def debugging() -> bool:

@@ -33,13 +33,17 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's norm is not."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
-    # unit vectors first: they cancel exactly where p and a are parallel
     p.div_(p_norm)
     a = a / torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8)
-    cosine = torch.linalg.vecdot(p, a).unsqueeze(1)
+    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
+    near = torch.linalg.vecdot(p, a).unsqueeze(1)
+    r = a.sub_(near * p)
+    part, square = (torch.linalg.vecdot(p, x).unsqueeze(1) for x in (r, p))
+    cosine = near * square + part
     if grad:
         # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-        p.mul_(torch.where(norm > 0, cosine * (p_norm / norm), 0)).sub_(a).mul_(coefficient / p_norm)
+        along = torch.where(norm < p_norm, cosine * (p_norm / norm) - near, part / square)
+        p.mul_(along.masked_fill_(norm == 0, 0)).sub_(r).mul_(coefficient / p_norm)
     return -cosine
 
 

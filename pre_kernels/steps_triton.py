@@ -196,5 +196,6 @@ class TritonSteps:
 
 
 def _copies(problem: Problem) -> bool:
-    """Whether the chunk's rows of hidden have to be gathered or cast."""
-    return problem.rows is not None or problem.hidden.dtype != problem.options.dtype
+    """Whether the chunk's rows of hidden have to be gathered or cast, or are no rows in memory."""
+    hidden = problem.hidden
+    return problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1

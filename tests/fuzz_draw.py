@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pre_kernels.checks import ACTIVATIONS, LOSSES, REDUCTIONS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AUTOCASTS = (None, None, None, "bfloat16", "float16")  # of float32
 PATTERNS = ("random", "all", "one", "empty", "alternating", "runs")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 OUTLIERS = ("none", "tokens", "channels")
@@ -23,38 +24,37 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
 
     Left out, because the rule cannot hold there:
     - the cosine of a single number, which is a sign: rounding flips it, eager's or ours;
-    - rows whose predictions all have nearly one direction, that of their anchors, and whose weights differ: constant or
-      repeated rows, and widths of 1 or 2. Ours cancel before the weight enters, so every row has the same rounding
-      error; eager's are multiplied first, and average out over the rows. In float32 that is 1.1 to 1.2 × eager's RMS
-      error over many cases, and up to 2 × in dW1 at an inner width of 1, of gradients that are zero;
-    - float64 at scales at which the tails of an activation vanish in float32, by which its error is estimated: rows
-      with tiny predictions have the largest error, and are not there in float32.
+    - one row through a width of 1, where the vendor multiplies: autograd hands it the same product as one of columns,
+      which it adds up in another order, with half the error;
+    - float32 cosines to parallel or opposite anchors of the Triton products: nothing is left but the rounding of the
+      predictions, and the interpreter's products are NumPy's, which at small widths add up in another order than the
+      vendor's. The row losses alone are held against eager's there in test_row_kernels.py.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
     on_torch = impl == "torch"
-    dtype = pick(*DTYPES if on_torch else DTYPES[:3])
-    autocast = pick(None, None, "bfloat16", "float16") if dtype == "float32" else None
+    dtype = pick("float32", *DTYPES if on_torch else DTYPES[:3])
+    autocast = pick(*AUTOCASTS) if dtype == "float32" else None
     loss = pick(*LOSSES)
     widths = (3, 1, 2, 5, 7, 16, 31, 37, 64, 127) if on_torch else (3, 1, 2, 7, 16, 17, 37)
     sides = st.sampled_from((7, 1, 2, 3, 5, 13, 31, 67, 131) if on_torch else (7, 1, 2, 3, 5, 13, 31))
     leading = draw(st.lists(sides, min_size=1, max_size=3).filter(lambda x: math.prod(x) <= (420 if on_torch else 70)))
     reduction, rows = pick(*REDUCTIONS), pick("all", "mask", "index32", "index64")
     half = "float16" in (dtype, autocast)
-    scale = draw(st.integers(-4, 0 if dtype == "float64" else 4))
-    anchor, layout, constant = pick(*ANCHORS), pick(*LAYOUTS), pick(False, False, False, True)
-    weight = pick(None, "leading", "compact")
-    aligned = anchor != "random" and loss == "cosine"
-    if aligned and (constant or layout == "expanded"):
-        reduction, weight = "mean" if reduction == "none" else reduction, None
+    scale = draw(st.integers(-4, 4))
+    by_numpy = impl == "triton" and dtype == "float32" and autocast is None and loss == "cosine"
+    anchor = "random" if by_numpy else pick(*ANCHORS)
+    pattern = pick(*PATTERNS) if rows != "all" else "all"
+    total = math.prod(leading)
+    alone = pattern == "one" or total == 1 or (rows != "all" and total < 12)  # there may be but one row
     return Spec(
         impl=impl,
         seed=draw(st.integers(0, 2**32 - 1)),
         dtype=dtype,
         autocast=autocast,
         leading=tuple(leading),
-        d=pick(*[d for d in widths if d > 2 or not aligned]),
-        m=pick(*[m for m in widths if m > 2 or not aligned]),
+        d=pick(*[d for d in widths if d > 1 or not alone]),
+        m=pick(*[m for m in widths if m > 1 or not alone]),
         z=pick(*[z for z in widths if z > 1 or loss != "cosine"]),
         loss=loss,
         activation=pick(*ACTIVATIONS),
@@ -63,20 +63,20 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
         normalizer_tensor=maybe(),
         bias=(maybe(), maybe()),
         rows=rows,
-        pattern=pick(*PATTERNS) if rows != "all" else "all",
+        pattern=pattern,
         anchor_compact=maybe(),
         anchor_dtype=pick(None, *DTYPES),
         anchor=anchor,
         noise=pick(0.0, 1e-7, 1e-4, 1e-2) if anchor != "random" else 0.0,
-        weight=weight,
+        weight=pick(None, "leading", "compact"),
         scale=scale,
         # beyond float16's 65504 there is little to compare
         scale_w2=draw(st.integers(-4, min(4, 4 - scale) if half else 4)),
         scale_anchor=draw(st.integers(-4, 4)),
-        outliers=pick(*OUTLIERS) if dtype != "float64" else "none",
+        outliers=pick(*OUTLIERS),
         zero_rows=maybe(),
-        constant=constant,
-        layout=layout,
+        constant=pick(False, False, False, True),
+        layout=pick(*LAYOUTS),
         upstream=pick(1.0, -3.0, 0.37, 1e-3, 1024.0),
         frozen=tuple(draw(st.lists(st.sampled_from(oracle.LEAVES), unique=True, max_size=5))) if maybe() else (),
         workspace=pick(None, 1, 20_000),

@@ -101,15 +101,33 @@ def run(function: Any, case: Case, dtype: torch.dtype | None = None, **extra: An
         loss = function(**tensors, rows=case.rows, **options, **extra)
     out = {"loss": loss.detach()}
     if leaves:
-        # an upstream gradient that differs from row to row where there is one for each
-        ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape)
-        upstream = (case.upstream * (ramp if loss.dim() else 1.0 + 0 * loss.detach())).to(loss.dtype)
+        # one that differs from row to row where there is one for each
+        factor = ramp(loss.numel()).to(loss.device) if loss.dim() else 1.0 + 0 * loss.detach()
+        upstream = (case.upstream * factor).to(loss.dtype)
         grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             assert grad.dtype == leaf.dtype, f"gradient of {name} came in {grad.dtype}, not in {leaf.dtype}"
             assert grad.shape == leaf.shape
             out[name] = grad
     return out
+
+
+def ramp(rows: int) -> Tensor:
+    """(rows,) float64 factors of the upstream gradient of `reduction="none"`."""
+    return torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
+
+
+def selected(case: Case) -> Tensor:
+    """(N,) flat rows in selection order."""
+    if case.rows is None:
+        return torch.arange(case.tensors["hidden"][..., 0].numel(), device=case.tensors["hidden"].device)
+    return case.rows.reshape(-1).nonzero().squeeze(1) if case.rows.dtype == torch.bool else case.rows.long()
+
+
+def eager(**arguments: Any) -> Tensor:
+    """The reference on contiguous tensors: strides change the order in which the vendor's products add up, and at small
+    widths their error by a factor of two, but not what they compute."""
+    return reference.pre_loss(**{k: x.contiguous() if isinstance(x, Tensor) else x for k, x in arguments.items()})
 
 
 def scales(case: Case) -> dict[str, float]:
@@ -123,9 +141,7 @@ def scales(case: Case) -> dict[str, float]:
     # the factor that the reduction puts on each row
     factor = abs((reduced.sum() / losses.sum()).item()) if losses.numel() and losses.sum() else 1.0
 
-    index = torch.arange(t["hidden"][..., 0].numel(), device=losses.device)
-    if case.rows is not None:
-        index = case.rows.reshape(-1).nonzero().squeeze(1) if case.rows.dtype == torch.bool else case.rows.long()
+    index = selected(case)
     x = t["hidden"].reshape(-1, t["hidden"].shape[-1])[index]
     act = reference.ACTIVATIONS[case.options.get("activation", "gelu")]
     z = torch.nn.functional.linear(x, t["w1"], t["b1"]).requires_grad_()
@@ -150,29 +166,6 @@ def scales(case: Case) -> dict[str, float]:
     return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {"N": len(index)}
 
 
-def judge(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> None:
-    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
-    eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
-    itself: the scale knows nothing of cancellation inside a row)."""
-    assert ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}"
-    finite = eager.isfinite()
-    assert torch.equal(ours.isfinite(), finite), f"{name}: not finite where eager is, or finite where eager is not"
-    ours, eager, oracle = (x.double()[finite] for x in (ours, eager, oracle))
-    if ours.numel() == 0:
-        return
-    error, baseline = (ours - oracle).abs(), (eager - oracle).abs()
-    if few is None:
-        rms = [x.square().mean().sqrt().item() for x in (error, baseline, oracle)]
-        bound = 1.1 * rms[1] + 0.5 * eps * rms[2]
-        assert rms[0] <= bound, f"{name}: rms error {rms[0]:.3e} > {bound:.3e} (eager {rms[1]:.3e})"
-        bound = 2 * baseline.max().item() + eps * oracle.abs().max().item()
-    else:
-        bound = baseline.max().item() + 2 * eps * few
-    assert error.max().item() <= bound, (
-        f"{name}: max error {error.max():.3e} > {bound:.3e} (eager {baseline.max():.3e})"
-    )
-
-
 class Comparison(NamedTuple):
     """One tensor of a call, and what `judge` wants to know of it."""
 
@@ -182,18 +175,64 @@ class Comparison(NamedTuple):
     oracle: Tensor
     eps: float
     few: float | None
+    rest: Tensor | float = 0.0  # of an oracle that is wider than a tensor: to be added to it
+
+    def errors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ours, eager's, and what they are of: float64, flat, where eager is finite."""
+        finite = self.eager.isfinite()
+        rest = self.rest[finite] if isinstance(self.rest, Tensor) else self.rest
+        ours, eager, oracle = (x.double()[finite] for x in (self.ours, self.eager, self.oracle))
+        return ours - oracle - rest, eager - oracle - rest, oracle
+
+
+def judge(one: Comparison) -> None:
+    """The error rule, of a call's tensor."""
+    name, ours, eager, oracle, eps, few, _ = one
+    assert ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}"
+    same = torch.equal(ours.isfinite(), eager.isfinite())
+    assert same, f"{name}: not finite where eager is, or finite where eager is not"
+    judge_errors(name, *one.errors(), eps, few)
+
+
+def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> None:
+    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
+    eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
+    itself: the scale knows nothing of cancellation inside a row)."""
+    if ours.numel() == 0:
+        return
+    largest, baseline = ours.abs().max().item(), eager.abs().max().item()
+    if few is None:
+        rms = [x.square().mean().sqrt().item() for x in (ours, eager, oracle)]
+        bound = 1.1 * rms[1] + 0.5 * eps * rms[2]
+        assert rms[0] <= bound, f"{name}: rms error {rms[0]:.3e} > {bound:.3e} (eager {rms[1]:.3e})"
+        bound = 2 * baseline + eps * oracle.abs().max().item()
+    else:
+        bound = baseline + 2 * eps * few
+    assert largest <= bound, f"{name}: max error {largest:.3e} > {bound:.3e} (eager {baseline:.3e})"
+
+
+def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:
+    """In float64, or of a float64 case in long doubles, if there are any: the oracle and its `rest`."""
+    if case.product_dtype == torch.float64:
+        import oracle_wide
+
+        if oracle_wide.AVAILABLE:
+            return oracle_wide.run(case)
+    return {name: (value, 0.0) for name, value in run(reference.pre_loss, case, torch.float64).items()}
 
 
 def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
-    """The loss and every gradient of `function`, beside eager's in the same dtype and those in float64."""
+    """The loss and every gradient of `function`, beside eager's in the same dtype and the oracle's."""
     ours = run(function, case, **extra)
-    eager, oracle = run(reference.pre_loss, case), run(reference.pre_loss, case, torch.float64)
+    compared, oracle = run(eager, case), exact(case)
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
     scale, eps = scales(case), torch.finfo(case.product_dtype).eps
     # the elements of a weight's gradient from few rows are no independent samples: their RMS is luck too
     few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}
     return [
-        Comparison(name, value, eager[name], oracle[name], eps, scale[name] if few[name] else None)
+        Comparison(
+            name, value, compared[name], oracle[name][0], eps, scale[name] if few[name] else None, oracle[name][1]
+        )
         for name, value in ours.items()
     ]
 
@@ -202,5 +241,5 @@ def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
     """Judge `function` on `case`: the loss and every gradient against float64, with eager in the same dtype."""
     compared = comparisons(function, case, **extra)
     for one in compared:
-        judge(*one)
+        judge(one)
     return {one.name: one.ours for one in compared}

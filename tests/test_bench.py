@@ -332,7 +332,11 @@ def test_report_and_picture(tmp_path):
     with file.open("a") as out:
         out.write('{"kind": "loss", "sha')  # cut short by a kill
     readme.write_text(
-        f"before\n{markers('bench')}\nbetween\n{markers('goals')}\nafter\n{markers('diagnostics')}\n{markers('fuzz')}\n"
+        "before\n"
+        + "\nbetween\n".join(map(markers, ("bench", "goals")))
+        + "\nafter\n"
+        + "\n".join(map(markers, ("diagnostics", "fuzz", "mutation")))
+        + "\n"
     )
     report.main([str(file), "--readme", str(readme), "--plot", str(picture)])
     text = readme.read_text()

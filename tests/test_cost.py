@@ -133,9 +133,12 @@ def test_memory_of_a_step(impl, precision, request):
     assert found.allocated <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
 
 
-def test_without_gradients_only_the_loss_is_computed():
+@pytest.mark.parametrize("bias", [None, torch.zeros(64)])
+def test_without_gradients_only_the_loss_is_computed(bias):
     hidden, weight = torch.zeros(256, 64), torch.zeros(64, 64)
     steps = Steps(256)
     with mock.patch.object(KERNEL, "run", lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)), steps:
-        fused_pre_loss(hidden, hidden, weight, None, weight, None, impl="blas")
-    assert dict(steps.launches) == {"aten.mm.out": 2, "activate_kernel": 1, "row_loss_kernel": 1, "reduce_kernel": 1}
+        fused_pre_loss(hidden, hidden, weight, bias, weight, bias, impl="blas")
+    product = "aten.mm.out" if bias is None else "aten.addmm.out"
+    assert dict(steps.launches) == {product: 2, "activate_kernel": 1, "row_loss_kernel": 1, "reduce_kernel": 1}
+    assert steps.allocated == 4 * (3 * 256 * 64 + 256 + 2)  # Z, G, P; the rows' losses; the loss and its divisor

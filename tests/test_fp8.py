@@ -76,6 +76,16 @@ def test_loss_and_gradients(device, options):
             assert not torch.equal(value, plain[name])  # it was float8
 
 
+def test_inputs_are_left_alone(device):
+    """All rows of a slice, which need no copy beside their float8 one."""
+    case = make(3, dtype=torch.bfloat16, device=device, rows="all", leading=(20,), d=64, m=96, z=48)
+    around = torch.randn(20, 128, device=device).bfloat16()
+    before = around.clone()
+    case.tensors["hidden"] = around[:, 32:96]
+    run(lambda **arguments: fused_pre_loss(**arguments, precision="fp8", impl="blas"), case)
+    assert torch.equal(around, before)
+
+
 @pytest.mark.usefixtures("row_scales")
 def test_frozen_inputs(device):
     shape = {"leading": (3, 20), "d": 64, "m": 96, "z": 48}

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from oracle import judge, make, run
+from oracle import Comparison, judge, make, run
 
 from pre_kernels import fused_pre_loss
 from pre_kernels.kernels import activation, finish, tiles
@@ -69,6 +69,18 @@ def test_matmul_takes_any_strides(device):
     torch.testing.assert_close(y, x @ w)
 
 
+def test_tf32_only_where_it_is_allowed():
+    """Which the interpreter cannot show."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for allowed in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            assert matmul_module.input_precision(torch.float32) == allowed
+            assert matmul_module.input_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_grad_ignores_what_lies_beyond_the_count(device, first):
     dy, x = torch.randn(50, 70, device=device), torch.randn(50, 40, device=device)
@@ -116,7 +128,7 @@ def test_matmul_by_descriptor(device, launched, dtype, transposed, live, size):
     truth, eager = (cast(x[:rows]) @ cast(w) for cast in (torch.Tensor.double, torch.Tensor.float))
     if bias is not None:
         truth, eager = truth + bias.double(), eager + bias.float()
-    judge("y", y[:rows], eager.to(dtype), truth, torch.finfo(dtype).eps, None)
+    judge(Comparison("y", y[:rows], eager.to(dtype), truth, torch.finfo(dtype).eps, None))
     for outside in (around[:32], around[n + 32 :]):
         assert outside.isnan().all()
 
@@ -139,7 +151,7 @@ def test_weight_grad_by_descriptor(device, launched, dtype, first, live):
     eager = dy[:rows].float().t() @ x[:rows].float() + (0 if first else total)
     add_weight_grad(total, dy, x, count=count(start + live, device), start=start, first=first)
     assert launched == ["descriptor"]
-    judge("total", total, eager, truth, torch.finfo(torch.float32).eps, None)
+    judge(Comparison("total", total, eager, truth, torch.finfo(torch.float32).eps, None))
     for outside in (around[:32], around[M + 32 :]):
         assert outside.isnan().all()
 
@@ -192,9 +204,11 @@ def test_row_offsets_beyond_31_bits(device):
     """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a stride does that without
     the memory, and an offset that wrapped would read elsewhere."""
     stride = 2**30 + 64
-    storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=device)  # 4 GiB of addresses, two pages touched
+    storage = torch.empty(
+        2 * stride + 64, dtype=torch.float16, device=device
+    )  # 4 GiB of addresses, three pages touched
     x = storage.as_strided((3, 32), (stride, 1))
-    x[0], x[2] = 1, 2
+    x[0], x[1], x[2] = 1, 3, 2
     rows = torch.tensor([2, 0], dtype=torch.int32, device=device)
     y = torch.empty(2, 32, dtype=torch.float16, device=device)
     gather(x, y, index=rows)
@@ -209,6 +223,8 @@ def test_row_offsets_beyond_31_bits(device):
     total = torch.empty(32, 32, device=device)
     add_weight_grad(total, eye[:2], far, first=True)
     assert total[:2, 0].tolist() == [1, 2]
+    add_weight_grad(total, eye[:3].float(), x, first=True)  # a cast: by pointers
+    assert total[:3, 0].tolist() == [1, 3, 2]
 
 
 def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):

@@ -83,11 +83,34 @@ def test_frozen_inputs_in_every_combination(impl, device, frozen):
         judge(impl, make(3, leading=(2, 20), device=device, frozen=names, reduction=reduction))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction):
+    """Under autocast dtypes may differ: beside float16 biases the gradients of float32 weights are beyond float16."""
+    case = make(15, device=device, reduction=reduction, autocast=torch.bfloat16, upstream=1e9)
+    for name in ("b1", "b2"):
+        case.tensors[name] = case.tensors[name].half()
+    got, truth = run(ours(impl), case), run(reference.pre_loss, case, torch.float64)
+    for name in ("w1", "w2"):
+        assert (got[name].double() - truth[name]).norm() < 0.05 * truth[name].norm(), name
+
+
 def test_float64_is_exact(device):
     case = make(5, dtype=torch.float64, device=device, weight="leading")
     got, want = run(fused_pre_loss, case), run(reference.pre_loss, case)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ["mask", "all"])
+def test_strides_change_no_bit(impl, device, dtype, rows):
+    """Of the same numbers: the vendor's products would add up those of a transposed matrix in another order."""
+    case = make(8, leading=(343,), d=7, m=31, z=9, dtype=dtype, device=device, rows=rows)
+    want = run(ours(impl), case)
+    for name in ("hidden", "w1", "w2"):
+        case.tensors[name] = case.tensors[name].t().contiguous().t()
+    for name, value in run(ours(impl), case).items():
+        assert torch.equal(value, want[name]), name
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -99,6 +122,19 @@ def test_no_rows_is_zero_and_attached(impl, device, reduction, rows):
     assert not got["loss"].any()
     for name in oracle.LEAVES:
         assert not got[name].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rows", ["mask", "index64", "all"])
+def test_hidden_states_without_rows(impl, device, reduction, rows):
+    got = run(ours(impl), make(1, leading=(0,), device=device, rows=rows, reduction=reduction))
+    assert got["loss"].shape == ((0,) if reduction == "none" else ())
+    assert not any(value.any() for value in got.values())
+
+
+def test_more_rows_than_a_block_of_the_scatter(device):
+    """Of the torch path."""
+    judge("torch", make(2, leading=(9000,), d=5, m=6, z=7, device=device))
 
 
 def test_no_rows_with_zero_normalizer_is_zero(impl, device):
@@ -208,12 +244,13 @@ def test_small_gradients_survive_a_loss_scale(impl, device, dtype):
     judge(impl, case)
 
 
-def test_inputs_changed_in_place_are_noticed(impl, device):
+@pytest.mark.parametrize("name", ["hidden", "anchor"])
+def test_inputs_changed_in_place_are_noticed(impl, device, name):
     case = make(11, device=device, reduction="none")
     case.tensors["w1"].requires_grad_()
     loss = fused_pre_loss(**case.tensors, rows=case.rows, **case.options, impl=impl)
     with torch.no_grad():
-        case.tensors["hidden"].add_(1)
+        case.tensors[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.sum().backward()
 

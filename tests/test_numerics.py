@@ -14,11 +14,15 @@ def case(*outcomes, seed=0, **group):
 
 
 CASES = [
-    case(("loss", "within", 1.0, 1.0, 0.1, ""), ("w1", "within", 2.0, 4.0, 1.0, ""), seed=1),
-    case(("loss", "within", 3.0, 1.0, 6.0, ""), ("w1", "luck", 3.0, 2.0, 0.1, "w1: rms"), seed=2),
-    case(("loss", "within", 0.0, 0.0, 0.0, ""), ("w1", "overflow", None, None, None, "w1: not finite"), seed=3),
-    case(("w1", "violation", 9.0, 2.0, 0.1, "w1: worse"), activation="relu", seed=4),
-    case(("call", "violation", None, None, None, "TypeError: x"), loss="cosine", seed=5),
+    case(("loss", "within", 1.0, 1.0, 0.1, False, ""), ("w1", "within", 2.0, 4.0, 1.0, True, ""), seed=1),
+    case(("loss", "within", 3.0, 1.0, 6.0, False, ""), ("w1", "luck", 3.0, 2.0, 0.1, False, "w1: rms"), seed=2),
+    case(
+        ("loss", "within", 0.0, 0.0, 0.0, False, ""),
+        ("w1", "overflow", None, None, None, False, "w1: not finite"),
+        seed=3,
+    ),
+    case(("w1", "violation", 9.0, 2.0, 0.1, False, "w1: worse"), activation="relu", seed=4),
+    case(("call", "violation", None, None, None, False, "TypeError: x"), loss="cosine", seed=5),
 ]
 
 
@@ -32,9 +36,9 @@ def test_ratios_and_counts():
     assert gelu["cases"] == 3
     assert gelu["tensors"]["loss"] == {
         "cases": 3, "median": 2.0, "largest": 3.0, "largest_bounded": 1.0,
-        "within": 3, "overflow": 0, "luck": 0, "violation": 0,
+        "within": 3, "overflow": 0, "luck": 0, "violation": 0, "turned": 0,
     }  # fmt: skip
-    assert gelu["tensors"]["dW1"]["luck"] == gelu["tensors"]["dW1"]["overflow"] == 1
+    assert gelu["tensors"]["dW1"]["turned"] == gelu["tensors"]["dW1"]["luck"] == gelu["tensors"]["dW1"]["overflow"] == 1
     assert set(gelu["tensors"]) == {"loss", "dW1"}
     assert relu["violations"] == [{"tensor": "w1", "message": "w1: worse", "spec": {"impl": "torch", "seed": 4}}]
     assert cosine["tensors"] == {}
@@ -50,10 +54,14 @@ def test_page():
     assert rows == [
         ["torch", "float32", "cosine", "1", "", "", "", "", "", ""],
         ["torch", "float32", "mse", "4", "2.00 · 1.00", "", "1.88 · 4.50", "", "", ""],
+        ["torch", "float32", "cosine", "gelu", "1", "", "", "", "", "", ""],
+        ["torch", "float32", "mse", "gelu", "3", "2.00 · 1.00", "", "1.00 · 1.50", "", "", ""],
+        ["torch", "float32", "mse", "relu", "1", "", "", "4.50 · 4.50", "", "", ""],
     ]
     assert "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager overflows or is" in text
     assert "1 where eager's own error is luck" in text
     assert "2 violations" in text
+    assert "eager is outside in 1." in text
     assert numerics.page([]) == "No results yet."
 
 

@@ -22,6 +22,8 @@ CALLS = {
     "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
     "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
     "frozen": {"rows": "mask", "frozen": ("hidden", "b1")},
+    "none, frozen": {"rows": "mask", "reduction": "none", "frozen": ("hidden", "b1")},
+    "frozen weights": {"rows": "mask", "frozen": ("w1", "w2")},
 }
 
 
@@ -81,7 +83,7 @@ def test_export(device):
     torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
 
 
-@pytest.mark.parametrize("name", ["mask", "index", "none", "compact", "chunks", "float16", "frozen"])
+@pytest.mark.parametrize("name", ["mask", "index", "none", "compact", "chunks", "float16", "frozen", "none, frozen"])
 def test_opcheck(impl, device, name, monkeypatch):
     """On the arguments of real calls, as they reach each operator; all rows selected, for what lies beyond a count in
     dH is undefined, and opcheck compares it."""

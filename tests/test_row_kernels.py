@@ -10,6 +10,7 @@ from pre_kernels.kernels.activation import apply_activation, apply_activation_gr
 from pre_kernels.kernels.finish import reduce_loss, scale_gradients
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import BLOCK, gather, invert, scatter, select
+from pre_kernels.steps_torch import ROW_LOSSES
 
 NAN = float("nan")
 WIDTHS = [1, 33, 130, 5000]
@@ -137,6 +138,34 @@ def test_row_loss(device, loss, width):
     (want,) = torch.autograd.grad((factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf)
     torch.testing.assert_close(again.double(), want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((sums.sum(0) - before).double(), want.sum(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cosine", ["triton", "torch"])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
+@pytest.mark.parametrize("width", [2, 17, 300, 5000])
+def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, width):
+    """Predictions of one direction, more or less that of their anchors: what is rounded alike adds up in their sums."""
+
+    def eager(dtype):
+        leaf = p.to(dtype).requires_grad_()
+        each = weight.to(dtype) * reference.ROW_LOSSES["cosine"](leaf, a.to(dtype))
+        return torch.autograd.grad(each.sum(), leaf)[0].double()
+
+    errors = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(20 if width < 1000 else 5):
+        g = torch.Generator().manual_seed(seed)
+        p = torch.randn(width, generator=g) * (0.5 + torch.rand(48, 1, generator=g))
+        a = -0.37 * (p + noise * torch.randn(48, width, generator=g))
+        p, a, weight = p.to(device), a.to(device), (0.1 + torch.rand(48, generator=g)).to(device)
+        ours = p.clone()
+        if cosine == "triton":
+            row_loss(ours, a, None, loss="cosine", grad=True, weight=weight)
+        else:
+            ROW_LOSSES["cosine"](ours, a, True, weight[:, None])
+        exact = eager(torch.float64)
+        for i, x in enumerate((ours.double(), eager(torch.float32))):
+            errors[i] += torch.stack([(x - exact).square().sum(), (x - exact).sum(0).square().sum()]).cpu()
+    assert (errors[0] <= errors[1]).all(), (errors[0] / errors[1]).sqrt()
 
 
 @pytest.mark.parametrize("start", [30, 60])

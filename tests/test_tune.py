@@ -8,6 +8,7 @@ import torch
 from pre_kernels import cli
 from pre_kernels.kernels import tiles, tune
 from pre_kernels.kernels.matmul import matmul
+from pre_kernels.kernels.weight_grad import add_weight_grad
 
 SMALL = tiles.Tile(64, 128, 64, 4, 6)
 
@@ -62,6 +63,19 @@ def test_a_product_takes_the_tuned_tile(device, monkeypatch):
     matmul(x, w, y, tile=tiles.Tile(128, 128, 64, 8, 4))
     assert seen == [SMALL, tiles.Tile(128, 128, 64, 8, 4)]
     torch.testing.assert_close(y.float(), x.float() @ w.float(), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_given_tile_is_taken(device, monkeypatch, dtype):
+    """By descriptors and by pointers: what is tuned is what is timed."""
+    x, w = (torch.randn(40, 40, device=device).to(dtype) for _ in range(2))
+    seen, real, given = [], tiles.constants, tiles.Tile(64, 64, 16, 4, 2, 3)
+    monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(tile) or real(tile))
+    total = torch.empty(40, 40, device=device)
+    matmul(x, w, torch.empty_like(x), tile=given)
+    add_weight_grad(total, x, w, first=True, tile=given)
+    assert seen == [given, given]
+    torch.testing.assert_close(total, x.float().t() @ w.float(), rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": ["x"]}', '{"a": [1, 2]}'])

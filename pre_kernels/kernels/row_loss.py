@@ -70,6 +70,7 @@ def row_loss_kernel(
         if LOSS == "cosine":
             b_pp = tl.zeros((ROWS, BLOCK), tl.float32)
             b_aa = tl.zeros((ROWS, BLOCK), tl.float32)
+            b_pa = tl.zeros((ROWS, BLOCK), tl.float32)
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
@@ -77,20 +78,28 @@ def row_loss_kernel(
                     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 b_pp += b_p * b_p
                 b_aa += b_a * b_a
+                b_pa += b_p * b_a
             # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
             norm = tl.sqrt_rn(tl.sum(b_pp, 1))
             p_norm = clamp_min(norm, 1e-8)
             a_norm = clamp_min(tl.sqrt_rn(tl.sum(b_aa, 1)), 1e-8)
-            b_cosine = tl.zeros((ROWS, BLOCK), tl.float32)
+            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
+            near = tl.sum(b_pa, 1) / p_norm / a_norm
+            b_pr = tl.zeros((ROWS, BLOCK), tl.float32)
+            b_uu = tl.zeros((ROWS, BLOCK), tl.float32)
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
                     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
-                b_cosine += (b_p / p_norm[:, None]) * (b_a / a_norm[:, None])
-            cosine = tl.sum(b_cosine, 1)
+                b_u = b_p / p_norm[:, None]
+                b_pr += b_u * (b_a / a_norm[:, None] - near[:, None] * b_u)
+                b_uu += b_u * b_u
+            part, square = tl.sum(b_pr, 1), tl.sum(b_uu, 1)
+            cosine = near * square + part
             loss = -cosine
-            along = tl.where(norm == 0.0, 0.0, cosine * (p_norm / norm))
+            along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part / square)
+            along = tl.where(norm == 0.0, 0.0, along)
         else:
             b_loss = tl.zeros((ROWS, BLOCK), tl.float32)
             for z in range(0, stop, BLOCK):
@@ -120,8 +129,9 @@ def row_loss_kernel(
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
                     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 if LOSS == "cosine":
-                    # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|; unit vectors cancel exactly where p and a are parallel
-                    b_dp = along[:, None] * (b_p / p_norm[:, None]) - b_a / a_norm[:, None]
+                    # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
+                    b_u = b_p / p_norm[:, None]
+                    b_dp = along[:, None] * b_u - (b_a / a_norm[:, None] - near[:, None] * b_u)
                     b_dp *= (weight / p_norm)[:, None]
                 elif LOSS == "mse":
                     b_dp = (weight * 2.0 / Z)[:, None] * (b_p - b_a)

@@ -1,0 +1,108 @@
+"""What mutation testing found (`tests/mutate.py`), as result lines and as the README's table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .report import markdown, provenance
+
+OPERATORS = ("sign", "index", "mask", "scale", "chunk")
+FAILED = ("killed", "crash", "invalid")  # a test failed, the process ended, the package was no longer imported
+SURVIVED = ("equivalent", "gap", "unreached", "survived")
+
+
+def aggregate(outcomes: Iterable[Mapping[str, Any]], named: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that failed; named: the
+    reasons of mutants, by "equivalent" and "gap"."""
+    files: dict[str, list[Mapping[str, Any]]] = {}
+    for one in outcomes:
+        files.setdefault(one["file"], []).append(one)
+    lines = []
+    for file, members in sorted(files.items()):
+        counts = {operator: Counter[str]() for operator in OPERATORS}
+        killers, survivors = defaultdict[str, list[str]](list), []
+        for one in members:
+            outcome, reason = one["outcome"], ""
+            if outcome in SURVIVED:
+                for kind, reasons in named.items():
+                    if one["key"] in reasons:
+                        outcome, reason = kind, reasons[one["key"]]
+                survivors.append({"mutant": one["key"], "outcome": outcome, "reason": reason})
+            elif one["test"]:
+                killers[one["test"]].append(one["short"])
+            counts[one["operator"]][outcome] += 1
+        lines.append(
+            {
+                "item": file,
+                "mutants": len(members),
+                "operators": {operator: dict(each) for operator, each in counts.items()},
+                "survivors": sorted(survivors, key=lambda one: one["mutant"]),
+                "killers": {test: sorted(keys) for test, keys in sorted(killers.items())},
+            }
+        )
+    return lines
+
+
+def last(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of the last campaign."""
+    records = [one for one in records if one["kind"] == "mutation"]
+    date = max((one["date"] for one in records), default="")
+    return [one for one in records if one["date"] == date]
+
+
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """The README's section: a row for each file, the rates, and who survived."""
+    records = last(records)
+    if not records:
+        return "No results yet."
+    rows: list[Sequence[str]] = [("file", "mutants", *OPERATORS, "timeouts", "equivalent", "survived")]
+    for one in (*records, {"item": "all", "operators": _sum(records)}):
+        counts = {operator: one["operators"].get(operator, {}) for operator in OPERATORS}
+        total = sum(map(Counter, counts.values()), Counter[str]())
+        alive = sum(total[name] for name in SURVIVED)
+        cells = [f"{_killed(each)}/{sum(each.values())}" if each else "" for each in counts.values()]
+        others = (total["timeout"], total["equivalent"], alive - total["equivalent"])
+        rows.append((one["item"], f"{sum(total.values()):,}", *cells, *map(str, others)))
+    return "\n".join(
+        [markdown(rows), "", _summary(records), "", *_named(records), *(f"- {line}" for line in provenance(records))]
+    )
+
+
+def _sum(records: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    total = {operator: Counter[str]() for operator in OPERATORS}
+    for one in records:
+        for operator, each in one["operators"].items():
+            total[operator].update(each)
+    return total
+
+
+def _killed(each: Mapping[str, int]) -> int:
+    return sum(number for outcome, number in each.items() if outcome not in SURVIVED)
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(_sum(records).values(), Counter[str]())
+    number, killed = sum(total.values()), _killed(total)
+    drawn = "every mutant" if records[0]["drawn"] is None else f"a sample of seed {records[0]['seed']}"
+    ways = ", ".join(f"{total[name]:,} {text}" for name, text in (
+        ("timeout", "by a timeout"), ("crash", "by the end of the process"), ("invalid", "by failing to import"),
+    ) if total[name])  # fmt: skip
+    return (
+        f"{number:,} mutants ({drawn}): {killed:,} killed ({ways}), {100 * killed / number:.1f} %; "
+        f"{100 * killed / (number - total['equivalent']):.1f} % of those that are not equivalent. "
+        f"A cell of an operator: killed/mutants."
+    )
+
+
+def _named(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The survivors by their reason, folded away."""
+    reasons = defaultdict[tuple[str, str], list[str]](list)
+    for record in records:
+        for one in record["survivors"]:
+            reasons[one["outcome"], one["reason"]].append(one["mutant"])
+    lines = ["<details><summary>The survivors</summary>", ""]
+    for (outcome, reason), mutants in sorted(reasons.items()):
+        lines += [f"{outcome}{': ' if reason else ''}{reason}", "", "```text", *mutants, "```", ""]
+    return [*lines, "</details>", ""] if reasons else []

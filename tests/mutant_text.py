@@ -1,0 +1,52 @@
+"""Where the nodes of a syntax tree stand in its text, by the byte, and changes of the text there."""
+
+from __future__ import annotations
+
+import ast
+
+ATOMS = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Tuple, ast.List)
+
+
+class Places(ast.NodeVisitor):
+    """Collects changes: (operator, function, lines of the statement or of its head, start, stop, text)."""
+
+    def __init__(self, source: str) -> None:
+        self.data, self.lines = source.encode(), [0]
+        for line in self.data.split(b"\n"):
+            self.lines.append(self.lines[-1] + len(line) + 1)
+        self.found: list[tuple[str, str, tuple[int, int], int, int, str]] = []
+        self.scope: list[str] = []
+        self.statement = (1, 1)
+
+    def visit(self, node: ast.AST) -> None:
+        outer = self.statement
+        if isinstance(node, ast.stmt):
+            # the head of a function is run on import: its tests are those of the function
+            body = None if isinstance(node, ast.FunctionDef) else getattr(node, "body", None)
+            self.statement = node.lineno, (body[0].lineno - 1 if body else node.end_lineno or node.lineno)
+        super().visit(node)
+        self.statement = outer
+
+    def start(self, node: ast.expr | ast.stmt) -> int:
+        return self.lines[node.lineno - 1] + node.col_offset
+
+    def stop(self, node: ast.expr | ast.stmt) -> int:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return self.lines[node.end_lineno - 1] + node.end_col_offset
+
+    def text(self, node: ast.expr) -> str:
+        """As an operand."""
+        text = self.data[self.start(node) : self.stop(node)].decode()
+        return text if isinstance(node, ATOMS) else f"({text})"
+
+    def replace(self, operator: str, node: ast.expr | ast.stmt, text: str) -> None:
+        self.add(operator, self.start(node), self.stop(node), text)
+
+    def between(self, operator: str, left: ast.expr, right: ast.expr, old: str, new: str) -> None:
+        """Another operator between two operands."""
+        start = self.stop(left) + self.data[self.stop(left) : self.start(right)].index(old.encode())
+        self.add(operator, start, start + len(old), new)
+
+    def add(self, operator: str, start: int, stop: int, text: str) -> None:
+        self.found.append((operator, ".".join(self.scope) or "module", self.statement, start, stop, text))
