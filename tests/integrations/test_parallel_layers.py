@@ -163,6 +163,8 @@ def split_hidden() -> None:
 
 
 def test_hidden_states_that_are_split() -> None:
+    if torch.__version__.startswith("2.9."):
+        pytest.skip("DTensors of torch 2.9 cannot be sliced as the model does")
     both(split_hidden)
 
 
