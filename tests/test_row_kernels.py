@@ -168,6 +168,26 @@ def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, widt
     assert (errors[0] <= errors[1]).all(), (errors[0] / errors[1]).sqrt()
 
 
+@pytest.mark.parametrize("cosine", ["triton", "torch"])
+@pytest.mark.parametrize("width", [3, 5000])
+def test_predictions_smaller_than_the_cosines_eps(device, cosine, width):
+    """Below 1e-8 a norm is clamped, and its derivative is not."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(6, width, generator=g) * torch.tensor([1e-10, 1e-12, 1e-9, 1e-8, 1.0, 0.0])[:, None] / width**0.5
+    a = torch.randn(6, width, generator=g)
+    leaf = p.double().requires_grad_()
+    each = reference.ROW_LOSSES["cosine"](leaf, a.double())
+    (want,) = torch.autograd.grad(each.sum(), leaf)
+    ours, losses = p.to(device), torch.zeros(6, device=device)
+    if cosine == "triton":
+        row_loss(ours, a.to(device), losses, loss="cosine", grad=True)
+    else:
+        losses = ROW_LOSSES["cosine"](ours, a.to(device), True, 1.0)[:, 0]
+    torch.testing.assert_close(losses.cpu().double(), each.detach(), rtol=1e-5, atol=1e-7)
+    for row, exact in zip(ours.cpu().double(), want, strict=True):
+        torch.testing.assert_close(row, exact, rtol=1e-4, atol=1e-6 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("start", [30, 60])
 def test_a_chunk_beyond_the_count(device, start):
     """Nothing is read, nothing written but zeros where sums begin."""
