@@ -251,9 +251,9 @@ def far_row_loss(far):
 
 
 def far_row_loss_columns(far):
-    for width in (D, 3 * D):  # in a block, and in several
+    for width, loss in ((D, "cosine"), (3 * D, "cosine"), (3 * D, "mse")):  # in a block, and in several
         p = torch.zeros(1, width)
-        row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss="cosine", grad=True, start=R - 1)
+        row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss=loss, grad=True, start=R - 1)
 
 
 def far_matmul(far):
