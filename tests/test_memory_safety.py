@@ -228,6 +228,7 @@ def far_gather(far):
 
 
 def far_gather_columns(far):
+    rows.gather(far(R, D), torch.zeros(1, D), start=R - 1)
     rows.gather(far(D, R).t(), torch.zeros(1, D), start=R - 1)
 
 
