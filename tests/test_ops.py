@@ -83,7 +83,9 @@ def test_export(device):
     torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
 
 
-@pytest.mark.parametrize("name", ["mask", "index", "none", "compact", "chunks", "float16", "frozen", "none, frozen"])
+@pytest.mark.parametrize(
+    "name", ["mask", "index", "all rows", "none", "compact", "chunks", "float16", "frozen", "none, frozen"]
+)
 def test_opcheck(impl, device, name, monkeypatch):
     """On the arguments of real calls, as they reach each operator; all rows selected, for what lies beyond a count in
     dH is undefined, and opcheck compares it."""
