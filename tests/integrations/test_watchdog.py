@@ -1,0 +1,54 @@
+"""The warning of an L_PRe that is computed and never trained, and where it has to keep quiet."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pre_kernels.integrations import apply_pre
+from test_head_training import make
+from tiny_models import batch, build
+
+
+def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn: Any) -> None:
+    model, data = build("llava"), batch("llava")
+    apply_pre(model)
+    first = model(**data.inputs).loss
+    (first + model(**data.inputs).loss).backward()  # two forwards, one backward
+    del first
+    for _ in range(3):
+        model(**data.inputs)  # one that is only looked at, one whose gradient is, and one that is trained
+        model(**data.inputs).logits.float().mean().backward()
+        model(**data.inputs).loss.backward()
+    make(tmp_path, model).train()
+    assert not any("back-propagated" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: Any) -> None:
+    """Forwards in a row whose losses are only looked at, or lost to what raises after them."""
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    for _ in range(3):
+        with contextlib.suppress(torch.OutOfMemoryError), handle.defer(12.0) if deferred else contextlib.nullcontext():
+            model(**data.inputs)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    model(**data.inputs).loss.backward()
+    assert not any("back-propagated" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize("trained", [".", "lm_head"])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple: bool) -> None:
+    """Also where nothing below the head's layer trains."""
+    model, data = build("llava"), batch("llava")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in f".{name}")
+    apply_pre(model)
+    for number in range(4):
+        expected = pytest.warns(UserWarning, match="last 2 L_PRe were computed but never back-propagated")
+        with expected if number == 2 else contextlib.nullcontext():
+            model(**data.inputs, return_dict=not as_tuple)[1].float().logsumexp(-1).mean().backward()
