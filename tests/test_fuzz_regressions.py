@@ -6,6 +6,8 @@ import torch
 from fuzz_cases import Spec, build
 from fuzz_rule import LUCK, OVERFLOW, VIOLATION, WITHIN, Ensemble, run
 
+from pre_kernels import fused_pre_loss
+
 FOUND = {
     # the products of chunks were rounded to float16, and overflowed where their sum does not
     "float16 sums of chunks": Spec(
@@ -252,3 +254,20 @@ def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():
     ensemble = Ensemble(lambda **arguments: sum(arguments[name].sum() for name in oracle.LEAVES), case)
     values = [ensemble.member(i)["loss"].ours for i in range(3)]
     assert len(set(map(float, values))) == 3
+
+
+def test_an_error_of_the_case_alone_is_no_luck(monkeypatch):
+    """However right its neighbours are."""
+    monkeypatch.setattr("fuzz_rule.ENSEMBLES", (32,))
+    case = build(Spec(leading=(40,), d=16, m=16, z=16))[0]
+    calls = []
+
+    def function(**arguments):
+        calls.append(1)
+        return fused_pre_loss(**arguments) * (1.001 if calls == wrong else 1.0)
+
+    wrong = [0]
+    assert Ensemble(function, case).holds("w1")
+    calls.clear()
+    wrong = [1]
+    assert not Ensemble(function, case).holds("w1")
