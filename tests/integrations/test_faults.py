@@ -31,7 +31,7 @@ from test_options import Waits
 from test_two_processes import ddp_resumes, trained
 from tiny_models import FAMILIES, Batch, batch, build
 from torch import Tensor, nn
-from two import both
+from two import both, join
 
 NAN, INF = float("nan"), float("inf")
 
@@ -391,7 +391,7 @@ def ranks_that_die(folder: str, how: str) -> None:
     torch.distributed.destroy_process_group()
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     limit = timedelta(seconds=5)  # what both take part in has to end in it too, on a busy machine
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    join(store, rank, timeout=limit)
     model, handle = made(group="world")
     wanted = step(model) if how == "forward" else None  # both take part
     (Path(folder) / "whole").mkdir(exist_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import two
-from two import both
+from two import both, join
 
 
 def ranks(word: str) -> Any:
@@ -39,6 +40,13 @@ def leaves_things() -> None:
     torch.distributed.destroy_process_group()
 
 
+def joins_and_leaves(folder: str) -> None:
+    rank = torch.distributed.get_rank()
+    for number in range(100):
+        torch.distributed.destroy_process_group()
+        join(torch.distributed.FileStore(f"{folder}/{number}", 2), rank)
+
+
 def sees_accelerate() -> tuple[int, bool]:
     from accelerate import Accelerator
 
@@ -59,6 +67,11 @@ def test_calls_start_alike() -> None:
     both(leaves_things)
     for _ in range(2):
         assert both(sees_accelerate) == [(2, False)] * 2
+
+
+def test_a_group_is_joined_by_both(tmp_path: Path) -> None:
+    """One may leave it at once: the other is there."""
+    both(joins_and_leaves, str(tmp_path))
 
 
 @pytest.mark.parametrize(

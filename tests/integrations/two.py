@@ -143,6 +143,19 @@ class Pair:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def join(store: Any, rank: int, **options: Any) -> None:
+    """Make the default group of the two, and wait until the other has it too.
+
+    gloo lets a rank go on as soon as its own side of the connection stands: if it then ends the group at once, the
+    other, still connecting, fails with "connection closed by peer".
+    """
+    import torch
+
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, **options)
+    store.set(f"joined-{rank}", "")
+    store.wait(["joined-0", "joined-1"])
+
+
 def _work(rank: int, questions: Connection, answers: Connection, folder: str) -> None:
     """A worker: answer questions until there are no more."""
     # libraries may replace stderr; this descriptor stays
@@ -175,7 +188,7 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
             if not torch.distributed.is_initialized():
                 number += 1
                 store = torch.distributed.FileStore(f"{folder}/store-{number}", 2)
-                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                join(store, rank)
             function, args, kwargs = pickle.loads(content)
             random.seed(0)
             torch.manual_seed(0)
