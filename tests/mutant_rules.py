@@ -90,6 +90,11 @@ class Visitor(Places):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None: ...
 
+    def visit_Dict(self, node: ast.Dict) -> None:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not (isinstance(key, ast.Constant) and key.value in KNOBS):
+                self.visit(value)
+
     # expressions
 
     def visit_BinOp(self, node: ast.BinOp) -> None:

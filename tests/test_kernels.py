@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from oracle import Comparison, judge, make, run
 
 from pre_kernels import fused_pre_loss
@@ -191,6 +193,23 @@ def test_descriptors_are_used_where_they_can_be(device, launched, case, kind):
     torch.testing.assert_close(total, dy.float().t() @ x.float(), rtol=0.02, atol=0.1)
 
 
+@triton.jit
+def places_kernel(m_ptr, n_ptr, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    m, n = tiles.swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tl.store(m_ptr + tl.program_id(0), m)
+    tl.store(n_ptr + tl.program_id(0), n)
+
+
+@pytest.mark.parametrize("tiles_m", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("tiles_n", [1, 6])
+def test_every_tile_has_a_program_and_groups_take_turns(device, tiles_m, tiles_n):
+    m, n = torch.zeros(2, tiles_m * tiles_n, dtype=torch.int32, device=device)
+    places_kernel[(len(m),)](m, n, tiles_m, tiles_n, GROUP_M=4)
+    groups = [range(first, min(first + 4, tiles_m)) for first in range(0, tiles_m, 4)]
+    want = [(row, column) for rows in groups for column in range(tiles_n) for row in rows]
+    assert list(zip(m.tolist(), n.tolist(), strict=True)) == want
+
+
 @pytest.mark.parametrize("table", [tiles.POINTER_TILES, tiles.DESCRIPTOR_TILES])
 def test_few_rows_still_fill_the_device(table):
     anywhere = torch.empty(0)  # off the GPU an H200 is assumed
@@ -213,13 +232,18 @@ def test_row_offsets_beyond_31_bits(device):
     y = torch.empty(2, 32, dtype=torch.float16, device=device)
     gather(x, y, index=rows)
     assert y[:, 0].tolist() == [2, 1]
-    losses = torch.zeros(2, device=device)
+    losses = torch.zeros(3, device=device)
     row_loss(y, x, losses, loss="mse", grad=False, index=rows, gather_anchor=True)
+    row_loss(x.contiguous(), x, losses, loss="mse", grad=False)
     assert not losses.any()
     eye = torch.eye(32, dtype=torch.float16, device=device)
     far, y = storage.as_strided((2, 32), (2 * stride, 1)), torch.empty(2, 32, dtype=torch.float16, device=device)
     matmul(far, eye, y)
     assert y[:, 0].tolist() == [1, 2]
+    for weight in (eye, eye.float()):  # a cast: by pointers
+        y = torch.empty(3, 32, dtype=weight.dtype, device=device)
+        matmul(x, weight, y)
+        assert y[:, 0].tolist() == [1, 3, 2]
     total = torch.empty(32, 32, device=device)
     add_weight_grad(total, eye[:2], far, first=True)
     assert total[:2, 0].tolist() == [1, 2]

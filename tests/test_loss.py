@@ -76,6 +76,12 @@ def test_every_loss_activation_and_dtype(impl, device, loss, activation, dtype):
     judge(impl, make(7, dtype=dtype, device=device, loss=loss, activation=activation, m=130, upstream=2.5))
 
 
+@pytest.mark.parametrize(("m", "z"), [(3, 1500), (1500, 3)])
+def test_a_width_much_larger_than_the_other(impl, device, m, z):
+    """Wide rows are shared out among more programs, each with sums of its own."""
+    judge(impl, make(16, device=device, m=m, z=z))
+
+
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=5)))
 def test_frozen_inputs_in_every_combination(impl, device, frozen):
     names = tuple(name for name, is_frozen in zip(oracle.LEAVES, frozen, strict=True) if is_frozen)
@@ -234,6 +240,11 @@ def test_chunks_change_nothing_but_rounding(impl, device):
     whole, parts = run(ours(impl), case), run(ours(impl), case, workspace=1)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", oracle.HALF)
+def test_sums_over_many_chunks_are_rounded_once(impl, device, dtype):
+    judge(impl, make(17, leading=(2048,), d=8, m=8, z=8, dtype=dtype, device=device, rows="all", workspace=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

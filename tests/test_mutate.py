@@ -82,6 +82,7 @@ def test_mutants_of_a_line(body, want):
         "assert x < n",
         "raise ValueError(f'{x - n}')",
         "k(x, num_warps=8)[x]",
+        "k(**{'num_warps': 8})",
         "if INTERPRET: x = x - n",
     ],
 )

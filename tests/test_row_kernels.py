@@ -133,8 +133,10 @@ def test_row_loss(device, loss, width):
     torch.testing.assert_close(sums.double().sum(0), want.sum(0), rtol=1e-4, atol=1e-5)
     before = sums.sum(0)
     again = p.clone()
-    row_loss(again, a, None, loss=loss, grad=True, upstream=losses.nan_to_num(1.0), sums=sums, first=False, start=2)
-    factors = losses.nan_to_num(1.0)[2:11].double()
+    factors = losses.nan_to_num(1.0)
+    scale = {"upstream": factors, "divisor": number(2.0, device)}
+    row_loss(again, a, None, loss=loss, grad=True, sums=sums, first=False, start=2, **scale)
+    factors = factors[2:11].double() / 2
     (want,) = torch.autograd.grad((factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf)
     torch.testing.assert_close(again.double(), want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((sums.sum(0) - before).double(), want.sum(0), rtol=1e-3, atol=1e-4)

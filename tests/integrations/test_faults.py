@@ -1,6 +1,6 @@
-"""Faults in training, injected: values that are not finite, no memory, interrupts, dying ranks.
+"""Faults in training, injected: no memory, interrupts, dying ranks.
 
-Broken checkpoints are in test_checkpoint.py.
+Values that are not finite are in test_not_finite.py, broken checkpoints in test_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -18,207 +18,19 @@ from unittest import mock
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients
+from eager import gradients
 from original_llava import build_original, original_batch
-from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
+from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
 from pre_kernels.integrations.llava import PREPARE
 from pre_kernels.integrations.parallel import Whole
 from ranks import made, shard
 from safetensors.torch import load_file
 from test_head_training import make
-from test_options import Waits
 from test_two_processes import ddp_resumes, trained
-from tiny_models import FAMILIES, Batch, batch, build
+from tiny_models import batch, build
 from torch import Tensor, nn
 from two import both, join
-
-NAN, INF = float("nan"), float("inf")
-
-
-# --- values that are not finite
-
-
-def bad_places(data: Batch, *tokens: int) -> Tensor:
-    """(B, T): these of the visual tokens, and the last token of the batch, which is none."""
-    places = data.visual.nonzero()[list(tokens)]
-    bad = torch.zeros_like(data.visual)
-    bad[places[:, 0], places[:, 1]] = True
-    bad[-1, -1] = True
-    return bad
-
-
-def without(data: Batch, bad: Tensor) -> Batch:
-    """The batch as the equation sees it with these visual tokens left out."""
-    kept = (data.visual & ~bad)[data.visual]
-    lengths = [int(part.sum()) for part in kept.split(data.lengths)]
-    return Batch(data.inputs, data.visual & ~bad, [n for n in lengths if n])
-
-
-def attach_poisoned(family: str, bad: dict[Any, Tensor], value: float, **options: Any) -> tuple[nn.Module, Any]:
-    """PRe is shown `value` at `bad[l]` after l layers and at `bad["embeds"]`, what the model computes with is left."""
-    model = build(family)
-    text = model.get_submodule(FAMILIES[family].text)
-    modules = [(text if at == "embeds" else text.layers[at], places) for at, places in bad.items()]
-    true: dict[nn.Module, Any] = {}
-
-    def poison(module: nn.Module, args: Any, kwargs: dict[str, Any], places: Tensor) -> Any:
-        true[module] = args, kwargs
-        name = "inputs_embeds" if module is text else "hidden_states"
-        given = kwargs[name] if name in kwargs else args[0]
-        shown = torch.where(places[..., None], value, given)
-        return (args, kwargs | {name: shown}) if name in kwargs else ((shown, *args[1:]), kwargs)
-
-    for module, places in modules:
-        hook: Any = lambda m, a, k, places=places: poison(m, a, k, places)  # noqa: E731
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-    handle = apply_pre(model, **options)
-    for module, _ in modules:
-        module.register_forward_pre_hook(lambda m, a, k: true.pop(m), with_kwargs=True)
-    return model, handle
-
-
-SKIPS: list[tuple[str, float, dict[str, Any]]] = [
-    ("llava", NAN, {}),
-    ("qwen2_5_vl", -INF, {}),
-    ("qwen2_5_vl", NAN, {"loss": "mse"}),
-    ("llava", NAN, {"layer": [1, 2], "impl": "triton"}),
-    ("llava", INF, {"impl": "blas"}),
-    ("llava", INF, {"level": "image"}),
-    ("llava", NAN, {"weighting": "image"}),
-]
-
-
-@pytest.mark.parametrize(("family", "value", "options"), SKIPS, ids=str)
-def test_skip_is_the_batch_without_these_rows(family: str, value: float, options: dict[str, Any]) -> None:
-    """Loss and every gradient; one image of llava loses all its tokens."""
-    data = batch(family)
-    hidden, embeds = bad_places(data, 1, 4, 5), bad_places(data, 5, 6, 7)
-    layer = options.get("layer", 2)
-    model, handle = attach_poisoned(
-        family, {2: hidden, "embeds": embeds}, value, nonfinite="skip", **options | {"layer": layer}
-    )
-    loss = model(**data.inputs).loss
-    loss.backward()
-    more = {name: given for name, given in options.items() if name not in ("layer", "impl")}
-    layers = [layer] if isinstance(layer, int) else layer
-    rest = without(data, hidden | embeds)
-    wanted_loss, wanted = expected_gradients(build(family), family, rest, handle.head, layers, **more)
-    torch.testing.assert_close(loss.detach(), wanted_loss)
-    assert_same_gradients(gradients(model), wanted)
-
-    found = handle.metrics()
-    total, kept = int(data.visual.sum()), int(rest.visual.sum())
-    assert (found["pre_tokens"], found["pre_skipped"]) == (kept, total - kept) == (total - 5, 5)
-    assert found["pre_rows"] == (len(rest.lengths) if "image" in options.values() else kept)
-    plain = build(family)(**data.inputs).loss.detach()
-    assert found["pre_loss"] == pytest.approx(float((wanted_loss - plain) / 0.5), abs=1e-5)
-    assert math.isfinite(found["pre_cosine"])
-    assert handle.metrics()["pre_skipped"] == 0
-
-
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("where", [2, "embeds"])
-def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
-    data = batch("llava")
-    model, handle = attach_poisoned("llava", {where: bad_places(data, 3)}, value)
-    loss = model(**data.inputs).loss
-    loss.backward()
-    assert not loss.isfinite()
-    assert not handle.head.w1.grad.isfinite().all()
-    found = handle.metrics()
-    assert not math.isfinite(found["pre_loss"])
-    assert "pre_skipped" not in found
-    model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)  # a token of text alone
-    assert model(**data.inputs).loss.isfinite()
-    assert math.isfinite(handle.metrics()["pre_loss"])
-
-
-def bad_anchor(count: int) -> Callable[..., Tensor]:
-    """(N, z) with nan in the last `count` rows."""
-
-    def anchor(inputs: dict[str, Any], rows: Tensor) -> Tensor:
-        found = torch.randn(int(rows.sum()), 7, generator=torch.Generator().manual_seed(0))
-        found[len(found) - count :, 3] = NAN
-        return found
-
-    return anchor
-
-
-@pytest.mark.parametrize("debug", ["0", "1"])
-def test_skip_in_the_anchors_of_a_callable(debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRE_KERNELS_DEBUG", debug)
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model, anchor=bad_anchor(2), anchor_dim=7, nonfinite="skip")
-    loss = model(**data.inputs).loss
-    loss.backward()
-    rest = without(data, bad_places(data, -1, -2))
-    anchor = bad_anchor(2)({}, data.visual)[:-2]
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", rest, handle.head, [2], anchor=anchor)
-    torch.testing.assert_close(loss.detach(), wanted_loss)
-    assert_same_gradients(gradients(model), wanted)
-
-
-def test_a_count_made_ahead_keeps_skipped_rows_as_terms_of_0() -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model, anchor=bad_anchor(4), anchor_dim=7, nonfinite="skip")
-    mean = float(model(**data.inputs).loss.detach() - build("llava")(**data.inputs).loss.detach())
-    with handle.defer(12.0) as deferred:
-        model(**data.inputs)
-    assert handle.count(data.inputs) == 12
-    assert float(deferred.take()[0].detach()) == pytest.approx(mean * 8 / 12, abs=1e-6)
-
-
-@pytest.mark.parametrize("more", [{}, {"loss": "mse"}, {"level": "image"}, {"weighting": "image"}, {"fraction": 0.5}])
-def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model, anchor=bad_anchor(12), anchor_dim=7, nonfinite="skip", **more)
-    loss = model(**data.inputs).loss
-    loss.backward()
-    assert loss == build("llava")(**data.inputs).loss
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in handle.head.parameters())
-    found = handle.metrics()
-    assert (found["pre_rows"], found["pre_skipped"]) == (0, 12)
-    assert math.isnan(found["pre_loss"])
-
-
-def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, calls = Waits(), []
-    terms, finite = objective.Objective._terms, objective.finite
-
-    def watched(*args: Any) -> Any:
-        with waits:
-            return terms(*args)
-
-    monkeypatch.setattr(objective.Objective, "_terms", watched)
-    monkeypatch.setattr(objective, "finite", lambda *args: calls.append(1) or finite(*args))
-    for nonfinite in attach.NONFINITE:
-        model = build("llava")
-        apply_pre(model, nonfinite=nonfinite)
-        model(**batch("llava").inputs)
-        assert waits.found == []
-        assert len(calls) == (nonfinite == "skip")
-
-
-def test_a_training_logs_what_it_skipped(tmp_path: Path) -> None:
-    """All of it, and still finite."""
-    model = build("llava")
-    apply_pre(model, anchor=bad_anchor(8), anchor_dim=7, nonfinite="skip")
-    with patch_trainer():
-        trainer = make(tmp_path, model)
-        trainer.train()
-    log = trainer.state.log_history[0]
-    assert (log["pre_skipped"], log["pre_tokens"]) == (16, 0)
-    assert math.isfinite(log["loss"])
-
-
-def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
-    """Fewer rows than the sample's size, and nan in the one that is read instead."""
-    handle = apply_pre(build("llava"), loss="mse")
-    hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
-    hidden[2:] = NAN
-    assert cosine.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
-
 
 # --- what ends a step in its midst
 
