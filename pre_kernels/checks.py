@@ -75,9 +75,12 @@ class Problem(NamedTuple):
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other strides in another order,
         which at small widths is twice as wrong."""
-        dtype = self.options.dtype
-        b1, b2 = (None if bias is None else bias.to(dtype) for bias in (self.b1, self.b2))
-        return self.w1.to(dtype).contiguous(), b1, self.w2.to(dtype).contiguous(), b2
+        w1, b1, w2, b2 = (
+            None if x is None else x.to(self.options.dtype).contiguous() for x in (self.w1, self.b1, self.w2, self.b2)
+        )
+        assert w1 is not None
+        assert w2 is not None
+        return w1, b1, w2, b2
 
 
 def debugging() -> bool:

@@ -141,8 +141,9 @@ def fused_pre_loss(
     The same call gives the same bits on the same device and versions, as far as the vendor's products do.
 
     Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights; a mask with "none",
-    with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one for any mask. Calls without a sync can
-    be captured in a CUDA graph: at replay the mask may select other rows. Under torch.compile a call is one operator.
+    with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one for any mask; a backward that selects
+    the rows anew ("none", and float16) costs the same again. Calls without a sync can be captured in a CUDA graph: at
+    replay the mask may select other rows. Under torch.compile a call is one operator.
     """
     problem = checks.arguments(
         hidden,

@@ -61,7 +61,7 @@ def _prepared(problem: Problem) -> Problem:
     weight, normalizer = problem.weight, problem.normalizer
     return problem._replace(
         weight=None if weight is None else weight.to(wide).contiguous(),
-        normalizer=None if normalizer is None else normalizer.to(device, wide, non_blocking=True),
+        normalizer=None if normalizer is None else normalizer.to(device, wide, non_blocking=device.type != "cpu"),
     )
 
 

@@ -22,15 +22,24 @@ def scaled_linear(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias:
     torch._scaled_mm(x[0], weight[0].t(), **scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 
+def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
+    """The half-precision product dyᵀ·x in, or added to, a float32 matrix."""
+    if first:
+        torch.ops.aten.mm.dtype_out(dyt, x, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, dyt, x, total.dtype, out=total)
+
+
 @lru_cache
-def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this version of torch adds a half-precision product to a float32 matrix; older ones refuse the dtypes."""
+def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
+    """Whether the library does so: older versions refuse the dtypes of a sum, and cuBLAS those of float16 where
+    `allow_fp16_accumulation` is set."""
     total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
     try:
-        torch.ops.aten.addmm.dtype_out(total, x, x, torch.float32, out=total)
-    except RuntimeError as error:
-        if "dtype" not in str(error):  # out of memory, say: no answer to the question
-            raise
+        _widened(total, x, x, first)
+    except torch.OutOfMemoryError:  # no answer to the question
+        raise
+    except RuntimeError:
         return False
     return True
 
@@ -38,7 +47,7 @@ def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
 def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool = False) -> bool:
     """total += dyᵀ·x, or = if `first`; dy: (n, M), x: (n, N), total: (M, N) in their dtype or float32.
 
-    False, and nothing done, where the library cannot add half precision to float32, unless `copies` of dy and x in
+    False, and nothing done, where the library does not take half precision to float32, unless `copies` of dy and x in
     float32 may be made. Rounded to half precision, the product of a chunk would lose what the sum of all is left with
     where chunks cancel, and in float16 overflow.
     """
@@ -47,10 +56,8 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool 
             torch.mm(dy.t(), x, out=total)
         else:
             total.addmm_(dy.t(), x)
-    elif total.is_cuda and first:
-        torch.ops.aten.mm.dtype_out(dy.t(), x, total.dtype, out=total)
-    elif total.is_cuda and _sums_in_place(total.device, dy.dtype):
-        torch.ops.aten.addmm.dtype_out(total, dy.t(), x, total.dtype, out=total)
+    elif total.is_cuda and _widens(total.device, dy.dtype, first):
+        _widened(total, dy.t(), x, first)
     elif copies:
         return add_product(total, dy.to(total.dtype), x.to(total.dtype), first)
     else:

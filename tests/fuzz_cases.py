@@ -101,8 +101,9 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, 
         anchor[torch.rand(total, generator=g) < 0.1] = 0
     anchor = anchor[order] if spec.anchor_compact else anchor.reshape(*spec.leading, spec.z)
     tensors["anchor"] = _laid_out(spec.layout, cast(anchor, getattr(torch, spec.anchor_dtype or spec.dtype)))
-    for name in ("hidden", "w1", "w2"):
-        tensors[name] = _laid_out(spec.layout, tensors[name])
+    for name in ("hidden", "w1", "b1", "w2", "b2"):
+        if tensors[name] is not None:
+            tensors[name] = _laid_out(spec.layout, tensors[name])
 
     options: dict[str, Any] = {"loss": spec.loss, "activation": spec.activation, "reduction": spec.reduction}
     if spec.normalizer is not None:

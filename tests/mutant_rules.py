@@ -32,7 +32,7 @@ LEFT_OUT = {
     ),
     "how many rows a chunk has, by the workspace": "columns apart layout",
     "a cast or `tl.dot` when compiled": "widen narrow dot",
-    "a question to the library": "_sums_in_place",
+    "a question to the library": "_widens",
 }
 
 TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}

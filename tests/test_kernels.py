@@ -169,6 +169,7 @@ def test_weight_grad_by_descriptor(device, launched, dtype, first, live):
         ("odd address", "pointer"),
         ("columns first", "pointer"),
         ("every other column", "pointer"),
+        ("one row for all", "pointer"),
     ],
 )
 def test_descriptors_are_used_where_they_can_be(device, launched, case, kind):
@@ -183,6 +184,8 @@ def test_descriptors_are_used_where_they_can_be(device, launched, case, kind):
         x = x.t().contiguous().t()
     elif case == "every other column":
         x = torch.randn(40, 128, device=device).to(dtype)[:, ::2]
+    elif case == "one row for all":
+        x = x[:1].expand(40, -1)
     elif case == "cast":
         x = x.float()
     y, total = torch.empty(40, 40, dtype=dtype, device=device), torch.empty(width, width, device=device)

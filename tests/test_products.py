@@ -1,4 +1,4 @@
-"""The vendor's products: whether this torch sums half precision into float32 in place."""
+"""The vendor's products: whether this torch takes half precision to float32 in place."""
 
 import pytest
 import torch
@@ -8,22 +8,31 @@ from pre_kernels import products
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    products._sums_in_place.cache_clear()
+    products._widens.cache_clear()
     yield
-    products._sums_in_place.cache_clear()
+    products._widens.cache_clear()
 
 
-@pytest.mark.parametrize("message", ["self and mat2 must have the same dtype", "CUDA out of memory"])
-def test_only_a_refused_dtype_is_an_answer(monkeypatch, message):
+class Cuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("gemm input type at::Half"), torch.OutOfMemoryError("no memory")])
+def test_only_a_refusal_is_an_answer(monkeypatch, first, error):
+    """What the library refuses is left to others: "blas" goes on by Triton."""
+
     def refuse(*_, **__):
-        raise RuntimeError(message)
+        raise error
 
-    monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", refuse)
-    if "dtype" in message:
-        assert not products._sums_in_place(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.ops.aten.mm if first else torch.ops.aten.addmm, "dtype_out", refuse)
+    total, dy = torch.zeros(16, 16).as_subclass(Cuda), torch.zeros(16, 16, dtype=torch.float16)
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            products.add_product(total, dy, dy, first)
     else:
-        with pytest.raises(RuntimeError, match=message):
-            products._sums_in_place(torch.device("cpu"), torch.bfloat16)
+        assert not products.add_product(total, dy, dy, first)
+        assert products.add_product(total, dy, dy, first, copies=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

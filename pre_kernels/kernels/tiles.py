@@ -141,13 +141,14 @@ def descriptor_tile(
     x: Tensor, w: Tensor, others: Sequence[Tensor | None], role: str, rows: int, columns: int
 ) -> Tile | None:
     """The tile for the same product with loads through tensor descriptors, or None where there can be none: on other
-    architectures, in float32, with a cast, and where rows are not contiguous or not aligned to 16 bytes."""
+    architectures, in float32, with a cast, and where rows are not contiguous, not apart, or not aligned to 16 bytes."""
     if not has_descriptors(x, w.dtype) or x.dtype != w.dtype:
         return None
     for tensor in (x, w, *others):
         if tensor is not None:
             stride, one = tensor.stride()
-            if one != 1 or stride * tensor.element_size() % 16 or tensor.data_ptr() % 16:
+            overlapping = stride < tensor.shape[1]  # as expanded rows are
+            if one != 1 or overlapping or stride * tensor.element_size() % 16 or tensor.data_ptr() % 16:
                 return None
     return best("descriptor", role, rows, columns, w)
 
