@@ -250,6 +250,9 @@ def test_forward_mode_is_refused_by_name():
                 pytest.raises(NotImplementedError, match=r"fused_pre_loss: .*forward-mode.* reference.pre_loss"),
             ):
                 head(forward_ad.make_dual(hidden, hidden), anchor)
+        w2 = forward_ad.make_dual(head.w2.detach(), head.w2.detach())
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            fused_pre_loss(hidden, anchor, head.w1, None, w2, None)
         anchored = head(hidden, forward_ad.make_dual(anchor, anchor))  # a constant, in either direction
         assert forward_ad.unpack_dual(anchored).tangent is None
 

@@ -17,7 +17,7 @@ from pre_kernels.kernels import weight_grad as weight_grad_module
 from pre_kernels.kernels.launch import arch, on_device
 from pre_kernels.kernels.matmul import matmul
 from pre_kernels.kernels.row_loss import row_loss
-from pre_kernels.kernels.rows import gather
+from pre_kernels.kernels.rows import gather, scatter
 from pre_kernels.kernels.weight_grad import add_weight_grad
 
 NAN = float("nan")
@@ -235,6 +235,10 @@ def test_row_offsets_beyond_31_bits(device):
     y = torch.empty(2, 32, dtype=torch.float16, device=device)
     gather(x, y, index=rows)
     assert y[:, 0].tolist() == [2, 1]
+    many = storage[: 2**31 + 64].view(-1, 64)
+    many[-1], out = 5, torch.zeros(3, 64, dtype=torch.float16, device=device)
+    scatter(many, out, inverse=torch.tensor([-1, len(many) - 1, -1], dtype=torch.int32, device=device))
+    assert out[:, 0].tolist() == [0, 5, 0]
     losses = torch.zeros(3, device=device)
     row_loss(y, x, losses, loss="mse", grad=False, index=rows, gather_anchor=True)
     row_loss(x.contiguous(), x, losses, loss="mse", grad=False)

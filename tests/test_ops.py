@@ -83,12 +83,8 @@ def test_export(device):
     torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
 
 
-@pytest.mark.parametrize(
-    "name", ["mask", "index", "all rows", "none", "compact", "chunks", "float16", "frozen", "none, frozen"]
-)
-def test_opcheck(impl, device, name, monkeypatch):
-    """On the arguments of real calls, as they reach each operator; all rows selected, for what lies beyond a count in
-    dH is undefined, and opcheck compares it."""
+def of_real_calls(case, impl, monkeypatch):
+    """The two operators of a call, and the arguments that reach them."""
     seen = []
     for operator in ("loss", "rescale", "recompute"):
         real = getattr(torch.ops.pre_kernels, operator)
@@ -98,13 +94,28 @@ def test_opcheck(impl, device, name, monkeypatch):
             return real(*arguments)
 
         monkeypatch.setattr(torch.ops.pre_kernels, operator, record)
-    case = make(4, device=device, share=1.0, **CALLS[name])
     results(lambda tensors, rows: fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl), case)
     monkeypatch.undo()
     assert len(seen) == 2
     for operator, arguments in seen:
-        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        yield operator, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["mask", "index", "all rows", "none", "compact", "chunks", "float16", "frozen", "none, frozen"]
+)
+def test_opcheck(impl, device, name, monkeypatch):
+    """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares it."""
+    case = make(4, device=device, share=1.0, **CALLS[name])
+    for operator, arguments in of_real_calls(case, impl, monkeypatch):
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call["rows"] == "mask"])
+def test_sizes_that_a_mask_selects(impl, device, name, monkeypatch):
+    case = make(4, device=device, share=0.4, **CALLS[name])
+    for operator, arguments in of_real_calls(case, impl, monkeypatch):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 def test_a_mask_beyond_the_capacity(impl, device):

@@ -172,11 +172,14 @@ def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, widt
 
 @pytest.mark.parametrize("cosine", ["triton", "torch"])
 @pytest.mark.parametrize("width", [3, 5000])
-def test_predictions_smaller_than_the_cosines_eps(device, cosine, width):
+@pytest.mark.parametrize("small", ["predictions", "anchors"])
+def test_rows_smaller_than_the_cosines_eps(device, cosine, width, small):
     """Below 1e-8 a norm is clamped, and its derivative is not."""
     g = torch.Generator().manual_seed(0)
     p = torch.randn(6, width, generator=g) * torch.tensor([1e-10, 1e-12, 1e-9, 1e-8, 1.0, 0.0])[:, None] / width**0.5
     a = torch.randn(6, width, generator=g)
+    if small == "anchors":
+        p, a = a, p
     leaf = p.double().requires_grad_()
     each = reference.ROW_LOSSES["cosine"](leaf, a.double())
     (want,) = torch.autograd.grad(each.sum(), leaf)
