@@ -163,7 +163,7 @@ def diagnose(options: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
 

@@ -58,7 +58,8 @@ def diagnose(settings: Settings, out: Path, console: Console | None = None, comm
     """Measure every model on every image, write `FILES` into `out`; returns what diagnosis.json holds.
 
     What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name made of all that it
-    depends on: the settings, the model's files and the images. A run with the same goes on from there.
+    depends on: the settings, the model's files and the images. A run with the same goes on from there, or from the last
+    save, half a minute or more before, where it was stopped while an image was being added.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted; before any work where that is possible.
@@ -159,7 +160,8 @@ def examine(
                 bar.update(task, completed=more["done"])
                 saver.now_and_then()
     finally:
-        if more["done"]:
+        # an image that was stopped in is added in part, and not done: it would be added again; the last save stands
+        if more["done"] and more["done"] == layers.images + len(more["unreadable"]):
             more["seconds"] += saver.elapsed()
             saver.save()
     if masks is not None and not more["masked"]:
