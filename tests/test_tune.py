@@ -1,6 +1,9 @@
 """Tuned tiles: what is timed, kept and found again; nothing here is timed for real."""
 
 import json
+import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,36 @@ def test_a_corrupt_file_is_named_and_ignored(folder, text):
     folder.mkdir()
     (folder / "tiles.json").write_text(text)
     with pytest.warns(UserWarning, match=r"tiles\.json is ignored"):
+        assert tiles.remembered() == {}
+
+
+def test_no_home_is_no_error(monkeypatch):
+    """As of a user in a container that no passwd entry knows."""
+    monkeypatch.delenv("PRE_KERNELS_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where nobody is known
+    with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*home directory"):
+        assert tiles.remembered() == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.remembered() == {}  # said once
+
+
+def test_a_folder_that_may_not_be_entered_is_no_error(folder, monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("stat", "read_text"):
+        monkeypatch.setattr(Path, name, denied)
+    with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*Permission denied"):
+        assert tiles.remembered() == {}
+
+
+@pytest.mark.parametrize("where", ["nowhere", os.devnull])
+def test_no_file_is_no_warning(folder, monkeypatch, where):
+    monkeypatch.setenv("PRE_KERNELS_CACHE", where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert tiles.remembered() == {}
 
 
