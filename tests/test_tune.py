@@ -89,6 +89,15 @@ def test_a_corrupt_file_is_named_and_ignored(folder, text):
         assert tiles.remembered() == {}
 
 
+def test_what_another_process_kept_meanwhile_stays(folder):
+    tune.remember("mine, few rows", SMALL)
+    tiles.remembered()  # as this process's next product does
+    kept = json.loads((folder / "tiles.json").read_text())
+    (folder / "tiles.json").write_text(json.dumps(kept | {"theirs": list(SMALL)}))
+    tune.remember("mine, many rows", SMALL)
+    assert set(tiles.remembered()) == {"mine, few rows", "theirs", "mine, many rows"}
+
+
 def test_no_home_is_no_error(monkeypatch):
     """As of a user in a container that no passwd entry knows."""
     monkeypatch.delenv("PRE_KERNELS_CACHE")
