@@ -28,6 +28,7 @@ from .loading import SPREAD, Loaded, load
 from .samples import PROMPT, Preparation, Unreadable, ahead
 
 PARTS = "parts"  # the folder of what each model gave, and of how far an interrupted run came
+PARTIAL = ".partial"  # ends the name of a file while it is being written
 THUMBNAIL = 336  # pixels
 SAVING = 0.05  # share of the time that may go into saving how far a run is
 FILES = {"diagnosis.json": "all numbers", "layers.csv": "a line for each layer", "report.html": "the report"}
@@ -100,8 +101,11 @@ class Part:
         files += [path for path in (settings.masks, settings.labels) if path is not None]
         if settings.masks is not None and settings.masks.is_dir():
             files += sorted(settings.masks.rglob("*"))
+        parts = folder.resolve()
         stamps = [
-            (str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()
+            (str(file), stat.st_size, stat.st_mtime_ns)
+            for file in files
+            if (stat := file.stat()) and file.is_file() and not written(file.resolve(), parts)
         ]
         key = json.dumps([settled, source, stamps, pre_kernels.__version__, torch.__version__])
         return cls(folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
@@ -315,8 +319,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def written(file: Path, parts: Path) -> bool:
+    """Whether a run with these parts wrote the file, both resolved: --out may lie in the model's folder."""
+    return parts in file.parents or (file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES)
+
+
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -134,14 +134,28 @@ def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, c
     assert found["maps"] == []
 
 
-def test_a_model_that_was_trained_further_is_measured_again(tmp_path):
+@pytest.mark.parametrize("folder", ["out", "."])
+def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
+    """That what is written lies around the model is no reason to take the model for a part of it."""
     save_model(tiny(0), tmp_path / "a")
-    pictures = images(tmp_path / "images", 3)
-    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
-    first = document(tmp_path / "out")
+    pictures, out = images(tmp_path / "images", 3), tmp_path / folder
+    assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
+    first = document(out)
     save_model(tiny(1), tmp_path / "a")
-    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
-    assert document(tmp_path / "out")["models"] != first["models"]
+    assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
+    assert document(out)["models"] != first["models"]
+
+
+@pytest.mark.parametrize("out", ["diagnose-out", "."])
+def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(there, tmp_path, monkeypatch, out):
+    shutil.copytree(there / "a", tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path / "a")
+    pictures = images(tmp_path / "images", 3)
+    done = interrupted(monkeypatch, 100, Stop())
+    for given in (out, tmp_path / "link" / out):
+        assert diagnose(".", pictures, "--masks", ".", "--out", given) == 0
+    assert len(done) == 3
 
 
 def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, capsys):
