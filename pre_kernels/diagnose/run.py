@@ -23,7 +23,7 @@ import pre_kernels
 from pre_kernels.diagnostics import METRICS, LayerReport, report, similarity_map
 from pre_kernels.integrations import Reader, Sample, measure
 
-from .data import Images, MaskSource, find_images, open_image, open_masks
+from .data import Images, MaskSource, find_images, names, open_image, open_masks
 from .loading import SPREAD, Loaded, load
 from .samples import PROMPT, Preparation, Unreadable, ahead
 
@@ -259,16 +259,6 @@ def described(settings: Settings, images: Images, found: list[dict[str, Any]], c
         "models": models,
         "maps": list(maps.values()),
     }
-
-
-def names(sources: tuple[str, ...]) -> list[str]:
-    """What to call each model: the end of its path, as much as tells them apart."""
-    parts = [Path(source).parts for source in sources]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(set(sources)):
-            return found
-    return list(sources)
 
 
 class Saver:

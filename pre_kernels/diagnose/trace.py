@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .data import names
+
 STATE = "trainer_state.json"
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -125,6 +127,4 @@ def table(path: Path) -> dict[int, float]:
 
 def unique(paths: list[Path]) -> list[str]:
     """The end of each path that tells it apart."""
-    from .run import names
-
     return names(tuple(str(path) for path in paths))
