@@ -22,9 +22,13 @@ from .diagnose import command
 from .loss import unavailable
 
 EXTRA = "pip install 'pre-kernels[demo]'"
-NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"} | {
-    name: name for name in ("transformers", "accelerate", "safetensors")
+MODELS = ("transformers", "accelerate", "safetensors", "numpy")
+NEEDED = {  # modules, by the command that imports them
+    "the demo": ("sklearn", "matplotlib", "rich", "jinja2", "PIL", "scipy", "threadpoolctl", *MODELS),
+    "diagnose": ("sklearn", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
+    "trace": ("matplotlib",),
 }
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # of modules of another name
 EXAMPLES = """\
 examples:
   pre-kernels demo                        train without and with PRe, then show the table and save the picture
@@ -163,7 +167,7 @@ def diagnose(options: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
 
@@ -181,7 +185,8 @@ def trace(options: argparse.Namespace) -> int:
 
 def missing(name: str, extra: str) -> str | None:
     """What has to be installed for a command, or None."""
-    packages = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    absent = [module for module in NEEDED[name] if importlib.util.find_spec(module) is None]
+    packages = [PACKAGES.get(module, module) for module in absent]
     return f"{name} needs {', '.join(packages)}: {extra}" if packages else None
 
 

@@ -1,5 +1,6 @@
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -106,6 +107,43 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     assert status("demo", "--out", str(tmp_path / "new")) == 2
     assert "scikit-learn, rich: pip install 'pre-kernels[demo]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "absent", "named"),
+    [
+        (("demo",), ("PIL", "scipy", "threadpoolctl"), "the demo needs pillow, scipy, threadpoolctl: "),
+        (("diagnose", "model", "images"), ("jinja2", "PIL"), "diagnose needs jinja2, pillow: "),
+        (("trace", "log"), ("matplotlib", "transformers", "rich"), "trace needs matplotlib: "),
+    ],
+)
+def test_a_command_names_what_it_needs_itself(tmp_path, monkeypatch, capsys, command, absent, named):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a))
+    assert status(*command, "--out", str(tmp_path / "new")) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_trace_needs_matplotlib_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = [{"step": step, "layer_1/linear_probe": 0.5, "score": 0.5} for step in (1, 2)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    others = ("transformers", "accelerate", "safetensors", "sklearn", "scipy", "rich", "jinja2", "threadpoolctl")
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); from pre_kernels import cli; sys.exit(cli.main())"
+    command = [sys.executable, "-c", code, "trace", str(tmp_path), "--out", str(tmp_path / "figure.svg")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 steps" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_before_any_work(tmp_path, capsys, device):
+    for package in ("sklearn", "rich", "matplotlib", "jinja2", "PIL", "transformers"):
+        pytest.importorskip(package)
+    assert status("diagnose", str(tmp_path), str(tmp_path), "--device", device, "--out", str(tmp_path / "new")) == 2
+    assert f"--device: got '{device}', which torch cannot use" in capsys.readouterr().err
 
 
 def test_options_reach_the_demo(tmp_path, started):

@@ -1,6 +1,9 @@
 """Tuned tiles: what is timed, kept and found again; nothing here is timed for real."""
 
 import json
+import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +89,45 @@ def test_a_corrupt_file_is_named_and_ignored(folder, text):
         assert tiles.remembered() == {}
 
 
+def test_what_another_process_kept_meanwhile_stays(folder):
+    tune.remember("mine, few rows", SMALL)
+    tiles.remembered()  # as this process's next product does
+    kept = json.loads((folder / "tiles.json").read_text())
+    (folder / "tiles.json").write_text(json.dumps(kept | {"theirs": list(SMALL)}))
+    tune.remember("mine, many rows", SMALL)
+    assert set(tiles.remembered()) == {"mine, few rows", "theirs", "mine, many rows"}
+
+
+def test_no_home_is_no_error(monkeypatch):
+    """As of a user in a container that no passwd entry knows."""
+    monkeypatch.delenv("PRE_KERNELS_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where nobody is known
+    with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*home directory"):
+        assert tiles.remembered() == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.remembered() == {}  # said once
+
+
+def test_a_folder_that_may_not_be_entered_is_no_error(folder, monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("stat", "read_text"):
+        monkeypatch.setattr(Path, name, denied)
+    with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*Permission denied"):
+        assert tiles.remembered() == {}
+
+
+@pytest.mark.parametrize("where", ["nowhere", os.devnull])
+def test_no_file_is_no_warning(folder, monkeypatch, where):
+    monkeypatch.setenv("PRE_KERNELS_CACHE", where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.remembered() == {}
+
+
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune"]) == 2
@@ -93,3 +135,18 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["tune", "--width", "100"])
     assert "want a multiple of 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_sweep_of_tiles_runs_each_candidate_and_not_the_tuned_tile(monkeypatch, dtype):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from bench import device, shapes, sweep
+
+    operand = torch.empty(64, 64, dtype=shapes.DTYPES[dtype])
+    for kind in tune.CANDIDATES:
+        tune.remember(tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2))  # no candidate
+    seen, real = [], tiles.constants
+    monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(list(tile)) or real(tile))
+    found = list(sweep.tiles(device.Cpu(), "project", 32, 64, 64, dtype))
+    assert found
+    assert seen == [one["tile"] for one in found]

@@ -149,8 +149,8 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
 def check_device(name: str) -> None:
     """ValueError unless torch can use it."""
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # "meta" has tensors, but no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
 
 

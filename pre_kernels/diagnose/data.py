@@ -1,4 +1,4 @@
-"""The images of a report, their classes, and the masks of the objects in them."""
+"""The images of a report, their classes, and the masks of the objects in them; the names of its models."""
 
 from __future__ import annotations
 
@@ -296,3 +296,13 @@ def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
     if len(found) > MOST_OBJECTS:
         raise ValueError(f"masks: {where} has {len(found)} objects, want at most {MOST_OBJECTS}")
     return np.where(values == none, 0, np.searchsorted(found, values) + 1).astype(np.uint8)
+
+
+def names(sources: tuple[str, ...]) -> list[str]:
+    """What to call each model: the end of its path, as much as tells them apart."""
+    parts = [Path(source).parts for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(part[-length:]) for part in parts]
+        if len(set(found)) == len(set(sources)):
+            return found
+    return list(sources)

@@ -23,11 +23,12 @@ import pre_kernels
 from pre_kernels.diagnostics import METRICS, LayerReport, report, similarity_map
 from pre_kernels.integrations import Reader, Sample, measure
 
-from .data import Images, MaskSource, find_images, open_image, open_masks
+from .data import Images, MaskSource, find_images, names, open_image, open_masks
 from .loading import SPREAD, Loaded, load
 from .samples import PROMPT, Preparation, Unreadable, ahead
 
 PARTS = "parts"  # the folder of what each model gave, and of how far an interrupted run came
+PARTIAL = ".partial"  # ends the name of a file while it is being written
 THUMBNAIL = 336  # pixels
 SAVING = 0.05  # share of the time that may go into saving how far a run is
 FILES = {"diagnosis.json": "all numbers", "layers.csv": "a line for each layer", "report.html": "the report"}
@@ -58,7 +59,8 @@ def diagnose(settings: Settings, out: Path, console: Console | None = None, comm
     """Measure every model on every image, write `FILES` into `out`; returns what diagnosis.json holds.
 
     What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name made of all that it
-    depends on: the settings, the model's files and the images. A run with the same goes on from there.
+    depends on: the settings, the model's files and the images. A run with the same goes on from there, or from the last
+    save, half a minute or more before, where it was stopped while an image was being added.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted; before any work where that is possible.
@@ -99,8 +101,11 @@ class Part:
         files += [path for path in (settings.masks, settings.labels) if path is not None]
         if settings.masks is not None and settings.masks.is_dir():
             files += sorted(settings.masks.rglob("*"))
+        parts = folder.resolve()
         stamps = [
-            (str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()
+            (str(file), stat.st_size, stat.st_mtime_ns)
+            for file in files
+            if (stat := file.stat()) and file.is_file() and not written(file.resolve(), parts)
         ]
         key = json.dumps([settled, source, stamps, pre_kernels.__version__, torch.__version__])
         return cls(folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
@@ -159,7 +164,8 @@ def examine(
                 bar.update(task, completed=more["done"])
                 saver.now_and_then()
     finally:
-        if more["done"]:
+        # an image that was stopped in is added in part, and not done: it would be added again; the last save stands
+        if more["done"] and more["done"] == layers.images + len(more["unreadable"]):
             more["seconds"] += saver.elapsed()
             saver.save()
     if masks is not None and not more["masked"]:
@@ -255,16 +261,6 @@ def described(settings: Settings, images: Images, found: list[dict[str, Any]], c
     }
 
 
-def names(sources: tuple[str, ...]) -> list[str]:
-    """What to call each model: the end of its path, as much as tells them apart."""
-    parts = [Path(source).parts for source in sources]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(set(sources)):
-            return found
-    return list(sources)
-
-
 class Saver:
     """Saves now and then: so seldom that no more than `SAVING` of the time goes into it."""
 
@@ -313,8 +309,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def written(file: Path, parts: Path) -> bool:
+    """Whether a run with these parts wrote the file, both resolved: --out may lie in the model's folder."""
+    return parts in file.parents or (file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES)
+
+
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .data import names
+
 STATE = "trainer_state.json"
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -54,6 +56,8 @@ def history(path: Path) -> list[dict[str, Any]]:
         path = path / STATE if (path / STATE).exists() else last / STATE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise TypeError("log_history is no list of objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"log: cannot read {path}, want the {STATE} of a transformers.Trainer: {error!r}") from error
     return found
@@ -70,21 +74,23 @@ def run(
     """The steps of one run that have both a figure of the layer and a score."""
     suffix = f"/{figure}"
     keys = {key for entry in entries for key in entry if key.startswith("layer_") and key.endswith(suffix)}
-    layers = sorted(int(key[len("layer_") : -len(suffix)]) for key in keys)
+    numbers = {key[len("layer_") : -len(suffix)] for key in keys}
+    layers = sorted(int(number) for number in numbers if number.isascii() and number.isdecimal())
     if not layers:
         raise ValueError(f"log: {name} has no figure {figure!r} of a layer, want a training with LayerCallback")
     number = layers[len(layers) // 2] if layer is None else layer
     if number not in layers:
         raise ValueError(f"layer: got {number}, want one of those in {name}: {', '.join(map(str, layers))}")
     key = f"layer_{number}{suffix}"
-    probe = {entry["step"]: entry[key] for entry in entries if key in entry}
-    scored = {entry["step"]: entry[score] for entry in entries if score in entry} if given is None else given
+    probe = points(entries, key)
+    scored = points(entries, score) if given is None else given
     steps = sorted(probe.keys() & scored.keys())
     if not steps:
         others = sorted({k for e in entries for k in e if k.startswith("eval_") or k == "score"})
         raise ValueError(
-            f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} ({len(scored)}); pass "
-            f"score= to LayerCallback, or evaluate at the same steps; the log has {', '.join(others) or 'no scores'}"
+            f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} ({len(scored)}) as "
+            "numbers; pass score= to LayerCallback, or evaluate at the same steps; the log has "
+            f"{', '.join(others) or 'no scores'}"
         )
     return {
         "name": name,
@@ -94,6 +100,17 @@ def run(
         "probe_name": f"{figure.replace('_', ' ')}, layer {number}",
         "score_name": score.removeprefix("eval_").replace("_", " "),
     }
+
+
+def points(entries: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """The values of a key by step; what is no finite number is left out."""
+    return {
+        entry["step"]: entry[key] for entry in entries if is_number(entry.get("step")) and is_number(entry.get(key))
+    }
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def table(path: Path) -> dict[int, float]:
@@ -110,6 +127,4 @@ def table(path: Path) -> dict[int, float]:
 
 def unique(paths: list[Path]) -> list[str]:
     """The end of each path that tells it apart."""
-    from .run import names
-
     return names(tuple(str(path) for path in paths))

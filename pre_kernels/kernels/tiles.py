@@ -69,13 +69,17 @@ def cache_file() -> Path:
 @lru_cache
 def remembered() -> dict[str, Tile]:
     """Tuned tiles by `key`; none if there is no file, or one that cannot be read."""
-    path = cache_file()
-    if not path.exists():
-        return {}
+    path: Path | str = "tiles.json"
     try:
+        path = cache_file()  # there may be no home, or one that may not be entered
         return {key: Tile(*map(int, tile)) for key, tile in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is ignored, it cannot be read as tuned tiles: {error}", stacklevel=2)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is ignored, it cannot be read as tuned tiles: {error}; PRE_KERNELS_CACHE may name another folder",
+            stacklevel=2,
+        )
         return {}
 
 

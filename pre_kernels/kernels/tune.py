@@ -97,6 +97,7 @@ def remember(key: str, tile: Tile) -> None:
     """Add to the file, or replace in it; a reader never sees half of it."""
     path = tiles.cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
+    tiles.remembered.cache_clear()  # another process may have added to it
     known = {name: list(kept) for name, kept in tiles.remembered().items()} | {key: list(tile)}
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(known, indent=1))

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import re
 import shutil
 
 import pytest
@@ -16,9 +15,9 @@ pytest.importorskip("matplotlib")
 from pre_kernels.integrations import Reader, measure
 
 from pre_kernels.cli import main
-from pre_kernels.demo.export import processor, save_model, save_scenes
+from pre_kernels.demo.export import processor, save_model
 from pre_kernels.demo.model import build
-from pre_kernels.demo.scenes import PATCHES, split_digits
+from pre_kernels.demo.scenes import PATCHES
 from pre_kernels.demo.settings import Settings
 from pre_kernels.diagnose import run, samples
 from pre_kernels.diagnostics import LayerReport
@@ -34,16 +33,6 @@ def tiny(seed=0):
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
     return model
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory):
-    """A folder with models a and b, 20 images in classes, and masks."""
-    folder = tmp_path_factory.mktemp("with spaces é")
-    for seed, name in enumerate("ab"):
-        save_model(tiny(seed), folder / name)
-    save_scenes(split_digits(0)[2], EACH, 0, folder)
-    return folder
 
 
 def diagnose(*arguments):
@@ -131,31 +120,6 @@ def interrupted(monkeypatch, after, error):
     return done
 
 
-def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
-    pictures = shutil.copytree(there / "images", tmp_path / "images")
-    for digit in range(5):  # among the first, too
-        (pictures / str(digit) / "broken.png").write_bytes(b"")
-    settings = (there / "a", pictures, "--masks", there / "masks")
-    assert diagnose(*settings, "--out", tmp_path / "whole") == 0
-    interrupted(monkeypatch, 7, KeyboardInterrupt())
-    assert diagnose(*settings, "--out", tmp_path / "parted") == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert not (tmp_path / "parted" / "report.html").exists()
-    done = interrupted(monkeypatch, 5, RuntimeError("out of memory"))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        diagnose(*settings, "--out", tmp_path / "parted")
-    assert len(done) == 5
-    capsys.readouterr()
-    done = interrupted(monkeypatch, 100, Stop())
-    assert diagnose(*settings, "--out", tmp_path / "parted") == 0
-    assert len(done) == 10 * EACH - 7 - 5
-    assert re.search(r"a: goes on after 1[3-7] of 25 images", capsys.readouterr().out)
-    whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
-    for one, other in zip(whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True):
-        assert close(one, other)
-    assert whole["maps"] == parted["maps"]
-
-
 def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, capsys):
     settings = (there / "a", there / "images", "--layers", "0,2", "--limit", 10, "--maps", 0)
     assert diagnose(*settings, "--out", tmp_path / "out") == 0
@@ -170,14 +134,28 @@ def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, c
     assert found["maps"] == []
 
 
-def test_a_model_that_was_trained_further_is_measured_again(tmp_path):
+@pytest.mark.parametrize("folder", ["out", "."])
+def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
+    """That what is written lies around the model is no reason to take the model for a part of it."""
     save_model(tiny(0), tmp_path / "a")
-    pictures = images(tmp_path / "images", 3)
-    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
-    first = document(tmp_path / "out")
+    pictures, out = images(tmp_path / "images", 3), tmp_path / folder
+    assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
+    first = document(out)
     save_model(tiny(1), tmp_path / "a")
-    assert diagnose(tmp_path / "a", pictures, "--out", tmp_path / "out") == 0
-    assert document(tmp_path / "out")["models"] != first["models"]
+    assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
+    assert document(out)["models"] != first["models"]
+
+
+@pytest.mark.parametrize("out", ["diagnose-out", "."])
+def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(there, tmp_path, monkeypatch, out):
+    shutil.copytree(there / "a", tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path / "a")
+    pictures = images(tmp_path / "images", 3)
+    done = interrupted(monkeypatch, 100, Stop())
+    for given in (out, tmp_path / "link" / out):
+        assert diagnose(".", pictures, "--masks", ".", "--out", given) == 0
+    assert len(done) == 3
 
 
 def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, capsys):
@@ -306,20 +284,3 @@ def test_names_tell_models_apart():
     assert run.names(("x/a", "x/b")) == ["a", "b"]
     assert run.names(("x/with/last", "x/without/last")) == ["with/last", "without/last"]
     assert run.names(("llava", "llava")) == ["llava", "llava"]
-
-
-def test_saving_takes_a_small_part_of_the_time(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    saved = []
-
-    def save():
-        now[0] += 6.0
-        saved.append(now[0])
-
-    saver = run.Saver(save)
-    while now[0] < 3600:
-        now[0] += 1.0
-        saver.now_and_then()
-    assert 6.0 * len(saved) <= 1.05 * run.SAVING * 3600
-    assert len(saved) > 20

@@ -99,6 +99,31 @@ def test_what_is_drawn(training):
     assert other["probe_name"] == "linear probe, layer 1"
 
 
+def test_what_is_no_number_is_left_out(tmp_path, capsys):
+    def log(**change):
+        entries = [{"step": step, "layer_1/linear_probe": step / 10, "score": step / 5} for step in (0, 1, 2, 3)]
+        entries = [entries[0] | change, *entries[1:3], entries[3] | change, {"layer_1/linear_probe": 0.9, "score": 0.9}]
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+        status = drawn(tmp_path, "--out", tmp_path / "figure.png")
+        return status, "".join(capsys.readouterr())
+
+    for change in ({"score": None}, {"score": "high"}, {"layer_1/linear_probe": float("nan")}, {"step": "last"}):
+        status, said = log(**change)
+        assert (status, said.count("2 steps, linear probe, layer 1 0.100 → 0.200, score 0.200 → 0.400")) == (0, 1)
+    assert "4 steps, linear probe, layer 1" in log(**{"layer_x/linear_probe": 1, "layer_/linear_probe": 1})[1]
+
+    for entries in ({"a": 1}, ["a"], None):
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+        assert drawn(tmp_path) == 2
+        assert f"log: cannot read {tmp_path / 'trainer_state.json'}, want the" in capsys.readouterr().err
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "layer_1/linear_probe": 0.5, "score": "high"}]})
+    )
+    assert drawn(tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) as numbers" in said
+
+
 def test_the_last_checkpoint_of_a_folder_is_read(training, tmp_path):
     for name in ("checkpoint-2", "checkpoint-4"):
         (tmp_path / name).mkdir()
