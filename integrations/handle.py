@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
 from .objective import Losses, Objective
-from .output import add_to_loss, logits, share
+from .output import add_to_loss, keep_in_graph, logits, share
 from .training import Training, number
 from .watchdog import Watchdog
 
@@ -268,10 +268,10 @@ class PreHandle:
         if deferred is not None:
             term = weight * total
             deferred.terms.append(term)
-            output = add_to_loss(output, 0 * total, required=False)  # DDP looks for the head in the graph of the output
+            output = keep_in_graph(output, total)
         else:
             term = weight * share(seen.inputs, device, self._objective.group) * total
-            output = add_to_loss(output, term, required=True)
+            output = add_to_loss(output, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
         return output
 
