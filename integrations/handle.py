@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
 from .objective import Losses, Objective
-from .output import add_to_loss, keep_in_graph, logits, share
+from .output import add_to_loss, keep_in_graph, logits, own_loss, share
 from .training import Training, number
 from .watchdog import Watchdog
 
@@ -48,13 +48,14 @@ class PreHandle:
         self._norm: Tensor | None = None
         self._watchdog = Watchdog()
         self._contributed = False
+        self._eval = False  # whether the forward is one in eval mode that would be one of training otherwise
         self._warned = False
         self._deferred: Deferred | None = None
 
         model.add_module(ATTRIBUTE, head)
         self._unsaved = _ignore_on_save(model, head)
         self._capture: Capture | None = Capture(
-            model, objective.parts, objective.layers, self._start, self._finish, self._missed
+            model, objective.parts, objective.layers, self._start, self._finish, self._missed, self._skipped
         )
 
     @property
@@ -222,17 +223,25 @@ class PreHandle:
         finally:
             self._deferred = None
 
-    def _start(self, inputs: dict[str, Any]) -> bool:
-        if not self._active():
-            return False
+    def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
+        wanted = self._wanted()
         if inputs.get("labels") is None and self._deferred is None:  # a Trainer with its own loss pops the labels
+            wanted = False
+        self._eval = wanted and not module.training
+        if not wanted:
             return False
-        self._check_frozen()
         self._watchdog.check()
-        return True
+        if not self._eval:
+            self._check_frozen()
+        return not self._eval
 
-    def _active(self) -> bool:
-        return bool(self.enabled and self.scheduled_weight and self._model.training and torch.is_grad_enabled())
+    def _wanted(self) -> bool:
+        return bool(self.enabled and self.scheduled_weight and torch.is_grad_enabled())
+
+    def _skipped(self, output: Any) -> None:
+        if self._eval:
+            loss = own_loss(output)
+            self._watchdog.watch_eval(logits(output) if loss is None else [loss])
 
     def _check_frozen(self) -> None:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
@@ -243,8 +252,8 @@ class PreHandle:
                 f'train; call apply_pre on the PeftModel instead, or put "{ATTRIBUTE}" in modules_to_save'
             )
 
-    def _missed(self) -> None:
-        if not self._active():
+    def _missed(self, text: nn.Module) -> None:
+        if not (text.training and self._wanted()):
             return
         self._check_frozen()
         if not self._warned:

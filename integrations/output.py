@@ -25,9 +25,15 @@ def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> 
     return mine if group is None else group.mean(mine)
 
 
+def own_loss(output: Any) -> Tensor | None:
+    """The loss in what the model returns, None if it has none."""
+    found = _get(output, "loss", 0)
+    return found if torch.is_tensor(found) and found.dim() == 0 else None
+
+
 def add_to_loss(output: Any, term: Tensor) -> Any:
     """`output` with `term` in its loss; a ModelOutput keeps its keys, a tuple its length."""
-    loss = _loss(output)
+    loss = own_loss(output)
     if loss is None:
         raise RuntimeError(
             "model: labels were given but the output has no loss to add L_PRe to; attach to the model that computes it"
@@ -40,7 +46,7 @@ def keep_in_graph(output: Any, term: Tensor) -> Any:
 
     DDP looks there for the parameters that are used; `term` is to be back-propagated from elsewhere.
     """
-    if _loss(output) is not None:
+    if own_loss(output) is not None:
         return add_to_loss(output, 0 * term)
     if not initialized():  # tied logits cannot be changed in place
         return output
@@ -63,13 +69,8 @@ class _Tied(torch.autograd.Function):
 
 def logits(output: Any) -> list[Tensor]:
     """Those in what the model returns, where there are any: what a trainer's own loss is made of."""
-    found = _get(output, "logits", 0 if _loss(output) is None else 1)
+    found = _get(output, "logits", 0 if own_loss(output) is None else 1)
     return [found] if torch.is_tensor(found) else []
-
-
-def _loss(output: Any) -> Tensor | None:
-    found = _get(output, "loss", 0)
-    return found if torch.is_tensor(found) and found.dim() == 0 else None
 
 
 def _get(output: Any, name: str, place: int) -> Any:
