@@ -66,6 +66,8 @@ class PreHandle:
     @property
     def head(self) -> Any:
         """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT may copy it."""
+        if self._capture is None:
+            raise RuntimeError("handle: it was removed, and its head with it; use the head before remove()")
         return getattr(self._model, ATTRIBUTE)
 
     @property
@@ -305,6 +307,8 @@ class PreHandle:
         return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
 
     def _measure(self, *_: Any) -> None:
+        if self._capture is None:  # the optimizer may outlive PRe
+            return
         gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
         if gradients:
             norm: Any = torch.nn.utils.get_total_norm(gradients)
