@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
+from .gradient import GradientNorm
 from .objective import Losses, Objective
 from .output import add_to_loss, keep_in_graph, logits, own_loss, share
 from .training import Training, number
@@ -45,7 +46,7 @@ class PreHandle:
         self._was_peft = getattr(model, "peft_config", None) is not None
         self._sums: Tensor | None = None
         self._forwards = 0
-        self._norm: Tensor | None = None
+        self._gradient = GradientNorm()
         self._watchdog = Watchdog()
         self._contributed = False
         self._eval = False  # whether the forward is one in eval mode that would be one of training otherwise
@@ -127,13 +128,14 @@ class PreHandle:
         - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this process's forwards;
         - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they are not in the above;
         - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled, clipped), once an
-          optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
+          optimizer is watched (`watch`, `patch_trainer`) and has the gradients; under FSDP1 with `combine` only;
         - "pre_weight": λ of the last step, if it has a schedule.
 
         `combine` sums the totals over processes.
         """
-        totals = self._totals()
-        count, tokens, cosine, sampled, *sums = (totals if combine is None else combine(totals)).tolist()
+        totals = torch.cat([self._totals(), self._gradient.sums(self._totals())])
+        whole = (totals if combine is None else combine(totals)).tolist()
+        count, tokens, cosine, sampled, *sums, square, number = whole
         skipped = sums.pop() if self._objective.nonfinite == "skip" else None
         self._contributed |= count > 0
         means = [s / count if count else math.nan for s in sums]
@@ -147,8 +149,8 @@ class PreHandle:
         found |= {"pre_rows": count, "pre_tokens": tokens, "pre_forwards": self._forwards}
         if skipped is not None:
             found["pre_skipped"] = skipped
-        if self._norm is not None:
-            found["pre_head_grad_norm"] = float(self._norm)
+        if (norm := self._gradient.of(square, number)) is not None:
+            found["pre_head_grad_norm"] = norm
         if self._training.scheduled:
             found["pre_weight"] = self.scheduled_weight
         if reset:
@@ -160,7 +162,7 @@ class PreHandle:
 
         First the weights, then the biases, which are not decayed. Leave these parameters out of other groups.
         """
-        return self._training.groups(self.head.parameters())
+        return self._training.groups(self.head.named_parameters())
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed."""
@@ -226,9 +228,8 @@ class PreHandle:
             self._deferred = None
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
-        wanted = self._wanted()
-        if inputs.get("labels") is None and self._deferred is None:  # a Trainer with its own loss pops the labels
-            wanted = False
+        # a Trainer with its own loss pops the labels
+        wanted = self._wanted() and (inputs.get("labels") is not None or self._deferred is not None)
         self._eval = wanted and not module.training
         if not wanted:
             return False
@@ -242,8 +243,7 @@ class PreHandle:
 
     def _skipped(self, output: Any) -> None:
         if self._eval:
-            loss = own_loss(output)
-            self._watchdog.watch_eval(logits(output) if loss is None else [loss])
+            self._watchdog.watch_eval(logits(output) if (loss := own_loss(output)) is None else [loss])
 
     def _check_frozen(self) -> None:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
@@ -307,12 +307,8 @@ class PreHandle:
         return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
 
     def _measure(self, *_: Any) -> None:
-        if self._capture is None:  # the optimizer may outlive PRe
-            return
-        gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        if gradients:
-            norm: Any = torch.nn.utils.get_total_norm(gradients)
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self._capture is not None:  # it may outlive PRe
+            self._gradient.measure(self.head)
 
 
 class Deferred:
