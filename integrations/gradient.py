@@ -18,11 +18,14 @@ class GradientNorm:
         self.norm = torch.zeros(())
         self.here = self.whole = 0  # elements of the gradient: in this process, in all
 
-    def measure(self, head: nn.Module) -> None:
-        """Look at the gradients there are."""
+    def measure(self, head: nn.Module, optimizer: Any) -> None:
+        """Look at the gradients there are at the beginning of a step of `optimizer`."""
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler's, where the step itself unscales (fused)
+        if scale is not None:
+            self.norm = self.norm / scale.to(self.norm.device)
         self.here = sum(gradient.numel() for gradient in gradients)
         self.whole = sum(_size(module) for module in head.modules() if isinstance(module, PreHead))
 

@@ -49,7 +49,7 @@ class PreHandle:
         self._gradient = GradientNorm()
         self._watchdog = Watchdog()
         self._contributed = False
-        self._eval = False  # whether the forward is one in eval mode that would be one of training otherwise
+        self._eval = False  # whether the forward is one of training but for the mode
         self._warned = False
         self._deferred: Deferred | None = None
 
@@ -166,7 +166,7 @@ class PreHandle:
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed."""
-        return optimizer.register_step_pre_hook(self._measure)
+        return getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._measure)  # accelerate wraps it
 
     def save(self, directory: Any, model: nn.Module | None = None) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
@@ -306,9 +306,9 @@ class PreHandle:
         size = 4 + len(self.layers) + (self._objective.nonfinite == "skip")
         return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
 
-    def _measure(self, *_: Any) -> None:
+    def _measure(self, optimizer: Any, *_: Any) -> None:
         if self._capture is not None:  # it may outlive PRe
-            self._gradient.measure(self.head)
+            self._gradient.measure(self.head, optimizer)
 
 
 class Deferred:
