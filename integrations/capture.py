@@ -50,6 +50,10 @@ class Seen:
         return torch.autocast(device, dtype=dtype, enabled=True) if enabled else torch.autocast(device, enabled=False)
 
 
+def _nothing(_: Any) -> None:
+    pass
+
+
 class Capture:
     """Hooks on `outer` and on `parts` of it; `remove()` takes them off.
 
@@ -57,9 +61,11 @@ class Capture:
         outer: the module whose call is "the forward".
         parts: its parts.
         layers: numbers in 1..L; number l is what l decoder layers made.
-        start: gets the forward's arguments by name, says whether to capture.
+        start: gets the module that is called (a compiler may have put another in the place of `outer`, with its hooks)
+            and the forward's arguments by name, says whether to capture.
         finish: gets the forward's output and what was seen, returns the output.
-        missed: called when the text model runs outside a call of `outer`.
+        missed: called with the text model when it runs outside a call of `outer`.
+        skipped: gets the output of a forward that was not captured.
     """
 
     def __init__(
@@ -67,13 +73,14 @@ class Capture:
         outer: nn.Module,
         parts: Parts,
         layers: tuple[int, ...],
-        start: Callable[[dict[str, Any]], bool],
+        start: Callable[[nn.Module, dict[str, Any]], bool],
         finish: Callable[[Any, Seen], Any],
-        missed: Callable[[], None],
+        missed: Callable[[nn.Module], None] = _nothing,
+        skipped: Callable[[Any], None] = _nothing,
     ) -> None:
         global _untraced
         _untraced = torch.compiler.disable(_call)  # not at import: it imports the compiler
-        self.start, self.finish, self.missed = start, finish, missed
+        self.start, self.finish, self.missed, self.skipped = start, finish, missed, skipped
         self.parts = parts
         self.seen: Seen | None = None
         self.inside = False
@@ -121,14 +128,17 @@ class Capture:
         self.inside = True
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
         inputs.update(kwargs)
-        if self.start(inputs):
+        if self.start(module, inputs):
             self.seen = Seen(inputs, self.parts)
             if self.merge is not None:
                 self.merge.open()
 
     def _end(self, output: Any) -> Any:
         seen = self._drop()
-        if seen is None or output is None:  # no output: the forward raised
+        if output is None:  # the forward raised
+            return None
+        if seen is None:
+            self.skipped(output)
             return None
         return self.finish(output, seen)
 
@@ -142,7 +152,7 @@ class Capture:
     def _text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.seen is None:
             if not self.inside:
-                self.missed()
+                self.missed(module)
         elif self.seen.embeds is None:
             self.seen.embeds = kwargs.get("inputs_embeds")
 

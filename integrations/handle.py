@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
+from .gradient import GradientNorm
 from .objective import Losses, Objective
-from .output import add_to_loss, logits, share
+from .output import add_to_loss, keep_in_graph, logits, own_loss, share
 from .training import Training, number
 from .watchdog import Watchdog
 
@@ -45,16 +46,17 @@ class PreHandle:
         self._was_peft = getattr(model, "peft_config", None) is not None
         self._sums: Tensor | None = None
         self._forwards = 0
-        self._norm: Tensor | None = None
+        self._gradient = GradientNorm()
         self._watchdog = Watchdog()
         self._contributed = False
+        self._eval = False  # whether the forward is one of training but for the mode
         self._warned = False
         self._deferred: Deferred | None = None
 
         model.add_module(ATTRIBUTE, head)
         self._unsaved = _ignore_on_save(model, head)
         self._capture: Capture | None = Capture(
-            model, objective.parts, objective.layers, self._start, self._finish, self._missed
+            model, objective.parts, objective.layers, self._start, self._finish, self._missed, self._skipped
         )
 
     @property
@@ -65,6 +67,8 @@ class PreHandle:
     @property
     def head(self) -> Any:
         """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT may copy it."""
+        if self._capture is None:
+            raise RuntimeError("handle: it was removed, and its head with it; use the head before remove()")
         return getattr(self._model, ATTRIBUTE)
 
     @property
@@ -124,13 +128,14 @@ class PreHandle:
         - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this process's forwards;
         - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they are not in the above;
         - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled, clipped), once an
-          optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
+          optimizer is watched (`watch`, `patch_trainer`) and has the gradients; under FSDP1 with `combine` only;
         - "pre_weight": λ of the last step, if it has a schedule.
 
         `combine` sums the totals over processes.
         """
-        totals = self._totals()
-        count, tokens, cosine, sampled, *sums = (totals if combine is None else combine(totals)).tolist()
+        totals = torch.cat([self._totals(), self._gradient.sums(self._totals())])
+        whole = (totals if combine is None else combine(totals)).tolist()
+        count, tokens, cosine, sampled, *sums, square, number = whole
         skipped = sums.pop() if self._objective.nonfinite == "skip" else None
         self._contributed |= count > 0
         means = [s / count if count else math.nan for s in sums]
@@ -144,8 +149,8 @@ class PreHandle:
         found |= {"pre_rows": count, "pre_tokens": tokens, "pre_forwards": self._forwards}
         if skipped is not None:
             found["pre_skipped"] = skipped
-        if self._norm is not None:
-            found["pre_head_grad_norm"] = float(self._norm)
+        if (norm := self._gradient.of(square, number)) is not None:
+            found["pre_head_grad_norm"] = norm
         if self._training.scheduled:
             found["pre_weight"] = self.scheduled_weight
         if reset:
@@ -157,11 +162,11 @@ class PreHandle:
 
         First the weights, then the biases, which are not decayed. Leave these parameters out of other groups.
         """
-        return self._training.groups(self.head.parameters())
+        return self._training.groups(self.head.named_parameters())
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed."""
-        return optimizer.register_step_pre_hook(self._measure)
+        return getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._measure)  # accelerate wraps it
 
     def save(self, directory: Any, model: nn.Module | None = None) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
@@ -222,17 +227,23 @@ class PreHandle:
         finally:
             self._deferred = None
 
-    def _start(self, inputs: dict[str, Any]) -> bool:
-        if not self._active():
+    def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
+        # a Trainer with its own loss pops the labels
+        wanted = self._wanted() and (inputs.get("labels") is not None or self._deferred is not None)
+        self._eval = wanted and not module.training
+        if not wanted:
             return False
-        if inputs.get("labels") is None and self._deferred is None:  # a Trainer with its own loss pops the labels
-            return False
-        self._check_frozen()
         self._watchdog.check()
-        return True
+        if not self._eval:
+            self._check_frozen()
+        return not self._eval
 
-    def _active(self) -> bool:
-        return bool(self.enabled and self.scheduled_weight and self._model.training and torch.is_grad_enabled())
+    def _wanted(self) -> bool:
+        return bool(self.enabled and self.scheduled_weight and torch.is_grad_enabled())
+
+    def _skipped(self, output: Any) -> None:
+        if self._eval:
+            self._watchdog.watch_eval(logits(output) if (loss := own_loss(output)) is None else [loss])
 
     def _check_frozen(self) -> None:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
@@ -243,8 +254,8 @@ class PreHandle:
                 f'train; call apply_pre on the PeftModel instead, or put "{ATTRIBUTE}" in modules_to_save'
             )
 
-    def _missed(self) -> None:
-        if not self._active():
+    def _missed(self, text: nn.Module) -> None:
+        if not (text.training and self._wanted()):
             return
         self._check_frozen()
         if not self._warned:
@@ -268,10 +279,10 @@ class PreHandle:
         if deferred is not None:
             term = weight * total
             deferred.terms.append(term)
-            output = add_to_loss(output, 0 * total, required=False)  # DDP looks for the head in the graph of the output
+            output = keep_in_graph(output, total)
         else:
             term = weight * share(seen.inputs, device, self._objective.group) * total
-            output = add_to_loss(output, term, required=True)
+            output = add_to_loss(output, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
         return output
 
@@ -295,11 +306,9 @@ class PreHandle:
         size = 4 + len(self.layers) + (self._objective.nonfinite == "skip")
         return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
 
-    def _measure(self, *_: Any) -> None:
-        gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
-        if gradients:
-            norm: Any = torch.nn.utils.get_total_norm(gradients)
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    def _measure(self, optimizer: Any, *_: Any) -> None:
+        if self._capture is not None:  # it may outlive PRe
+            self._gradient.measure(self.head, optimizer)
 
 
 class Deferred:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parallel import Group
+from .parallel import Group, initialized
 
 
 def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> Tensor | float:
@@ -25,30 +25,65 @@ def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> 
     return mine if group is None else group.mean(mine)
 
 
-def add_to_loss(output: Any, term: Tensor, required: bool) -> Any:
+def own_loss(output: Any) -> Tensor | None:
+    """The loss in what the model returns, None if it has none."""
+    found = _get(output, "loss", 0)
+    return found if torch.is_tensor(found) and found.dim() == 0 else None
+
+
+def add_to_loss(output: Any, term: Tensor) -> Any:
     """`output` with `term` in its loss; a ModelOutput keeps its keys, a tuple its length."""
-    is_tuple = isinstance(output, tuple)
-    loss = output[0] if is_tuple else output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if not torch.is_tensor(loss) or loss.dim() > 0:
-        if not required:
-            return output
+    loss = own_loss(output)
+    if loss is None:
         raise RuntimeError(
             "model: labels were given but the output has no loss to add L_PRe to; attach to the model that computes it"
         )
-    loss = loss + term.to(loss.device)
-    if is_tuple:
-        return (loss, *output[1:])
-    if isinstance(output, dict):
-        output["loss"] = loss
-    else:
-        output.loss = loss
+    return _put(output, "loss", 0, loss + term.to(loss.device))
+
+
+def keep_in_graph(output: Any, term: Tensor) -> Any:
+    """`output` with `term` in the graph of its loss, or of its logits if it has none, at a gradient of 0.
+
+    DDP looks there for the parameters that are used; `term` is to be back-propagated from elsewhere.
+    """
+    if own_loss(output) is not None:
+        return add_to_loss(output, 0 * term)
+    if not initialized():  # tied logits cannot be changed in place
+        return output
+    for found in logits(output):
+        output = _put(output, "logits", 0, _Tied.apply(found, term.to(found.device)))
     return output
+
+
+class _Tied(torch.autograd.Function):
+    """A tensor as it is, without a copy of it, and a term in its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient, gradient.new_zeros(())
 
 
 def logits(output: Any) -> list[Tensor]:
     """Those in what the model returns, where there are any: what a trainer's own loss is made of."""
-    if isinstance(output, tuple):
-        found = output[1] if len(output) > 1 else None
-    else:
-        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    found = _get(output, "logits", 0 if own_loss(output) is None else 1)
     return [found] if torch.is_tensor(found) else []
+
+
+def _get(output: Any, name: str, place: int) -> Any:
+    if isinstance(output, tuple):
+        return output[place] if len(output) > place else None
+    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+
+def _put(output: Any, name: str, place: int, value: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (*output[:place], value, *output[place + 1 :])
+    if isinstance(output, dict):
+        output[name] = value
+    else:
+        setattr(output, name, value)
+    return output

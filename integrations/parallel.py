@@ -40,7 +40,7 @@ class Group:
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over the processes, in float32 and on its device; collective, no host sync."""
         value = value.detach().float().clone()
-        if not _initialized():
+        if not initialized():
             return value
         torch.distributed.all_reduce(value, group=self.group)
         return value / torch.distributed.get_world_size(self.group)
@@ -64,7 +64,7 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 def check_same_everywhere(head: nn.Module) -> None:
     """Raise a ValueError on every process if the heads differ; collective, and only under PRE_KERNELS_DEBUG=1."""
-    if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not _initialized():
+    if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not initialized():
         return
     mine = [p.detach().double() for p in head.parameters() if not p.is_meta]
     sums = torch.stack([s for p in mine for s in (p.sum(), p.square().sum())]).tolist() if mine else []
@@ -80,7 +80,7 @@ def check_same_everywhere(head: nn.Module) -> None:
 
 def rank() -> int:
     """This process's number, 0 without torch.distributed."""
-    return torch.distributed.get_rank() if _initialized() else 0
+    return torch.distributed.get_rank() if initialized() else 0
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def together(collective: bool) -> Iterator[None]:
     except Exception as caught:
         error = caught
     errors: list[Any] = [error]
-    if collective and _initialized():
+    if collective and initialized():
         errors *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(errors, error)
     first = error or next((e for e in errors if e is not None), None)
@@ -185,7 +185,8 @@ class Whole:
             yield {_clean(name): p for name, p in self.head.named_parameters()}
 
 
-def _initialized() -> bool:
+def initialized() -> bool:
+    """Whether this process is one of torch.distributed's."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -99,7 +99,7 @@ class Reader:
         self._reading = False
         self._seen: Seen | None = None
         inside = tuple(number for number in self.layers if number > 0)
-        self._capture = Capture(model, self.parts, inside, lambda _: self._reading, self._finish, lambda: None)
+        self._capture = Capture(model, self.parts, inside, lambda *_: self._reading, self._finish)
 
     @torch.no_grad()
     def read(self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> list[ImageStates]:

@@ -50,11 +50,16 @@ class Training:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
-    def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        """Optimizer groups of those that require grad: weights, and biases, which are not decayed."""
-        trained = [p for p in parameters if p.requires_grad]
-        weights: dict[str, Any] = {"params": [p for p in trained if p.dim() > 1]}
-        biases: dict[str, Any] = {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}
+    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Optimizer groups of those that require grad: weights, and biases, which are not decayed.
+
+        Told apart by name: sharded, all have one dimension.
+        """
+        weights: dict[str, Any] = {"params": []}
+        biases: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                (biases if name.endswith(("b1", "b2")) else weights)["params"].append(parameter)
         if self.head_weight_decay is not None:
             weights["weight_decay"] = self.head_weight_decay
         found = [group for group in (weights, biases) if group["params"]]

@@ -81,3 +81,16 @@ def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
     layer.register_forward_hook(twice, with_kwargs=True)
     apply_pre(model)
     assert model(**batch("llava").inputs, use_cache=False).loss == wanted
+
+
+def test_a_module_that_a_compiler_put_in_the_models_place() -> None:
+    """accelerate's regional compilation: it has the hooks, and a `training` of its own."""
+    from accelerate.utils import compile_regions
+
+    model = build("llava").eval()
+    handle = apply_pre(model)
+    compiled = compile_regions(model, backend="eager").train()
+    compiled(**batch("llava").inputs).loss.backward()
+    assert not model.training
+    assert handle.metrics()["pre_forwards"] == 1
+    assert handle.head.w1.grad.any()

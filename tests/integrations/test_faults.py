@@ -30,6 +30,7 @@ from test_head_training import make
 from test_two_processes import ddp_resumes, trained
 from tiny_models import batch, build
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from two import both, join
 
 # --- what ends a step in its midst
@@ -256,3 +257,40 @@ def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
     found = both(ddp_resumes, str(tmp_path / "two"), 2, str(tmp_path / "one" / "checkpoint-1"))
     assert all(torch.equal(w1, head["w1"]) for w1 in found)
     assert not torch.equal(load_file(tmp_path / "two" / "last" / WEIGHTS)["w1"], head["w1"])
+
+
+# --- PRe removed before the end
+
+
+def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:
+    """`remove` leaves nothing that needs the head; what does need it says why it cannot."""
+    model, inputs = build("llava"), batch("llava").inputs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = apply_pre(model)
+    handle.watch(optimizer)
+    handle.remove()
+    model(**inputs).loss.backward()
+    optimizer.step()
+    assert "pre_head_grad_norm" not in handle.metrics()
+    for needs in (lambda: handle.save(tmp_path), lambda: handle.load(tmp_path), handle.param_groups):
+        with pytest.raises(RuntimeError, match=r"handle: it was removed"):
+            needs()
+
+
+class Removes(TrainerCallback):
+    """After the first step."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.handle.remove()
+
+
+def test_removed_in_the_middle_of_a_training(tmp_path: Path) -> None:
+    model = build("llava")
+    with patch_trainer():
+        trainer = make(tmp_path, model, callbacks=[Removes(apply_pre(model))], max_steps=3)
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from eager import assert_same_gradients, expected_gradients, gradients
 from peft import LoraConfig, get_peft_model
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
@@ -68,6 +69,37 @@ def test_fp16_with_a_gradient_scaler() -> None:
             norm = torch.nn.utils.get_total_norm([g for n, g in wanted.items() if n.startswith("pre_head")])
             assert found["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
         hook.remove()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_the_norm_of_a_scaled_gradient(fused: bool, unscaled: bool) -> None:
+    """A fused optimizer unscales inside its step, after the hook, unless the loop has done it."""
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    handle.watch(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(**data.inputs).loss).backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in handle.head.parameters()])) / 1024
+    if unscaled:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert handle.metrics()["pre_head_grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_watching_an_optimizer_that_accelerate_prepared() -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    hook = handle.watch(optimizer)
+    accelerator.backward(prepared(**data.inputs).loss)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in handle.head.parameters()]))
+    optimizer.step()
+    assert handle.metrics()["pre_head_grad_norm"] == pytest.approx(norm)
+    hook.remove()
+    assert not optimizer.optimizer._optimizer_step_pre_hooks
 
 
 # --- EMA

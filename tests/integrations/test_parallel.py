@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from eager import gradients
-from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations import apply_pre, output
 from ranks import TEXT_ONLY, UNEVEN, batches, by_hand, check, made, steps
 from tiny_models import build
 from torch import nn
@@ -104,3 +105,28 @@ def test_group_and_the_share_of_a_trainers_items() -> None:
     _, wanted = by_hand([r[:1] for r in UNEVEN], forwards=1)
     for found in both(item_shares):
         torch.testing.assert_close(found, wanted["pre_head.w1"] / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["dict", "object", "tuple", "no logits"])
+def test_the_term_is_kept_in_the_graph_of_the_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the output has no loss; without a copy, and with the gradients as they were."""
+    monkeypatch.setattr(output, "initialized", lambda: True)
+    source, term = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True), torch.ones((), requires_grad=True)
+    logits = source * 2
+    kinds: dict[str, Any] = {
+        "dict": {"logits": logits},
+        "object": SimpleNamespace(logits=logits),
+        "tuple": (logits, "cache"),
+        "no logits": {"last_hidden_state": logits},
+    }
+    found = output.keep_in_graph(kinds[kind], term)
+    assert type(found) is type(kinds[kind])
+    if kind == "no logits":
+        assert found == {"last_hidden_state": logits}
+        return
+    (tied,) = output.logits(found)
+    assert tied.data_ptr() == logits.data_ptr()
+    assert kind != "tuple" or found[1] == "cache"
+    tied.float().square().sum().backward()
+    assert torch.equal(source.grad, 8 * source)
+    assert term.grad == 0

@@ -76,15 +76,20 @@ def test_fsdp2_from_the_meta_device() -> None:
         assert all(torch.equal(head[n], zero[2][n]) for n in head)
 
 
-def fsdp1(samples: list[Any], own: bool) -> Any:
+def fully_sharded(model: nn.Module, own: bool) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     from pre_kernels import PreHead
 
-    model, _ = made(group="world")
     policy = ModuleWrapPolicy({type(model.model.language_model.layers[0]), *([PreHead] if own else [])})
-    wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp1(samples: list[Any], own: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    wrapped = fully_sharded(made(group="world")[0], own)
     losses = steps(wrapped, samples)
     with FSDP.summon_full_params(wrapped, with_grads=True):
         found = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(wrapped).items()}
@@ -94,6 +99,40 @@ def fsdp1(samples: list[Any], own: bool) -> Any:
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
 def test_fsdp1(own: bool) -> None:
     check(both(fsdp1, TEXT_ONLY, own), by_hand(TEXT_ONLY))
+
+
+def fsdp1_training(own: bool) -> Any:
+    """(the names in each of the head's groups, made after sharding, and the norm of its gradient at the step)."""
+    model, handle = made(group="world", head_weight_decay=0.1)
+    wrapped = fully_sharded(model, own)
+    names = {id(p): n for n, p in handle.head.named_parameters()}
+    groups = handle.param_groups()
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    handle.watch(optimizer)
+    steps(wrapped, UNEVEN)
+    optimizer.step()
+    alone = handle.metrics(reset=False).get("pre_head_grad_norm")
+    norm = handle.metrics(combine=summed)["pre_head_grad_norm"]
+    return [([names[id(p)] for p in g["params"]], g["weight_decay"]) for g in groups], norm, alone
+
+
+def summed(totals: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(totals)
+    return totals
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
+def test_fsdp1_groups_and_norm(own: bool) -> None:
+    """Each process has flat parts of the parameters, or none of them."""
+    _, wanted = by_hand(UNEVEN)
+    norm = float(torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm())
+    for groups, found, alone in both(fsdp1_training, own):
+        assert [({n.split(".")[-1] for n in names}, decay) for names, decay in groups] == [
+            ({"w1", "w2"}, 0.1),
+            ({"b1", "b2"}, 0.0),
+        ]
+        assert found == pytest.approx(norm, rel=1e-4)
+        assert alone is None or alone == pytest.approx(norm, rel=1e-4)  # never the norm of a part
 
 
 def attach_late(how: str) -> None:

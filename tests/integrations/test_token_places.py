@@ -50,7 +50,7 @@ def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
         found.append(parts.family.hidden(seen.anchor(), parts.config) if seen.anchor().dim() == 4 else seen.anchor())
         return output
 
-    capture = Capture(model, parts, (), lambda inputs: True, finish, lambda: None)
+    capture = Capture(model, parts, (), lambda *_: True, finish)
     with torch.no_grad():
         model(**data.inputs | changed)
     capture.remove()

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from pre_kernels.integrations import apply_pre, patch_trainer
 from ranks import config, deepspeed, need_deepspeed
 from safetensors.torch import load_file
+from test_head_training import own_loss
 from test_trainer import Starts
 from tiny_models import batch, build
 from tiny_training import (
@@ -33,17 +34,38 @@ from pre_kernels import PreHead
 WEIGHTS = "pre_head.safetensors"
 
 
-def ddp(family: str, folder: str) -> Any:
-    options = {"per_device_train_batch_size": 1, "ddp_backend": "gloo", "ddp_find_unused_parameters": True}
-    return train(family, UNEQUAL_IMAGES, Path(folder), 2, patched=True, **options)[0]
+class LossFunc(InOrder):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(compute_loss_func=own_loss, **options)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_ddp(family: str, tmp_path: Path) -> None:
-    """The step's tokens are counted over both processes, one of which has a micro-batch without images."""
+def ddp(family: str, folder: str, trainer_class: type = InOrder, **options: Any) -> Any:
+    """The Trainer's default is to find unused parameters."""
+    options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+    found, _, trainer = train(family, UNEQUAL_IMAGES, Path(folder), 2, True, trainer_class, **options)
+    assert trainer.model_wrapped.find_unused_parameters
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("llava", "its own"),
+        ("llava", "label_smoothing_factor"),
+        ("llava", "compute_loss_func"),
+        ("qwen2_5_vl", "its own"),
+    ],
+)
+def test_ddp(family: str, how: str, tmp_path: Path) -> None:
+    """The step's tokens are counted over both processes, one of which has a micro-batch without images.
+
+    Also where the model is not given the labels, so that its output has no loss.
+    """
     tokens = sum(int(batch(family, [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     wanted = by_hand(family, UNEQUAL_IMAGES, apply_pre(build(family)), [1 / tokens] * 4, "sum")
-    for found in both(ddp, family, str(tmp_path)):
+    trainer_class = LossFunc if how == "compute_loss_func" else InOrder
+    more = {how: 0.1} if how == "label_smoothing_factor" else {}
+    for found in both(ddp, family, str(tmp_path), trainer_class, timeout=60, **more):
         assert_head(found, wanted)
 
 

@@ -52,3 +52,37 @@ def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple
         expected = pytest.warns(UserWarning, match="last 2 L_PRe were computed but never back-propagated")
         with expected if number == 2 else contextlib.nullcontext():
             model(**data.inputs, return_dict=not as_tuple)[1].float().logsumexp(-1).mean().backward()
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "own loss"])
+def test_the_watchdog_warns_of_a_training_in_eval_mode(labelled: bool) -> None:
+    """As `from_pretrained` leaves the model."""
+    model, data = build("llava").eval(), batch("llava")
+    handle = apply_pre(model)
+    for number in range(4):
+        expected = pytest.warns(UserWarning, match=r"last 2 backward passes were of forwards in eval mode")
+        with expected if number == 2 else contextlib.nullcontext():
+            if labelled:
+                model(**data.inputs).loss.backward()
+            else:
+                with handle.defer(12.0):
+                    model(**{k: v for k, v in data.inputs.items() if k != "labels"}).logits.mean().backward()
+
+
+def test_the_watchdog_is_quiet_in_evaluation(recwarn: Any) -> None:
+    model, data = build("llava"), batch("llava")
+    handle = apply_pre(model)
+    for _ in range(3):
+        model.eval()
+        model(**data.inputs)
+        with torch.no_grad():
+            model(**data.inputs)
+        with torch.inference_mode():
+            model(**data.inputs)
+        model(**data.inputs).loss.backward()  # somebody's look at a gradient
+        model.train()(**data.inputs).loss.backward()
+    handle.enabled = False
+    model.eval()
+    for _ in range(3):
+        model(**data.inputs).loss.backward()
+    assert not any("eval mode" in str(w.message) for w in recwarn)
