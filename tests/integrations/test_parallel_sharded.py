@@ -13,6 +13,7 @@ from ranks import (
     DUMMY,
     TEXT,
     TEXT_ONLY,
+    TWO_IMAGES,
     UNEVEN,
     batches,
     by_hand,
@@ -25,7 +26,7 @@ from ranks import (
     shard,
     steps,
 )
-from tiny_models import build
+from tiny_models import IMAGE, build
 from torch import nn
 from two import both
 
@@ -74,6 +75,36 @@ def test_fsdp2_from_the_meta_device() -> None:
         torch.testing.assert_close(sharded, plain)
         assert 0.1 < head["w1"].abs().max() <= 32**-0.5
         assert all(torch.equal(head[n], zero[2][n]) for n in head)
+
+
+def seven_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """Image 1 of all visual tokens but the first; 1 / 7 is no bfloat16."""
+    visual = inputs["input_ids"] == IMAGE
+    return (visual & (visual.cumsum(1) > 1)).long()
+
+
+def fsdp2_that_casts() -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    data = batches([[TWO_IMAGES]] * 2, 0)[0]
+    found = []
+    for sharded in (False, True):
+        model, handle = made(layer=[1, 2], weighting="image", mask_fn=seven_tokens)
+        model.bfloat16()
+        data.inputs["pixel_values"] = data.inputs["pixel_values"].bfloat16()
+        for head in handle.head if sharded else []:
+            fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with handle.defer(torch.tensor(1154.9)) as deferred:
+            model(**data.inputs)
+        (term,) = deferred.take()
+        term.backward()
+        found.append((term.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad))
+    return found
+
+
+def test_fsdp2_does_not_cast_divisor_and_weights() -> None:
+    for plain, sharded in both(fsdp2_that_casts):
+        torch.testing.assert_close(sharded, plain, rtol=0, atol=0)
 
 
 def fsdp1(samples: list[Any], own: bool) -> Any:
