@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from eager import copy_of, gradients, pre_loss, watch
-from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations import EncoderAnchor, apply_pre
 from ranks import (
     DUMMY,
     TEXT,
@@ -230,3 +230,38 @@ def test_zero3_init(tmp_path: Path) -> None:
         (sum(parts) / 2).backward()
         losses.append(sum(parts).detach())
     check([zero[0], one[0]], (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}))
+
+
+def towards(encoder: nn.Module, model: nn.Module) -> nn.Module:
+    torch.manual_seed(7)
+    apply_pre(model, anchor=EncoderAnchor(encoder, model, image_mean=None, image_std=None))
+    return model
+
+
+def zero_encoder(folder: str) -> Any:
+    deepspeed()
+    from transformers import Dinov2Model
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model = build("llava")
+    alive = HfDeepSpeedConfig(config(3))
+    encoder = Dinov2Model.from_pretrained(folder)
+    assert {p.shape for p in encoder.parameters()} == {(0,)}
+    losses, _ = zero_steps(towards(encoder, model), UNEVEN, 3)
+    del alive
+    return losses, dict(encoder.named_parameters())
+
+
+def test_an_encoder_that_zero3_has_split(tmp_path: Path) -> None:
+    need_deepspeed()
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    encoder = Dinov2Model(Dinov2Config(num_hidden_layers=2, **sizes))
+    encoder.save_pretrained(tmp_path)
+    found = both(zero_encoder, str(tmp_path))
+    model = towards(encoder, build("llava"))
+    for rank, (losses, parameters) in enumerate(found):
+        torch.testing.assert_close(parameters, dict(encoder.named_parameters()), rtol=0, atol=0)
+        for data, loss in zip(batches(UNEVEN, rank), losses, strict=True):
+            torch.testing.assert_close(loss, model(**data.inputs).loss.detach())
