@@ -288,6 +288,17 @@ def test_sharded_before(mesh: Any) -> None:
             apply_pre(model)
 
 
+def test_compiled_before() -> None:
+    model = build("llava")
+    with pytest.raises(TypeError, match=r"model: got OptimizedModule.*call apply_pre first and torch.compile then"):
+        apply_pre(torch.compile(model, backend="eager"))
+    assert not hasattr(model, "pre_head")
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer, backend="eager")
+    apply_pre(model)  # compiled layers are fine
+
+
 def test_dtensor_hidden(mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Replicate
 
