@@ -31,7 +31,8 @@ class EncoderAnchor:
     one tensor (`image_sizes`) and videos are refused.
 
     The encoder is frozen, put in eval, moved to where the pixels are and keeps its dtype. It never becomes a part of
-    the model: not saved, trained or sharded with it; a deep copy of the model shares it.
+    the model: not saved, trained or sharded with it; a deep copy of the model shares it. One that ZeRO-3 has split, as
+    `from_pretrained` does once a ZeRO-3 configuration is there, is made whole on every process, all of which take part.
 
     ```python
     dino = AutoModel.from_pretrained("facebook/dinov2-base")
@@ -97,6 +98,7 @@ class EncoderAnchor:
         )
         self.mode = checks.choice("mode", mode, MODES)
         self.patch = getattr(its, "patch_size", None)
+        _make_whole(encoder)
         self.encoder = encoder.eval().requires_grad_(False)
         self.config, self.pixels = config, pixels
 
@@ -193,6 +195,19 @@ class EncoderAnchor:
         if features.shape[2:] == grid:
             return features
         return F.interpolate(features, grid, mode=self.mode, antialias=self.mode == "bilinear")
+
+
+def _make_whole(encoder: nn.Module) -> None:
+    """Put whole parameters in the place of those that ZeRO-3 has split: no engine will gather them in a forward."""
+    split = [p for p in encoder.parameters() if hasattr(p, "ds_id")]
+    if not split:
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        for module in encoder.modules():
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=False))
 
 
 def _color(name: str, value: Any) -> list[float]:

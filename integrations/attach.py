@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
-from .families import Parts, find_parts, text_config
+from .families import Parts, check_tokens, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .objective import Objective
 from .parallel import Group, check_not_wrapped, check_same_everywhere
@@ -151,11 +151,8 @@ def apply_pre(
     parts = find_parts(inner, text_model, layers)
     if mask_fn is not None:
         parts.merge = None
-    elif parts.merge is None and not any(parts.tokens.values()):
-        raise ValueError(
-            f"model: {type(inner).__name__}'s config names no visual tokens (looked for image_token_id, "
-            "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
-        )
+    else:
+        check_tokens(parts, inner)
     numbers = _layers(layer, len(parts.layers))
     width = _width(parts)
     if anchor == "pre_projector":

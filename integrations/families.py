@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -254,6 +255,7 @@ class Parts:
     projector: nn.Module | None
     tokens: dict[str, tuple[int, ...]]
     merge: Merge | None = None
+    warned: bool = False  # of image tokens without an image
 
 
 def find_parts(
@@ -292,6 +294,22 @@ def find_parts(
     tokens = {"image": _token_ids(config, "image"), "video": _token_ids(config, family.video_token)}
     merge = Merge(model) if original else None
     return Parts(family, config, None if text is model else text, found, projector, tokens, merge)
+
+
+def check_tokens(parts: Parts, model: nn.Module) -> None:
+    """Raise a ValueError for a model in which visual tokens are not found without a mask_fn."""
+    crossed = getattr(text_config(parts.config), "cross_attention_layers", None)
+    if crossed:
+        raise ValueError(
+            f"model: the images of {type(model).__name__} enter by cross-attention (its config has "
+            f"cross_attention_layers {crossed}), so they have no tokens in the decoder; want a model whose decoder has "
+            "visual tokens, or pass mask_fn="
+        )
+    if parts.merge is None and not any(parts.tokens.values()):
+        raise ValueError(
+            f"model: {type(model).__name__}'s config names no visual tokens (looked for image_token_id, "
+            "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
+        )
 
 
 def text_config(config: Any) -> Any:
@@ -359,7 +377,8 @@ def visual_tokens(config: Any, inputs: Inputs) -> Tensor | None:
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
     """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
 
-    A literal image token without an image is text. Empty for a text-only batch.
+    A literal image token without an image is text; in a family that is not listed, whose images may come in an argument
+    of any name, a warning says so once. Empty for a text-only batch.
 
     Raises:
         ValueError: without `input_ids`.
@@ -377,6 +396,8 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
             "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
             "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
         )
+    if not present and parts.family is GENERIC and not parts.warned:
+        _warn_of_tokens(parts, inputs, ids)
     found = {}
     for kind in present:
         first, *others = parts.tokens[kind]
@@ -384,3 +405,17 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
         for other in others:
             found[kind] = found[kind] | (ids == other)
     return found
+
+
+def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
+    count = int(torch.isin(ids, ids.new_tensor(sum(parts.tokens.values(), ()))).sum())
+    if not count:
+        return
+    parts.warned = True
+    known = ", ".join((*parts.family.image_inputs, *parts.family.video_inputs))
+    warnings.warn(
+        f"PRe: input_ids has {count} image tokens, but the forward got none of {known} (it got "
+        f"{', '.join(inputs)}), so they are taken for text and L_PRe has no term; if images came in another argument, "
+        "pass mask_fn= to apply_pre",
+        stacklevel=2,
+    )

@@ -249,9 +249,10 @@ class PreHandle:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
             return
         if not any(p.requires_grad for p in self.head.parameters()):
+            other = "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'  # which takes no ModuleList
             raise RuntimeError(
                 f"model: it was wrapped in PEFT after apply_pre, which froze `{ATTRIBUTE}`, so the head would never "
-                f'train; call apply_pre on the PeftModel instead, or put "{ATTRIBUTE}" in modules_to_save'
+                f"train; call apply_pre on the PeftModel instead{other}"
             )
 
     def _missed(self, text: nn.Module) -> None:

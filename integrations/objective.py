@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pre_kernels.checks import debugging
+from pre_kernels.head import Uncast
 
 from .capture import Seen
 from .cosine import sample_cosine
@@ -165,7 +166,7 @@ class Objective:
         if self.fraction < 1 and not (self.impl == "auto" and half):
             # with a capacity so many rows are computed; without it "auto" takes what computes those there are, if half
             options["capacity"] = int(self.fraction * math.prod(state.shape[:-1])) + 1
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+        return {name: Uncast(value.to(device)) if torch.is_tensor(value) else value for name, value in options.items()}
 
     def _without_rows(
         self, seen: Seen, hidden: list[Tensor], heads: Sequence[nn.Module], divisor: Tensor | float | None

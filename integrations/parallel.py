@@ -52,7 +52,12 @@ class Group:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise a TypeError for a model that is wrapped or sharded already, as a whole or in parts."""
+    """Raise a TypeError for a model that is compiled as a whole, or wrapped or sharded as a whole or in parts."""
+    if _is(model, "OptimizedModule"):
+        raise TypeError(
+            "model: got OptimizedModule, which torch.compile made; want the plain model: call apply_pre first and "
+            "torch.compile then"
+        )
     for module in model.modules():
         found = {c.__name__ for c in type(module).__mro__} & set(TOO_LATE)
         if found:

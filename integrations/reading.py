@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pre_kernels.diagnostics import LayerReport
 
 from .capture import Capture, Seen
-from .families import find_parts, same
+from .families import check_tokens, find_parts, same
 from .rows import find_rows
 
 NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "embedding_norm")  # before the unembedding
@@ -88,11 +88,8 @@ class Reader:
         self.parts = find_parts(inner, text_model, decoder_layers)
         if mask_fn is not None:
             self.parts.merge = None
-        elif self.parts.merge is None and not any(self.parts.tokens.values()):
-            raise ValueError(
-                f"model: {type(inner).__name__}'s config names no visual tokens (looked for image_token_id, "
-                "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
-            )
+        else:
+            check_tokens(self.parts, inner)
         self.model, self.inner, self.mask_fn = model, inner, mask_fn
         self.depth = len(self.parts.layers)
         self.layers = _numbers(layers, self.depth)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre, families
-from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build
+import transformers
+from pre_kernels.integrations import Reader, apply_pre, families
+from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build, text_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,6 +86,56 @@ def test_model_without_visual_tokens() -> None:
     )
     with pytest.raises(ValueError, match=r"names no visual tokens .*image_token_id"):
         apply_pre(LlamaForCausalLM(config))
+
+
+def mllama() -> nn.Module:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    config = transformers.MllamaConfig(
+        vision_config=vision,
+        text_config=text_config(rope_scaling={"rope_type": "default"}, cross_attention_layers=[1], pad_token_id=0),
+        image_token_index=IMAGE,
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def test_images_that_enter_by_cross_attention() -> None:
+    model = mllama()
+    for attach in (apply_pre, Reader):
+        with pytest.raises(
+            ValueError, match=r"model: the images of Mllama.* cross_attention_layers \[1\].*pass mask_fn="
+        ):
+            attach(model)
+    assert not hasattr(model, "pre_head")
+    apply_pre(model, mask_fn=lambda inputs: inputs["input_ids"] == IMAGE)
+
+
+def fuyu() -> nn.Module:
+    text = text_config(model_type="persimmon", pad_token_id=0)
+    sizes = {name: text[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    config = transformers.FuyuConfig(**sizes, patch_size=4, image_token_id=IMAGE, text_config=text, pad_token_id=0)
+    return transformers.FuyuForCausalLM(config).train()
+
+
+def test_image_tokens_without_an_image_in_an_unlisted_family(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    model = fuyu()
+    handle = apply_pre(model)
+    text = torch.tensor([[1, 5, 6, 7, 8]])
+    model(input_ids=text, labels=text)
+    assert not [w for w in recwarn if "PRe" in str(w.message)]
+    ids = torch.tensor([[1, IMAGE, IMAGE, 5, 6]])
+    patches = {"image_patches": torch.randn(1, 2, 48), "image_patches_indices": torch.tensor([[-1, 0, 1, -1, -1]])}
+    for _ in range(2):
+        model(input_ids=ids, labels=text, **patches)
+    (warning,) = [str(w.message) for w in recwarn if "PRe" in str(w.message)]
+    assert re.search("2 image tokens, .* none of pixel_values, image_embeds, .*image_patches.*pass mask_fn=", warning)
+    assert handle.metrics()["pre_rows"] == 0
+    handle.remove()
+    handle = apply_pre(model, mask_fn=lambda inputs: inputs["input_ids"] == IMAGE)
+    model(input_ids=ids, labels=text, **patches)
+    assert handle.metrics()["pre_rows"] == 2
 
 
 def test_model_without_decoder_layers() -> None:
@@ -233,6 +286,17 @@ def test_sharded_before(mesh: Any) -> None:
             fully_shard(model, mesh=mesh)
         with pytest.raises(TypeError, match=r"with FSDPModule around or inside; want the plain model: call apply_pre"):
             apply_pre(model)
+
+
+def test_compiled_before() -> None:
+    model = build("llava")
+    with pytest.raises(TypeError, match=r"model: got OptimizedModule.*call apply_pre first and torch.compile then"):
+        apply_pre(torch.compile(model, backend="eager"))
+    assert not hasattr(model, "pre_head")
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer, backend="eager")
+    apply_pre(model)  # compiled layers are fine
 
 
 def test_dtensor_hidden(mesh: Any) -> None:

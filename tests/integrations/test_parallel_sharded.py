@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from eager import copy_of, gradients, pre_loss, watch
-from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations import EncoderAnchor, apply_pre
 from ranks import (
     DUMMY,
     TEXT,
     TEXT_ONLY,
+    TWO_IMAGES,
     UNEVEN,
     batches,
     by_hand,
@@ -25,7 +26,7 @@ from ranks import (
     shard,
     steps,
 )
-from tiny_models import build
+from tiny_models import IMAGE, build
 from torch import nn
 from two import both
 
@@ -74,6 +75,36 @@ def test_fsdp2_from_the_meta_device() -> None:
         torch.testing.assert_close(sharded, plain)
         assert 0.1 < head["w1"].abs().max() <= 32**-0.5
         assert all(torch.equal(head[n], zero[2][n]) for n in head)
+
+
+def seven_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """Image 1 of all visual tokens but the first; 1 / 7 is no bfloat16."""
+    visual = inputs["input_ids"] == IMAGE
+    return (visual & (visual.cumsum(1) > 1)).long()
+
+
+def fsdp2_that_casts() -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    data = batches([[TWO_IMAGES]] * 2, 0)[0]
+    found = []
+    for sharded in (False, True):
+        model, handle = made(layer=[1, 2], weighting="image", mask_fn=seven_tokens)
+        model.bfloat16()
+        data.inputs["pixel_values"] = data.inputs["pixel_values"].bfloat16()
+        for head in handle.head if sharded else []:
+            fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with handle.defer(torch.tensor(1154.9)) as deferred:
+            model(**data.inputs)
+        (term,) = deferred.take()
+        term.backward()
+        found.append((term.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad))
+    return found
+
+
+def test_fsdp2_does_not_cast_divisor_and_weights() -> None:
+    for plain, sharded in both(fsdp2_that_casts):
+        torch.testing.assert_close(sharded, plain, rtol=0, atol=0)
 
 
 def fully_sharded(model: nn.Module, own: bool) -> nn.Module:
@@ -238,3 +269,38 @@ def test_zero3_init(tmp_path: Path) -> None:
         (sum(parts) / 2).backward()
         losses.append(sum(parts).detach())
     check([zero[0], one[0]], (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}))
+
+
+def towards(encoder: nn.Module, model: nn.Module) -> nn.Module:
+    torch.manual_seed(7)
+    apply_pre(model, anchor=EncoderAnchor(encoder, model, image_mean=None, image_std=None))
+    return model
+
+
+def zero_encoder(folder: str) -> Any:
+    deepspeed()
+    from transformers import Dinov2Model
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model = build("llava")
+    alive = HfDeepSpeedConfig(config(3))
+    encoder = Dinov2Model.from_pretrained(folder)
+    assert {p.shape for p in encoder.parameters()} == {(0,)}
+    losses, _ = zero_steps(towards(encoder, model), UNEVEN, 3)
+    del alive
+    return losses, dict(encoder.named_parameters())
+
+
+def test_an_encoder_that_zero3_has_split(tmp_path: Path) -> None:
+    need_deepspeed()
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    encoder = Dinov2Model(Dinov2Config(num_hidden_layers=2, **sizes))
+    encoder.save_pretrained(tmp_path)
+    found = both(zero_encoder, str(tmp_path))
+    model = towards(encoder, build("llava"))
+    for rank, (losses, parameters) in enumerate(found):
+        torch.testing.assert_close(parameters, dict(encoder.named_parameters()), rtol=0, atol=0)
+        for data, loss in zip(batches(UNEVEN, rank), losses, strict=True):
+            torch.testing.assert_close(loss, model(**data.inputs).loss.detach())

@@ -70,11 +70,12 @@ def test_saved_adapter_has_no_head(tmp_path: Any) -> None:
     assert not hasattr(model, "pre_head")
 
 
-def test_wrapped_after_attaching() -> None:
+@pytest.mark.parametrize(("layer", "other"), [(2, ', or put "pre_head" in modules_to_save'), ([1, 2], "")])
+def test_wrapped_after_attaching(layer: Any, other: str) -> None:
     model, data = build("llava"), batch("llava")
-    apply_pre(model)
+    apply_pre(model, layer)
     peft = lora(model)
-    with pytest.raises(RuntimeError, match=r"wrapped in PEFT after apply_pre.*call apply_pre on the PeftModel"):
+    with pytest.raises(RuntimeError, match=rf"wrapped in PEFT after apply_pre.*on the PeftModel instead{other}$"):
         peft(**data.inputs)
 
 
