@@ -18,6 +18,7 @@ CALLS = {
     "compact": {"rows": "mask", "anchor": "compact", "weight": "compact"},
     "capacity": {"rows": "mask", "capacity": 45},
     "chunks": {"rows": "index64", "leading": (300,), "workspace": 1},
+    "none, chunks": {"rows": "mask", "reduction": "none", "leading": (300,), "workspace": 1, "dtype": torch.bfloat16},
     "float16": {"rows": "mask", "dtype": torch.float16},
     "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
     "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
