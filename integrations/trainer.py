@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
+from .handle import Deferred, PreHandle, find_handle
 from .training import own_groups
 
 _MARK = "_pre_patch"
@@ -253,19 +253,24 @@ def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: A
 def _load_renamed(trainer: Any, folder: str) -> None:
     """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
 
-    It loads with strict=False, so such a model would go on from the weights it was made with.
+    It loads with strict=False, so such a model would go on from the weights it was made with. What the checkpoint does
+    not hold stays as it is.
     """
     model = trainer.model
     if sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
         return
-    if _keys(folder) <= model.state_dict().keys():
+    own, saved = model.state_dict().keys(), _keys(folder)
+    if saved <= own:
         return
     wide = torch.promote_types(model.dtype, torch.float32)
-    loaded = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True)
-    result = model.load_state_dict(loaded.state_dict(), strict=False)
-    lost = [name for name in result.missing_keys if not name.startswith(f"{ATTRIBUTE}.")]
-    if lost or result.unexpected_keys:
-        raise RuntimeError(f"PRe: {folder} does not hold this model: no {lost}, unexpected {result.unexpected_keys}")
+    loaded, info = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True, output_loading_info=True)
+    absent = set(info["missing_keys"])  # from_pretrained made them up
+    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in absent}
+    result = model.load_state_dict(found, strict=False)
+    # the Trainer has loaded modules that the user added, under their own names
+    lost = (set(info["unexpected_keys"]) - (saved & own)) | set(result.unexpected_keys)
+    if lost:
+        raise RuntimeError(f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}")
 
 
 def _keys(folder: str) -> set[str]:

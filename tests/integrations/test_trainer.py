@@ -1,4 +1,4 @@
-"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs and resume.
+"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs.
 
 The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with the whole loss.
 """
@@ -29,7 +29,7 @@ from tiny_training import (
     one_image,
     train,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # the first is given num_items_in_batch
 
@@ -270,72 +270,3 @@ def test_signatures_are_those_before(tmp_path: Path) -> None:
 def test_patch_of_something_else(given: Any) -> None:
     with pytest.raises(TypeError, match=r"trainer_class: got .*, want transformers.Trainer"):
         patch_trainer(given)
-
-
-class Starts(TrainerCallback):
-    """Keeps the head as it is when training begins."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
-
-
-def test_resume_restores_the_head(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    _, handle, _ = train("llava", EQUAL, tmp_path, 2, patched=True, **saving)
-    saved = handle.head.w1.detach().clone()
-    folder = tmp_path / "checkpoint-2"
-    assert (folder / "pre_head.safetensors").exists()
-
-    model, starts = build("llava"), Starts()
-    torch.manual_seed(99)
-    apply_pre(model)
-    assert not torch.equal(model.pre_head.w1, saved)
-    with patch_trainer():
-        trainer = InOrder(
-            model=model,
-            args=arguments(tmp_path, 2, 2, **(saving | {"max_steps": 4})),
-            train_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-            callbacks=[starts],
-        )
-        trainer.train(resume_from_checkpoint=str(folder))
-    assert starts.step == 2
-    assert torch.equal(starts.w1, saved)
-
-    (folder / "pre_head.safetensors").unlink()
-    with patch_trainer(), pytest.warns(UserWarning, match=r"holds no head"):
-        trainer.train(resume_from_checkpoint=str(folder))
-
-
-def test_best_model_comes_with_its_head(tmp_path: Path) -> None:
-    model = build("llava")
-    handle = apply_pre(model)
-    heads = []
-    with patch_trainer():
-        trainer = InOrder(
-            model=model,
-            args=arguments(
-                tmp_path,
-                2,
-                2,
-                max_steps=3,
-                learning_rate=30.0,  # so that the first step's model is the best
-                save_strategy="steps",
-                save_steps=1,
-                eval_strategy="steps",
-                eval_steps=1,
-                load_best_model_at_end=True,
-            ),
-            train_dataset=Samples(EQUAL),
-            eval_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-        )
-        trainer.train()
-        last = handle.head.w1.detach().clone()
-        for step in (1, 2, 3):
-            handle.load(tmp_path / f"checkpoint-{step}")
-            heads.append(handle.head.w1.detach().clone())
-    best = int(str(trainer.state.best_model_checkpoint).split("-")[-1])
-    assert [torch.equal(last, head) for head in heads] == [step == best for step in (1, 2, 3)]
-    wanted = type(model).from_pretrained(tmp_path / f"checkpoint-{best}").state_dict()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.items())
