@@ -181,7 +181,8 @@ def _training_step(
             f"PRe: L_PRe was computed but {type(trainer).__name__}.training_step never called accelerator.backward, so "
             "it would not be trained; remove patch_trainer() and add output.loss to your loss"
         )
-    return loss + deferred.added
+    added = deferred.added
+    return loss + (added.to(loss.device) if torch.is_tensor(added) else added)
 
 
 def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.AbstractContextManager[None]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.trainer import _training_step
 from tiny_models import batch, build
 from tiny_training import (
     EQUAL,
@@ -29,6 +31,7 @@ from tiny_training import (
     one_image,
     train,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer
 
 both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # the first is given num_items_in_batch
@@ -179,6 +182,22 @@ def test_a_term_that_is_never_trained_is_an_error(tmp_path: Path) -> None:
             train_dataset=Samples(EQUAL),
             data_collator=collate("llava", EQUAL),
         ).train()
+
+
+def test_the_head_is_on_another_gpu_than_the_loss() -> None:
+    """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need no GPU."""
+    handle = apply_pre(build("llava"))
+    trainer = SimpleNamespace(_pre_divisor=1.0, accelerator=SimpleNamespace(backward=lambda loss: None))
+    with FakeTensorMode():
+        loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
+
+        def step() -> torch.Tensor:
+            handle._deferred.terms.append(term)
+            trainer.accelerator.backward(loss)
+            return loss
+
+        found = _training_step(handle, step, trainer)
+    assert found.device == loss.device
 
 
 @pytest.mark.parametrize("mode", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
