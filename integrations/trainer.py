@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .handle import Deferred, PreHandle, find_handle
+from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
 from .training import own_groups
 
 _MARK = "_pre_patch"
@@ -238,20 +238,33 @@ def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *
 def _load_from_checkpoint(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
-    done = original(folder, *args, **kwargs)
-    _load_renamed(trainer, folder)
+    with _names_given(trainer.model) as saved:
+        done = original(folder, *args, **kwargs)
+    _load_renamed(trainer, folder, saved)
     _restore(handle, trainer, folder)
     return done
 
 
 def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: Any) -> Any:
-    done = original()
-    _load_renamed(trainer, trainer.state.best_model_checkpoint)
+    with _names_given(trainer.model) as saved:
+        done = original()
+    _load_renamed(trainer, trainer.state.best_model_checkpoint, saved)
     _restore(handle, trainer, trainer.state.best_model_checkpoint)
     return done
 
 
-def _load_renamed(trainer: Any, folder: str) -> None:
+@contextlib.contextmanager
+def _names_given(model: Any) -> Iterator[set[str]]:
+    """The names of the tensors that `model` is given to load, known at the end, whatever the files they are in."""
+    names: set[str] = set()
+    hook = model.register_load_state_dict_pre_hook(lambda module, state, *_: names.update(state))
+    try:
+        yield names
+    finally:
+        hook.remove()
+
+
+def _load_renamed(trainer: Any, folder: str, saved: set[str]) -> None:
     """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
 
     It loads with strict=False, so such a model would go on from the weights it was made with. What the checkpoint does
@@ -260,9 +273,17 @@ def _load_renamed(trainer: Any, folder: str) -> None:
     model = trainer.model
     if sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
         return
-    own, saved = model.state_dict().keys(), _keys(folder)
+    own = model.state_dict().keys()
     if saved <= own:
         return
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in os.listdir(folder)):
+        if all(ATTRIBUTE in name.split(".") for name in own - saved):  # what is left over was a buffer once
+            return
+        raise RuntimeError(
+            f"PRe: {folder} has no model.safetensors but weights under names that changed on saving, such as "
+            f"{min(saved - own)!r}, which the Trainer leaves out; want {type(model).__name__}.from_pretrained(folder)"
+            ".save_pretrained(folder) before resuming, and save_safetensors=True in training"
+        )
     wide = torch.promote_types(model.dtype, torch.float32)
     loaded, info = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True, output_loading_info=True)
     absent = set(info["missing_keys"])  # from_pretrained made them up
@@ -272,18 +293,6 @@ def _load_renamed(trainer: Any, folder: str) -> None:
     lost = (set(info["unexpected_keys"]) - (saved & own)) | set(result.unexpected_keys)
     if lost:
         raise RuntimeError(f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}")
-
-
-def _keys(folder: str) -> set[str]:
-    """The names of the tensors in a checkpoint's safetensors files."""
-    from safetensors import safe_open
-
-    found: set[str] = set()
-    for name in os.listdir(folder):
-        if name.startswith("model") and name.endswith(".safetensors"):
-            with safe_open(os.path.join(folder, name), framework="pt") as file:
-                found |= set(file.keys())
-    return found
 
 
 def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pre_kernels.integrations import apply_pre, patch_trainer
+from safetensors.torch import load_file
 from tiny_models import build
 from tiny_training import EQUAL, InOrder, Samples, arguments, collate, train
 from transformers import TrainerCallback
@@ -151,3 +153,40 @@ def test_resume_of_another_model_is_an_error(tmp_path: Path) -> None:
                 RuntimeError, match=r"not loaded into this model: .*layers\.0\.self_attn\.q_proj\.0\.weight"
             ):
                 trainer.train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("names", ["saved", "own", "more"])
+def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) -> None:
+    """They are the Trainer's to load: an error where it would go on without them, none where it loads them."""
+    model = build("llava")
+    apply_pre(model)
+    folder = tmp_path / "checkpoint-1"
+    with patch_trainer():
+        resumable(model, tmp_path, 1).train()
+    weights = folder / "model.safetensors"
+    found = load_file(weights) if names == "saved" else tensors(model)
+    if names == "more":  # as old checkpoints have buffers that are none any more
+        found["model.language_model.rotary_emb.inv_freq"] = torch.ones(2)
+    weights.unlink()
+    if sharded:
+        index = {}
+        for number, name in enumerate(found):
+            index[name] = f"pytorch_model-{number % 2}.bin"
+        for file in set(index.values()):
+            torch.save({n: t for n, t in found.items() if index[n] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    else:
+        torch.save(found, folder / "pytorch_model.bin")
+
+    other = build("llava", 7)
+    apply_pre(other)
+    with patch_trainer():
+        trainer = resumable(other, tmp_path, 2)
+        if names == "saved":
+            with pytest.raises(RuntimeError, match=r"checkpoint-1 has no model.safetensors"):
+                trainer.train(resume_from_checkpoint=str(folder))
+            type(other).from_pretrained(folder).save_pretrained(folder)  # what the message says
+        trainer.train(resume_from_checkpoint=str(folder))
+    saved = tensors(model)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors(other).items())
