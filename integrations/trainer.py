@@ -35,7 +35,8 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
       too where the Trainer would not, because its keys were renamed on saving.
 
-    Other trainers of the class behave as before. Before transformers 4.46 the micro-batches of a step weigh the same.
+    Other trainers of the class behave as before. Before transformers 4.46, and where batches are no mappings, nothing
+    is counted ahead: each forward with labels adds its own mean, as without this patch.
 
     ```python
     with apply_pre(trainer.model), patch_trainer():
@@ -157,14 +158,25 @@ def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer:
     samples, items = original(*args, **kwargs)
     trainer._pre_divisor = None
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
-    if handle.enabled and handle.scheduled_weight:
-        device = trainer.args.device
-        count = torch.zeros((), dtype=torch.long, device=device)
-        for batch in samples:
-            count += handle.count(dict(batch)).to(device)
-        # the processes' gradients are averaged, so each divides by its part of the global count
-        processes = trainer.accelerator.num_processes
-        trainer._pre_divisor = _over_processes(trainer, count).clamp(min=1).float() / processes
+    if not handle.enabled or not handle.scheduled_weight:
+        return samples, items
+    other = next((type(batch).__name__ for batch in samples if not hasattr(batch, "keys")), None)
+    if other is not None:  # the trainer makes the model's inputs of it later
+        if not getattr(trainer, "_pre_told", False):
+            trainer._pre_told = True
+            warnings.warn(
+                f"PRe: the batches of {type(trainer).__name__} are no mappings ({other}), so visual tokens are not "
+                "counted over the step; each forward with labels adds its own mean to output.loss instead",
+                stacklevel=2,
+            )
+        return samples, items
+    device = trainer.args.device
+    count = torch.zeros((), dtype=torch.long, device=device)
+    for batch in samples:
+        count += handle.count(dict(batch)).to(device)
+    # the processes' gradients are averaged, so each divides by its part of the global count
+    processes = trainer.accelerator.num_processes
+    trainer._pre_divisor = _over_processes(trainer, count).clamp(min=1).float() / processes
     return samples, items
 
 

@@ -5,7 +5,9 @@ The head's gradient is purely auxiliary, so it is compared directly; the model's
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +162,37 @@ def test_the_patch_reaches_trainers_that_take_the_labels(tmp_path: Path) -> None
     found, handle, _ = train("llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, label_smoothing_factor=0.1)
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
+
+
+class Rows(InOrder):
+    """Its batches are lists of rows, of which it makes the model's inputs later, as trainers that generate do."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(self.merge([row["index"] for row in inputs]))
+
+
+def test_batches_that_are_no_mappings_are_not_counted(tmp_path: Path) -> None:
+    found = []
+    for patched in (False, True):
+        model, recorder = build("llava"), Recorder()
+        apply_pre(model)
+        with patch_trainer() if patched else contextlib.nullcontext():
+            trainer = Rows(
+                model=model,
+                args=arguments(tmp_path, 2, 2, max_steps=2),
+                train_dataset=Samples(UNEQUAL_IMAGES),
+                data_collator=lambda indices: [{"index": index} for index in indices],
+                callbacks=[recorder],
+            )
+            trainer.merge = collate("llava", UNEQUAL_IMAGES)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train()
+        told = [str(warning.message) for warning in caught if "no mappings" in str(warning.message)]
+        assert len(told) == patched
+        found.append(recorder.steps[0])
+    assert float(found[0]["pre_head.w1"].norm()) > 0
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 class NoBackward(InOrder):
