@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
-from .training import own_groups
+from .training import as_asked, own_groups
 
 _MARK = "_pre_patch"
 
@@ -28,7 +28,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       micro-batches and processes), whatever the accumulation, the image counts and the rule for the loss's scale. It is
       added where the trainer calls `accelerator.backward`, so it also reaches trainers that ignore `output.loss`;
     - the head's parameters are in optimizer groups of their own, last, with `head_lr` and `head_weight_decay`, also
-      where a subclass makes the optimizer or leaves the head out; an optimizer given to the Trainer stays as it is;
+      where a subclass makes the optimizer or leaves the head out; one that is there before `train()` stays as it is;
     - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
     - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm" and "pre_weight",
       each where `handle.metrics()` has it, over all processes, since the last log;
@@ -143,6 +143,12 @@ def _create_optimizer(
         warnings.warn(
             "PRe: the optimizer given to the Trainer lacks parameters of the head, so they are not trained; make it "
             "after apply_pre, with handle.param_groups()",
+            stacklevel=2,
+        )
+    elif not as_asked(groups, optimizer):
+        warnings.warn(
+            "PRe: the optimizer was made before the training, without head_lr and head_weight_decay, which do nothing "
+            "in it; let train() make it, or give the Trainer one with handle.param_groups()",
             stacklevel=2,
         )
     stack.callback(handle.watch(optimizer).remove)
