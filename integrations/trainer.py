@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
-from .training import own_groups
+from .training import as_asked, own_groups
 
 _MARK = "_pre_patch"
 
@@ -28,14 +28,15 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       micro-batches and processes), whatever the accumulation, the image counts and the rule for the loss's scale. It is
       added where the trainer calls `accelerator.backward`, so it also reaches trainers that ignore `output.loss`;
     - the head's parameters are in optimizer groups of their own, last, with `head_lr` and `head_weight_decay`, also
-      where a subclass makes the optimizer or leaves the head out; an optimizer given to the Trainer stays as it is;
+      where a subclass makes the optimizer or leaves the head out; one that is there before `train()` stays as it is;
     - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
     - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm" and "pre_weight",
       each where `handle.metrics()` has it, over all processes, since the last log;
     - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
       too where the Trainer would not, because its keys were renamed on saving.
 
-    Other trainers of the class behave as before. Before transformers 4.46 the micro-batches of a step weigh the same.
+    Other trainers of the class behave as before. Before transformers 4.46, and where batches are no mappings, nothing
+    is counted ahead: each forward with labels adds its own mean, as without this patch.
 
     ```python
     with apply_pre(trainer.model), patch_trainer():
@@ -144,6 +145,12 @@ def _create_optimizer(
             "after apply_pre, with handle.param_groups()",
             stacklevel=2,
         )
+    elif not as_asked(groups, optimizer):
+        warnings.warn(
+            "PRe: the optimizer was made before the training, without head_lr and head_weight_decay, which do nothing "
+            "in it; let train() make it, or give the Trainer one with handle.param_groups()",
+            stacklevel=2,
+        )
     stack.callback(handle.watch(optimizer).remove)
     return found
 
@@ -157,14 +164,25 @@ def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer:
     samples, items = original(*args, **kwargs)
     trainer._pre_divisor = None
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
-    if handle.enabled and handle.scheduled_weight:
-        device = trainer.args.device
-        count = torch.zeros((), dtype=torch.long, device=device)
-        for batch in samples:
-            count += handle.count(dict(batch)).to(device)
-        # the processes' gradients are averaged, so each divides by its part of the global count
-        processes = trainer.accelerator.num_processes
-        trainer._pre_divisor = _over_processes(trainer, count).clamp(min=1).float() / processes
+    if not handle.enabled or not handle.scheduled_weight:
+        return samples, items
+    other = next((type(batch).__name__ for batch in samples if not hasattr(batch, "keys")), None)
+    if other is not None:  # the trainer makes the model's inputs of it later
+        if not getattr(trainer, "_pre_told", False):
+            trainer._pre_told = True
+            warnings.warn(
+                f"PRe: the batches of {type(trainer).__name__} are no mappings ({other}), so visual tokens are not "
+                "counted over the step; each forward with labels adds its own mean to output.loss instead",
+                stacklevel=2,
+            )
+        return samples, items
+    device = trainer.args.device
+    count = torch.zeros((), dtype=torch.long, device=device)
+    for batch in samples:
+        count += handle.count(dict(batch)).to(device)
+    # the processes' gradients are averaged, so each divides by its part of the global count
+    processes = trainer.accelerator.num_processes
+    trainer._pre_divisor = _over_processes(trainer, count).clamp(min=1).float() / processes
     return samples, items
 
 
@@ -181,7 +199,8 @@ def _training_step(
             f"PRe: L_PRe was computed but {type(trainer).__name__}.training_step never called accelerator.backward, so "
             "it would not be trained; remove patch_trainer() and add output.loss to your loss"
         )
-    return loss + deferred.added
+    added = deferred.added
+    return loss + (added.to(loss.device) if torch.is_tensor(added) else added)
 
 
 def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.AbstractContextManager[None]:
@@ -237,47 +256,61 @@ def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *
 def _load_from_checkpoint(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
-    done = original(folder, *args, **kwargs)
-    _load_renamed(trainer, folder)
+    with _names_given(trainer.model) as saved:
+        done = original(folder, *args, **kwargs)
+    _load_renamed(trainer, folder, saved)
     _restore(handle, trainer, folder)
     return done
 
 
 def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: Any) -> Any:
-    done = original()
-    _load_renamed(trainer, trainer.state.best_model_checkpoint)
+    with _names_given(trainer.model) as saved:
+        done = original()
+    _load_renamed(trainer, trainer.state.best_model_checkpoint, saved)
     _restore(handle, trainer, trainer.state.best_model_checkpoint)
     return done
 
 
-def _load_renamed(trainer: Any, folder: str) -> None:
+@contextlib.contextmanager
+def _names_given(model: Any) -> Iterator[set[str]]:
+    """The names of the tensors that `model` is given to load, known at the end, whatever the files they are in."""
+    names: set[str] = set()
+    hook = model.register_load_state_dict_pre_hook(lambda module, state, *_: names.update(state))
+    try:
+        yield names
+    finally:
+        hook.remove()
+
+
+def _load_renamed(trainer: Any, folder: str, saved: set[str]) -> None:
     """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
 
-    It loads with strict=False, so such a model would go on from the weights it was made with.
+    It loads with strict=False, so such a model would go on from the weights it was made with. What the checkpoint does
+    not hold stays as it is.
     """
     model = trainer.model
     if sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
         return
-    if _keys(folder) <= model.state_dict().keys():
+    own = model.state_dict().keys()
+    if saved <= own:
         return
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in os.listdir(folder)):
+        if all(ATTRIBUTE in name.split(".") for name in own - saved):  # what is left over was a buffer once
+            return
+        raise RuntimeError(
+            f"PRe: {folder} has no model.safetensors but weights under names that changed on saving, such as "
+            f"{min(saved - own)!r}, which the Trainer leaves out; want {type(model).__name__}.from_pretrained(folder)"
+            ".save_pretrained(folder) before resuming, and save_safetensors=True in training"
+        )
     wide = torch.promote_types(model.dtype, torch.float32)
-    loaded = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True)
-    result = model.load_state_dict(loaded.state_dict(), strict=False)
-    lost = [name for name in result.missing_keys if not name.startswith(f"{ATTRIBUTE}.")]
-    if lost or result.unexpected_keys:
-        raise RuntimeError(f"PRe: {folder} does not hold this model: no {lost}, unexpected {result.unexpected_keys}")
-
-
-def _keys(folder: str) -> set[str]:
-    """The names of the tensors in a checkpoint's safetensors files."""
-    from safetensors import safe_open
-
-    found: set[str] = set()
-    for name in os.listdir(folder):
-        if name.startswith("model") and name.endswith(".safetensors"):
-            with safe_open(os.path.join(folder, name), framework="pt") as file:
-                found |= set(file.keys())
-    return found
+    loaded, info = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True, output_loading_info=True)
+    absent = set(info["missing_keys"])  # from_pretrained made them up
+    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in absent}
+    result = model.load_state_dict(found, strict=False)
+    # the Trainer has loaded modules that the user added, under their own names
+    lost = (set(info["unexpected_keys"]) - (saved & own)) | set(result.unexpected_keys)
+    if lost:
+        raise RuntimeError(f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}")
 
 
 def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:

@@ -83,6 +83,18 @@ def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
         optimizer.add_param_group({**settings, **group, MARK: True})
 
 
+def as_asked(groups: list[dict[str, Any]], optimizer: Any) -> bool:
+    """Whether `optimizer`, which has all parameters of `groups`, gives them their lr, and the weights their decay."""
+    there = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for group in groups:
+        for parameter in group["params"]:
+            found = there[id(parameter)]
+            lr, decay = found.get("initial_lr", found["lr"]), found.get("weight_decay")  # a schedule changes "lr"
+            if group.get("lr", lr) != lr or (parameter.dim() > 1 and group.get("weight_decay", decay) != decay):
+                return False
+    return True
+
+
 def number(name: str, value: Any) -> float:
     """`value` as a float; TypeError or ValueError if it is no finite number ≥ 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

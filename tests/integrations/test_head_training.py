@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
         make(tmp_path, model, optimizers=(late, None)).train()
     assert not torch.equal(before, handle.head.w1)
     assert [g["lr"] for g in late.param_groups] == [0.1, 0.3, 0.3]
+
+
+@pytest.mark.parametrize("option", ["head_lr", "head_weight_decay", None])
+def test_an_optimizer_made_before_the_training(option: str | None, tmp_path: Path) -> None:
+    """Its groups stay as they are, and a warning says so where they are not what was asked for."""
+    model = build("llava")
+    apply_pre(model, **({} if option is None else {option: OPTIONS[option]}))
+    with patch_trainer():
+        trainer = make(tmp_path, model)
+        trainer.create_optimizer()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+    told = [str(warning.message) for warning in caught if "head_lr" in str(warning.message)]
+    assert len(told) == (option is not None)
+    assert not any("made before the training" not in message for message in told)
 
 
 def test_param_groups_of_several_heads_and_frozen_ones() -> None:

@@ -1,18 +1,22 @@
-"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs and resume.
+"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs.
 
 The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with the whole loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.trainer import _training_step
 from tiny_models import batch, build
 from tiny_training import (
     EQUAL,
@@ -29,7 +33,8 @@ from tiny_training import (
     one_image,
     train,
 )
-from transformers import Trainer, TrainerCallback
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Trainer
 
 both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # the first is given num_items_in_batch
 
@@ -159,6 +164,37 @@ def test_the_patch_reaches_trainers_that_take_the_labels(tmp_path: Path) -> None
     assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
 
 
+class Rows(InOrder):
+    """Its batches are lists of rows, of which it makes the model's inputs later, as trainers that generate do."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(self.merge([row["index"] for row in inputs]))
+
+
+def test_batches_that_are_no_mappings_are_not_counted(tmp_path: Path) -> None:
+    found = []
+    for patched in (False, True):
+        model, recorder = build("llava"), Recorder()
+        apply_pre(model)
+        with patch_trainer() if patched else contextlib.nullcontext():
+            trainer = Rows(
+                model=model,
+                args=arguments(tmp_path, 2, 2, max_steps=2),
+                train_dataset=Samples(UNEQUAL_IMAGES),
+                data_collator=lambda indices: [{"index": index} for index in indices],
+                callbacks=[recorder],
+            )
+            trainer.merge = collate("llava", UNEQUAL_IMAGES)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train()
+        told = [str(warning.message) for warning in caught if "no mappings" in str(warning.message)]
+        assert len(told) == patched
+        found.append(recorder.steps[0])
+    assert float(found[0]["pre_head.w1"].norm()) > 0
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
 class NoBackward(InOrder):
     def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
         loss = model(**inputs).loss
@@ -179,6 +215,22 @@ def test_a_term_that_is_never_trained_is_an_error(tmp_path: Path) -> None:
             train_dataset=Samples(EQUAL),
             data_collator=collate("llava", EQUAL),
         ).train()
+
+
+def test_the_head_is_on_another_gpu_than_the_loss() -> None:
+    """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need no GPU."""
+    handle = apply_pre(build("llava"))
+    trainer = SimpleNamespace(_pre_divisor=1.0, accelerator=SimpleNamespace(backward=lambda loss: None))
+    with FakeTensorMode():
+        loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
+
+        def step() -> torch.Tensor:
+            handle._deferred.terms.append(term)
+            trainer.accelerator.backward(loss)
+            return loss
+
+        found = _training_step(handle, step, trainer)
+    assert found.device == loss.device
 
 
 @pytest.mark.parametrize("mode", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
@@ -270,72 +322,3 @@ def test_signatures_are_those_before(tmp_path: Path) -> None:
 def test_patch_of_something_else(given: Any) -> None:
     with pytest.raises(TypeError, match=r"trainer_class: got .*, want transformers.Trainer"):
         patch_trainer(given)
-
-
-class Starts(TrainerCallback):
-    """Keeps the head as it is when training begins."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
-
-
-def test_resume_restores_the_head(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    _, handle, _ = train("llava", EQUAL, tmp_path, 2, patched=True, **saving)
-    saved = handle.head.w1.detach().clone()
-    folder = tmp_path / "checkpoint-2"
-    assert (folder / "pre_head.safetensors").exists()
-
-    model, starts = build("llava"), Starts()
-    torch.manual_seed(99)
-    apply_pre(model)
-    assert not torch.equal(model.pre_head.w1, saved)
-    with patch_trainer():
-        trainer = InOrder(
-            model=model,
-            args=arguments(tmp_path, 2, 2, **(saving | {"max_steps": 4})),
-            train_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-            callbacks=[starts],
-        )
-        trainer.train(resume_from_checkpoint=str(folder))
-    assert starts.step == 2
-    assert torch.equal(starts.w1, saved)
-
-    (folder / "pre_head.safetensors").unlink()
-    with patch_trainer(), pytest.warns(UserWarning, match=r"holds no head"):
-        trainer.train(resume_from_checkpoint=str(folder))
-
-
-def test_best_model_comes_with_its_head(tmp_path: Path) -> None:
-    model = build("llava")
-    handle = apply_pre(model)
-    heads = []
-    with patch_trainer():
-        trainer = InOrder(
-            model=model,
-            args=arguments(
-                tmp_path,
-                2,
-                2,
-                max_steps=3,
-                learning_rate=30.0,  # so that the first step's model is the best
-                save_strategy="steps",
-                save_steps=1,
-                eval_strategy="steps",
-                eval_steps=1,
-                load_best_model_at_end=True,
-            ),
-            train_dataset=Samples(EQUAL),
-            eval_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-        )
-        trainer.train()
-        last = handle.head.w1.detach().clone()
-        for step in (1, 2, 3):
-            handle.load(tmp_path / f"checkpoint-{step}")
-            heads.append(handle.head.w1.detach().clone())
-    best = int(str(trainer.state.best_model_checkpoint).split("-")[-1])
-    assert [torch.equal(last, head) for head in heads] == [step == best for step in (1, 2, 3)]
-    wanted = type(model).from_pretrained(tmp_path / f"checkpoint-{best}").state_dict()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.items())

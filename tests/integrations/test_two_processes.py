@@ -14,7 +14,7 @@ from pre_kernels.integrations import apply_pre, patch_trainer
 from ranks import config, deepspeed, need_deepspeed
 from safetensors.torch import load_file
 from test_head_training import own_loss
-from test_trainer import Starts
+from test_resume import Starts
 from tiny_models import batch, build
 from tiny_training import (
     EQUAL,
