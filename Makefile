@@ -8,8 +8,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 OTHERS := oldest image newest
 # the newest datasets does not go with the huggingface_hub of transformers 4.57, the newest pyarrow not with numpy 1.26
 PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
-# numpy 2.4 refuses what the interpreter of triton 3.6 does
-PINS_image = $$($(BIN)/python tests/versions.py image) 'numpy<2.4'
+# numpy 2.4 refuses what the interpreter of triton 3.6 does; some image processors of transformers 5.17 want torchvision
+PINS_image = $$($(BIN)/python tests/versions.py image) 'numpy<2.4' torchvision
 # of the core, what versions may change; `make test-versions` runs the rest
 CORE := loss kernels row_kernels ops head reference checks versions
 ARGS ?=

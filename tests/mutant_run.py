@@ -179,6 +179,8 @@ def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple
     if found is None:
         return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
     status, failed, ran = found
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise LookupError(f"no such tests: {', '.join(files)}")
     if failed:
         return "killed", failed
     return ("survived" if status == 0 and ran else "invalid"), None

@@ -138,12 +138,15 @@ def recorded() -> dict[str, str]:
 
 
 def again(wanted: Sequence[Mutant], folder: Path, killers: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The same by one test. A mutant that no result knows meets those of `GENERAL`."""
+    """The same by one test. A mutant that no result knows meets those of `GENERAL`, and so does one that is not killed
+    again: what a value that nobody stored is depends on the versions."""
     found = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
         if not any(mutant.key in reasons for reasons in NAMED.values()):
             outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
+            if outcome not in KILLED and test:
+                outcome, _ = run(mutant, folder, None)
             found[mutant.key] = {"outcome": outcome}
             if outcome not in KILLED:
                 print(f"{outcome}: {mutant.key}, formerly killed by {test}")

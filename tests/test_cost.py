@@ -64,7 +64,8 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
         selection = selection.nonzero().squeeze(1)
     shapes = ((total, width), (width, width), (width,), (width, width), (width,))
     leaves = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    anchor, upstream = torch.zeros(total, width, dtype=torch.bfloat16), torch.full((), 0.5)
+    anchor = torch.zeros(total, width, dtype=torch.bfloat16)
+    upstream = torch.full((n,) if options.get("reduction") == "none" else (), 0.5)
     steps = Steps(n)
     run = lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)  # noqa: E731
     with (
@@ -78,6 +79,10 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
     return steps
 
 
+def products(steps):
+    return sum("mm" in name or "matmul" in name or "weight_grad" in name for name in steps.launches.elements())
+
+
 @pytest.mark.parametrize(
     ("impl", "rows"), [("blas", "index"), ("blas", "mask"), ("triton", "index"), ("triton", "mask")]
 )
@@ -85,8 +90,12 @@ def test_launches_of_a_small_step(impl, rows):
     found = count(impl, rows)
     assert sum(found.launches.values()) == 15, found.launches
     assert found.waits == []
-    products = [name for name in found.launches.elements() if "mm" in name or "matmul" in name or "weight_grad" in name]
-    assert len(products) == 6
+    assert products(found) == 6
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_a_recomputation_repeats_the_projections_alone(impl):
+    assert products(count(impl, "index", reduction="none")) == 8
 
 
 @pytest.mark.parametrize("options", [{"row_weight": True}, {"normalizer": 3.0}, {"reduction": "sum"}, {"loss": "mse"}])

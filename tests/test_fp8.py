@@ -76,6 +76,7 @@ def test_loss_and_gradients(device, options):
             assert not torch.equal(value, plain[name])  # it was float8
 
 
+@pytest.mark.usefixtures("row_scales")
 def test_inputs_are_left_alone(device):
     """All rows of a slice, which need no copy beside their float8 one."""
     case = make(3, dtype=torch.bfloat16, device=device, rows="all", leading=(20,), d=64, m=96, z=48)

@@ -25,6 +25,7 @@ CALLS = {
     "frozen": {"rows": "mask", "frozen": ("hidden", "b1")},
     "none, frozen": {"rows": "mask", "reduction": "none", "frozen": ("hidden", "b1")},
     "frozen weights": {"rows": "mask", "frozen": ("w1", "w2")},
+    "compact, frozen weights": {"rows": "mask", "anchor": "compact", "frozen": ("w1", "w2")},
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from packaging.version import Version
 from tiny_row import (
     DEPTH,
     END,
@@ -34,6 +35,7 @@ SAM = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patc
 SAM |= {"hidden_size": 24, "output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 32}
 VIDEO_START, VIDEO_END = 58, 59
 OLD = hf.__version__.startswith("4.")
+SILENT = Version(hf.__version__) < Version("5.24")  # 5.17 is silent; what lies between was not looked at
 
 
 def text(model_type: str, **more: Any) -> dict[str, Any]:
@@ -287,7 +289,8 @@ class Tower(hf.PreTrainedModel):
 
 
 def gemma3n() -> nn.Module:
-    hf.AutoModel.register(hf.Gemma3nVisionConfig, Tower, exist_ok=True)
+    # what `AutoModel.register` does, but in 5.17, where it passes over transformers' own configs
+    hf.AutoModel._model_mapping._extra_content[hf.Gemma3nVisionConfig] = Tower
     inner = text_config(head_dim=16, vocab_size_per_layer_input=58, hidden_size_per_layer_input=8, laurel_rank=4)
     # shared keys and values lose gradients under reentrant checkpointing in 5.24, and 4.57 shares them in eval only
     inner |= {"altup_num_inputs": 3, "altup_active_idx": 1, "num_kv_shared_layers": 0, "sliding_window": 8}
@@ -320,8 +323,8 @@ LOST = tuple(f"vision_model.{name}" for name in ("class", "positional", "patch",
 IDEFICS = {"pixels": idefics_pixels, "text": "model.text_model"}
 SHUFFLED = {"projector": "model.connector.modality_projection"}
 MORE = {  # by config.model_type
-    "idefics2": Tiny(idefics2, three, **IDEFICS, projector=None, silent=OLD),
-    "idefics3": Tiny(idefics3, bracketed, **IDEFICS, **SHUFFLED, silent=OLD),
+    "idefics2": Tiny(idefics2, three, **IDEFICS, projector=None, silent=SILENT),
+    "idefics3": Tiny(idefics3, bracketed, **IDEFICS, **SHUFFLED, silent=SILENT),
     "smolvlm": Tiny(smolvlm, bracketed, **IDEFICS, **SHUFFLED),
     "glm4v": Tiny(glm4v, **GLM),
     "glm4v_moe": Tiny(glm4v_moe, **GLM),
@@ -360,7 +363,7 @@ MORE = {  # by config.model_type
     "got_ocr2": Tiny(got_ocr2, bracketed, large_pixels, projector=None),
     "janus": Tiny(janus, bracketed, square_pixels, projector="model.aligner"),
     "deepseek_vl": Tiny(deepseek_vl, square_image, square_pixels, projector="model.aligner"),
-    "deepseek_vl_hybrid": Tiny(deepseek_vl_hybrid, square_image, two_pixels, projector="model.aligner", silent=OLD),
+    "deepseek_vl_hybrid": Tiny(deepseek_vl_hybrid, square_image, two_pixels, projector="model.aligner", silent=SILENT),
     "emu3": Tiny(emu3, lined_image, lined_pixels, text="model.text_model", projector=None, silent=OLD),
     "chameleon": Tiny(chameleon, bracketed, square_pixels, text="model", projector=None),
     "gemma3n": Tiny(gemma3n, bracketed, square_pixels, projector=None, hidden=active),
