@@ -59,7 +59,7 @@ def tests(dry: bool, out: Path) -> Iterator[Part]:
         return
     yield Part([*command, "tests/test_loss.py"], 400)
     # compiling ahead of time and the benchmark's own tests say nothing new on a GPU
-    done = ("test_loss", "test_compile", "test_bench", "test_bench_gpu", "test_bench_report")
+    done = ("test_loss", "test_compile", "test_bench", "test_bench_diagnostics", "test_bench_gpu", "test_bench_report")
     yield Part([*command, "tests", *(f"--ignore=tests/{name}.py" for name in done)], 400)
 
 
