@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from eager import assert_same_gradients, copy_of, expected_gradients, gradients, pre_loss, watch
 from pre_kernels.integrations import apply_pre
 from tiny_models import Batch, batch, build
@@ -114,6 +115,15 @@ def need_deepspeed() -> None:
     """Skip a test where it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
+
+
+def need_zero_init() -> None:
+    """Skip a test where `from_pretrained` under zero.Init is not to be relied on."""
+    need_deepspeed()
+    if transformers.__version__.startswith("4."):
+        pytest.skip(
+            "transformers 4.57 on torch 2.9 and gloo loads wrong weights under zero.Init now and then, by itself"
+        )
 
 
 def deepspeed() -> Any:

@@ -23,6 +23,7 @@ from ranks import (
     engine,
     made,
     need_deepspeed,
+    need_zero_init,
     shard,
     steps,
 )
@@ -250,7 +251,7 @@ def zero_init(folder: str, samples: list[Any]) -> Any:
 
 
 def test_zero3_init(tmp_path: Path) -> None:
-    need_deepspeed()
+    need_zero_init()
     model, handle = made()
     build("llava").save_pretrained(tmp_path)
     zero, one = both(zero_init, str(tmp_path), UNEVEN)
@@ -292,7 +293,7 @@ def zero_encoder(folder: str) -> Any:
 
 
 def test_an_encoder_that_zero3_has_split(tmp_path: Path) -> None:
-    need_deepspeed()
+    need_zero_init()
     from transformers import Dinov2Config, Dinov2Model
 
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
