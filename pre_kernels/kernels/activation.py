@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, WARPS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, WARPS, RowShape, add_column_sum, cdiv, live_rows, narrow, on_device, widen
 from .quantize import Quantized, store_quantized
 
 
@@ -129,7 +129,7 @@ def apply_activation(
     shape = RowShape.of(M)
     q, scales = quantized or (None, None)
     with on_device(z):
-        activate_kernel[triton.cdiv(n, shape.rows), triton.cdiv(M, shape.block)](
+        activate_kernel[cdiv(n, shape.rows), cdiv(M, shape.block)](
             z,
             g,
             q,
@@ -169,7 +169,7 @@ def apply_activation_grad(
     programs = shape.programs(n) if sums is None else sums.shape[0]
     q, scales = quantized or (None, None)
     with on_device(z):
-        activate_grad_kernel[programs, triton.cdiv(M, shape.block)](
+        activate_grad_kernel[programs, cdiv(M, shape.block)](
             dg,
             z,
             q,

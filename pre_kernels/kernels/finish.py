@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, narrow, on_device, widen
+from .launch import OPTIONS, cdiv, narrow, on_device, widen
 from .rows import load_scale
 
 BLOCK = 4096  # rows that the one program of the reduction adds at a time
@@ -192,8 +192,8 @@ def scale_gradients(
         None if x is None else x.new_empty(x.shape if i < 2 else x.shape[1:], dtype=dtype)
         for i, (x, dtype) in enumerate(zip(given, dtypes, strict=True))
     ]
-    blocks = [0 if x is None else triton.cdiv(x.numel(), ELEMENTS) for x in (w1, w2)]
-    blocks += [0 if x is None else triton.cdiv(x.shape[1], COLUMNS) for x in sums]
+    blocks = [0 if x is None else cdiv(x.numel(), ELEMENTS) for x in (w1, w2)]
+    blocks += [0 if x is None else cdiv(x.shape[1], COLUMNS) for x in sums]
     with on_device(some):
         scale_kernel[(sum(blocks),)](
             *given,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launch import OPTIONS, dot, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, cdiv, dot, live_rows, narrow, on_device, widen
 from .tiles import halves, swizzle
 
 
@@ -156,7 +156,7 @@ def matmul(
             )
             return
         tile = tile or tiles.pointer_tile(x, w, "rows", n, N)
-        matmul_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(N, tile.n),)](
+        matmul_kernel[(cdiv(n, tile.m) * cdiv(N, tile.n),)](
             x,
             w,
             bias,

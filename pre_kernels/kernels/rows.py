@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, WARPS, RowShape, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, WARPS, RowShape, cdiv, live_rows, narrow, on_device, power_of_2, widen
 from .quantize import Quantized, store_quantized
 
 BLOCK = 1024  # rows of the mask of a program
@@ -129,7 +129,7 @@ def select(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     count on; their (R,) int32 inverse, -1 where there is none; and the 0-d int32 count, which may exceed the capacity.
     Reads nothing back to the host."""
     R = mask.numel()
-    blocks = triton.cdiv(R, BLOCK)
+    blocks = cdiv(R, BLOCK)
     index, inverse, count, counts = (
         mask.new_empty(shape, dtype=torch.int32) for shape in ((capacity,), (R,), (), (blocks,))
     )
@@ -145,7 +145,7 @@ def invert(index: Tensor, total: int) -> Tensor:
     inverse = index.new_full((total,), -1, dtype=torch.int32)
     if index.numel():
         with on_device(index):
-            invert_kernel[(triton.cdiv(index.numel(), BLOCK),)](
+            invert_kernel[(cdiv(index.numel(), BLOCK),)](
                 index, inverse, index.numel(), BLOCK=BLOCK, num_warps=4, **OPTIONS
             )
     return inverse
@@ -170,7 +170,7 @@ def gather(
     n, D = next(given for given in (out, q) if given is not None).shape
     shape = RowShape.of(D)
     with on_device(x):
-        gather_kernel[triton.cdiv(n, shape.rows), triton.cdiv(D, shape.block)](
+        gather_kernel[cdiv(n, shape.rows), cdiv(D, shape.block)](
             x,
             out,
             q,
@@ -204,10 +204,10 @@ def scatter(
     R, D = out.shape
     if not R:
         return
-    columns = min(TILE, triton.next_power_of_2(D))
+    columns = min(TILE, power_of_2(D))
     rows = TILE // columns
     with on_device(x):
-        scatter_kernel[triton.cdiv(R, rows), triton.cdiv(D, columns)](
+        scatter_kernel[cdiv(R, rows), cdiv(D, columns)](
             x,
             out,
             inverse,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import arch
+from .launch import arch, cdiv
 
 
 class Tile(NamedTuple):
@@ -128,8 +128,8 @@ def choose(candidates: Sequence[Tile], rows: int, columns: int, tensor: Tensor) 
     """
 
     def cost(tile: Tile) -> int:
-        tiles = triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
-        turns = triton.cdiv(tiles, multiprocessors(tensor) * tile.blocks) * tile.blocks
+        tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
+        turns = cdiv(tiles, multiprocessors(tensor) * tile.blocks) * tile.blocks
         return turns * (tile.m * tile.n + 64 * (tile.m + tile.n))
 
     return min(candidates, key=cost)
@@ -165,7 +165,7 @@ def constants(tile: Tile) -> dict[str, int]:
 
 def programs(tile: Tile, rows: int, columns: int, tensor: Tensor) -> int:
     """How many persistent programs share the tiles of an output."""
-    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
+    tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
     return min(tiles, multiprocessors(tensor) * tile.blocks)
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launch import INTERPRET, OPTIONS, dot, live_rows, narrow, on_device
+from .launch import INTERPRET, OPTIONS, cdiv, dot, live_rows, narrow, on_device
 from .matmul import input_precision
 from .tiles import quarters, swizzle
 
@@ -153,7 +153,7 @@ def add_weight_grad(
             )
             return
         tile = tile or tiles.pointer_tile(x, dy, "weight", M, N)
-        weight_grad_kernel[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
+        weight_grad_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
             dy,
             x,
             total,
