@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops  # noqa: F401  (registers the operators)
+from . import ops
 from .checks import Options, Problem
 
 INSTEAD = "reference.pre_loss, the equations in plain PyTorch, does"
@@ -23,9 +23,9 @@ def recomputes(options: Options) -> bool:
 class _PreLoss(torch.autograd.Function):
     """Costs, for N rows of widths d → m → z: 6·N·m·(d+z) FLOP with all gradients wanted, in forward.
 
-    Saved: dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2; no activation. The backward scales them
-    in one pass. Where it recomputes (see `recomputes`) only the inputs are saved, and the backward repeats the two
-    projections: 8 GEMMs instead of 6.
+    Saved: dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2, for an upstream gradient of 1; no
+    activation. The backward scales them in one pass, where they lie if the graph is not retained. Where it recomputes
+    (see `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs instead of 6.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class _PreLoss(torch.autograd.Function):
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(*tensors[:5], _constant(anchor), rows, _constant(weight), divisor, token)
             else:
-                ctx.save_for_backward(divisor, place, dh, *sums, token)
+                ctx.save_for_backward(place, dh, *sums, token)
         # torch.compile wants to see them leave: their first size may be one that only the device knows
         ctx.mark_non_differentiable(dh, place)
         ctx.set_materialize_grads(False)  # no zeros of dH's size as their gradients
@@ -77,10 +77,9 @@ class _PreLoss(torch.autograd.Function):
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:
-                divisor, place, *sums, token = ctx.saved_tensors
-                grads = torch.ops.pre_kernels.rescale(
-                    upstream, divisor, None if ctx.all_rows else place, *sums, ctx.total, *ctx.dtypes, ctx.impl
-                )
+                place, *sums, token = ctx.saved_tensors
+                place = None if ctx.all_rows else place
+                grads = ops.rescaled(upstream, place, sums, ctx.total, *ctx.dtypes, ctx.impl, in_place=_donated())
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream, token) for grad in grads]
@@ -92,6 +91,13 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or torch.compiler.is_compiling():  # which cannot ask, and need not
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _donated() -> bool:
+    """Whether nobody can ask again for what this backward was given: it may become the gradients."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _dual(tensor: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""The three operators that torch sees: loss and gradients, the scaling of gradients, and their recomputation.
+"""The operators that torch sees: loss and gradients, the scaling of gradients, and their recomputation.
 
 Registered, so that torch.compile, export and fake tensors take each for one opaque call.
 """
@@ -23,6 +23,7 @@ OPTIONS = (
     "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, bool anchor_compact, "
     "bool weight_compact, float? divisor, int? workspace, SymInt? capacity, str? precision"
 )
+DTYPES = "SymInt total, ScalarType hidden, ScalarType w1, ScalarType b1, ScalarType w2, ScalarType b2, str impl"
 FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 LIBRARY = torch.library.Library("pre_kernels", "DEF")
@@ -31,9 +32,13 @@ LIBRARY.define(
 )
 LIBRARY.define(f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {FIVE}")
 LIBRARY.define(
-    "rescale(Tensor upstream, Tensor divisor, Tensor? place, Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, "
-    "Tensor db2, SymInt total, ScalarType hidden, ScalarType w1, ScalarType b1, ScalarType w2, ScalarType b2, "
-    f"str impl) -> {FIVE}"
+    "rescale(Tensor upstream, Tensor? place, Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
+    f"{DTYPES}) -> {FIVE}"
+)
+# what has its gradient's shape and dtype already is scaled where it lies, and an empty tensor returned for it
+LIBRARY.define(
+    "rescale_(Tensor upstream, Tensor? place, Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
+    f"{DTYPES}) -> {FIVE}"
 )
 
 
@@ -86,16 +91,14 @@ def _given(tensor: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients of the sum, not yet divided by D."""
+    """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient of 1."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
     selection = _select(steps, problem)
     losses = problem.hidden.new_empty(selection.capacity, dtype=problem.loss_dtype)
-    grads = sweep(steps, problem, selection, wanted, losses)
-    if problem.options.reduction == "none":
-        loss, divisor = losses, losses.new_ones(())
-    else:
-        loss, divisor = steps.reduce(problem, selection, losses)
+    divisor = steps.divisor(problem, selection)
+    grads = sweep(steps, problem, selection, wanted, losses, divisor=divisor)
+    loss = losses if problem.options.reduction == "none" else steps.reduce(selection, losses, divisor)
     return _outputs(problem.hidden, (loss, divisor, selection.place, *grads))
 
 
@@ -107,13 +110,29 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, upstream, mean_divisor)
     dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
-    return _five(steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None, None)
+    return _five(steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None)
 
 
 @torch.no_grad()
-def _rescale(upstream: Tensor, divisor: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _rescale(upstream: Tensor, place: Tensor | None, *arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
     grads, (total, hidden, *dtypes, impl) = Gradients(*map(_given, arguments[:5])), arguments[5:]
-    return _five(steps_of(impl), grads, place, total, hidden, tuple(dtypes), upstream, divisor)
+    return _five(steps_of(impl), grads, place, total, hidden, tuple(dtypes), upstream, in_place)
+
+
+def _rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    scaled = _rescale(upstream, place, *arguments, in_place=True)
+    # an operator may not return what it was given
+    return tuple(x.new_empty(0) if x is given else x for x, given in zip(scaled, arguments[:5], strict=True))
+
+
+def rescaled(
+    upstream: Tensor, place: Tensor | None, grads: Sequence[Tensor], *rest: Any, in_place: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of an upstream gradient of 1, scaled; `in_place`: in the memory of `grads`, as far as possible."""
+    if not in_place:
+        return torch.ops.pre_kernels.rescale(upstream, place, *grads, *rest)
+    scaled = torch.ops.pre_kernels.rescale_(upstream, place, *grads, *rest)
+    return tuple(grad if _given(x) is None else x for x, grad in zip(scaled, grads, strict=True))
 
 
 def _five(
@@ -124,11 +143,11 @@ def _five(
     dtype: torch.dtype,
     dtypes: tuple[torch.dtype, ...],
     upstream: Tensor | None,
-    divisor: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    dh = None if grads.hidden is None else steps.scatter(grads.hidden, place, total, dtype, upstream, divisor)
+    dh = None if grads.hidden is None else steps.scatter(grads.hidden, place, total, dtype, upstream, in_place)
     like = next(x for x in grads if x is not None)
-    return _outputs(like, (dh, *steps.scale(grads, dtypes, upstream, divisor)))
+    return _outputs(like, (dh, *steps.scale(grads, dtypes, upstream, in_place)))
 
 
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
@@ -158,7 +177,7 @@ def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> 
     )
 
 
-def _fake_rescale(upstream: Tensor, divisor: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_rescale(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     grads, (total, *dtypes, _) = arguments[:5], arguments[5:]
     shapes = [(total, grads[0].shape[-1]), grads[1].shape, grads[2].shape[1:], grads[3].shape, grads[4].shape[1:]]
     return tuple(
@@ -167,10 +186,21 @@ def _fake_rescale(upstream: Tensor, divisor: Tensor, place: Tensor | None, *argu
     )
 
 
-for name, real, fake in (
-    ("loss", _loss, _fake_loss),
-    ("recompute", _recompute, _fake_recompute),
-    ("rescale", _rescale, _fake_rescale),
-):
+def _fake_rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    fresh = _fake_rescale(upstream, place, *arguments)
+    lies = [place is None, True, False, True, False]
+    return tuple(
+        x.new_empty(0) if stays and x.dtype == given.dtype else x
+        for x, given, stays in zip(fresh, arguments[:5], lies, strict=True)
+    )
+
+
+OPERATORS = {
+    "loss": (_loss, _fake_loss),
+    "recompute": (_recompute, _fake_recompute),
+    "rescale": (_rescale, _fake_rescale),
+    "rescale_": (_rescale_in_place, _fake_rescale_in_place),
+}
+for name, (real, fake) in OPERATORS.items():
     LIBRARY.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pre_kernels::{name}", fake, lib=LIBRARY)

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import Problem
-from .kernels.quantize import Quantized
-from .kernels.rows import gather
+from .kernels.quantize import Quantized, quantize_weights
 from .products import add_product, linear, scaled_linear
 from .steps_triton import TritonSteps
 
@@ -35,8 +34,10 @@ class BlasSteps(TritonSteps):
         self.float8 = None
         if self.options.precision == "fp8":
             self.float8 = Quantized.empty(self.z, self.z.shape[0], max(self.problem.widths))
-            for name in ("project_1", "project_2", "back_2", "back_1"):
-                setattr(self, name, _quantize(getattr(self, name)))
+            back = any(grad is not None for grad in (self.grads.hidden, self.grads.w1, self.grads.b1))
+            self.project_1, self.project_2, self.back_1, self.back_2 = quantize_weights(
+                self.w1, self.w2, columns=(self.grads.hidden is not None, back)
+            )
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
         # one buffer, since the rows of a pass are used once, by the product after it
@@ -52,10 +53,3 @@ class BlasSteps(TritonSteps):
     def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
         if not add_product(total, dy, x, first):
             super()._add_product(total, dy, x, first)
-
-
-def _quantize(weight: Tensor) -> Quantized:
-    """(N, K) along K, which has to lie next to each other in memory."""
-    quantized = Quantized.empty(weight, *weight.shape)
-    gather(weight.contiguous(), None, quantized=quantized)
-    return quantized

@@ -176,18 +176,22 @@ class TorchSteps:
             torch.mm(self.z_rows, self.w1, out=self.grads.hidden[start:stop])
 
     @staticmethod
-    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
-        divisor, count, options = losses.new_ones(()), selection.capacity, problem.options
-        if options.reduction == "mean" and count:
-            weight = _weight(problem, selection)
-            if problem.normalizer is not None:
-                divisor = problem.normalizer
-            elif options.divisor is not None:
-                divisor = losses.new_full((), options.divisor)
-            else:
-                divisor = losses.new_full((), count) if weight is None else weight.sum()
-            divisor = torch.where(divisor == 0, torch.nan, divisor)
-        return losses.sum() / divisor, divisor
+    def divisor(problem: Problem, selection: Selection) -> Tensor:
+        options, weight = problem.options, _weight(problem, selection)
+        full = partial(problem.hidden.new_full, (), dtype=problem.loss_dtype)
+        if options.reduction != "mean" or not selection.capacity:
+            return full(1.0)
+        if problem.normalizer is not None:
+            divisor = problem.normalizer
+        elif options.divisor is not None:
+            divisor = full(options.divisor)
+        else:
+            divisor = full(selection.capacity) if weight is None else weight.sum()
+        return torch.where(divisor == 0, torch.nan, divisor)
+
+    @staticmethod
+    def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
+        return losses.sum() / divisor
 
     @staticmethod
     def scatter(
@@ -196,25 +200,31 @@ class TorchSteps:
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
-        divisor: Tensor | None,
+        in_place: bool,
     ) -> Tensor:
-        scale = _scale(upstream, divisor)
         if place is None:
-            return _scaled(dh, scale, dtype)
+            return _scaled(dh, upstream, dtype, in_place)
         out = dh.new_zeros(total, dh.shape[1], dtype=dtype)
         for start in range(0, dh.shape[0], 4096):  # a block at a time: no second (N, d) in between
             rows = slice(start, start + 4096)
-            out.index_copy_(0, place[rows], _scaled(dh[rows], scale, dtype))
+            out.index_copy_(0, place[rows], _scaled(dh[rows], upstream, dtype))
         return out
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
-        scale = _scale(upstream, divisor)
         b1, b2 = (None if sums is None else sums[0] for sums in (grads.b1, grads.b2))
-        given = zip((grads.w1, b1, grads.w2, b2), dtypes, strict=True)
-        return tuple(None if x is None else _scaled(x, scale, dtype) for x, dtype in given)
+        w1, w2 = (
+            None if x is None else _scaled(x, upstream, dtype, in_place)
+            for x, dtype in ((grads.w1, dtypes[0]), (grads.w2, dtypes[2]))
+        )
+        return (
+            w1,
+            None if b1 is None else _scaled(b1, upstream, dtypes[1]),
+            w2,
+            None if b2 is None else _scaled(b2, upstream, dtypes[3]),
+        )
 
 
 def _weight(problem: Problem, selection: Selection) -> Tensor | None:
@@ -224,23 +234,20 @@ def _weight(problem: Problem, selection: Selection) -> Tensor | None:
     return problem.weight[selection.index]
 
 
-def _scale(upstream: Tensor | None, divisor: Tensor | None) -> Tensor | None:
-    if upstream is None or divisor is None:
-        return upstream
-    return upstream / divisor
-
-
 def _coefficient(
     problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor | None
 ) -> Tensor | None:
-    """(capacity,) factors of the rows' derivatives."""
-    weight, scale = _weight(problem, selection), _scale(upstream, divisor)
-    if scale is None:
-        return weight
-    return (scale if weight is None else scale * weight).expand(selection.capacity)
+    """(capacity,) factors of the rows' derivatives: weight · upstream / divisor."""
+    factor = _weight(problem, selection)
+    if divisor is not None:
+        scale = (1.0 if upstream is None else upstream) / divisor
+        factor = scale if factor is None else scale * factor
+    return None if factor is None else factor.expand(selection.capacity)
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool = False) -> Tensor:
     if scale is None:
         return grad.to(dtype)
-    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    if not in_place or grad.dtype != dtype:
+        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    return grad if scale.device.type == "cpu" and scale == 1 else grad.mul_(scale)

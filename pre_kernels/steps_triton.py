@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import Problem
 from .kernels.activation import apply_activation, apply_activation_grad
-from .kernels.finish import reduce_loss, scale_gradients
+from .kernels.finish import mean_divisor, reduce_loss, scale_gradients
 from .kernels.launch import PROGRAMS, RowShape
 from .kernels.matmul import matmul
 from .kernels.quantize import Quantized
@@ -83,7 +83,10 @@ class TritonSteps:
 
     def _prepare(self) -> None:
         """The weights of the four products with rows, (N, K) each."""
-        self.project_1, self.project_2, self.back_2, self.back_1 = self.w1, self.w2, self.w2.t(), self.w1.t()
+        self.project_1: Any = self.w1
+        self.project_2: Any = self.w2
+        self.back_2: Any = self.w2.t()
+        self.back_1: Any = self.w1.t()
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
         """Where the pass that writes `rows` leaves them for a product in lower precision."""
@@ -160,9 +163,10 @@ class TritonSteps:
             self._linear(self.z_rows, self.back_1, None, self.grads.hidden[start:stop])
 
     @staticmethod
-    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
-        return reduce_loss(
-            losses,
+    def divisor(problem: Problem, selection: Selection) -> Tensor:
+        return mean_divisor(
+            problem.hidden,
+            selection.capacity,
             mean=problem.options.reduction == "mean",
             number=problem.options.divisor,
             normalizer=problem.normalizer,
@@ -172,26 +176,31 @@ class TritonSteps:
         )
 
     @staticmethod
+    def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
+        return reduce_loss(losses, divisor, selection.count)
+
+    @staticmethod
     def scatter(
         dh: Tensor,
         place: Tensor | None,
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
-        divisor: Tensor | None,
+        in_place: bool,
     ) -> Tensor:
-        if place is None and upstream is None and dh.dtype == dtype:
+        same = place is None and dh.dtype == dtype
+        if same and upstream is None:
             return dh
-        out = dh.new_empty(total, dh.shape[1], dtype=dtype)
-        scatter(dh, out, inverse=place, upstream=upstream, divisor=divisor)
+        out = dh if same and in_place else dh.new_empty(total, dh.shape[1], dtype=dtype)
+        scatter(dh, out, inverse=place, upstream=upstream)
         return out
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
         order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
-        w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, divisor)
+        w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, in_place)
         return w1, b1, w2, b2
 
 

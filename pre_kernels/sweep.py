@@ -79,8 +79,13 @@ class Steps(Protocol):
         """grads.w1 += dZᵀ·H and grads.hidden[start:stop] = dZ·W1."""
 
     @staticmethod
-    def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ losses ÷ D and the D of the reduction, 1 for "sum": 1 if N = 0 (an empty batch is 0), nan if D = 0."""
+    def divisor(problem: Problem, selection: Selection) -> Tensor:
+        """The D of the reduction, 0-d; 1 for "sum" and if N = 0 (an empty batch is 0), otherwise nan if D = 0."""
+        ...
+
+    @staticmethod
+    def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
+        """Σ losses ÷ divisor."""
         ...
 
     @staticmethod
@@ -90,16 +95,17 @@ class Steps(Protocol):
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
-        divisor: Tensor | None,
+        in_place: bool,
     ) -> Tensor:
-        """upstream / divisor · dh as a new (total, d) tensor in `dtype`, zero where a row is not selected."""
+        """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected; `in_place`: dh itself, if
+        it is of that shape and dtype."""
         ...
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, divisor: Tensor | None
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
-        """upstream / divisor · (w1, b1, w2, b2), column sums added up, as new tensors in `dtypes`."""
+        """upstream · (w1, b1, w2, b2) in `dtypes`, column sums added up; `in_place`: a matrix of that dtype itself."""
         ...
 
 

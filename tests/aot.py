@@ -72,7 +72,15 @@ def element(kind: str) -> str:
 
 OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-NO_WIDTH = ("count_kernel", "select_kernel", "invert_kernel", "reduce_kernel", "scale_kernel")
+NO_WIDTH = (
+    "count_kernel",
+    "select_kernel",
+    "invert_kernel",
+    "divisor_kernel",
+    "reduce_kernel",
+    "scale_kernel",
+    "quantize_kernel",
+)
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
 
@@ -212,9 +220,9 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     """What came of compiling one launch: resources, and which matrix instructions it uses."""
-    from pre_kernels.kernels import activation, finish, matmul, row_loss, rows, weight_grad
+    from pre_kernels.kernels import activation, finish, matmul, quantize, row_loss, rows, weight_grad
 
-    modules = (activation, finish, matmul, row_loss, rows, weight_grad)
+    modules = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
     kernel = next(vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module))
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)

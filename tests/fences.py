@@ -93,9 +93,9 @@ class Fresh(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pre_kernels":
-            real = {"loss": ops._loss, "rescale": ops._rescale, "recompute": ops._recompute}
+            real, _ = ops.OPERATORS[function._schema.name.split("::")[1]]
             with self:
-                return real[function._schema.name.split("::")[1]](*args)
+                return real(*args)
         result, name = function(*args, **(kwargs or {})), function._schema.name.split("::")[1]
         if name in ("empty", "new_empty", "empty_like", "new_full", "new_ones", "new_zeros") and result.numel():
             result = self.place(result, fill="empty" not in name, constant=False)
@@ -195,10 +195,15 @@ def watching(memory=None):
 
 
 class Last(Memory):
-    """Of each launch the last program alone."""
+    """Of each launch the last program alone, or `program` of a grid of one dimension."""
+
+    def __init__(self, far=(), program: int | None = None) -> None:
+        super().__init__(far)
+        self.program = program
 
     def execute(self, kernel, grid, args, kwargs):
         builder, last = interpreter.interpreter_builder, [n - 1 for n in grid]
+        last = last if self.program is None else [self.program, 0, 0]
         with (
             mock.patch.object(builder, "set_grid_dim", lambda *_, real=builder.set_grid_dim: real(*grid)),
             mock.patch.object(builder, "set_grid_idx", lambda *_, real=builder.set_grid_idx: real(*last)),

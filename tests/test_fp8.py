@@ -1,5 +1,7 @@
 """`precision="fp8"`: float8 rows, their scales, the loss and gradients, a training that ends where bfloat16 ends."""
 
+import itertools
+
 import oracle
 import pytest
 import torch
@@ -7,7 +9,7 @@ from oracle import make, run
 
 from pre_kernels import PreHead, fused_pre_loss, reference
 from pre_kernels.kernels.activation import apply_activation, apply_activation_grad
-from pre_kernels.kernels.quantize import Quantized
+from pre_kernels.kernels.quantize import Quantized, quantize_weights
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import gather
 from pre_kernels.loss import fp8_unavailable
@@ -49,6 +51,27 @@ def test_each_pass_leaves_float8_rows(device, width):
     dp = x.clone()
     row_loss(dp, g, None, loss="mse", grad=True, quantized=room)
     check_quantized(room, dp)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_weights_in_both_layouts(device, bad):
+    """As if rows and columns were gathered; several strips and turns, and edges."""
+    w1, w2 = torch.randn(1040, 144, device=device).bfloat16(), torch.randn(48, 1040, device=device).bfloat16()
+    w1[:, 3] = 0
+    w2[17] *= 1e-4
+    if bad is not None:
+        w2[40, 1030] = bad
+    for columns in itertools.product([False, True], repeat=2):
+        got = quantize_weights(w1, w2, columns=columns)
+        weights = (w1, w2, w1.t() if columns[0] else None, w2.t() if columns[1] else None)
+        for quantized, rows in zip(got, weights, strict=True):
+            assert (quantized is None) is (rows is None)
+            if rows is not None:
+                want = Quantized.empty(rows, *rows.shape)
+                gather(rows, None, quantized=want)
+                torch.testing.assert_close(quantized.scales, want.scales, rtol=0, atol=0, equal_nan=True)
+                values, wanted = quantized.values.float(), want.values.float()
+                torch.testing.assert_close(values, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

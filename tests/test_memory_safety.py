@@ -11,11 +11,11 @@ from oracle import LEAVES, make, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import fused_pre_loss
-from pre_kernels.kernels import activation, finish, matmul, row_loss, rows, tiles, weight_grad
+from pre_kernels.kernels import activation, finish, matmul, quantize, row_loss, rows, tiles, weight_grad
 from pre_kernels.kernels.launch import LONGEST, arch
-from pre_kernels.kernels.quantize import Quantized
+from pre_kernels.kernels.quantize import Quantized, quantize_weights
 
-MODULES = (activation, finish, matmul, row_loss, rows, weight_grad)
+MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="addresses are seen in the interpreter alone")
 # each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than a block
@@ -52,9 +52,10 @@ def gathers(f, device, width):
 def scatters(f, device, width):
     x, out = f(randn(device, 4, width)), f.out(7, width, dtype=torch.bfloat16, device=device)
     inverse = f(torch.tensor([-1, 2, 0, -1, 3, 1, -1], dtype=torch.int32, device=device))
-    factors = [f(torch.tensor(value, device=device)) for value in (3.0, 2.0)]
-    rows.scatter(x, out, inverse=inverse, upstream=factors[0], divisor=factors[1])
-    return [out]
+    upstream, mine = f(torch.tensor(3.0, device=device)), f.both(x)
+    rows.scatter(x, out, inverse=inverse, upstream=upstream)
+    rows.scatter(mine, mine, upstream=upstream)
+    return [out, mine]
 
 
 def selects(f, device, width):
@@ -111,12 +112,23 @@ def row_losses(f, device, width):
 def finishes(f, device, width):
     losses, weight = f(randn(device, width + 50), width), f(randn(device, width + 50).abs())
     index, count = f(torch.randperm(width + 50, device=device), width), f(torch.tensor(width, device=device).int())
-    loss = finish.reduce_loss(losses, mean=True, weight=weight, index=index, count=count)
+    divisor = finish.mean_divisor(losses, width + 50, mean=True, weight=weight, index=index, count=count)
+    loss = finish.reduce_loss(losses, divisor, count)
     matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
     sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
-    factors = [f(torch.tensor(value, device=device)) for value in (3.0, 2.0)]
-    half = torch.bfloat16
-    return [*loss, *finish.scale_gradients(matrices, sums, (half, torch.float32, torch.float32, half), *factors)]
+    dtypes, upstream = (
+        (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+        f(torch.tensor(3.0, device=device)),
+    )
+    new = finish.scale_gradients(matrices, sums, dtypes, upstream)
+    mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float())
+    return [divisor, loss, *new, *finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True)]
+
+
+def quantizes(f, device, width):
+    w1, w2 = (f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width)))
+    found = quantize_weights(w1, w2, columns=(True, True))
+    return [x for q in found for x in (q.values.view(torch.uint8), q.scales)]
 
 
 def products(f, device, width, dtype=torch.float32, k=None):
@@ -146,7 +158,11 @@ CASES = {
         for width in (1, 130, 9001)
     },
     **{f"row_losses {width}": (row_losses, width) for width in (3, 130, 9001)},
-    **{f"{case.__name__} {width}": (case, width) for case in (selects, finishes, products) for width in (1, 70)},
+    **{
+        f"{case.__name__} {width}": (case, width)
+        for case in (selects, finishes, products, quantizes)
+        for width in (1, 70)
+    },
     **{f"described {width}": (described, width) for width in (8, 136)},
 }
 
@@ -236,6 +252,10 @@ def far_scatter(far):
     rows.scatter(far(R, D), far(R, D))
 
 
+def far_quantize(far):
+    quantize_weights(torch.zeros(1, 16), far(R, D), columns=(False, False))
+
+
 def far_activation(far):
     activation.apply_activation(far(R, D), far(R, D), "gelu", quantized=Quantized(far(R, D, dtype=E4M3), ZEROS))
 
@@ -304,3 +324,14 @@ def test_offsets_beyond_31_bits(case):
     for x in far.tensors:
         begin, end = span(x)[:2]
         assert memory.reached.get(begin) == end - x.element_size()
+
+
+@interpreted
+def test_offsets_beyond_31_bits_in_strips_of_columns():
+    """As above, but the last strip is not the last program."""
+    far = Far()
+    weight = far(R, D)
+    memory = Last(far.spans, program=(1 + D) // quantize.WIDE)
+    with watching(memory):
+        quantize_weights(torch.zeros(1, 1), weight, columns=(True, True))
+    assert memory.reached == {span(weight)[0]: span(weight)[1] - weight.element_size()}

@@ -1,11 +1,13 @@
 """The operators as torch sees them: torch.compile without a graph break, export, fake tensors, opcheck."""
 
+from functools import partial
+
 import oracle
 import pytest
 import torch
 from oracle import make
 
-from pre_kernels import fused_pre_loss
+from pre_kernels import fused_pre_loss, ops
 
 CALLS = {
     "mask": {"rows": "mask"},
@@ -37,12 +39,16 @@ def output_shapes():
         yield
 
 
-def results(function, case, hidden=None):
+def fused(case, impl, tensors, rows):
+    return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+
+def results(function, case, hidden=None, retain_graph=False):
     leaves = [case.tensors[name].requires_grad_(name not in case.frozen) for name in oracle.LEAVES]
     tensors = {**case.tensors, "hidden": leaves[0] if hidden is None else hidden}
     loss = function(tensors, case.rows)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [loss, *torch.autograd.grad((loss * 3).sum(), wanted)]
+    return [loss, *torch.autograd.grad((loss * 3).sum(), wanted, retain_graph=retain_graph)]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -86,21 +92,22 @@ def test_export(device):
 
 
 def of_real_calls(case, impl, monkeypatch):
-    """The two operators of a call, and the arguments that reach them."""
-    seen = []
-    for operator in ("loss", "rescale", "recompute"):
+    """The operators of a call whose graph is retained, of one whose graph is not, and the arguments that reach them."""
+    seen = {}
+    for operator in ops.OPERATORS:
         real = getattr(torch.ops.pre_kernels, operator)
 
         def record(*arguments, real=real):
-            seen.append((real.default, arguments))
+            seen[real.default] = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
             return real(*arguments)
 
         monkeypatch.setattr(torch.ops.pre_kernels, operator, record)
-    results(lambda tensors, rows: fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl), case)
+    for retain_graph in (True, False):
+        results(partial(fused, case, impl), case, retain_graph=retain_graph)
     monkeypatch.undo()
-    assert len(seen) == 2
-    for operator, arguments in seen:
-        yield operator, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    recomputes = torch.ops.pre_kernels.recompute.default in seen
+    assert len(seen) == 2 if recomputes else 3
+    yield from seen.items()
 
 
 @pytest.mark.parametrize(

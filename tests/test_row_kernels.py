@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from fences import Memory, watching
 
 from pre_kernels import reference
 from pre_kernels.kernels.activation import apply_activation, apply_activation_grad
-from pre_kernels.kernels.finish import reduce_loss, scale_gradients
+from pre_kernels.kernels.finish import mean_divisor, reduce_loss, scale_gradients
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import BLOCK, gather, invert, scatter, select
 from pre_kernels.steps_torch import ROW_LOSSES
@@ -67,7 +68,7 @@ def test_scatter_writes_every_row(device, columns, dtype):
     x = torch.randn(4, columns, device=device, dtype=dtype)
     inverse = torch.tensor([-1, 2, 0, -1, 3, 1, -1], dtype=torch.int32, device=device)
     out = torch.full((7, columns), NAN, device=device, dtype=dtype)
-    scatter(x, out, inverse=inverse, upstream=number(-4.0, device), divisor=number(2.0, device))
+    scatter(x, out, inverse=inverse, upstream=number(-2.0, device))
     want = torch.where((inverse >= 0)[:, None], -2 * x[inverse.clamp_min(0).long()], 0)
     assert torch.equal(out, want)
     scatter(x, out, inverse=inverse, upstream=number(NAN, device))
@@ -225,7 +226,8 @@ def test_reduce(device, n, weighted):
         ({"mean": True, "number": 7.0}, 7.0),
         ({"mean": True, "normalizer": number(-3.0, device)}, -3.0),
     ):
-        loss, found = reduce_loss(losses, weight=weight, index=index, **options, **live)
+        found = mean_divisor(losses, n + 50, weight=weight, index=index, **options, **live)
+        loss = reduce_loss(losses, found, **live)
         want = torch.as_tensor(divisor, dtype=torch.float64, device=device)
         torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=0)
         torch.testing.assert_close(loss.double(), total / divisor, rtol=1e-4, atol=1e-5)
@@ -233,33 +235,53 @@ def test_reduce(device, n, weighted):
 
 def test_reduce_of_nothing_over_nothing_and_over_zero(device):
     losses = torch.full((5,), 2.0, device=device)
-    assert reduce_loss(losses, mean=True, number=0.0, count=count(0, device)) == (0.0, 1.0)
-    loss, divisor = reduce_loss(losses, mean=True, number=0.0)
-    assert loss.isnan()
-    assert divisor.isnan()
+    none, more = count(0, device), count(6, device)  # than there is room for
+    assert mean_divisor(losses, 5, mean=True, number=0.0, count=none) == 1.0
+    assert reduce_loss(losses, number(1.0, device), none) == 0.0
+    assert mean_divisor(losses, 5, mean=True, number=0.0).isnan()
     for mean in (True, False):
-        loss, divisor = reduce_loss(losses, mean=mean, count=count(6, device))  # more than there is room for
-        assert loss.isnan()
-        assert divisor.isnan()
+        assert mean_divisor(losses, 5, mean=mean, count=more).isnan()
+    assert reduce_loss(losses, number(NAN, device), more).isnan()
 
 
 def test_scaled_gradients_in_one_launch(device):
     w1, w2 = torch.randn(70, 123, device=device), torch.randn(33, 70, device=device).bfloat16()
     b1, b2 = torch.randn(264, 70, device=device), torch.randn(1, 33, device=device)
     dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
-    upstream, divisor = number(3.0, device), number(-2.0, device)
-    got = scale_gradients((w1, w2), (b1, b2), dtypes, upstream, divisor)
+    upstream = number(-1.5, device)
+    got = scale_gradients((w1, w2), (b1, b2), dtypes, upstream)
     want = [-1.5 * x for x in (w1, w2.float(), b1.sum(0), b2[0])]
     for x, y, dtype in zip(got, want, dtypes, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
     for missing in itertools.product([False, True], repeat=4):
         given = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
-        for x, y, gone in zip(
-            scale_gradients(given[:2], given[2:], dtypes, upstream, divisor), got, missing, strict=True
-        ):
+        for x, y, gone in zip(scale_gradients(given[:2], given[2:], dtypes, upstream), got, missing, strict=True):
             assert x is None if gone else torch.equal(x, y)
     ready = scale_gradients((w1, w2), (b1, None), (torch.float32, torch.float32, torch.float32, torch.float32))
     assert ready[0] is w1
     assert torch.equal(ready[1], w2.float())
     torch.testing.assert_close(ready[2], b1.sum(0))
+
+
+@pytest.mark.parametrize("upstream", [1.0, -1.5])
+def test_scaled_in_place(device, upstream):
+    """A matrix that has its dtype: the tensor itself comes back; where nothing is to be scaled, nothing is touched."""
+    w1, w2, x = (torch.randn(70, 123, device=device) for _ in range(3))
+    given = w1.bfloat16(), w2.clone()
+    kinds = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+    got = scale_gradients(given, (None, None), kinds, number(upstream, device), in_place=True)
+    assert got[0] is given[0]
+    torch.testing.assert_close(got[0], (w1.bfloat16() * upstream), rtol=0, atol=0)
+    assert got[1].dtype == torch.bfloat16
+    assert torch.equal(given[1], w2)  # of another dtype, and so only read
+    scaled = x.clone()
+    scatter(scaled, scaled, upstream=number(upstream, device))
+    torch.testing.assert_close(scaled, x * upstream, rtol=0, atol=0)
+    if upstream == 1.0 and not torch.cuda.is_available():
+        memory = Memory()
+        with watching(memory):
+            scale_gradients((given[0], None), (None, None), kinds, number(1.0, device), in_place=True)
+            assert not memory.stores
+            scatter(x, x, upstream=number(1.0, device))
+            assert not memory.stores

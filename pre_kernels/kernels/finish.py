@@ -1,4 +1,4 @@
-"""What is left when all chunks are done: the loss and its divisor in one launch, the scaled gradients in another."""
+"""What goes before all chunks and after them: the divisor of a mean, the loss, the scaled gradients; a launch each."""
 
 from __future__ import annotations
 
@@ -7,47 +7,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, cdiv, narrow, on_device, widen
+from .launch import OPTIONS, cdiv, live_rows, narrow, on_device, widen
 from .rows import load_scale
 
-BLOCK = 4096  # rows that the one program of the reduction adds at a time
+BLOCK = 4096  # rows that the one program of a reduction adds at a time
 ELEMENTS = 4096  # of a weight's gradient, for a program
 SLOTS = 32  # rows of partial column sums added at a time,
 COLUMNS = 128  # and columns of a program
 
 
+@triton.jit
+def sum_rows(x_ptr, index_ptr, live, BLOCK: tl.constexpr):
+    """Σ x[index[i]] over i < live; of x[i] where there is no index."""
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, live, BLOCK):
+        o_n = first + tl.arange(0, BLOCK)
+        rows = o_n.to(tl.int64)
+        if index_ptr is not None:
+            rows = tl.load(index_ptr + o_n, mask=o_n < live, other=0).to(tl.int64)
+        b_sum += tl.load(x_ptr + rows, mask=o_n < live, other=0.0)
+    return tl.sum(b_sum, 0)
+
+
 @triton.jit(do_not_specialize=["capacity", "number"])
-def reduce_kernel(
-    losses_ptr,  # (capacity,) float32
+def divisor_kernel(
     weight_ptr,  # (·,) float32, gathered by index
     index_ptr,  # (capacity,)
     count_ptr,
     normalizer_ptr,  # 0-d
-    loss_ptr,  # 0-d float32
     divisor_ptr,  # 0-d float32
     capacity,
     number,
     MEAN: tl.constexpr,
     NUMBER: tl.constexpr,
-    GATHER: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     count = capacity
     if COUNT:
         count = tl.load(count_ptr)
-    b_loss = tl.zeros((BLOCK,), tl.float32)
-    b_weight = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, tl.minimum(count, capacity), BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        m_n = rows < tl.minimum(count, capacity)
-        b_loss += tl.load(losses_ptr + rows, mask=m_n, other=0.0)
-        if MEAN and weight_ptr is not None:
-            rows = rows.to(tl.int64)
-            if GATHER:
-                rows = tl.load(index_ptr + rows, mask=m_n, other=0).to(tl.int64)
-            b_weight += tl.load(weight_ptr + rows, mask=m_n, other=0.0)
-    loss = tl.sum(b_loss, 0)
     divisor = 1.0
     if MEAN:
         if normalizer_ptr is not None:
@@ -55,22 +53,35 @@ def reduce_kernel(
         elif NUMBER:
             divisor = number * 1.0
         elif weight_ptr is not None:
-            divisor = tl.sum(b_weight, 0)
+            divisor = sum_rows(weight_ptr, index_ptr, tl.minimum(count, capacity), BLOCK)
         else:
             divisor = count * 1.0
         # an empty batch is 0, not nan; a mean of some rows over nothing is nan
         divisor = tl.where(count == 0, 1.0, tl.where(divisor == 0.0, float("nan"), divisor))
     # rows were dropped: the host does not know, so the numbers have to say it
-    divisor = tl.where(count > capacity, float("nan"), divisor)
-    tl.store(loss_ptr, loss / divisor)
-    tl.store(divisor_ptr, divisor)
+    tl.store(divisor_ptr, tl.where(count > capacity, float("nan"), divisor))
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def reduce_kernel(
+    losses_ptr,  # (capacity,) float32
+    count_ptr,
+    divisor_ptr,  # 0-d float32
+    loss_ptr,  # 0-d float32
+    capacity,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = sum_rows(losses_ptr, None, live_rows(count_ptr, 0, capacity, COUNT), BLOCK)
+    tl.store(loss_ptr, total / tl.load(divisor_ptr))
 
 
 @triton.jit
-def scale_matrix(x_ptr, out_ptr, pid, size, scale, ELEMENTS: tl.constexpr):
-    o_x = pid.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    b_x = widen(tl.load(x_ptr + o_x, mask=o_x < size, other=0.0)) * scale
-    tl.store(out_ptr + o_x, narrow(b_x, out_ptr.dtype.element_ty), mask=o_x < size)
+def scale_matrix(x_ptr, out_ptr, pid, size, scale, IN_PLACE: tl.constexpr, ELEMENTS: tl.constexpr):
+    if not IN_PLACE or scale != 1.0:
+        o_x = pid.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+        b_x = widen(tl.load(x_ptr + o_x, mask=o_x < size, other=0.0)) * scale
+        tl.store(out_ptr + o_x, narrow(b_x, out_ptr.dtype.element_ty), mask=o_x < size)
 
 
 @triton.jit
@@ -94,8 +105,7 @@ def scale_kernel(
     out_w2_ptr,
     out_b1_ptr,  # (columns,)
     out_b2_ptr,
-    upstream_ptr,
-    divisor_ptr,
+    upstream_ptr,  # 0-d
     blocks_w1,
     blocks_w2,
     blocks_b1,
@@ -105,19 +115,21 @@ def scale_kernel(
     slots_b2,
     columns_b1,
     columns_b2,
+    IN_PLACE_W1: tl.constexpr,
+    IN_PLACE_W2: tl.constexpr,
     ELEMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One grid over four tensors, one after the other: at small N a launch each would take longer than the work."""
-    scale = load_scale(upstream_ptr, divisor_ptr)
+    scale = load_scale(upstream_ptr, None)
     pid = tl.program_id(0)
     if pid < blocks_w1:
         if dw1_ptr is not None:
-            scale_matrix(dw1_ptr, out_w1_ptr, pid, size_w1, scale, ELEMENTS)
+            scale_matrix(dw1_ptr, out_w1_ptr, pid, size_w1, scale, IN_PLACE_W1, ELEMENTS)
     elif pid < blocks_w1 + blocks_w2:
         if dw2_ptr is not None:
-            scale_matrix(dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, ELEMENTS)
+            scale_matrix(dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS)
     elif pid < blocks_w1 + blocks_w2 + blocks_b1:
         if db1_ptr is not None:
             i_b = pid - blocks_w1 - blocks_w2
@@ -127,8 +139,9 @@ def scale_kernel(
         scale_sums(db2_ptr, out_b2_ptr, i_b, slots_b2, columns_b2, scale, SLOTS, COLUMNS)
 
 
-def reduce_loss(
-    losses: Tensor,
+def mean_divisor(
+    like: Tensor,
+    capacity: int,
     *,
     mean: bool,
     number: float | None = None,
@@ -136,34 +149,49 @@ def reduce_loss(
     weight: Tensor | None = None,
     index: Tensor | None = None,
     count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """0-d float32: Σ losses ÷ D, and D. For a mean D is `normalizer`, else `number`, else Σ weight, else the count; D
-    is 1 if the count is 0, otherwise nan if D = 0. Both are nan if the count exceeds the capacity.
+) -> Tensor:
+    """0-d float32 D on `like`'s device: of a mean `normalizer`, else `number`, else Σ weight, else the count; else 1.
 
-    losses: (capacity,) float32; weight: (·,) float32, at index[i] if there is an index, else at i; count: 0-d int32,
-    None = the capacity.
+    1 if the count is 0, otherwise nan if D = 0, or if the count exceeds the capacity. weight: (·,) float32, at index[i]
+    if there is an index, else at i; count: 0-d int32, None = the capacity.
     """
-    loss, divisor = losses.new_empty(()), losses.new_empty(())
-    with on_device(losses):
-        reduce_kernel[(1,)](
-            losses,
+    divisor = like.new_empty((), dtype=torch.float32)
+    with on_device(like):
+        divisor_kernel[(1,)](
             weight,
             index,
             count,
             normalizer,
-            loss,
             divisor,
-            losses.numel(),
+            capacity,
             0.0 if number is None else number,
             MEAN=mean,
             NUMBER=number is not None,
-            GATHER=index is not None,
             COUNT=count is not None,
             BLOCK=BLOCK,
             num_warps=8,
             **OPTIONS,
         )
-    return loss, divisor
+    return divisor
+
+
+def reduce_loss(losses: Tensor, divisor: Tensor, count: Tensor | None = None) -> Tensor:
+    """0-d float32: Σ losses ÷ divisor. losses: (capacity,) float32; divisor: 0-d float32; count: of the losses that
+    take part, 0-d int32, None = all."""
+    loss = losses.new_empty(())
+    with on_device(losses):
+        reduce_kernel[(1,)](
+            losses,
+            count,
+            divisor,
+            loss,
+            losses.numel(),
+            COUNT=count is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+            **OPTIONS,
+        )
+    return loss
 
 
 def scale_gradients(
@@ -171,43 +199,49 @@ def scale_gradients(
     sums: tuple[Tensor | None, Tensor | None],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     upstream: Tensor | None = None,
-    divisor: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """upstream / divisor · (dW1, dW2, db1, db2) in their dtypes, in one launch.
+    """upstream · (dW1, dW2, db1, db2) in their dtypes, in one launch.
 
-    matrices: contiguous, any floating dtype, returned as they are if nothing is to be done; sums: (S, columns) float32,
-    to be added up; None is passed over.
+    matrices: contiguous, any floating dtype; one that has its dtype already is returned as it is if there is no
+    upstream, and with `in_place` scaled where it lies: read and written only if upstream is not 1. sums: (S, columns)
+    float32, to be added up; upstream: 0-d, None = 1; None is passed over.
     """
-    unscaled = upstream is None and divisor is None
-    ready = [
-        x if x is not None and unscaled and x.dtype == dtype else None
-        for x, dtype in zip(matrices, dtypes[:2], strict=True)
-    ]
-    w1, w2 = (None if done is not None else x for x, done in zip(matrices, ready, strict=True))
+    same = [x is not None and x.dtype == dtype for x, dtype in zip(matrices, dtypes, strict=False)]
+    w1, w2 = (None if upstream is None and kept else x for x, kept in zip(matrices, same, strict=True))
     given = (w1, w2, *sums)
     some = next((x for x in given if x is not None), None)
     if some is None:
-        return (*ready, None, None)
-    outs = [
-        None if x is None else x.new_empty(x.shape if i < 2 else x.shape[1:], dtype=dtype)
-        for i, (x, dtype) in enumerate(zip(given, dtypes, strict=True))
-    ]
+        return (*matrices, None, None)
+    w1_out, w2_out = (
+        x if kept and (in_place or upstream is None) else _empty(x, dtype)
+        for x, kept, dtype in zip(matrices, same, dtypes, strict=False)
+    )
+    b1_out, b2_out = (_empty(None if x is None else x[0], dtype) for x, dtype in zip(sums, dtypes[2:], strict=True))
     blocks = [0 if x is None else cdiv(x.numel(), ELEMENTS) for x in (w1, w2)]
     blocks += [0 if x is None else cdiv(x.shape[1], COLUMNS) for x in sums]
     with on_device(some):
         scale_kernel[(sum(blocks),)](
             *given,
-            *outs,
+            w1_out,
+            w2_out,
+            b1_out,
+            b2_out,
             upstream,
-            divisor,
             *blocks[:3],
             *(0 if x is None else x.numel() for x in (w1, w2)),
             *(0 if x is None else x.shape[0] for x in sums),
             *(0 if x is None else x.shape[1] for x in sums),
+            IN_PLACE_W1=w1_out is matrices[0],
+            IN_PLACE_W2=w2_out is matrices[1],
             ELEMENTS=ELEMENTS,
             SLOTS=SLOTS,
             COLUMNS=COLUMNS,
             num_warps=8,
             **OPTIONS,
         )
-    return tuple(out if done is None else done for out, done in zip(outs, (*ready, None, None), strict=True))
+    return w1_out, w2_out, b1_out, b2_out
+
+
+def _empty(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if like is None else torch.empty_like(like, dtype=dtype)

@@ -91,13 +91,16 @@ def scatter_kernel(
     out_ptr,  # (R, D)
     inverse_ptr,  # (R,)
     upstream_ptr,  # 0-d
-    divisor_ptr,  # 0-d
     R,
     D,
     INVERSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    scale = load_scale(upstream_ptr, None)
+    if IN_PLACE and scale == 1.0:
+        return
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < R
     sources = o_r.to(tl.int64)
@@ -108,7 +111,7 @@ def scatter_kernel(
     live = m_out & (sources >= 0)[:, None]
     b_x = widen(tl.load(x_ptr + sources[:, None] * D + o_d[None, :], mask=live, other=0.0))
     # not scale · 0: an infinite or NaN scale must not reach other rows
-    b_x = tl.where(live, b_x * load_scale(upstream_ptr, divisor_ptr), 0.0)
+    b_x = tl.where(live, b_x * scale, 0.0)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=m_out)
 
@@ -197,10 +200,10 @@ def scatter(
     *,
     inverse: Tensor | None = None,
     upstream: Tensor | None = None,
-    divisor: Tensor | None = None,
 ) -> None:
-    """out[r] = upstream / divisor · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D), both
-    contiguous, any floating dtypes; inverse: (R,), None = the identity; upstream, divisor: 0-d, None = 1."""
+    """out[r] = upstream · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D), both contiguous, any
+    floating dtypes; inverse: (R,), None = the identity; upstream: 0-d, None = 1. Without an inverse `out` may be `x`,
+    which is then read and written only if upstream is not 1."""
     R, D = out.shape
     if not R:
         return
@@ -212,10 +215,10 @@ def scatter(
             out,
             inverse,
             upstream,
-            divisor,
             R,
             D,
             INVERSE=inverse is not None,
+            IN_PLACE=out is x,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=4,
