@@ -327,11 +327,13 @@ def test_offsets_beyond_31_bits(case):
 
 
 @interpreted
-def test_offsets_beyond_31_bits_in_strips_of_columns():
-    """As above, but the last strip is not the last program."""
+def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
+    """As above, but the last strip is not the last program. In turns of many rows: the interpreter takes them singly."""
+    monkeypatch.setattr(quantize, "TALL", 2**15)
+    monkeypatch.setattr(quantize, "WIDE", 2)
     far = Far()
     weight = far(R, D)
-    memory = Last(far.spans, program=(1 + D) // quantize.WIDE)
+    memory = Last(far.spans, program=D // quantize.WIDE)
     with watching(memory):
         quantize_weights(torch.zeros(1, 1), weight, columns=(True, True))
     assert memory.reached == {span(weight)[0]: span(weight)[1] - weight.element_size()}
