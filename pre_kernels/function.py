@@ -79,7 +79,9 @@ class _PreLoss(torch.autograd.Function):
             else:
                 place, *sums, token = ctx.saved_tensors
                 place = None if ctx.all_rows else place
-                grads = ops.rescaled(upstream, place, sums, ctx.total, *ctx.dtypes, ctx.impl, in_place=_donated())
+                grads = ops.rescaled(
+                    upstream, place, sums, ctx.total, *ctx.dtypes, ctx.impl, in_place=_donated(upstream)
+                )
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             grads = [None if grad is None else _Once.apply(grad, upstream, token) for grad in grads]
@@ -93,9 +95,9 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _donated() -> bool:
-    """Whether nobody can ask again for what this backward was given: it may become the gradients."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def _donated(upstream: Tensor) -> bool:
+    """Whether nobody asks again for what this backward was given: it may become the gradients."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(upstream):  # `is_grads_batched`
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 

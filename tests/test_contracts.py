@@ -147,6 +147,17 @@ def test_a_gradient_is_not_differentiated_in_silence(call):
         torch.autograd.functional.hessian(lambda w1: function(leaves[0], w1, *leaves[2:]).sum(), leaves[1])
 
 
+def test_gradients_are_the_callers(call):
+    """Those of a retained graph too: what is done to them does not reach the next backward."""
+    function, leaves = call
+    loss = function(*leaves)
+    found = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
+    wanted = [grad.clone() for grad in found]
+    for grad in found:
+        grad.zero_()
+    equal(torch.autograd.grad(loss, leaves, torch.ones_like(loss)), wanted)
+
+
 def test_hooks_on_parameters(impl, device):
     head, hidden, anchor = head_and_inputs(device=device)
     hidden.requires_grad_()
@@ -204,6 +215,7 @@ def test_batched_upstream_gradients(call):
     found = torch.autograd.grad(loss, leaves, batch, is_grads_batched=True, retain_graph=True)
     for i, upstream in enumerate(batch):
         equal([grad[i] for grad in found], torch.autograd.grad(loss, leaves, upstream, retain_graph=True))
+    equal(torch.autograd.grad(loss, leaves, batch, is_grads_batched=True), found)
 
 
 # torch.func and forward mode: what works, and what says that it does not

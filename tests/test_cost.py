@@ -59,8 +59,8 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
     """A forward and backward; values are not computed."""
     selection = torch.zeros(total, dtype=torch.bool)
     selection[:n] = True
-    if rows == "index":
-        selection = selection.nonzero().squeeze(1)
+    if rows != "mask":
+        selection = selection.nonzero().squeeze(1) if rows == "index" else None
     shapes = ((total, width), (width, width), (width,), (width, width), (width,))
     leaves = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     anchor = torch.zeros(total, width, dtype=torch.bfloat16)
@@ -139,6 +139,20 @@ def test_memory_of_a_step(impl, precision, request):
     returned = 2 * (n * width + 2 * width * width + 2 * width)
     assert found.launches["row_loss_kernel"] >= 4
     assert found.allocated <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+@pytest.mark.parametrize("rows", ["index", None])
+def test_memory_of_a_step_in_one_chunk(impl, rows):
+    """The weights' gradients are returned where they were summed; so is dH, if it has all rows."""
+    n, width = 512, 128
+    found = count(impl, rows, n=n, total=n, width=width)
+    returned = 2 * (n * width + 2 * width * width + 2 * width)
+    sums = 4 * 256 * 2 * width  # partial sums of db1 and db2
+    workspace = sums + (4 if rows else 3) * n * width * 2
+    dh = n * width * 2 if rows else 0
+    assert found.launches["row_loss_kernel"] == 1
+    assert found.allocated <= workspace + dh + returned + 8 * n + 4 * n + 64
 
 
 @pytest.mark.parametrize("bias", [None, torch.zeros(64)])

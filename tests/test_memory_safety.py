@@ -328,7 +328,7 @@ def test_offsets_beyond_31_bits(case):
 
 @interpreted
 def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
-    """As above, but the last strip is not the last program. In turns of many rows: the interpreter takes them singly."""
+    """The last strip is not the last program. In turns of many rows: the interpreter takes them one by one."""
     monkeypatch.setattr(quantize, "TALL", 2**15)
     monkeypatch.setattr(quantize, "WIDE", 2)
     far = Far()
