@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from . import shapes
+from .report import over_floor
 
 MAIN, SMALL = "llava15-7b-sft", "qwen25vl-7b-small"
 SETTING = ("device", "torch", "triton")
@@ -51,9 +52,8 @@ def _ours(run: dict[str, Record]) -> Record | None:
 
 
 def _over_floor(run: dict[str, Record], ours: Record | None) -> Found | None:
-    if ours is None or "floor" not in run:
-        return None
-    return Found(ours["median_ms"] / run["floor"]["median_ms"], "", [ours, run["floor"]], ours["peer"])
+    ratio = over_floor(run, ours["peer"]) if ours else None
+    return Found(ratio, "", [one for one in (ours, run.get("floor")) if one], ours["peer"]) if ratio else None
 
 
 def main_time(records: list[Record]) -> Found | None:
@@ -106,7 +106,10 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Found |
     other = min((run[name] for name in others if name in run), key=lambda one: one["median_ms"], default=None)
     if ours is None or other is None:
         return None
-    return Found(other["median_ms"] / ours["median_ms"], "", [ours, other], f"{ours['peer']} over {other['peer']}")
+    theirs, own = over_floor(run, other["peer"]), over_floor(run, ours["peer"])
+    if theirs is None or own is None:
+        return None
+    return Found(theirs / own, "", [ours, other], f"{ours['peer']} over {other['peer']}")
 
 
 def launches(records: list[Record]) -> Found | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,10 @@ def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
     return [name for name, reason in zip(names, missing, strict=True) if reason is None]
 
 
-def promises(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """A record for each promise ("sync", "graph", "fullgraph"), implementation and kind of call."""
+def promises(
+    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, kinds: Collection[str] = ("sync", "graph", "fullgraph")
+) -> Records:
+    """A record for each promise of `kinds`, implementation and kind of call."""
     place = device.torch_device
     weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=place)}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,10 +46,11 @@ def promises(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
             case = shapes.case(shape, shapes.DTYPES[dtype], place, rows)
             case.options = options
             function = partial(fused_pre_loss, impl=impl)
-            yield {"kind": "sync", **about, "outcome": outcome(partial(_sync, device, function, case))}
-            if isinstance(device, Cuda):
+            if "sync" in kinds:
+                yield {"kind": "sync", **about, "outcome": outcome(partial(_sync, device, function, case))}
+            if isinstance(device, Cuda) and "graph" in kinds:
                 yield {"kind": "graph", **about, **_figures(partial(graph, device, peers.step(function, case), case))}
-            if number < 2:  # seconds of compilation each
+            if number < 2 and "fullgraph" in kinds:  # seconds of compilation each
                 yield {"kind": "fullgraph", **about, "outcome": outcome(partial(_fullgraph, function, case))}
 
 
