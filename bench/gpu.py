@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .check import ROOT
+from . import ROOT
 
 LIMIT = 510.0  # seconds of a stage
 GRACE = 10.0  # between asking a part to stop and ending it
@@ -93,8 +93,9 @@ def sanitize(dry: bool, out: Path) -> Iterator[Part]:
 
 
 def bench(dry: bool, out: Path) -> Iterator[Part]:
+    from pre_kernels.check.device import current
+
     from . import peers, shapes
-    from .device import current
 
     if dry:
         for rows in shapes.ROWS:
@@ -107,8 +108,9 @@ def bench(dry: bool, out: Path) -> Iterator[Part]:
 
 def costly(dry: bool, out: Path) -> Iterator[Part]:
     """All peers side by side: what this finds replaces what `bench` found for these shapes."""
+    from pre_kernels.check.device import current
+
     from . import peers, shapes
-    from .device import current
 
     if dry:
         yield Part(_module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60)

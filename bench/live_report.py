@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pre_kernels.check.device import current
+
 from . import record
-from .device import current
 
 
 class LiveReport:

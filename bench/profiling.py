@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from pre_kernels import fused_pre_loss
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.rule import Case, Judge
+from pre_kernels.check.timing import interleaved, spread
 
-from . import peers, record, report, shapes
-from .check import ROOT, Judge, oracle
-from .device import Cpu, Cuda, current
-from .measure import interleaved, spread
+from . import ROOT, peers, record, report, shapes
 from .promises import impls, promises
 
 STEPS = 5
@@ -124,7 +124,7 @@ def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 
 def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    case: oracle.Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
+    case: Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     step = peers.step(fused_pre_loss, case)
     for _ in range(2):
         step()

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from pre_kernels.check import memory as resident
+from pre_kernels.check.cases import formula
+from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.rule import Judge
+from pre_kernels.check.timing import interleaved, spread
+
 from . import memory, peers, record, report, shapes
-from .check import Judge
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
 
@@ -89,16 +92,11 @@ def measure(
     return [{**about, "peer": name, **result, **stamp} for name, result in results.items()]
 
 
-def formula(shape: shapes.Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
-    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
-
-
 def _memory(
     device: Cpu | Cuda, shape: shapes.Shape, dtype: str, name: str, rows: str, step: peers.Step
 ) -> dict[str, Any]:
     if isinstance(device, Cpu):
-        if reason := memory.missing():
+        if reason := resident.missing():
             return {"memory_unavailable": reason}
         try:
             peak, returned = memory.peak(shape.name, dtype, name, rows)
