@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pre_kernels.check.device import current
+
 from . import peers, record, report, shapes, suite
-from .device import current
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()

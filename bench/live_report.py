@@ -1,8 +1,9 @@
 """A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a run that is killed
 keeps what it found.
 
-After an error of CUDA a process can do nothing more on the device: each later test in it would fail for no reason of its
-own. So a worker of xdist ends once such a test has been reported, and xdist starts another; without workers the run stops.
+After an error of CUDA a process can do nothing more on the device: each later test in it would fail
+for no reason of its own. So a worker of xdist ends once such a test has been reported, and xdist
+starts another; without workers the run stops.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from pre_kernels.check.device import current
+
 from . import record
-from .device import current
 
 LOST = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, and as triton does
 

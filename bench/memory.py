@@ -10,50 +10,15 @@ more or less from run to run.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from .check import ROOT
+from pre_kernels.check.memory import second
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (the peak since the last reset), in MiB."""
-    match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    assert match, f"no {field} in {STATUS}"
-    return int(match[1]) / 1024
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: else the second step would reuse it unseen."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another libc: small blocks may hide, large ones are mapped
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def missing() -> str | None:
-    """Why the peak cannot be read here; None if it can."""
-    return None if RESET.exists() else f"no {RESET} on this system"
-
-
-def second(step: Callable[[], Any]) -> tuple[float, Any]:
-    """How far resident memory rose during the second of two steps, in MiB, and what that step returned."""
-    step()
-    _trim()
-    before = _resident("VmRSS")
-    RESET.write_text("5")  # the peak restarts from what is resident now
-    returned = step()
-    return _resident("VmHWM") - before, returned
+from . import ROOT
 
 
 def peak(shape: str, dtype: str, peer: str, rows: str) -> tuple[float, float]:

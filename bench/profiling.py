@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from pre_kernels import fused_pre_loss
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.rule import Case, Judge
+from pre_kernels.check.timing import interleaved, spread
 
-from . import peers, record, report, shapes, suite
-from .check import ROOT, Judge, oracle
-from .device import Cpu, Cuda, current
-from .measure import interleaved, spread
+from . import ROOT, peers, record, report, shapes, suite
 from .promises import impls, promises
 
 MIBS = (8, 16, 32, 64, 128, 256, 512, 1024)  # of workspace
@@ -157,7 +157,7 @@ def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 
 def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    case: oracle.Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
+    case: Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     step = peers.step(fused_pre_loss, case)
     for _ in range(2):
         step()

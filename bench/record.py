@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from .check import ROOT
-from .device import Cpu, Cuda
+from pre_kernels.check.device import Cpu, Cuda
+
+from . import ROOT
 
 SOURCES = ("pre_kernels", "integrations")  # what is measured
 RESULTS = Path(__file__).with_name("results")

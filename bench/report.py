@@ -43,8 +43,8 @@ def over_floor(run: dict[str, dict[str, Any]], peer: str) -> float | None:
 
 
 def ratios(run: dict[str, dict[str, Any]], peer: str) -> dict[str, float | None]:
-    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and without gradients. Times of
-    different processes are compared by the floor that each had beside it."""
+    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and
+    without gradients. Times of different processes are compared by the floor beside each."""
     over, eager = over_floor(run, peer), over_floor(run, "eager")
 
     def of(name: str, *fields: str) -> float | None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from pre_kernels.check import memory as resident
+from pre_kernels.check.cases import formula
+from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.rule import Case, Judge
+from pre_kernels.check.timing import interleaved, spread
+
 from . import memory, peers, record, report, shapes
-from .check import Judge
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
 ACTIVATIONS = 4  # float64 matrices of N × m or z that judging holds at once, as seen on a CPU
@@ -40,10 +43,11 @@ def measure(
     rows: str = "index",
     hot: bool = False,
 ) -> Records:
-    """Records of each peer as they come, the peers judged in the order of `names` (else all): first its verdict, then its
-    figures after the least of rounds, then those of all rounds. A later record of a peer replaces an earlier one, so what
-    ends this early leaves what was known. A peer that is unavailable or fails its check has "unavailable" or "failed"
-    instead of figures. `hot` leaves the L2 cache as the step before left it; such records are of a kind of their own."""
+    """Records of each peer as they come, judged in the order of `names` (else all): its verdict,
+    its figures after the least of rounds, those of all rounds. A later record of a peer replaces
+    an earlier one: what ends this early leaves what was known. A peer that is unavailable or fails
+    its check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
+    before left it; such records are of a kind of their own."""
     chosen = [peers.BY_NAME[name] for name in names] or peers.PEERS
     torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
     stamp = record.stamp(device)
@@ -89,9 +93,7 @@ def measure(
             extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory)
 
 
-def _judged(
-    peer: peers.Peer, case: shapes.oracle.Case, judges: dict[str, Judge]
-) -> tuple[dict[str, Any], peers.Step | None]:
+def _judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
     """What is to be said of a peer before it is timed, and its step if it is to be."""
     place, dtype = case.tensors["hidden"].device, case.product_dtype
     if missing := peer.missing(place, dtype):
@@ -147,11 +149,6 @@ def too_large(shape: shapes.Shape, dtype: torch.dtype, device: Cpu | Cuda) -> st
     return f"judging it takes about {need / gib:.0f} GiB, {free / gib:.0f} are free" if need > free else None
 
 
-def formula(shape: shapes.Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
-    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
-
-
 def _beside(
     device: Cpu | Cuda,
     shape: shapes.Shape,
@@ -162,7 +159,8 @@ def _beside(
     with_memory: bool,
 ) -> dict[str, Any]:
     """What is read of a step but its time: peak memory and the designed one, what it costs the host."""
-    result = {"enqueue_us": device.enqueue_us(step)} if isinstance(device, Cuda) else {}
+    enqueue = device.enqueue_us(step)
+    result = {} if enqueue is None else {"enqueue_us": enqueue}
     if peers.BY_NAME[name].ours:
         workspace = peers.workspace(name, device.torch_device)
         result["formula_mib"] = formula(shape, shapes.DTYPES[dtype], workspace) / MIB
@@ -171,7 +169,7 @@ def _beside(
     try:
         if isinstance(device, Cuda):
             peak, returned = device.peak(step)
-        elif missing := memory.missing():
+        elif missing := resident.missing():
             return result | {"memory_unavailable": missing}
         else:
             peak, returned = memory.peak(shape.name, dtype, name, rows)

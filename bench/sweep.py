@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.loss import unavailable
 
 from . import record, report, shapes, suite
-from .device import Cpu, Cuda, current
-from .measure import interleaved, spread
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
 KINDS = ("descriptor", "pointer")  # how operands are loaded

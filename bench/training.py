@@ -20,9 +20,10 @@ import torch
 from pre_kernels.integrations import apply_pre
 from torch import Tensor, nn
 
+from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
+
 from . import record, report
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
 
 IMAGE = 5  # token id
 NEEDED = 100  # GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the unforeseen

@@ -12,10 +12,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import compositions, goals, memory, peers, promises, record, report, shapes, suite  # noqa: E402
-from bench.check import Judge, oracle  # noqa: E402
-from bench.device import Cpu  # noqa: E402
+from bench import compositions, goals, peers, promises, record, report, shapes, suite  # noqa: E402
 from pre_kernels import checks, fused_pre_loss, reference  # noqa: E402
+from pre_kernels.check import cases, memory  # noqa: E402
+from pre_kernels.check import promises as checked  # noqa: E402
+from pre_kernels.check.device import Cpu  # noqa: E402
+from pre_kernels.check.rule import Case, Judge, run  # noqa: E402
 
 TINY = shapes.BY_NAME["tiny"]
 STAMP = {"device", "torch", "triton", "date", "commit", "source"}
@@ -120,7 +122,7 @@ def test_a_graph_that_was_not_chunked_is_no_measurement(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, options: function)
     case = shapes.case(TINY, torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="left the graph whole"):
-        oracle.run(compositions.compiled_in_chunks(), case)
+        run(compositions.compiled_in_chunks(), case)
 
     def chunked(**arguments):
         metrics.num_auto_chunking += 1
@@ -157,7 +159,7 @@ def test_fp8_is_measured_where_the_device_has_it(monkeypatch):
 def test_the_formula_of_the_peak_knows_each_implementation(impl):
     assert f"ours-{impl}" in peers.BY_NAME
     assert peers.workspace(f"ours-{impl}", torch.device("cuda")) >= 1 << 20
-    assert suite.formula(TINY, torch.bfloat16, 100) == 4 * 96 * (128 + 64) + 200 * 128 * 2 + 100
+    assert cases.formula(TINY, torch.bfloat16, 100) == 4 * 96 * (128 + 64) + 200 * 128 * 2 + 100
 
 
 @pytest.mark.parametrize("rows", shapes.ROWS)
@@ -166,7 +168,7 @@ def test_a_graph_is_replayed_on_other_rows(rows, frozen):
     """A stand-in for a CUDA graph: what it replays reads the rows anew, or wrongly those of its capture."""
     case = shapes.case(TINY, torch.float32, torch.device("cpu"), rows)
     step = peers.step(fused_pre_loss, case)
-    then = oracle.Case(case.tensors, case.rows.clone(), upstream=case.upstream)
+    then = Case(case.tensors, case.rows.clone(), upstream=case.upstream)
 
     def capture(step):
         got = step()
@@ -178,13 +180,13 @@ def test_a_graph_is_replayed_on_other_rows(rows, frozen):
 
         return replay, got
 
-    result = promises.graph(Cpu(), step, case, capture)
-    assert result["outcome"] == "captured, " + (
+    outcome, _ = checked.graph(Cpu(), step, case, capture)
+    assert outcome == "captured, " + (
         "but its gradients differ once the rows have changed" if frozen else "same gradients"
     )
     assert torch.equal(case.rows, then.rows)
     if rows == "mask":
-        assert 0 < promises._others(case.rows).sum() < case.rows.sum()
+        assert 0 < checked.others(case.rows).sum() < case.rows.sum()
 
 
 def test_a_promise_that_is_broken_is_told():
@@ -195,12 +197,12 @@ def test_a_promise_that_is_broken_is_told():
         torch._dynamo.graph_break()
         return reference.pre_loss(**arguments)
 
-    assert promises.outcome(lambda: promises._fullgraph(breaks, case)).startswith("Unsupported")
+    assert promises.outcome(lambda: checked.fullgraph(breaks, case)).startswith("Unsupported")
 
     def wrong(**arguments):
         return reference.pre_loss(**arguments) * (1.01 if torch.compiler.is_compiling() else 1)
 
-    assert "gradients differ" in promises.outcome(lambda: promises._fullgraph(wrong, case))
+    assert "gradients differ" in promises.outcome(lambda: checked.fullgraph(wrong, case))
 
 
 @pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
+import statistics
 import subprocess
 import time
 import warnings
@@ -18,7 +18,7 @@ import torch
 
 MIB = 2**20
 FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far
-HEAD_START = 2_000_000  # clock cycles, about 1 ms: the host queues the step while the GPU spins
+HEAD_START = 4_000_000  # clock cycles, about 2 ms: the host queues the step while the GPU spins
 
 
 class Cpu:
@@ -37,6 +37,10 @@ class Cpu:
         step()
         return (time.perf_counter() - start) * 1e3
 
+    def enqueue_us(self, step: Callable[[], Any]) -> float | None:
+        """None: a step is done when it returns."""
+        return None
+
     @contextmanager
     def syncs_forbidden(self) -> Iterator[None]:
         yield
@@ -52,18 +56,12 @@ class Cuda:
 
     def describe(self) -> dict[str, Any]:
         """The clocks are those of this moment, just after work: no setting of the card is touched."""
-        names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
-        values: list[str] = []
-        if shutil.which("nvidia-smi"):
-            command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-            out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-            values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
         major, minor = torch.cuda.get_device_capability()
         return {
             "device": torch.cuda.get_device_name(),
             "capability": f"{major}.{minor}",
             "cuda": torch.version.cuda or torch.version.hip,
-            **dict(zip(names, values, strict=False)),
+            **_card(),
         }
 
     def synchronize(self) -> None:
@@ -77,13 +75,25 @@ class Cuda:
         """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.scratch.zero_()
-        if hasattr(torch.cuda, "_sleep"):
-            torch.cuda._sleep(HEAD_START)
+        _spin()
         start.record()
         step()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+
+    def enqueue_us(self, step: Callable[[], Any]) -> float | None:
+        """Microseconds in which the host queues a step, while the GPU is busy with something else; the median of a few.
+        A step that makes the host wait counts the wait too."""
+        samples = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            _spin()
+            start = time.perf_counter()
+            step()
+            samples.append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+        return statistics.median(samples)
 
     def peak(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[float, float]:
         """MiB allocated at the peak of a step beyond what was there before it, and MiB of the gradients returned."""
@@ -109,10 +119,27 @@ class Cuda:
 
 
 def current() -> Cpu | Cuda:
-    """The GPU if there is one, unless BENCH_DEVICE=cpu."""
-    if torch.cuda.is_available() and os.environ.get("BENCH_DEVICE") != "cpu":
+    """The GPU if there is one, unless kernels are interpreted."""
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return Cuda()
     return Cpu()
+
+
+def _spin() -> None:
+    if hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(HEAD_START)
+
+
+def _card() -> dict[str, str | None]:
+    """What nvidia-smi says of the first card; None where it says nothing, or not in time."""
+    names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        out = ""
+    values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
+    return dict.fromkeys(names) | dict(zip(names, values, strict=False))
 
 
 def _cpu_name() -> str:
