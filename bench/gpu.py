@@ -89,7 +89,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     few = "torch and no_rows_with_zero" if dry else "not random_options"
     yield Part("loss tests", _pytest("tests/test_loss.py", "-k", few, workers=cores), 60)
     yield Part("guarantees", _module("bench.profiling", "syncs", *size), 40)
-    peers = ["floor", "eager"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
+    peers = ["floor", "ours-torch"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
     yield Part("kernel times", _module("bench.profiling", "kernels", *size, "--peers", *peers), 22)
     tile = ["--n", "80", "--d", "64", "--m", "96", "--dtype", dtype] if dry else ["--kinds", "descriptor"]
     for role in ("project", "weight_grad"):
@@ -101,7 +101,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     yield suite("hot caches", 12, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
     yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 14)
     yield from _ncu(size, 10)
-    few = "torch and random_options and 1-" if dry else "random_options"
+    few = "torch and random_options and 119" if dry else "random_options"
     yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 14)
 
 

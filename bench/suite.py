@@ -90,7 +90,7 @@ def measure(
             results[name] |= extra.get(name, {})
             yield told(name)
         for name in steps if not extra else ():
-            extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory)
+            extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory and not hot)
 
 
 def _judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
