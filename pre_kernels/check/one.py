@@ -110,7 +110,7 @@ class Checks:
             given = case(self.small, self.dtype, place)
             given.rows, given.options = rows.to(place), options
             found.append(self._error(given, f"{name}: "))
-        return next((one for one in found if one.outcome == "fail"), max(found, key=lambda one: one.values["worst"]))
+        return next((one for one in found if one.outcome == "fail"), max(found, key=lambda one: one.values["share"]))
 
     def real_error(self) -> Found:
         if short := self._short(torch.float64):
@@ -120,13 +120,9 @@ class Checks:
     def _error(self, given: Case, of: str = "") -> Found:
         gate = GATES.get(self.impl)
         verdict = Judge(given)(self.function, gate)
-        values = {"error_ratio": verdict.error_ratio, "relative": verdict.relative}
-        values["worst"] = verdict.relative if gate else verdict.error_ratio
-        if verdict.failure:
-            return Found("fail", of + verdict.failure, values)
-        if gate:
-            return Found("pass", f"relative rms error {verdict.relative:.3f}, at most {gate} allowed", values)
-        return Found("pass", f"{verdict.error_ratio:.2f} × eager's error", values)
+        rule = f"a relative rms error of {gate}" if gate else "the rule"
+        says = of + verdict.failure if verdict.failure else f"{verdict.share:.2f} × {rule}"
+        return Found("fail" if verdict.failure else "pass", says, verdict._asdict())
 
     def sync(self) -> Found:
         if isinstance(self.device, Cpu):
@@ -201,10 +197,8 @@ class Checks:
             want += FLUSH
         if free is None or want <= free:
             return None
-        size = f"--rows {self.real.selected} of --width {self.real.d}"
-        return Found(
-            "skip", f"{size} would take {want / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: want smaller ones"
-        )
+        size = f"--rows {self.real.selected} of --width {self.real.d} take {want / 2**30:.1f} GiB"
+        return Found("skip", f"{size}, of which {free / 2**30:.1f} are free; want fewer, or narrower ones")
 
 
 def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:
@@ -217,6 +211,35 @@ def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:
 
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def report(checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Callable[[], object]) -> None:
+    """Run them in order and `tell` of each; `wait` returns when the device is free for what is large or timed, and
+    something false where nobody listens any more."""
+    small = (checks.small_error, checks.sync, checks.graph, checks.fullgraph)
+    large = (checks.real_error, checks.peak, checks.time) if checks.timed else ()
+    for number, check in enumerate(small + large):
+        if number == len(small):
+            tell({"ready": True})
+            if not wait():
+                return
+        tell({"begin": NAMES[number]})
+        began, trace, lost = time.monotonic(), None, False
+        try:
+            found = check()
+        except Exception as error:
+            found, trace = Found("fail", first_line(error)), traceback.format_exc()
+        try:
+            checks.device.synchronize()  # an error of a kernel may show only here
+        except Exception as error:
+            found, lost = Found("fail", f"{first_line(error)}; no more checks on a device in this state"), True
+            trace = trace or traceback.format_exc()
+        checks.failed |= found.outcome == "fail" and check in (checks.small_error, checks.real_error)
+        seconds = round(time.monotonic() - began, 3)
+        tell({"check": NAMES[number], **found._asdict(), "traceback": trace, "seconds": seconds})
+        if lost:
+            break
+    tell({"done": True})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,33 +258,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checks = Checks(options.impl, options.width, options.rows, options.dtype)
     if options.peak:
-        return tell(checks.resident())
-    do = (checks.small_error, checks.sync, checks.graph, checks.fullgraph, checks.real_error, checks.peak, checks.time)
-    for name, check in zip(NAMES, do, strict=True):
-        if check == checks.real_error:
-            if not checks.timed:
-                break  # sizes for which the interpreter would take hours
-            tell({"ready": True})
-            if not sys.stdin.readline():  # nobody listens any more
-                return None
-        tell({"begin": name})
-        began, trace, lost = time.monotonic(), None, None
-        try:
-            found = check()
-        except Exception as error:
-            found, trace = Found("fail", first_line(error)), traceback.format_exc()
-        try:
-            checks.device.synchronize()  # an error of a kernel may show only here
-        except Exception as error:
-            lost = first_line(error)
-            found, trace = Found("fail", f"{lost}; the device is lost to this process"), trace or traceback.format_exc()
-        checks.failed |= found.outcome == "fail" and "error" in name
-        seconds = round(time.monotonic() - began, 3)
-        tell({"check": name, **found._asdict(), "traceback": trace, "seconds": seconds})
-        if lost:
-            break
-    tell({"done": True})
-    return None
+        tell(checks.resident())
+    else:
+        report(checks, tell, sys.stdin.readline)
 
 
 if __name__ == "__main__":
