@@ -29,7 +29,7 @@ from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.diagnostics import LayerReport
 
-from . import memory, record, report
+from . import ROOT, record, report
 
 OBJECTS = 8
 TOLERANCE = 1e-5  # of means of cosines, for float32 products
@@ -207,7 +207,7 @@ def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) ->
     if reason := resident.missing():
         return {"memory_unavailable": reason}
     arguments = ("--patches", str(patches), "--width", str(width), "--peak", name)
-    return memory.fresh("bench.diagnostics", *arguments)
+    return resident.fresh("bench.diagnostics", *arguments, folder=ROOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

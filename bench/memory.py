@@ -11,30 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from typing import Any
 
-from pre_kernels.check.memory import second
+from pre_kernels.check.memory import fresh, second
 
 from . import ROOT
 
 
 def peak(shape: str, dtype: str, peer: str, rows: str) -> tuple[float, float]:
     """(peak, returned) in MiB of `peer`, measured in a fresh process."""
-    result = fresh("bench.memory", shape, dtype, peer, rows)
+    result = fresh("bench.memory", shape, dtype, peer, rows, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]
-
-
-def fresh(module: str, *arguments: str) -> dict[str, Any]:
-    """What a module prints last, as JSON, run in a process of its own that maps large blocks one by one."""
-    command = [sys.executable, "-m", module, *arguments]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> d
     """With the times of a replay and of the step itself, where the graph holds what it should."""
     step = peers.step(function, case)
     outcome, replay = checks.graph(device, step, case)
-    if outcome != "captured, same gradients":
+    if outcome != checks.HELD:
         return {"outcome": outcome}
     times = interleaved(device, {"graph": replay, "step": step}, 0.5)
     return {"outcome": outcome} | {f"{name}_ms": spread(samples)["median_ms"] for name, samples in times.items()}

@@ -119,3 +119,10 @@ def workspace(impl: str, device: torch.device) -> int:
     steps: Any = steps_of("blas" if impl == "fp8" else impl)
     default = steps.workspace
     return default[device.type] if isinstance(default, dict) else default
+
+
+def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
+    """Bytes for inputs, gradients and what eager keeps of a call between its forward and backward: a little more than
+    was measured."""
+    elements = shape.rows * max(shape.d, shape.z) + shape.selected * shape.m + shape.m * max(shape.d, shape.z)
+    return 6 * elements * dtype.itemsize + workspace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -37,6 +38,11 @@ class Cpu:
         step()
         return (time.perf_counter() - start) * 1e3
 
+    def free(self) -> int | None:
+        """Bytes that can still be allocated; None where the system does not say."""
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+        return int(match[1]) << 10 if match else None
+
     def enqueue_us(self, step: Callable[[], Any]) -> float | None:
         """None: a step is done when it returns."""
         return None
@@ -66,6 +72,11 @@ class Cuda:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def free(self) -> int | None:
+        """Bytes that can still be allocated."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
 
     def sample(self, step: Callable[[], Any]) -> float:
         """Milliseconds of one step between two events, from a cold L2 cache and with its launches queued ahead.
@@ -143,9 +154,12 @@ def _card() -> dict[str, str | None]:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # another system
+        return ""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,3 +44,15 @@ def second(step: Callable[[], Any]) -> tuple[float, Any]:
     RESET.write_text("5")  # the peak restarts from what is resident now
     returned = step()
     return _resident("VmHWM") - before, returned
+
+
+def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str, Any]:
+    """What a module prints last, as JSON, run in `folder` in a process of its own, which maps large blocks one by one:
+    what is counted is in use then. By default glibc keeps some that are free, a seventh more or less from run to run.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])

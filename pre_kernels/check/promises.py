@@ -15,6 +15,8 @@ from .cases import Step, step
 from .device import Cpu, Cuda
 from .rule import Case
 
+HELD, WHOLE = "captured, same gradients", "no break"  # what `graph` and `fullgraph` say where all is well
+
 
 def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str:
     """A step after the first, in which the host must not wait for the device."""
@@ -34,7 +36,7 @@ def fullgraph(function: Callable[..., Tensor], case: Case, backend: str = "induc
     torch.compiler.reset()
     wanted = step(function, case)()
     whole = torch.compile(lambda **arguments: function(**arguments), fullgraph=True, backend=backend)
-    return "no break" if same(step(whole, case)(), wanted) else "no break, but its gradients differ"
+    return WHOLE if same(step(whole, case)(), wanted) else "no break, but its gradients differ"
 
 
 def graph(
@@ -58,7 +60,7 @@ def graph(
             return "captured, but its gradients differ once the rows have changed", replay
     finally:
         rows.copy_(given)
-    return "captured, same gradients", replay
+    return HELD, replay
 
 
 def others(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,30 +90,32 @@ class Comparison(NamedTuple):
         return ours - oracle - rest, eager - oracle - rest, oracle
 
 
-def judge(one: Comparison) -> None:
-    """The error rule, of a call's tensor. Raises AssertionError, also under `python -O`."""
+def judge(one: Comparison) -> float:
+    """The error rule, of a call's tensor: the share of it that was used up. Raises AssertionError beyond 1, also under
+    `python -O`."""
     name, ours, eager, oracle, eps, few, _ = one
     _require(ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}")
     same = torch.equal(ours.isfinite(), eager.isfinite())
     _require(same, f"{name}: not finite where eager is, or finite where eager is not")
-    judge_errors(name, *one.errors(), eps, few)
+    return judge_errors(name, *one.errors(), eps, few)
 
 
-def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> None:
+def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> float:
     """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
     eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
     itself: the scale knows nothing of cancellation inside a row)."""
     if ours.numel() == 0:
-        return
+        return 0.0
     largest, baseline = ours.abs().max().item(), eager.abs().max().item()
     if few is None:
         rms = [x.square().mean().sqrt().item() for x in (ours, eager, oracle)]
-        bound = 1.1 * rms[1] + 0.5 * eps * rms[2]
-        _require(rms[0] <= bound, f"{name}: rms error {rms[0]:.3e} > {bound:.3e} (eager {rms[1]:.3e})")
-        bound = 2 * baseline + eps * oracle.abs().max().item()
+        bounds = [("rms", rms[0], 1.1 * rms[1] + 0.5 * eps * rms[2], rms[1])]
+        bounds += [("max", largest, 2 * baseline + eps * oracle.abs().max().item(), baseline)]
     else:
-        bound = baseline + 2 * eps * few
-    _require(largest <= bound, f"{name}: max error {largest:.3e} > {bound:.3e} (eager {baseline:.3e})")
+        bounds = [("max", largest, baseline + 2 * eps * few, baseline)]
+    for kind, error, bound, of_eager in bounds:
+        _require(error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} (eager {of_eager:.3e})")
+    return max((error / bound if bound else 0.0) for _, error, bound, _ in bounds)
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -124,6 +127,7 @@ class Verdict(NamedTuple):
     failure: str | None  # what was outside the rule; None = nothing
     error_ratio: float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
     relative: float  # the largest rms error over the gradients, each ÷ that gradient's own rms
+    share: float  # of the rule, or of the gate, used up by the worst tensor; nan beyond the rule
     wrong: bool  # and not merely rounded worse than the rule allows, which is a finding and no reason to hide a peer
 
 
@@ -148,16 +152,21 @@ class Judge:
         relative = _largest(self._rms(name, value) / _rms(self.truth[name]) for name, value in many.items())
         if gate is not None:
             loss = self._rms("loss", result["loss"]) / self.scale
-            if relative <= gate and loss <= gate:
-                return Verdict(None, ratio, relative, False)
-            return Verdict(f"relative error {relative:.3g}, of the loss {loss:.3g} > {gate}", ratio, relative, True)
+            share = _largest((relative / gate, loss / gate))
+            if share <= 1:
+                return Verdict(None, ratio, relative, share, False)
+            failure = f"relative error {relative:.3g}, of the loss {loss:.3g} > {gate}"
+            return Verdict(failure, ratio, relative, share, True)
+        share = 0.0
         try:
             for name, value in result.items():
                 few = self.scale if value.numel() < 64 else None
-                judge(Comparison(name, value, self.eager[name], self.truth[name], eps, few))
+                one = Comparison(name, value, self.eager[name], self.truth[name], eps, few)
+                share = max(share, judge(one))
         except AssertionError as error:
-            return Verdict(str(error), ratio, relative, not ratio < WRONG[self.case.product_dtype.itemsize])
-        return Verdict(None, ratio, relative, False)
+            wrong = not ratio < WRONG[self.case.product_dtype.itemsize]
+            return Verdict(str(error), ratio, relative, math.nan, wrong)
+        return Verdict(None, ratio, relative, share, False)
 
     def _rms(self, name: str, value: Tensor) -> float:
         return _rms(value.double() - self.truth[name])
