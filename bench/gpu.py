@@ -78,8 +78,8 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
         return Part(name, _module("bench.suite", shape, dtype, "--peers", *peers, *more), limit)
 
     yield Part("ceilings", _module("bench.profiling", "ceilings", *size), 15)
-    check = ["torch", "--width", "64", "--rows", "64"] if dry else ["blas", "triton", "fp8"]
-    yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), "--impl", *check), 30)
+    check = ["--impl", "torch", "--width", "64", "--rows", "64"] if dry else []
+    yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), *check), 30)
     yield suite("blas", 35, main, ["floor", "eager", "ours-blas", "ours-fp8"])
     yield suite("triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3")
     yield suite("N = 256", 20, small, ["floor", "eager", "ours-blas", "ours-triton"], "--seconds", "3")

@@ -98,7 +98,7 @@ def workspace(
     device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = (), mibs: Iterable[int] = MIBS
 ) -> Records:
     """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor."""
-    if reason := suite.too_large(shape, shapes.DTYPES[dtype], device):
+    if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from pre_kernels.check import memory as resident
-from pre_kernels.check.cases import formula
-from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.cases import formula, needed
+from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
 from . import memory, peers, record, report, shapes
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
-ACTIVATIONS = 4  # float64 matrices of N × m or z that judging holds at once, as seen on a CPU
 
 Records = Iterator[dict[str, Any]]
 
@@ -61,7 +60,7 @@ def measure(
     def told(name: str) -> dict[str, Any]:
         return {**about, "peer": name, **results[name], **stamp}
 
-    if lack := too_large(shape, torch_dtype, device):
+    if lack := too_large(shape, device):
         for name in results:
             results[name] = {"unavailable": lack}
             yield told(name)
@@ -131,22 +130,12 @@ def timed(milliseconds: list[float], floor: list[float] | None) -> dict[str, flo
     return {**spread(milliseconds), **({"floor_ms": spread(floor)["median_ms"]} if floor else {})}
 
 
-def too_large(shape: shapes.Shape, dtype: torch.dtype, device: Cpu | Cuda) -> str | None:
-    """Why a GPU cannot hold what judging takes, by an estimate: float64 copies of every input and gradient, those of
-    eager, and the activations between; None if it can."""
-    if device.kind == "cpu":
+def too_large(shape: shapes.Shape, device: Cpu | Cuda) -> str | None:
+    """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it fits."""
+    need, free = needed(shape, torch.float64, FLUSH), device.free()
+    if free is None or need <= free:
         return None
-    wide, narrow = 8, dtype.itemsize
-    inputs = shape.rows * (shape.d + shape.z) + shape.m * (shape.d + shape.z)
-    grads = shape.rows * shape.d + shape.m * (shape.d + shape.z)
-    need = (
-        inputs * (narrow + wide)
-        + grads * (2 * wide + 2 * narrow)
-        + ACTIVATIONS * wide * shape.selected * max(shape.m, shape.z)
-    )
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    gib = 1 << 30
-    return f"judging it takes about {need / gib:.0f} GiB, {free / gib:.0f} are free" if need > free else None
+    return f"judging it takes {need / 2**30:.0f} GiB, of which {free / 2**30:.0f} are free"
 
 
 def _beside(

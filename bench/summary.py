@@ -63,7 +63,16 @@ def _head(records: Sequence[Record]) -> list[str]:
 
 
 def _check(checked: Record) -> list[str]:
-    return _few([f"check {one['impl']}: {one['outcome']}" for one in checked.get("results", [])], 3)
+    """A line for each implementation, with the first thing that is wrong with it."""
+    results: dict[str, list[Record]] = {}
+    for one in checked.get("results", []):
+        results.setdefault(one["impl"], []).append(one)
+    texts = []
+    for impl, found in results.items():
+        wrong = [f"{one['check']}: {one['says']}" for one in found if one["outcome"] == "fail"]
+        passed = sum(one["outcome"] == "pass" for one in found)
+        texts.append("; ".join([f"check {impl}: {passed} passed, {len(wrong)} failed", *wrong[:1]]))
+    return _few(texts, 3)
 
 
 def _speeds(records: Sequence[Record]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_bench import ROOT, STAMP, TINY
 
-from bench import gpu, live_report, record, shapes, suite, sweep, training
+from bench import gpu, live_report, memory, profiling, record, shapes, suite, sweep, training
 from pre_kernels.check.device import Cpu, Cuda
 
 PYTHON = [sys.executable, "-c"]
@@ -71,6 +71,7 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     # this machine may be slower than one with a GPU
     slow = [part._replace(limit=part.limit + 60.0 * (name != "ceilings")) for name, part in parts.items()]
     monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter(slow))
+    monkeypatch.setattr(memory, "peak", lambda *arguments: (3.0, 1.0))  # a process each; other tests have it
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
     sound(lines)
@@ -293,16 +294,14 @@ def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
 
 
 def test_a_shape_that_the_memory_cannot_hold_is_not_tried(monkeypatch):
-    gib = 1 << 30
-    for name, value in (("mem_get_info", (gib, gib)), ("memory_reserved", 0), ("memory_allocated", 0)):
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    device, torch_dtype = Cuda(), torch.bfloat16
-    assert suite.too_large(TINY, torch_dtype, device) is None
-    monkeypatch.setattr(record, "stamp", lambda device: {"date": "now"})
-    (line,) = suite.measure(shapes.BY_NAME["qwen25vl-72b"], "bf16", device, ["ours-blas"])
-    assert line["unavailable"].endswith(" GiB, 1 are free")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * gib, 80 * gib))
-    assert all(suite.too_large(shape, torch_dtype, device) is None for shape in shapes.GPU)
+    monkeypatch.setattr(Cpu, "free", lambda self: 1 << 30)
+    assert suite.too_large(TINY, Cpu()) is None
+    (line,) = suite.measure(shapes.BY_NAME["qwen25vl-72b"], "bf16", Cpu(), ["ours-blas"])
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    (line,) = profiling.workspace(Cpu(), shapes.BY_NAME["qwen25vl-72b"], "bf16")
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    monkeypatch.setattr(Cpu, "free", lambda self: 79 << 30)
+    assert all(suite.too_large(shape, Cpu()) is None for shape in shapes.GPU)
 
 
 def test_training_is_tried_where_it_fits(monkeypatch):

@@ -44,6 +44,10 @@ def test_a_run_that_met_its_goals():
     assert hints(text) == ["  nothing that these rules know of"]
 
 
+CHECKED = [
+    {"impl": "blas", "check": "error", "outcome": "pass", "says": "fine"},
+    {"impl": "blas", "check": "time", "outcome": "fail", "says": "slow"},
+]
 MAIN = {"kind": "loss", "shape": goals.MAIN, "selection": "index"}
 RULES = {
     "slow blas": (
@@ -127,8 +131,8 @@ def test_the_last_run_of_a_folder_and_its_check(tmp_path):
     for run, outcome in (("2026-01-02T00:00:00Z", "exit 1"), ("2026-01-03T00:00:00Z", "exit 0"), (None, "exit 9")):
         one = {**part("blas", outcome), "run": run}
         record.append(tmp_path / "gpu.jsonl", {name: value for name, value in one.items() if value})
-    (tmp_path / "check.json").write_text(json.dumps({"results": [{"impl": "blas", "outcome": "PASS"}]}))
+    (tmp_path / "check.json").write_text(json.dumps({"results": CHECKED}))
     text = summary.of_folder(tmp_path)
     assert "parts: 1 of 1 well" in text
-    assert "  check blas: PASS" in text
+    assert "  check blas: 1 passed, 1 failed; time: slow" in text
     assert summary.of_folder(tmp_path / "nowhere") == ["no records"]

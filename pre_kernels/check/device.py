@@ -19,6 +19,7 @@ import torch
 
 MIB = 2**20
 FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far
+SILENT = "PRE_KERNELS_NO_SMI"  # set once nvidia-smi was too slow: what this process starts does not wait for it again
 HEAD_START = 4_000_000  # clock cycles, about 2 ms: the host queues the step while the GPU spins
 
 
@@ -146,9 +147,12 @@ def _card() -> dict[str, str | None]:
     names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
-        out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        silent = SILENT in os.environ
+        out = "" if silent else subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
+    except OSError:
         out = ""
+    except subprocess.TimeoutExpired:
+        out, os.environ[SILENT] = "", "1"
     values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
     return dict.fromkeys(names) | dict(zip(names, values, strict=False))
 
