@@ -1,5 +1,6 @@
 """The script for GPU machines: every stage dry, and what hangs, crashes, is stopped or is missing."""
 
+import argparse
 import importlib
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 from test_bench import ROOT, STAMP, TINY
 
 from bench import gpu, live_report, memory, profiling, record, shapes, suite, sweep, training
+from pre_kernels.check import device as check_device
 from pre_kernels.check.device import Cpu, Cuda
 
 PYTHON = [sys.executable, "-c"]
@@ -102,9 +104,26 @@ def test_the_plan_of_the_run_fits_its_time(tmp_path, monkeypatch):
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
     assert names.index("ncu") > names.index("workspace")
+
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, argv):
+        parsed(parser, argv)
+        raise Parsed
+
+    parsed = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     for part in parts:  # each command is one that its module takes
-        module, arguments = part.command[-len(part.command) + part.command.index("-m") + 1 :][0], part.command
-        assert importlib.util.find_spec(module), arguments
+        module, *arguments = part.command[part.command.index("-m") + 1 :]
+        if module == "pytest":
+            files = [word for word in arguments if word.startswith("tests/")]
+            assert files
+            assert all((ROOT / file).exists() for file in files)
+        else:
+            with pytest.raises(Parsed):
+                importlib.import_module(module).main(arguments)
+    assert "def test_random_options(" in (ROOT / "tests" / "test_loss.py").read_text()
 
 
 def gone(process):
@@ -336,3 +355,17 @@ def test_the_sources_of_a_record_are_all_that_is_measured(tmp_path, monkeypatch)
     monkeypatch.setattr(record, "_git", lambda *words: asked.append(words) or "text")
     assert record._commit.__wrapped__() == "text-dirty"
     assert {"pre_kernels", "integrations", "bench"} <= set(asked[-1])
+
+
+def test_nvidia_smi_that_hangs_is_waited_for_once(monkeypatch):
+    asked = []
+
+    def hangs(command, **options):
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setenv(check_device.SILENT, "")
+    monkeypatch.delenv(check_device.SILENT)
+    monkeypatch.setattr(check_device.subprocess, "run", hangs)
+    assert check_device._card() == check_device._card()
+    assert len(asked) == 1
