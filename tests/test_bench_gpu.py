@@ -14,7 +14,6 @@ import torch
 from test_bench import ROOT, STAMP, TINY
 
 from bench import gpu, live_report, memory, profiling, record, shapes, suite, sweep, training
-from pre_kernels.check import device as check_device
 from pre_kernels.check.device import Cpu, Cuda
 
 PYTHON = [sys.executable, "-c"]
@@ -291,7 +290,7 @@ def test_both_names_of_a_lost_device():
 
 def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
     names = ["floor", "eager", "ours-torch"]
-    whole = list(suite.measure(TINY, "fp32", Cpu(), names, seconds=0.1, with_memory=False))
+    whole = list(suite.measure(TINY, "fp32", Cpu(), names, seconds=30, with_memory=False))
     assert [one["peer"] for one in whole] == ["eager", "ours-torch", *names, *names]
     assert all("median_ms" not in one and one["error_ratio"] > 0 for one in whole[:2])
     assert all(one["floor_ms"] == whole[2]["median_ms"] for one in whole[2:5])
@@ -355,17 +354,3 @@ def test_the_sources_of_a_record_are_all_that_is_measured(tmp_path, monkeypatch)
     monkeypatch.setattr(record, "_git", lambda *words: asked.append(words) or "text")
     assert record._commit.__wrapped__() == "text-dirty"
     assert {"pre_kernels", "integrations", "bench"} <= set(asked[-1])
-
-
-def test_nvidia_smi_that_hangs_is_waited_for_once(monkeypatch):
-    asked = []
-
-    def hangs(command, **options):
-        asked.append(command)
-        raise subprocess.TimeoutExpired(command, options["timeout"])
-
-    monkeypatch.setenv(check_device.SILENT, "")
-    monkeypatch.delenv(check_device.SILENT)
-    monkeypatch.setattr(check_device.subprocess, "run", hangs)
-    assert check_device._card() == check_device._card()
-    assert len(asked) == 1

@@ -10,6 +10,13 @@ from pre_kernels.check import device
 from pre_kernels.check.device import Cpu, Cuda
 
 
+@pytest.fixture(autouse=True)
+def answers(monkeypatch):
+    """What one test sets, the next does not find."""
+    monkeypatch.setenv(device.SILENT, "")
+    monkeypatch.delenv(device.SILENT)
+
+
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("nvidia-smi", 20), FileNotFoundError("nvidia-smi")])
 def test_what_nvidia_smi_does_not_say_is_missing(monkeypatch, error):
     def run(*arguments, **options):
@@ -22,6 +29,18 @@ def test_what_nvidia_smi_does_not_say_is_missing(monkeypatch, error):
     assert said["device"] == "a card"
     assert said["clocks.sm"] is None
     assert said["driver_version"] is None
+
+
+def test_what_hangs_is_waited_for_once(monkeypatch):
+    asked = []
+
+    def hangs(command, **options):
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert device._card() == device._card()
+    assert len(asked) == 1
 
 
 def test_what_nvidia_smi_says(monkeypatch):
