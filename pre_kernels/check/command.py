@@ -129,8 +129,12 @@ class Child:
 
     def obituary(self) -> dict[str, Any] | None:
         """The record of a process that did not come to its end, by itself or ended here; None of one that did."""
-        hung = not self.finished and self.late() and self.kill()
-        status = self.process.wait()
+        hung = False
+        try:
+            status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            hung = self.kill()
+            status = self.process.wait()
         if self.finished and status == 0:
             return None
         self.stderr.seek(0)
