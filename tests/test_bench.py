@@ -12,9 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import compositions, goals, peers, promises, record, report, shapes, suite  # noqa: E402
+from bench import compositions, goals, peers, profiling, promises, record, report, shapes, suite, sweep, training  # noqa: E402  # noqa: E402
 from pre_kernels import reference  # noqa: E402
-from pre_kernels.check.device import Cpu  # noqa: E402
+from pre_kernels.check.device import Cpu, Cuda  # noqa: E402
 from pre_kernels.check.rule import Judge, run  # noqa: E402
 
 TINY = shapes.BY_NAME["tiny"]
@@ -168,3 +168,71 @@ def test_shapes_are_consistent():
     assert case.upstream != 1
     with pytest.raises(ValueError, match="shape: got"):
         shapes.plan(torch.device("cpu"), ["nonsense"])
+
+
+def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
+    names = ["floor", "eager", "ours-torch"]
+    whole = list(suite.measure(TINY, "fp32", Cpu(), names, seconds=30, with_memory=False))
+    assert [one["peer"] for one in whole] == ["eager", "ours-torch", *names, *names]
+    assert all("median_ms" not in one and one["error_ratio"] > 0 for one in whole[:2])
+    assert all(one["floor_ms"] == whole[2]["median_ms"] for one in whole[2:5])
+    assert all(late["samples"] > early["samples"] for early, late in zip(whole[2:5], whole[5:], strict=True))
+
+    sampled = []
+
+    def ends(device, steps, seconds, **options):
+        sampled.append(seconds)
+        if len(sampled) > 1:
+            raise KeyboardInterrupt
+        return {name: [2.0, 3.0] for name in steps}
+
+    monkeypatch.setattr(suite, "interleaved", ends)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        kept.extend(suite.measure(TINY, "fp32", Cpu(), names, seconds=9.0, with_memory=False))
+    assert [one["median_ms"] for one in kept if "median_ms" in one] == [2.5] * 3
+
+
+def test_a_shape_that_the_memory_cannot_hold_is_not_tried(monkeypatch):
+    monkeypatch.setattr(Cpu, "free", lambda self: 1 << 30)
+    assert suite.too_large(TINY, Cpu()) is None
+    (line,) = suite.measure(shapes.BY_NAME["qwen25vl-72b"], "bf16", Cpu(), ["ours-blas"])
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    (line,) = profiling.workspace(Cpu(), shapes.BY_NAME["qwen25vl-72b"], "bf16")
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    monkeypatch.setattr(Cpu, "free", lambda self: 79 << 30)
+    assert all(suite.too_large(shape, Cpu()) is None for shape in shapes.GPU)
+
+
+def test_training_is_tried_where_it_fits(monkeypatch):
+    class Card:
+        total_memory = 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card)
+    assert training.lacks(Cuda(), training.LLAVA) == "needs a GPU of 100 GiB, this one has 80"
+    Card.total_memory = 140 << 30
+    assert training.lacks(Cuda(), training.LLAVA) is None
+    assert training.lacks(Cpu(), training.TINY) is None
+
+
+def test_tiles_that_cannot_be_tried(monkeypatch):
+    tiles = {"device": Cpu(), "role": "project", "n": 80, "d": 60, "m": 96, "dtype": "bf16"}
+    (line,) = sweep.tiles(**tiles, kinds=["descriptor"])
+    assert line["unavailable"] == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+    monkeypatch.setattr(sweep, "unavailable", lambda device, dtype: "triton is not installed")
+    (line,) = sweep.tiles(**tiles)
+    assert line["unavailable"] == "triton is not installed"
+
+
+def test_the_sources_of_a_record_are_all_that_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    hashes = set()
+    for folder in ("pre_kernels", "integrations"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text(folder)
+        hashes.add(record._source.__wrapped__())
+    assert len(hashes) == 2
+    asked = []
+    monkeypatch.setattr(record, "_git", lambda *words: asked.append(words) or "text")
+    assert record._commit.__wrapped__() == "text-dirty"
+    assert {"pre_kernels", "integrations", "bench"} <= set(asked[-1])
