@@ -12,7 +12,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import compositions, goals, peers, profiling, promises, record, report, shapes, suite, sweep, training  # noqa: E402  # noqa: E402
+from bench import (  # noqa: E402
+    compositions,
+    goals,
+    peers,
+    profiling,
+    promises,
+    record,
+    report,
+    shapes,
+    suite,
+    sweep,
+    training,
+)
 from pre_kernels import reference  # noqa: E402
 from pre_kernels.check.device import Cpu, Cuda  # noqa: E402
 from pre_kernels.check.rule import Judge, run  # noqa: E402
