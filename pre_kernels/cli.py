@@ -169,7 +169,7 @@ def check(options: argparse.Namespace) -> int:
         return fail(problem)
     try:
         return checking.check(options, facts())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(str(error))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,7 +11,6 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Cpu:
         """None: a step is done when it returns."""
         return None
 
-    @contextmanager
+    @contextlib.contextmanager
     def syncs_forbidden(self) -> Iterator[None]:
         yield
 
@@ -62,14 +62,13 @@ class Cuda:
         return torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
     def describe(self) -> dict[str, Any]:
-        """The clocks are those of this moment, just after work: no setting of the card is touched."""
-        major, minor = torch.cuda.get_device_capability()
-        return {
-            "device": torch.cuda.get_device_name(),
-            "capability": f"{major}.{minor}",
-            "cuda": torch.version.cuda or torch.version.hip,
-            **_card(),
-        }
+        """The clocks are those of this moment, just after work: no setting of the card is touched. What cannot be had,
+        as after a kernel's illegal access, is missing or None."""
+        said: dict[str, Any] = {"device": "a GPU", "cuda": torch.version.cuda or torch.version.hip, **_card()}
+        with contextlib.suppress(RuntimeError):
+            said["device"] = torch.cuda.get_device_name()
+            said["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        return said
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -117,7 +116,7 @@ class Cuda:
         kept = sum(x.nbytes for x in returned)
         return (torch.cuda.max_memory_allocated() - before) / MIB, kept / MIB
 
-    @contextmanager
+    @contextlib.contextmanager
     def syncs_forbidden(self) -> Iterator[None]:
         """Raises where PyTorch makes the host wait for the device."""
         before = torch.cuda.get_sync_debug_mode()

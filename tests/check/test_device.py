@@ -43,6 +43,15 @@ def test_what_hangs_is_waited_for_once(monkeypatch):
     assert len(asked) == 1
 
 
+def test_a_lost_device_is_described(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lost)
+    monkeypatch.setattr(device, "_card", lambda: {"power.draw": "9 W"})
+    assert Cuda().describe() == {"device": "a GPU", "cuda": torch.version.cuda, "power.draw": "9 W"}
+
+
 def test_what_nvidia_smi_says(monkeypatch):
     out = "550.1, 1980 MHz, 2619 MHz, 1980 MHz, 120.5 W, 41\n1, 2, 3, 4, 5, 6\n"
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=out))
