@@ -78,10 +78,10 @@ mutate: $(INSTALLED)  ## small errors in the kernels and the Function, which the
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
 	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png
 
-peers: $(INSTALLED)  ## what is compared with, in .deps/peers, for a GPU machine that has no network
-	$(BIN)/pip install --quiet --no-deps --target .deps/peers liger-kernel
+peers: $(INSTALLED)  ## what is compared with, and xdist, in .deps/peers, for a GPU machine that has no network
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .deps/peers liger-kernel pytest-xdist execnet
 
-gpu:  ## on a machine with a GPU, with its own python3: GPU_STAGE=tests|sanitize|bench|peers|profile|sweep, results to $GPU_OUT
+gpu:  ## on a machine with a GPU, with its own python3: all that 500 s can tell, to $GPU_OUT (ARGS="--stage bench" for more)
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy

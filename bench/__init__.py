@@ -1,1 +1,5 @@
 """Measurements: speed, memory and correctness of the loss beside its peers, in one run. Not part of the wheel."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

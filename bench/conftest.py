@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pre_kernels.check.device import current
+
 from . import peers, record, report, shapes, suite
-from .device import current
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
@@ -66,11 +67,11 @@ def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str
         where = (shape, dtype, rows)
         if where not in kept:
             seconds = config.getoption("--seconds")
-            records = suite.measure(shape, dtype, device, together[where], seconds=seconds, rows=rows)
-            for one in records:
+            kept[where] = {}
+            for one in suite.measure(shape, dtype, device, together[where], seconds=seconds, rows=rows):
                 record.append(path, one)
-            config.stash[RECORDS] += records
-            kept[where] = {one["peer"]: one for one in records}
+                kept[where][one["peer"]] = one
+            config.stash[RECORDS] += kept[where].values()
         return kept[where]
 
     return measure

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pre_kernels.check import memory as resident
+from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.diagnostics import LayerReport
 
-from . import memory, record, report
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
+from . import ROOT, record, report
 
 OBJECTS = 8
 TOLERANCE = 1e-5  # of means of cosines, for float32 products
@@ -203,10 +204,10 @@ def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) ->
     """Memory beyond the features of one image and layer, at the peak of a step."""
     if isinstance(device, Cuda):
         return {"peak_mib": device.peak(lambda: step()[:0])[0]}
-    if reason := memory.missing():
+    if reason := resident.missing():
         return {"memory_unavailable": reason}
     arguments = ("--patches", str(patches), "--width", str(width), "--peak", name)
-    return memory.fresh("bench.diagnostics", *arguments)
+    return resident.fresh("bench.diagnostics", *arguments, folder=ROOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.peak:
         step = steps(arguments.patches, arguments.width, torch.device("cpu"))[arguments.peak]
-        print(json.dumps({"peak_mib": memory.second(step)[0]}))
+        print(json.dumps({"peak_mib": resident.second(step)[0]}))
         return 0
 
     device = current()

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm
 from pre_kernels.demo.measure import measure
 from pre_kernels.demo.parallel import Bar, each_seed, quiet
@@ -29,7 +30,6 @@ from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.diagnostics.measures import interval, spread
 
 from . import record
-from .device import Cpu
 from .report import into_readme, markdown, provenance
 
 DEPTH = Settings().layers

@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import numerics, record
-from .check import ROOT
-from .device import current
+from pre_kernels.check.device import current
+
+from . import ROOT, numerics, record
 from .report import markdown, plain_table
 
 SHARES = {"torch": 0.95, "triton": 0.025, "blas": 0.025}

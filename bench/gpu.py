@@ -1,22 +1,29 @@
 """The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton and pytest.
 
-    python -m bench.gpu --stage tests       the tests on the GPU: the kernels, the loss, the integrations
-    python -m bench.gpu --stage sanitize    every kernel under compute-sanitizer: memcheck, racecheck
-    python -m bench.gpu --stage bench       speed and memory beside the peers, over the real shapes
-    python -m bench.gpu --stage peers       the first two of them again, with the peers that compile for minutes
-    python -m bench.gpu --stage profile     kernels of a step, host syncs, graphs, workspace, first call, training step
-    python -m bench.gpu --stage sweep       N × m, and the tiles of the Triton products
-    GPU_STAGE=bench GPU_OUT=results python -m bench.gpu
-    python -m bench.gpu --stage sweep --dry-run     tiny sizes on whatever is here, to try the script itself
+    python -m bench.gpu                     all that a first run of 500 s can tell, in the order of its worth
+    python -m bench.gpu --summary FOLDER    the summary of a run's results once more
+    python -m bench.gpu --dry-run           tiny sizes on whatever is here, to try the script itself
 
-Run from the repository's root. Each stage ends before --limit seconds; results are appended as they come to one JSONL
-file in GPU_OUT (else bench/results). Every part runs in a process of its own: one that crashes or hangs costs its own
-figures alone.
+More of one kind, where there is more time:
+
+    --stage tests       the tests on the GPU: the kernels, the loss, the integrations
+    --stage sanitize    every kernel under compute-sanitizer: memcheck, racecheck
+    --stage bench       speed and memory beside the peers, over the real shapes
+    --stage peers       the first two of them again, with the peers that compile for minutes
+    --stage profile     kernels of a step, host syncs, graphs, workspace, first call, training step
+    --stage sweep       N × m, and the tiles of the Triton products
+
+Run from the repository's root; it ends before --limit seconds. Into the folder (--out, else
+GPU_OUT, else bench/results) go the records, appended to one JSONL file as they are measured,
+log.txt, what the parts printed, and summary.txt. Every part is a process that has to end by its
+place in the plan: one that fails or hangs costs its own figures alone, one that ends early leaves
+its time to the next. Where there is no .git, GIT_COMMIT names the commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -27,21 +34,24 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
-from .check import ROOT
+from . import ROOT
 
-LIMIT = 510.0  # seconds of a stage
-GRACE = 10.0  # between asking a part to stop and ending it
+LIMIT = 500.0  # seconds from the start of the command
+GRACE = 3.0  # between asking a part to stop and ending it
+LOG_FILE, LOG = "log.txt", 1 << 20  # bytes kept of what a part prints
 UNINSTALLED = Path(__file__).with_name("uninstalled")
-PEERS = ROOT / ".deps" / "peers"  # `make peers` puts there what is compared with, for a machine without a network
+PEERS = ROOT / ".deps" / "peers"  # `make peers` puts there what a machine without a network may lack
 
 
 class Part(NamedTuple):
     """A process of a stage."""
 
+    name: str
     command: list[str]
     limit: float  # seconds
-    log: str | None = None  # file for its output; None: the screen
+    log: str = LOG_FILE  # for its output
     settings: dict[str, str] = {}  # noqa: RUF012  of its environment, beside those of every part
 
 
@@ -49,18 +59,69 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
-def tests(dry: bool, out: Path) -> Iterator[Part]:
-    """The loss first, then what runs models. Triton compiles hundreds of variants: in parallel if xdist is there."""
+def _pytest(*arguments: str, workers: int = 1) -> list[str]:
+    """In several processes if xdist is there: Triton compiles hundreds of variants."""
     command = _module("pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider")
-    if importlib.util.find_spec("xdist") and not dry:
-        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    if workers > 1 and (importlib.util.find_spec("xdist") or (PEERS / "xdist").exists()):
+        # one that has lost the device ends, and another takes its place
+        command += ["-n", str(min(workers, os.cpu_count() or 1)), "--max-worker-restart", "200"]
+    return [*command, *arguments]
+
+
+def everything(dry: bool, out: Path) -> Iterator[Part]:
+    """The limits add up to 495 s. What is likely to fail comes after what is to be known in any case."""
+    main, small, dtype = ("tiny", "tiny", "fp32") if dry else ("llava15-7b-sft", "qwen25vl-7b-small", "bf16")
+    size, cores = ["--shape", main, "--dtype", dtype], 1 if dry else 14
+
+    def suite(name: str, limit: float, shape: str, peers: list[str], *more: str) -> Part:
+        peers = [*peers, "ours-torch"] if dry else peers  # a CPU has none of the others
+        return Part(name, _module("bench.suite", shape, dtype, "--peers", *peers, *more), limit)
+
+    yield Part("ceilings", _module("bench.profiling", "ceilings", *size), 15)
+    check = ["--impl", "torch", "--width", "64", "--rows", "64"] if dry else []
+    yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), *check), 30)
+    yield suite("blas", 35, main, ["floor", "eager", "ours-blas", "ours-fp8"])
+    yield suite("triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3")
+    yield suite("N = 256", 20, small, ["floor", "eager", "ours-blas", "ours-triton"], "--seconds", "3")
+    files = [f"tests/test_{name}.py" for name in ("kernels", "row_kernels", "fp8", "memory_safety")]
+    few = ["-k", "scatter and 130 or choose"] if dry else []
+    yield Part("kernel tests", _pytest(*files, *few, workers=cores), 55)
+    few = "torch and no_rows_with_zero" if dry else "not random_options"
+    yield Part("loss tests", _pytest("tests/test_loss.py", "-k", few, workers=cores), 60)
+    yield Part("guarantees", _module("bench.profiling", "syncs", *size), 40)
+    peers = ["floor", "ours-torch"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
+    yield Part("kernel times", _module("bench.profiling", "kernels", *size, "--peers", *peers), 22)
+    tile = ["--n", "80", "--d", "64", "--m", "96", "--dtype", dtype] if dry else ["--kinds", "descriptor"]
+    for role in ("project", "weight_grad"):
+        yield Part(f"tiles: {role}", _module("bench.sweep", "tiles", "--role", role, *tile, "--most", "5"), 24)
+    yield suite("compile", 45, main, ["floor", "eager", "ours-blas", "viral" if dry else "compile"])
+    peers = ["ours-torch"] if dry else ["ours-blas", "ours-triton"]
+    mibs = ["--mib", "64", "256", "512", "1024"]
+    yield Part("workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40)
+    yield suite("hot caches", 12, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
+    yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 14)
+    yield from _ncu(size, 10)
+    few = "torch and random_options and 119" if dry else "random_options"
+    yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 14)
+
+
+def _ncu(size: list[str], limit: float) -> Iterator[Part]:
+    if shutil.which("ncu"):
+        sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+        command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40"]
+        command += [word for name in sections for word in ("--section", name)]
+        yield Part("ncu", [*command, *_module("bench.profiling", "once", *size)], limit, "ncu.txt")
+
+
+def tests(dry: bool, out: Path) -> Iterator[Part]:
+    """The loss first, then what runs models."""
     if dry:
-        yield Part([*command, "tests/test_loss.py", "-k", "torch and no_rows_with_zero"], 60)
+        yield Part("loss", _pytest("tests/test_loss.py", "-k", "torch and no_rows_with_zero"), 60)
         return
-    yield Part([*command, "tests/test_loss.py"], 400)
+    yield Part("loss", _pytest("tests/test_loss.py", workers=12), 400)
     # compiling ahead of time and the benchmark's own tests say nothing new on a GPU
-    done = ("test_loss", "test_compile", "test_bench", "test_bench_diagnostics", "test_bench_gpu", "test_bench_report")
-    yield Part([*command, "tests", *(f"--ignore=tests/{name}.py" for name in done)], 400)
+    done = ["tests/test_loss.py", "tests/test_compile.py", "tests/test_bench*.py"]
+    yield Part("others", _pytest("tests", *(f"--ignore-glob={name}" for name in done), workers=12), 400)
 
 
 def sanitizer() -> str | None:
@@ -80,57 +141,55 @@ def sanitize(dry: bool, out: Path) -> Iterator[Part]:
         print(
             "== compute-sanitizer is missing: neither on PATH nor in CUDA_HOME; no memcheck, no racecheck", flush=True
         )
-    command = _module("pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider")
-    command += ["tests/test_memory_safety.py", "-k"]
+    command = _pytest("tests/test_memory_safety.py", "-k")
     if dry:
-        yield Part([*command, "between_fences and scatters and 130"], 60)
+        yield Part("fences", [*command, "between_fences and scatters and 130"], 60)
         return
     for check in ("memcheck", "racecheck") if tool else ():
         options = ["--tool", check, "--target-processes", "all", "--error-exitcode", "99"]
-        yield Part(
-            [str(tool), *options, *command, "between_fences"], 240, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        )
+        checked = [str(tool), *options, *command, "between_fences"]
+        yield Part(check, checked, 240, settings={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def bench(dry: bool, out: Path) -> Iterator[Part]:
+    from pre_kernels.check.device import current
+
     from . import peers, shapes
-    from .device import current
 
     if dry:
-        for rows in shapes.ROWS:
-            yield Part(_module("bench.suite", "tiny", "fp32", "--rows", rows, "--peers", "ours-torch", "floor"), 60)
+        peer = ["--rows", *shapes.ROWS, "--peers", "ours-torch", "floor"]
+        yield Part("tiny", _module("bench.suite", "tiny", "fp32", *peer), 60)
         return
     for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)):
         names = peers.planned(max(number, peers.COSTLY))
-        yield Part(_module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names), 100)
+        command = _module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names)
+        yield Part(f"{shape.name} {dtype} {rows}", command, 100)
 
 
 def costly(dry: bool, out: Path) -> Iterator[Part]:
     """All peers side by side: what this finds replaces what `bench` found for these shapes."""
+    from pre_kernels.check.device import current
+
     from . import peers, shapes
-    from .device import current
 
     if dry:
-        yield Part(_module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60)
+        yield Part("tiny", _module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60)
         return
     for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)[: peers.COSTLY]):
-        names = peers.planned(number)
-        yield Part(_module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names), 245)
+        command = _module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *peers.planned(number))
+        yield Part(f"{shape.name} {dtype} {rows}", command, 245)
 
 
 def profile(dry: bool, out: Path) -> Iterator[Part]:
     size = ["--shape", "tiny", "--dtype", "fp32"] if dry else []
-    yield Part(_module("bench.profiling", "syncs", *size), 120)
+    for what in ("syncs", "fullgraph"):
+        yield Part(what, _module("bench.profiling", what, *size), 80)
     for where in [size] if dry else [[], ["--shape", "qwen25vl-7b-small"]]:
-        yield Part(_module("bench.profiling", "kernels", *where), 60)
-    yield Part(_module("bench.profiling", "workspace", *size), 110)
-    yield Part(_module("bench.profiling", "firstcall", *size), 150)
-    yield Part(_module("bench.training", *(["--tiny"] if dry else [])), 150)
-    if shutil.which("ncu"):
-        sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-        command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40"]
-        command += [word for name in sections for word in ("--section", name)]
-        yield Part([*command, *_module("bench.profiling", "once", *size)], 150, "ncu.txt")
+        yield Part("kernels", _module("bench.profiling", "kernels", *where), 60)
+    yield Part("workspace", _module("bench.profiling", "workspace", *size), 110)
+    yield Part("first call", _module("bench.profiling", "firstcall", *size), 150)
+    yield from _ncu(size, 150)
+    yield Part("training", _module("bench.training", *(["--tiny"] if dry else [])), 150)
 
 
 def sweep(dry: bool, out: Path) -> Iterator[Part]:
@@ -138,84 +197,150 @@ def sweep(dry: bool, out: Path) -> Iterator[Part]:
 
     small = ["--d", "64", "--dtype", "fp32"] if dry else []
     for role in ROLES:
-        yield Part(_module("bench.sweep", "tiles", "--role", role, *small, *(["--n", "80", "--m", "96"] * dry)), 110)
+        size = [*small, *(["--n", "80", "--m", "96"] * dry)]
+        yield Part(f"tiles: {role}", _module("bench.sweep", "tiles", "--role", role, *size), 110)
     for n in (80,) if dry else NS:
-        yield Part(_module("bench.sweep", "sizes", "--n", str(n), *small), 60)
+        yield Part(f"N = {n}", _module("bench.sweep", "sizes", "--n", str(n), *small), 60)
 
 
-STAGES = {"tests": tests, "sanitize": sanitize, "bench": bench, "peers": costly, "profile": profile, "sweep": sweep}
+STAGES = {
+    "all": everything,
+    "tests": tests,
+    "sanitize": sanitize,
+    "bench": bench,
+    "peers": costly,
+    "profile": profile,
+    "sweep": sweep,
+}
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
-    """For the parts: this checkout importable as if installed, results to `out`."""
+    """For the parts: this checkout importable as if installed, results to `out`, their records those of one run."""
     paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
     extra = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GPU_OUT": str(out), "PYTHONUNBUFFERED": "1"}
-    return os.environ | extra | ({"BENCH_DRY_RUN": "1"} if dry else {})
+    extra["BENCH_RUN"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return extra | ({"BENCH_DRY_RUN": "1"} if dry else {})
 
 
-def run(part: Part, seconds: float, out: Path, dry: bool = False) -> int | None:
-    """The exit status of a part, or None if it had to be ended after `seconds`."""
-    log = (out / part.log).open("w") if part.log else None
-    try:
+def run(part: Part, seconds: float, out: Path) -> int | None:
+    """The exit status of a part, or None if it had to be ended within `seconds`."""
+    path = out / part.log
+    with path.open("a") as log:
+        began = log.tell()
+        log.write(f"== {part.name}: {' '.join(part.command)}\n")
+        log.flush()
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env=environment(out, dry) | part.settings,
+            env=os.environ | part.settings,
             stdout=log,
             stderr=log,
-            start_new_session=True,
+            start_new_session=True,  # the group is that part and its children
         )
         try:
-            return process.wait(seconds)
+            return process.wait(max(seconds - GRACE, 0.0))
         except subprocess.TimeoutExpired:
-            for how in (signal.SIGINT, signal.SIGKILL):  # its own session: the group is that part and its children
-                os.killpg(process.pid, how)
-                try:
-                    process.wait(GRACE)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
             return None
-    finally:
-        if log:
-            log.close()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):  # whom it left behind would hold the device
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the driver may outlive that
+                process.wait(GRACE)
+            _shorten(path, began)
+
+
+def _shorten(path: Path, began: int) -> None:
+    """Of what a part printed the first and the last half of LOG bytes are kept."""
+    with path.open("r+b") as log:
+        log.seek(began)
+        text = log.read()
+        if len(text) > LOG:
+            log.seek(began)
+            log.write(text[: LOG // 2] + b"\n[...]\n" + text[-LOG // 2 :])
+            log.truncate()
+
+
+def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int:
+    """Run the parts of a stage, tell of each and of all; 0, or the largest exit status of a part."""
+    from pre_kernels.check.device import current
+
+    from . import record, summary
+
+    device = current()
+    path, stamp = record.file(out, device), record.stamp(device)
+    planned, worst = 0.0, 0
+
+    def tell(name: str, outcome: str, seconds: float) -> None:
+        record.append(path, {"kind": "part", "item": name, "outcome": outcome, "seconds": round(seconds, 1)} | stamp)
+        (out / "summary.txt").write_text("\n".join(summary.of_folder(out)) + "\n")  # for a run that is killed
+        print(f"== {name}: {outcome}, {seconds:.0f} s", flush=True)
+
+    running, began = None, start
+    try:
+        for part in STAGES[stage](dry, out):
+            began = time.monotonic()
+            planned += part.limit
+            left = min(planned, limit - 2.0) - (began - start)  # the summary takes a moment
+            if left < 2 * GRACE:
+                tell(part.name, "left out, no time", 0.0)
+                continue
+            running = part
+            status = run(part, left, out)
+            running = None
+            outcome = "ended at its limit" if status is None else f"exit {status}"
+            tell(part.name, outcome, time.monotonic() - began)
+            worst = max(worst, 1 if status is None else min(abs(status), 125))
+    except KeyboardInterrupt:
+        worst = 130
+        if running:
+            tell(running.name, "stopped with the run", time.monotonic() - began)
+    print("", *summary.of_folder(out), f"{time.monotonic() - start:.0f} s in all, results in {out}", sep="\n")
+    return worst
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "tests"))
-    parser.add_argument("--out", help="folder of the results; else GPU_OUT, else bench/results")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the stage")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, also without a GPU")
-    arguments = parser.parse_args(argv)
     start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
+    parser.add_argument("--out", help="folder of the results; else GPU_OUT, else bench/results")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds from the start of the command")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, also without a GPU")
+    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="print that of the last run there, run nothing")
+    arguments = parser.parse_args(argv)
+    stage, dry = arguments.stage, arguments.dry_run
 
     import torch
 
-    from . import record
+    from . import record, summary
 
-    if arguments.stage not in STAGES:  # a default is not checked by argparse
-        parser.error(f"GPU_STAGE: got {arguments.stage!r}, want one of {', '.join(STAGES)}")
-    if not torch.cuda.is_available() and not arguments.dry_run:
+    if arguments.summary:
+        print(*summary.of_folder(arguments.summary), sep="\n")
+        return 0
+    if stage not in STAGES:  # a default is not checked by argparse
+        parser.error(f"GPU_STAGE: got {stage!r}, want one of {', '.join(STAGES)}")
+    if not torch.cuda.is_available() and not dry:
         print("No GPU that torch can use here; --dry-run tries the script on the CPU.", file=sys.stderr)
         return 2
+    try:
+        out = record.folder(arguments.out).resolve()
+        (out / LOG_FILE).open("a").close()
+    except OSError as error:
+        print(f"The folder of the results cannot be written to: {error}", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed: of ours only impl='torch' can run, and no kernel is tested.", flush=True)
 
-    out = record.folder(arguments.out).resolve()
-    worst = 0
-    for part in STAGES[arguments.stage](arguments.dry_run, out):
-        left = arguments.limit - GRACE - (time.monotonic() - start)
-        name = " ".join(part.command[1:])
-        if left < 10:
-            print(f"== left out, no time: {name}", flush=True)
-            continue
-        began = time.monotonic()
-        print(f"== {name}", flush=True)
-        status = run(part, min(left, part.limit), out, arguments.dry_run)
-        outcome = "ended: out of time" if status is None else f"exit {status}"
-        print(f"== {outcome} after {time.monotonic() - began:.0f} s", flush=True)
-        worst = max(worst, 1 if status is None else abs(status))
-    print(f"== stage {arguments.stage}: {time.monotonic() - start:.0f} s, results in {out}", flush=True)
-    return min(worst, 125)
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with mock.patch.dict(os.environ, environment(out, dry)):
+            return measure(stage, dry, out, arguments.limit, start)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

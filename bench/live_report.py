@@ -1,31 +1,75 @@
 """A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a run that is killed
-keeps what it found."""
+keeps what it found.
+
+After an error of CUDA a process can do nothing more on the device: each later test in it would fail
+for no reason of its own. So a worker of xdist ends once such a test has been reported, and xdist
+starts another; without workers the run stops.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 import pytest
 
+from pre_kernels.check.device import current
+
 from . import record
-from .device import current
+
+LOST = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, and as triton does
 
 
 class LiveReport:
     def __init__(self) -> None:
         device = current()
         self.path, self.stamp = record.file(record.folder(), device), record.stamp(device)
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return  # a setup or teardown without news
+        if report.nodeid in self.failed:
+            return  # the first failure tells why; that its worker ended then is no news
+        if report.failed:
+            self.failed.add(report.nodeid)
+        self._append(report, report.duration)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._append(report)
+
+    def _append(self, report: pytest.TestReport | pytest.CollectReport, seconds: float = 0.0) -> None:
         line: dict[str, Any] = {"kind": "test", "item": report.nodeid, "outcome": report.outcome}
-        line["seconds"] = round(report.duration, 3)
+        line["seconds"] = round(seconds, 3)
         if not report.passed:
             line["message"] = report.longreprtext[-1500:] if report.failed else str(report.longrepr)[-300:]
         record.append(self.path, line | self.stamp)
 
 
+class LostDevice:
+    """In the process that runs tests."""
+
+    def __init__(self, is_worker: bool) -> None:
+        self.is_worker, self.lost_by = is_worker, ""
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
+
+    @pytest.hookimpl(trylast=True)  # once xdist has sent the report
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and LOST.search(report.longreprtext):
+            self.lost_by = report.nodeid
+        if self.lost_by and report.when == "teardown":
+            if self.is_worker:
+                os._exit(1)
+            self.session.shouldstop = f"{self.lost_by} lost the device to an error of CUDA, what follows could not pass"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # under xdist the controller alone writes
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:  # under xdist the controller alone writes
         config.pluginmanager.register(LiveReport())
+    if is_worker or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(LostDevice(is_worker))

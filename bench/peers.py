@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from pre_kernels import fused_pre_loss, reference
+from pre_kernels.check import cases
+from pre_kernels.check.rule import Case
 from pre_kernels.loss import unavailable
-from pre_kernels.ops import steps_of
 
 from . import compositions
-from .check import oracle
 
-Step = Callable[[], tuple[Tensor, ...]]
+step, floor, Step = cases.step, cases.floor, cases.Step
 Missing = Callable[[torch.device, torch.dtype], str | None]
 
 
@@ -126,47 +126,11 @@ def planned(number: int) -> list[str]:
     return [peer.name for peer in PEERS if number < peer.first]
 
 
-def own_case(peer: Peer, case: oracle.Case) -> oracle.Case:
+def own_case(peer: Peer, case: Case) -> Case:
     """The case with the options that the peer insists on."""
     return replace(case, options={**case.options, **peer.options})
 
 
 def workspace(name: str, device: torch.device) -> int:
     """Bytes that one of ours takes for a chunk's buffers by default."""
-    impl = "blas" if name == "ours-fp8" else name.removeprefix("ours-")
-    default = steps_of(impl).workspace
-    return default[device.type] if isinstance(default, dict) else default
-
-
-def step(function: Callable[..., Tensor], case: oracle.Case) -> Step:
-    """One forward and backward of `function` on `case`, with every gradient wanted and an upstream other than 1."""
-    tensors = {name: x.detach().requires_grad_(name in oracle.LEAVES) for name, x in case.tensors.items()}
-    leaves = [tensors[name] for name in oracle.LEAVES]
-    dtype = torch.promote_types(case.product_dtype, torch.float32)
-    upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
-
-    def run() -> tuple[Tensor, ...]:
-        loss = function(**tensors, rows=case.rows, **case.options)
-        return torch.autograd.grad(loss, leaves, upstream)
-
-    return run
-
-
-def floor(case: oracle.Case) -> Step:
-    """The six products that no implementation avoids: contiguous inputs, outputs allocated beforehand."""
-    w1, w2 = case.tensors["w1"], case.tensors["w2"]
-    x, dp = (case.tensors[name].flatten(0, -2)[case.rows.flatten()] for name in ("hidden", "anchor"))
-    z = x @ w1.t()
-    g, p, dx = torch.nn.functional.gelu(z), torch.empty_like(dp), torch.empty_like(x)
-    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
-
-    def run() -> tuple[Tensor, ...]:
-        torch.mm(x, w1.t(), out=z)
-        torch.mm(g, w2.t(), out=p)
-        torch.mm(dp.t(), g, out=dw2)
-        torch.mm(dp, w2, out=z)
-        torch.mm(z.t(), x, out=dw1)
-        torch.mm(z, w1, out=dx)
-        return dx, dw1, dw2
-
-    return run
+    return cases.workspace(name.removeprefix("ours-"), device)

@@ -1,7 +1,9 @@
 """Where a step's time goes, whether the host ever waits, and what the workspace buys.
 
+python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of random numbers
 python -m bench.profiling kernels      kernel times and launches of a step, for each peer (torch.profiler)
-python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph, under torch.compile
+python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph
+python -m bench.profiling fullgraph    the same under torch.compile
 python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
 python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
@@ -16,20 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from pre_kernels import fused_pre_loss
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.rule import Case, Judge
+from pre_kernels.check.timing import interleaved, spread
 
-from . import peers, record, report, shapes
-from .check import ROOT, Judge, oracle
-from .device import Cpu, Cuda, current
-from .measure import interleaved, spread
+from . import ROOT, peers, record, report, shapes, suite
 from .promises import impls, promises
 
+MIBS = (8, 16, 32, 64, 128, 256, 512, 1024)  # of workspace
 STEPS = 5
 TOP = 25  # kernels kept of each peer
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
@@ -37,24 +40,45 @@ WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzer
 Records = Iterator[dict[str, Any]]
 
 
-def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
+def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
+    """What nothing can beat. Of random numbers: those of a product of zeros cost less power, and so less time."""
+    place = device.torch_device
+    big, side = (1 << 31, 8192) if device.kind == "cuda" else (1 << 22, 128)
+    source = torch.empty(big, dtype=torch.int8, device=place)
+    to = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=place, dtype=shapes.DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(a)
+    steps = {"copy": lambda: to.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    for item, samples in interleaved(device, steps, 2.0).items():
+        figures = spread(samples)
+        rate = 2 * big / 1e6 if item == "copy" else 2 * side**3 / 1e9
+        unit = "gb_per_s" if item == "copy" else "tflops"
+        yield {"kind": "ceiling", "item": item, unit: rate / figures["median_ms"], **figures}
+
+
+def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = ()) -> Records:
     """Time and launches of each kernel per step (on a CPU: of each operator), and the calls that make the host wait."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     on_gpu = device.kind == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for peer in peers.PEERS:
-        if peer.first <= peers.COMPILED or peer.missing(device.torch_device, shapes.DTYPES[dtype]):
+    for name in names or [peer.name for peer in peers.PEERS if peer.first > peers.COMPILED]:
+        peer = peers.BY_NAME[name]
+        if peer.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
-        step = peers.step(peer.build(), peers.own_case(peer, case)) if peer.build else peers.floor(case)
-        for _ in range(2):
-            step()
-        device.synchronize()
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(STEPS):
+        try:
+            step = peers.step(peer.build(), peers.own_case(peer, case)) if peer.build else peers.floor(case)
+            for _ in range(2):
                 step()
             device.synchronize()
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(STEPS):
+                    step()
+                device.synchronize()
+        except Exception as error:
+            yield {"kind": "step", "peer": peer.name, "failed": suite.reason(error)}
+            continue
         waits, rows = {}, []
         for event in profile.key_averages():
             if any(word in event.key for word in WAITS):
@@ -70,27 +94,36 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
             yield {"kind": "kernel", "peer": peer.name, **row}
 
 
-def workspace(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
+def workspace(
+    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = (), mibs: Iterable[int] = MIBS
+) -> Records:
     """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor."""
+    if reason := suite.too_large(shape, device):
+        yield {"kind": "workspace", "unavailable": reason}
+        return
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     judge = Judge(case)
     steps: dict[tuple[str, int], Callable[[], Any]] = {}
     for name in dict.fromkeys(("torch", *impls(device, dtype))):
-        for mib in (8, 16, 32, 64, 128, 256, 512, 1024):
+        for mib in mibs if not names or f"ours-{name}" in names else ():
             function = partial(fused_pre_loss, impl=name, workspace=mib << 20)
-            failure = judge(function).failure
+            try:
+                failure = judge(function).failure
+            except Exception as error:
+                failure = suite.reason(error)
             if failure:
                 yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "failed": failure}
             else:
                 steps[name, mib] = peers.step(function, case)
     del judge
-    times = interleaved(device, {**steps, "floor": peers.floor(case)}, 20.0)
-    floor = spread(times["floor"])["median_ms"]
-    for (name, mib), step in steps.items():
-        figures = spread(times[name, mib])
-        figures |= {"floor_ms": floor, "over_floor": figures["median_ms"] / floor}
-        peak = dict(zip(("peak_mib", "returned_mib"), device.peak(step), strict=True)) if device.kind == "cuda" else {}
-        yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "selection": "index", **figures, **peak}
+    for times in suite.staged(device, {**steps, "floor": peers.floor(case)}, 20.0):
+        for (name, mib), step in steps.items():
+            line = {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "selection": "index"}
+            line |= suite.timed(times[name, mib], times["floor"])
+            line["over_floor"] = line["median_ms"] / line["floor_ms"]
+            if device.kind == "cuda":
+                line |= dict(zip(("peak_mib", "returned_mib"), device.peak(step), strict=True))
+            yield line
 
 
 def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
@@ -124,7 +157,7 @@ def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 
 def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    case: oracle.Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
+    case: Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     step = peers.step(fused_pre_loss, case)
     for _ in range(2):
         step()
@@ -138,9 +171,11 @@ def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     yield from ()
 
 
-WHAT: dict[str, Callable[[Cpu | Cuda, shapes.Shape, str], Records]] = {
+WHAT: dict[str, Callable[..., Records]] = {
+    "ceilings": lambda device, shape, dtype: ceilings(device, dtype),
     "kernels": kernels,
-    "syncs": promises,
+    "syncs": partial(promises, kinds=("sync", "graph")),
+    "fullgraph": partial(promises, kinds=("fullgraph",)),
     "workspace": workspace,
     "firstcall": firstcall,
     "first": first,
@@ -153,14 +188,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--shape", choices=shapes.BY_NAME, default="llava15-7b-sft", metavar="SHAPE")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
+    parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, help="of kernels and workspace; else all")
+    parser.add_argument("--mib", nargs="+", type=int, help=f"of workspace; else {MIBS}")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
+    given = {"names": arguments.peers, "mibs": arguments.mib}
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
     about = {"shape": arguments.shape, "dtype": arguments.dtype, **record.stamp(device)}
     lines = []
-    for line in WHAT[arguments.what](device, shapes.BY_NAME[arguments.shape], arguments.dtype):
+    given = {name: value for name, value in given.items() if value is not None}
+    for line in WHAT[arguments.what](device, shapes.BY_NAME[arguments.shape], arguments.dtype, **given):
         record.append(path, line | about)
         lines.append(line)
     for kind in dict.fromkeys(line["kind"] for line in lines):

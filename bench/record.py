@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from .check import ROOT
-from .device import Cpu, Cuda
+from pre_kernels.check.device import Cpu, Cuda
 
+from . import ROOT
+
+SOURCES = ("pre_kernels", "integrations")  # what is measured
 RESULTS = Path(__file__).with_name("results")
 
 # a later line of the same key replaces an earlier one in tables and plots
@@ -42,7 +44,8 @@ def file(where: Path, device: Cpu | Cuda) -> Path:
 
 
 def stamp(device: Cpu | Cuda) -> dict[str, Any]:
-    """Device, versions, date, commit and a hash of the package's source (a copy without .git has that at least)."""
+    """Device, versions, date, commit and a hash of the sources (a copy without .git has that at least); of which run of
+    `bench.gpu` it is a part."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **device.describe(),
@@ -52,6 +55,7 @@ def stamp(device: Cpu | Cuda) -> dict[str, Any]:
         "date": now.isoformat(timespec="seconds"),
         "commit": os.environ.get("GIT_COMMIT") or _commit(),
         "source": _source(),
+        **({"run": os.environ["BENCH_RUN"]} if "BENCH_RUN" in os.environ else {}),
         **({"dry_run": True} if dry_run() else {}),
     }
 
@@ -90,7 +94,9 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     records = list(records)
     peers: dict[str, set[str]] = {}
     for record in records:
-        peers.setdefault(record.get("group", ""), set()).add(record.get("peer", ""))
+        timed = peers.setdefault(record.get("group", ""), set())
+        if "median_ms" in record:
+            timed.add(record.get("peer", ""))
     chosen: dict[tuple[Any, ...], str] = {}
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
@@ -129,12 +135,13 @@ def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"
-    return commit + ("-dirty" if _git("status", "--porcelain", "pre_kernels", "bench", ":!bench/results") else "")
+    return commit + ("-dirty" if _git("status", "--porcelain", *SOURCES, "bench", ":!bench/results") else "")
 
 
 @cache
 def _source() -> str:
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "pre_kernels").rglob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

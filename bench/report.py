@@ -35,8 +35,17 @@ def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
     return list(runs.values())
 
 
+def over_floor(run: dict[str, dict[str, Any]], peer: str) -> float | None:
+    """A peer's time over that of the floor that was sampled beside it."""
+    one = run.get(peer, {})
+    floor = one.get("floor_ms", run.get("floor", {}).get("median_ms"))
+    return one["median_ms"] / floor if floor and "median_ms" in one else None
+
+
 def ratios(run: dict[str, dict[str, Any]], peer: str) -> dict[str, float | None]:
-    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and without gradients."""
+    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and
+    without gradients. Times of different processes are compared by the floor beside each."""
+    over, eager = over_floor(run, peer), over_floor(run, "eager")
 
     def of(name: str, *fields: str) -> float | None:
         values = [run.get(name, {}).get(field) for field in fields]
@@ -49,8 +58,8 @@ def ratios(run: dict[str, dict[str, Any]], peer: str) -> dict[str, float | None]
         return ours / theirs if ours is not None and theirs else None
 
     return {
-        "eager": ratio("eager", "median_ms"),
-        "floor": ratio("floor", "median_ms"),
+        "eager": over / eager if over and eager else ratio("eager", "median_ms"),
+        "floor": over,
         "peak": ratio("eager", "peak_mib"),
         "extra": ratio("eager", "peak_mib", "returned_mib"),
     }

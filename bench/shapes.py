@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
-from .check import oracle
+from pre_kernels.check.cases import DTYPES, Shape, case
+
+__all__ = ["BY_NAME", "CPU", "DTYPES", "GPU", "ROWS", "TINY", "Shape", "case", "plan"]
 
 ROWS = ("index", "mask")  # ways to say which rows take part
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """`batch` sequences of `tokens` tokens, of which `visual` in a row are visual; widths d → m → z."""
-
-    name: str
-    batch: int
-    tokens: int
-    visual: int
-    d: int
-    m: int
-    z: int
-    what: str
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
-
-    @property
-    def selected(self) -> int:
-        return self.batch * self.visual
-
-    @property
-    def flop(self) -> int:
-        """Of the six products: two of the forward, four of the backward."""
-        return 6 * self.selected * self.m * (self.d + self.z)
-
-    @property
-    def size(self) -> str:
-        return f"{self.selected:,} of {self.rows:,} · {self.d}→{self.m}→{self.z}"
 
 
 GPU = [
@@ -89,28 +57,3 @@ def plan(
         return [*every, (main, "bf16", "mask"), (main, "fp32", "index")]
     variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
     return [*every[:3], *variants, *every[3:]]
-
-
-def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0) -> oracle.Case:
-    """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream gradient is not 1.
-
-    rows: "index" for int64 indices, or "mask" for the same rows as a mask.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=dtype, device=device)
-
-    mask = torch.zeros(shape.batch, shape.tokens, dtype=torch.bool, device=device)
-    first = min(35, shape.tokens - shape.visual)
-    mask[:, first : first + shape.visual] = True
-    tensors = {
-        "hidden": randn(shape.batch, shape.tokens, shape.d),
-        "anchor": randn(shape.batch, shape.tokens, shape.z),
-        "w1": randn(shape.m, shape.d) / math.sqrt(shape.d),
-        "b1": randn(shape.m) * 0.2,
-        "w2": randn(shape.z, shape.m) / math.sqrt(shape.m),
-        "b2": randn(shape.z) * 0.2,
-    }
-    selection = mask if rows == "mask" else mask.reshape(-1).nonzero().squeeze(1)
-    return oracle.Case(tensors, selection, upstream=0.37)

@@ -1,26 +1,33 @@
 """One shape measured: check every peer, time those that pass side by side, read their peak memory.
 
 python -m bench.suite cpu-16k bf16
-python -m bench.suite llava15-7b-sft bf16 --rows mask --peers ours-triton eager floor --seconds 5 --out results
+python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5 --out results
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from pre_kernels.check import memory as resident
+from pre_kernels.check.cases import formula, needed
+from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
+from pre_kernels.check.rule import Case, Judge
+from pre_kernels.check.timing import interleaved, spread
+
 from . import memory, peers, record, report, shapes
-from .check import Judge
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
 
+Records = Iterator[dict[str, Any]]
 
-def _reason(error: BaseException) -> str:
+
+def reason(error: BaseException) -> str:
+    """The first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
@@ -33,104 +40,153 @@ def measure(
     seconds: float | None = None,
     with_memory: bool = True,
     rows: str = "index",
-) -> list[dict[str, Any]]:
-    """A record of each peer (of `names`, else all). One that is unavailable or fails its check has "unavailable" or
-    "failed" instead of figures."""
-    chosen = [peer for peer in peers.PEERS if not names or peer.name in names]
+    hot: bool = False,
+) -> Records:
+    """Records of each peer as they come, judged in the order of `names` (else all): its verdict,
+    its figures after the least of rounds, those of all rounds. A later record of a peer replaces
+    an earlier one: what ends this early leaves what was known. A peer that is unavailable or fails
+    its check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
+    before left it; such records are of a kind of their own."""
+    chosen = [peers.BY_NAME[name] for name in names] or peers.PEERS
     torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
-    case = shapes.case(shape, torch_dtype, place, rows)
+    stamp = record.stamp(device)
+    size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
+    kind = "hot" if hot else "loss"
+    # one run, one group: what is divided by another peer's time was measured beside it, or beside the same floor
+    group = f"{stamp.get('run', stamp['date'])} {kind} {shape.name} {dtype} {rows}"
+    about = {"kind": kind, "shape": shape.name, **size, "dtype": dtype, "selection": rows, "group": group}
     results: dict[str, dict[str, Any]] = {peer.name: {} for peer in chosen}
+
+    def told(name: str) -> dict[str, Any]:
+        return {**about, "peer": name, **results[name], **stamp}
+
+    if lack := too_large(shape, device):
+        for name in results:
+            results[name] = {"unavailable": lack}
+            yield told(name)
+        return
+    case = shapes.case(shape, torch_dtype, place, rows)
     steps: dict[str, peers.Step] = {}
     judges: dict[str, Judge] = {}
     torch.compiler.reset()  # else a second shape would be compiled for dynamic sizes
-
     for peer in chosen:
-        reason = peer.missing(place, torch_dtype)
-        if reason is not None:
-            results[peer.name] = {"unavailable": reason}
-            continue
-        if peer.build is None:
-            steps[peer.name] = peers.floor(case)
-            continue
-        own, options = peers.own_case(peer, case), str(peer.options)
-        if options not in judges:
-            judges[options] = Judge(own)
-        try:
-            function = peer.build()
-            verdict = judges[options](function, peer.gate)
-        except Exception as error:
-            results[peer.name] = {"failed" if peer.ours else "unavailable": _reason(error)}
-            continue
-        if verdict.wrong or (peer.ours and verdict.failure):
-            results[peer.name] = {"failed": verdict.failure}
-            continue
-        results[peer.name] = {"error_ratio": verdict.error_ratio, "outside_rule": verdict.failure}
-        if peer.gate is not None:
-            rule = f"relative rms error {verdict.relative:.3f} ≤ {peer.gate}"
-            results[peer.name] |= {"own_rule": rule, "outside_rule": f"judged by a rule of its own: {rule}"}
-        steps[peer.name] = peers.step(function, own)
+        results[peer.name], step = _judged(peer, case, judges)
+        if step is not None:
+            steps[peer.name] = step
+        if results[peer.name]:
+            yield told(peer.name)
     judges.clear()  # float64 gradients: they would crowd out what is measured
 
-    samples = interleaved(device, steps, SECONDS[device.kind] if seconds is None else seconds)
-    for name, milliseconds in samples.items():
-        results[name] |= spread(milliseconds)
-        results[name]["tflops"] = shape.flop / results[name]["median_ms"] / 1e9
-        results[name]["all_ms"] = [round(x, 5) for x in milliseconds]
-        if with_memory and peers.BY_NAME[name].build is not None:
-            results[name] |= _memory(device, shape, dtype, name, rows, steps[name])
-        if peers.BY_NAME[name].ours:
-            results[name]["formula_mib"] = formula(shape, torch_dtype, peers.workspace(name, place)) / MIB
-
-    stamp = record.stamp(device)
-    size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
-    # one run, one group: what is divided by another peer's time was measured beside it
-    group = f"{stamp['date']} {shape.name} {dtype} {rows}"
-    about = {"kind": "loss", "shape": shape.name, **size, "dtype": dtype, "selection": rows, "group": group}
-    return [{**about, "peer": name, **result, **stamp} for name, result in results.items()]
+    if hot and isinstance(device, Cuda):
+        device.scratch = torch.empty(0, device=place)  # nothing is written between samples
+    extra: dict[str, dict[str, Any]] = {}
+    for samples in staged(device, steps, SECONDS[device.kind] if seconds is None else seconds):
+        stamp = record.stamp(device)  # with the clocks of just after work
+        for name, milliseconds in samples.items():
+            results[name] |= timed(milliseconds, samples.get("floor"))
+            results[name]["tflops"] = shape.flop / results[name]["median_ms"] / 1e9
+            results[name]["all_ms"] = [round(x, 5) for x in milliseconds]
+            results[name] |= extra.get(name, {})
+            yield told(name)
+        for name in steps if not extra else ():
+            extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory and not hot)
 
 
-def formula(shape: shapes.Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
-    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
+def _judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
+    """What is to be said of a peer before it is timed, and its step if it is to be."""
+    place, dtype = case.tensors["hidden"].device, case.product_dtype
+    if missing := peer.missing(place, dtype):
+        return {"unavailable": missing}, None
+    if peer.build is None:
+        return {}, peers.floor(case)
+    own, options = peers.own_case(peer, case), str(peer.options)
+    if options not in judges:
+        judges[options] = Judge(own)
+    try:
+        function = peer.build()
+        verdict = judges[options](function, peer.gate)
+    except Exception as error:
+        return {"failed" if peer.ours else "unavailable": reason(error)}, None
+    if verdict.wrong or (peer.ours and verdict.failure):
+        return {"failed": verdict.failure}, None
+    result = {"error_ratio": verdict.error_ratio, "outside_rule": verdict.failure}
+    if peer.gate is not None:
+        rule = f"relative rms error {verdict.relative:.3f} ≤ {peer.gate}"
+        result |= {"own_rule": rule, "outside_rule": f"judged by a rule of its own: {rule}"}
+    return result, peers.step(function, own)
 
 
-def _memory(
-    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, name: str, rows: str, step: peers.Step
+def staged(device: Cpu | Cuda, steps: Mapping[Any, peers.Step], seconds: float) -> Iterator[dict[Any, list[float]]]:
+    """Interleaved samples of each step: those of the least of rounds, then all that `seconds` give."""
+    start = time.monotonic()
+    samples = interleaved(device, steps, 0.0)
+    yield samples
+    more = interleaved(device, steps, seconds - (time.monotonic() - start), least=0)
+    yield {name: known + more[name] for name, known in samples.items()}
+
+
+def timed(milliseconds: list[float], floor: list[float] | None) -> dict[str, float]:
+    """Median and quartiles, and the median of the floor that was sampled beside it, if one was."""
+    return {**spread(milliseconds), **({"floor_ms": spread(floor)["median_ms"]} if floor else {})}
+
+
+def too_large(shape: shapes.Shape, device: Cpu | Cuda) -> str | None:
+    """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it fits."""
+    need, free = needed(shape, torch.float64, FLUSH), device.free()
+    if free is None or need <= free:
+        return None
+    return f"judging it takes {need / 2**30:.0f} GiB, of which {free / 2**30:.0f} are free"
+
+
+def _beside(
+    device: Cpu | Cuda,
+    shape: shapes.Shape,
+    dtype: str,
+    name: str,
+    rows: str,
+    step: peers.Step,
+    with_memory: bool,
 ) -> dict[str, Any]:
-    if isinstance(device, Cpu):
-        if reason := memory.missing():
-            return {"memory_unavailable": reason}
-        try:
+    """What is read of a step but its time: peak memory and the designed one, what it costs the host."""
+    enqueue = device.enqueue_us(step)
+    result = {} if enqueue is None else {"enqueue_us": enqueue}
+    if peers.BY_NAME[name].ours:
+        workspace = peers.workspace(name, device.torch_device)
+        result["formula_mib"] = formula(shape, shapes.DTYPES[dtype], workspace) / MIB
+    if not with_memory or peers.BY_NAME[name].build is None:
+        return result
+    try:
+        if isinstance(device, Cuda):
+            peak, returned = device.peak(step)
+        elif missing := resident.missing():
+            return result | {"memory_unavailable": missing}
+        else:
             peak, returned = memory.peak(shape.name, dtype, name, rows)
-        except RuntimeError as error:
-            return {"memory_unavailable": _reason(error)}
-    else:
-        peak, returned = device.peak(step)
-    return {"peak_mib": peak, "returned_mib": returned}
+    except RuntimeError as error:
+        return result | {"memory_unavailable": reason(error)}
+    return result | {"peak_mib": peak, "returned_mib": returned}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME))
     parser.add_argument("dtype", choices=shapes.DTYPES)
-    parser.add_argument("--rows", choices=shapes.ROWS, default="index", help="how the rows are given")
-    parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, default=[], help="all if not given")
+    parser.add_argument("--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given")
+    parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, default=[], help="in this order; else all")
     parser.add_argument("--seconds", type=float, help="of sampling")
+    parser.add_argument("--hot", action="store_true", help="without a cold L2 cache before each step")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    records = measure(
-        shapes.BY_NAME[arguments.shape],
-        arguments.dtype,
-        device,
-        arguments.peers,
-        seconds=arguments.seconds,
-        rows=arguments.rows,
-    )
-    for line in records:
-        record.append(path, line)
+    shape, given = shapes.BY_NAME[arguments.shape], {"seconds": arguments.seconds, "hot": arguments.hot}
+    records = []
+    for rows in arguments.rows:
+        for line in measure(shape, arguments.dtype, device, arguments.peers, rows=rows, **given):
+            record.append(path, line)
+            records.append(line)
+    records = record.latest(records)
     print(report.markdown(report.loss_table(records)))
     for line in report.refusals(records):
         print(line)

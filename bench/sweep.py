@@ -13,11 +13,14 @@ from unittest import mock
 
 import torch
 
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
+from pre_kernels.loss import unavailable
+
 from . import record, report, shapes, suite
-from .device import Cpu, Cuda, current
-from .measure import interleaved, spread
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
+KINDS = ("descriptor", "pointer")  # how operands are loaded
 ROLES = ("project", "backproject", "weight_grad")
 GROUPS = (4, 16)  # of row tiles, with the tile that is in use
 
@@ -33,14 +36,32 @@ def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
             yield line | {"kind": "sweep"}
 
 
-def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> Records:
-    """Milliseconds of a product for each candidate and for cuBLAS, taking turns; only results that are right count."""
+def tiles(
+    device: Cpu | Cuda,
+    role: str,
+    n: int,
+    d: int,
+    m: int,
+    dtype: str,
+    kinds: Sequence[str] = KINDS,
+    most: int | None = None,
+) -> Records:
+    """Milliseconds of a product for each candidate (of each kind the `most` likely ones) and for cuBLAS, taking turns;
+    only results that are right count."""
+    if reason := unavailable(device.torch_device, shapes.DTYPES[dtype]):
+        yield {"kind": "tile", "role": role, "item": role, "unavailable": reason}
+        return
     from pre_kernels.kernels import tiles
     from pre_kernels.kernels.launch import arch
     from pre_kernels.kernels.tune import CANDIDATES
 
     tables = {"descriptor": tiles.DESCRIPTOR_TILES, "pointer": tiles.POINTER_TILES}
-    for kind, table in tables.items():
+    for kind in kinds:
+        table = tables[kind]
+        if kind == "descriptor" and any(width * shapes.DTYPES[dtype].itemsize % 16 for width in (d, m)):
+            reason = f"rows of {d} and {m} elements are no multiples of 16 bytes, which descriptors want"
+            yield {"kind": "tile", "role": role, "item": f"{role} {kind}", "unavailable": reason}
+            continue
         run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
         key = arch(result), shapes.DTYPES[dtype].itemsize
         if key not in table:
@@ -48,7 +69,7 @@ def tiles(device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: str) -> 
         in_use = tiles.choose(table[key], *result.shape, result)
         plan = [(tile, tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
         plan = [(in_use, tiles.GROUP_M), *(p for p in plan if p[0] != in_use), *((in_use, g) for g in GROUPS)]
-        for tile, group_m in plan:
+        for tile, group_m in plan[:most]:
             about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "kernel": kind, "group_m": group_m}
             about |= {"item": f"{role} {kind} {tuple(tile)} group {group_m}", "tile": list(tile)}
             about |= {"in_use": tile == in_use and group_m == tiles.GROUP_M, "flop": 2 * n * d * m}
@@ -88,7 +109,7 @@ def _timed(
             figures["tflops"] = flop / figures["median_ms"] / 1e9
         return figures
     except Exception as error:  # too much shared memory, say: the next candidate may fit
-        return {"unavailable": suite._reason(error)}
+        return {"unavailable": suite.reason(error)}
 
 
 def _product(
@@ -124,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d", type=int, default=4096)
     parser.add_argument("--m", type=int, default=4096, help="of a tile's product")
     parser.add_argument("--role", choices=ROLES, default="project")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
+    parser.add_argument("--most", type=int, help="candidates of each kind; else all")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
@@ -134,12 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.what == "sizes":
         found = sizes(device, arguments.n, arguments.dtype, arguments.d)
     else:
-        found = tiles(device, arguments.role, arguments.n, arguments.d, arguments.m, arguments.dtype)
+        size = arguments.n, arguments.d, arguments.m, arguments.dtype
+        found = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
     lines = []
     for line in found:
         record.append(path, line | stamp)
         lines.append(line)
-    table = report.loss_table(lines) if arguments.what == "sizes" else report.plain_table(lines)
+    table = report.loss_table(record.latest(lines)) if arguments.what == "sizes" else report.plain_table(lines)
     print(report.markdown(table))
 
 

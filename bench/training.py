@@ -20,11 +20,13 @@ import torch
 from pre_kernels.integrations import apply_pre
 from torch import Tensor, nn
 
+from pre_kernels.check.device import MIB, Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
+
 from . import record, report
-from .device import MIB, Cpu, Cuda, current
-from .measure import interleaved, spread
 
 IMAGE = 5  # token id
+NEEDED = 100  # GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the unforeseen
 
 
 class Size(NamedTuple):
@@ -158,13 +160,23 @@ def peak(device: Cpu | Cuda, step: Any) -> float | None:
     return torch.cuda.max_memory_allocated() / MIB if device.kind == "cuda" else None
 
 
+def lacks(device: Cpu | Cuda, size: Size) -> str | None:
+    """Why it is not tried; None if it is."""
+    if device.kind == "cpu" or size is TINY:
+        return None
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"needs a GPU of {NEEDED} GiB, this one has {gib:.0f}" if gib < NEEDED else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
     device = current()
-    line = measure(device, TINY if arguments.tiny else LLAVA)
+    size = TINY if arguments.tiny else LLAVA
+    reason = lacks(device, size)
+    line = {"kind": "training", "item": size.name, "unavailable": reason} if reason else measure(device, size)
     record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
     print(report.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
     return "failed" in line

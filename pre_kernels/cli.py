@@ -1,4 +1,4 @@
-"""The command line: `pre-kernels demo | diagnose | trace | tune | env`."""
+"""The command line: `pre-kernels check | demo | diagnose | trace | tune | env`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .check import command as checking
 from .diagnose import command
 from .loss import unavailable
 
@@ -31,6 +32,7 @@ NEEDED = {  # modules, by the command that imports them
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # of modules of another name
 EXAMPLES = """\
 examples:
+  pre-kernels check                       is the loss right and fast on this machine?
   pre-kernels demo                        train without and with PRe, then show the table and save the picture
   pre-kernels demo --quick                the same in little time: shows that it runs, too short for an effect
   pre-kernels demo --seeds 5 --out runs   more seeds, files into runs/
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # of a terminal that has no λ
     options = parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
-    run = {"demo": demo, "diagnose": diagnose, "trace": trace, "tune": tune, "env": env}[options.command]
+    run = {"check": check, "demo": demo, "diagnose": diagnose, "trace": trace, "tune": tune, "env": env}[
+        options.command
+    ]
     try:
         return run(options)
     except KeyboardInterrupt:
@@ -68,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    checking.add_parser(commands, width)
     show = commands.add_parser(
         "demo",
         help="train a tiny LLaVA without and with PRe and compare them",
@@ -158,6 +163,16 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def check(options: argparse.Namespace) -> int:
+    """Check and time the loss on this machine."""
+    if problem := unwritable(options.out):
+        return fail(problem)
+    try:
+        return checking.check(options, facts())
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+
+
 def diagnose(options: argparse.Namespace) -> int:
     """Measure a model's layers on images."""
     if problem := missing("diagnose", "pip install 'pre-kernels[diagnose]'") or unwritable(options.out):
@@ -231,6 +246,15 @@ def env(options: argparse.Namespace) -> int:
         return 0
     if options.markdown:
         return fail("--markdown: want --models with it")
+    rows = facts()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def facts() -> dict[str, str]:
+    """Versions, devices and settings, for bug reports."""
     rows = [("pre-kernels", version("pre-kernels")), ("python", platform.python_version())]
     rows += [("platform", platform.platform()), ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")]
     rows += [(name, version(name)) for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")]
@@ -245,10 +269,7 @@ def env(options: argparse.Namespace) -> int:
     rows += [
         (name, value) for name, value in sorted(os.environ.items()) if name.startswith(("PRE_KERNELS_", "TRITON_"))
     ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-    return 0
+    return dict(rows)
 
 
 def version(package: str) -> str:

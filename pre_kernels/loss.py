@@ -119,6 +119,7 @@ def fused_pre_loss(
             fit.
         reduction: "mean" (Σ ℓ / D; D = normalizer, else the sum of the weights, else N), "sum" or "none".
         normalizer: number or 0-d tensor, the D of "mean": under DDP, FSDP and ZeRO the global token count ÷ world size.
+            With tensors on a GPU, one on the CPU is copied, which the capture of a CUDA graph may refuse.
         impl: "blas" (the vendor's matrix products, Triton between them), "triton" (all of it), "torch", or "auto":
             torch on the CPU; on a GPU blas, but triton in half precision where N of a mask stays on the device.
         workspace: bytes for the buffers of one chunk; None is a default that suits the device.

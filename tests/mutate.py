@@ -157,7 +157,7 @@ def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """A line for each file into the results."""
     sys.path.insert(0, str(ROOT))
     from bench import mutation, record
-    from bench.device import current
+    from pre_kernels.check.device import current
 
     stamp = record.stamp(current())
     for line in mutation.aggregate(found, NAMED):

@@ -1,35 +1,19 @@
-"""Random cases, the float64 oracle, and the rule by which an implementation's error is judged against eager's."""
+"""Random cases and their float64 oracle; the rule by which an implementation is judged is the package's own."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pre_kernels import reference
+from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors, ramp, run
 
-LEAVES = ("hidden", "w1", "b1", "w2", "b2")
+__all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]  # the tests find them here
+
 HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass
-class Case:
-    """The tensors and keywords of one call; `autocast` is the dtype to run it under."""
-
-    tensors: dict[str, Tensor | None]
-    rows: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    autocast: torch.dtype | None = None
-    frozen: tuple[str, ...] = ()
-    upstream: float = 1.0
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        return self.autocast or self.tensors["hidden"].dtype
 
 
 def make(
@@ -82,41 +66,6 @@ def make(
     return Case(tensors, None if selection is None else selection.to(device), case, **fields)
 
 
-def run(function: Any, case: Case, dtype: torch.dtype | None = None, **extra: Any) -> dict[str, Tensor]:
-    """Loss and gradients of `function`, the inputs cast to `dtype` if given (float64: the oracle)."""
-    tensors = {
-        name: None if x is None else (x.detach() if dtype is None else x.detach().to(dtype))
-        for name, x in case.tensors.items()
-    }
-    leaves = {}
-    for name in LEAVES:
-        if tensors[name] is not None and name not in case.frozen:
-            leaves[name] = tensors[name] = tensors[name].requires_grad_()
-    options = dict(case.options)
-    if dtype is not None and options.get("row_weight") is not None:
-        options["row_weight"] = options["row_weight"].to(dtype)
-    device = tensors["hidden"].device.type
-    autocast = contextlib.nullcontext() if dtype or not case.autocast else torch.autocast(device, case.autocast)
-    with autocast:
-        loss = function(**tensors, rows=case.rows, **options, **extra)
-    out = {"loss": loss.detach()}
-    if leaves:
-        # one that differs from row to row where there is one for each
-        factor = ramp(loss.numel()).to(loss.device) if loss.dim() else 1.0 + 0 * loss.detach()
-        upstream = (case.upstream * factor).to(loss.dtype)
-        grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-            assert grad.dtype == leaf.dtype, f"gradient of {name} came in {grad.dtype}, not in {leaf.dtype}"
-            assert grad.shape == leaf.shape
-            out[name] = grad
-    return out
-
-
-def ramp(rows: int) -> Tensor:
-    """(rows,) float64 factors of the upstream gradient of `reduction="none"`."""
-    return torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
-
-
 def selected(case: Case) -> Tensor:
     """(N,) flat rows in selection order."""
     if case.rows is None:
@@ -164,51 +113,6 @@ def scales(case: Case) -> dict[str, float]:
         "b2": dp.sum(0),
     }
     return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {"N": len(index)}
-
-
-class Comparison(NamedTuple):
-    """One tensor of a call, and what `judge` wants to know of it."""
-
-    name: str
-    ours: Tensor
-    eager: Tensor
-    oracle: Tensor
-    eps: float
-    few: float | None
-    rest: Tensor | float = 0.0  # of an oracle that is wider than a tensor: to be added to it
-
-    def errors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ours, eager's, and what they are of: float64, flat, where eager is finite."""
-        finite = self.eager.isfinite()
-        rest = self.rest[finite] if isinstance(self.rest, Tensor) else self.rest
-        ours, eager, oracle = (x.double()[finite] for x in (self.ours, self.eager, self.oracle))
-        return ours - oracle - rest, eager - oracle - rest, oracle
-
-
-def judge(one: Comparison) -> None:
-    """The error rule, of a call's tensor."""
-    name, ours, eager, oracle, eps, few, _ = one
-    assert ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}"
-    same = torch.equal(ours.isfinite(), eager.isfinite())
-    assert same, f"{name}: not finite where eager is, or finite where eager is not"
-    judge_errors(name, *one.errors(), eps, few)
-
-
-def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> None:
-    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
-    eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
-    itself: the scale knows nothing of cancellation inside a row)."""
-    if ours.numel() == 0:
-        return
-    largest, baseline = ours.abs().max().item(), eager.abs().max().item()
-    if few is None:
-        rms = [x.square().mean().sqrt().item() for x in (ours, eager, oracle)]
-        bound = 1.1 * rms[1] + 0.5 * eps * rms[2]
-        assert rms[0] <= bound, f"{name}: rms error {rms[0]:.3e} > {bound:.3e} (eager {rms[1]:.3e})"
-        bound = 2 * baseline + eps * oracle.abs().max().item()
-    else:
-        bound = baseline + 2 * eps * few
-    assert largest <= bound, f"{name}: max error {largest:.3e} > {bound:.3e} (eager {baseline:.3e})"
 
 
 def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:

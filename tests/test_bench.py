@@ -12,10 +12,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import compositions, goals, memory, peers, promises, record, report, shapes, suite  # noqa: E402
-from bench.check import Judge, oracle  # noqa: E402
-from bench.device import Cpu  # noqa: E402
-from pre_kernels import checks, fused_pre_loss, reference  # noqa: E402
+from bench import (  # noqa: E402
+    compositions,
+    goals,
+    peers,
+    profiling,
+    promises,
+    record,
+    report,
+    shapes,
+    suite,
+    sweep,
+    training,
+)
+from pre_kernels import reference  # noqa: E402
+from pre_kernels.check.device import Cpu, Cuda  # noqa: E402
+from pre_kernels.check.rule import Judge, run  # noqa: E402
 
 TINY = shapes.BY_NAME["tiny"]
 STAMP = {"device", "torch", "triton", "date", "commit", "source"}
@@ -37,7 +49,7 @@ def test_pytest_bench_benchmark(tmp_path):
     assert "| tiny " in done.stdout
     assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
     (file,) = (tmp_path / "results").iterdir()
-    ours, floor = record.load([file])
+    ours, floor = record.latest(record.load([file]))
     # pytest-benchmark's table has the samples that were taken, not the time it took to hand them over
     medians = [row["stats"]["median"] * 1e3 for row in json.loads(table.read_text())["benchmarks"]]
     assert medians == pytest.approx([ours["median_ms"], floor["median_ms"]], rel=1e-4)  # samples are rounded
@@ -120,7 +132,7 @@ def test_a_graph_that_was_not_chunked_is_no_measurement(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, options: function)
     case = shapes.case(TINY, torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="left the graph whole"):
-        oracle.run(compositions.compiled_in_chunks(), case)
+        run(compositions.compiled_in_chunks(), case)
 
     def chunked(**arguments):
         metrics.num_auto_chunking += 1
@@ -153,63 +165,8 @@ def test_fp8_is_measured_where_the_device_has_it(monkeypatch):
     assert missing(torch.device("cpu"), torch.bfloat16) is not None
 
 
-@pytest.mark.parametrize("impl", sorted(set(checks.IMPLEMENTATIONS) - {"auto"}))
-def test_the_formula_of_the_peak_knows_each_implementation(impl):
-    assert f"ours-{impl}" in peers.BY_NAME
-    assert peers.workspace(f"ours-{impl}", torch.device("cuda")) >= 1 << 20
-    assert suite.formula(TINY, torch.bfloat16, 100) == 4 * 96 * (128 + 64) + 200 * 128 * 2 + 100
-
-
-@pytest.mark.parametrize("rows", shapes.ROWS)
-@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
-def test_a_graph_is_replayed_on_other_rows(rows, frozen):
-    """A stand-in for a CUDA graph: what it replays reads the rows anew, or wrongly those of its capture."""
-    case = shapes.case(TINY, torch.float32, torch.device("cpu"), rows)
-    step = peers.step(fused_pre_loss, case)
-    then = oracle.Case(case.tensors, case.rows.clone(), upstream=case.upstream)
-
-    def capture(step):
-        got = step()
-        again = peers.step(fused_pre_loss, then) if frozen else step
-
-        def replay():
-            for kept, new in zip(got, again(), strict=True):
-                kept.copy_(new)
-
-        return replay, got
-
-    result = promises.graph(Cpu(), step, case, capture)
-    assert result["outcome"] == "captured, " + (
-        "but its gradients differ once the rows have changed" if frozen else "same gradients"
-    )
-    assert torch.equal(case.rows, then.rows)
-    if rows == "mask":
-        assert 0 < promises._others(case.rows).sum() < case.rows.sum()
-
-
-def test_a_promise_that_is_broken_is_told():
+def test_what_a_promise_raises_is_its_outcome():
     assert promises.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
-    case = shapes.case(TINY, torch.float32, torch.device("cpu"))
-
-    def breaks(**arguments):
-        torch._dynamo.graph_break()
-        return reference.pre_loss(**arguments)
-
-    assert promises.outcome(lambda: promises._fullgraph(breaks, case)).startswith("Unsupported")
-
-    def wrong(**arguments):
-        return reference.pre_loss(**arguments) * (1.01 if torch.compiler.is_compiling() else 1)
-
-    assert "gradients differ" in promises.outcome(lambda: promises._fullgraph(wrong, case))
-
-
-@pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")
-def test_peak_of_the_process():
-    torch.ones(1 << 20, dtype=torch.uint8)
-    before = memory._resident("VmRSS")
-    memory.RESET.write_text("5")
-    torch.ones(64 << 20, dtype=torch.uint8)
-    assert 62 < memory._resident("VmHWM") - before < 70
 
 
 def test_shapes_are_consistent():
@@ -223,3 +180,71 @@ def test_shapes_are_consistent():
     assert case.upstream != 1
     with pytest.raises(ValueError, match="shape: got"):
         shapes.plan(torch.device("cpu"), ["nonsense"])
+
+
+def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
+    names = ["floor", "eager", "ours-torch"]
+    whole = list(suite.measure(TINY, "fp32", Cpu(), names, seconds=30, with_memory=False))
+    assert [one["peer"] for one in whole] == ["eager", "ours-torch", *names, *names]
+    assert all("median_ms" not in one and one["error_ratio"] > 0 for one in whole[:2])
+    assert all(one["floor_ms"] == whole[2]["median_ms"] for one in whole[2:5])
+    assert all(late["samples"] > early["samples"] for early, late in zip(whole[2:5], whole[5:], strict=True))
+
+    sampled = []
+
+    def ends(device, steps, seconds, **options):
+        sampled.append(seconds)
+        if len(sampled) > 1:
+            raise KeyboardInterrupt
+        return {name: [2.0, 3.0] for name in steps}
+
+    monkeypatch.setattr(suite, "interleaved", ends)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        kept.extend(suite.measure(TINY, "fp32", Cpu(), names, seconds=9.0, with_memory=False))
+    assert [one["median_ms"] for one in kept if "median_ms" in one] == [2.5] * 3
+
+
+def test_a_shape_that_the_memory_cannot_hold_is_not_tried(monkeypatch):
+    monkeypatch.setattr(Cpu, "free", lambda self: 1 << 30)
+    assert suite.too_large(TINY, Cpu()) is None
+    (line,) = suite.measure(shapes.BY_NAME["qwen25vl-72b"], "bf16", Cpu(), ["ours-blas"])
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    (line,) = profiling.workspace(Cpu(), shapes.BY_NAME["qwen25vl-72b"], "bf16")
+    assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
+    monkeypatch.setattr(Cpu, "free", lambda self: 79 << 30)
+    assert all(suite.too_large(shape, Cpu()) is None for shape in shapes.GPU)
+
+
+def test_training_is_tried_where_it_fits(monkeypatch):
+    class Card:
+        total_memory = 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card)
+    assert training.lacks(Cuda(), training.LLAVA) == "needs a GPU of 100 GiB, this one has 80"
+    Card.total_memory = 140 << 30
+    assert training.lacks(Cuda(), training.LLAVA) is None
+    assert training.lacks(Cpu(), training.TINY) is None
+
+
+def test_tiles_that_cannot_be_tried(monkeypatch):
+    tiles = {"device": Cpu(), "role": "project", "n": 80, "d": 60, "m": 96, "dtype": "bf16"}
+    (line,) = sweep.tiles(**tiles, kinds=["descriptor"])
+    assert line["unavailable"] == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+    monkeypatch.setattr(sweep, "unavailable", lambda device, dtype: "triton is not installed")
+    (line,) = sweep.tiles(**tiles)
+    assert line["unavailable"] == "triton is not installed"
+
+
+def test_the_sources_of_a_record_are_all_that_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    hashes = set()
+    for folder in ("pre_kernels", "integrations"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text(folder)
+        hashes.add(record._source.__wrapped__())
+    assert len(hashes) == 2
+    asked = []
+    monkeypatch.setattr(record, "_git", lambda *words: asked.append(words) or "text")
+    assert record._commit.__wrapped__() == "text-dirty"
+    assert {"pre_kernels", "integrations", "bench"} <= set(asked[-1])

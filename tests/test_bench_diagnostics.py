@@ -3,11 +3,12 @@
 import pytest
 from test_bench import STAMP
 
-from bench import diagnostics, memory, record
+from bench import diagnostics, record
+from pre_kernels.check import memory as resident
 
 
 def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("BENCH_DEVICE", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # on a CPU
     size = ["--images", "2", "--patches", "48", "--layers", "3", "--width", "32", "--seconds", "0"]
     assert diagnostics.main([*size, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.iterdir()
@@ -27,7 +28,7 @@ def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
     assert cells[4] == f"{lines['pairs']['slower_than_ours']:,.1f}"
     assert cells[5] == ""
     assert any("torch " in line for line in page[-1:])
-    monkeypatch.setattr(memory, "missing", lambda: "not twice")
+    monkeypatch.setattr(resident, "missing", lambda: "not twice")
     wrong = {**diagnostics.PEERS, "ours": lambda *case: (0.0, 0.0, 0.0, 0.0)}
     monkeypatch.setattr(diagnostics, "PEERS", wrong)
     assert diagnostics.main([*size, "--out", str(tmp_path)]) == 1

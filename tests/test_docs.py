@@ -27,8 +27,8 @@ TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
 # file endings of what a page calls a file, where it is no name of a class or an attribute
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|json|jsonl|png|yaml)|(?:[\w.-]+/)+")
 WRITTEN = {  # by a command, beside what it is about, or on the user's side
-    "report.html", "layers.csv", "diagnosis.json", "train.py", "pre.yaml", "trainer_state.json", "pre_head.json",
-    "instances_val2017.json", "photos/", "imagenet/", "val2017/", "held-out/", "out/", "masks/",
+    "report.html", "check.json", "layers.csv", "diagnosis.json", "train.py", "pre.yaml", "trainer_state.json",
+    "pre_head.json", "instances_val2017.json", "photos/", "imagenet/", "val2017/", "held-out/", "out/", "masks/",
 }  # fmt: skip
 
 

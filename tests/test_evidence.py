@@ -7,7 +7,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("rich")
 
 from bench import evidence, record
-from bench.device import Cpu
+from pre_kernels.check.device import Cpu
 
 SEEDS = (0, 1, 2)
 

@@ -8,7 +8,7 @@ import pytest
 from mutants import FILES, OPERATORS, PACKAGE, every_mutant, mutants, named
 
 from bench import mutation, record
-from bench.device import Cpu
+from pre_kernels.check.device import Cpu
 
 MUTATE = Path(__file__).with_name("mutate.py")
 

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("rich", reason="rich is not installed")
 
 from bench import fuzz, numerics, record
-from bench.device import Cpu
+from pre_kernels.check.device import Cpu
 
 
 def case(*outcomes, seed=0, **group):

@@ -140,13 +140,14 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_sweep_of_tiles_runs_each_candidate_and_not_the_tuned_tile(monkeypatch, dtype):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    from bench import device, shapes, sweep
+    from bench import shapes, sweep
+    from pre_kernels.check.device import Cpu
 
     operand = torch.empty(64, 64, dtype=shapes.DTYPES[dtype])
     for kind in tune.CANDIDATES:
         tune.remember(tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2))  # no candidate
     seen, real = [], tiles.constants
     monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(list(tile)) or real(tile))
-    found = list(sweep.tiles(device.Cpu(), "project", 32, 64, 64, dtype))
+    found = list(sweep.tiles(Cpu(), "project", 32, 64, 64, dtype))
     assert found
     assert seen == [one["tile"] for one in found]

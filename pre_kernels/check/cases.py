@@ -1,0 +1,128 @@
+"""The calls that are measured: their sizes and inputs, a step of them, and what each is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pre_kernels.ops import steps_of
+
+from .rule import LEAVES, Case
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`batch` sequences of `tokens` tokens, of which `visual` in a row are visual; widths d → m → z."""
+
+    name: str
+    batch: int
+    tokens: int
+    visual: int
+    d: int
+    m: int
+    z: int
+    what: str
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def selected(self) -> int:
+        return self.batch * self.visual
+
+    @property
+    def flop(self) -> int:
+        """Of the six products: two of the forward, four of the backward."""
+        return 6 * self.selected * self.m * (self.d + self.z)
+
+    @property
+    def size(self) -> str:
+        return f"{self.selected:,} of {self.rows:,} · {self.d}→{self.m}→{self.z}"
+
+
+def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0) -> Case:
+    """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream gradient is not 1.
+
+    rows: "index" for int64 indices, or "mask" for the same rows as a mask.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype, device=device)
+
+    mask = torch.zeros(shape.batch, shape.tokens, dtype=torch.bool, device=device)
+    first = min(35, shape.tokens - shape.visual)
+    mask[:, first : first + shape.visual] = True
+    tensors = {
+        "hidden": randn(shape.batch, shape.tokens, shape.d),
+        "anchor": randn(shape.batch, shape.tokens, shape.z),
+        "w1": randn(shape.m, shape.d) / math.sqrt(shape.d),
+        "b1": randn(shape.m) * 0.2,
+        "w2": randn(shape.z, shape.m) / math.sqrt(shape.m),
+        "b2": randn(shape.z) * 0.2,
+    }
+    selection = mask if rows == "mask" else mask.reshape(-1).nonzero().squeeze(1)
+    return Case(tensors, selection, upstream=0.37)
+
+
+def step(function: Callable[..., Tensor], case: Case) -> Step:
+    """One forward and backward of `function` on `case`, with every gradient wanted and an upstream other than 1."""
+    tensors = {name: x.detach().requires_grad_(name in LEAVES) for name, x in case.tensors.items()}
+    leaves = [tensors[name] for name in LEAVES]
+    dtype = torch.promote_types(case.product_dtype, torch.float32)
+    upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = function(**tensors, rows=case.rows, **case.options)
+        return torch.autograd.grad(loss, leaves, upstream)
+
+    return run
+
+
+def floor(case: Case) -> Step:
+    """The six products that no implementation avoids: contiguous inputs, outputs allocated beforehand."""
+    w1, w2, rows = case.tensors["w1"], case.tensors["w2"], case.rows
+    assert rows is not None
+    x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
+    z = x @ w1.t()
+    g, p, dx = torch.nn.functional.gelu(z), torch.empty_like(dp), torch.empty_like(x)
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+
+    def run() -> tuple[Tensor, ...]:
+        torch.mm(x, w1.t(), out=z)
+        torch.mm(g, w2.t(), out=p)
+        torch.mm(dp.t(), g, out=dw2)
+        torch.mm(dp, w2, out=z)
+        torch.mm(z.t(), x, out=dw1)
+        torch.mm(z, w1, out=dx)
+        return dx, dw1, dw2
+
+    return run
+
+
+def formula(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
+    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
+    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
+
+
+def workspace(impl: str, device: torch.device) -> int:
+    """Bytes that an implementation takes for a chunk's buffers by default; "fp8" is a precision of "blas"."""
+    steps: Any = steps_of("blas" if impl == "fp8" else impl)
+    default = steps.workspace
+    return default[device.type] if isinstance(default, dict) else default
+
+
+def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
+    """Bytes for inputs, gradients and what eager keeps of a call between its forward and backward: a little more than
+    was measured."""
+    elements = shape.rows * max(shape.d, shape.z) + shape.selected * shape.m + shape.m * max(shape.d, shape.z)
+    return 6 * elements * dtype.itemsize + workspace

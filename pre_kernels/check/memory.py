@@ -1,0 +1,58 @@
+"""Peak memory of a step on the CPU, from what Linux counts of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (the peak since the last reset), in MiB."""
+    match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert match, f"no {field} in {STATUS}"
+    return int(match[1]) / 1024
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: else the second step would reuse it unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc: small blocks may hide, large ones are mapped
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def missing() -> str | None:
+    """Why the peak cannot be read here; None if it can."""
+    return None if RESET.exists() else f"no {RESET} on this system"
+
+
+def second(step: Callable[[], Any]) -> tuple[float, Any]:
+    """How far resident memory rose during the second of two steps, in MiB, and what that step returned."""
+    step()
+    _trim()
+    before = _resident("VmRSS")
+    RESET.write_text("5")  # the peak restarts from what is resident now
+    returned = step()
+    return _resident("VmHWM") - before, returned
+
+
+def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str, Any]:
+    """What a module prints last, as JSON, run in `folder` in a process of its own, which maps large blocks one by one:
+    what is counted is in use then. By default glibc keeps some that are free, a seventh more or less from run to run.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])

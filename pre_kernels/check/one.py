@@ -1,0 +1,268 @@
+"""The checks of one implementation, in a process of their own: `python -m pre_kernels.check.one IMPL WIDTH ROWS DTYPE`.
+
+Prints a JSON object a line: {"begin": check}, then what was found; {"ready": true} where the small checks are done and
+it waits for a line of input, because what follows wants the device for itself; {"done": true} at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pre_kernels import fused_pre_loss, reference
+from pre_kernels.loss import fp8_unavailable, unavailable
+
+from . import memory, promises
+from .cases import DTYPES, Shape, case, floor, formula, needed, step, workspace
+from .device import FLUSH, MIB, Cpu, Cuda, current
+from .rule import Case, Judge
+from .timing import interleaved, spread
+
+GATES = {"fp8": 0.1}  # of an implementation that no error rule can hold: relative rms error let through
+SECONDS = {"cpu": 3.0, "cuda": 2.0}  # of sampling
+NAMES = (
+    "error, small case",
+    "no host sync",
+    "CUDA graph, other rows",
+    "torch.compile, fullgraph",
+    "error, real size",
+    "peak memory",
+    "time",
+)
+
+
+class Found(NamedTuple):
+    """outcome: "pass" | "fail" | "skip", or "info" where nothing was promised."""
+
+    outcome: str
+    says: str
+    values: dict[str, Any] = {}  # noqa: RUF012
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unfit(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why an implementation cannot be checked there; None if it can."""
+    if impl == "torch":
+        return None
+    reason = unavailable(device, dtype)
+    if reason or impl != "fp8":
+        return reason
+    if device.type == "cpu":
+        return "float8 products want a GPU"
+    if dtype != torch.bfloat16:
+        return "float8 products go with --dtype bf16 alone"
+    return fp8_unavailable(device) or (f"--width: got {width}, want at most 8192" if width > 8192 else None)
+
+
+class Checks:
+    """What is checked of an implementation; every method is one check and returns what it found, or raises."""
+
+    def __init__(self, impl: str, width: int, rows: int, dtype: str) -> None:
+        self.impl, self.device, self.dtype = impl, current(), DTYPES[dtype]
+        self.argv = (impl, str(width), str(rows), dtype)
+        options: dict[str, Any] = {"impl": "blas", "precision": "fp8"} if impl == "fp8" else {"impl": impl}
+        self.function = partial(fused_pre_loss, **options)
+        self.timed = impl == "torch" or not interpreted()
+        # one width, so that both sizes share their compiled kernels
+        self.small = Shape("small", 3, 101, 67, width, width, width, "ragged")
+        self.real = Shape("real", 1, -(-rows * 16 // 9), rows, width, width, width, "9 of 16 rows, as of images")
+        if not self.timed:
+            self.small = Shape("tiny", 2, 21, 13, 64, 64, 64, "for the interpreter")
+        self.failed = False
+
+    def calls(self) -> dict[str, Case]:
+        """The small calls without a host sync."""
+        place = self.device.torch_device
+        calls = {"integer rows": case(self.small, self.dtype, place)}
+        if self.impl != "torch":  # which waits for the count of any mask
+            weighted = case(self.small, self.dtype, place, "mask")
+            weighted.options = {"row_weight": torch.rand(self.small.batch, self.small.tokens, device=place)}
+            calls |= {"mask": case(self.small, self.dtype, place, "mask"), "mask and weights": weighted}
+        return calls
+
+    def small_error(self) -> Found:
+        """Rows as they come: a mask with gaps, with weights and without, and indices in any order."""
+        place = self.device.torch_device
+        generator = torch.Generator().manual_seed(1)
+        mask = torch.rand(self.small.batch, self.small.tokens, generator=generator) < 0.7
+        index = torch.randperm(self.small.rows, generator=generator)[: int(mask.sum())]
+        weight = (0.1 + torch.rand(mask.shape, generator=generator)).to(place)
+        calls: dict[str, tuple[Tensor, dict[str, Any]]] = {
+            "mask": (mask, {}),
+            "mask and weights": (mask, {"row_weight": weight}),
+            "integer rows": (index, {}),
+        }
+        found = []
+        for name, (rows, options) in calls.items():
+            given = case(self.small, self.dtype, place)
+            given.rows, given.options = rows.to(place), options
+            found.append(self._error(given, f"{name}: "))
+        return next((one for one in found if one.outcome == "fail"), max(found, key=lambda one: one.values["share"]))
+
+    def real_error(self) -> Found:
+        if short := self._short(torch.float64):
+            return short
+        return self._error(case(self.real, self.dtype, self.device.torch_device))
+
+    def _error(self, given: Case, of: str = "") -> Found:
+        gate = GATES.get(self.impl)
+        verdict = Judge(given)(self.function, gate)
+        rule = f"a relative rms error of {gate}" if gate else "the rule"
+        says = of + verdict.failure if verdict.failure else f"{verdict.share:.2f} × {rule}"
+        return Found("fail" if verdict.failure else "pass", says, verdict._asdict())
+
+    def sync(self) -> Found:
+        if isinstance(self.device, Cpu):
+            return Found("skip", "not on a CPU")
+        calls = self.calls()
+        for name, given in calls.items():
+            _named(name, promises.sync, self.device, self.function, given)
+        return Found("pass", ", ".join(calls))
+
+    def graph(self) -> Found:
+        if isinstance(self.device, Cpu):
+            return Found("skip", "not on a CPU")
+        calls = self.calls()
+        for name, given in calls.items():
+            outcome, _ = _named(name, promises.graph, self.device, step(self.function, given), given)
+            if outcome != promises.HELD:
+                return Found("fail", f"{name}: {outcome}")
+        return Found("pass", ", ".join(calls))
+
+    def fullgraph(self) -> Found:
+        """By a backend that compiles nothing: what is promised is that there is no break. The call with most arguments is
+        enough, at seconds for each."""
+        name, given = list(self.calls().items())[-1]
+        outcome = promises.fullgraph(self.function, given, "aot_eager")
+        return Found("pass" if outcome == promises.WHOLE else "fail", f"{name}: {outcome}")
+
+    def peak(self) -> Found:
+        if short := self._short(self.dtype):
+            return short
+        if isinstance(self.device, Cpu):
+            if reason := memory.missing():
+                return Found("skip", reason)
+            found = memory.fresh("pre_kernels.check.one", *self.argv, "--peak")
+            peak, returned = found["peak_mib"], found["returned_mib"]
+        else:
+            again = self._step()
+            again()  # after it the vendor's libraries have their scratch memory
+            peak, returned = self.device.peak(again)
+        designed = formula(self.real, self.dtype, workspace(self.impl, self.device.torch_device)) / MIB
+        ratio = (peak - returned) / designed
+        says = f"{ratio:.2f} × the formula: {peak - returned:,.0f} of {designed:,.0f} MiB beside the gradients"
+        values = {"peak_mib": peak, "returned_mib": returned, "formula_mib": designed, "ratio": ratio}
+        return Found("pass" if ratio <= 1 else "fail", says, values)
+
+    def time(self) -> Found:
+        if self.failed:
+            return Found("skip", "not of results that are wrong")
+        if short := self._short(self.dtype):
+            return short
+        given = case(self.real, self.dtype, self.device.torch_device)
+        steps = {"ours": self._step(), "eager": step(reference.pre_loss, given), "floor": floor(given)}
+        sampled = interleaved(self.device, steps, SECONDS[self.device.kind])
+        times = {name: spread(samples) for name, samples in sampled.items()}
+        ours = times["ours"]["median_ms"]
+        over = {name: ours / times[name]["median_ms"] for name in ("floor", "eager")}
+        host = self.device.enqueue_us(steps["ours"])
+        queued = "" if host is None else f", queued by the host in {host / 1e3:.2f} ms"
+        says = f"{over['floor']:.2f} × six bare matmuls, {over['eager']:.2f} × eager: {ours:.2f} ms{queued}"
+        return Found("info", says, {**times, "over": over, "enqueue_us": host})
+
+    def resident(self) -> dict[str, float]:
+        """What `memory.fresh` is told, in a process that has done nothing else."""
+        rise, returned = memory.second(self._step())
+        return {"peak_mib": rise, "returned_mib": sum(x.nbytes for x in returned) / MIB}
+
+    def _step(self) -> Callable[[], tuple[Tensor, ...]]:
+        return step(self.function, case(self.real, self.dtype, self.device.torch_device))
+
+    def _short(self, dtype: torch.dtype) -> Found | None:
+        """Where the real size does not fit; `dtype`: of the arithmetic."""
+        want, free = needed(self.real, dtype, workspace(self.impl, self.device.torch_device)), self.device.free()
+        if isinstance(self.device, Cuda):
+            want += FLUSH
+        if free is None or want <= free:
+            return None
+        size = f"--rows {self.real.selected} of --width {self.real.d} take {want / 2**30:.1f} GiB"
+        return Found("skip", f"{size}, of which {free / 2**30:.1f} are free; want fewer, or narrower ones")
+
+
+def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """The check of one kind of call, whose name is put before what it raises."""
+    try:
+        return check(*arguments)
+    except Exception as error:
+        raise RuntimeError(f"{name}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def report(checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Callable[[], object]) -> None:
+    """Run them in order and `tell` of each; `wait` returns when the device is free for what is large or timed, and
+    something false where nobody listens any more."""
+    small = (checks.small_error, checks.sync, checks.graph, checks.fullgraph)
+    large = (checks.real_error, checks.peak, checks.time) if checks.timed else ()
+    for number, check in enumerate(small + large):
+        if number == len(small):
+            tell({"ready": True})
+            if not wait():
+                return
+        tell({"begin": NAMES[number]})
+        began, trace, lost = time.monotonic(), None, False
+        try:
+            found = check()
+        except Exception as error:
+            found, trace = Found("fail", first_line(error)), traceback.format_exc()
+        try:
+            checks.device.synchronize()  # an error of a kernel may show only here
+        except Exception as error:
+            found, lost = Found("fail", f"{first_line(error)}; no more checks on a device in this state"), True
+            trace = trace or traceback.format_exc()
+        checks.failed |= found.outcome == "fail" and check in (checks.small_error, checks.real_error)
+        seconds = round(time.monotonic() - began, 3)
+        tell({"check": NAMES[number], **found._asdict(), "traceback": trace, "seconds": seconds})
+        if lost:
+            break
+    tell({"done": True})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("impl")
+    parser.add_argument("width", type=int)
+    parser.add_argument("rows", type=int)
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("--peak", action="store_true", help="of resident memory, and nothing else")
+    options = parser.parse_args(argv)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no line of ours
+
+    def tell(line: dict[str, Any]) -> None:
+        out.write(json.dumps(line) + "\n")
+
+    checks = Checks(options.impl, options.width, options.rows, options.dtype)
+    if options.peak:
+        tell(checks.resident())
+    else:
+        report(checks, tell, sys.stdin.readline)
+
+
+if __name__ == "__main__":
+    main()

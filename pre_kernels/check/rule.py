@@ -1,0 +1,181 @@
+"""The error rule: how far from float64 the loss and gradients of an implementation may be, judged beside eager's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pre_kernels import reference
+
+LEAVES = ("hidden", "w1", "b1", "w2", "b2")
+WRONG = {2: 5.0, 4: 100.0}  # × eager's error, by bytes of an element, is no rounding: float32 sums may be poor ones
+
+
+@dataclass
+class Case:
+    """The tensors and keywords of one call; `autocast` is the dtype to run it under."""
+
+    tensors: dict[str, Any]  # of Tensor, or None for a bias that is not there
+    rows: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+    frozen: tuple[str, ...] = ()
+    upstream: float = 1.0
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return self.autocast or self.tensors["hidden"].dtype
+
+
+def run(
+    function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
+) -> dict[str, Tensor]:
+    """Loss and gradients of `function`, the inputs cast to `dtype` if given (float64: the oracle)."""
+    tensors: dict[str, Any] = {
+        name: None if x is None else (x.detach() if dtype is None else x.detach().to(dtype))
+        for name, x in case.tensors.items()
+    }
+    leaves = {}
+    for name in LEAVES:
+        if tensors[name] is not None and name not in case.frozen:
+            leaves[name] = tensors[name] = tensors[name].requires_grad_()
+    options = dict(case.options)
+    if dtype is not None and options.get("row_weight") is not None:
+        options["row_weight"] = options["row_weight"].to(dtype)
+    device = tensors["hidden"].device.type
+    autocast = contextlib.nullcontext() if dtype or not case.autocast else torch.autocast(device, case.autocast)
+    with autocast:
+        loss = function(**tensors, rows=case.rows, **options, **extra)
+    out = {"loss": loss.detach()}
+    if leaves:
+        # one that differs from row to row where there is one for each
+        factor = ramp(loss.numel()).to(loss.device) if loss.dim() else 1.0 + 0 * loss.detach()
+        upstream = (case.upstream * factor).to(loss.dtype)
+        grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+            _require(grad.dtype == leaf.dtype, f"gradient of {name} came in {grad.dtype}, not in {leaf.dtype}")
+            want = f"want {tuple(leaf.shape)}"
+            _require(grad.shape == leaf.shape, f"gradient of {name}: shape {tuple(grad.shape)}, {want}")
+            out[name] = grad
+    return out
+
+
+def ramp(rows: int) -> Tensor:
+    """(rows,) float64 factors of the upstream gradient of `reduction="none"`."""
+    return torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
+
+
+class Comparison(NamedTuple):
+    """One tensor of a call, and what `judge` wants to know of it."""
+
+    name: str
+    ours: Tensor
+    eager: Tensor
+    oracle: Tensor
+    eps: float
+    few: float | None
+    rest: Tensor | float = 0.0  # of an oracle that is wider than a tensor: to be added to it
+
+    def errors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ours, eager's, and what they are of: float64, flat, where eager is finite."""
+        finite = self.eager.isfinite()
+        rest = self.rest[finite] if isinstance(self.rest, Tensor) else self.rest
+        ours, eager, oracle = (x.double()[finite] for x in (self.ours, self.eager, self.oracle))
+        return ours - oracle - rest, eager - oracle - rest, oracle
+
+
+def judge(one: Comparison) -> float:
+    """The error rule, of a call's tensor: the share of it that was used up. Raises AssertionError beyond 1, also under
+    `python -O`."""
+    name, ours, eager, oracle, eps, few, _ = one
+    _require(ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}")
+    same = torch.equal(ours.isfinite(), eager.isfinite())
+    _require(same, f"{name}: not finite where eager is, or finite where eager is not")
+    return judge_errors(name, *one.errors(), eps, few)
+
+
+def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> float:
+    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
+    eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
+    itself: the scale knows nothing of cancellation inside a row)."""
+    if ours.numel() == 0:
+        return 0.0
+    largest, baseline = ours.abs().max().item(), eager.abs().max().item()
+    if few is None:
+        rms = [x.square().mean().sqrt().item() for x in (ours, eager, oracle)]
+        bounds = [("rms", rms[0], 1.1 * rms[1] + 0.5 * eps * rms[2], rms[1])]
+        bounds += [("max", largest, 2 * baseline + eps * oracle.abs().max().item(), baseline)]
+    else:
+        bounds = [("max", largest, baseline + 2 * eps * few, baseline)]
+    for kind, error, bound, of_eager in bounds:
+        _require(error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} (eager {of_eager:.3e})")
+    return max((error / bound if bound else 0.0) for _, error, bound, _ in bounds)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+class Verdict(NamedTuple):
+    failure: str | None  # what was outside the rule; None = nothing
+    error_ratio: float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
+    relative: float  # the largest rms error over the gradients, each ÷ that gradient's own rms
+    share: float  # of the rule, or of the gate, used up by the worst tensor; nan beyond the rule
+    wrong: bool  # and not merely rounded worse than the rule allows, which is a finding and no reason to hide a peer
+
+
+class Judge:
+    """Holds eager's result and the float64 one of a case; calling it judges a function on that case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.eager = run(reference.pre_loss, case)
+        self.truth = run(reference.pre_loss, case, torch.float64)
+        wide = {name: x.double() for name, x in case.tensors.items()}
+        with torch.no_grad():
+            losses = reference.pre_loss(**wide, rows=case.rows, **case.options | {"reduction": "none"})
+        self.scale = losses.abs().mean().item()  # on which the rounding of the summed loss acts
+
+    def __call__(self, function: Callable[..., Tensor], gate: float | None = None) -> Verdict:
+        """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each gradient."""
+        result = run(function, self.case)
+        eps = torch.finfo(self.case.product_dtype).eps
+        many = {name: value for name, value in result.items() if value.numel() >= 64}
+        ratio = _largest(self._rms(name, value) / self._rms(name, self.eager[name]) for name, value in many.items())
+        relative = _largest(self._rms(name, value) / _rms(self.truth[name]) for name, value in many.items())
+        if gate is not None:
+            loss = self._rms("loss", result["loss"]) / self.scale
+            share = _largest((relative / gate, loss / gate))
+            if share <= 1:
+                return Verdict(None, ratio, relative, share, False)
+            failure = f"relative error {relative:.3g}, of the loss {loss:.3g} > {gate}"
+            return Verdict(failure, ratio, relative, share, True)
+        share = 0.0
+        try:
+            for name, value in result.items():
+                few = self.scale if value.numel() < 64 else None
+                one = Comparison(name, value, self.eager[name], self.truth[name], eps, few)
+                share = max(share, judge(one))
+        except AssertionError as error:
+            wrong = not ratio < WRONG[self.case.product_dtype.itemsize]
+            return Verdict(str(error), ratio, relative, math.nan, wrong)
+        return Verdict(None, ratio, relative, share, False)
+
+    def _rms(self, name: str, value: Tensor) -> float:
+        return _rms(value.double() - self.truth[name])
+
+
+def _rms(value: Tensor) -> float:
+    return value.square().mean().sqrt().item()
+
+
+def _largest(values: Iterable[float]) -> float:
+    """nan if any is."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
