@@ -95,8 +95,11 @@ class Child:
         self.deadline = time.monotonic() + LIMIT
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-m", "pre_kernels.check.one", impl, str(plan.width), str(plan.rows), plan.dtype]
+        # threads that wait for each other by spinning would take the cores from other processes on a busy machine
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self.process = subprocess.Popen(
             command,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
