@@ -184,7 +184,8 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
     try:
-        children += [Child(impl, plan, heard) for impl in plan.impls]
+        for impl in plan.impls:
+            children.append(Child(impl, plan, heard))
         report = Report(options.out / "check.json", {**about, "device": device.describe()})
         print(f"{report.about['device']['device']}: {plan.rows} rows of width {plan.width}, {plan.dtype}", flush=True)
         for impl, reason in plan.left_out.items():
