@@ -95,8 +95,11 @@ class Child:
         self.deadline = time.monotonic() + LIMIT
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-m", "pre_kernels.check.one", impl, str(plan.width), str(plan.rows), plan.dtype]
+        # threads that wait for each other by spinning would take the cores from other processes on a busy machine
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self.process = subprocess.Popen(
             command,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
@@ -181,7 +184,8 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
     try:
-        children += [Child(impl, plan, heard) for impl in plan.impls]
+        for impl in plan.impls:
+            children.append(Child(impl, plan, heard))
         report = Report(options.out / "check.json", {**about, "device": device.describe()})
         print(f"{report.about['device']['device']}: {plan.rows} rows of width {plan.width}, {plan.dtype}", flush=True)
         for impl, reason in plan.left_out.items():

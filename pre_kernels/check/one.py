@@ -143,8 +143,8 @@ class Checks:
         return Found("pass", ", ".join(calls))
 
     def fullgraph(self) -> Found:
-        """By a backend that compiles nothing: what is promised is that there is no break. The call with most arguments is
-        enough, at seconds for each."""
+        """By a backend that compiles nothing: what is promised is that there is no break. Of the calls, which take
+        seconds each, the one with most arguments."""
         name, given = list(self.calls().items())[-1]
         outcome = promises.fullgraph(self.function, given, "aot_eager")
         return Found("pass" if outcome == promises.WHOLE else "fail", f"{name}: {outcome}")
