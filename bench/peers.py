@@ -129,8 +129,3 @@ def planned(number: int) -> list[str]:
 def own_case(peer: Peer, case: Case) -> Case:
     """The case with the options that the peer insists on."""
     return replace(case, options={**case.options, **peer.options})
-
-
-def workspace(name: str, device: torch.device) -> int:
-    """Bytes that one of ours takes for a chunk's buffers by default."""
-    return cases.workspace(name.removeprefix("ours-"), device)

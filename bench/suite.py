@@ -151,8 +151,8 @@ def _beside(
     enqueue = device.enqueue_us(step)
     result = {} if enqueue is None else {"enqueue_us": enqueue}
     if peers.BY_NAME[name].ours:
-        workspace = peers.workspace(name, device.torch_device)
-        result["formula_mib"] = formula(shape, shapes.DTYPES[dtype], workspace) / MIB
+        designed = formula(shape, shapes.DTYPES[dtype], name.removeprefix("ours-"), device.torch_device)
+        result["formula_mib"] = designed / MIB
     if not with_memory or peers.BY_NAME[name].build is None:
         return result
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pre_kernels.checks import Options, Problem
 from pre_kernels.ops import steps_of
 
 from .rule import LEAVES, Case
@@ -109,15 +110,28 @@ def floor(case: Case) -> Step:
     return run
 
 
-def formula(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: float32 sums of dW, a compact dH, the workspace."""
-    return 4 * shape.m * (shape.d + shape.z) + shape.selected * shape.d * dtype.itemsize + workspace
+def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -> int:
+    """Bytes at the peak beyond the gradients returned, as designed: the workspace, a compact dH, and float32 sums of dW
+    where there are several chunks; one chunk's products, and sums of float32, are what is returned."""
+    d, m, z, n, room = shape.d, shape.m, shape.z, shape.selected, workspace(impl, device)
+    precision = "fp8" if impl == "fp8" else None
+    options = Options("cosine", "gelu", "mean", dtype, True, False, None, room, None, precision)
+    hidden, anchor, w1, w2 = (
+        torch.empty(size, dtype=dtype, device="meta") for size in ((shape.rows, d), (n, z), (m, d), (z, m))
+    )
+    rows = torch.empty(n, dtype=torch.int64, device="meta")
+    problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
+    several = n > _steps(impl).layout(problem).rows and dtype != torch.float32
+    return room + n * d * dtype.itemsize + several * 4 * m * (d + z)
+
+
+def _steps(impl: str) -> Any:
+    return steps_of("blas" if impl == "fp8" else impl)  # it is a precision of "blas"
 
 
 def workspace(impl: str, device: torch.device) -> int:
-    """Bytes that an implementation takes for a chunk's buffers by default; "fp8" is a precision of "blas"."""
-    steps: Any = steps_of("blas" if impl == "fp8" else impl)
-    default = steps.workspace
+    """Bytes that an implementation takes for a chunk's buffers by default."""
+    default = _steps(impl).workspace
     return default[device.type] if isinstance(default, dict) else default
 
 

@@ -161,7 +161,7 @@ class Checks:
             again = self._step()
             again()  # after it the vendor's libraries have their scratch memory
             peak, returned = self.device.peak(again)
-        designed = formula(self.real, self.dtype, workspace(self.impl, self.device.torch_device)) / MIB
+        designed = formula(self.real, self.dtype, self.impl, self.device.torch_device) / MIB
         ratio = (peak - returned) / designed
         says = f"{ratio:.2f} × the formula: {peak - returned:,.0f} of {designed:,.0f} MiB beside the gradients"
         values = {"peak_mib": peak, "returned_mib": returned, "formula_mib": designed, "ratio": ratio}
