@@ -1,15 +1,17 @@
 """Host microseconds until a forward and backward are queued: `python -m bench.host`.
 
-Each call of each implementation in turn, round by round; the least and the median of the rounds are printed.
+Each call of each implementation in turn, round by round; the least and the median of the rounds.
 
-On a GPU all of it is real: the device is idle when a step begins, and nobody waits until the clock has stopped.
+On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before the
+clock has stopped.
 
-Without one, the device's part is taken away, and the figure is a part of a GPU's: what this package, autograd and torch's
-dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python from `kernel[grid](...)` on: binding of
-arguments, specialisation, key and look-up of the compiled kernel. Not in it: Triton's launcher in C and the tensor maps
-that it fills, the driver, `torch.cuda.device`, the vendor's products (`torch.mm` and its like return at once), and what
-CUDA's allocator takes more or less than the CPU's. With --ours a Triton launch returns at once too: what is left is what
-this package can change.
+Without one the device's part is taken away, and the figure is a part of a GPU's: what this package,
+autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python from
+`kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled kernel).
+Not in it: Triton's launcher in C and the tensor maps that it fills, the driver, `torch.cuda.device`,
+the vendor's products (`torch.mm` and its like return at once), and what CUDA's allocator takes more or
+less than the CPU's. With --ours a Triton launch returns at once too: what is left is what this package
+can change.
 """
 
 from __future__ import annotations
@@ -138,7 +140,9 @@ def main() -> None:
         with without_device(arguments.ours):
             found = measured()
     for name, samples in found.items():
-        print(f"{name:14} least {min(samples):7.0f} µs   median {statistics.median(samples):7.0f} µs   of {len(samples)}")
+        print(
+            f"{name:14} least {min(samples):7.0f} µs   median {statistics.median(samples):7.0f} µs   of {len(samples)}"
+        )
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}")
 
 
-def _under_autocast(device: str) -> bool:
+def under_autocast(device: str) -> bool:
     try:  # Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available
         return torch.is_autocast_enabled(device)
     except RuntimeError:  # "meta" has none
@@ -138,7 +138,7 @@ def _under_autocast(device: str) -> bool:
 
 def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype:
     device = hidden.device.type
-    if _under_autocast(device):
+    if under_autocast(device):
         doubles = [name for name, value in parameters.items() if value.dtype == torch.float64]
         if not doubles and hidden.dtype != torch.float64:
             return torch.get_autocast_dtype(device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
+from .kernels import tiles
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.finish import reduce_loss, scale_gradients
 from .kernels.launch import PROGRAMS, RowShape
@@ -16,7 +17,7 @@ from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
-from .sweep import Gradients, Layout, Selection, Work
+from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
 CHUNK_MULTIPLE = 128  # rows: full tiles
 
@@ -24,7 +25,7 @@ CHUNK_MULTIPLE = 128  # rows: full tiles
 class TritonSteps:
     """Passes over rows between products, all over buffers of a chunk."""
 
-    workspace = 256 << 20  # bytes
+    workspace = 544 << 20  # bytes: 512 MiB of rows (16,384 of width 4,096 in bf16), their column sums
     clear = False  # whether rows beyond a count that is on the device have to be zero
 
     @staticmethod
@@ -46,7 +47,16 @@ class TritonSteps:
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
-        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)), CHUNK_MULTIPLE)
+        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
+
+    @staticmethod
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        if capacity <= layout.rows:
+            return capacity
+        (d, m, z), like = problem.widths, problem.hidden
+        part = equal_parts(capacity, layout.rows, CHUNK_MULTIPLE)
+        tile, programs = tiles.largest(like, problem.options.dtype), tiles.multiprocessors(like)
+        return tiles.whole_turns(capacity, layout.rows, part, (m, z, m, d), tile, programs)
 
     @staticmethod
     def select(problem: Problem) -> Selection:

@@ -135,6 +135,40 @@ def choose(candidates: Sequence[Tile], rows: int, columns: int, tensor: Tensor) 
     return min(candidates, key=cost)
 
 
+def largest(tensor: Tensor, dtype: torch.dtype) -> Tile:
+    """The shipped tile for products of many rows in `dtype`; the vendor's are about as large."""
+    return table("descriptor" if has_descriptors(tensor, dtype) else "pointer", tensor, dtype)[0]
+
+
+# What another chunk costs, in turns: its part of the weights' gradients is added to sums in float32,
+# and ten launches begin and end
+CHUNK_TURNS = 2
+
+
+@lru_cache
+def whole_turns(rows: int, most: int, part: int, columns: tuple[int, ...], tile: Tile, programs: int) -> int:
+    """How many of `rows` rows a chunk should have: at most `most`, and the last chunk what is left.
+
+    The programs take turns at the tiles of a product; what counts is the turns of all products of the
+    rows, whose outputs have so many `columns`. Tried are `part`, and the rows whose tiles fill whole turns
+    in the widest of them.
+    """
+    across = [cdiv(width, tile.n) for width in columns]
+
+    def turns(chunk: int) -> int:
+        down = cdiv(chunk, tile.m)
+        return sum(cdiv(down * tiles, programs) for tiles in across)
+
+    def cost(chunk: int) -> int:
+        whole, rest = divmod(rows, chunk)
+        return whole * turns(chunk) + turns(rest) + CHUNK_TURNS * cdiv(rows, chunk)
+
+    widest = max(across)
+    most_turns = most // tile.m * widest // programs
+    filling = dict.fromkeys(programs * turn // widest * tile.m for turn in range(most_turns, 0, -1))
+    return min([*filter(None, filling), part], key=cost)
+
+
 def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Tile:
     """The tile for a product of `x` with `w`, whose dtype it is taken in, with loads through pointers."""
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x.stride(), *w.stride()))
