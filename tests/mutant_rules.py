@@ -30,7 +30,7 @@ LEFT_OUT = {
         "arch _arch on_device choose best key rows_class table has_descriptors cache_file remembered _device_name "
         "multiprocessors _multiprocessors pointer_tile programs RowShape.of"
     ),
-    "how many rows a chunk has, by the workspace": "columns apart layout",
+    "how many rows a chunk has, by the workspace": "columns apart layout cut largest whole_turns",
     "a cast or `tl.dot` when compiled": "widen narrow dot",
     "a question to the library": "_widens",
 }
