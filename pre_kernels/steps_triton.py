@@ -47,6 +47,7 @@ class TritonSteps:
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
+        m, z = int(m), int(z)  # under torch.compile they may be symbols, which are no keys of a cache
         return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
 
     @staticmethod
@@ -109,10 +110,10 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
+        self.z_rows, self.g_rows, self.p_rows = (_rows(x, 0, n) for x in (self.z, self.g, self.p))
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
-        self.x = hidden[start:stop] if self.h is None else self.h[:n]
+        self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
         quantized = self._quantized(self.x)
         if self.h is not None or quantized is not None:
             copy = None if self.h is None else self.x
@@ -167,7 +168,7 @@ class TritonSteps:
         if self.grads.w1 is not None:
             self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
         if self.grads.hidden is not None:
-            self._linear(self.z_rows, self.back_1, None, self.grads.hidden[start:stop])
+            self._linear(self.z_rows, self.back_1, None, _rows(self.grads.hidden, start, stop))
 
     @staticmethod
     def reduce(problem: Problem, selection: Selection, losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +204,11 @@ class TritonSteps:
         order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
         w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, divisor)
         return w1, b1, w2, b2
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A view costs the host about as much as memory does."""
+    return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
 def _copies(problem: Problem) -> bool:
