@@ -13,6 +13,7 @@ from torch import Tensor
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
+PLAIN = (Tensor, torch.nn.Parameter)
 FP8_LONGEST = 8192  # columns
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
@@ -54,7 +55,8 @@ class Problem(NamedTuple):
     @property
     def widths(self) -> tuple[int, int, int]:
         """d, m, z"""
-        return self.w1.shape[1], self.w1.shape[0], self.w2.shape[0]
+        (m, d), (z, _) = self.w1.shape, self.w2.shape
+        return d, m, z
 
     @property
     def masked(self) -> bool:
@@ -104,7 +106,8 @@ def width(name: str, value: Any) -> int:
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
-    if hasattr(value, "placements"):  # without importing torch.distributed.tensor
+    # without importing torch.distributed.tensor; asking a plain tensor for what it has not is slow
+    if type(value) not in PLAIN and hasattr(value, "placements"):
         raise TypeError(
             f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so that FSDP gathers "
             "its parameters, and pass hidden states as .to_local() or .full_tensor()"
@@ -171,7 +174,7 @@ def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
     rows = _tensor("rows", rows, device)
     if rows.dtype == torch.bool:
         _shape("rows", rows, tuple(leading), "hidden's leading shape")
-        return rows.reshape(-1)
+        return rows.flatten()
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)")
     if rows.dim() != 1:
@@ -307,14 +310,14 @@ def arguments(
     normalizer = _check_normalizer(normalizer, reduction)
     number = None if isinstance(normalizer, Tensor) else normalizer
     return Problem(
-        hidden=hidden.reshape(total, dim),
+        hidden=hidden.flatten(0, -2),
         w1=w1,
         b1=b1,
         w2=w2,
         b2=b2,
-        anchor=anchor.detach().reshape(-1, out_dim),
+        anchor=anchor.detach().flatten(0, -2),
         rows=rows,
-        weight=None if row_weight is None else row_weight.reshape(-1),
+        weight=None if row_weight is None else row_weight.flatten(),
         normalizer=None if number is normalizer else normalizer,
         options=Options(
             loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity, precision

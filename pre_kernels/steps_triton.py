@@ -86,7 +86,7 @@ class TritonSteps:
         d, m, z = problem.widths
 
         def buffer(columns: int) -> Tensor:
-            return problem.hidden.new_empty(work.chunk, columns, dtype=problem.options.dtype)
+            return self.w1.new_empty(work.chunk, columns)
 
         self.z, self.g, self.p = (buffer(columns) for columns in (m, m, z))
         self.h = buffer(d) if _copies(problem) else None

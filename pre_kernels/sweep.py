@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from .checks import Problem, under_autocast
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Which rows of hidden take part. `count` is the device's own N where the host must not wait for it."""
 
     index: Tensor | None  # (capacity,) flat rows; None = every row in order
