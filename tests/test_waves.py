@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from test_cost import KERNEL
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import shapes
 from pre_kernels.checks import Options, Problem
@@ -13,7 +14,6 @@ from pre_kernels.kernels import tiles
 from pre_kernels.ops import steps_of
 from pre_kernels.sweep import Selection, equal_parts, sweep
 
-NOTHING = mock.Mock(return_value=None)
 TILE = tiles.Tile(128, 256, 64, 8, 4)
 
 # Of bfloat16 rows on 132 multiprocessors: chunks; turns of 128 × 256 tiles in the four products of
@@ -48,26 +48,37 @@ def turns(spans, columns, multiprocessors=132):
     return sum(-(-(-(-n // 128) * -(-width // 256)) // multiprocessors) for n in spans for width in columns)
 
 
-def products_of(impl, shape, rows, workspace):
-    """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing runs."""
-    total, capacity = shape.rows, shape.selected if rows == "index" else shape.rows
-    empty = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+def nothing(*args, **kwargs):
+    pass
+
+
+def problem_of(shape, rows, workspace, device="meta"):
+    """A bfloat16 problem and what it selects; a mask differs from an index in the capacity alone."""
+
+    def empty(*size, dtype=torch.bfloat16):
+        return torch.empty(size, dtype=dtype, device=device)
+
     d, m, z = shape.d, shape.m, shape.z
-    # the tensors of an index; a mask differs in the capacity alone
+    total, capacity = shape.rows, shape.selected if rows == "index" else shape.rows
     index = empty(capacity, dtype=torch.int64)
     workspace = None if workspace is None else workspace << 20
     options = Options("cosine", "gelu", "mean", torch.bfloat16, False, False, None, workspace, None, None)
     weights = empty(m, d), empty(m), empty(z, m), empty(z)
     problem = Problem(empty(total, d), *weights, empty(total, z), index, None, None, options)
-    seen = []
+    return problem, Selection(index, empty(total, dtype=torch.int32), None, capacity)
+
+
+def products_of(impl, shape, rows, workspace):
+    """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing runs."""
+    problem, selection = problem_of(shape, rows, workspace)
+    losses, seen = problem.hidden.new_empty(selection.capacity, dtype=torch.float32), []
 
     class Recorded(steps_of(impl)):
         def _linear(self, x, weight, bias, out):
             seen.append(tuple(out.shape))
 
-    selection = Selection(index, empty(total, dtype=torch.int32), None, capacity)
-    with mock.patch.object(KERNEL, "run", NOTHING):
-        sweep(Recorded, problem, selection, [True] * 5, empty(capacity, dtype=torch.float32))
+    with mock.patch.object(KERNEL, "run", nothing):
+        sweep(Recorded, problem, selection, [True] * 5, losses)
     return seen
 
 
@@ -124,3 +135,12 @@ def test_a_workspace_too_small_for_a_turn(impl, workspace):
 )
 def test_equal_parts(rows, most, part):
     assert equal_parts(rows, most, 64 if most == 64 else 128) == part
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_the_layout_asks_no_device(impl):
+    """Fake tensors of a GPU are known by their shapes alone, on machines without one too."""
+    with FakeTensorMode():
+        problem = problem_of(shapes.BY_NAME["llava15-7b-pretrain"], "index", None, "cuda")[0]
+        assert problem.hidden.is_cuda
+        assert steps_of(impl).layout(problem).rows == 17024
