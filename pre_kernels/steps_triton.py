@@ -88,7 +88,7 @@ class TritonSteps:
         def buffer(columns: int) -> Tensor:
             return self.w1.new_empty(work.chunk, columns)
 
-        self.z, self.g, self.p = (buffer(columns) for columns in (m, m, z))
+        self.z, self.g, self.p = buffer(m), buffer(m), buffer(z)
         self.h = buffer(d) if _copies(problem) else None
         self._prepare()
 
@@ -110,7 +110,7 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = (_rows(x, 0, n) for x in (self.z, self.g, self.p))
+        self.z_rows, self.g_rows, self.p_rows = _rows(self.z, 0, n), _rows(self.g, 0, n), _rows(self.p, 0, n)
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
         self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
