@@ -2,6 +2,9 @@
 lost, or a wait that creeps in, fails here."""
 
 import contextlib
+import os
+import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +20,7 @@ import pre_kernels
 from pre_kernels import fused_pre_loss, ops
 from pre_kernels.kernels.matmul import matmul_kernel
 
+ROOT = Path(__file__).parents[1]
 KERNEL = type(matmul_kernel)  # compiled, or interpreted
 WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
 
@@ -204,3 +208,15 @@ def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
     assert found["__post_init__"] <= descriptors
     assert found["cdiv"] == found["next_power_of_2"] == 0  # made for kernels as well: microseconds a call
     assert found["autocast"] == 0  # there is none to turn off
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles the kernels")
+def test_microseconds_are_measured_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for flag in ([], ["--ours"]):
+        command = [sys.executable, "-m", "bench.host", "--seconds", "0.1", *flag]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"(.+?) +least +(\d+) µs   median +(\d+) µs   of [1-9]", done.stdout)
+        assert [name for name, *_ in found] == ["blas", "triton", "triton, mask", "fp8"]
+        assert all(100 <= int(least) <= int(median) for _, least, median in found)
