@@ -13,7 +13,6 @@ from torch import Tensor
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
-PLAIN = (Tensor, torch.nn.Parameter)
 FP8_LONGEST = 8192  # columns
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
@@ -106,8 +105,7 @@ def width(name: str, value: Any) -> int:
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
-    # without importing torch.distributed.tensor; asking a plain tensor for what it has not is slow
-    if type(value) not in PLAIN and hasattr(value, "placements"):
+    if hasattr(value, "placements"):  # without importing torch.distributed.tensor
         raise TypeError(
             f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so that FSDP gathers "
             "its parameters, and pass hidden states as .to_local() or .full_tensor()"
