@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from .checks import Problem, under_autocast
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """Which rows of hidden take part. `count` is the device's own N where the host must not wait for it."""
 
     index: Tensor | None  # (capacity,) flat rows; None = every row in order
