@@ -54,7 +54,8 @@ class Problem(NamedTuple):
     @property
     def widths(self) -> tuple[int, int, int]:
         """d, m, z"""
-        return self.w1.shape[1], self.w1.shape[0], self.w2.shape[0]
+        (m, d), (z, _) = self.w1.shape, self.w2.shape
+        return d, m, z
 
     @property
     def masked(self) -> bool:
@@ -129,7 +130,7 @@ def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}")
 
 
-def _under_autocast(device: str) -> bool:
+def under_autocast(device: str) -> bool:
     try:  # Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available
         return torch.is_autocast_enabled(device)
     except RuntimeError:  # "meta" has none
@@ -138,7 +139,7 @@ def _under_autocast(device: str) -> bool:
 
 def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype:
     device = hidden.device.type
-    if _under_autocast(device):
+    if under_autocast(device):
         doubles = [name for name, value in parameters.items() if value.dtype == torch.float64]
         if not doubles and hidden.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
@@ -171,7 +172,7 @@ def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
     rows = _tensor("rows", rows, device)
     if rows.dtype == torch.bool:
         _shape("rows", rows, tuple(leading), "hidden's leading shape")
-        return rows.reshape(-1)
+        return rows.flatten()
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)")
     if rows.dim() != 1:
@@ -307,14 +308,14 @@ def arguments(
     normalizer = _check_normalizer(normalizer, reduction)
     number = None if isinstance(normalizer, Tensor) else normalizer
     return Problem(
-        hidden=hidden.reshape(total, dim),
+        hidden=hidden.flatten(0, -2),
         w1=w1,
         b1=b1,
         w2=w2,
         b2=b2,
-        anchor=anchor.detach().reshape(-1, out_dim),
+        anchor=anchor.detach().flatten(0, -2),
         rows=rows,
-        weight=None if row_weight is None else row_weight.reshape(-1),
+        weight=None if row_weight is None else row_weight.flatten(),
         normalizer=None if number is normalizer else normalizer,
         options=Options(
             loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity, precision

@@ -6,6 +6,7 @@ Registered, so that torch.compile, export and fake tensors take each for one opa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ LIBRARY.define(
 )
 
 
+@lru_cache
 def steps_of(impl: str) -> type[Steps]:
     if impl == "triton":
         from .steps_triton import TritonSteps  # imports triton

@@ -16,7 +16,6 @@ class BlasSteps(TritonSteps):
     """A product takes its number of rows from the host. Where only the device knows N, all rows of the capacity take
     part, zero beyond N: right, but as slow as the capacity is large."""
 
-    workspace = 512 << 20  # bytes
     clear = True
 
     @staticmethod

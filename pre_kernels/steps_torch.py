@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import Problem
 from .products import add_product, linear
-from .sweep import Gradients, Layout, Selection, Work
+from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
 aten = torch.ops.aten
 
@@ -76,7 +76,11 @@ class TorchSteps:
         d, m, z = problem.widths
         budget = problem.options.workspace or TorchSteps.workspace.get(problem.hidden.device.type, 256 << 20)
         rows = budget // ((d + 2 * m + z) * problem.options.dtype.itemsize)
-        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), MIN_ROWS)
+        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1))
+
+    @staticmethod
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        return equal_parts(capacity, layout.rows, MIN_ROWS)
 
     @staticmethod
     def select(problem: Problem) -> Selection:

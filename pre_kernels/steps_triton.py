@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
+from .kernels import tiles
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.finish import mean_divisor, reduce_loss, scale_gradients
 from .kernels.launch import PROGRAMS, RowShape
@@ -16,7 +17,7 @@ from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
-from .sweep import Gradients, Layout, Selection, Work
+from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
 CHUNK_MULTIPLE = 128  # rows: full tiles
 
@@ -24,7 +25,7 @@ CHUNK_MULTIPLE = 128  # rows: full tiles
 class TritonSteps:
     """Passes over rows between products, all over buffers of a chunk."""
 
-    workspace = 256 << 20  # bytes
+    workspace = 544 << 20  # bytes: 512 MiB of rows (16,384 of width 4,096 in bf16), their column sums
     clear = False  # whether rows beyond a count that is on the device have to be zero
 
     @staticmethod
@@ -46,7 +47,17 @@ class TritonSteps:
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
-        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)), CHUNK_MULTIPLE)
+        m, z = int(m), int(z)  # under torch.compile they may be symbols, which are no keys of a cache
+        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
+
+    @staticmethod
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        if capacity <= layout.rows:
+            return capacity
+        (d, m, z), like = problem.widths, problem.hidden
+        part = equal_parts(capacity, layout.rows, CHUNK_MULTIPLE)
+        tile, programs = tiles.largest(like, problem.options.dtype), tiles.multiprocessors(like)
+        return tiles.whole_turns(capacity, layout.rows, part, (m, z, m, d), tile, programs)
 
     @staticmethod
     def select(problem: Problem) -> Selection:
@@ -75,9 +86,9 @@ class TritonSteps:
         d, m, z = problem.widths
 
         def buffer(columns: int) -> Tensor:
-            return problem.hidden.new_empty(work.chunk, columns, dtype=problem.options.dtype)
+            return self.w1.new_empty(work.chunk, columns)
 
-        self.z, self.g, self.p = (buffer(columns) for columns in (m, m, z))
+        self.z, self.g, self.p = buffer(m), buffer(m), buffer(z)
         self.h = buffer(d) if _copies(problem) else None
         self._prepare()
 
@@ -102,10 +113,10 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
+        self.z_rows, self.g_rows, self.p_rows = _rows(self.z, 0, n), _rows(self.g, 0, n), _rows(self.p, 0, n)
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
-        self.x = hidden[start:stop] if self.h is None else self.h[:n]
+        self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
         quantized = self._quantized(self.x)
         if self.h is not None or quantized is not None:
             copy = None if self.h is None else self.x
@@ -160,7 +171,7 @@ class TritonSteps:
         if self.grads.w1 is not None:
             self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
         if self.grads.hidden is not None:
-            self._linear(self.z_rows, self.back_1, None, self.grads.hidden[start:stop])
+            self._linear(self.z_rows, self.back_1, None, _rows(self.grads.hidden, start, stop))
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -202,6 +213,11 @@ class TritonSteps:
         order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
         w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, in_place)
         return w1, b1, w2, b2
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A view costs the host about as much as memory does."""
+    return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
 def _copies(problem: Problem) -> bool:

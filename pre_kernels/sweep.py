@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .checks import Problem
+from .checks import Problem, under_autocast
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Layout(NamedTuple):
 
     rows: int  # of a chunk at most
     slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
-    multiple: int  # of which the rows of a chunk are one, unless it is the last
 
 
 class Gradients(NamedTuple):
@@ -57,6 +57,11 @@ class Steps(Protocol):
 
     @staticmethod
     def layout(problem: Problem) -> Layout: ...
+
+    @staticmethod
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        """Rows of each chunk of the selection, but for the last, which takes what is left."""
+        ...
 
     @staticmethod
     def select(problem: Problem) -> Selection: ...
@@ -109,6 +114,13 @@ class Steps(Protocol):
         ...
 
 
+def equal_parts(rows: int, most: int, multiple: int) -> int:
+    """Rows of each of as few chunks as there can be of at most `most` rows, alike but for the last; `multiple` divides
+    them, and `most`."""
+    part = -(-rows // -(-rows // most))
+    return min(rows, -(-part // multiple) * multiple)
+
+
 def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]) -> Gradients:
     """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16 every chunk would
     round the sum again. One chunk needs no sum."""
@@ -137,7 +149,7 @@ def sweep(
     upstream: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> Gradients:
-    """One pass over the selected rows, in chunks of equal size: the losses, and the gradients summed."""
+    """One pass over the selected rows, chunk by chunk: the losses, and the gradients summed."""
     layout, capacity = steps.layout(problem), selection.capacity
     grads = allocate(problem, layout, capacity, wanted)
     if capacity == 0:
@@ -145,10 +157,10 @@ def sweep(
             if grad is not None:
                 grad.zero_()
         return grads
-    chunks = -(-capacity // layout.rows)
-    chunk = -(-capacity // chunks)
-    chunk = min(capacity, -(-chunk // layout.multiple) * layout.multiple)
-    with torch.autocast(problem.hidden.device.type, enabled=False):  # its dtype is the products' by now
+    chunk = steps.cut(problem, layout, capacity)
+    device = problem.hidden.device.type
+    # its dtype is the products' by now; entering it takes the host as long as a launch
+    with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, upstream, divisor))
         for start in range(0, capacity, chunk):
             span = start, min(start + chunk, capacity)

@@ -27,10 +27,10 @@ from mutant_text import Places
 KNOBS = {"num_warps", "num_stages", "flatten", "FLATTEN", "non_blocking", "use_fast_accum"}
 LEFT_OUT = {
     "which tile a product takes, how many programs share it, where, what was tuned": (
-        "arch _arch on_device choose best key rows_class table has_descriptors cache_file remembered _device_name "
-        "multiprocessors _multiprocessors pointer_tile programs RowShape.of"
+        "arch _arch on_device choose _fastest best key rows_class table has_descriptors cache_file remembered "
+        "_device_name multiprocessors _multiprocessors pointer_tile programs RowShape.of"
     ),
-    "how many rows a chunk has, by the workspace": "columns apart layout",
+    "how many rows a chunk has, by the workspace": "columns apart layout cut largest whole_turns",
     "a cast or `tl.dot` when compiled": "widen narrow dot",
     "a question to the library": "_widens",
 }

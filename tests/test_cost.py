@@ -1,16 +1,26 @@
 """Launches, bytes and host syncs of a step against the cost model, counted without running a kernel: a fusion that is
 lost, or a wait that creeps in, fails here."""
 
+import contextlib
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+import pre_kernels
 from pre_kernels import fused_pre_loss, ops
 from pre_kernels.kernels.matmul import matmul_kernel
 
+ROOT = Path(__file__).parents[1]
 KERNEL = type(matmul_kernel)  # compiled, or interpreted
 WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
 
@@ -21,6 +31,7 @@ class Steps(TorchDispatchMode):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows, self.launches, self.waits, self.bytes, self.allocated = rows, Counter(), [], 0, 0
+        self.allocations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pre_kernels":
@@ -32,6 +43,7 @@ class Steps(TorchDispatchMode):
             self.waits.append(name)
         if isinstance(result, torch.Tensor) and ("empty" in name or "new_" in name):
             self.allocated += result.nbytes
+            self.allocations += 1
         if isinstance(result, torch.Tensor) and "empty" not in name:
             given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
             is_view = result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
@@ -165,3 +177,60 @@ def test_without_gradients_only_the_loss_is_computed(bias):
     passes = ("activate_kernel", "row_loss_kernel", "divisor_kernel", "reduce_kernel")
     assert dict(steps.launches) == {product: 2} | dict.fromkeys(passes, 1)
     assert steps.allocated == 4 * (3 * 256 * 64 + 256 + 2)  # Z, G, P; the rows' losses; the loss and its divisor
+
+
+# What the host does, in counts; bench/host.py has it in microseconds.
+
+
+@contextlib.contextmanager
+def calls(*targets):
+    """How often functions of this package are called, all of them together, and each of the targets (owner, name)."""
+    package, found, before = str(Path(pre_kernels.__file__).parent), Counter(), sys.getprofile()
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            found["ours"] += 1
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in targets:
+            real = getattr(owner, name)
+
+            def counted(*args, real=real, name=name, **kwargs):
+                found[name] += 1
+                return real(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(owner, name, counted))
+        sys.setprofile(profile)
+        try:
+            yield found
+        finally:
+            sys.setprofile(before)
+
+
+@pytest.mark.parametrize(
+    ("impl", "rows", "ours", "allocations", "descriptors"),
+    [("blas", "index", 201, 19, 0), ("triton", "index", 297, 19, 18), ("triton", "mask", 308, 22, 18)],
+)
+def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
+    """Tight bounds: what is kept between steps and no longer is, or is done twice, goes beyond them."""
+    count(impl, rows)
+    targets = ((TensorDescriptor, "__post_init__"), (triton, "cdiv"), (triton, "next_power_of_2"), (torch, "autocast"))
+    with calls(*targets) as found:
+        steps = count(impl, rows)
+    assert found["ours"] <= ours
+    assert steps.allocations <= allocations
+    assert found["__post_init__"] <= descriptors
+    assert found["cdiv"] == found["next_power_of_2"] == 0  # made for kernels as well: microseconds a call
+    assert found["autocast"] == 0  # there is none to turn off
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles the kernels")
+def test_microseconds_are_measured_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for flag in ([], ["--ours"]):
+        command = [sys.executable, "-m", "bench.host", "--seconds", "0.1", *flag]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"(.+?) +least +(\d+) µs   median +(\d+) µs   of [1-9]", done.stdout)
+        assert [name for name, *_ in found] == ["blas", "triton", "triton, mask", "fp8"]
+        assert all(100 <= int(least) <= int(median) for _, least, median in found)

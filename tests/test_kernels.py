@@ -14,7 +14,7 @@ from pre_kernels.kernels import matmul as matmul_module
 from pre_kernels.kernels import row_loss as row_loss_module
 from pre_kernels.kernels import rows as rows_module
 from pre_kernels.kernels import weight_grad as weight_grad_module
-from pre_kernels.kernels.launch import arch, on_device
+from pre_kernels.kernels.launch import HERE, arch, on_device
 from pre_kernels.kernels.matmul import matmul
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import gather, scatter
@@ -285,8 +285,14 @@ def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
     assert [name for name, where in launches if not where] == []
 
 
-def test_the_tensors_device_is_not_the_current_one():
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_tensors_device_is_not_the_current_one(monkeypatch, current):
     class Far:
         is_cuda, device = True, torch.device("cuda:1")
 
-    assert on_device(Far()).idx == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    entered = on_device(Far())
+    if current == 1:
+        assert entered is HERE  # nothing to change, and nothing spent on it
+    else:
+        assert entered.idx == 1

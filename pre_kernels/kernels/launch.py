@@ -42,6 +42,7 @@ class RowShape(NamedTuple):
     block: int
 
     @classmethod
+    @lru_cache
     def of(cls, width: int) -> RowShape:
         block = power_of_2(width)
         block = TILE if block > LONGEST else block
@@ -64,9 +65,14 @@ def arch(tensor: Tensor) -> str:
     return _arch(tensor.device.index) if tensor.is_cuda else "sm90"
 
 
+HERE = nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's (`device_map="auto"`)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(tensor.device)
 
 
 @triton.jit

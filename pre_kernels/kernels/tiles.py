@@ -120,19 +120,56 @@ def best(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> Tile
     return choose(table(kind, operand, operand.dtype), rows, columns, operand)
 
 
-def choose(candidates: Sequence[Tile], rows: int, columns: int, tensor: Tensor) -> Tile:
-    """The candidate that is expected to be the fastest for that many rows and columns of output.
+def choose(candidates: tuple[Tile, ...], rows: int, columns: int, tensor: Tensor) -> Tile:
+    """The candidate that is expected to be the fastest for that many rows and columns of output."""
+    return _fastest(candidates, rows, columns, multiprocessors(tensor))
 
-    What takes turns on a multiprocessor takes time for its products (m · n) and for what it loads (m + n, which weighs
-    64 times as much: a 128 × 128 tile then reaches 7/8 of the rate of 128 × 256).
-    """
+
+@lru_cache(4096)  # N is ragged
+def _fastest(candidates: tuple[Tile, ...], rows: int, columns: int, multiprocessors: int) -> Tile:
+    """What takes turns on a multiprocessor takes time for its products (m · n) and for what it loads (m + n, which
+    weighs 64 times as much: a 128 × 128 tile then reaches 7/8 of the rate of 128 × 256)."""
 
     def cost(tile: Tile) -> int:
         tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
-        turns = cdiv(tiles, multiprocessors(tensor) * tile.blocks) * tile.blocks
+        turns = cdiv(tiles, multiprocessors * tile.blocks) * tile.blocks
         return turns * (tile.m * tile.n + 64 * (tile.m + tile.n))
 
     return min(candidates, key=cost)
+
+
+def largest(tensor: Tensor, dtype: torch.dtype) -> Tile:
+    """The shipped tile for products of many rows in `dtype`; the vendor's are about as large."""
+    return table("descriptor" if has_descriptors(tensor, dtype) else "pointer", tensor, dtype)[0]
+
+
+# What another chunk costs, in turns: its part of the weights' gradients is added to sums in float32,
+# and ten launches begin and end
+CHUNK_TURNS = 2
+
+
+@lru_cache
+def whole_turns(rows: int, most: int, part: int, columns: tuple[int, ...], tile: Tile, multiprocessors: int) -> int:
+    """How many of `rows` rows a chunk should have: at most `most`, and the last chunk what is left.
+
+    The multiprocessors take turns at the tiles of a product; what counts is the turns of all products of the
+    rows, whose outputs have so many `columns`. Tried are `part`, and the rows whose tiles fill whole turns
+    in the widest of them.
+    """
+    across = [cdiv(width, tile.n) for width in columns]
+
+    def turns(chunk: int) -> int:
+        down = cdiv(chunk, tile.m)
+        return sum(cdiv(down * wide, multiprocessors) for wide in across)
+
+    def cost(chunk: int) -> int:
+        whole, rest = divmod(rows, chunk)
+        return whole * turns(chunk) + turns(rest) + CHUNK_TURNS * cdiv(rows, chunk)
+
+    widest = max(across)
+    most_turns = most // tile.m * widest // multiprocessors
+    filling = dict.fromkeys(multiprocessors * turn // widest * tile.m for turn in range(most_turns, 0, -1))
+    return min([*filter(None, filling), part], key=cost)
 
 
 def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Tile:

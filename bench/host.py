@@ -1,0 +1,149 @@
+"""Host microseconds until a forward and backward are queued: `python -m bench.host`.
+
+Each call of each implementation in turn, round by round; the least and the median of the rounds.
+
+On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before the
+clock has stopped.
+
+Without one the device's part is taken away, and the figure is a part of a GPU's: what this package,
+autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python from
+`kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled kernel).
+Not in it: Triton's launcher in C and the tensor maps that it fills, the driver, `torch.cuda.device`,
+the vendor's products (`torch.mm` and its like return at once), and what CUDA's allocator takes more or
+less than the CPU's. With --ours a Triton launch returns at once too: what is left is what this package
+can change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pre_kernels import fused_pre_loss
+
+CALLS: dict[str, dict[str, Any]] = {
+    "blas": {"impl": "blas"},
+    "triton": {"impl": "triton"},
+    "triton, mask": {"impl": "triton", "rows": "mask"},
+    "fp8": {"impl": "blas", "precision": "fp8"},
+}
+
+
+class Driver:
+    """An H200 that has nothing to do, as far as Triton's Python asks."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _compiled(kernel: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
+    done = SimpleNamespace(launch_metadata=_nothing, run=_nothing, function=None, packed_metadata=None)
+    kernel.device_caches[device][0][key] = done
+    return done
+
+
+@contextmanager
+def without_device(ours: bool) -> Iterator[None]:
+    """Launches and the vendor's products do nothing, and the CPU's memory passes for a GPU's."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    patches = [mock.patch.object(torch, name, _nothing) for name in ("mm", "addmm", "_scaled_mm")]
+    patches.append(mock.patch("pre_kernels.loss.unavailable", _nothing))
+    patches.append(mock.patch("pre_kernels.checks.row_values", _nothing))  # a GPU is not asked
+    if ours:
+        patches.append(mock.patch.object(JITFunction, "run", _nothing))
+    else:
+        patches.append(mock.patch.object(JITFunction, "_do_compile", _compiled))
+        driver.set_active(Driver())
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def step(device: str, rows: str = "index", **options: Any) -> Callable[[], Any]:
+    """A forward and backward with every gradient wanted: 256 rows, as of one small image."""
+    width, total, n = 3584 if device == "cuda" else 64, 1024, 256
+    shapes = ((total, width), (width, width), (width,), (width, width), (width,))
+    leaves = [torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
+    anchor = torch.zeros(total, width, dtype=torch.bfloat16, device=device)
+    mask = torch.arange(total, device=device) < n
+    selection = mask if rows == "mask" else mask.nonzero().squeeze(1)
+    upstream = torch.full((), 0.37, device=device)
+
+    def run() -> Any:
+        loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, **options)
+        return torch.autograd.grad(loss, leaves, upstream)
+
+    return run
+
+
+def measure(device: str, seconds: float) -> dict[str, list[float]]:
+    """Microseconds of each call, for that long; those that cannot run are left out."""
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, options in CALLS.items():
+        steps[name] = step(device, **options)
+        try:
+            for _ in range(20):
+                steps[name]()
+        except RuntimeError as error:
+            print(f"{name}: {error}")
+            del steps[name]
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name, run in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = run()
+            found[name].append((time.perf_counter() - start) * 1e6)
+            del result
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", action="store_true", help="without Triton's Python; only where there is no GPU")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring (default: 10)")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets the kernels; unset it")
+    measured = partial(measure, device, arguments.seconds)
+    if device == "cuda":
+        found = measured()
+    else:
+        with without_device(arguments.ours):
+            found = measured()
+    for name, samples in found.items():
+        print(
+            f"{name:14} least {min(samples):7.0f} µs   median {statistics.median(samples):7.0f} µs   of {len(samples)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
