@@ -14,7 +14,7 @@ from .quantize import Quantized, store_quantized
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """act(x), float32; DTYPE is what x was stored in, and how exact the result has to be."""
     if ACTIVATION == "gelu":
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
         else:
             ratio, e = normal_tail(x, DTYPE)
@@ -36,7 +36,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """dy · act'(x), float32; DTYPE as above."""
     if ACTIVATION == "gelu":
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
             slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
         else:
@@ -59,11 +59,12 @@ def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def normal_tail(x, DTYPE: tl.constexpr):
-    """R and e = exp(-x² / 2), where R · e = erfc(|x| / √2) / 2, the normal distribution beyond |x|.
+    """R and e = exp(-x² / 2), where R · e = erfc(|x| / √2) / 2: the normal distribution beyond |x|.
 
-    The form of Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: a polynomial in k = 1 / (1 + c · |x|).
-    Coefficients: a minimax fit to float64's erfcx for |x| ≤ 14.5, weighted so that the error is least where most inputs
-    are: relative to R it is at most 6.7e-7 · (1 + (x / 3)⁴), 3e-4 at 14, and float32's rounding comes to as much again.
+    The form is 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions: a polynomial
+    in k = 1 / (1 + c|x|), here with a term more. Its coefficients are a minimax fit to float64's
+    erfcx over |x| ≤ 14.5, its error weighted by 1 / (1 + (x / 3)⁴), and at most 6.7e-7 times that,
+    relative to R: 3e-4 at 14. Float32's rounding adds as much again.
     """
     k = reciprocal(1.0 + 0.295 * tl.abs(x), DTYPE)
     ratio = 0.26183088 + k * -0.08681131
@@ -73,9 +74,9 @@ def normal_tail(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, DTYPE: tl.constexpr):
-    """1 / x for x ≥ 1. Half precision forgives the 3e-7 by which the square root's is off on a GPU, which takes one
-    instruction there where `/` takes five."""
-    if DTYPE == tl.float32:
+    """1 / x for x ≥ 1. Half precision takes the square root's, one instruction on a GPU for the
+    six of `/`, and its square is off by 3e-7 at most."""
+    if tl.float32 == DTYPE:
         return 1.0 / x
     root = tl.rsqrt(x)
     return root * root
