@@ -14,12 +14,8 @@ from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.steps_torch import ROW_LOSSES
 
 NAN = float("nan")
-APPROXIMATE = (
-    "create_fdiv",
-    "create_rsqrt",
-    "create_exp",
-    "create_exp2",
-)  # the exact ones are tl.div_rn and tl.sqrt_rn
+# of the interpreter's builder; tl.div_rn and tl.sqrt_rn are exact on a GPU too
+APPROXIMATE = ("create_fdiv", "create_rsqrt", "create_exp", "create_exp2")
 
 
 @pytest.fixture(params=["as it is", "more", "less"])
@@ -91,17 +87,16 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
     x = halves(dtype, device)
     value, slope = torch.full((16, 4096), NAN, device=device), torch.full((16, 4096), NAN, device=device)
     apply_activation(x, value, "gelu")
-    apply_activation_grad(
-        torch.ones_like(value), x.clone(), "gelu", sums=slope
-    )  # a program a row, so these are no sums
+    # a program a row: what it adds up is a row by itself, in float32
+    apply_activation_grad(torch.ones_like(value), x.clone(), "gelu", sums=slope)
     x, value, slope = (t.cpu() for t in (x, value, slope))
     y, finite = x[x.isfinite()].double(), x.isfinite()
     leaf = y.clone().requires_grad_()
     want = leaf * torch.special.erfc(-leaf / 2**0.5) / 2
     last_place = torch.exp2(want.detach().abs().log2().floor()).clamp_min(torch.finfo(dtype).tiny)
-    assert ((value[finite] - want).abs() <= torch.finfo(dtype).eps / 20 * last_place).all()
+    t, smallest = y.abs(), torch.finfo(torch.float32).tiny  # a GPU's powers of 2 are 0 below it
+    assert ((value[finite] - want).abs() <= torch.finfo(dtype).eps / 20 * last_place + smallest / 2).all()
     (want,) = torch.autograd.grad(want.sum(), leaf)
-    t, smallest = y.abs(), torch.finfo(torch.float32).tiny
     terms = torch.special.erfc(t / 2**0.5) / 2 + t * torch.exp(-t.square() / 2) / (2 * torch.pi) ** 0.5
     allowed = 1.5e-6 if rounding == "as it is" and INTERPRETED else 3e-6
     allowed = allowed * (1 + (t / 3) ** 4) * terms + 2**-23 * (y > 0) + smallest * t

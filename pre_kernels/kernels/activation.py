@@ -45,11 +45,11 @@ def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
             slope = tl.where(x < 0, falling, 1.0 - falling)
         dx = dy * slope
     elif ACTIVATION == "gelu_tanh":
-        s, rest = sigmoids(1.5957691216057308 * (x + 0.044715 * x * x * x), DTYPE)
-        dx = dy * (s + x * s * rest * (1.5957691216057308 + 0.2140644488178315 * x * x))
+        s, slope = sigmoid_grad(1.5957691216057308 * (x + 0.044715 * x * x * x), DTYPE)
+        dx = dy * (s + x * slope * (1.5957691216057308 + 0.2140644488178315 * x * x))
     elif ACTIVATION == "silu":
-        s, rest = sigmoids(x, DTYPE)
-        dx = dy * (s * (1.0 + x * rest))
+        s, slope = sigmoid_grad(x, DTYPE)
+        dx = dy * (s + x * slope)
     elif ACTIVATION == "relu":
         dx = tl.where(x > 0, dy, 0.0)  # not 0 · inf, which is no number
     else:
@@ -88,12 +88,12 @@ def sigmoid(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def sigmoids(x, DTYPE: tl.constexpr):
-    """sigmoid(x) and 1 - sigmoid(x), neither by a subtraction that cancels."""
+def sigmoid_grad(x, DTYPE: tl.constexpr):
+    """sigmoid(x) and its derivative, without a subtraction that cancels."""
     e = tl.exp(-tl.abs(x))
     large = reciprocal(1.0 + e, DTYPE)
     small = e * large
-    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+    return tl.where(x < 0, small, large), large * small
 
 
 @triton.jit(do_not_specialize=["start", "n"])
