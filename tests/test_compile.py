@@ -47,21 +47,23 @@ def test_passes_over_rows_keep_their_budget_of_instructions(kernels):
 
 
 def test_what_is_counted():
-    """The longest loop if there is one, calls anywhere, and nothing that fills up the end."""
+    """The longest loop if there is one, the rest anywhere, and nothing that fills up the end."""
     code = """
 .L_x_1:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
 .L_x_0:
         /*0010*/              @!P0 LDG.E R0, desc[UR4][R2.64] ;
         /*0020*/                   CALL.REL.NOINC `($__internal_0_$__slow) ;
+        /*0028*/               @P1 MUFU.RCP R3, R0 ;
+        /*002c*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0030*/               @P0 BRA `(.L_x_0) ;
         /*0040*/                   EXIT ;
 .L_x_2:
         /*0050*/                   BRA `(.L_x_2);
         /*0060*/                   NOP;
 """
-    assert sass.count(code, 8) == sass.Count(8 * 3, 1)
-    assert sass.count(code.replace("(.L_x_0)", "(.L_x_2)"), 8) == sass.Count(8 * 6, 1)
+    assert sass.count(code, 8) == sass.Count(8 * 5, 1, 1, 1)
+    assert sass.count(code.replace("(.L_x_0)", "(.L_x_2)"), 8) == sass.Count(8 * 8, 1, 1, 1)
 
 
 def test_shared_memory_fits(kernels):
