@@ -11,7 +11,7 @@ PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
 # numpy 2.4 refuses what the interpreter of triton 3.6 does; some image processors of transformers 5.17 want torchvision
 PINS_image = $$($(BIN)/python tests/versions.py image) 'numpy<2.4' torchvision
 # of the core, what versions may change; `make test-versions` runs the rest
-CORE := loss kernels row_kernels ops head reference checks versions
+CORE := loss kernels row_kernels rounding ops head reference checks versions
 ARGS ?=
 API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
 	pre_kernels.diagnostics pre_kernels.diagnose.samples

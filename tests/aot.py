@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "gfx942": "gfx", "gfx950": "gfx"}
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -64,6 +66,19 @@ class Launch:
         tile = "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
         words = [self.target, self.kernel, width, tile, *(flag for flag in flags if flag not in SHAPES)]
         return " ".join(word for word in words if word) + aligned
+
+    @property
+    def budget(self) -> str:
+        """Its name in `sass.BUDGETS`, if it has one there: a pass over bfloat16 rows of a block."""
+        rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
+        if not self.name.startswith(f"sm90 {self.kernel} bf16") or any(known.get(k, v) != v for k, v in rows.items()):
+            return ""
+        words = [value for value in known.values() if isinstance(value, str)]
+        if self.signature.get("q_ptr", "constexpr") != "constexpr":
+            words.append("float8")
+        if known.get("CLEAR") and known.get("COUNT"):
+            words.append("cleared")
+        return " ".join([self.kernel, *words])
 
 
 def element(kind: str) -> str:
@@ -199,7 +214,7 @@ def launches(targets: list[str]) -> list[Launch]:
 
 
 def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel."""
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA its count of instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -211,13 +226,15 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([BIN / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
     if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
         stack = 0
-    return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared}
+    counted = sass.count(code, kernel.metadata.num_warps)
+    return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared, "count": counted}
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
@@ -238,6 +255,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "dtype": next((element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None),
         "precision": launch.constants.get("PRECISION"),
         "fusion": launch.options.get("enable_fp_fusion"),
+        "budget": launch.budget,
         **resources(launch.target, compiled),
         "instructions": [word for word, present in found.items() if present],
     }
@@ -263,13 +281,17 @@ def main() -> None:
             used = (
                 f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
             )
-            print(f"{used}  {','.join(result['instructions']):26} {result['name']}", flush=True)
+            issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
+            print(f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}", flush=True)
     results.sort(key=lambda result: result["name"])
     spilled = sum(result["spills"] > 0 for result in results)
-    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill")
+    over = [result for result in results if "count" in result and result["count"].over(result["budget"])]
+    for result in over:
+        print(f"{result['name']}: {result['count']}, want at most {sass.BUDGETS[result['budget']]}")
+    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget")
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1))
-    raise SystemExit(spilled > 0)
+    raise SystemExit(spilled > 0 or len(over) > 0)
 
 
 if __name__ == "__main__":

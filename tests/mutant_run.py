@@ -19,7 +19,7 @@ import pytest
 from mutants import PACKAGE, Mutant
 
 ROOT = PACKAGE.parent
-GENERAL = ("row_kernels", "kernels", "products", "loss", "memory_safety", "ops")
+GENERAL = ("row_kernels", "rounding", "kernels", "products", "loss", "memory_safety", "ops")
 TESTS = (*GENERAL, "contracts", "checks", "fp8", "fuzz_regressions", "head", "cost", "tune")
 # of a process of their own, or of other things than the kernels, or long and seeing no more than others
 PASSED_OVER = (

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sass
 
 AOT = Path(__file__).parent / "aot.py"
 KIB = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64, "gfx950": 160}  # of shared memory that a block may use
@@ -20,7 +21,9 @@ DESCRIPTOR = {"matmul_descriptor_kernel", "weight_grad_descriptor_kernel"}
 def kernels(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("aot") / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, str(AOT), "--json", str(file)], env=environment, check=False)  # spills: status 1
+    subprocess.run(
+        [sys.executable, str(AOT), "--json", str(file)], env=environment, check=False
+    )  # status 1 is tested below
     return json.loads(file.read_text())["kernels"]
 
 
@@ -34,6 +37,33 @@ def test_every_target_is_compiled(kernels):
 
 def test_nothing_spills(kernels):
     assert [kernel["name"] for kernel in kernels if kernel["spills"]] == []
+
+
+def test_passes_over_rows_keep_their_budget_of_instructions(kernels):
+    """A GPU issues them slower than its memory moves the rows."""
+    counted = [(k, sass.Count(*k["count"])) for k in kernels if k["budget"] in sass.BUDGETS]
+    assert {k["budget"] for k, _ in counted} == sass.BUDGETS.keys()
+    assert [(k["name"], *count) for k, count in counted if count.over(k["budget"])] == []
+
+
+def test_what_is_counted():
+    """The longest loop if there is one, the rest anywhere, and nothing that fills up the end."""
+    code = """
+.L_x_1:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/              @!P0 LDG.E R0, desc[UR4][R2.64] ;
+        /*0020*/                   CALL.REL.NOINC `($__internal_0_$__slow) ;
+        /*0028*/               @P1 MUFU.RCP R3, R0 ;
+        /*002c*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   BRA `(.L_x_2);
+        /*0060*/                   NOP;
+"""
+    assert sass.count(code, 8) == sass.Count(8 * 5, 1, 1, 1)
+    assert sass.count(code.replace("(.L_x_0)", "(.L_x_2)"), 8) == sass.Count(8 * 8, 1, 1, 1)
 
 
 def test_shared_memory_fits(kernels):

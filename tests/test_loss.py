@@ -9,10 +9,9 @@ import torch
 from oracle import compare, make, run
 
 from pre_kernels import fused_pre_loss, reference
+from pre_kernels.checks import ACTIVATIONS, LOSSES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOSSES = ("cosine", "mse", "smooth_l1")
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 
 
 def random_case(seed: int, device) -> oracle.Case:

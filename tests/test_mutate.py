@@ -149,9 +149,9 @@ def mutate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_mutant_of_a_kernel_is_killed():
-    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * tl.sigmoid(x) → y = (x)")
+    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = (x)")
     assert done.returncode == 2, "no such mutant is an error"
-    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * tl.sigmoid(x) → y = x")
+    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = x")
     assert "1 mutants: {'killed': 1}" in done.stdout, done.stdout + done.stderr
 
 

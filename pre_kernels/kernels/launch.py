@@ -123,3 +123,29 @@ def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
     if not FIRST:
         b_total += tl.load(p_sums, mask=o_b < columns, other=0.0)
     tl.store(p_sums, b_total, mask=o_b < columns)
+
+
+@triton.jit
+def sum_two(a, b):
+    """The sums of two (rows, block) along the rows, both in one exchange between warps."""
+    if INTERPRET:  # takes the rows apart in Python, and adds one number after another
+        return tl.sum(a, 1), tl.sum(b, 1)
+    return tl.reduce((a, b), 1, add_two)
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """The sums of three (rows, block) along the rows, as `sum_two`."""
+    if INTERPRET:
+        return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+    return tl.reduce((a, b, c), 1, add_three)
+
+
+@triton.jit
+def add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f

@@ -6,9 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, WARPS, RowShape, add_column_sum, live_rows, narrow, on_device, widen
+from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, sum_three, sum_two, widen
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
+
+# 32 bytes a thread of a half-precision row; twice as many warps make half as much more
+# instructions a row, as each repeats what is done once for a row
+WARPS = 8
 
 
 @triton.jit(do_not_specialize=["start", "n"])
@@ -50,6 +54,12 @@ def row_loss_kernel(
         for z in range(0, Z, BLOCK):
             add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
     stop = BLOCK if WHOLE else Z  # known to the compiler, a loop of one turn is none
+    # -0, as -0 + x is x to the compiler, and 0 + x is an addition
+    b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
+    # before the loop, from which the compiler moves no load over a store
+    share = tl.div_rn(1.0, Z * 1.0)
+    if GRAD:
+        factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
     for first in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
         o_n = first + tl.arange(0, ROWS)
         m_n = o_n < live
@@ -68,9 +78,7 @@ def row_loss_kernel(
             b_a = widen(tl.load(p_a, mask=mask, other=0.0))
 
         if LOSS == "cosine":
-            b_pp = tl.zeros((ROWS, BLOCK), tl.float32)
-            b_aa = tl.zeros((ROWS, BLOCK), tl.float32)
-            b_pa = tl.zeros((ROWS, BLOCK), tl.float32)
+            b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
@@ -79,29 +87,31 @@ def row_loss_kernel(
                 b_pp += b_p * b_p
                 b_aa += b_a * b_a
                 b_pa += b_p * b_a
+            pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
             # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
-            norm = tl.sqrt_rn(tl.sum(b_pp, 1))
+            norm = tl.sqrt_rn(pp)
             p_norm = clamp_min(norm, 1e-8)
-            a_norm = clamp_min(tl.sqrt_rn(tl.sum(b_aa, 1)), 1e-8)
+            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep it
+            p_inverse = tl.div_rn(1.0, p_norm)
+            a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
             # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
-            near = tl.sum(b_pa, 1) / p_norm / a_norm
-            b_pr = tl.zeros((ROWS, BLOCK), tl.float32)
-            b_uu = tl.zeros((ROWS, BLOCK), tl.float32)
+            near = pa * p_inverse * a_inverse
+            b_pr, b_uu = b_nothing, b_nothing
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
                     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
-                b_u = b_p / p_norm[:, None]
-                b_pr += b_u * (b_a / a_norm[:, None] - near[:, None] * b_u)
+                b_u = b_p * p_inverse[:, None]
+                b_pr += b_u * (b_a * a_inverse[:, None] - near[:, None] * b_u)
                 b_uu += b_u * b_u
-            part, square = tl.sum(b_pr, 1), tl.sum(b_uu, 1)
+            part, square = sum_two(b_pr, b_uu)
             cosine = near * square + part
             loss = -cosine
-            along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part / square)
+            along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
             along = tl.where(norm == 0.0, 0.0, along)
-        else:
-            b_loss = tl.zeros((ROWS, BLOCK), tl.float32)
+        elif LOSS == "mse" or LOSS == "smooth_l1":
+            b_loss = b_nothing
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
@@ -110,19 +120,20 @@ def row_loss_kernel(
                 b_d = b_p - b_a
                 if LOSS == "mse":
                     b_loss += b_d * b_d
-                else:
+                elif LOSS == "smooth_l1":
                     b_slope = clamp_one(b_d)
                     b_loss += b_slope * (b_d - 0.5 * b_slope)
-            loss = tl.sum(b_loss, 1) / Z
+            loss = tl.sum(b_loss, 1) * share
+        else:
+            tl.static_assert(False, "row_loss: no branch for this LOSS")
         if losses_ptr is not None:
             tl.store(losses_ptr + start + o_n, weight * loss, mask=m_n)
 
         if GRAD:
             if UPSTREAM_ROWS:
-                upstream = tl.load(upstream_ptr + start + o_n, mask=m_n, other=0.0)
-                weight *= upstream * load_scale(None, divisor_ptr)
+                weight *= tl.load(upstream_ptr + start + o_n, mask=m_n, other=0.0) * factor
             else:
-                weight *= load_scale(upstream_ptr, divisor_ptr)
+                weight *= factor
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
@@ -130,13 +141,13 @@ def row_loss_kernel(
                     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
                 if LOSS == "cosine":
                     # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-                    b_u = b_p / p_norm[:, None]
-                    b_dp = along[:, None] * b_u - (b_a / a_norm[:, None] - near[:, None] * b_u)
-                    b_dp *= (weight / p_norm)[:, None]
+                    b_u = b_p * p_inverse[:, None]
+                    b_dp = along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
+                    b_dp *= (weight * p_inverse)[:, None]
                 elif LOSS == "mse":
-                    b_dp = (weight * 2.0 / Z)[:, None] * (b_p - b_a)
-                else:
-                    b_dp = (weight / Z)[:, None] * clamp_one(b_p - b_a)
+                    b_dp = (weight * 2.0 * share)[:, None] * (b_p - b_a)
+                elif LOSS == "smooth_l1":
+                    b_dp = (weight * share)[:, None] * clamp_one(b_p - b_a)
                 b_dp = tl.where(m_n[:, None], b_dp, 0.0)
                 m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
                 tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
