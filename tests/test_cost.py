@@ -233,4 +233,4 @@ def test_microseconds_are_measured_without_a_gpu():
         assert done.returncode == 0, done.stderr
         found = re.findall(r"(.+?) +least +(\d+) µs   median +(\d+) µs   of [1-9]", done.stdout)
         assert [name for name, *_ in found] == ["blas", "triton", "triton, mask", "fp8"]
-        assert all(100 <= int(least) <= int(median) for _, least, median in found)
+        assert all(0 < int(least) <= int(median) for _, least, median in found)
