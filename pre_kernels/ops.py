@@ -91,7 +91,6 @@ def _given(tensor: Tensor) -> Tensor | None:
     return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
 
 
-@torch.no_grad()
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient of 1."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
@@ -104,7 +103,6 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     return _outputs(problem.hidden, (loss, divisor, selection.place, *grads))
 
 
-@torch.no_grad()
 def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
@@ -115,7 +113,6 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     return _five(steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None)
 
 
-@torch.no_grad()
 def _rescale(upstream: Tensor, place: Tensor | None, *arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
     grads, (total, hidden, *dtypes, impl) = Gradients(*map(_given, arguments[:5])), arguments[5:]
     return _five(steps_of(impl), grads, place, total, hidden, tuple(dtypes), upstream, in_place)

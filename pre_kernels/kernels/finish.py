@@ -207,33 +207,43 @@ def scale_gradients(
     upstream, and with `in_place` scaled where it lies: read and written only if upstream is not 1. sums: (S, columns)
     float32, to be added up; upstream: 0-d, None = 1; None is passed over.
     """
-    same = [x is not None and x.dtype == dtype for x, dtype in zip(matrices, dtypes, strict=False)]
-    w1, w2 = (None if upstream is None and kept else x for x, kept in zip(matrices, same, strict=True))
-    given = (w1, w2, *sums)
-    some = next((x for x in given if x is not None), None)
-    if some is None:
-        return (*matrices, None, None)
+    (w1, w2), (b1, b2) = matrices, sums
     w1_out, w2_out = (
-        x if kept and (in_place or upstream is None) else _empty(x, dtype)
-        for x, kept, dtype in zip(matrices, same, dtypes, strict=False)
+        x if x is None or (x.dtype == dtype and (in_place or upstream is None)) else torch.empty_like(x, dtype=dtype)
+        for x, dtype in ((w1, dtypes[0]), (w2, dtypes[1]))
     )
-    b1_out, b2_out = (_empty(None if x is None else x[0], dtype) for x, dtype in zip(sums, dtypes[2:], strict=True))
-    blocks = [0 if x is None else cdiv(x.numel(), ELEMENTS) for x in (w1, w2)]
-    blocks += [0 if x is None else cdiv(x.shape[1], COLUMNS) for x in sums]
+    if upstream is None:
+        w1, w2 = None if w1_out is w1 else w1, None if w2_out is w2 else w2
+    some = next((x for x in (b1, b2, w1, w2) if x is not None), None)
+    if some is None:
+        return w1_out, w2_out, None, None
+    (slots_b1, columns_b1), (slots_b2, columns_b2) = ((0, 0) if x is None else x.shape for x in (b1, b2))
+    b1_out = None if b1 is None else b1.new_empty(columns_b1, dtype=dtypes[2])
+    b2_out = None if b2 is None else b2.new_empty(columns_b2, dtype=dtypes[3])
+    size_w1, size_w2 = 0 if w1 is None else w1.numel(), 0 if w2 is None else w2.numel()
+    blocks_w1, blocks_w2, blocks_b1 = cdiv(size_w1, ELEMENTS), cdiv(size_w2, ELEMENTS), cdiv(columns_b1, COLUMNS)
     with on_device(some):
-        scale_kernel[(sum(blocks),)](
-            *given,
+        scale_kernel[(blocks_w1 + blocks_w2 + blocks_b1 + cdiv(columns_b2, COLUMNS),)](
+            w1,
+            w2,
+            b1,
+            b2,
             w1_out,
             w2_out,
             b1_out,
             b2_out,
             upstream,
-            *blocks[:3],
-            *(0 if x is None else x.numel() for x in (w1, w2)),
-            *(0 if x is None else x.shape[0] for x in sums),
-            *(0 if x is None else x.shape[1] for x in sums),
-            IN_PLACE_W1=w1_out is matrices[0],
-            IN_PLACE_W2=w2_out is matrices[1],
+            blocks_w1,
+            blocks_w2,
+            blocks_b1,
+            size_w1,
+            size_w2,
+            slots_b1,
+            slots_b2,
+            columns_b1,
+            columns_b2,
+            IN_PLACE_W1=w1_out is w1,
+            IN_PLACE_W2=w2_out is w2,
             ELEMENTS=ELEMENTS,
             SLOTS=SLOTS,
             COLUMNS=COLUMNS,
@@ -241,7 +251,3 @@ def scale_gradients(
             **OPTIONS,
         )
     return w1_out, w2_out, b1_out, b2_out
-
-
-def _empty(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if like is None else torch.empty_like(like, dtype=dtype)
