@@ -42,7 +42,7 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     cosine = near * square + part
     if grad:
         # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-        along = torch.where(norm < p_norm, cosine * (p_norm / norm) - near, part / square)
+        along = torch.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
         p.mul_(along.masked_fill_(norm == 0, 0)).sub_(r).mul_(coefficient / p_norm)
     return -cosine
 

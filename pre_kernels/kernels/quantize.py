@@ -13,6 +13,7 @@ from torch import Tensor
 from .launch import OPTIONS, WARPS, RowShape, cdiv, narrow, on_device, widen
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
+SMALLEST = tl.constexpr(1e-30)  # scale, whose inverse is still finite; what it makes 0 is less than 1e-32
 TALL, WIDE = 256, 32  # elements of a strip of columns that a program holds at a time
 
 
@@ -34,18 +35,19 @@ class Quantized(NamedTuple):
 
 @triton.jit
 def scale_of(largest):
-    """What brings the largest element to that of e4m3; 1 where all are 0."""
-    return tl.where(largest > 0.0, largest / LARGEST, 1.0)
+    """What brings the largest element to that of e4m3, and what to multiply with instead of a division by it."""
+    scale = tl.maximum(largest * (1.0 / LARGEST), SMALLEST)
+    return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit
 def store_quantized(q_ptr, scales_ptr, b_x, o_n, o_b, last, columns):
     """Rows o_n < last of b_x (rows, block), where a block holds a whole row."""
-    scale = scale_of(tl.max(tl.abs(b_x), 1))
+    scale, inverse = scale_of(tl.max(tl.abs(b_x), 1))
     tl.store(scales_ptr + o_n, scale, mask=o_n < last)
     p_q = q_ptr + o_n.to(tl.int64)[:, None] * columns + o_b[None, :]
     mask = (o_n < last)[:, None] & (o_b < columns)[None, :]
-    tl.store(p_q, narrow(b_x / scale[:, None], q_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_q, narrow(b_x * inverse[:, None], q_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,13 +69,13 @@ def quantize_columns(w_ptr, q_ptr, scales_ptr, pid, M, K, TALL: tl.constexpr, WI
         mask = (o_m < M)[:, None] & (o_k < K)[None, :]
         b_w = widen(tl.load(w_ptr + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0))
         b_largest = tl.maximum(b_largest, tl.abs(b_w))
-    scale = scale_of(tl.max(b_largest, 0))
+    scale, inverse = scale_of(tl.max(b_largest, 0))
     tl.store(scales_ptr + o_k, scale, mask=o_k < K)
     for first in range(0, M, TALL):
         o_m = first + tl.arange(0, TALL)
         mask = (o_m < M)[:, None] & (o_k < K)[None, :]
         b_w = widen(tl.load(w_ptr + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0))
-        b_q = tl.trans(narrow(b_w / scale[None, :], q_ptr.dtype.element_ty))
+        b_q = tl.trans(narrow(b_w * inverse[None, :], q_ptr.dtype.element_ty))
         p_q = q_ptr + o_k.to(tl.int64)[:, None] * M + o_m[None, :]
         tl.store(p_q, b_q, mask=(o_k < K)[:, None] & (o_m < M)[None, :])
 
