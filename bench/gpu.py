@@ -79,7 +79,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
 
     yield Part("ceilings", _module("bench.profiling", "ceilings", *size), 15)
     check = ["--impl", "torch", "--width", "64", "--rows", "64"] if dry else []
-    yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), *check), 30)
+    yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), *check), 42)
     yield suite("blas", 35, main, ["floor", "eager", "ours-blas", "ours-fp8"])
     yield suite("triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3")
     yield suite("N = 256", 20, small, ["floor", "eager", "ours-blas", "ours-triton"], "--seconds", "3")
@@ -98,11 +98,11 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     peers = ["ours-torch"] if dry else ["ours-blas", "ours-triton"]
     mibs = ["--mib", "64", "256", "512", "1024"]
     yield Part("workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40)
-    yield suite("hot caches", 12, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
-    yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 14)
-    yield from _ncu(size, 10)
+    yield suite("hot caches", 10, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
+    yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 12)
+    yield from _ncu(size, 8)
     few = "torch and random_options and 119" if dry else "random_options"
-    yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 14)
+    yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 8)
 
 
 def _ncu(size: list[str], limit: float) -> Iterator[Part]:
