@@ -1,4 +1,4 @@
-"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton and pytest.
+"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton, numpy and pytest.
 
     python -m bench.gpu                     all that a first run of 500 s can tell, in the order of its worth
     python -m bench.gpu --summary FOLDER    the summary of a run's results once more
@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with mock.patch.dict(os.environ, environment(out, dry)):
             return measure(stage, dry, out, arguments.limit, start)
     except OSError as error:
-        print(f"The run ends here, nothing can be written any more: {error}", file=sys.stderr)
+        print(f"The run ends here: {error}", file=sys.stderr)
         return 2
     finally:
         for number, handler in handlers.items():

@@ -36,6 +36,11 @@ examples:
   pre-kernels check --dtype fp16 --out /tmp            check.json goes there; attach it to a bug report
   TRITON_INTERPRET=1 pre-kernels check                 without a GPU: the kernels interpreted, in tiny sizes
 
+how to read a line:
+  PASS, FAIL, or - for what was left out, with the reason; of a time nothing was promised
+  0.85 × the rule       of the error that is allowed, which is a little more than that of eager in the same dtype
+  0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a failure
+
 exit status: 0 all that could be checked passed, 1 something failed, 2 wrong arguments
 """
 
