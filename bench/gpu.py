@@ -1,4 +1,4 @@
-"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton and pytest.
+"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton, numpy and pytest.
 
     python -m bench.gpu                     all that a first run of 500 s can tell, in the order of its worth
     python -m bench.gpu --summary FOLDER    the summary of a run's results once more
@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -274,9 +275,16 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
     path, stamp = record.file(out, device), record.stamp(device)
     planned, worst = 0.0, 0
 
+    def told() -> list[str]:
+        """The summary, or why there is none: figures that it does not expect must not end the run."""
+        try:
+            return summary.of_folder(out)
+        except Exception:
+            return ["no summary:", *traceback.format_exc().splitlines()[-20:]]
+
     def tell(name: str, outcome: str, seconds: float) -> None:
         record.append(path, {"kind": "part", "item": name, "outcome": outcome, "seconds": round(seconds, 1)} | stamp)
-        (out / "summary.txt").write_text("\n".join(summary.of_folder(out)) + "\n")  # for a run that is killed
+        (out / "summary.txt").write_text("\n".join(told()) + "\n")  # for a run that is killed
         print(f"== {name}: {outcome}, {seconds:.0f} s", flush=True)
 
     running, began = None, start
@@ -298,7 +306,7 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
         worst = 130
         if running:
             tell(running.name, "stopped with the run", time.monotonic() - began)
-    print("", *summary.of_folder(out), f"{time.monotonic() - start:.0f} s in all, results in {out}", sep="\n")
+    print("", *told(), f"{time.monotonic() - start:.0f} s in all, results in {out}", sep="\n")
     return worst
 
 
@@ -315,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from pre_kernels.check.device import current
+
     from . import record, summary
 
     if arguments.summary:
@@ -322,8 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if stage not in STAGES:  # a default is not checked by argparse
         parser.error(f"GPU_STAGE: got {stage!r}, want one of {', '.join(STAGES)}")
-    if not torch.cuda.is_available() and not dry:
-        print("No GPU that torch can use here; --dry-run tries the script on the CPU.", file=sys.stderr)
+    if current().kind == "cpu" and not dry:
+        why = "TRITON_INTERPRET=1 leaves it alone" if torch.cuda.is_available() else "torch can use none"
+        print(f"No GPU, {why}; --dry-run tries the script on the CPU.", file=sys.stderr)
         return 2
     try:
         out = record.folder(arguments.out).resolve()
@@ -338,6 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with mock.patch.dict(os.environ, environment(out, dry)):
             return measure(stage, dry, out, arguments.limit, start)
+    except OSError as error:
+        print(f"The run ends here: {error}", file=sys.stderr)
+        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

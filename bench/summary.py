@@ -27,6 +27,8 @@ def of_folder(folder: Path) -> list[str]:
     last = max((one["run"] for one in records if "run" in one), default=None)
     file = folder / "check.json"
     checked = json.loads(file.read_text()) if file.exists() else {}
+    if last and checked.get("date", "")[:19] < last[:19]:  # both in UTC, to the second
+        checked = {}  # of an earlier run
     return lines(record.latest(one for one in records if one.get("run") == last), checked)
 
 

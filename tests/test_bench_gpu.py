@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_bench import ROOT, STAMP
 
-from bench import gpu, live_report, memory, record, shapes
+from bench import gpu, live_report, memory, record, shapes, summary
 
 PYTHON = [sys.executable, "-c"]
 HANG = "import time; time.sleep(600)"
@@ -182,6 +182,29 @@ def test_a_run_that_is_stopped_between_two_parts_sums_up_too(tmp_path, monkeypat
     assert "what to try next" in capsys.readouterr().out
 
 
+def test_a_summary_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    def fails(folder):
+        raise KeyError("a figure that is not there")
+
+    monkeypatch.setattr(summary, "of_folder", fails)
+    parts = [gpu.Part(name, [*PYTHON, ""], 60) for name in ("one", "two")]
+    monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter(parts))
+    status, lines = dry("all", tmp_path)
+    assert status == 0
+    assert [one["item"] for one in lines] == ["one", "two"]
+    assert "a figure that is not there" in (tmp_path / "summary.txt").read_text()
+    assert "no summary" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dry-run.jsonl").symlink_to("/dev/full")
+    monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("one", [*PYTHON, ""], 60)]))
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left" in error
+
+
 def test_what_no_time_is_left_for_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("late", [*PYTHON, ""], 60)]))
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--limit", "5"]) == 0
@@ -216,6 +239,10 @@ def test_without_a_gpu_the_script_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.main([]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):

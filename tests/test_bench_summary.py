@@ -131,8 +131,10 @@ def test_the_last_run_of_a_folder_and_its_check(tmp_path):
     for run, outcome in (("2026-01-02T00:00:00Z", "exit 1"), ("2026-01-03T00:00:00Z", "exit 0"), (None, "exit 9")):
         one = {**part("blas", outcome), "run": run}
         record.append(tmp_path / "gpu.jsonl", {name: value for name, value in one.items() if value})
-    (tmp_path / "check.json").write_text(json.dumps({"results": CHECKED}))
-    text = summary.of_folder(tmp_path)
-    assert "parts: 1 of 1 well" in text
-    assert "  check blas: 1 passed, 1 failed; time: slow" in text
+    line = "  check blas: 1 passed, 1 failed; time: slow"
+    for date, is_told in (("2026-01-03T00:00:00+00:00", True), ("2026-01-02T23:59:59+00:00", False)):
+        (tmp_path / "check.json").write_text(json.dumps({"date": date, "results": CHECKED}))
+        text = summary.of_folder(tmp_path)
+        assert "parts: 1 of 1 well" in text
+        assert (line in text) == is_told
     assert summary.of_folder(tmp_path / "nowhere") == ["no records"]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import queue
 import signal
@@ -35,6 +36,11 @@ examples:
   pre-kernels check --dtype fp16 --out /tmp            check.json goes there; attach it to a bug report
   TRITON_INTERPRET=1 pre-kernels check                 without a GPU: the kernels interpreted, in tiny sizes
 
+how to read a line:
+  PASS, FAIL, or - for what was left out, with the reason; of a time nothing was promised
+  0.85 × the rule       of the error that is allowed, which is a little more than that of eager in the same dtype
+  0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a failure
+
 exit status: 0 all that could be checked passed, 1 something failed, 2 wrong arguments
 """
 
@@ -51,7 +57,12 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument(
-        "--impl", nargs="+", choices=IMPLEMENTATIONS, metavar="IMPL", help=f"of {', '.join(IMPLEMENTATIONS)}"
+        "--impl",
+        nargs="+",
+        action="extend",
+        choices=IMPLEMENTATIONS,
+        metavar="IMPL",
+        help=f"of {', '.join(IMPLEMENTATIONS)}",
     )
     show.add_argument("--width", type=width, metavar="D", help="of the real size (default: 4096; 512 on a CPU)")
     show.add_argument("--rows", type=rows, metavar="N", help="selected rows (default: 9216; 1024 on a CPU)")
@@ -126,7 +137,7 @@ class Child:
     def kill(self) -> bool:
         """End it and the processes that it has started; whether it was still there."""
         alive = self.process.poll() is None
-        if alive:
+        with contextlib.suppress(ProcessLookupError):  # one that died may have left others behind
             os.killpg(self.process.pid, signal.SIGKILL)
         return alive
 
@@ -160,6 +171,7 @@ class Report:
         self.path, self.about = path, about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
+        self.save(finished=False)  # in the place of an earlier one: what comes now may be ended before a line
 
     def add(self, impl: str, record: dict[str, Any]) -> None:
         self.results.append({"impl": impl, **record})
@@ -169,8 +181,20 @@ class Report:
 
     def save(self, finished: bool) -> None:
         partial = self.path.with_name(self.path.name + ".part")
-        partial.write_text(json.dumps({**self.about, "finished": finished, "results": self.results}, indent=1))
+        content = strict({**self.about, "finished": finished, "results": self.results})
+        partial.write_text(json.dumps(content, indent=1))
         os.replace(partial, self.path)
+
+
+def strict(value: Any) -> Any:
+    """`value` as JSON can say it, which has no nan and no infinity: None and "inf" in their places."""
+    if isinstance(value, dict):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
@@ -183,6 +207,7 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     about = {"date": now, "argv": options.arguments, "settings": settings, "versions": facts}
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the children would go on
     try:
         for impl in plan.impls:
             children.append(Child(impl, plan, heard))
@@ -194,6 +219,7 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     finally:
         for child in children:
             child.kill()
+        signal.signal(signal.SIGTERM, handler)
     report.save(finished=True)
     count = report.counts
     summary = f"{count['pass']} passed, {count['fail']} failed, {count['skip']} left out"

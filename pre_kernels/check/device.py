@@ -147,8 +147,8 @@ def _card() -> dict[str, str | None]:
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         silent = SILENT in os.environ
-        out = "" if silent else subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
-    except OSError:
+        out = "" if silent else subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.CalledProcessError):  # of the latter the output is no answer, but why there is none
         out = ""
     except subprocess.TimeoutExpired:
         out, os.environ[SILENT] = "", "1"

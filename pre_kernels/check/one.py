@@ -95,6 +95,8 @@ class Checks:
 
     def small_error(self) -> Found:
         """Rows as they come: a mask with gaps, with weights and without, and indices in any order."""
+        if short := self._short(self.small, torch.float64):
+            return short
         place = self.device.torch_device
         generator = torch.Generator().manual_seed(1)
         mask = torch.rand(self.small.batch, self.small.tokens, generator=generator) < 0.7
@@ -113,7 +115,7 @@ class Checks:
         return next((one for one in found if one.outcome == "fail"), max(found, key=lambda one: one.values["share"]))
 
     def real_error(self) -> Found:
-        if short := self._short(torch.float64):
+        if short := self._short(self.real, torch.float64):
             return short
         return self._error(case(self.real, self.dtype, self.device.torch_device))
 
@@ -127,6 +129,8 @@ class Checks:
     def sync(self) -> Found:
         if isinstance(self.device, Cpu):
             return Found("skip", "not on a CPU")
+        if short := self._short(self.small, self.dtype):
+            return short
         calls = self.calls()
         for name, given in calls.items():
             _named(name, promises.sync, self.device, self.function, given)
@@ -135,6 +139,8 @@ class Checks:
     def graph(self) -> Found:
         if isinstance(self.device, Cpu):
             return Found("skip", "not on a CPU")
+        if short := self._short(self.small, self.dtype):
+            return short
         calls = self.calls()
         for name, given in calls.items():
             outcome, _ = _named(name, promises.graph, self.device, step(self.function, given), given)
@@ -145,12 +151,14 @@ class Checks:
     def fullgraph(self) -> Found:
         """By a backend that compiles nothing: what is promised is that there is no break. Of the calls, which take
         seconds each, the one with most arguments."""
+        if short := self._short(self.small, self.dtype):
+            return short
         name, given = list(self.calls().items())[-1]
         outcome = promises.fullgraph(self.function, given, "aot_eager")
         return Found("pass" if outcome == promises.WHOLE else "fail", f"{name}: {outcome}")
 
     def peak(self) -> Found:
-        if short := self._short(self.dtype):
+        if short := self._short(self.real, self.dtype):
             return short
         if isinstance(self.device, Cpu):
             if reason := memory.missing():
@@ -170,7 +178,7 @@ class Checks:
     def time(self) -> Found:
         if self.failed:
             return Found("skip", "not of results that are wrong")
-        if short := self._short(self.dtype):
+        if short := self._short(self.real, self.dtype):
             return short
         given = case(self.real, self.dtype, self.device.torch_device)
         steps = {"ours": self._step(), "eager": step(reference.pre_loss, given), "floor": floor(given)}
@@ -191,15 +199,15 @@ class Checks:
     def _step(self) -> Callable[[], tuple[Tensor, ...]]:
         return step(self.function, case(self.real, self.dtype, self.device.torch_device))
 
-    def _short(self, dtype: torch.dtype) -> Found | None:
-        """Where the real size does not fit; `dtype`: of the arithmetic."""
-        want, free = needed(self.real, dtype, workspace(self.impl, self.device.torch_device)), self.device.free()
+    def _short(self, shape: Shape, dtype: torch.dtype) -> Found | None:
+        """Where a size does not fit; `dtype`: of the arithmetic."""
+        want, free = needed(shape, dtype, workspace(self.impl, self.device.torch_device)), self.device.free()
         if isinstance(self.device, Cuda):
             want += FLUSH
         if free is None or want <= free:
             return None
-        size = f"--rows {self.real.selected} of --width {self.real.d} take {want / 2**30:.1f} GiB"
-        return Found("skip", f"{size}, of which {free / 2**30:.1f} are free; want fewer, or narrower ones")
+        size = f"{shape.selected} rows of width {shape.d} take {want / 2**30:.1f} GiB"
+        return Found("skip", f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer --rows")
 
 
 def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -34,7 +35,10 @@ def status(*arguments):
 
 
 def written(folder):
-    return json.loads((folder / "check.json").read_text())
+    def no_json(name):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads((folder / "check.json").read_text(), parse_constant=no_json)
 
 
 @pytest.fixture
@@ -206,6 +210,54 @@ def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, mo
     assert not kept["finished"]
     assert [line["says"] for line in kept["results"]] == ["well"]
     assert started[0].process.wait(30) < 0
+
+
+def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
+    """Before the first line: what is kept is not that of an earlier run."""
+    (tmp_path / "check.json").write_text('{"finished": true}')
+    file, before = tmp_path / "pid", signal.getsignal(signal.SIGTERM)
+    stop = "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
+    children(torch=f"open({str(file)!r}, 'w').write(str(os.getpid())); {stop}")
+    assert status("--impl", "torch", "--out", tmp_path) == 130
+    assert gone(int(file.read_text()))
+    kept = written(tmp_path)
+    assert (kept["finished"], kept["results"]) == (False, [])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_process_that_died_has_left_is_ended(tmp_path, children):
+    file = tmp_path / "pid"
+    children(
+        torch=f"""
+        import subprocess
+        left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=2)
+        open({str(file)!r}, "w").write(str(left.pid))
+        os._exit(3)
+    """
+    )
+    assert status("--impl", "torch", "--out", tmp_path) == 1
+    assert gone(int(file.read_text()))
+
+
+def gone(process):
+    state, end = Path(f"/proc/{process}/stat"), time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_figures_that_json_does_not_know(tmp_path, children):
+    tells = 'tell(check="time", outcome="fail", says="", values={"a": float("nan"), "b": [float("inf"), 1.5]})'
+    children(torch=f"{tells}; tell(done=True)")
+    assert status("--impl", "torch", "--out", tmp_path) == 1
+    assert written(tmp_path)["results"][0]["values"] == {"a": None, "b": ["inf", 1.5]}
+
+
+def test_implementations_given_one_by_one():
+    given = cli.parser().parse_args(["check", "--impl", "torch", "--impl", "blas", "triton"])
+    assert given.impl == ["torch", "blas", "triton"]
 
 
 def test_what_cannot_run_is_left_out_with_its_reason(tmp_path, capsys, children):

@@ -31,6 +31,14 @@ def test_what_nvidia_smi_does_not_say_is_missing(monkeypatch, error):
     assert said["driver_version"] is None
 
 
+def test_why_nvidia_smi_says_nothing_is_no_driver_of_that_name(tmp_path, monkeypatch):
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho it could not communicate with the driver\nexit 9\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert set(device._card().values()) == {None}
+
+
 def test_what_hangs_is_waited_for_once(monkeypatch):
     asked = []
 

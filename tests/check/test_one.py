@@ -147,19 +147,22 @@ def test_nobody_listens(checks):
     assert lines[-1] == {"ready": True}
 
 
-def test_what_does_not_fit_is_left_out_and_the_rest_measured(checks):
+@pytest.mark.usefixtures("checks")
+def test_what_does_not_fit_is_left_out_and_the_rest_measured():
+    checks = one.Checks("torch", 64, 1024, "fp32")
     large = one.needed(checks.real, torch.float64, one.workspace("torch", torch.device("cpu"))) + one.FLUSH
     checks.device.room = large - 1
     results, _ = told(checks)
     assert results["error, small case"]["outcome"] == "pass"
     assert results["error, real size"]["outcome"] == "skip"
-    want = f"--rows 64 of --width 64 take {large / 2**30:.1f} GiB, of which {large / 2**30:.1f} are free"
+    want = f"1024 rows of width 64 take {large / 2**30:.1f} GiB, of which {large / 2**30:.1f} are free"
     assert results["error, real size"]["says"].startswith(want)
     assert results["peak memory"]["outcome"] == "pass"
     assert results["time"]["outcome"] == "info"
-    checks.device.room = 1000
+    checks.device.room = 1000  # not even the small ones
     results, _ = told(checks)
-    assert {results[name]["outcome"] for name in one.NAMES[4:]} == {"skip"}
+    assert [line["outcome"] for line in results.values()] == ["skip"] * len(one.NAMES)
+    assert all("are free; want a smaller --width" in line["says"] for line in results.values())
 
 
 @pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")
