@@ -5,7 +5,8 @@ Registered, so that torch.compile, export and fake tensors take each for one opa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -200,6 +201,19 @@ OPERATORS = {
     "rescale": (_rescale, _fake_rescale),
     "rescale_": (_rescale_in_place, _fake_rescale_in_place),
 }
+
+
+def _constant(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Without grad mode, which an exported program's call may have on, with parameters that require grad. It is off in
+    `autograd.Function`, where turning it off again would take the host as long as a launch."""
+
+    def call(*arguments: Any) -> Any:
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            return real(*arguments)
+
+    return call
+
+
 for name, (real, fake) in OPERATORS.items():
-    LIBRARY.impl(name, real, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _constant(real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pre_kernels::{name}", fake, lib=LIBRARY)

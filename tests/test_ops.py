@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import make
 
-from pre_kernels import fused_pre_loss, ops
+from pre_kernels import PreHead, fused_pre_loss, ops
 
 CALLS = {
     "mask": {"rows": "mask"},
@@ -89,6 +89,24 @@ def test_export(device):
     program = torch.export.export(Loss(), inputs)
     assert "pre_kernels.loss" in str(program.graph)
     torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+
+
+@pytest.mark.parametrize("rows", ["mask", "all"])
+def test_export_of_a_head_that_is_trained(impl, device, rows):
+    """Its program calls the operator in grad mode, with parameters that require grad."""
+    case, head = make(4, device=device, rows=rows), PreHead(24, 40).to(device)
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden, anchor, rows):
+            return self.head(hidden, anchor, rows, impl=impl)
+
+    inputs = (case.tensors["hidden"], case.tensors["anchor"], case.rows)
+    program = torch.export.export(Loss(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), head(*inputs, impl=impl))
 
 
 def of_real_calls(case, impl, monkeypatch):
