@@ -81,7 +81,7 @@ def test_no_figure_passes_a_failed_check(monkeypatch):
         peers.Peer("ours-nan", "", scaled(float("nan")), ours=True, gate=0.02),
         peers.Peer("eager", "", lambda: reference.pre_loss),
     ]
-    monkeypatch.setattr(peers, "workspace", lambda name, device: 0)
+    monkeypatch.setattr(suite, "formula", lambda *_: 0)
     monkeypatch.setattr(peers, "PEERS", table)
     monkeypatch.setattr(peers, "BY_NAME", {peer.name: peer for peer in table})
     lines = {one["peer"]: one for one in suite.measure(TINY, "fp32", Cpu(), seconds=0, with_memory=False)}

@@ -77,8 +77,9 @@ def test_every_loss_activation_and_dtype(impl, device, loss, activation, dtype):
 
 @pytest.mark.parametrize(("m", "z"), [(3, 1500), (1500, 3)])
 def test_a_width_much_larger_than_the_other(impl, device, m, z):
-    """Wide rows are shared out among more programs, each with sums of its own."""
-    judge(impl, make(16, device=device, m=m, z=z))
+    """Wide rows are shared out among more programs, each with sums of its own. A cosine of three numbers would be luck:
+    eager's own error is."""
+    judge(impl, make(16, device=device, m=m, z=z, loss="mse"))
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=5)))
