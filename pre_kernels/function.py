@@ -97,7 +97,10 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
 
 def _donated(upstream: Tensor) -> bool:
     """Whether nobody asks again for what this backward was given: it may become the gradients."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(upstream):  # `is_grads_batched`
+    if torch.compiler.is_compiling():
+        return False
+    # `is_grads_batched`, and `torch.func.vmap` around `autograd.grad`: several gradients of what lies there once
+    if torch._C._functorch.is_legacy_batchedtensor(upstream) or torch._C._functorch.is_batchedtensor(upstream):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 

@@ -195,7 +195,7 @@ def _fake_rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: A
     )
 
 
-OPERATORS = {
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "loss": (_loss, _fake_loss),
     "recompute": (_recompute, _fake_recompute),
     "rescale": (_rescale, _fake_rescale),

@@ -207,15 +207,22 @@ def test_checkpointing(call, reentrant):
     equal([leaf.grad for leaf in leaves], wanted)
 
 
-def test_batched_upstream_gradients(call):
-    """`is_grads_batched` runs the backward under vmap: as the rows of the batch by themselves."""
+@pytest.mark.parametrize("transform", ["is_grads_batched", "vmap"])
+def test_batched_upstream_gradients(call, transform):
+    """The backward runs once under vmap, for several gradients: as the rows of the batch by themselves."""
     function, leaves = call
     loss = function(*leaves)
     batch = torch.stack([upstream_of(loss) * factor for factor in (1.0, -2.0, 0.5)])
-    found = torch.autograd.grad(loss, leaves, batch, is_grads_batched=True, retain_graph=True)
+
+    def batched(**options):
+        if transform == "is_grads_batched":
+            return torch.autograd.grad(loss, leaves, batch, is_grads_batched=True, **options)
+        return torch.func.vmap(lambda upstream: torch.autograd.grad(loss, leaves, upstream, **options))(batch)
+
+    found = batched(retain_graph=True)
     for i, upstream in enumerate(batch):
         equal([grad[i] for grad in found], torch.autograd.grad(loss, leaves, upstream, retain_graph=True))
-    equal(torch.autograd.grad(loss, leaves, batch, is_grads_batched=True), found)
+    equal(batched(), found)
 
 
 # torch.func and forward mode: what works, and what says that it does not

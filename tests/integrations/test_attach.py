@@ -229,13 +229,15 @@ def test_a_literal_image_token_is_text(anchor: str) -> None:
 def test_what_never_reaches_the_head(family: str) -> None:
     model, inputs = build(family), batch(family).inputs
     plain = model(**inputs).loss.detach()
+    with torch.no_grad():  # for which some models and processors have kernels that round otherwise
+        quiet = model(**inputs).loss
     handle = apply_pre(model)
     calls = Calls(handle)
     unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
 
     model(**unlabelled)
     with torch.no_grad():
-        assert model(**inputs).loss == plain
+        assert model(**inputs).loss == quiet
     handle.enabled = False
     assert model(**inputs).loss == plain
     handle.enabled, handle.weight = True, 0
