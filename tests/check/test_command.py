@@ -89,6 +89,7 @@ def test_all_of_a_cpu(tmp_path, capsys):
     found = {(line["impl"], line["check"]): line["outcome"] for line in kept["results"]}
     small = {"error, small case": "pass", "no host sync": "skip", "CUDA graph, other rows": "skip"}
     small |= {"torch.compile, fullgraph": "pass"}
+    assert found.pop(("blas", "real size, memory, time")) == "skip"
     peak = found.pop(("torch", "peak memory"))
     assert peak in ("pass", "skip")  # /proc allows it, or not
     wanted = {(impl, name): outcome for impl in ("torch", "blas") for name, outcome in small.items()}
@@ -130,7 +131,7 @@ def test_what_is_wrong_and_what_crashes(tmp_path, capsys, monkeypatch):
     wrong, *others = (line for line in kept["results"] if line["impl"] == "triton")
     assert wrong["outcome"] == "fail"
     assert "error" in wrong["says"]
-    assert others[-1]["check"] == "torch.compile, fullgraph"
+    assert [line["check"] for line in others[-2:]] == ["torch.compile, fullgraph", "real size, memory, time"]
     assert kept["finished"]
 
 
