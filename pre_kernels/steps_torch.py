@@ -80,7 +80,7 @@ class TorchSteps:
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
-        return equal_parts(capacity, layout.rows, MIN_ROWS)
+        return equal_parts(capacity, layout.rows, 1)
 
     @staticmethod
     def select(problem: Problem) -> Selection:

@@ -28,7 +28,9 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
       which it adds up in another order, with half the error;
     - float32 cosines to parallel or opposite anchors of the Triton products: nothing is left but the rounding of the
       predictions, and the interpreter's products are NumPy's, which at small widths add up in another order than the
-      vendor's. The row losses alone are held against eager's there in test_row_kernels.py.
+      vendor's. The row losses alone are held against eager's there in test_row_kernels.py;
+    - float32 rows that all have one prediction, of the kernels: their sums are NumPy's too, which adds one row after
+      another where a GPU adds them in pairs.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
@@ -75,7 +77,7 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
         scale_anchor=draw(st.integers(-4, 4)),
         outliers=pick(*OUTLIERS),
         zero_rows=maybe(),
-        constant=pick(False, False, False, True),
+        constant=pick(False, False, False, True) if on_torch or dtype != "float32" else False,
         layout=pick(*LAYOUTS),
         upstream=pick(1.0, -3.0, 0.37, 1e-3, 1024.0),
         frozen=tuple(draw(st.lists(st.sampled_from(oracle.LEAVES), unique=True, max_size=5))) if maybe() else (),
