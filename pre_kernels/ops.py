@@ -99,7 +99,7 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     selection = _select(steps, problem)
     losses = problem.hidden.new_empty(selection.capacity, dtype=problem.loss_dtype)
     divisor = steps.divisor(problem, selection)
-    grads = sweep(steps, problem, selection, wanted, losses, divisor=divisor)
+    grads = sweep(steps, problem, selection, wanted, losses, divisor)
     loss = losses if problem.options.reduction == "none" else steps.reduce(selection, losses, divisor)
     return _outputs(problem.hidden, (loss, divisor, selection.place, *grads))
 
@@ -109,7 +109,7 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
     selection = steps.select(problem)
     upstream = upstream.contiguous()
-    grads = sweep(steps, problem, selection, wanted, None, upstream, mean_divisor)
+    grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
     return _five(steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None)
 

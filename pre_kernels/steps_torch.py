@@ -145,7 +145,7 @@ class TorchSteps:
             last = min(first + self.block, stop)
             p = self.p_rows[first - start : last - start]
             wide = p if self.wide_p is None else self.wide_p[: last - first].copy_(p)
-            factor = 1.0 if self.coefficient is None else self.coefficient[first:last, None]
+            factor = self.coefficient[first:last, None]
             losses = row_loss(wide, self._anchor(first, last), self.needs_dp, factor)
             if self.losses is not None:
                 weight = 1.0 if self.weight is None else self.weight[first:last, None]
@@ -238,15 +238,10 @@ def _weight(problem: Problem, selection: Selection) -> Tensor | None:
     return problem.weight[selection.index]
 
 
-def _coefficient(
-    problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor | None
-) -> Tensor | None:
+def _coefficient(problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor) -> Tensor:
     """(capacity,) factors of the rows' derivatives: weight · upstream / divisor."""
-    factor = _weight(problem, selection)
-    if divisor is not None:
-        scale = (1.0 if upstream is None else upstream) / divisor
-        factor = scale if factor is None else scale * factor
-    return None if factor is None else factor.expand(selection.capacity)
+    weight, scale = _weight(problem, selection), (1.0 if upstream is None else upstream) / divisor
+    return (scale if weight is None else scale * weight).expand(selection.capacity)
 
 
 def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool = False) -> Tensor:

@@ -47,8 +47,8 @@ class Work(NamedTuple):
     chunk: int  # rows at most
     losses: Tensor | None  # (capacity,)
     grads: Gradients
+    divisor: Tensor  # 0-d
     upstream: Tensor | None  # 0-d or (capacity,); None = 1
-    divisor: Tensor | None  # 0-d; None = 1
 
 
 class Steps(Protocol):
@@ -146,8 +146,8 @@ def sweep(
     selection: Selection,
     wanted: list[bool],
     losses: Tensor | None,
+    divisor: Tensor,
     upstream: Tensor | None = None,
-    divisor: Tensor | None = None,
 ) -> Gradients:
     """One pass over the selected rows, chunk by chunk: the losses, and the gradients summed."""
     layout, capacity = steps.layout(problem), selection.capacity
@@ -161,7 +161,7 @@ def sweep(
     device = problem.hidden.device.type
     # its dtype is the products' by now; entering it takes the host as long as a launch
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
-        run = steps(Work(problem, selection, chunk, losses, grads, upstream, divisor))
+        run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
         for start in range(0, capacity, chunk):
             span = start, min(start + chunk, capacity)
             run.project(*span)

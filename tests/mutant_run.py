@@ -40,8 +40,9 @@ class Tests:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         known = {item.nodeid: item for item in items if not any(name in item.nodeid for name in PASSED_OVER)}
-        names = known if self.seconds is None else [name for name in self.seconds if name in known]
-        items[:] = [known[name] for name in names]
+        # of a test that has got parameters since, all of them
+        meant = [name for wanted in self.seconds or () for name in known if wanted in (name, name.partition("[")[0])]
+        items[:] = [known[name] for name in (known if self.seconds is None else meant)]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         import torch
