@@ -160,7 +160,7 @@ def test_memory_of_a_step_in_one_chunk(impl, rows):
     n, width = 512, 128
     found = count(impl, rows, n=n, total=n, width=width)
     returned = 2 * (n * width + 2 * width * width + 2 * width)
-    sums = 4 * 256 * 2 * width  # partial sums of db1 and db2
+    sums = 4 * n // 32 * 2 * width  # partial sums of db1 and db2, by programs of 32 rows
     workspace = sums + (4 if rows else 3) * n * width * 2
     dh = n * width * 2 if rows else 0
     assert found.launches["row_loss_kernel"] == 1
