@@ -30,7 +30,7 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
       predictions, and the interpreter's products are NumPy's, which at small widths add up in another order than the
       vendor's. The row losses alone are held against eager's there in test_row_kernels.py;
     - float32 rows that all have one prediction, of the kernels: their sums are NumPy's too, which adds one row after
-      another where a GPU adds them in pairs.
+      another. Added up exactly instead, they are closer than eager's.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
