@@ -78,7 +78,7 @@ def products_of(impl, shape, rows, workspace):
             seen.append(tuple(out.shape))
 
     with mock.patch.object(KERNEL, "run", nothing):
-        sweep(Recorded, problem, selection, [True] * 5, losses)
+        sweep(Recorded, problem, selection, [True] * 5, losses, Recorded.divisor(problem, selection))
     return seen
 
 
