@@ -59,26 +59,40 @@ class Launch:
     options: dict[str, Any]
 
     @property
+    def width(self) -> str:
+        return "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
+
+    @property
+    def tile(self) -> str:
+        return "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
+
+    @property
+    def unaligned(self) -> bool:
+        return not ({"K", "N", "Z", "D", "M"} & set(self.aligned) or self.kernel in NO_WIDTH)
+
+    @property
     def name(self) -> str:
-        width = "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
         flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
-        aligned = "" if {"K", "N", "Z", "D", "M"} & set(self.aligned) or self.kernel in NO_WIDTH else " unaligned"
-        tile = "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
-        words = [self.target, self.kernel, width, tile, *(flag for flag in flags if flag not in SHAPES)]
-        return " ".join(word for word in words if word) + aligned
+        words = [self.target, self.kernel, self.width, self.tile, *(flag for flag in flags if flag not in SHAPES)]
+        return " ".join(word for word in words if word) + " unaligned" * self.unaligned
 
     @property
     def budget(self) -> str:
-        """Its name in `sass.BUDGETS`, if it has one there: a pass over bfloat16 rows of a block."""
+        """Its name in `sass.BUDGETS`; none where what is compiled is another target, or no common width: of a pass over
+        rows that is a block of bfloat16."""
         rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
-        if not self.name.startswith(f"sm90 {self.kernel} bf16") or any(known.get(k, v) != v for k, v in rows.items()):
+        common = self.kernel in NO_WIDTH or bool(self.tile)
+        common |= self.width == "bf16" and all(known.get(name, value) == value for name, value in rows.items())
+        if self.target != "sm90" or self.unaligned or not common:
             return ""
-        words = [value for value in known.values() if isinstance(value, str)]
+        words = [self.kernel, self.tile, *(value for value in known.values() if isinstance(value, str))]
+        if known.get("TRANSPOSED"):
+            words.append("transposed")
         if self.signature.get("q_ptr", "constexpr") != "constexpr":
             words.append("float8")
         if known.get("CLEAR") and known.get("COUNT"):
             words.append("cleared")
-        return " ".join([self.kernel, *words])
+        return " ".join(word for word in words if word)
 
 
 def element(kind: str) -> str:
@@ -214,7 +228,7 @@ def launches(targets: list[str]) -> list[Launch]:
 
 
 def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel; on NVIDIA its count of instructions."""
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `sass` says of its instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -233,8 +247,13 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
     if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
         stack = 0
-    counted = sass.count(code, kernel.metadata.num_warps)
-    return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared, "count": counted}
+    return {
+        "registers": registers,
+        "spills": stack + local,
+        "shared": kernel.metadata.shared,
+        "count": sass.count(code, kernel.metadata.num_warps),
+        "ahead": sass.AHEAD in code,
+    }
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
@@ -284,13 +303,13 @@ def main() -> None:
             issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
             print(f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}", flush=True)
     results.sort(key=lambda result: result["name"])
-    spilled = sum(result["spills"] > 0 for result in results)
-    over = [result for result in results if "count" in result and result["count"].over(result["budget"])]
-    for result in over:
-        print(f"{result['name']}: {result['count']}, want at most {sass.BUDGETS[result['budget']]}")
-    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget")
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1))
+    spilled = sum(result["spills"] > 0 for result in results)
+    over = [result for result in results if result["budget"] and result["count"].over(result["budget"])]
+    for result in over:
+        print(f"{result['name']}: {result['count']}, want at most {sass.BUDGETS.get(result['budget'])}")
+    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget")
     raise SystemExit(spilled > 0 or len(over) > 0)
 
 
