@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import json
 import math
 import os
 import platform
@@ -255,7 +256,7 @@ def env(options: argparse.Namespace) -> int:
 
 def facts() -> dict[str, str]:
     """Versions, devices and settings, for bug reports."""
-    rows = [("pre-kernels", version("pre-kernels")), ("python", platform.python_version())]
+    rows = [("pre-kernels", version("pre-kernels") + commit()), ("python", platform.python_version())]
     rows += [("platform", platform.platform()), ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")]
     rows += [(name, version(name)) for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")]
     if torch.cuda.is_available():
@@ -275,6 +276,16 @@ def facts() -> dict[str, str]:
 def version(package: str) -> str:
     """The installed version."""
     return installed(package) or "not installed"
+
+
+def commit() -> str:
+    """That of an installation from a repository, from pip's record of it (PEP 610); else nothing."""
+    try:
+        record = metadata.distribution("pre-kernels").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return ""
+    found = json.loads(record or "{}").get("vcs_info", {}).get("commit_id")
+    return f" (commit {found})" if found else ""
 
 
 def installed(package: str) -> str | None:

@@ -35,10 +35,25 @@ def test_env_prints_what_a_bug_report_needs(capsys):
     assert status("env") == 0
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert printed["torch"].strip().startswith(torch.__version__)
-    assert printed["pre-kernels"].strip() == importlib.metadata.version("pre-kernels")
+    assert printed["pre-kernels"].split()[0] == importlib.metadata.version("pre-kernels")
     picked = "blas" if torch.cuda.is_available() else "torch"
     assert printed['impl="auto"'].strip().startswith(picked + ": ")
     assert {"python", "triton", "transformers", "platform"} <= printed.keys()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ('{"url": "u", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}', " (commit c0ffee)"),
+        ('{"url": "u"}', ""),
+        (None, ""),
+    ],
+)
+def test_env_knows_the_commit_that_pip_installed(record, said, monkeypatch, capsys):
+    stand_in = types.SimpleNamespace(version="0.1", read_text={"direct_url.json": record}.get)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: stand_in)
+    assert status("env") == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("  0.1" + said)
 
 
 def test_env_without_optional_packages(monkeypatch, capsys):
@@ -46,6 +61,7 @@ def test_env_without_optional_packages(monkeypatch, capsys):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
     assert status("env") == 0
     assert "not installed" in capsys.readouterr().out
 

@@ -41,7 +41,8 @@ how to read a line:
   0.85 × the rule       of the error that is allowed, which is a little more than that of eager in the same dtype
   0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a failure
 
-exit status: 0 all that could be checked passed, 1 something failed, 2 wrong arguments
+exit status: 0 all that could be checked passed, 1 something failed or nothing could be checked,
+             2 wrong arguments
 """
 
 
@@ -224,7 +225,7 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     count = report.counts
     summary = f"{count['pass']} passed, {count['fail']} failed, {count['skip']} left out"
     print(f"{summary} in {time.monotonic() - began:.0f} s; {report.path}", flush=True)
-    return 1 if count["fail"] else 0
+    return 1 if count["fail"] or not count["pass"] else 0
 
 
 def _follow(children: Sequence[Child], heard: queue.Queue[tuple[Child, dict[str, Any] | None]], report: Report) -> None:

@@ -270,6 +270,11 @@ def test_what_cannot_run_is_left_out_with_its_reason(tmp_path, capsys, children)
     assert "1 passed, 0 failed, 3 left out" in printed
 
 
+def test_nothing_that_could_be_checked_is_no_success(tmp_path, children):
+    children(torch=FINE.replace('"pass"', '"skip"'))
+    assert status("--out", tmp_path) == 1
+
+
 def planned(monkeypatch, device, reasons, **given):
     monkeypatch.setattr(one, "unfit", lambda impl, *where: reasons.get(impl))
     options = SimpleNamespace(**{"impl": None, "width": None, "rows": None, "dtype": None} | given)
