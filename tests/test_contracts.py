@@ -406,6 +406,7 @@ def test_two_models_in_two_threads(impl, device, monkeypatch):
 
 REPEATED = {
     "chunks": {"leading": (210,), "dtype": torch.bfloat16, "workspace": 1},
+    "mask": {"leading": (60,)},
     "none": {"leading": (60,), "reduction": "none"},
     "float16, index": {"leading": (60,), "dtype": torch.float16, "rows": "index32"},
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import compare, make, run
 
-from pre_kernels import fused_pre_loss, reference
+from pre_kernels import fused_pre_loss, reference, steps_torch
 from pre_kernels.checks import ACTIVATIONS, LOSSES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,6 +99,12 @@ def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction, h
     got, truth = run(ours(impl), case), run(reference.pre_loss, case, torch.float64)
     for name in {"w1", "b1", "w2", "b2"} - {*half}:
         assert (got[name].double() - truth[name]).norm() < 0.05 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_over_a_few_rows_of_each_chunk(dtype, monkeypatch):
+    monkeypatch.setattr(steps_torch, "ROWS_IN_CACHE", 48)
+    judge("torch", make(19, leading=(400,), dtype=dtype, weight="leading", upstream=2.0, workspace=1))
 
 
 def test_float64_is_exact(device):

@@ -20,6 +20,7 @@ CALLS = {
     "compact": {"rows": "mask", "anchor": "compact", "weight": "compact"},
     "capacity": {"rows": "mask", "capacity": 45},
     "chunks": {"rows": "index64", "leading": (300,), "workspace": 1},
+    "bfloat16, chunks": {"rows": "index64", "leading": (300,), "workspace": 1, "dtype": torch.bfloat16},
     "none, chunks": {"rows": "mask", "reduction": "none", "leading": (300,), "workspace": 1, "dtype": torch.bfloat16},
     "float16": {"rows": "mask", "dtype": torch.float16},
     "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
@@ -129,7 +130,8 @@ def of_real_calls(case, impl, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["mask", "index", "all rows", "none", "compact", "chunks", "float16", "frozen", "none, frozen"]
+    "name",
+    ["mask", "index", "all rows", "none", "compact", "chunks", "bfloat16, chunks", "float16", "frozen", "none, frozen"],
 )
 def test_opcheck(impl, device, name, monkeypatch):
     """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares it."""

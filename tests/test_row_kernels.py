@@ -7,11 +7,13 @@ import torch
 from fences import Memory, watching
 
 from pre_kernels import reference
+from pre_kernels.kernels import rows
 from pre_kernels.kernels.activation import apply_activation, apply_activation_grad
 from pre_kernels.kernels.finish import mean_divisor, reduce_loss, scale_gradients
 from pre_kernels.kernels.row_loss import row_loss
 from pre_kernels.kernels.rows import BLOCK, gather, invert, scatter, select
-from pre_kernels.steps_torch import ROW_LOSSES
+from pre_kernels.steps_torch import ROW_LOSSES, TorchSteps
+from pre_kernels.sweep import Gradients
 
 NAN = float("nan")
 WIDTHS = [1, 33, 130, 5000]
@@ -37,6 +39,13 @@ def test_select(device, total, share, capacity):
     assert torch.equal(index[: len(kept)].long(), kept)
     assert torch.equal((inverse >= 0).nonzero().squeeze(1), kept)
     assert torch.equal(inverse[kept].long(), torch.arange(len(kept), device=device))
+
+
+def test_select_adds_up_more_blocks_than_a_block_holds(device, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 16)
+    mask = torch.rand(16 * 40, generator=torch.Generator().manual_seed(0)).lt(0.4).to(device)
+    index, _, found = select(mask, len(mask))
+    assert torch.equal(index[:found].long(), mask.nonzero().squeeze(1))
 
 
 def test_invert(device):
@@ -134,13 +143,16 @@ def test_row_loss(device, loss, width):
     torch.testing.assert_close(sums.double().sum(0), want.sum(0), rtol=1e-4, atol=1e-5)
     before = sums.sum(0)
     again = p.clone()
-    factors = losses.nan_to_num(1.0)
+    factors = losses.nan_to_num(0.6)
     scale = {"upstream": factors, "divisor": number(2.0, device)}
     row_loss(again, a, None, loss=loss, grad=True, sums=sums, first=False, start=2, **scale)
     factors = factors[2:11].double() / 2
     (want,) = torch.autograd.grad((factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf)
     torch.testing.assert_close(again.double(), want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((sums.sum(0) - before).double(), want.sum(0), rtol=1e-3, atol=1e-4)
+    row_loss(again, a, None, loss=loss, grad=True, divisor=number(NAN, device), count=count(7, device), clear=True)
+    assert torch.equal(again.isnan().all(1), torch.arange(9, device=device) < 7)
+    assert not again[7:].any()
 
 
 @pytest.mark.parametrize("cosine", ["triton", "torch"])
@@ -326,3 +338,16 @@ def test_scaled_in_place(device, upstream):
             assert not memory.stores
             scatter(x, x, upstream=number(1.0, device))
             assert not memory.stores
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0, -1.5])
+def test_scaled_in_place_by_torch(upstream):
+    w1, w2 = torch.randn(7, 12), torch.randn(5, 7)
+    given, scale = Gradients(None, w1.clone(), None, w2.clone(), None), number(upstream, "cpu")
+    kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+    got = TorchSteps.scale(given, kinds, scale, in_place=True)
+    assert got[0] is given.w1
+    assert (given.w1._version > 0) == (upstream != 1.0)  # where nothing is to be scaled, nothing is touched
+    torch.testing.assert_close(got[0], w1 * upstream, rtol=0, atol=0)
+    torch.testing.assert_close(got[2], (w2 * upstream).bfloat16(), rtol=0, atol=0)
+    assert torch.equal(given.w2, w2)
