@@ -60,10 +60,15 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
+def _in_processes() -> bool:
+    """Whether tests can run in several."""
+    return bool(importlib.util.find_spec("xdist")) or (PEERS / "xdist").exists()
+
+
 def _pytest(*arguments: str, workers: int = 1) -> list[str]:
     """In several processes if xdist is there: Triton compiles hundreds of variants."""
     command = _module("pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider")
-    if workers > 1 and (importlib.util.find_spec("xdist") or (PEERS / "xdist").exists()):
+    if workers > 1 and _in_processes():
         # one that has lost the device ends, and another takes its place
         command += ["-n", str(min(workers, os.cpu_count() or 1)), "--max-worker-restart", "200"]
     return [*command, *arguments]
@@ -88,7 +93,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     few = ["-k", "scatter and 130 or choose"] if dry else []
     yield Part("kernel tests", _pytest(*files, *few, workers=cores), 55)
     few = "torch and no_rows_with_zero" if dry else "not random_options"
-    yield Part("loss tests", _pytest("tests/test_loss.py", "-k", few, workers=cores), 60)
+    yield Part("loss tests", _pytest("tests/test_loss.py", "-k", few, workers=cores), 56)
     yield Part("guarantees", _module("bench.profiling", "syncs", *size), 40)
     peers = ["floor", "ours-torch"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
     yield Part("kernel times", _module("bench.profiling", "kernels", *size, "--peers", *peers), 22)
@@ -99,11 +104,11 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     peers = ["ours-torch"] if dry else ["ours-blas", "ours-triton"]
     mibs = ["--mib", "64", "256", "512", "1024"]
     yield Part("workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40)
-    yield suite("hot caches", 10, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
+    yield suite("hot caches", 14, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
     yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 12)
-    yield from _ncu(size, 8)
     few = "torch and random_options and 119" if dry else "random_options"
     yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 8)
+    yield from _ncu(size, 8)
 
 
 def _ncu(size: list[str], limit: float) -> Iterator[Part]:
@@ -219,6 +224,9 @@ def environment(out: Path, dry: bool = False) -> dict[str, str]:
     """For the parts: this checkout importable as if installed, results to `out`, their records those of one run."""
     paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
     extra = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GPU_OUT": str(out), "PYTHONUNBUFFERED": "1"}
+    extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # of each of many processes at once
+    if not any(map(shutil.which, ("gcc", "clang"))) and "CC" not in os.environ and shutil.which("cc"):
+        extra["CC"] = "cc"  # which Triton does not look for
     extra["BENCH_RUN"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return extra | ({"BENCH_DRY_RUN": "1"} if dry else {})
 
@@ -273,7 +281,7 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
 
     device = current()
     path, stamp = record.file(out, device), record.stamp(device)
-    planned, worst = 0.0, 0
+    planned, worst = time.monotonic() - start, 0  # an import of torch from a cold disk is no part's
 
     def told() -> list[str]:
         """The summary, or why there is none: figures that it does not expect must not end the run."""
@@ -342,6 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"The folder of the results cannot be written to: {error}", file=sys.stderr)
         return 2
+    if not _in_processes():
+        print(f"pytest-xdist is missing, here and in {PEERS} (`make peers`): tests run in one process.", flush=True)
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed: of ours only impl='torch' can run, and no kernel is tested.", flush=True)
 

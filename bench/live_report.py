@@ -1,9 +1,9 @@
 """A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a run that is killed
 keeps what it found.
 
-After an error of CUDA a process can do nothing more on the device: each later test in it would fail
-for no reason of its own. So a worker of xdist ends once such a test has been reported, and xdist
-starts another; without workers the run stops.
+After some errors of CUDA, an illegal access say, a process can do nothing more on the device: each
+later test in it would fail for no reason of its own. So a worker of xdist ends once such a test has
+been reported, and xdist starts another; without workers the run stops.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from pre_kernels.check.device import current
 
 from . import record
 
-LOST = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, and as triton does
+SUSPECT = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, and as triton does
+
+
+def works() -> bool:
+    """Whether the device still does what it is told: a call that a library refuses leaves it as it was."""
+    try:
+        return torch.ones(2, device=current().torch_device).sum().item() == 2
+    except Exception:
+        return False
 
 
 class LiveReport:
@@ -59,7 +68,7 @@ class LostDevice:
 
     @pytest.hookimpl(trylast=True)  # once xdist has sent the report
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and LOST.search(report.longreprtext):
+        if report.failed and SUSPECT.search(report.longreprtext) and not works():
             self.lost_by = report.nodeid
         if self.lost_by and report.when == "teardown":
             if self.is_worker:

@@ -30,6 +30,7 @@ from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
 from . import ROOT, peers, record, report, shapes, suite
+from .goals import KEPT
 from .promises import impls, promises
 
 MIBS = (8, 16, 32, 64, 128, 256, 512, 1024)  # of workspace
@@ -42,6 +43,8 @@ Records = Iterator[dict[str, Any]]
 
 def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
     """What nothing can beat. Of random numbers: those of a product of zeros cost less power, and so less time."""
+    if failure := _no_launch(device):
+        yield {"kind": "ceiling", "item": "launch", "failed": failure}
     place = device.torch_device
     big, side = (1 << 31, 8192) if device.kind == "cuda" else (1 << 22, 128)
     source = torch.empty(big, dtype=torch.int8, device=place)
@@ -54,6 +57,20 @@ def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
         rate = 2 * big / 1e6 if item == "copy" else 2 * side**3 / 1e9
         unit = "gb_per_s" if item == "copy" else "tflops"
         yield {"kind": "ceiling", "item": item, unit: rate / figures["median_ms"], **figures}
+
+
+def _no_launch(device: Cpu | Cuda) -> str | None:
+    """Why no kernel of Triton starts, which wants a C compiler and Python's headers; None if one does."""
+    if device.kind == "cpu":
+        return None
+    try:
+        from pre_kernels.kernels.rows import invert
+
+        invert(torch.arange(4, device=device.torch_device), 4)
+        device.synchronize()
+    except Exception as error:
+        return suite.reason(error)
+    return None
 
 
 def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = ()) -> Records:
@@ -183,7 +200,7 @@ WHAT: dict[str, Callable[..., Records]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--shape", choices=shapes.BY_NAME, default="llava15-7b-sft", metavar="SHAPE")
@@ -204,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(line)
     for kind in dict.fromkeys(line["kind"] for line in lines):
         print(report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])), "\n")
+    return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

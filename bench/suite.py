@@ -7,6 +7,7 @@ python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-t
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -68,7 +69,8 @@ def measure(
     case = shapes.case(shape, torch_dtype, place, rows)
     steps: dict[str, peers.Step] = {}
     judges: dict[str, Judge] = {}
-    torch.compiler.reset()  # else a second shape would be compiled for dynamic sizes
+    if "torch._dynamo" in sys.modules:  # seconds to import; without a reset a second shape is compiled for any size
+        torch.compiler.reset()
     for peer in chosen:
         results[peer.name], step = _judged(peer, case, judges)
         if step is not None:

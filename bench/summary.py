@@ -37,9 +37,9 @@ def lines(records: Sequence[Record], checked: Record) -> list[str]:
     if not records:
         return ["no records"]
     found = [*_head(records), *_check(checked), *_speeds(records), *_tests(records), *_promises(records)]
-    found += [*_kernels(records), *_tiles(records), *_workspaces(records)]
-    hints = list(dict.fromkeys(_next(records)))
-    return [*found, "what to try next:", *_few(hints or ["nothing that these rules know of"], 7)]
+    found += [*_lacking(records), *_kernels(records), *_tiles(records), *_workspaces(records)]
+    hints = list(dict.fromkeys([*_of_check(checked), *_next(records)]))
+    return [*found, "what to try next:", *_few(hints or ["nothing that these rules know of"], 5)]
 
 
 def _kind(records: Sequence[Record], *kinds: str) -> list[Record]:
@@ -55,7 +55,7 @@ def _head(records: Sequence[Record]) -> list[str]:
     one = records[-1]
     names = ("device", "driver_version", "cuda", "torch", "triton", "python", "commit", "run")
     told = [", ".join(f"{name} {one[name]}" for name in names if one.get(name))]
-    for ceiling in _kind(records, "ceiling"):
+    for ceiling in [one for one in _kind(records, "ceiling") if "failed" not in one]:
         figure, unit = next((ceiling[key], unit) for key, unit in UNITS.items() if key in ceiling)
         told.append(f"{ceiling['item']} {figure:,.0f} {unit}")
     told[1:] = [f"ceilings: {', '.join(told[1:])}"] if told[1:] else []
@@ -66,15 +66,33 @@ def _head(records: Sequence[Record]) -> list[str]:
 
 def _check(checked: Record) -> list[str]:
     """A line for each implementation, with the first thing that is wrong with it."""
-    results: dict[str, list[Record]] = {}
+    results: dict[str, list[Record]] = {impl: [] for impl in checked.get("settings", {}).get("impl", [])}
     for one in checked.get("results", []):
         results.setdefault(one["impl"], []).append(one)
     texts = []
     for impl, found in results.items():
         wrong = [f"{one['check']}: {one['says']}" for one in found if one["outcome"] == "fail"]
         passed = sum(one["outcome"] == "pass" for one in found)
-        texts.append("; ".join([f"check {impl}: {passed} passed, {len(wrong)} failed", *wrong[:1]]))
+        unfinished = "" if checked.get("finished") else ", ended before its end"
+        texts.append("; ".join([f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}", *wrong[:1]]))
     return _few(texts, 3)
+
+
+def _of_check(checked: Record) -> Iterator[str]:
+    for one in checked.get("results", []):
+        if one["outcome"] == "fail":
+            yield f"mend {one['impl']}, which check found wrong: {one['check']}: {one['says']}"
+
+
+def _lacking(records: Sequence[Record]) -> list[str]:
+    """What was to be measured and was not."""
+    texts = []
+    for one in records:
+        reason = one.get("failed") or one.get("unavailable")
+        about = [str(one[name]) for name in ("kind", "shape", "peer", "item") if name in one]
+        if reason and (one.get("failed") or str(one.get("peer", "ours-")).startswith("ours-")):
+            texts.append(f"{' '.join(about)}: {reason}")
+    return [f"not measured: {len(texts)}", *_few(texts, 2)] if texts else []
 
 
 def _speeds(records: Sequence[Record]) -> list[str]:

@@ -138,7 +138,7 @@ def _product(
     return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sizes", "tiles"))
     parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(line)
     table = report.loss_table(record.latest(lines)) if arguments.what == "sizes" else report.plain_table(lines)
     print(report.markdown(table))
+    return any("failed" in line for line in lines)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_bench import ROOT, STAMP
 
-from bench import gpu, live_report, memory, record, shapes, summary
+from bench import gpu, live_report, memory, profiling, record, shapes, summary, sweep
 
 PYTHON = [sys.executable, "-c"]
 HANG = "import time; time.sleep(600)"
@@ -101,7 +101,7 @@ def test_the_plan_of_the_run_fits_its_time(tmp_path, monkeypatch):
     assert sum(part.limit for part in parts) == 495
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
-    assert names.index("ncu") > names.index("workspace")
+    assert names[-1] == "ncu"
 
     class Parsed(Exception):
         pass
@@ -122,6 +122,24 @@ def test_the_plan_of_the_run_fits_its_time(tmp_path, monkeypatch):
             with pytest.raises(Parsed):
                 importlib.import_module(module).main(arguments)
     assert "def test_random_options(" in (ROOT / "tests" / "test_loss.py").read_text()
+
+
+def test_the_compiler_of_the_launchers(tmp_path, monkeypatch):
+    """Triton looks for gcc and clang, and takes what CC names."""
+    monkeypatch.delenv("CC", raising=False)
+    for there, wanted in (({"gcc", "cc"}, None), ({"cc"}, "cc"), (set(), None)):
+        monkeypatch.setattr(gpu.shutil, "which", lambda tool, there=there: tool if tool in there else None)
+        assert gpu.environment(tmp_path).get("CC") == wanted
+
+
+def test_what_fails_is_an_exit_status(tmp_path, monkeypatch):
+    for module, function, command in ((profiling, "ceilings", ["ceilings"]), (sweep, "tiles", ["tiles"])):
+        for line, status in (({"failed": "x"}, 1), ({"unavailable": "x"}, 0)):
+            monkeypatch.setattr(module, function, lambda *arguments, line=line: iter([{"kind": "tile", **line}]))
+            assert module.main([*command, "--out", str(tmp_path)]) == status
+    waits = {"kind": "sync", "peer": "ours-blas", "item": "mask", "outcome": "waits"}
+    monkeypatch.setitem(profiling.WHAT, "syncs", lambda *arguments: iter([waits]))
+    assert profiling.main(["syncs", "--out", str(tmp_path)]) == 1
 
 
 def gone(process):
@@ -270,6 +288,7 @@ def test_a_checkout_that_is_not_installed_is_importable(tmp_path):
 LOSES = """
 import os
 import pytest
+from bench import live_report
 
 def say(number):
     with open(os.environ["GPU_OUT"] + "/ran", "a") as out:
@@ -279,8 +298,12 @@ def say(number):
 def test_before(number):
     say(number)
 
+def test_is_refused():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
 def test_loses_the_device():
     say("lost")
+    live_report.works = lambda: False
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 @pytest.mark.parametrize("number", range(3, 9))
@@ -300,7 +323,8 @@ def test_a_lost_device_costs_the_tests_of_its_worker_alone(workers, tmp_path):
     ran = dict(line.split() for line in (tmp_path / "ran").read_text().splitlines())
     outcomes = {one["item"].partition("::")[2]: one["outcome"] for one in lines}
     assert outcomes["test_loses_the_device"] == "failed"
-    assert "illegal memory access" in next(one["message"] for one in lines if one["outcome"] == "failed")
+    assert "illegal memory access" in [one["message"] for one in lines if one["outcome"] == "failed"][-1]
+    assert outcomes["test_is_refused"] == "failed"  # and nothing else came of it
     assert len(lines) == len(outcomes)  # that its worker ended is no second failure
     if workers:
         assert {str(number) for number in range(9)} | {"lost"} == set(ran)
@@ -323,5 +347,6 @@ def test_a_file_that_cannot_be_collected_is_a_failed_test(tmp_path):
 
 def test_both_names_of_a_lost_device():
     for text in ("RuntimeError: CUDA error: device-side assert", "RuntimeError: Triton Error [CUDA]: an illegal"):
-        assert live_report.LOST.search(text)
-    assert not live_report.LOST.search("torch.OutOfMemoryError: CUDA out of memory")
+        assert live_report.SUSPECT.search(text)
+    assert live_report.works()
+    assert not live_report.SUSPECT.search("torch.OutOfMemoryError: CUDA out of memory")

@@ -127,13 +127,30 @@ def test_everything_at_once_is_40_lines(tmp_path):
     assert "ceilings: copy 4,321 GB/s, product 4,321 TFLOP/s" in text
 
 
+def test_what_failed_and_what_is_missing_is_told():
+    more = [
+        {"kind": "ceiling", "item": "launch", "failed": "no C compiler"},
+        {"kind": "tile", "role": "project", "item": "project (1, 2)", "failed": "relative error 1"},
+        {"kind": "workspace", "peer": "ours-blas", "item": 64, "unavailable": "too large"},
+        {"kind": "loss", "shape": "s", "peer": "viral", "unavailable": "not installed"},
+    ]
+    records = record.latest([{**one, **STAMP, "group": "g"} for one in more])
+    ended = {"finished": False, "settings": {"impl": ["blas", "fp8"]}, "results": CHECKED}
+    text = summary.lines(records, ended)
+    assert "not measured: 3" in text
+    assert "  ceiling launch: no C compiler" in text
+    assert "  check blas: 1 passed, 1 failed, ended before its end; time: slow" in text
+    assert "  check fp8: 0 passed, 0 failed, ended before its end" in text
+    assert hints(text) == ["  mend blas, which check found wrong: time: slow"]
+
+
 def test_the_last_run_of_a_folder_and_its_check(tmp_path):
     for run, outcome in (("2026-01-02T00:00:00Z", "exit 1"), ("2026-01-03T00:00:00Z", "exit 0"), (None, "exit 9")):
         one = {**part("blas", outcome), "run": run}
         record.append(tmp_path / "gpu.jsonl", {name: value for name, value in one.items() if value})
     line = "  check blas: 1 passed, 1 failed; time: slow"
     for date, is_told in (("2026-01-03T00:00:00+00:00", True), ("2026-01-02T23:59:59+00:00", False)):
-        (tmp_path / "check.json").write_text(json.dumps({"date": date, "results": CHECKED}))
+        (tmp_path / "check.json").write_text(json.dumps({"date": date, "results": CHECKED, "finished": True}))
         text = summary.of_folder(tmp_path)
         assert "parts: 1 of 1 well" in text
         assert (line in text) == is_told
