@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .llava import Merge, is_original
+from .notices import Notices
 
 Inputs = Mapping[str, Any]
 DESCENT = ("text_model", "language_model", "model", "decoder")
@@ -255,7 +255,7 @@ class Parts:
     projector: nn.Module | None
     tokens: dict[str, tuple[int, ...]]
     merge: Merge | None = None
-    warned: bool = False  # of image tokens without an image
+    notices: Notices = field(default_factory=Notices)
 
 
 def find_parts(
@@ -396,7 +396,7 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
             "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
             "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
         )
-    if not present and parts.family is GENERIC and not parts.warned:
+    if not present and parts.family is GENERIC and "image tokens without images" not in parts.notices.given:
         _warn_of_tokens(parts, inputs, ids)
     found = {}
     for kind in present:
@@ -411,11 +411,5 @@ def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
     count = int(torch.isin(ids, ids.new_tensor(sum(parts.tokens.values(), ()))).sum())
     if not count:
         return
-    parts.warned = True
     known = ", ".join((*parts.family.image_inputs, *parts.family.video_inputs))
-    warnings.warn(
-        f"PRe: input_ids has {count} image tokens, but the forward got none of {known} (it got "
-        f"{', '.join(inputs)}), so they are taken for text and L_PRe has no term; if images came in another argument, "
-        "pass mask_fn= to apply_pre",
-        stacklevel=2,
-    )
+    parts.notices.warn("image tokens without images", count=count, known=known, got=", ".join(inputs))
