@@ -16,7 +16,7 @@ from .deferred import Deferred
 from .gradient import GradientNorm
 from .objective import Losses, Objective
 from .optimizers import Steps, parameters, split
-from .output import add_to_loss, keep_in_graph, logits, own_loss, share
+from .output import add_to_loss, keep_in_graph, logits, share, tensors
 from .saved_keys import SavedKeys
 from .training import Training, number
 from .watchdog import Watchdog
@@ -316,8 +316,7 @@ class PreHandle:
 
     def _skipped(self, output: Any) -> None:
         if self._without is not None:
-            loss = own_loss(output)
-            self._watchdog.watch_without(self._without, logits(output) if loss is None else [loss])
+            self._watchdog.watch_without(self._without, tensors(output))
 
     def _check_steps(self) -> None:
         """After an optimizer's first step: that it has the head, and that a schedule moves on."""

@@ -73,6 +73,12 @@ def logits(output: Any) -> list[Tensor]:
     return [found] if torch.is_tensor(found) and found.dim() else []
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """What of the output a loss may be made of, the model's own loss first."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+    return sorted((value for value in values if torch.is_tensor(value)), key=lambda value: value.dim())
+
+
 def _places(output: Any) -> tuple[int, int]:
     """Of a tuple: where the loss is, its first number, and where the logits are, its first tensor with dimensions."""
     if not isinstance(output, tuple):
