@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from pre_kernels.integrations.notices import WARNINGS, Notices
 from test_head_training import make
 from tiny_models import batch, build
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 
 def said(do: Callable[[], Any]) -> list[str]:
