@@ -325,7 +325,7 @@ class PreHandle:
         if self._training.scheduled and not self._progressed:
             self.notices.warn("no progress", weight=self.scheduled_weight)
         left_out = self._steps.verdict(self._model, self.head)
-        if left_out is not None:
+        if left_out is not None and not self.notices.given & {"optimizer refuses", "optimizer given"}:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._steps.optimizers}))
             self.notices.warn(f"optimizer without the {left_out}", optimizer=kinds)
 
