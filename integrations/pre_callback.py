@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .attach import apply_pre
-from .handle import PreHandle, find_handle, unwrapped
-from .optimizers import parameters
+from .handle import PreHandle, find_handle
+from .optimizers import parameters, unwrapped
 from .parallel import initialized
 
 REFUSED = ("head_lr", "head_weight_decay")  # groups of the optimizer, which a callback cannot make
