@@ -21,7 +21,7 @@ AHEAD = {"DPO": True, "KTO": True, "GRPO": False, "RLOO": False}  # batches of r
 def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> None:
     found, handle, trainer, forwards, told = train(kind, tmp_path, save_strategy="steps", save_steps=1)
     plain, _, _, again, _ = train(kind, tmp_path / "plain", attached=False)
-    assert len(forwards) == len(again) == 2
+    assert len(forwards) == len(again) == (2 if AHEAD[kind] else 4)
     for one, other in zip(forwards, again, strict=True):  # what GRPO and RLOO generate too
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -34,7 +34,7 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
     log = trainer.state.log_history[0]
     tokens = [int((inputs["input_ids"] == IMAGE).sum()) for inputs in forwards]
     assert log["pre_tokens"] == sum(tokens)
-    assert tokens[0] != tokens[1]  # else the two means are the same
+    assert len(set(tokens)) > 1  # else the two kinds of means are the same
     assert log["pre_cosine"] == -log["pre_loss"]
     assert log["pre_head_grad_norm"] > 0
 
