@@ -16,7 +16,7 @@ class PreLightningCallback(Callback):
     """Beside `apply_pre(module.model)` in a LightningModule's `__init__` or `configure_model`.
 
     ```python
-    lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, batches)
+    lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
     It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its

@@ -97,7 +97,7 @@ class Given:
         found = {name: getattr(self, name) for name in named if hasattr(self, name)}
         if "decoder.blocks" in code:  # a model that is not Hugging Face's
             model, inputs = small()
-            found |= {"model": model, "batches": [inputs]}
+            found |= {"model": model, "batches": [inputs], "param_groups": [{"params": [*model.parameters()]}]}
         return {"torch": torch, "lightning": lightning, "AutoModel": transformers.AutoModel, **public, **found}
 
     @functools.cached_property
@@ -126,6 +126,10 @@ class Given:
                 return torch.optim.SGD(self.parameters(), lr=0.1)
 
         return Module()
+
+    @property
+    def loader(self) -> Any:
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)
 
     @property
     def batches(self) -> list[Any]:
