@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 PREPARE, ENCODE = "prepare_inputs_labels_for_multimodal", "encode_images"
+EMBEDS = ("embed_tokens", "get_input_embeddings")
 TAKEN = ("input_ids", "labels", "attention_mask")  # arguments of PREPARE
 
 
@@ -199,7 +200,7 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
     # as wide as a feature: the newline, ...; and one more so that `.device` is the CPU
     empty = {name: nn.Parameter(torch.zeros(1, dtype=torch.double)) for name in [*module._parameters, "stand_in"]}
     inner: dict[str, Any] = {
-        n: _stand_in(m, tokens) if any(hasattr(m, name) for name in ("embed_tokens", "get_input_embeddings")) else m
+        n: _stand_in(m, tokens) if m is not None and any(hasattr(m, name) for name in EMBEDS) else m
         for n, m in module._modules.items()
     }
     functions = {

@@ -63,7 +63,8 @@ def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2, **options)
     wanted, expected, truth = by_hand(twin, inputs, handle.head, **options)
-    tower = parts(model)[2]
+    tower, merge = parts(model)[2], handle._objective.parts.merge
+    assert merge.tokens == {(3, 8, 8): len(copy.deepcopy(model).encode_images(torch.zeros(1, 3, 8, 8))[0])}
     runs = tower.runs
     count = handle.count(inputs)
     assert tower.runs == runs
