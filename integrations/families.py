@@ -310,7 +310,9 @@ def check_tokens(parts: Parts, model: nn.Module) -> None:
     elif not any(parts.tokens.values()):
         raise ValueError(
             f"model: {type(model).__name__}'s config names no visual tokens (looked for image_token_id, "
-            "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
+            "image_token_index, video_token_id, video_token_index); if it is a vision-language model whose "
+            "input_ids have a token for each visual one, add that token's image_token_id to its config (in its "
+            "config.json, where a script loads that, is enough); else pass mask_fn="
         )
 
 
