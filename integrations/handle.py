@@ -15,7 +15,7 @@ from .capture import Capture, Seen
 from .deferred import Deferred
 from .gradient import GradientNorm
 from .objective import Losses, Objective
-from .optimizers import Steps, parameters, split
+from .optimizers import Steps, parameters, split, unwrapped
 from .output import add_to_loss, keep_in_graph, logits, share, tensors
 from .saved_keys import SavedKeys
 from .training import Training, number
@@ -173,7 +173,7 @@ class PreHandle:
     @property
     def own_rates(self) -> bool:
         """Whether `head_lr` or `head_weight_decay` was given."""
-        return self._training.head_lr is not None or self._training.head_weight_decay is not None
+        return (self._training.head_lr, self._training.head_weight_decay) != (None, None)
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed.
@@ -281,8 +281,9 @@ class PreHandle:
         """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so."""
         changed = {}
         for name, parameter in self.head.named_parameters():
-            dtype = self._dtypes.get(name, parameter.dtype)
-            if parameter.dtype != dtype:
+            made = next((n for n in self._dtypes if f".{name}".endswith(f".{n}")), None)  # PEFT puts names before it
+            dtype = parameter.dtype if made is None else self._dtypes[made]
+            if parameter.dtype != dtype and not hasattr(parameter, "full_tensor"):  # FSDP2 has its own rules
                 changed[name] = parameter.dtype, dtype
                 parameter.data = parameter.data.to(dtype)
         if changed:
@@ -325,12 +326,13 @@ class PreHandle:
         if self._training.scheduled and not self._progressed:
             self.notices.warn("no progress", weight=self.scheduled_weight)
         left_out = self._steps.verdict(self._model, self.head)
-        if left_out is not None:
+        if left_out is not None and not self.notices.given & {"optimizer refuses", "optimizer given"}:
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._steps.optimizers}))
             self.notices.warn(f"optimizer without the {left_out}", optimizer=kinds)
 
     def _check_frozen(self) -> None:
-        if any(p.requires_grad for p in self.head.parameters()):
+        trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat
+        if any(trained) or not trained:
             return
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
             self.notices.warn("frozen head")
@@ -391,16 +393,6 @@ class PreHandle:
     def _measure(self, optimizer: Any, *_: Any) -> None:
         if self._capture is not None:  # it may outlive PRe
             self._gradient.measure(self.head, optimizer)
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The innermost of wrappers such as accelerate's and DeepSpeed's, which keep what they wrap as `.optimizer`."""
-    while not (isinstance(optimizer, torch.optim.Optimizer) and "optimizer" not in vars(optimizer)):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            break
-        optimizer = inner
-    return optimizer
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -64,6 +65,16 @@ def split(model: nn.Module, head: nn.Module) -> tuple[set[int], set[int]]:
 def parameters(optimizer: Any) -> Iterable[Any]:
     """All parameters of an optimizer's groups."""
     return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The innermost of wrappers such as accelerate's and DeepSpeed's, which keep what they wrap as `.optimizer`."""
+    while not (isinstance(optimizer, torch.optim.Optimizer) and "optimizer" not in vars(optimizer)):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer
 
 
 _live: weakref.WeakSet[Steps] = weakref.WeakSet()

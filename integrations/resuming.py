@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .handle import ATTRIBUTE, PreHandle, unwrapped
+from .handle import ATTRIBUTE, PreHandle
 from .notices import Notices
+from .optimizers import unwrapped
 from .training import MARK
 
 OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")  # of a scheduler's state: an entry for each group
@@ -105,6 +106,7 @@ def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Ite
         return _fitted(state, optimizer.state_dict(), notices, folder)
 
     def of_scheduler(state: dict[str, Any]) -> Any:
+        assert load is not None
         now = scheduler.state_dict()
         for name in OF_GROUPS:
             if isinstance(state.get(name), list) and isinstance(now.get(name), list):

@@ -14,9 +14,9 @@ from torch import Tensor
 from . import checkpoint
 from .counting import counting_of
 from .deferred import Deferred
-from .handle import PreHandle, find_handle, unwrapped
+from .handle import PreHandle, find_handle
 from .notices import Notices
-from .optimizers import parameters
+from .optimizers import parameters, unwrapped
 from .resuming import model_loaded, optimizer_loaded, sharded
 from .training import NO_GROUPS, as_asked, own_groups
 
@@ -263,7 +263,7 @@ def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.Abstr
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
     """`method` in place of that of this instance, which may have one of its own."""
     own = vars(owner).get(name)
     setattr(owner, name, method)
