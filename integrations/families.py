@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .llava import Merge, is_original
+from .llava import Merge, check_merge, is_original
 from .notices import Notices
 
 Inputs = Mapping[str, Any]
@@ -163,7 +163,8 @@ class Family:
         images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's arguments, config) → the
             number (N,) of each visual token's image, counted from 0 in batch-major order; a video counts as an image,
             and so does each tile of an image where other tokens stand between the tiles.
-        projector: end of the path of the module whose input rows are the visual tokens, for anchor="pre_projector".
+        projector: end of the path of the module whose input rows are the visual tokens, for anchor="pre_projector"; or
+            several, of which a model has one.
         projector_rows: (what entered it in each of its calls in a forward, the forward's arguments, config) → (M, z), a
             row for each visual token, all images' first and then all videos'.
         text: path of the text model, whose `.layers` are the decoder layers.
@@ -176,7 +177,7 @@ class Family:
     """
 
     images: Callable[[Tensor, str, Inputs, Any], Tensor] = runs
-    projector: str | None = None
+    projector: str | tuple[str, ...] | None = None
     text: str | None = None
     image_inputs: tuple[str, ...] = ("pixel_values", "image_embeds")
     video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_embeds")
@@ -239,7 +240,7 @@ FAMILIES = {  # by config.model_type
     "emu3": Family(name="Emu3"),
     "gemma3n": Family(equal_parts, hidden=active, name="Gemma 3n"),
 }
-ORIGINAL = Family(projector="mm_projector", name="the original LLaVA and LLaVA-NeXT")
+ORIGINAL = Family(projector=("mm_projector", "connector"), name="the original LLaVA, LLaVA-NeXT and TinyLLaVA")
 
 
 @dataclass
@@ -290,9 +291,8 @@ def find_parts(
             raise ValueError("layers: got an empty ModuleList, want that of the decoder's layers")
         found = module
         text = model.get_submodule(path.rpartition(".")[0]) if text is None else text
-    named = model.named_modules()
-    end = f".{family.projector}"
-    projector = next((m for n, m in named if family.projector and f".{n}".endswith(end)), None)
+    ends = (family.projector,) if isinstance(family.projector, str) else family.projector or ()
+    projector = next((m for end in ends for n, m in model.named_modules() if f".{n}".endswith(f".{end}")), None)
     tokens = {"image": _token_ids(config, "image"), "video": _token_ids(config, family.video_token)}
     merge = Merge(model) if original else None
     return Parts(family, config, None if text is model else text, found, projector, tokens, merge)
@@ -307,10 +307,14 @@ def check_tokens(parts: Parts, model: nn.Module) -> None:
             f"cross_attention_layers {crossed}), so they have no tokens in the decoder; want a model whose decoder has "
             "visual tokens, or pass mask_fn="
         )
-    if parts.merge is None and not any(parts.tokens.values()):
+    if parts.merge is not None:
+        check_merge(model)
+    elif not any(parts.tokens.values()):
         raise ValueError(
             f"model: {type(model).__name__}'s config names no visual tokens (looked for image_token_id, "
-            "image_token_index, video_token_id, video_token_index); want a vision-language model, or pass mask_fn="
+            "image_token_index, video_token_id, video_token_index); if it is a vision-language model whose "
+            "input_ids have a token for each visual one, add that token's image_token_id to its config (in its "
+            "config.json, where a script loads that, is enough); else pass mask_fn="
         )
 
 

@@ -16,16 +16,7 @@ class PreLightningCallback(Callback):
     """Beside `apply_pre(module.model)` in a LightningModule's `__init__` or `configure_model`.
 
     ```python
-    class Module(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = LlavaForConditionalGeneration.from_pretrained(name)
-            apply_pre(self.model)
-        def training_step(self, batch, index):
-            return self.model(**batch).loss
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters())
-    Trainer(callbacks=[PreLightningCallback()]).fit(Module(), data)
+    lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
     It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its

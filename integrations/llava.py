@@ -1,4 +1,4 @@
-"""The original code bases of LLaVA and LLaVA-NeXT: which rows their merge of text and images made visual tokens.
+"""The original code bases of LLaVA, LLaVA-NeXT and TinyLLaVA: which rows their merge of text and images made visual.
 
 Their `prepare_inputs_labels_for_multimodal` puts image features between the words' embeddings and does not say where.
 But it moves the labels along, and gives image rows the label -100. So in a training forward it gets each position's own
@@ -16,19 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PREPARE = "prepare_inputs_labels_for_multimodal"
+PREPARE, ENCODE = "prepare_inputs_labels_for_multimodal", "encode_images"
+EMBEDS = ("embed_tokens", "get_input_embeddings")
+TAKEN = ("input_ids", "labels", "attention_mask")  # arguments of PREPARE
 
 
 def is_original(model: Any) -> bool:
     """Whether `model` merges text and images as the original code bases do."""
-    return all(callable(getattr(model, name, None)) for name in (PREPARE, "get_vision_tower", "encode_images"))
+    return callable(getattr(model, PREPARE, None))
+
+
+def check_merge(model: nn.Module) -> None:
+    """Raise a ValueError that names what `Merge` would miss in a model that `is_original`."""
+    method: Any = getattr(type(model), PREPARE, None)
+    taken = inspect.signature(method).parameters if method is not None else ()
+    lacks = [] if callable(getattr(model, ENCODE, None)) else [f"a method {ENCODE}(images)"]
+    lacks += [] if method is not None else [f"{PREPARE} as a method of its class"]
+    lacks += [f"an argument {name} of {PREPARE}" for name in TAKEN if method is not None and name not in taken]
+    if lacks:
+        raise ValueError(
+            f"model: {type(model).__name__} merges text and images in {PREPARE}, but lacks {' and '.join(lacks)}, "
+            "without which its visual tokens are not found; add it, or pass mask_fn="
+        )
 
 
 class Merge:
     """The merge of one model: `open()` before a forward to follow it, `close()` after it.
 
     Args:
-        model: with the methods that `is_original` asks for.
+        model: with what `check_merge` asks for.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,8 +52,7 @@ class Merge:
         self.before: Any = None
         self.found: tuple[Tensor, Tensor | None] | None = None
         self.tokens: dict[tuple[int, ...], int] = {}
-        tower: Any = model
-        size = getattr(getattr(tower.get_vision_tower(), "config", None), "image_size", None)
+        size = getattr(getattr(_tower(model), "config", None), "image_size", None)
         if isinstance(size, int):  # the usual size now, since parameters may be sharded later
             with contextlib.suppress(RuntimeError):  # the first count says it
                 self._tokens((3, size, size))
@@ -69,10 +84,7 @@ class Merge:
         mask, features = self._rehearsed(inputs)
         if mask is None:
             return torch.zeros_like(inputs["input_ids"])
-        images = inputs["images"]
-        crops = [len(image) if image.dim() == 4 else 1 for image in images]
-        ends = torch.tensor(crops).cumsum(0) * self._tokens(tuple(images[0].shape[-3:]))
-        found = torch.searchsorted(ends, features) + 1
+        found = torch.searchsorted(self._ends(inputs["images"]), features) + 1
         # newline rows, which belong to the image before them, come from no feature
         return (found * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
 
@@ -80,12 +92,22 @@ class Merge:
         """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their order."""
         mask, features = self._rehearsed(inputs)
         index = features[mask.cpu()].to(rows.device) if mask is not None else features.long()
+        if mask is not None and (total := int(self._ends(inputs["images"])[-1])) != len(rows):
+            raise ValueError(
+                f"anchor: {len(rows)} rows entered the projector, which made {total} visual tokens of them, so they do "
+                'not correspond one to one; use "pre_llm", or pass a callable anchor'
+            )
         if (index < 1).any() or (index > len(rows)).any() or (index != index.long()).any():
             raise ValueError(
                 "anchor: visual tokens that come from no row of the projector's input alone (newlines, pooled frames) "
                 'have no anchor there; use "pre_llm", or pass a callable anchor'
             )
         return rows[index.long() - 1]
+
+    def _ends(self, images: Any) -> Tensor:
+        """The number (images,) of features up to the end of each image, one with its crops being one."""
+        crops = [len(image) if image.dim() == 4 else 1 for image in images]
+        return torch.tensor(crops).cumsum(0) * self._tokens(tuple(images[0].shape[-3:]))
 
     def _followed(self, *args: Any, **kwargs: Any) -> Any:
         own = types.MethodType(getattr(type(self.model), PREPARE), self.model)
@@ -102,11 +124,11 @@ class Merge:
             raise ValueError("input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn=")
         stand_in = _stand_in(self.model, self._tokens)
         method = types.MethodType(getattr(type(self.model), PREPARE), stand_in)
-        given = {
-            name: _without_data(inputs[name], name) for name in inspect.signature(method).parameters if name in inputs
-        }
+        taken = inspect.signature(method).parameters
+        given = {name: _without_data(inputs[name], name) for name in taken if name in inputs}
         for name in ("position_ids", "attention_mask", "past_key_values", "labels", "images"):
-            given.setdefault(name, None)
+            if name in taken:
+                given.setdefault(name, None)
         with torch.no_grad():
             output, mask = _follow(method, given)
         if mask is None:
@@ -139,6 +161,11 @@ def _follow(method: Callable[..., Any], given: dict[str, Any]) -> tuple[tuple[An
     if attention is None:  # tells padding from images
         given["attention_mask"] = torch.ones_like(ids)
     output = list(method(**given))
+    if len(output) < 6:
+        raise RuntimeError(
+            f"{PREPARE}: returned {len(output)} values, want LLaVA's 6 (input_ids, position_ids, attention_mask, "
+            "past_key_values, inputs_embeds, labels); pass mask_fn= to apply_pre"
+        )
     if output[4] is None:
         output[2], output[5] = attention, labels
         return tuple(output), None
@@ -173,12 +200,22 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
     # as wide as a feature: the newline, ...; and one more so that `.device` is the CPU
     empty = {name: nn.Parameter(torch.zeros(1, dtype=torch.double)) for name in [*module._parameters, "stand_in"]}
     inner: dict[str, Any] = {
-        n: _stand_in(m, tokens) if m is not None and hasattr(m, "embed_tokens") else m
+        n: _stand_in(m, tokens) if m is not None and any(hasattr(m, name) for name in EMBEDS) else m
         for n, m in module._modules.items()
     }
-    functions = {"embed_tokens": embed_tokens, "encode_images": encode_images}
+    functions = {
+        "embed_tokens": embed_tokens,
+        "get_input_embeddings": lambda: embed_tokens,
+        ENCODE: encode_images,
+    }
     vars(twin).update(_parameters=empty, _modules=inner, training=False, **functions)  # in training some draw positions
     return twin
+
+
+def _tower(model: Any) -> Any:
+    """The vision tower, from LLaVA's method or TinyLLaVA's attribute; None without either."""
+    get = getattr(model, "get_vision_tower", None)
+    return get() if callable(get) else getattr(model, "vision_tower", None)
 
 
 class _Encode(nn.Module):
@@ -187,7 +224,7 @@ class _Encode(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        tower = model.get_vision_tower()
+        tower = _tower(model)
         # the model may keep it where its modules do not show it; twice here, it would be left on the meta device
         self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
 

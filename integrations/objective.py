@@ -203,6 +203,11 @@ class Objective:
         else:
             if not seen.projector:
                 raise RuntimeError("anchor: the batch has images but the projector did not run; pass a callable anchor")
+            if not all(torch.is_tensor(rows) for rows in seen.projector):
+                raise TypeError(
+                    f"anchor: the projector got a {type(seen.projector[0]).__name__}, not the tensor of its rows; use "
+                    '"pre_llm", or pass a callable anchor'
+                )
             entered = self.parts.family.projector_rows(seen.projector, seen.inputs, self.parts.config)
             merge = self.parts.merge
             found = rows.kept(entered) if merge is None else merge.projected(seen.inputs, entered)

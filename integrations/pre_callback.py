@@ -21,7 +21,7 @@ class PreCallback(TrainerCallback):
     """`apply_pre` on the Trainer's model, λ along its schedule, the metrics in its log, the head in its checkpoints.
 
     ```python
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[PreCallback(layer=16, weight=0.5)])
+    trainer.add_callback(PreCallback(layer=16, weight=0.5))  # better: Trainer(..., callbacks=[PreCallback(...)])
     trainer.train()
     ```
 

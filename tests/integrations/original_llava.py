@@ -2,6 +2,7 @@
 
 The image token is -200 in `input_ids`; `images` are a tensor (images, 3, S, S) or a list of (crops, 3, S, S), one entry
 for each image token, and one unused entry for a sample without any. `truth` keeps where the last merge put what.
+`TinyLlava` has the interface of TinyLLaVA, whose parts are modules of the model itself and have other names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from tiny_models import WORDS, text_config
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PretrainedConfig, PreTrainedModel
 
 PLACE, SIDE, PATCH, SEEN = -200, 8, 4, 24
 
@@ -43,14 +44,8 @@ class Body(LlamaModel):
         return self.vision_tower
 
 
-class Meta:
-    """What both code bases' models can do."""
-
-    def get_vision_tower(self: Any) -> Tower:
-        return self.get_model().get_vision_tower()
-
-    def encode_images(self: Any, images: Tensor) -> Tensor:
-        return self.get_model().mm_projector(self.get_model().get_vision_tower()(images))
+class Merging:
+    """The merge, over `encode_images` and `embed`."""
 
     def features(self: Any, images: Any) -> list[Tensor]:
         """Of each image (rows, d); of several crops a newline row ends each."""
@@ -76,7 +71,7 @@ class Meta:
             places = (words == PLACE).nonzero()[:, 0].tolist()
             for start, stop in zip([0, *(p + 1 for p in places)], [*places, None], strict=True):
                 part = slice(start, stop)
-                embeds.append(self.get_model().embed_tokens(words[part]))
+                embeds.append(self.embed(words[part]))
                 out.append(targets[part])
                 owner.append(torch.zeros_like(targets[part]))
                 if stop is not None:
@@ -101,6 +96,19 @@ class Meta:
         moved = torch.stack([pad(r[1], -100) for r in rows])
         back = None if mask is None else attended.to(mask.dtype)
         return back, embeds, None if labels is None else moved
+
+
+class Meta(Merging):
+    """What both code bases' models can do."""
+
+    def get_vision_tower(self: Any) -> Tower:
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self: Any, images: Tensor) -> Tensor:
+        return self.get_model().mm_projector(self.get_model().get_vision_tower()(images))
+
+    def embed(self: Any, words: Tensor) -> Tensor:
+        return self.get_model().embed_tokens(words)
 
 
 class OldLlava(LlamaForCausalLM, Meta):
@@ -183,10 +191,84 @@ class OldLlavaNext(OldLlava):
         return super().forward(ids, attention_mask, position_ids, None, inputs_embeds, labels, **more)
 
 
+class Connector(nn.Module):
+    """What stands in the place of `mm_projector`; `queries` > 0 mixes the rows of an image to so many."""
+
+    def __init__(self, width: int, queries: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear((SIDE // PATCH) ** 2, queries) if queries else None
+        self._connector = nn.Sequential(nn.Linear(SEEN, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows = self._connector(features)
+        return rows if self.mix is None else self.mix(rows.transpose(1, 2)).transpose(1, 2)
+
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tinyllava"
+
+    def __init__(self, queries: int = 0, **more: Any) -> None:
+        self.text_config, self.image_token_index, self.queries = LlamaConfig(**text_config()), PLACE, queries
+        self.hidden_size = self.text_config.hidden_size
+        super().__init__(**more)
+
+
+class TinyLlava(PreTrainedModel, Merging):
+    """The interface of TinyLLaVA: a whole language model inside, whose `forward` is called past its hooks."""
+
+    config_class = TinyConfig
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__(config)
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.vision_tower = Tower()
+        self.connector = Connector(config.hidden_size, config.queries)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.connector(self.vision_tower(images.to(self.device, self.dtype)))
+
+    def embed(self, words: Tensor) -> Tensor:
+        return self.language_model.get_input_embeddings()(words).to(self.device)
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        if self.vision_tower is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        attended, embeds, labels = self.merge(input_ids, attention_mask, labels, images)
+        return None, position_ids, attended, past_key_values, embeds, labels
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, images=None, image_sizes=None
+    ):
+        if inputs_embeds is None:
+            input_ids, _, attention_mask, _, inputs_embeds, labels = self.prepare_inputs_labels_for_multimodal(
+                input_ids, None, attention_mask, None, labels, images, image_sizes
+            )
+        return self.language_model.forward(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels
+        )
+
+
+def parts(model: Any) -> tuple[nn.Module, nn.Module, Tower]:
+    """The decoder, the projector and the tower of a model of any of these kinds."""
+    if isinstance(model, TinyLlava):
+        return model.get_decoder(), model.connector, model.vision_tower
+    return model.model, model.model.mm_projector, model.model.vision_tower
+
+
 def build_original(kind: type = OldLlava, seed: int = 0, **config: Any) -> Any:
     """A model in float32, in training mode, with weights large enough that layers differ."""
     torch.manual_seed(seed)
-    model = kind(LlamaConfig(**text_config()))
+    queries = config.pop("queries", 0)
+    model = kind(TinyConfig(queries) if issubclass(kind, TinyLlava) else LlamaConfig(**text_config()))
     vars(model.config).update(config)
     with torch.no_grad():
         for parameter in model.parameters():

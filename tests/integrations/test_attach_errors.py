@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,12 +82,18 @@ def test_model_without_config() -> None:
         apply_pre(nn.Linear(2, 2))
 
 
-def test_model_without_visual_tokens() -> None:
+def test_model_without_visual_tokens(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32
     )
-    with pytest.raises(ValueError, match=r"names no visual tokens .*image_token_id"):
+    with pytest.raises(
+        ValueError, match=r"names no visual tokens .*add .*image_token_id .*in its config.json, .* is enough"
+    ):
         apply_pre(LlamaForCausalLM(config))
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(kept | {"image_token_id": 31}))
+    apply_pre(LlamaForCausalLM.from_pretrained(tmp_path))
 
 
 def mllama() -> nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from eager import assert_same_gradients, copy_of, gradients, means
-from original_llava import SAMPLES, OldLlava, OldLlavaNext, build_original, original_batch
+from original_llava import SAMPLES, OldLlava, OldLlavaNext, TinyLlava, build_original, original_batch, parts
 from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.handle import find_handle
 from pre_kernels.integrations.launch import Launch
 from safetensors import safe_open
 from tiny_training import InOrder, Recorder, Samples, arguments
@@ -24,19 +25,23 @@ CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "truncated": (OldLlava, {"tokenizer_model_max_length": 13}, {}),
     "next": (OldLlavaNext, {}, {"modalities": ["image"] * 5, "image_sizes": [(8, 8)] * 5}),
     "video": (OldLlavaNext, {}, {"modalities": ["image", "video", "video"]}),
+    "tiny": (TinyLlava, {}, {"square": True}),
+    "tiny left": (TinyLlava, {"tokenizer_padding_side": "left"}, {"square": True}),
+    "tiny truncated": (TinyLlava, {"tokenizer_model_max_length": 13}, {"square": True}),
+    "tiny queries": (TinyLlava, {"queries": 3}, {"square": True}),
 }
 
 
 def by_hand(model: Any, inputs: dict[str, Any], head: Any, level: str = "patch", anchor: str = "pre_llm") -> Any:
     """(loss, gradients, truth (B, T)) of the plain model with PRe added by hand at layer 2."""
     seen: dict[str, Any] = {}
-    body = model.model
+    body, projector, _ = parts(model)
     hooks = [
         body.register_forward_pre_hook(lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True),
         body.layers[2].register_forward_pre_hook(
             lambda m, a, k: seen.update(hidden=a[0] if a else k["hidden_states"]), with_kwargs=True
         ),
-        body.mm_projector.register_forward_pre_hook(lambda m, a: seen.update(projector=a[0])),
+        projector.register_forward_pre_hook(lambda m, a: seen.update(projector=a[0])),
     ]
     parameters = copy_of(head)
     output = model(**inputs)
@@ -58,9 +63,11 @@ def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2, **options)
     wanted, expected, truth = by_hand(twin, inputs, handle.head, **options)
-    runs = model.get_vision_tower().runs
+    tower, merge = parts(model)[2], handle._objective.parts.merge
+    assert merge.tokens == {(3, 8, 8): len(copy.deepcopy(model).encode_images(torch.zeros(1, 3, 8, 8))[0])}
+    runs = tower.runs
     count = handle.count(inputs)
-    assert model.get_vision_tower().runs == runs
+    assert tower.runs == runs
     visual = truth[truth > 0]
     assert int(count) == (len(visual) if options.get("level") != "image" else len(visual.unique()))
     loss = model(**inputs).loss
@@ -79,11 +86,58 @@ def test_loss_and_every_gradient(case: str, level: str) -> None:
 
 def test_anchor_before_the_projector() -> None:
     """A text-only sample's image goes through the projector and into no row."""
-    check(build_original(), original_batch([[3, "1", 5], [6], ["1", "1", 2]]), anchor="pre_projector")
+    samples: list[list[Any]] = [[3, "1", 5], [6], ["1", "1", 2]]
+    for level in ("patch", "image"):
+        check(build_original(), original_batch(samples), anchor="pre_projector", level=level)
+        tiny = build_original(TinyLlava)
+        check(tiny, original_batch(samples, square=True), anchor="pre_projector", level=level)
     model = build_original()
     apply_pre(model, anchor="pre_projector")
     with pytest.raises(ValueError, match=r"anchor: visual tokens that come from no row of the projector's input"):
         model(**original_batch())
+    mixed = build_original(TinyLlava, queries=3)  # 3 tokens from the 4 rows of each image
+    apply_pre(mixed, anchor="pre_projector")
+    with pytest.raises(ValueError, match="anchor: 16 rows entered the projector, which made 12 visual tokens of them"):
+        mixed(**original_batch(samples, square=True))
+    several = build_original(TinyLlava)  # features of two towers, as a tuple
+    several.connector.forward = lambda both, forward=several.connector.forward: forward(both[0])
+    several.encode_images = lambda images: several.connector((several.vision_tower(images),) * 2)
+    apply_pre(several, anchor="pre_projector")
+    with pytest.raises(TypeError, match="anchor: the projector got a tuple"):
+        several(**original_batch(samples, square=True))
+
+
+def test_a_model_without_what_the_merge_needs() -> None:
+    """The error names it, and with a mask_fn nothing is missing."""
+
+    class Encodes(TinyLlava):
+        encode_images = None
+
+    class Takes(TinyLlava):
+        def prepare_inputs_labels_for_multimodal(self, input_ids, attention_mask, images):
+            raise NotImplementedError
+
+    class Gives(TinyLlava):
+        def prepare_inputs_labels_for_multimodal(self, *args, **kwargs):
+            raise NotImplementedError
+
+    for kind, missing in (
+        (Encodes, r"a method encode_images\(images\), without"),
+        (Takes, "an argument labels of prepare_inputs_labels_for_multimodal, without"),
+        (Gives, "an argument input_ids of .* and an argument labels of .* and an argument attention_mask of"),
+    ):
+        with pytest.raises(ValueError, match=f"model: {kind.__name__} merges text and images in .*lacks {missing}"):
+            apply_pre(build_original(kind))
+        apply_pre(build_original(kind), mask_fn=lambda inputs: inputs["input_ids"] < 0)
+
+    class Short(TinyLlava):
+        def prepare_inputs_labels_for_multimodal(self, input_ids, labels, attention_mask, images):
+            return input_ids, labels
+
+    model = build_original(Short)
+    handle = apply_pre(model)
+    with pytest.raises(RuntimeError, match=r"prepare_inputs_labels_for_multimodal: returned 2 values, want .* 6"):
+        handle.count(original_batch(square=True))
 
 
 def test_without_an_attention_mask() -> None:
@@ -91,9 +145,11 @@ def test_without_an_attention_mask() -> None:
     check(build_original(), inputs | {"attention_mask": None})
 
 
-def test_text_only() -> None:
-    for inputs in (original_batch([[4], [6]]), original_batch([[4], [6]]) | {"images": None}):
-        model = build_original()
+@pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
+def test_text_only(kind: type) -> None:
+    batch = original_batch([[4], [6]], square=kind is TinyLlava)
+    for inputs in (batch, batch | {"images": None}):
+        model = build_original(kind)
         handle = apply_pre(model)
         loss = model(**inputs).loss
         assert int(handle.count(inputs)) == 0
@@ -135,10 +191,11 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
     assert vars(model)["prepare_inputs_labels_for_multimodal"] is recorded
 
 
+@pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_trainer_counts_ahead(accumulation: int, tmp_path: Path) -> None:
+def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path) -> None:
     """The step's gradient is that of the sum over its visual tokens; the vision tower does not run for the count."""
-    model, recorder = build_original(), Recorder()
+    model, recorder, square = build_original(kind), Recorder(), kind is TinyLlava
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2)
     head = copy.deepcopy(handle.head)
@@ -147,14 +204,14 @@ def test_the_trainer_counts_ahead(accumulation: int, tmp_path: Path) -> None:
             model=model,
             args=arguments(tmp_path, accumulation, 4 // accumulation),
             train_dataset=Samples(SAMPLES),
-            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], seed=min(indices)),
+            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], min(indices), square),
             callbacks=[recorder],
         )
         trainer.train()
-    assert model.get_vision_tower().runs == accumulation
+    assert parts(model)[2].runs == accumulation
     total, wanted = 0, {n: torch.zeros_like(p) for n, p in head.named_parameters()}
     for i in range(0, 4, 4 // accumulation):
-        inputs = original_batch(SAMPLES[i : i + 4 // accumulation], seed=i)
+        inputs = original_batch(SAMPLES[i : i + 4 // accumulation], i, square)
         _, found, truth = by_hand(twin, inputs, head)
         count = int((truth > 0).sum())
         total += count
@@ -236,14 +293,39 @@ def test_two_stages(tmp_path: Path) -> None:
         assert set(file.keys()) <= set(build_original().state_dict())
 
 
-def test_lora() -> None:
+def test_tinyllava_by_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Attached and trained, a term an image; its parts, which it saves one by one, hold no head."""
+    model = build_original(TinyLlava)
+    with Launch({"layer": 2, "level": "image"}) as launch:
+        trainer = InOrder(
+            model=model,
+            args=arguments(tmp_path, 1, 4, max_steps=3),
+            train_dataset=Samples(SAMPLES),
+            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], square=True),
+        )
+        handle, start = find_handle(model), model.pre_head.w1.clone()
+        trainer.train()
+        launch.report()
+    said, logs = capsys.readouterr().err, trainer.state.log_history
+    assert "attached to TinyLlava: layer 2 of" in said
+    assert "WARNING" not in said
+    assert logs[0]["pre_tokens"] == 16
+    assert int(handle.count(original_batch(square=True))) == 4
+    assert logs[2]["pre_loss"] < logs[1]["pre_loss"] < logs[0]["pre_loss"]
+    assert not torch.equal(start, model.pre_head.w1)
+    assert (tmp_path / "pre_head.safetensors").exists()
+    assert not any("pre_head" in n for part in parts(model) for n, _ in part.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
+def test_lora(kind: type) -> None:
     """The merge is followed inside the PeftModel, and counted alike."""
     peft = pytest.importorskip("peft")
-    model = build_original()
+    model = build_original(kind)
     twin = copy.deepcopy(model)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     handle = apply_pre(wrapped, 2)
-    inputs = original_batch()
+    inputs = original_batch(square=kind is TinyLlava)
     wanted, expected, truth = by_hand(twin, inputs, handle.head)  # LoRA starts as the model it is put on
     assert int(handle.count(inputs)) == int((truth > 0).sum())
     loss = wrapped(**inputs).loss

@@ -5,68 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from eager import assert_same_gradients, expected_gradients, gradients
 from pre_kernels.integrations import apply_pre
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file
 from tiny_models import batch, build
+from tiny_other import IMAGE, OPTIONS, Small, small
 from torch import Tensor, nn
 
 from pre_kernels import reference
-
-IMAGE = 9  # the token that stands for a visual one
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.mlp = nn.RMSNorm(width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        return x + self.mlp(self.norm1(x)).tanh(), cache
-
-
-class Language(nn.Module):
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.embed, self.blocks = nn.Embedding(10, width), nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x, _ = block(x)
-        return self.head(x)
-
-
-class Small(nn.Module):
-    """A vision-language model without a config, whose targets are no labels, and which returns (logits, loss)."""
-
-    def __init__(self, width: int = 12, depth: int = 4) -> None:
-        super().__init__()
-        self.vision, self.decoder = nn.Linear(6, width), Language(width, depth)
-
-    def forward(self, input_ids: Tensor, images: Tensor, targets: Any = None) -> tuple[Tensor, Any]:
-        x = self.decoder.embed(input_ids)
-        x = x.masked_scatter((input_ids == IMAGE)[..., None], self.vision(images))
-        logits = self.decoder(x)
-        loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
-
-    def save_pretrained(self, folder: Path) -> None:
-        save_model(self, str(folder / "model.safetensors"))
-
-
-def small() -> tuple[Small, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    ids = torch.tensor([[1, IMAGE, IMAGE, 4, 5], [IMAGE, 2, 3, 6, 7]])
-    return Small(), {"input_ids": ids, "images": torch.randn(3, 6), "targets": torch.randint(0, 9, (2, 5))}
-
-
-OPTIONS = {"layer": 2, "layers": "decoder.blocks", "mask_fn": lambda inputs: inputs["input_ids"] == IMAGE}
 
 
 def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) -> Tensor:
