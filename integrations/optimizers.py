@@ -98,4 +98,3 @@ def _unhook() -> None:
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     for steps in list(_live):
         steps.see(optimizer)
-    _unhook()  # a model that is gone takes its own with it

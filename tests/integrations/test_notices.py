@@ -148,11 +148,10 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
     assert len(hooks) == len(there) + 1
     second.remove()
     assert dict(hooks) == there
-
-    lost = copy.deepcopy(apply_pre(build("llava")).model)
-    del lost
+    copy.deepcopy(apply_pre(build("llava")).model)
     gc.collect()
     torch.optim.SGD(nn.Linear(2, 2).parameters()).step()  # nobody is left to tell
+    apply_pre(build("llava")).remove()
     assert dict(hooks) == there
 
 
