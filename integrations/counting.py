@@ -42,7 +42,7 @@ class Counting:
         self.handle, self.trainer = handle, trainer
         self.ahead = self.deferring = True
         self.step: Step | None = None
-        # since the last log: micro-batches whose forwards had other terms than were counted, terms counted, terms they had
+        # since the last log: micro-batches whose forwards had other terms than were counted, the counted, the others
         device = trainer.args.device
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.uncounted = 0  # micro-batches that could not be counted

@@ -92,6 +92,12 @@ def test_an_optimizer_that_leaves_out(arrange: Any, name: str) -> None:
     assert texts[0].endswith(last)
 
 
+def test_watching_an_optimizer_without_the_head_says_it_at_once() -> None:
+    assert [text[:50] for text in said(lambda: watched(build("llava")))] == [
+        "PRe: the optimizer (SGD) steps the model but not `"
+    ]
+
+
 def one(model: nn.Module) -> Any:
     apply_pre(model)
     return torch.optim.SGD(model.parameters(), lr=0.1)
