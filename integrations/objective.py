@@ -18,7 +18,7 @@ from .capture import Seen
 from .cosine import sample_cosine
 from .families import Parts
 from .parallel import Group
-from .rows import Rows, find_rows, finite, image_weights, pool, sample
+from .rows import Rows, find_rows, finite, image_weights, pool, sample, warn_of_images
 
 
 @dataclass
@@ -59,6 +59,8 @@ class Losses:
         tokens: the number of visual tokens, 0-d.
         cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
         skipped: as in `Terms`.
+        empty: 0-d bool, whether there were images but no visual token, masked or not; None without images, and where
+            `mask_fn` or the model's own merge finds the visual tokens.
     """
 
     layers: list[Tensor]
@@ -67,6 +69,7 @@ class Losses:
     tokens: Tensor
     cosines: list[Tensor]
     skipped: Tensor | None = None
+    empty: Tensor | None = None
 
 
 @dataclass
@@ -105,10 +108,11 @@ class Objective:
             return self._without_rows(seen, hidden, heads, divisor)
 
         rows.check(hidden[0])
+        warn_of_images(self.parts, rows, seen.inputs)
         with torch.no_grad():
             terms = self._terms(seen, rows, hidden, divisor)
         whole = terms.count if terms.whole is None else terms.whole
-        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped)
+        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped, rows.empty)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:
