@@ -13,6 +13,9 @@ WARNINGS = {
     "images without image tokens": "the forward got {got}, but input_ids has none of the image tokens {tokens} that "
     "the model's config names, nor had it in the {count} forwards with images before, so L_PRe has no term; set "
     "image_token_id in model.config to the id that stands for images in input_ids, or pass mask_fn= to apply_pre",
+    "attention mask of another form": "attention_mask is {what}, a form that PRe cannot read, so all visual tokens "
+    "count, those of padding and dummy images too; it reads (batch, tokens), (batch or 1, heads or 1, tokens, tokens) "
+    "of bool or float, and dicts of such masks; pass mask_fn= to apply_pre if some must not count",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .families import GENERIC, Inputs, Parts, runs
+from .visible import visible
 
 PATIENCE = 4  # forwards with images: the first few may have dummy images that the text does not name
 
@@ -96,9 +97,9 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
     empty = ~mask.any()
     if torch.is_tensor(flags := inputs.get("image_flags")):  # InternVL's own code: 0 for a dummy image without tokens
         empty = empty & flags.to(mask.device).any()
-    attention = inputs.get("attention_mask")
-    if torch.is_tensor(attention) and attention.shape == mask.shape:
-        mask = mask & attention.bool().to(mask.device)
+    kept = visible(inputs, mask.shape, parts.notices)
+    if kept is not None:
+        mask = mask & kept.to(mask.device)
     return Rows(mask, places, empty=empty)
 
 
