@@ -114,23 +114,23 @@ class Following:
         return path, argv
 
     def _system(self, start: Callable[..., int]) -> Any:
-        return lambda command: start(self.changed(command, shell=True))
+        return lambda command: start(self.changed(command, line=True))
 
     def changed(
-        self, command: Any, cwd: Any = None, env: Any = None, shell: bool = False, replaces: bool = False
+        self, command: Any, cwd: Any = None, env: Any = None, line: bool = False, replaces: bool = False
     ) -> Any:
         """`command` with the launcher in it; itself where nothing is to be followed.
 
         Args:
             command: as `Popen` takes it.
-            shell: `command` is a line for a shell; one that only names a program and its arguments can be followed.
+            line: `command` is a line for a shell; one that only names a program and its arguments can be followed.
             replaces: this process becomes the command's, so that nobody else will report.
         """
-        line = command if shell and isinstance(command, str) else None
-        if not self._active or (line is None and (shell or isinstance(command, (str, bytes)))):
+        text = command if line and isinstance(command, str) else None
+        if not self._active or (text is None and (line or isinstance(command, (str, bytes)))):
             return command
         try:
-            words = [os.fspath(word) for word in command] if line is None else shlex.split(line)
+            words = [os.fspath(word) for word in command] if text is None else shlex.split(text)
         except (TypeError, ValueError):
             return command
         if not words or not all(isinstance(word, str) for word in words):
@@ -139,13 +139,13 @@ class Following:
             self.followed += 1
             return command
         env = os.environ if env is None else env
-        plain = line is None or not SHELL.search(line)
-        found = self._launched(words, os.fspath(cwd or ""), env, replaces) if plain else None
+        plain = text is None or not SHELL.search(text)
+        found = self._launched(words, os.fsdecode(cwd or ""), env, replaces) if plain else None
         if found is not None:
             self.followed += 1
-            return found if line is None else shlex.join(found)
+            return found if text is None else shlex.join(found)
         if _names_python(words) and not (plain and _program(words[0], env)):
-            self.lost.append(shlex.join(words) if line is None else line)
+            self.lost.append(shlex.join(words) if text is None else text)
         return command
 
     def _launched(self, words: list[str], cwd: str, env: Mapping[str, str], replaces: bool) -> list[str] | None:
@@ -188,11 +188,11 @@ def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
     module = _module_of(name) if not folder or _same(folder) else None
     if module is not None:
         return name if _builds_on_torch(module) else None
-    path = shutil.which(word, path=env.get("PATH"))
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        first = file.readline(500).decode(errors="replace")
+    path, first = shutil.which(word, path=env.get("PATH")), ""
+    with contextlib.suppress(OSError):  # one may run what one may not read
+        if path is not None:
+            with open(path, "rb") as file:
+                first = file.readline(500).decode(errors="replace")
     named = first.removeprefix("#!").replace("/usr/bin/env ", "").split()
     return path if first.startswith("#!") and named and _is_ours(named[0], env) else None
 

@@ -58,6 +58,10 @@ def package(name: str) -> str:
             [PY, "-u", "-m", "torch.distributed.run", "train.py"],
             [PY, "-u", *RUN, "-m", "torch.distributed.run", "train.py"],
         ),
+        (
+            [PY, "-u", "-m", "deepspeed.launcher.launch", "a.py"],
+            [PY, "-u", *RUN, "-m", "deepspeed.launcher.launch", "a.py"],
+        ),
         ([PY, Path("train.py")], [PY, *RUN, "train.py"]),
         (
             ["torchrun", "--nproc-per-node", "2", "train.py"],
@@ -110,15 +114,16 @@ def test_commands(command: Any, wanted: Any, following: Following, tmp_path: Pat
 def test_commands_elsewhere(following: Following, tmp_path: Path) -> None:
     """Another folder, another PATH, a launcher that is there already, a line for a shell."""
     assert following.changed([PY, "other.py"]) == [PY, "other.py"]
+    assert following.changed([PY, "other.py"], cwd=b"sub") == [PY, *RUN, "other.py"]
     assert following.changed([PY, "other.py"], cwd=tmp_path / "sub") == [PY, *RUN, "other.py"]
     there = [PY, "-m", LAUNCHER, "--layer", "3", "--", "train.py"]
     assert following.changed(there) is there
     line = "torchrun --nproc-per-node 2 train.py --lr=1e-3"
-    assert following.changed(line, shell=True) == shlex.join([PY, *RUN, *line.split()])
-    assert following.followed == 3
+    assert following.changed(line, line=True) == shlex.join([PY, *RUN, *line.split()])
+    assert following.followed == 4
     assert not following.lost
     for lost in ("cd sub && python other.py", "python train.py > log"):
-        assert following.changed(lost, shell=True) is lost
+        assert following.changed(lost, line=True) is lost
     for words in (["bash", "run.sh"], ["foreign", "x.py"], ["ssh", "node", "python", "train.py"]):
         following.changed(words)
     other = {"PATH": str(tmp_path / "bin")}
@@ -127,7 +132,15 @@ def test_commands_elsewhere(following: Following, tmp_path: Path) -> None:
         *("cd sub && python other.py", "python train.py > log"),
         *("bash run.sh", "foreign x.py", "ssh node python train.py", "python train.py"),
     ]
-    assert following.followed == 3
+    assert following.followed == 4
+
+
+def test_a_program_that_may_be_run_and_not_read(following: Following, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", refuses)
+    assert following.changed(["a-command", "x"]) == ["a-command", "x"]
 
 
 def test_processes_start_as_before_and_what_others_replace_stays(
@@ -219,8 +232,27 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
     apply_pre(build("llava")).load(tmp_path / "out")
 
 
+def test_trl_sft(tmp_path: Path) -> None:
+    from tiny_trl import conversations, processor
+
+    build("llava").save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    conversations([1] * 4).to_parquet(tmp_path / "data" / "train.parquet")
+    words = (
+        "sft --model_name_or_path model --dataset_name data --output_dir out --max_steps 2 --logging_steps 1 --use_cpu"
+    )
+    words += " --per_device_train_batch_size 2 --bf16 False --report_to none --max_length none --save_strategy no"
+    done = launched(tmp_path, "trl", *words.split(), options=["--layer", "2"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("PRe: attached to LlavaForConditionalGeneration: layer 2 of 4") == 1
+    assert "PRe: WARNING" not in done.stderr
+    assert (done.stdout + done.stderr).count("'pre_head_grad_norm'") == 2
+    apply_pre(build("llava")).load(tmp_path / "out")
+
+
 STARTS = """
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 here = Path(__file__).parent
 (here / "{child}").write_text({body!r})
@@ -241,6 +273,13 @@ for _ in range(3):
     ("child", "command", "body", "said"),
     [
         ("helps.py", "[sys.executable, here / 'helps.py']", "import sys; sys.exit(3)", None),
+        (
+            "becomes.py",
+            "os.execl(sys.executable, 'python', '-u', here / 'becomes.py')",
+            "import sys; sys.exit(0)",
+            "nothing was trained with PRe",
+        ),
+        ("loop.py", "os.system(f'{sys.executable} {here}/loop.py') or ['true']", LOOP, "the first optimizer step was"),
         ("loop.py", "[sys.executable, here / 'loop.py']", LOOP, "the first optimizer step was outside of a"),
         ("run.sh", "['sh', here / 'run.sh']", "exit 0", "nothing was trained with PRe"),
     ],
