@@ -273,10 +273,8 @@ class _Importing(importlib.abc.MetaPathFinder):
             execute = loader.exec_module
 
             def exec_module(module: Any) -> None:
-                if vars(loader).get("exec_module") is exec_module:  # a reload is none of ours
-                    del loader.exec_module
                 execute(module)
-                if self.active:
+                if self.active:  # the module may be found now and run later
                     self.then()
 
             loader.exec_module = exec_module

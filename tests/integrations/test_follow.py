@@ -168,6 +168,7 @@ def test_processes_start_as_before_and_what_others_replace_stays(
     try:
         assert subprocess.Popen.__init__ is theirs
         assert subprocess.run([PY, str(show), "b"], capture_output=True, text=True, check=True).stdout == "['b']\n"
+        assert following.followed == 0
     finally:
         subprocess.Popen.__init__ = before[0]  # type: ignore[method-assign]
 
@@ -272,6 +273,7 @@ for _ in range(3):
 @pytest.mark.parametrize(
     ("child", "command", "body", "said"),
     [
+        ("idle.py", "[sys.executable, here / 'idle.py']", "pass", None),
         ("helps.py", "[sys.executable, here / 'helps.py']", "import sys; sys.exit(3)", None),
         (
             "becomes.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,20 +183,23 @@ def test_a_method_that_others_put_around_ours_passes_through_afterwards(tmp_path
     assert capsys.readouterr().err == ""
 
 
-def test_a_module_that_comes_again_is_not_patched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_is_run_after_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pre_kernels.integrations.launched import _Importing
 
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "module_of_launched.py").write_text("")
     came: list[str] = []
     path = list(sys.meta_path)
-    with _Importing("module_of_launched", lambda: came.append("once")) as finder:
-        module = importlib.import_module("module_of_launched")
-        assert came == ["once"]
+    with _Importing("module_of_launched", lambda: came.append("now")) as finder:
+        importlib.import_module("module_of_launched")
+        assert came == ["now"]
+        del sys.modules["module_of_launched"]
+        spec = importlib.util.find_spec("module_of_launched")
+        assert spec is not None
         sys.meta_path.remove(finder)  # by another
     assert sys.meta_path == path
-    importlib.reload(module)
-    assert came == ["once"]
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[union-attr]
+    assert came == ["now"]
 
 
 def test_python_may_be_named_in_front_of_the_script(tmp_path: Path, capsys: Captured) -> None:
