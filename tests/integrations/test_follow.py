@@ -156,7 +156,8 @@ def test_processes_start_as_before_and_what_others_replace_stays(
         assert done.args == [PY, "a"]  # as its caller knows it
         with pytest.raises(TypeError, match="args"):
             subprocess.Popen()  # type: ignore[call-overload]
-        assert subprocess.call(["a"], executable=PY) == 0  # stdin is no terminal, so python ends at once
+        named = subprocess.run(["a"], executable=PY, input="print(1)", capture_output=True, text=True, check=True)
+        assert named.stdout == "1\n"
     assert (subprocess.Popen.__init__, os.execv, os.execve, os.system) == before
 
     def theirs(self: Any, *args: Any, **kwargs: Any) -> None:
