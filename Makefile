@@ -14,6 +14,7 @@ PINS_image = $$($(BIN)/python tests/versions.py image) 'numpy<2.4' torchvision
 CORE := loss kernels row_kernels rounding ops head reference checks versions
 ARGS ?=
 API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
+	pre_kernels.integrations.pre_callback pre_kernels.integrations.lightning \
 	pre_kernels.diagnostics pre_kernels.diagnose.samples
 
 .DEFAULT_GOAL := help

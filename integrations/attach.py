@@ -49,6 +49,7 @@ def apply_pre(
     head_weight_decay: float | None = None,
     schedule: str = "constant",
     warmup: float = 0.0,
+    labels: str | None = "labels",
 ) -> PreHandle:
     """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to `output.loss`.
 
@@ -118,6 +119,8 @@ def apply_pre(
         schedule, warmup: λ is `weight` all along ("constant"), or falls to 0 by half a cosine ("cosine"), after a
             linear rise over the share `warmup` of the training. `patch_trainer` sets where in the training a step is;
             other loops set `handle.progress` (0..1).
+        labels: the argument of the forward that makes it one with a loss, to which λ · L_PRe is added. None: every
+            forward in training mode counts, and its L_PRe is yours to add, by `handle.loss()`.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -141,6 +144,8 @@ def apply_pre(
         choice("anchor", anchor, ANCHORS)
     if anchor_dim is not None and not callable(anchor):
         raise ValueError(f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; want None")
+    if labels is not None and not isinstance(labels, str):
+        raise TypeError(f"labels: got {type(labels).__name__}, want the name of the forward's argument, or None")
     counted = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
@@ -181,7 +186,7 @@ def apply_pre(
     objective = Objective(
         parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted, nonfinite
     )
-    return PreHandle(model, objective, head, weight, training)
+    return PreHandle(model, objective, head, weight, training, labels)
 
 
 def _check_fraction(fraction: Any) -> None:
@@ -211,10 +216,18 @@ def _layers(layer: Any, depth: int) -> tuple[int, ...]:
 
 
 def _width(parts: Parts) -> int:
+    """That of the hidden states: the config's, else that of the layers' own norms."""
     width = getattr(text_config(parts.config), "hidden_size", None)
-    if not isinstance(width, int):
-        raise ValueError(f"model: its text config has hidden_size {width!r}, want an int")
-    return width
+    if isinstance(width, int):
+        return width
+    norms = (m for name, m in parts.layers[0].named_modules() if "norm" in name.rpartition(".")[2].lower())
+    found = next((p.numel() for norm in norms for p in norm.parameters() if p.dim() == 1), None)
+    if found is None:
+        raise ValueError(
+            f"model: its text config has hidden_size {width!r}, want an int; nor has {type(parts.layers[0]).__name__} "
+            "a norm to read the width from"
+        )
+    return found
 
 
 def _projector_width(parts: Parts) -> int:
@@ -241,10 +254,17 @@ def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
 
 def _like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The dtype and device that the layer's hidden states have."""
+    # adapters have a dtype of their own (PEFT's are float32 over a quantised layer)
+    adapters = {
+        id(p)
+        for module in layer.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        for p in getattr(getattr(module, name, None), "parameters", tuple)()
+    }
     # quantised weights are integers or one byte wide; the norms beside them are not
     for module in layer.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.element_size() > 1:
+            if parameter.is_floating_point() and parameter.element_size() > 1 and id(parameter) not in adapters:
                 # accelerate brings offloaded weights from "meta" to where they are used
                 used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
                 device = parameter.device if used is None or not parameter.is_meta else torch.device(used)

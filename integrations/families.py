@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -269,11 +270,12 @@ def find_parts(
             was given is no part of the model.
     """
     config = getattr(model, "config", None)
-    if config is None:
+    if config is None and layers is None:
         raise ValueError(
-            f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or a module "
-            "with a .config that has hidden_size, and image_token_id unless mask_fn= is passed"
+            f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language model, or pass layers= "
+            "(the ModuleList of the decoder's layers, or its path) and mask_fn="
         )
+    config = SimpleNamespace() if config is None else config
     original = is_original(model)
     kind = getattr(config, "model_type", "").replace("-", "_")  # "lfm2-vl" in 4.57
     family = ORIGINAL if original else FAMILIES.get(kind, GENERIC)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .capture import Capture, Seen
+from .deferred import Deferred
 from .gradient import GradientNorm
 from .objective import Losses, Objective
-from .output import add_to_loss, keep_in_graph, logits, own_loss, share
+from .optimizers import Steps, parameters, split, unwrapped
+from .output import add_to_loss, keep_in_graph, logits, share, tensors
+from .saved_keys import SavedKeys
 from .training import Training, number
 from .watchdog import Watchdog
 
@@ -38,23 +40,27 @@ class PreHandle:
         head: nn.Module,
         weight: float,
         training: Training,
+        labels: str | None,
     ) -> None:
-        self.weight, self.progress = weight, 0.0
-        self.enabled = True
+        self.weight, self._progress, self.enabled = weight, 0.0, True
+        self.notices = objective.parts.notices
         self._model, self._objective, self._training = model, objective, training
         self._several = isinstance(head, nn.ModuleList)
         self._was_peft = getattr(model, "peft_config", None) is not None
         self._sums: Tensor | None = None
         self._forwards = 0
         self._gradient = GradientNorm()
-        self._watchdog = Watchdog()
-        self._contributed = False
-        self._eval = False  # whether the forward is one of training but for the mode
-        self._warned = False
+        self._watchdog = Watchdog(self.notices, labels)
+        self._steps = Steps()
+        self._labels = labels
+        self._contributed = self._progressed = False
+        self._without: str | None = None  # why a forward that may be trained has no term
         self._deferred: Deferred | None = None
+        self._own: Tensor | None = None  # what loss() returns
+        self._dtypes = {name: p.dtype for name, p in head.named_parameters()}
 
         model.add_module(ATTRIBUTE, head)
-        self._unsaved = _ignore_on_save(model, head)
+        self._saved_keys = SavedKeys(model, ATTRIBUTE)
         self._capture: Capture | None = Capture(
             model, objective.parts, objective.layers, self._start, self._finish, self._missed, self._skipped
         )
@@ -89,7 +95,7 @@ class PreHandle:
     def progress(self, value: float) -> None:
         if number("progress", value) > 1:
             raise ValueError(f"progress: got {value}, want 0..1")
-        self._progress = float(value)
+        self._progress, self._progressed = float(value), True
 
     @property
     def scheduled_weight(self) -> float:
@@ -164,9 +170,28 @@ class PreHandle:
         """
         return self._training.groups(self.head.named_parameters())
 
+    @property
+    def own_rates(self) -> bool:
+        """Whether `head_lr` or `head_weight_decay` was given."""
+        return (self._training.head_lr, self._training.head_weight_decay) != (None, None)
+
     def watch(self, optimizer: Any) -> RemovableHandle:
-        """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed."""
-        return getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._measure)  # accelerate wraps it
+        """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed.
+
+        An optimizer that accelerate or DeepSpeed has wrapped is unwrapped; DeepSpeed's steps copies of the gradients,
+        so there is no norm of those.
+
+        Raises:
+            TypeError: for what is no `torch.optim.Optimizer` and has none inside.
+        """
+        inner = unwrapped(optimizer)
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer")
+        mine, others = split(self._model, self.head)
+        held = {id(p) for p in parameters(inner)}
+        if held & others and not held & mine:
+            self.notices.warn("optimizer without the head", optimizer=type(inner).__name__)
+        return inner.register_step_pre_hook(self._measure)
 
     def save(self, directory: Any, model: nn.Module | None = None) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
@@ -202,11 +227,10 @@ class PreHandle:
         if self._capture is None:
             return
         self._capture.remove()
-        self._capture = None
+        self._capture = self._own = None
+        self._steps.remove()
+        self._saved_keys.remove()
         delattr(self._model, ATTRIBUTE)
-        if self._unsaved is not None:
-            vars(self._model).pop("_keys_to_ignore_on_save", None)
-            vars(self._model).update(self._unsaved)
 
     def __enter__(self) -> PreHandle:
         return self
@@ -218,54 +242,111 @@ class PreHandle:
         """The number of terms (visual tokens, or images) in the loss of a forward with these arguments, 0-d."""
         return self._objective.count(inputs)
 
+    def loss(self) -> Tensor:
+        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to the loss; else 0.
+
+        Each forward's is given once. It is the mean over the forward's visual tokens: weigh it like the loss that it is
+        added to.
+
+        Raises:
+            RuntimeError: if the handle adds L_PRe to `output.loss` itself.
+        """
+        if self._labels is not None:
+            raise RuntimeError(
+                f"labels: is {self._labels!r}, so L_PRe is added to output.loss where the forward gets that argument; "
+                "handle.loss() wants apply_pre(..., labels=None)"
+            )
+        found, self._own = self._own, None
+        return torch.zeros(()) if found is None else found
+
+    def excluded(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it no `state_dict()` has the head's keys, for ways of saving that know nothing of it.
+
+        `save_pretrained` needs it not. `with handle.excluded(): accelerator.save_model(model, folder)`.
+        """
+        return self._saved_keys.excluded()
+
     @contextlib.contextmanager
-    def defer(self, divisor: Tensor | float) -> Iterator[Deferred]:
-        """Inside it forwards don't add to `output.loss`: `weight` · Σℓ / `divisor` gathers in what this yields."""
-        self._deferred = Deferred(divisor)
+    def defer(
+        self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None
+    ) -> Iterator[Deferred]:
+        """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see `Deferred`."""
+        self._deferred = Deferred(divisor, micro_batches, counted)
         try:
             yield self._deferred
         finally:
             self._deferred = None
 
+    def restore_dtypes(self) -> None:
+        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so."""
+        changed = {}
+        for name, parameter in self.head.named_parameters():
+            made = next((n for n in self._dtypes if f".{name}".endswith(f".{n}")), None)  # PEFT puts names before it
+            dtype = parameter.dtype if made is None else self._dtypes[made]
+            if parameter.dtype != dtype and not hasattr(parameter, "full_tensor"):  # FSDP2 has its own rules
+                changed[name] = parameter.dtype, dtype
+                parameter.data = parameter.data.to(dtype)
+        if changed:
+            dtype, wanted = next(iter(changed.values()))
+            self.notices.warn("head recast", names=", ".join(changed), dtype=dtype, wanted=wanted)
+
+    def advise(self, advice: str | None) -> None:
+        """What to do where a trainer leaves L_PRe out of its loss; None: what is said without a trainer's patch."""
+        self._watchdog.advice = advice or self._watchdog.default
+
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
-        # a Trainer with its own loss pops the labels
-        wanted = self._wanted() and (inputs.get("labels") is not None or self._deferred is not None)
-        self._eval = wanted and not module.training
-        if not wanted:
+        self._without = None
+        if module.training and self.enabled and self.weight and torch.is_grad_enabled():
+            self._check_steps()
+        if not self._wanted():
             return False
+        # a Trainer with its own loss pops the labels
+        labelled = self._labels is None or inputs.get(self._labels) is not None or self._deferred is not None
+        if not module.training:
+            self._without = "eval mode" if labelled else None
+        elif not labelled:
+            self._without = "no labels"
         self._watchdog.check()
-        if not self._eval:
-            self._check_frozen()
-        return not self._eval
+        if self._without is not None or not labelled:
+            return False
+        self._check_frozen()
+        return True
 
     def _wanted(self) -> bool:
         return bool(self.enabled and self.scheduled_weight and torch.is_grad_enabled())
 
     def _skipped(self, output: Any) -> None:
-        if self._eval:
-            self._watchdog.watch_eval(logits(output) if (loss := own_loss(output)) is None else [loss])
+        if self._without is not None:
+            self._watchdog.watch_without(self._without, tensors(output))
+
+    def _check_steps(self) -> None:
+        """After an optimizer's first step: that it has the head, and that a schedule moves on."""
+        if not self._steps.count:
+            return
+        if self._training.scheduled and not self._progressed:
+            self.notices.warn("no progress", weight=self.scheduled_weight)
+        left_out = self._steps.verdict(self._model, self.head)
+        if left_out is not None and not self.notices.given & {"optimizer refuses", "optimizer given"}:
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._steps.optimizers}))
+            self.notices.warn(f"optimizer without the {left_out}", optimizer=kinds)
 
     def _check_frozen(self) -> None:
-        if self._was_peft or getattr(self._model, "peft_config", None) is None:
+        trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat
+        if any(trained) or not trained:
             return
-        if not any(p.requires_grad for p in self.head.parameters()):
-            other = "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'  # which takes no ModuleList
-            raise RuntimeError(
-                f"model: it was wrapped in PEFT after apply_pre, which froze `{ATTRIBUTE}`, so the head would never "
-                f"train; call apply_pre on the PeftModel instead{other}"
-            )
+        if self._was_peft or getattr(self._model, "peft_config", None) is None:
+            self.notices.warn("frozen head")
+            return
+        other = "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'  # which takes no ModuleList
+        raise RuntimeError(
+            f"model: it was wrapped in PEFT after apply_pre, which froze `{ATTRIBUTE}`, so the head would never "
+            f"train; call apply_pre on the PeftModel instead{other}"
+        )
 
     def _missed(self, text: nn.Module) -> None:
-        if not (text.training and self._wanted()):
-            return
-        self._check_frozen()
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"PRe: the text model ran in training outside a call of {type(self._model).__name__}, to which PRe is "
-                "attached, so L_PRe is not added; attach to the module that is called",
-                stacklevel=2,
-            )
+        if text.training and self._wanted():
+            self._check_frozen()
+            self.notices.warn("called inside", model=type(self._model).__name__)
 
     def _finish(self, output: Any, seen: Seen) -> Any:
         deferred = self._deferred
@@ -274,18 +355,20 @@ class PreHandle:
         found = self._objective.losses(seen, heads, divisor)
         device = found.layers[0].device
         self._record(found, device)
+        if not any(hidden.requires_grad for hidden in seen.hidden.values()):
+            self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
 
         total = torch.stack([loss.to(device) for loss in found.layers]).mean()
-        weight = self.scheduled_weight
+        term = self.scheduled_weight * total
         if deferred is not None:
-            term = weight * total
-            deferred.terms.append(term)
-            output = keep_in_graph(output, total)
+            deferred.add(term, found.counted)
+        elif self._labels is None:
+            self._own = term
         else:
-            term = weight * share(seen.inputs, device, self._objective.group) * total
+            term = term * share(seen.inputs, self._labels, device, self._objective.group)
             output = add_to_loss(output, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
-        return output
+        return output if deferred is None and self._labels else keep_in_graph(output, total)
 
     def _record(self, found: Losses, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -312,21 +395,6 @@ class PreHandle:
             self._gradient.measure(self.head, optimizer)
 
 
-class Deferred:
-    """The terms of the forwards inside `PreHandle.defer`, and the number Σℓ is divided by."""
-
-    def __init__(self, divisor: Tensor | float) -> None:
-        self.divisor = divisor
-        self.terms: list[Tensor] = []
-        self.added: Tensor | float = 0.0
-
-    def take(self) -> list[Tensor]:
-        """The terms, to be added to the loss that is back-propagated; the next call gets none of them."""
-        terms, self.terms = self.terms, []
-        self.added = self.added + sum(term.detach() for term in terms)
-        return terms
-
-
 def find_handle(model: nn.Module) -> PreHandle | None:
     """The handle attached to `model`, around it or inside it; None if there is none. Works on deep copies too."""
     for module in model.modules():
@@ -337,14 +405,3 @@ def find_handle(model: nn.Module) -> PreHandle | None:
                 if isinstance(owner, PreHandle):
                     return owner
     return None
-
-
-def _ignore_on_save(model: nn.Module, head: nn.Module) -> dict[str, Any] | None:
-    """Keep the head out of `save_pretrained`; returns what `remove` puts back, None if nothing changed."""
-    if not hasattr(type(model), "_keys_to_ignore_on_save"):
-        return None
-    before = {k: v for k, v in vars(model).items() if k == "_keys_to_ignore_on_save"}
-    keys = {f"{ATTRIBUTE}.{name}" for name in head.state_dict()}
-    found: Any = model._keys_to_ignore_on_save
-    vars(model)["_keys_to_ignore_on_save"] = set(found or ()) | keys
-    return before

@@ -80,7 +80,7 @@ class Launch:
         if self._patched:
             return
         self._patched = True
-        self._undo.enter_context(patch_trainer())
+        self._undo.enter_context(patch_trainer()).warns = False
 
         def constructs(construct: Callable[..., None]) -> Any:
             def __init__(trainer: Any, *args: Any, **kwargs: Any) -> None:

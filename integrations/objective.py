@@ -35,6 +35,7 @@ class Terms:
         divisor: what it is divided by over `rows`, None for Σ weight.
         images: the number of each visual token's image, at level "image".
         skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are not.
+        counted: as in `Losses`; None for `count`.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class Terms:
     divisor: Tensor | float | None = None
     images: Tensor | None = None
     skipped: Tensor | None = None
+    counted: Tensor | None = None
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Losses:
         tokens: the number of visual tokens, 0-d.
         cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
         skipped: as in `Terms`.
+        counted: what `Objective.count` should have said of this forward: its terms, before any were left out; 0-d.
     """
 
     layers: list[Tensor]
@@ -66,7 +69,8 @@ class Losses:
     terms: Tensor
     tokens: Tensor
     cosines: list[Tensor]
-    skipped: Tensor | None = None
+    skipped: Tensor | None
+    counted: Tensor
 
 
 @dataclass
@@ -108,7 +112,8 @@ class Objective:
         with torch.no_grad():
             terms = self._terms(seen, rows, hidden, divisor)
         whole = terms.count if terms.whole is None else terms.whole
-        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped)
+        counted = terms.count if terms.counted is None else terms.counted
+        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped, counted)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:
@@ -123,10 +128,11 @@ class Objective:
         return found
 
     def _terms(self, seen: Seen, rows: Rows, hidden: list[Tensor], divisor: Tensor | float | None) -> Terms:
-        mask, anchor, images, skipped = rows.mask, self._anchor(seen, rows), None, None
+        mask, anchor, images, skipped, counted = rows.mask, self._anchor(seen, rows), None, None, None
         if "image" in (self.level, self.weighting):
             images = rows.images(self.parts, seen.inputs)
         if self.nonfinite == "skip":
+            counted = mask.sum() if images is None else torch.tensor(images.unique().numel())
             mask, skipped = finite(mask, anchor, hidden), mask.sum()
             skipped = skipped - mask.sum()
             flat = anchor.shape[:-1] != mask.shape
@@ -134,7 +140,7 @@ class Objective:
                 kept = mask[rows.mask]
                 anchor = anchor[kept.to(anchor.device)] if flat else anchor
                 images = None if images is None else images[kept.to(images.device)]
-        terms = Terms(mask, mask, anchor, None, mask.sum(), skipped=skipped)
+        terms = Terms(mask, mask, anchor, None, mask.sum(), skipped=skipped, counted=counted)
         if images is not None and self.level == "image":
             terms.images = images
             where = terms.anchor.device
@@ -175,7 +181,7 @@ class Objective:
         zero = torch.zeros((), dtype=torch.long)
         whole = self._whole(zero, hidden[0].device, divisor)
         skipped = zero if self.nonfinite == "skip" else None
-        found = Losses([], 1.0 if whole is None else whole, zero, zero, [], skipped)
+        found = Losses([], 1.0 if whole is None else whole, zero, zero, [], skipped, zero)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             none, target = state.new_zeros(0, dtype=torch.long), state.new_zeros(0, self.anchor_dim)
             normalizer = whole.to(state.device) if torch.is_tensor(whole) else whole

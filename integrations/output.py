@@ -10,7 +10,7 @@ from torch import Tensor
 from .parallel import Group, initialized
 
 
-def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> Tensor | float:
+def share(inputs: dict[str, Any], labels: str, device: torch.device, group: Group | None) -> Tensor | float:
     """1, or this micro-batch's share of the step's label items where the model's own loss is divided by those.
 
     With a group it is the mean share: Σℓ of all its processes is one micro-batch.
@@ -19,15 +19,15 @@ def share(inputs: dict[str, Any], device: torch.device, group: Group | None) -> 
     if items is None:
         return 1.0
     shifted = inputs.get("shift_labels")
-    labels = inputs["labels"][..., 1:] if shifted is None else shifted
-    mine = labels.ne(-100).sum().to(device)
+    targets = inputs[labels][..., 1:] if shifted is None else shifted
+    mine = targets.ne(-100).sum().to(device)
     mine = mine / (items.to(device) if torch.is_tensor(items) else items)
     return mine if group is None else group.mean(mine)
 
 
 def own_loss(output: Any) -> Tensor | None:
-    """The loss in what the model returns, None if it has none."""
-    found = _get(output, "loss", 0)
+    """The loss in what the model returns, of a tuple the first number; None if it has none."""
+    found = _get(output, "loss", _places(output)[0])
     return found if torch.is_tensor(found) and found.dim() == 0 else None
 
 
@@ -38,7 +38,7 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
         raise RuntimeError(
             "model: labels were given but the output has no loss to add L_PRe to; attach to the model that computes it"
         )
-    return _put(output, "loss", 0, loss + term.to(loss.device))
+    return _put(output, "loss", _places(output)[0], loss + term.to(loss.device))
 
 
 def keep_in_graph(output: Any, term: Tensor) -> Any:
@@ -51,7 +51,7 @@ def keep_in_graph(output: Any, term: Tensor) -> Any:
     if not initialized():  # tied logits cannot be changed in place
         return output
     for found in logits(output):
-        output = _put(output, "logits", 0, _Tied.apply(found, term.to(found.device)))
+        output = _put(output, "logits", _places(output)[1], _Tied.apply(found, term.to(found.device)))
     return output
 
 
@@ -69,8 +69,23 @@ class _Tied(torch.autograd.Function):
 
 def logits(output: Any) -> list[Tensor]:
     """Those in what the model returns, where there are any: what a trainer's own loss is made of."""
-    found = _get(output, "logits", 0 if own_loss(output) is None else 1)
-    return [found] if torch.is_tensor(found) else []
+    found = _get(output, "logits", _places(output)[1])
+    return [found] if torch.is_tensor(found) and found.dim() else []
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """What of the output a loss may be made of, the model's own loss first."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+    return sorted((value for value in values if torch.is_tensor(value)), key=lambda value: value.dim())
+
+
+def _places(output: Any) -> tuple[int, int]:
+    """Of a tuple: where the loss is, its first number, and where the logits are, its first tensor with dimensions."""
+    if not isinstance(output, tuple):
+        return 0, 0
+    dims = [value.dim() if torch.is_tensor(value) else None for value in output]
+    loss = next((i for i, dim in enumerate(dims) if dim == 0), len(dims))
+    return loss, next((i for i, dim in enumerate(dims) if dim), len(dims))
 
 
 def _get(output: Any, name: str, place: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +12,13 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .handle import ATTRIBUTE, Deferred, PreHandle, find_handle
-from .training import as_asked, own_groups
+from .counting import counting_of
+from .deferred import Deferred
+from .handle import PreHandle, find_handle
+from .notices import Notices
+from .optimizers import parameters, unwrapped
+from .resuming import model_loaded, optimizer_loaded, sharded
+from .training import NO_GROUPS, as_asked, own_groups
 
 _MARK = "_pre_patch"
 
@@ -33,10 +37,15 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm" and "pre_weight",
       each where `handle.metrics()` has it, over all processes, since the last log;
     - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
-      too where the Trainer would not, because its keys were renamed on saving.
+      too where the Trainer would not, because its keys were renamed on saving. A checkpoint made without PRe can be
+      resumed with it, and the reverse.
 
-    Other trainers of the class behave as before. Before transformers 4.46, and where batches are no mappings, nothing
-    is counted ahead: each forward with labels adds its own mean, as without this patch.
+    Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later), or forwards have
+    others than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
+    transformers 4.46 nothing is counted: each forward with labels adds its own mean, as without this patch.
+
+    While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a subclass's own, or
+    another patch. Trainers whose model has no handle train as before, and a warning says that they do.
 
     ```python
     with apply_pre(trainer.model), patch_trainer():
@@ -62,28 +71,41 @@ class TrainerPatch:
 
     def __init__(self, target: Any) -> None:
         self.target = target
-        self._before: dict[str, Any] = {_MARK: None}
-        wrappers = {name: wrapper for name, wrapper in _WRAPPERS.items() if hasattr(target, name)}
-        if "get_batch_samples" not in wrappers:
+        self.active = True
+        self.warns = True  # of a training without a handle; the launcher has its own words
+        self._replaced: dict[str, tuple[Any, Any]] = {}  # what the class had of its own, and what it has now
+        if not hasattr(target, "get_batch_samples"):
             warnings.warn(
                 "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
                 "counted over the step; its micro-batches weigh the same instead",
                 stacklevel=3,
             )
-        for name, wrapper in wrappers.items():
-            original = getattr(target, name)
-            self._before[name] = vars(target).get(name)
-            setattr(target, name, _wrap(original, wrapper))
         setattr(target, _MARK, self)
+        self.renew()
+
+    def renew(self) -> None:
+        """Replace the methods that somebody else has replaced since; theirs are called inside."""
+        for name in _WRAPPERS:
+            if hasattr(self.target, name) and vars(self.target).get(name) is not self._replaced.get(name, (0, 0))[1]:
+                before = self._replaced[name][0] if name in self._replaced else vars(self.target).get(name)
+                method = self._of_class(name, getattr(self.target, name))
+                self._replaced[name] = before, method
+                setattr(self.target, name, method)
 
     def remove(self) -> None:
-        """Put the class back as it was. Calling it twice is fine."""
-        for name, original in self._before.items():
-            if original is not None:
-                setattr(self.target, name, original)
-            elif name in vars(self.target):
+        """Put the class back as it was; what somebody else put there since stays. Calling it twice is fine."""
+        if not self.active:
+            return
+        self.active = False  # for what keeps one of the methods
+        for name, (before, method) in self._replaced.items():
+            if vars(self.target).get(name) is not method:
+                continue
+            if before is None:
                 delattr(self.target, name)
-        self._before.clear()
+            else:
+                setattr(self.target, name, before)
+        if vars(self.target).get(_MARK) is self:
+            delattr(self.target, _MARK)
 
     def __enter__(self) -> TrainerPatch:
         return self
@@ -91,30 +113,84 @@ class TrainerPatch:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def _of_class(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # the Trainer reads signatures
+        def method(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._call(name, functools.partial(original, trainer), trainer, *args, **kwargs)
 
-def _wrap(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)  # the Trainer reads signatures
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = find_handle(self.model)
-        if handle is None:
-            return original(self, *args, **kwargs)
-        return wrapper(handle, functools.partial(original, self), self, *args, **kwargs)
+        return method
 
-    return method
+    def _of_instance(self, name: str, trainer: Any) -> Callable[..., Any]:
+        original = getattr(trainer, name)
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._call(name, original, trainer, *args, **kwargs)
+
+        return method
+
+    def _call(self, name: str, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        """The wrapper of `name` around `original`, but inside itself: the outermost of class and instance counts."""
+        inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
+        if not self.active or name in inside or trainer.model is None:
+            return original(*args, **kwargs)
+        inside.add(name)
+        try:
+            if name in _ENTRIES:
+                with self._on(trainer):
+                    return _WRAPPERS[name](find_handle(trainer.model), original, trainer, *args, **kwargs)
+            handle = find_handle(trainer.model)
+            if handle is None and name not in _WITHOUT_HANDLE:
+                return original(*args, **kwargs)
+            return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
+        finally:
+            inside.discard(name)
+
+    @contextlib.contextmanager
+    def _on(self, trainer: Any) -> Iterator[None]:
+        """All methods wrapped on this instance, once."""
+        if vars(trainer).get(_MARK) is not None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(trainer, _MARK, self))
+            for name in _WRAPPERS:
+                if hasattr(trainer, name) and name not in trainer._pre_inside:
+                    stack.enter_context(_replaced(trainer, name, self._of_instance(name, trainer)))
+            yield
+
+
+def _train(handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    if handle is not None:
+        handle.notices.forget()
+    return original(*args, **kwargs)
 
 
 def _inner_training_loop(
-    handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+    handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    trainer._pre_counting = None
+    if handle is None:
+        names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
+        if getattr(trainer, _MARK).warns:
+            Notices().warn("no handle", **names)
+        return original(*args, **kwargs)
+    inner = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    if handle.model not in (trainer.model, inner):
+        names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
+        handle.notices.warn("handle inside", **names)
     handle.metrics()  # what a training that ran out of memory has left
-    trainer._pre_divisor = None
+    handle.advise("patch_trainer() is in use, but its training_step is not: add output.loss, or call the Trainer's")
+    if not trainer.is_deepspeed_enabled:  # which casts the whole model and keeps float32 copies
+        handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
         create = functools.partial(_create_optimizer, trainer.create_optimizer, handle, trainer, stack)
         stack.enter_context(_replaced(trainer, "create_optimizer", create))  # a subclass may have its own
         try:
             return original(*args, **kwargs)
         finally:
-            trainer._pre_divisor = None
+            trainer._pre_counting = None
+            handle.advise(None)
 
 
 def _create_optimizer(
@@ -127,78 +203,53 @@ def _create_optimizer(
 ) -> Any:
     given = trainer.optimizer is not None
     found = original(*args, **kwargs)
-    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's has the real one
+    optimizer: Any = unwrapped(trainer.optimizer)
     groups = handle.param_groups()
-    if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed makes it from its own config
-        if any("lr" in group for group in groups) or "weight_decay" in groups[0]:
-            warnings.warn(
-                "PRe: head_lr and head_weight_decay do nothing with the optimizer of a DeepSpeed config; leave "
-                '"optimizer" out of it',
-                stacklevel=2,
-            )
+    name = type(optimizer).__name__
+    why = NO_GROUPS.get(name)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        name, why = "the optimizer of a DeepSpeed config", 'which makes its own groups; leave "optimizer" out of it'
+    if why is not None:
+        if handle.own_rates:
+            handle.notices.warn("optimizer of its own", optimizer=name, why=why)
         return found
     if not given:
-        own_groups(optimizer, groups)
-    elif not _all_in(groups, optimizer):
-        warnings.warn(
-            "PRe: the optimizer given to the Trainer lacks parameters of the head, so they are not trained; make it "
-            "after apply_pre, with handle.param_groups()",
-            stacklevel=2,
-        )
+        for group, error in own_groups(optimizer, groups):
+            mine = {id(p) for p in group["params"]}
+            names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in mine)
+            handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
+    elif not {id(p) for group in groups for p in group["params"]} <= {id(p) for p in parameters(optimizer)}:
+        handle.notices.warn("optimizer given")
     elif not as_asked(groups, optimizer):
-        warnings.warn(
-            "PRe: the optimizer was made before the training, without head_lr and head_weight_decay, which do nothing "
-            "in it; let train() make it, or give the Trainer one with handle.param_groups()",
-            stacklevel=2,
-        )
+        handle.notices.warn("optimizer made before")
     stack.callback(handle.watch(optimizer).remove)
     return found
 
 
-def _all_in(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> bool:
-    there = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return all(id(p) in there for group in groups for p in group["params"])
-
-
 def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     samples, items = original(*args, **kwargs)
-    trainer._pre_divisor = None
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
-    if not handle.enabled or not handle.scheduled_weight:
-        return samples, items
-    other = next((type(batch).__name__ for batch in samples if not hasattr(batch, "keys")), None)
-    if other is not None:  # the trainer makes the model's inputs of it later
-        if not getattr(trainer, "_pre_told", False):
-            trainer._pre_told = True
-            warnings.warn(
-                f"PRe: the batches of {type(trainer).__name__} are no mappings ({other}), so visual tokens are not "
-                "counted over the step; each forward with labels adds its own mean to output.loss instead",
-                stacklevel=2,
-            )
-        return samples, items
-    device = trainer.args.device
-    count = torch.zeros((), dtype=torch.long, device=device)
-    for batch in samples:
-        count += handle.count(dict(batch)).to(device)
-    # the processes' gradients are averaged, so each divides by its part of the global count
-    processes = trainer.accelerator.num_processes
-    trainer._pre_divisor = _over_processes(trainer, count).clamp(min=1).float() / processes
+    if handle.enabled and handle.scheduled_weight:
+        counting_of(trainer, handle).begin(samples)
     return samples, items
 
 
 def _training_step(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Tensor | Any:
-    divisor = getattr(trainer, "_pre_divisor", None)
-    if divisor is None:
+    counting = counting_of(trainer, handle)
+    counts_ahead = hasattr(trainer, "get_batch_samples")  # since transformers 4.46
+    if not (handle.enabled and handle.scheduled_weight and counting.deferring and counts_ahead):
         return original(*args, **kwargs)
-    with handle.defer(divisor) as deferred, _added_to_backward(trainer.accelerator, deferred):
+    step = counting.micro_batch()
+    count = step.counts.pop(0) if step.counts else None
+    divisor = None if count is None else step.divisor
+    with handle.defer(divisor, step.size, count) as deferred, _added_to_backward(trainer.accelerator, deferred):
         loss = original(*args, **kwargs)
-    if deferred.terms:
-        raise RuntimeError(
-            f"PRe: L_PRe was computed but {type(trainer).__name__}.training_step never called accelerator.backward, so "
-            "it would not be trained; remove patch_trainer() and add output.loss to your loss"
-        )
+    counting.saw(deferred, uncounted=counting.ahead and count is None)
+    if deferred.losses:
+        handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
+        counting.deferring = False
     added = deferred.added
     return loss + (added.to(loss.device) if torch.is_tensor(added) else added)
 
@@ -207,15 +258,14 @@ def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.Abstr
     backward = accelerator.backward
 
     def with_terms(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for term in deferred.take():
-            loss = loss + term.to(loss.device)
-        return backward(loss, *args, **kwargs)
+        term = deferred.take()
+        return backward(loss if term is None else loss + term.to(loss.device), *args, **kwargs)
 
     return _replaced(accelerator, "backward", with_terms)
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
     """`method` in place of that of this instance, which may have one of its own."""
     own = vars(owner).get(name)
     setattr(owner, name, method)
@@ -231,7 +281,7 @@ def _log(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
-        found = handle.metrics(combine=functools.partial(_over_processes, trainer))
+        found = handle.metrics(combine=counting_of(trainer, handle).combined())
         if found["pre_rows"] or found.get("pre_skipped"):
             logs |= {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
     return original(logs, *args, **kwargs)
@@ -256,82 +306,24 @@ def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *
 def _load_from_checkpoint(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
-    with _names_given(trainer.model) as saved:
-        done = original(folder, *args, **kwargs)
-    _load_renamed(trainer, folder, saved)
-    _restore(handle, trainer, folder)
-    return done
+    with model_loaded(handle, trainer, folder):
+        return original(folder, *args, **kwargs)
 
 
 def _load_best_model(handle: PreHandle, original: Callable[..., Any], trainer: Any) -> Any:
-    with _names_given(trainer.model) as saved:
-        done = original()
-    _load_renamed(trainer, trainer.state.best_model_checkpoint, saved)
-    _restore(handle, trainer, trainer.state.best_model_checkpoint)
-    return done
+    with model_loaded(handle, trainer, trainer.state.best_model_checkpoint):
+        return original()
 
 
-@contextlib.contextmanager
-def _names_given(model: Any) -> Iterator[set[str]]:
-    """The names of the tensors that `model` is given to load, known at the end, whatever the files they are in."""
-    names: set[str] = set()
-    hook = model.register_load_state_dict_pre_hook(lambda module, state, *_: names.update(state))
-    try:
-        yield names
-    finally:
-        hook.remove()
-
-
-def _load_renamed(trainer: Any, folder: str, saved: set[str]) -> None:
-    """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the Trainer ignores those.
-
-    It loads with strict=False, so such a model would go on from the weights it was made with. What the checkpoint does
-    not hold stays as it is.
-    """
-    model = trainer.model
-    if sharded(trainer) or not hasattr(type(model), "from_pretrained") or hasattr(model, "peft_config"):
-        return
-    own = model.state_dict().keys()
-    if saved <= own:
-        return
-    if not any(name.startswith("model") and name.endswith(".safetensors") for name in os.listdir(folder)):
-        if all(ATTRIBUTE in name.split(".") for name in own - saved):  # what is left over was a buffer once
-            return
-        raise RuntimeError(
-            f"PRe: {folder} has no model.safetensors but weights under names that changed on saving, such as "
-            f"{min(saved - own)!r}, which the Trainer leaves out; want {type(model).__name__}.from_pretrained(folder)"
-            ".save_pretrained(folder) before resuming, and save_safetensors=True in training"
-        )
-    wide = torch.promote_types(model.dtype, torch.float32)
-    loaded, info = type(model).from_pretrained(folder, dtype=wide, use_safetensors=True, output_loading_info=True)
-    absent = set(info["missing_keys"])  # from_pretrained made them up
-    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in absent}
-    result = model.load_state_dict(found, strict=False)
-    # the Trainer has loaded modules that the user added, under their own names
-    lost = (set(info["unexpected_keys"]) - (saved & own)) | set(result.unexpected_keys)
-    if lost:
-        raise RuntimeError(f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}")
-
-
-def _restore(handle: PreHandle, trainer: Any, folder: str) -> None:
-    try:
-        handle.load(folder, trainer.model_wrapped)
-    except FileNotFoundError as error:  # on every process alike
-        warnings.warn(f"PRe: {folder} holds no head, so it starts from its initial weights ({error})", stacklevel=2)
-
-
-def sharded(trainer: Any) -> bool:
-    """Whether its model's parameters are split over processes, or may be."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-def _over_processes(trainer: Any, value: Tensor) -> Tensor:
-    if trainer.accelerator.num_processes == 1:
-        return value
-    return trainer.accelerator.reduce(value.to(trainer.accelerator.device), reduction="sum")
+def _load_optimizer_and_scheduler(
+    handle: PreHandle | None, original: Callable[..., Any], trainer: Any, folder: str | None
+) -> Any:
+    with optimizer_loaded(handle, trainer, folder):
+        return original(folder)
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {
+    "train": _train,
     "_inner_training_loop": _inner_training_loop,
     "get_batch_samples": _get_batch_samples,
     "training_step": _training_step,
@@ -340,4 +332,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "save_model": _save_model,
     "_load_from_checkpoint": _load_from_checkpoint,
     "_load_best_model": _load_best_model,
+    "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
 }
+_ENTRIES = ("train", "_inner_training_loop")
+_WITHOUT_HANDLE = (*_ENTRIES, "_load_optimizer_and_scheduler")

@@ -7,12 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pre_kernels.checks import choice
 
 SCHEDULES = ("constant", "cosine")
 MARK = "pre_head"  # the key of the groups that `own_groups` made
+
+# optimizers whose groups are not what they step by
+NO_GROUPS = {
+    "LayerWiseDummyOptimizer": "which steps each parameter by an optimizer of its own; use the optim without layerwise",
+    "Lomo": "which steps all parameters alike in the backward pass; use another optim",
+    "AdaLomo": "which steps all parameters alike in the backward pass; use another optim",
+}
 
 
 @dataclass(frozen=True)
@@ -66,21 +74,43 @@ class Training:
         return found if self.head_lr is None else [{**group, "lr": self.head_lr} for group in found]
 
 
-def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Exception]]:
     """Give each of `groups` a group of its own in `optimizer`, before its first step.
 
     What a group does not say it takes from the one where its parameters were, or from the optimizer's defaults if they
-    were in none. Groups that are there already stay.
+    were in none. Groups that are there already stay. Returned are those that the optimizer refuses, and why.
     """
+    refused = []
     for group in groups:
         mine = {id(p) for p in group["params"]}
         sources = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
         if any(MARK in source for source in sources):
             continue
         settings = {k: v for k, v in sources[0].items() if k != "params"} if sources else {}
+        error = None if sources else _refusal(optimizer, group["params"])
+        if error is not None:
+            refused.append((group, error))
+            continue
         for source in sources:
             source["params"] = [p for p in source["params"] if id(p) not in mine]
         optimizer.add_param_group({**settings, **group, MARK: True})
+    return refused
+
+
+def _refusal(optimizer: Any, parameters: list[Any]) -> Exception | None:
+    """Why an optimizer that has matrices alone takes no vectors (Muon), found out on another of its kind."""
+    dims = {p.dim() for group in optimizer.param_groups for p in group["params"]}
+    if dims != {2} or all(p.dim() == 2 for p in parameters):
+        return None
+
+    def trial(*shape: int) -> Exception | None:
+        try:
+            type(optimizer)([torch.nn.Parameter(torch.zeros(shape))], **optimizer.defaults)
+        except Exception as error:
+            return error
+        return None
+
+    return None if trial(2, 2) is not None else trial(2)
 
 
 def as_asked(groups: list[dict[str, Any]], optimizer: Any) -> bool:

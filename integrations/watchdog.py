@@ -1,21 +1,31 @@
-"""Notices that L_PRe is never trained: some trainers ignore `output.loss`, some loops leave the model in eval mode."""
+"""Notices that L_PRe is never trained: a trainer ignores `output.loss`, a loop leaves the model in eval mode, ..."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 from torch import Tensor
+
+from .notices import Notices
 
 PATIENCE = 2  # a single one may be somebody's look at a gradient
 
 
 class Watchdog:
-    """Warns once when backward passes in a row left out their forwards' terms, or there were none; no host sync."""
+    """Warns once when backward passes in a row left out their forwards' terms, or there were none; no host sync.
 
-    def __init__(self) -> None:
-        self.lost = self.evaluated = 0
-        self.warned = self.warned_eval = False
+    Attributes:
+        advice: what to do where terms are lost.
+        labels: the argument that a forward in training has.
+    """
+
+    def __init__(self, notices: Notices, labels: str | None) -> None:
+        self.notices, self.labels = notices, labels
+        self.advice = self.default = (
+            "use patch_trainer(), or add output.loss" if labels else "add handle.loss() to the loss"
+        )
+        self.lost = 0
+        self.without: dict[str, int] = {}  # backward passes of forwards without a term, by the reason
 
     def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
         """Follow a 0-d term of the loss; nothing is kept longer than its graph.
@@ -23,7 +33,7 @@ class Watchdog:
         `others`: what another loss of this forward would be made of. A forward whose backward pass never came, for want
         of memory or because its loss was only looked at, says nothing about the trainer.
         """
-        self.evaluated = 0
+        self.without.clear()
         if not term.requires_grad:
             return
         watched = _Watched(self)
@@ -32,31 +42,24 @@ class Watchdog:
             if other.requires_grad:
                 other.register_hook(watched.pass_by)
 
-    def watch_eval(self, losses: Iterable[Tensor]) -> None:
-        """Follow what a forward in eval mode, which has no term, may be trained by."""
-        for loss in losses:
-            if loss.requires_grad:
-                loss.register_hook(self._trained_in_eval)
+    def watch_without(self, reason: str, outputs: Iterable[Tensor]) -> None:
+        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or "no labels"."""
 
-    def _trained_in_eval(self, gradient: Tensor) -> None:
-        self.evaluated += 1
+        def trained(gradient: Tensor) -> None:
+            self.without[reason] = self.without.get(reason, 0) + 1
+
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(trained)
+                return
 
     def check(self) -> None:
-        """Warn if the last backward passes all left out their terms, or were of forwards in eval mode."""
-        if self.evaluated >= PATIENCE and not self.warned_eval:
-            self.warned_eval = True
-            warnings.warn(
-                f"PRe: the last {self.evaluated} backward passes were of forwards in eval mode, which have no L_PRe, "
-                "so the head does not train; call model.train() before training",
-                stacklevel=2,
-            )
-        if self.lost >= PATIENCE and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"PRe: the last {self.lost} L_PRe were computed but never back-propagated, so the head does not train: "
-                "the trainer has a loss of its own instead of output.loss; use patch_trainer(), or add output.loss",
-                stacklevel=2,
-            )
+        """Warn if the last backward passes all left out their terms, or were of forwards without one."""
+        for reason, count in self.without.items():
+            if count >= PATIENCE:
+                self.notices.warn(reason, count=count, labels=self.labels)
+        if self.lost >= PATIENCE:
+            self.notices.warn("lost", count=self.lost, advice=self.advice)
 
 
 class _Watched:

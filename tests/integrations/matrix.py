@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,9 @@ def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tenso
         if case.tuning == "LoRA":
             model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return plain(case, model) if case.loop == "plain" else trainer(case, model, Path(folder))
+    with warnings.catch_warnings():  # a training that is right is told nothing
+        warnings.filterwarnings("error", message="PRe: ")
+        return plain(case, model) if case.loop == "plain" else trainer(case, model, Path(folder), attached)
 
 
 def plain(case: Case, model: nn.Module) -> dict[str, Tensor]:
@@ -143,10 +146,10 @@ def plain(case: Case, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def trainer(case: Case, model: nn.Module, folder: Path) -> dict[str, Tensor]:
+def trainer(case: Case, model: nn.Module, folder: Path, attached: bool) -> dict[str, Tensor]:
     recorder, (kind, arguments) = Recorder(), TRAINERS[case.loop]()
     reentrant = CHECKPOINTING[case.checkpointing]
-    with patch_trainer():
+    with patch_trainer() if attached else contextlib.nullcontext():
         kind(
             model=model,
             args=arguments(

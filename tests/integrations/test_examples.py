@@ -18,9 +18,14 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+pytest.importorskip("lightning")
 
+import lightning
 import pre_kernels.integrations.callback as callback
+import pre_kernels.integrations.lightning as of_lightning
+import pre_kernels.integrations.pre_callback as pre_callback
 import transformers
+from tiny_other import small
 from tiny_training import InOrder, arguments
 
 import pre_kernels
@@ -34,7 +39,16 @@ from pre_kernels.diagnose import samples
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-MODULES = (pre_kernels, pre_kernels.reference, integrations, callback, diagnostics, samples)
+MODULES = (
+    pre_kernels,
+    pre_kernels.reference,
+    integrations,
+    callback,
+    pre_callback,
+    of_lightning,
+    diagnostics,
+    samples,
+)
 
 
 def of_the_readme() -> Iterator[Any]:
@@ -78,9 +92,13 @@ class Given:
     def names(self, code: str) -> dict[str, Any]:
         public = {name: getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())}
         public |= {"LayerCallback": callback.LayerCallback, "load_samples": samples.load_samples}
+        public |= {"PreCallback": pre_callback.PreCallback, "PreLightningCallback": of_lightning.PreLightningCallback}
         named = set(re.findall(r"\w+", code)) - {"scenes", "names"}
         found = {name: getattr(self, name) for name in named if hasattr(self, name)}
-        return {"torch": torch, "AutoModel": transformers.AutoModel, **public, **found}
+        if "decoder.blocks" in code:  # a model that is not Hugging Face's
+            model, inputs = small()
+            found |= {"model": model, "batches": [inputs]}
+        return {"torch": torch, "lightning": lightning, "AutoModel": transformers.AutoModel, **public, **found}
 
     @functools.cached_property
     def model(self) -> Any:
@@ -89,6 +107,25 @@ class Given:
     @functools.cached_property
     def processor(self) -> Any:
         return processor()
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """A LightningModule with PRe."""
+        model = self.model
+        integrations.apply_pre(model)
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def training_step(self, inputs: Any, index: int) -> torch.Tensor:
+                return self.model(**inputs).loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        return Module()
 
     @property
     def batches(self) -> list[Any]:

@@ -25,7 +25,11 @@ def make(folder: Path, model: Any, trainer_class: type = InOrder, samples: Any =
     callbacks = more.pop("callbacks", None)
     accumulation = more.pop("accumulation", 2)
     size = more.pop("size", len(samples) // accumulation)
-    extra = {name: more.pop(name) for name in ("optimizers", "eval_dataset", "compute_loss_func") if name in more}
+    extra = {
+        name: more.pop(name)
+        for name in ("optimizers", "eval_dataset", "compute_loss_func", "model_init")
+        if name in more
+    }
     return trainer_class(
         model=model,
         args=arguments(folder, accumulation, size, **more),

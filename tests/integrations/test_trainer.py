@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from eager import copy_of
 from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.counting import Step, counting_of
 from pre_kernels.integrations.trainer import _training_step
 from tiny_models import batch, build
 from tiny_training import (
@@ -202,30 +204,41 @@ class NoBackward(InOrder):
         return loss.detach()
 
 
-def test_a_term_that_is_never_trained_is_an_error(tmp_path: Path) -> None:
+def test_a_training_step_without_the_accelerator(tmp_path: Path) -> None:
+    """The first micro-batch is lost, and said to be; from then on its forwards add their own mean to the loss."""
+    recorder = Recorder()
     model = build("llava")
-    apply_pre(model)
-    with (
-        patch_trainer(NoBackward),
-        pytest.raises(RuntimeError, match=r"NoBackward.training_step never called accelerator.backward"),
-    ):
+    handle = apply_pre(model)
+    head = copy_of(handle.head)
+    with patch_trainer(), pytest.warns(UserWarning, match=r"NoBackward.training_step never called") as caught:
         NoBackward(
             model=model,
-            args=arguments(tmp_path, 1, 2),
+            args=arguments(tmp_path, 1, 4, max_steps=3, learning_rate=0.0),
             train_dataset=Samples(EQUAL),
             data_collator=collate("llava", EQUAL),
+            callbacks=[recorder],
         ).train()
+    assert sum("PRe" in str(w.message) for w in caught) == 1
+    assert not recorder.steps[0]["pre_head.w1"].any()
+    assert all(torch.equal(p, head[name]) for name, p in handle.head.named_parameters())
+    for step in recorder.steps[1:]:
+        assert_head(step, by_hand("llava", EQUAL, handle, [0.25] * 4, "mean"))
 
 
 def test_the_head_is_on_another_gpu_than_the_loss() -> None:
     """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need no GPU."""
     handle = apply_pre(build("llava"))
-    trainer = SimpleNamespace(_pre_divisor=1.0, accelerator=SimpleNamespace(backward=lambda loss: None))
     with FakeTensorMode():
         loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(device=loss.device),
+            accelerator=SimpleNamespace(backward=lambda loss: None),
+            get_batch_samples=None,
+        )
+        counting_of(trainer, handle).step = Step(1, loss, [loss])
 
         def step() -> torch.Tensor:
-            handle._deferred.terms.append(term)
+            handle._deferred.add(term, term)
             trainer.accelerator.backward(loss)
             return loss
 

@@ -1,0 +1,122 @@
+"""The terms of an optimizer step, counted ahead of its forwards, and whether the forwards then had as many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .deferred import Deferred
+from .handle import PreHandle
+
+
+@dataclass
+class Step:
+    """An optimizer step.
+
+    Attributes:
+        size: the number of its micro-batches.
+        divisor: what Σℓ of each is divided by, 0-d; None: their own means are taken.
+        counts: the terms of each micro-batch that is still to come, 0-d; None where they cannot be counted.
+        used: how many micro-batches came.
+    """
+
+    size: int
+    divisor: Tensor | None = None
+    counts: list[Tensor | None] = field(default_factory=list)
+    used: int = 0
+
+
+class Counting:
+    """Of one training of one trainer.
+
+    Attributes:
+        ahead: whether terms are counted ahead; every process changes it at the same log.
+        deferring: whether the losses of forwards are kept for `accelerator.backward`.
+    """
+
+    def __init__(self, handle: PreHandle, trainer: Any) -> None:
+        self.handle, self.trainer = handle, trainer
+        self.ahead = self.deferring = True
+        self.step: Step | None = None
+        # micro-batches whose forwards had another number of terms than was counted, terms counted, terms they had;
+        # micro-batches that could not be counted
+        device = trainer.args.device
+        self.sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    def begin(self, batches: list[Any]) -> None:
+        """A step of these batches begins; collective while terms are counted ahead."""
+        if self.deferring and self.step is not None and self.step.size and not self.step.used:
+            self.handle.notices.warn("training_step not reached", trainer=type(self.trainer).__name__)
+        self.step = Step(len(batches))
+        if not self.ahead:
+            return
+        self.step.counts = [self._count(batch) for batch in batches]
+        known = [count for count in self.step.counts if count is not None]
+        device = self.trainer.args.device
+        total = over_processes(self.trainer, sum(known, torch.zeros((), dtype=torch.long, device=device)))
+        if known:
+            # the processes' gradients are averaged, so each divides by its part of the global count
+            self.step.divisor = total.clamp(min=1).float() / self.trainer.accelerator.num_processes
+
+    def _count(self, batch: Any) -> Tensor | None:
+        """A batch's terms; None where its forward will be given something else, which may work for all that."""
+        trainer = type(self.trainer).__name__
+        if not hasattr(batch, "keys"):
+            reason = f"they are no mappings but {type(batch).__name__}"
+        else:
+            try:
+                return self.handle.count(dict(batch)).to(self.trainer.args.device)
+            except Exception as error:  # mask_fn is the user's
+                reason = f"{type(error).__name__}: {error}"
+        self.handle.notices.warn("not counted", trainer=trainer, reason=reason)
+        return None
+
+    def micro_batch(self) -> Step:
+        """The step of the micro-batch that begins; its first count is this one's."""
+        if self.step is None or self.step.used == self.step.size:
+            self.handle.notices.warn("get_batch_samples not reached", trainer=type(self.trainer).__name__)
+            self.step = Step(self.trainer.args.gradient_accumulation_steps)
+        self.step.used += 1
+        return self.step
+
+    def saw(self, deferred: Deferred, uncounted: bool) -> None:
+        """Compare what was counted for a micro-batch with what its forwards had; no host sync."""
+        if uncounted:
+            self.sums[3] += 1
+        elif deferred.counted is not None and torch.is_tensor(deferred.seen):
+            counted = deferred.counted.to(self.sums)
+            seen = deferred.seen.to(self.sums)
+            self.sums[:3] += torch.stack([(counted != seen).to(self.sums), counted, seen])
+
+    def combined(self) -> Callable[[Tensor], Tensor]:
+        """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which is judged."""
+
+        def combine(totals: Tensor) -> Tensor:
+            whole = over_processes(self.trainer, torch.cat([totals, self.sums.to(totals)]))
+            differ, counted, seen, uncounted = whole[-4:].tolist()
+            self.sums.zero_()
+            if differ:
+                self.handle.notices.warn("counted otherwise", counted=int(counted), seen=int(seen))
+            self.ahead &= not (differ or uncounted)
+            return whole[:-4]
+
+        return combine
+
+
+def counting_of(trainer: Any, handle: PreHandle) -> Counting:
+    """The trainer's of this training."""
+    found: Counting | None = getattr(trainer, "_pre_counting", None)
+    if found is None or found.handle is not handle:
+        found = trainer._pre_counting = Counting(handle, trainer)
+    return found
+
+
+def over_processes(trainer: Any, value: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if trainer.accelerator.num_processes == 1:
+        return value
+    return trainer.accelerator.reduce(value.to(trainer.accelerator.device), reduction="sum")

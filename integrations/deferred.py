@@ -1,0 +1,53 @@
+"""The losses of the forwards of a micro-batch, kept for the place where a trainer makes a loss of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Deferred:
+    """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is back-propagated.
+
+    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards had another number of terms than was
+    counted for them, it is their own mean, divided by the number of micro-batches: nothing is read on the host.
+
+    Args:
+        divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
+        micro_batches: of the optimizer step.
+        counted: the terms that the forwards should have, 0-d; None: not known.
+    """
+
+    def __init__(self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None) -> None:
+        self.divisor, self.micro_batches, self.counted = divisor, micro_batches, counted
+        self.losses: list[Tensor] = []
+        self.terms: list[Tensor] = []
+        self.seen: Tensor | int = 0  # terms of all forwards
+        self.added: Tensor | float = 0.0
+
+    def add(self, loss: Tensor, terms: Tensor) -> None:
+        """A forward's λ · Σℓ ÷ `divisor`, or its mean if there is no divisor; and the number of its terms, 0-d."""
+        self.losses.append(loss)
+        self.terms.append(terms.to(loss.device, non_blocking=True))
+        self.seen = self.seen + self.terms[-1]
+
+    def take(self) -> Tensor | None:
+        """The loss of the forwards since the last call, 0-d; None if there were none."""
+        losses, terms = self.losses, self.terms
+        self.losses, self.terms = [], []
+        if not losses:
+            return None
+        device = losses[0].device
+        counts = torch.stack([count.to(device) for count in terms])
+        values = torch.stack([loss.to(device) for loss in losses])
+        whole = counts.sum().clamp(min=1)
+        if self.divisor is None:
+            total = (values * (counts / whole)).sum() / self.micro_batches
+        else:
+            total = values.sum()
+            if self.counted is not None:
+                divisor = torch.as_tensor(self.divisor, device=device)
+                own = divisor / (whole * self.micro_batches)
+                total = total * torch.where(counts.sum() == self.counted.to(device), 1.0, own)
+        self.added = self.added + total.detach()
+        return total

@@ -1,0 +1,86 @@
+"""PRe in a Lightning training: λ along the schedule, the log, and checkpoints whose model has no key of the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from .handle import ATTRIBUTE, PreHandle, find_handle
+
+STATE = "pre_head"  # the key of the head in a checkpoint
+
+
+class PreLightningCallback(Callback):
+    """Beside `apply_pre(module.model)` in a LightningModule's `__init__` or `configure_model`.
+
+    ```python
+    lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, batches)
+    ```
+
+    It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its
+    own in the checkpoint: `checkpoint["state_dict"]` has the names of the model without PRe, and a resumed training has
+    the head back. Strategies that write their checkpoints themselves (DeepSpeed, sharded FSDP) keep the head in them.
+
+    Raises:
+        RuntimeError: at the start of a training whose module has no handle.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Complain of a module without PRe before it is trained."""
+        if find_handle(pl_module) is None:
+            raise RuntimeError(
+                f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on its model in __init__"
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """λ at the middle of the step."""
+        steps = trainer.estimated_stepping_batches
+        _handle(pl_module).progress = min((trainer.global_step + 0.5) / max(steps, 1), 1.0)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what was seen since the last log."""
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            found = _handle(pl_module).metrics(combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+            found = {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Move the head from the module's keys to its own."""
+        state = checkpoint["state_dict"]
+        checkpoint[STATE] = {key: state.pop(key) for key in list(state) if ATTRIBUTE in key.split(".")}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """A checkpoint's model is loaded before callbacks are asked: what it lacks of the head is the head as it is."""
+        if find_handle(pl_module) is None:
+            return
+
+        def as_it_is(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            for name, tensor in module.state_dict().items():
+                if ATTRIBUTE in name.split("."):
+                    state.setdefault(prefix + name, tensor)
+
+        self._hook = pl_module.register_load_state_dict_pre_hook(as_it_is)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the hook off."""
+        hook = vars(self).pop("_hook", None)
+        if hook is not None:
+            hook.remove()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the head back."""
+        head = checkpoint.get(STATE)
+        if head is None:
+            _handle(pl_module).notices.warn("no head in the checkpoint", folder="it", error=f"no key {STATE!r}")
+        else:
+            pl_module.load_state_dict(head, strict=False)
+
+
+def _handle(module: Any) -> PreHandle:
+    handle = find_handle(module)
+    assert handle is not None
+    return handle

@@ -1,0 +1,278 @@
+"""Terms counted ahead of a step, where the forwards have others, where they cannot be counted, where nobody asks.
+
+The values are those by hand: the mean over the step's visual tokens, or that of the micro-batches' own means.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eager import copy_of
+from pre_kernels.integrations import apply_pre, patch_trainer
+from test_options import Waits
+from tiny_models import IMAGE, batch, build
+from tiny_training import (
+    UNEQUAL_IMAGES,
+    InOrder,
+    Recorder,
+    Samples,
+    arguments,
+    assert_head,
+    by_hand,
+    collate,
+)
+from transformers import Trainer
+
+TOKENS = [int(batch("llava", [sample]).visual.sum()) for sample in UNEQUAL_IMAGES]
+
+
+def run(
+    trainer_class: type,
+    folder: Path,
+    steps: int = 3,
+    accumulation: int = 2,
+    prepare: Any = None,
+    collator: Any = None,
+    samples: Any = UNEQUAL_IMAGES,
+    **more: Any,
+) -> tuple[list[dict[str, torch.Tensor]], Any, list[str]]:
+    """(the gradients of each step, the handle, PRe's warnings); the parameters stay as they are."""
+    model, recorder = build("llava"), Recorder()
+    handle = apply_pre(model, **{name: more.pop(name) for name in ("mask_fn", "nonfinite") if name in more})
+    before = copy_of(handle.head)
+    with warnings.catch_warnings(record=True) as caught, patch_trainer():
+        warnings.simplefilter("always")
+        trainer = trainer_class(
+            model=model,
+            args=arguments(folder, accumulation, 4 // accumulation, max_steps=steps, learning_rate=0.0, **more),
+            train_dataset=Samples(samples),
+            data_collator=collator or collate("llava", samples),
+            callbacks=[recorder],
+        )
+        if prepare is not None:
+            prepare(trainer)
+        trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in handle.head.named_parameters())
+    assert "training_step" not in vars(trainer)
+    assert "pre_loss" in trainer.state.log_history[0]
+    said = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
+    return recorder.steps, handle, said
+
+
+def of_the_step(handle: Any, samples: Any = UNEQUAL_IMAGES, times: float = 1.0) -> dict[str, torch.Tensor]:
+    """λ · ∇(Σℓ ÷ the visual tokens of the whole step)."""
+    tokens = sum(TOKENS)
+    return by_hand("llava", samples, handle, [times / tokens] * 4, "sum")
+
+
+def own_means(handle: Any, micro_batches: int = 2, times: float = 1.0) -> dict[str, torch.Tensor]:
+    """The mean of the micro-batches' own means, each of two samples."""
+    size = 4 // micro_batches
+    counts = [sum(TOKENS[i - i % size :][:size]) for i in range(4)]
+    return by_hand("llava", UNEQUAL_IMAGES, handle, [times / (c * micro_batches) if c else 0 for c in counts], "sum")
+
+
+def only(said: list[str], start: str) -> None:
+    assert len(said) == 1, said
+    assert re.match(f"PRe: {start}", said[0]), said
+
+
+class PixelsLater(InOrder):
+    """Its batches have no pixels until `compute_loss`, as where images are read or encoded there."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self.pixels = [sample.pop("pixel_values", None) for sample in samples]
+        return samples, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        pixels = self.pixels.pop(0)
+        return super().compute_loss(
+            model, inputs | ({} if pixels is None else {"pixel_values": pixels}), *args, **kwargs
+        )
+
+
+def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
+    """The count is 0: without a look at the forwards the gradient would be N times too large."""
+    steps, handle, said = run(PixelsLater, tmp_path)
+    for step in steps:
+        assert_head(step, own_means(handle))
+    only(said, r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ")
+
+
+def test_inputs_that_a_module_around_the_model_makes(tmp_path: Path) -> None:
+    """The same, at a log that comes late: until then each micro-batch is looked at on the device."""
+    steps, handle, said = run(PixelsLater, tmp_path, logging_steps=3)
+    for step in steps:
+        assert_head(step, own_means(handle))
+    only(said, r"0 visual tokens .* and the forwards had 48: ")
+
+
+class Twice(InOrder):
+    """Two forwards of a batch in one loss, as in R-Drop."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        losses = [super(Twice, self).compute_loss(model, inputs, *args, **kwargs) for _ in range(2)]
+        return torch.stack(losses).mean()
+
+
+class Adversarial(InOrder):
+    """A second forward and backward of each batch, whose gradients are added."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        again = self.compute_loss(model, inputs)
+        self.accelerator.backward(again)
+        return loss
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Twice, 1.0), (Adversarial, 2.0)], ids=["in one loss", "in two"])
+def test_two_forwards_of_a_batch(kind: type, times: float, tmp_path: Path) -> None:
+    """One backward pass has the mean over its forwards; each of two has its own, as the model's loss is added twice."""
+    steps, handle, said = run(kind, tmp_path)
+    assert_head(steps[1], own_means(handle, times=times))
+    assert_head(steps[2], own_means(handle, times=times))
+    assert_head(steps[0], own_means(handle) if kind is Twice else of_the_step(handle, times=2.0))
+    only(said, r"16 visual tokens .* counted ahead .* and the forwards had 32: ")
+
+
+def prompts(indices: list[int]) -> dict[str, torch.Tensor]:
+    """A mapping that the forward's arguments are made of later."""
+    data = collate("llava", UNEQUAL_IMAGES)(indices)
+    return data | {"prompt_input_ids": data.pop("input_ids")}
+
+
+class Prompts(InOrder):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        return super().compute_loss(model, inputs | {"input_ids": inputs.pop("prompt_input_ids")}, *args, **kwargs)
+
+
+def test_a_mapping_without_input_ids(tmp_path: Path) -> None:
+    steps, handle, said = run(Prompts, tmp_path, collator=prompts)
+    for step in steps:
+        assert_head(step, own_means(handle))
+    only(said, r"the batches of Prompts cannot be counted before their forwards \(ValueError: input_ids: the forward")
+
+
+def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
+    """As the error asks for it: it knows nothing of the collator's batch."""
+    mask = {"mask_fn": lambda inputs: inputs["input_ids"] == IMAGE}
+    steps, handle, said = run(Prompts, tmp_path, collator=prompts, **mask)
+    for step in steps:
+        assert_head(step, own_means(handle))
+    only(said, r"the batches of Prompts cannot be counted before their forwards \(KeyError: 'input_ids'\)")
+
+
+def nothing_left_out(name: str, trainer: Any) -> None:
+    """Another patch in the place of a method, on the class, without a word to the one that was there."""
+    plain = vars(Trainer)[name].__wrapped__
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.others_seen = True
+        return plain(self, *args, **kwargs)
+
+    setattr(Trainer, name, method)
+
+
+METHODS = ["training_step", "get_batch_samples", "_inner_training_loop", "train", "log"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_others_replace_later(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Unsloth does after the launcher."""
+    before = {method: vars(Trainer)[method] for method in METHODS}
+    try:
+        steps, handle, said = run(InOrder, tmp_path, prepare=lambda trainer: nothing_left_out(name, trainer))
+        assert vars(Trainer)[name] is not before[name]  # it is theirs, and stays
+    finally:
+        for method, function in before.items():
+            setattr(Trainer, method, function)
+    for step in steps:
+        assert_head(step, of_the_step(handle))
+    assert said == []
+
+
+class OwnStep(InOrder):
+    """A subclass that does without the class's methods."""
+
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnSamples(InOrder):
+    def get_batch_samples(self, iterator: Any, size: int, *_: Any) -> Any:
+        return [next(iterator) for _ in range(size)], None
+
+
+@pytest.mark.parametrize("kind", [OwnStep, OwnSamples])
+def test_methods_of_a_subclass(kind: type, tmp_path: Path) -> None:
+    steps, handle, said = run(kind, tmp_path)
+    for step in steps:
+        assert_head(step, of_the_step(handle))
+    assert said == []
+
+
+def test_a_training_step_that_is_replaced_during_the_training(tmp_path: Path) -> None:
+    def prepare(trainer: Any) -> None:
+        def begin(*_: Any, **__: Any) -> None:
+            trainer.training_step = types.MethodType(OwnStep.training_step, trainer)
+
+        trainer.callback_handler.callbacks[-1].on_train_begin = begin
+
+    steps, handle, said = run(InOrder, tmp_path, prepare=prepare)
+    for step in steps:  # each forward's own mean in output.loss
+        assert_head(step, own_means(handle))
+    only(said, r"a step of InOrder did not come through Trainer.training_step")
+
+
+def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
+    def prepare(trainer: Any) -> None:
+        def begin(*_: Any, **__: Any) -> None:
+            trainer.get_batch_samples = types.MethodType(OwnSamples.get_batch_samples, trainer)
+
+        trainer.callback_handler.callbacks[-1].on_train_begin = begin
+
+    steps, handle, said = run(InOrder, tmp_path, prepare=prepare)
+    for step in steps:
+        assert_head(step, own_means(handle))
+    only(said, r"micro-batches of InOrder did not come from Trainer.get_batch_samples")
+
+
+def test_skipped_tokens_were_counted(tmp_path: Path) -> None:
+    """What nonfinite="skip" leaves out is no difference."""
+    _, _, said = run(InOrder, tmp_path, nonfinite="skip")
+    assert said == []
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+    """What is counted, compared and warned of reads no more on the host than a training without PRe."""
+    waits: list[list[str]] = []
+
+    class Watched(InOrder):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with Waits() as seen:
+                done = super().training_step(*args, **kwargs)
+            waits.append(seen.found)
+            return done
+
+    run(Watched, tmp_path)
+    with_pre = waits.copy()
+    waits.clear()
+    trainer = Watched(
+        model=build("llava"),
+        args=arguments(tmp_path, 2, 2, max_steps=3),
+        train_dataset=Samples(UNEQUAL_IMAGES),
+        data_collator=collate("llava", UNEQUAL_IMAGES),
+    )
+    trainer.train()
+    assert with_pre == waits

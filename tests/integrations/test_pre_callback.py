@@ -1,0 +1,171 @@
+"""PreCallback: PRe by a callback alone, with no class patched; Lightning's callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pre_kernels.integrations import apply_pre, find_handle
+from pre_kernels.integrations.pre_callback import PreCallback
+from test_head_training import make
+from tiny_models import batch, build
+from tiny_training import EQUAL, Recorder, assert_head, by_hand
+from transformers import Trainer, TrainerCallback
+from two import both
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["callbacks=", "add_callback"])
+def test_a_training(later: bool, tmp_path: Path) -> None:
+    """Gradients as by hand, the metrics in the log, the head beside the checkpoint; the class is untouched."""
+    before = dict(vars(Trainer))
+    model, callback, recorder = build("llava"), PreCallback(layer=2, weight=0.5), Recorder()
+    trainer = make(tmp_path, model, max_steps=4, callbacks=[recorder] if later else [recorder, callback], **SAVING)
+    if later:
+        trainer.add_callback(callback)
+    assert (find_handle(model) is None) is later
+    trainer.train()
+    assert dict(vars(Trainer)) == before
+    assert callback.handle is find_handle(model)
+    log = trainer.state.log_history[0]
+    assert -1 <= log["pre_loss"] <= 1
+    assert log["pre_tokens"] == 16
+    assert log["pre_head_grad_norm"] > 0
+    assert trainer.state.log_history[3]["pre_loss"] < log["pre_loss"]
+    again = build("llava")
+    with apply_pre(again) as handle:
+        handle.load(tmp_path / "checkpoint-4")
+        assert torch.equal(handle.head.w1, callback.handle.head.w1)
+    callback.handle.remove()
+    assert model.state_dict().keys() == build("llava").state_dict().keys()
+
+
+def test_the_gradient_is_by_hand(tmp_path: Path) -> None:
+    recorder, callback = Recorder(), PreCallback()
+    trainer = make(tmp_path, build("llava"), learning_rate=0.0, callbacks=[recorder, callback])
+    with apply_pre(build("llava")) as fresh:
+        callback.handle.head.load_state_dict(fresh.head.state_dict())
+    trainer.train()
+    assert_head(recorder.steps[0], by_hand("llava", EQUAL, callback.handle, [0.25] * 4, "mean"))
+
+
+def test_the_schedule_moves(tmp_path: Path) -> None:
+    callback = PreCallback(schedule="cosine", warmup=0.5)
+    trainer = make(tmp_path, build("llava"), max_steps=4, callbacks=[callback])
+    trainer.train()
+    weights = [entry["pre_weight"] for entry in trainer.state.log_history if "pre_weight" in entry]
+    assert weights == pytest.approx([0.125, 0.375, 0.5 * 0.8535534, 0.5 * 0.1464466])
+
+
+class Starts(TrainerCallback):
+    """Keeps the head as it is when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.w1 = model.pre_head.w1.detach().clone()
+
+
+def test_resuming(tmp_path: Path) -> None:
+    callback = PreCallback()
+    make(tmp_path, build("llava"), max_steps=2, callbacks=[callback], **SAVING).train()
+    torch.manual_seed(9)
+    starts = Starts()
+    trainer = make(tmp_path, build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(starts.w1, callback.handle.head.w1)
+    (tmp_path / "checkpoint-4" / "pre_head.json").unlink()
+    trainer = make(tmp_path, build("llava"), max_steps=5, callbacks=[PreCallback()], **SAVING)
+    with pytest.warns(UserWarning, match=r"PRe: .*checkpoint-4 holds no head"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def added_later(folder: str) -> str:
+    """In a process of two: what is said where the model is wrapped already."""
+    trainer = make(Path(folder), build("llava"), ddp_backend="gloo", accumulation=1, size=2)
+    trainer.add_callback(PreCallback())
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    for text in both(added_later, str(tmp_path)):
+        assert "pass callbacks=[PreCallback(...)] when the Trainer is made" in text
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(ValueError, match=r"head_lr: got 0.1, but a callback makes no optimizer groups"):
+        PreCallback(head_lr=0.1)
+
+
+# --- Lightning
+
+lightning = pytest.importorskip("lightning")
+from pre_kernels.integrations.lightning import PreLightningCallback  # noqa: E402
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, attached: bool = True) -> None:
+        super().__init__()
+        self.model = build("llava")
+        if attached:
+            apply_pre(self.model, schedule="cosine")
+
+    def training_step(self, data: Any, index: int) -> torch.Tensor:
+        return self.model(**data).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, module: Any, steps: int, resume: Any = None) -> Any:
+    data = [batch("llava", seed=seed).inputs for seed in range(2)] * 2
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        callbacks=[PreLightningCallback()],
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=resume)
+    return trainer
+
+
+def test_lightning(tmp_path: Path) -> None:
+    module = Module()
+    trainer = fit(tmp_path, module, 2)
+    first = float(trainer.callback_metrics["pre_loss"])
+    assert float(trainer.callback_metrics["pre_weight"]) == pytest.approx(0.5 * 0.1464466)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    saved = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == {f"model.{key}" for key in build("llava").state_dict()}
+    assert set(saved["pre_head"]) == {f"model.pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
+
+    torch.manual_seed(5)
+    again = Module()
+    assert not torch.equal(again.model.pre_head.w1, module.model.pre_head.w1)
+    trainer = fit(tmp_path, again, 4, tmp_path / "kept.ckpt")
+    assert float(trainer.callback_metrics["pre_loss"]) < first
+    straight = Module()
+    for name, parameter in straight.model.pre_head.named_parameters():
+        parameter.data.copy_(saved["pre_head"][f"model.pre_head.{name}"])
+    assert not torch.equal(again.model.pre_head.w1, straight.model.pre_head.w1)  # it went on from there
+    Module(attached=False).load_state_dict(saved["state_dict"])
+    with pytest.raises(RuntimeError, match=r"PreLightningCallback: Module has no PRe"):
+        fit(tmp_path, Module(attached=False), 1)
+
+
+def test_lightning_goes_on_with_the_head_that_was_saved(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, module := Module(), 2)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    torch.manual_seed(5)
+    fit(tmp_path, again := Module(), 2, tmp_path / "kept.ckpt")  # no step is left
+    assert torch.equal(again.model.pre_head.w1, module.model.pre_head.w1)
