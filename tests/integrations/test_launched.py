@@ -85,7 +85,7 @@ def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: C
     ids=["a loop of one's own", "a text model"],
 )
 def test_a_training_without_pre_is_named_at_its_first_step(
-    training: str, warning: str, run: Any, capsys: Captured
+    training: str, warning: str, run: Any, capsys: Captured, recwarn: pytest.WarningsRecorder
 ) -> None:
     says = """
 class Says(TrainerCallback):
@@ -95,6 +95,7 @@ class Says(TrainerCallback):
     lines = [line for line in capsys.readouterr().err.splitlines() if line == "STEP" or "WARNING" in line]
     assert lines[1:] == ["STEP"] * 3
     assert lines[0].startswith(f"PRe: WARNING: {warning}")
+    assert not [w for w in recwarn if "PRe: " in str(w.message)]  # nor in patch_trainer's words
 
 
 @pytest.mark.parametrize(
