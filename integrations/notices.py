@@ -117,6 +117,26 @@ WARNINGS = {
         "λ has a schedule, but handle.progress was never set, so λ stays {weight:g}; set handle.progress = "
         "(step + 0.5) / steps before each step, or use patch_trainer()"
     ),
+    # the launcher, which prints them
+    "launched own loop": (
+        "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches to the models of "
+        "those alone, so this training has no PRe; in a loop of your own write `apply_pre(model)` before the "
+        "optimizer is made, which needs no launcher"
+    ),
+    "launched no images": (
+        "{trainer} trains {model}, which is no vision-language model as far as its config says (neither "
+        "vision_config nor image_token_id), so this training has no PRe; if it sees images, give the launcher "
+        "--set mask_fn=module:function, which finds its visual tokens (see apply_pre)"
+    ),
+    "launched unseen": (
+        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, by which the launcher "
+        "attaches, were replaced after it was started; write `apply_pre(model)` before the Trainer is made"
+    ),
+    "launched without terms": "{model} was trained and no batch had a term of PRe: had it visual tokens?",
+    "launched nothing": (
+        "nothing was trained with PRe: in this process the script trained no vision-language model by a "
+        "transformers.Trainer; if it did in others that the launcher cannot follow ({started}), start those by `{line}`"
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from pre_kernels.integrations.notices import WARNINGS, Notices
 from test_head_training import make
 from tiny_models import batch, build
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 
 def said(do: Callable[[], Any]) -> list[str]:
@@ -158,6 +158,14 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
     gc.collect()
     torch.optim.SGD(nn.Linear(2, 2).parameters()).step()  # nobody is left to tell
     apply_pre(build("llava")).remove()
+    assert dict(hooks) == there
+
+    lost = copy.deepcopy(apply_pre(build("llava")).model)
+    others = register_optimizer_step_pre_hook(lambda *_: None)  # torch goes on to it
+    del lost
+    gc.collect()
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    others.remove()
     assert dict(hooks) == there
 
 
