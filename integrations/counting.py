@@ -42,10 +42,10 @@ class Counting:
         self.handle, self.trainer = handle, trainer
         self.ahead = self.deferring = True
         self.step: Step | None = None
-        # micro-batches whose forwards had another number of terms than was counted, terms counted, terms they had;
-        # micro-batches that could not be counted
+        # since the last log: micro-batches whose forwards had other terms than were counted, the counted, the others
         device = trainer.args.device
-        self.sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.uncounted = 0  # micro-batches that could not be counted
 
     def begin(self, batches: list[Any]) -> None:
         """A step of these batches begins; collective while terms are counted ahead."""
@@ -86,19 +86,20 @@ class Counting:
     def saw(self, deferred: Deferred, uncounted: bool) -> None:
         """Compare what was counted for a micro-batch with what its forwards had; no host sync."""
         if uncounted:
-            self.sums[3] += 1
+            self.uncounted += 1
         elif deferred.counted is not None and torch.is_tensor(deferred.seen):
             counted = deferred.counted.to(self.sums)
             seen = deferred.seen.to(self.sums)
-            self.sums[:3] += torch.stack([(counted != seen).to(self.sums), counted, seen])
+            self.sums = self.sums + torch.stack([(counted != seen).to(self.sums), counted, seen])
 
     def combined(self) -> Callable[[Tensor], Tensor]:
         """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which is judged."""
 
         def combine(totals: Tensor) -> Tensor:
-            whole = over_processes(self.trainer, torch.cat([totals, self.sums.to(totals)]))
+            mine = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
+            whole = over_processes(self.trainer, torch.cat(mine))
             differ, counted, seen, uncounted = whole[-4:].tolist()
-            self.sums.zero_()
+            self.sums, self.uncounted = torch.zeros_like(self.sums), 0
             if differ:
                 self.handle.notices.warn("counted otherwise", counted=int(counted), seen=int(seen))
             self.ahead &= not (differ or uncounted)

@@ -245,9 +245,9 @@ ORIGINAL = Family(projector=("mm_projector", "connector"), name="the original LL
 
 @dataclass
 class Parts:
-    """The parts of one model: modules, and the token ids (one tuple per kind) that stand for visual tokens.
+    """The parts of one model.
 
-    `merge` finds them in models of the original LLaVA code bases instead.
+    `merge` finds the visual tokens in models of the original LLaVA code bases, `tokens` in others.
     """
 
     family: Family
@@ -255,9 +255,13 @@ class Parts:
     text: nn.Module | None  # None if it is the whole model, whose `inputs_embeds` are not yet merged with the images
     layers: nn.ModuleList
     projector: nn.Module | None
-    tokens: dict[str, tuple[int, ...]]
     merge: Merge | None = None
     notices: Notices = field(default_factory=Notices)
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """The token ids of each kind that stand for visual tokens, as the config has them now."""
+        return {"image": _token_ids(self.config, "image"), "video": _token_ids(self.config, self.family.video_token)}
 
 
 def find_parts(
@@ -293,9 +297,8 @@ def find_parts(
         text = model.get_submodule(path.rpartition(".")[0]) if text is None else text
     ends = (family.projector,) if isinstance(family.projector, str) else family.projector or ()
     projector = next((m for end in ends for n, m in model.named_modules() if f".{n}".endswith(f".{end}")), None)
-    tokens = {"image": _token_ids(config, "image"), "video": _token_ids(config, family.video_token)}
     merge = Merge(model) if original else None
-    return Parts(family, config, None if text is model else text, found, projector, tokens, merge)
+    return Parts(family, config, None if text is model else text, found, projector, merge)
 
 
 def check_tokens(parts: Parts, model: nn.Module) -> None:
@@ -312,9 +315,9 @@ def check_tokens(parts: Parts, model: nn.Module) -> None:
     elif not any(parts.tokens.values()):
         raise ValueError(
             f"model: {type(model).__name__}'s config names no visual tokens (looked for image_token_id, "
-            "image_token_index, video_token_id, video_token_index); if it is a vision-language model whose "
-            "input_ids have a token for each visual one, add that token's image_token_id to its config (in its "
-            "config.json, where a script loads that, is enough); else pass mask_fn="
+            "image_token_index, video_token_id, video_token_index); want a vision-language model. Of one whose code "
+            "keeps the image token's id elsewhere, as InternVL's own chat code does, it is enough to set "
+            "image_token_id to that id in config.json, or in model.config; or pass mask_fn="
         )
 
 
@@ -378,44 +381,3 @@ def visual_tokens(config: Any, inputs: Inputs) -> Tensor | None:
     """Mask (B, T) of the image tokens in `input_ids`; None without ids, or if the config names no image token."""
     ids, tokens = inputs.get("input_ids"), _token_ids(config, "image")
     return torch.isin(ids, ids.new_tensor(tokens)) if torch.is_tensor(ids) and tokens else None
-
-
-def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
-    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
-
-    A literal image token without an image is text; in a family that is not listed, whose images may come in an argument
-    of any name, a warning says so once. Empty for a text-only batch.
-
-    Raises:
-        ValueError: without `input_ids`.
-    """
-    precomputed = inputs.get("mm_encoder_outputs") or {}
-    named = {"image": parts.family.image_inputs, "video": parts.family.video_inputs}
-    present = [
-        kind
-        for kind, names in named.items()
-        if parts.tokens[kind] and (precomputed.get(kind) is not None or any(inputs.get(n) is not None for n in names))
-    ]
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise ValueError(
-            "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
-            "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
-        )
-    if not present and parts.family is GENERIC and "image tokens without images" not in parts.notices.given:
-        _warn_of_tokens(parts, inputs, ids)
-    found = {}
-    for kind in present:
-        first, *others = parts.tokens[kind]
-        found[kind] = ids == first
-        for other in others:
-            found[kind] = found[kind] | (ids == other)
-    return found
-
-
-def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
-    count = int(torch.isin(ids, ids.new_tensor(sum(parts.tokens.values(), ()))).sum())
-    if not count:
-        return
-    known = ", ".join((*parts.family.image_inputs, *parts.family.video_inputs))
-    parts.notices.warn("image tokens without images", count=count, known=known, got=", ".join(inputs))

@@ -3,6 +3,9 @@
 The script sees the `sys.argv`, `sys.path[0]` and `__main__` that python gives it. Once it imports
 `transformers.Trainer`, that is patched (`patch_trainer`), and each one constructed gets PRe on its model: before its
 optimizer, and before FSDP or DeepSpeed wrap it.
+
+A command that starts the training in processes of its own may be the target too, `… -- trl sft …` or
+`… -- accelerate launch train.py`: the launcher follows it into them, through as many as it takes.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import contextlib
 import difflib
 import functools
 import importlib
-import importlib.abc
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -26,14 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
 from .attach import apply_pre
 from .checkpoint import CONFIG, WEIGHTS
-from .handle import find_handle
-from .llava import is_original
-from .trainer import patch_trainer, sharded
+from .follow import LAUNCHER, console, is_python, python_flags
+from .launched import Launch
 
 PARAMETERS = {n: p for n, p in inspect.signature(apply_pre).parameters.items() if n != "model"}
+LINE = f"python -m {LAUNCHER} … -- train.py"
 OF_THE_MODEL = ("text_model", "layers")  # name modules of the model, so nothing else can check them
 EXAMPLES = """\
 settings (--set key=value, or the keys of --config), see apply_pre:
@@ -45,7 +47,12 @@ examples:
   deepspeed --module pre_kernels.integrations.launch --set loss=mse --set level=image -- train.py --deepspeed z3.json
   python -m pre_kernels.integrations.launch --set anchor=my.module:dino --set anchor_dim=768 -- train.py
   python -m pre_kernels.integrations.launch --layer [8,16] -- train.py
-  python -m pre_kernels.integrations.launch --layer 16 --head stage1/ -- some-console-command train.yaml
+  python -m pre_kernels.integrations.launch --layer 16 --head stage1/ -- llamafactory-cli train run.yaml
+
+commands that start processes of their own (accelerate, torchrun, deepspeed, trl, axolotl, llamafactory-cli, swift, ...)
+are followed into them:
+  python -m pre_kernels.integrations.launch --config pre.yaml -- accelerate launch --num_processes 8 train.py --lr 2e-5
+  python -m pre_kernels.integrations.launch --config pre.yaml -- trl sft --config run.yaml
 
 pre.yaml:
   layer: 16
@@ -66,12 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if given.local_rank is not None:
                 sys.argv.insert(1, f"--local_rank={given.local_rank}")
             head = _checked_head(given.head)
-            launch = Launch(_settings(given), head)
+            launch = Launch(_settings(given), head, _again(given), given.followed is not None)
         except (ValueError, TypeError, OSError, ImportError) as error:
             parser.error(str(error))
-        with launch:
-            run()
-        launch.report()
+        failed = True
+        try:
+            with launch:
+                run()
+            failed = False
+        except SystemExit as left:
+            failed = left.code not in (None, 0)
+            raise
+        finally:
+            launch.report(failed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir")
     # deepspeed's launcher puts it before all other arguments
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
+    # by a launcher, which found the modules that settings name in this folder
+    parser.add_argument("--followed", help=argparse.SUPPRESS)
     return parser
+
+
+def _again(given: argparse.Namespace) -> list[str]:
+    """The arguments that give another process, which may have another working directory, the same settings."""
+    words = [f"--{name}={value}" for name in ("layer", "weight") if (value := getattr(given, name)) is not None]
+    words += [f"--set={pair}" for pair in given.set]
+    words += [f"--{n}={os.path.abspath(path)}" for n in ("config", "head") if (path := getattr(given, n)) is not None]
+    return [*words, f"--followed={given.followed or os.path.abspath(sys.path[0])}"]
 
 
 @contextlib.contextmanager
@@ -114,14 +138,42 @@ def _target(words: list[str]) -> Callable[[], Any]:
         sys.argv = words[1:]
         return functools.partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
     script = words[0]
+    if is_python(script):
+        cut = python_flags(words[1:])
+        if cut is None or set(words[1 : 1 + cut]) - {"-u"}:
+            raise ValueError(
+                f"script: got {' '.join(words[:3])!r}, want a script or -m module; python's own flags go to the one in "
+                f"`{LINE}`"
+            )
+        return _target(words[1 + cut :])
     sys.argv = words
-    if os.path.isfile(script):
-        if not getattr(sys.flags, "safe_path", False):
-            sys.path[0] = os.path.dirname(os.path.realpath(script))
-        return functools.partial(runpy.run_path, script, run_name="__main__")
-    for command in importlib.metadata.entry_points(group="console_scripts", name=script):
-        return lambda: sys.exit(command.load()())
-    raise ValueError(f"script: {script!r} is neither a file nor an installed console command")
+    path: str | None = script
+    if not os.path.isfile(script) or script.endswith(".sh"):
+        if (why := _refusal(script)) is not None:
+            raise ValueError(f"script: {script!r} {why}")
+        for command in importlib.metadata.entry_points(group="console_scripts", name=script):
+            return lambda: sys.exit(command.load()())
+        path = console(script)
+    if path is None:
+        found = shutil.which(script) is not None
+        raise ValueError(
+            f"script: {script!r} is no python program; put it in front: `{script} … {LINE}`"
+            if found
+            else f"script: {script!r} is neither a file nor an installed console command"
+        )
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    return functools.partial(runpy.run_path, path, run_name="__main__")
+
+
+def _refusal(script: str) -> str | None:
+    """Why no process that this command starts could be followed, with the line that works; None of most."""
+    name = os.path.basename(script)
+    if name.endswith(".sh") or name in ("sh", "bash", "dash", "zsh"):
+        return f"is a shell's, which cannot be followed; write `{LINE}` into the shell script where it starts python"
+    if name in ("ray", "sbatch", "sky", "modal", "docker", "kubectl"):
+        return f"runs its command elsewhere, where it cannot be followed; let that command be `{LINE}`"
+    return None
 
 
 def _is_module(name: str) -> bool:
@@ -165,7 +217,9 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
             found[_known(name, "--set")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"--set: {name}: {text!r} is no valid YAML value: {error}") from error
-    settings = {name: _value(name, value) for name, value in found.items()}
+    with _restored():
+        sys.path += [] if given.followed is None else [given.followed]
+        settings = {name: _value(name, value) for name, value in found.items()}
     _rehearse(settings)
     return settings
 
@@ -215,179 +269,6 @@ def _rehearse(settings: dict[str, Any]) -> None:
     config = {"model_type": "llava", "image_token_id": 1, "hidden_size": 8, "num_hidden_layers": depth}
     model.config = SimpleNamespace(**config)
     apply_pre(model, **{n: v for n, v in settings.items() if n not in OF_THE_MODEL}).remove()
-
-
-class Launch:
-    """Inside it every `transformers.Trainer` that is constructed gets PRe on its model.
-
-    Args:
-        settings: keywords for `apply_pre`.
-        head: a folder with a saved head to start from.
-    """
-
-    def __init__(self, settings: dict[str, Any], head: str | None = None) -> None:
-        self.settings, self.head = settings, head
-        self.trained: dict[str, bool] = {}
-        self._undo = contextlib.ExitStack()
-
-    def __enter__(self) -> Launch:
-        if "transformers.trainer" in sys.modules:
-            self._patch()
-        else:  # not yet: scripts set what transformers reads when it is imported
-            finder = _Importing("transformers.trainer", self._patch)
-            sys.meta_path.insert(0, finder)
-            self._undo.callback(sys.meta_path.remove, finder)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._undo.close()
-
-    def _patch(self) -> None:
-        from transformers import Trainer
-
-        self._undo.enter_context(patch_trainer())
-        target: Any = Trainer
-        construct, model_init = target.__init__, target.call_model_init
-
-        @functools.wraps(construct)
-        def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
-            construct(trainer, *args, **kwargs)
-            self._attach(trainer, trainer.model)
-            trainer.add_callback(_callback(self, trainer))
-
-        @functools.wraps(model_init)
-        def call_model_init(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            model = model_init(trainer, *args, **kwargs)
-            self._attach(trainer, model)
-            return model
-
-        for name, method in (("__init__", init), ("call_model_init", call_model_init)):
-            self._undo.callback(setattr, target, name, getattr(target, name))
-            setattr(target, name, method)
-
-    def _attach(self, trainer: Any, model: nn.Module) -> None:
-        name = type(_inside(model)).__name__
-        if find_handle(model) is not None:
-            return
-        if "mask_fn" not in self.settings and not _is_vision_language(model):
-            _say(f"not attached to {name}: it is no vision-language model")
-            return
-        with _seeded(model, trainer.args.seed):
-            handle = apply_pre(model, **self.settings)
-        if self.head is not None:
-            try:
-                handle.load(self.head)
-            except BaseException:
-                handle.remove()
-                raise
-        depth, settings = len(handle._objective.parts.layers), handle.settings()
-        size = sum(p.numel() for p in handle.head.parameters())
-        _say(
-            f"attached to {name}: layer {', '.join(map(str, handle.layers))} of {depth}, λ {handle.weight:g}, "
-            f"anchor {settings['anchor']}, level {settings['level']}, head of {size:,} parameters"
-            + (f" from {self.head}" if self.head is not None else "")
-        )
-
-    def report(self) -> None:
-        """Say loudly if PRe did nothing."""
-        if not self.trained:
-            _say(
-                "WARNING: nothing was trained with PRe: in this process the script trained no vision-language model by "
-                "a transformers.Trainer; name the script that does, not a command that starts it in other processes"
-            )
-        for name in self.trained:
-            if not self.trained[name]:
-                _say(f"WARNING: {name} was trained and no batch had a term of PRe: had it visual tokens?")
-
-
-def _inside(model: Any) -> Any:
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    return model if unwrap is None else unwrap()
-
-
-def _is_vision_language(model: nn.Module) -> bool:
-    config = getattr(_inside(model), "config", None)
-    return is_original(_inside(model)) or any(
-        getattr(config, name, None) is not None
-        for name in (
-            "vision_config",
-            *(f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")),
-        )
-    )
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """The head is drawn alike on every rank, and what the script draws is what it draws without PRe."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def _callback(launch: Launch, trainer: Any) -> Any:
-    from transformers import TrainerCallback
-
-    class KeepsHead(TrainerCallback):
-        """Saves the head where a trainer's own way of saving leaves it out; sees to it that it is trained."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            handle = find_handle(trainer.model)
-            if handle is None:
-                return
-            launch.trained.setdefault(type(_inside(trainer.model)).__name__, False)
-            if sharded(trainer) or more.get("optimizer") is None:
-                return
-            held = {id(p) for group in more["optimizer"].param_groups for p in group["params"]}
-            if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
-                raise RuntimeError(
-                    f"optimizer: {type(trainer).__name__}'s does not hold the parameters of `pre_head`, so the head "
-                    "would not train; make it after the Trainer, from all parameters that require grad"
-                )
-
-        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            self.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            handle = find_handle(trainer.model)
-            if handle is not None:
-                self.save(args.output_dir)
-                launch.trained[type(_inside(trainer.model)).__name__] |= handle.contributed or not handle.weight
-
-        def save(self, folder: str) -> None:
-            handle = find_handle(trainer.model)
-            if handle is not None:
-                checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
-
-    return KeepsHead()
-
-
-def _say(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"PRe: {text}", file=sys.stderr, flush=True)
-
-
-class _Importing(importlib.abc.MetaPathFinder):
-    """Calls `then` when module `name` has been imported."""
-
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self.name, self.then = name, then
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        others = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
-        spec = next((s for s in others if s is not None), None)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                self.then()
-
-            loader.exec_module = exec_module
-        return spec
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 WARNINGS = {
@@ -10,6 +11,16 @@ WARNINGS = {
     "image tokens without images": (
         "input_ids has {count} image tokens, but the forward got none of {known} (it got {got}), so they are "
         "taken for text and L_PRe has no term; if images came in another argument, pass mask_fn= to apply_pre"
+    ),
+    "images without image tokens": (
+        "the forward got {got}, but input_ids has none of the image tokens {tokens} that the model's config "
+        "names, nor had it in the {count} forwards with images before, so L_PRe has no term; set image_token_id "
+        "in model.config to the id that stands for images in input_ids, or pass mask_fn= to apply_pre"
+    ),
+    "attention mask of another form": (
+        "attention_mask is {what}, a form that PRe cannot read, so all visual tokens count, those of padding "
+        "and dummy images too; it reads (batch, tokens), (batch or 1, heads or 1, tokens, tokens) of bool or "
+        "float, and dicts of such masks; pass mask_fn= to apply_pre if some must not count"
     ),
     "called inside": (
         "the text model ran in training outside a call of {model}, to which PRe is attached, so L_PRe is not "
@@ -106,6 +117,26 @@ WARNINGS = {
         "λ has a schedule, but handle.progress was never set, so λ stays {weight:g}; set handle.progress = "
         "(step + 0.5) / steps before each step, or use patch_trainer()"
     ),
+    # the launcher, which prints them
+    "launched own loop": (
+        "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches to the models of "
+        "those alone, so this training has no PRe; in a loop of your own write `apply_pre(model)` before the "
+        "optimizer is made, which needs no launcher"
+    ),
+    "launched no images": (
+        "{trainer} trains {model}, which is no vision-language model as far as its config says (neither "
+        "vision_config nor image_token_id), so this training has no PRe; if it sees images, give the launcher "
+        "--set mask_fn=module:function, which finds its visual tokens (see apply_pre)"
+    ),
+    "launched unseen": (
+        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, by which the launcher "
+        "attaches, were replaced after it was started; write `apply_pre(model)` before the Trainer is made"
+    ),
+    "launched without terms": "{model} was trained and no batch had a term of PRe: had it visual tokens?",
+    "launched nothing": (
+        "nothing was trained with PRe: in this process the script trained no vision-language model by a "
+        "transformers.Trainer; if it did in others that the launcher cannot follow ({started}), start those by `{line}`"
+    ),
 }
 
 
@@ -114,6 +145,7 @@ class Notices:
 
     def __init__(self) -> None:
         self.given: set[str] = set()
+        self.turns: Counter[str] = Counter()
 
     def warn(self, name: str, **values: Any) -> None:
         """Give the warning `name` of WARNINGS with these values in it, if it has not been given."""
@@ -121,6 +153,16 @@ class Notices:
             self.given.add(name)
             warnings.warn(f"PRe: {WARNINGS[name].format(**values)}", stacklevel=3)
 
+    def settle(self, name: str) -> None:
+        """The warning `name` is not to be given in this training."""
+        self.given.add(name)
+
+    def turn(self, name: str) -> int:
+        """1, 2, ... in a training: how often the cause of the warning `name` has been looked for, or found."""
+        self.turns[name] += 1
+        return self.turns[name]
+
     def forget(self) -> None:
         """A new training begins."""
         self.given.clear()
+        self.turns.clear()

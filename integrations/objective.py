@@ -18,7 +18,7 @@ from .capture import Seen
 from .cosine import sample_cosine
 from .families import Parts
 from .parallel import Group
-from .rows import Rows, find_rows, finite, image_weights, pool, sample
+from .rows import Rows, find_rows, finite, image_weights, pool, sample, warn_of_images
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Losses:
         cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
         skipped: as in `Terms`.
         counted: what `Objective.count` should have said of this forward: its terms, before any were left out; 0-d.
+        empty: 0-d bool, whether there were images but no visual token, masked or not; None without images, and where
+            `mask_fn` or the model's own merge finds the visual tokens.
     """
 
     layers: list[Tensor]
@@ -71,6 +73,7 @@ class Losses:
     cosines: list[Tensor]
     skipped: Tensor | None
     counted: Tensor
+    empty: Tensor | None = None
 
 
 @dataclass
@@ -109,11 +112,12 @@ class Objective:
             return self._without_rows(seen, hidden, heads, divisor)
 
         rows.check(hidden[0])
+        warn_of_images(self.parts, rows, seen.inputs)
         with torch.no_grad():
             terms = self._terms(seen, rows, hidden, divisor)
         whole = terms.count if terms.whole is None else terms.whole
         counted = terms.count if terms.counted is None else terms.counted
-        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped, counted)
+        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped, counted, rows.empty)
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import Parts, placeholders, runs
+from .families import GENERIC, Inputs, Parts, runs
+from .visible import visible
+
+PATIENCE = 4  # forwards with images: the first few may have dummy images that the text does not name
 
 
 @dataclass
@@ -21,11 +24,14 @@ class Rows:
         mask: bool (B, T), those that count: placeholders that are not masked as padding.
         places: bool (B, T) for each kind, before the attention mask; empty if a mask_fn found them.
         numbers: integer (B, T) from a mask_fn that numbers the images.
+        empty: 0-d bool, whether there are images but no placeholder, masked or not; None where `mask_fn` or the model's
+            own merge finds the visual tokens.
     """
 
     mask: Tensor
     places: dict[str, Tensor]
     numbers: Tensor | None = None
+    empty: Tensor | None = None
 
     def images(self, parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
         """The number of each row's image (N,), batch-major, not necessarily without gaps."""
@@ -88,10 +94,94 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
     if not places:
         return None
     mask = torch.stack(list(places.values())).any(0)
-    attention = inputs.get("attention_mask")
-    if torch.is_tensor(attention) and attention.shape == mask.shape:
-        mask = mask & attention.bool().to(mask.device)
-    return Rows(mask, places)
+    empty = ~mask.any()
+    if torch.is_tensor(flags := inputs.get("image_flags")):  # InternVL's own code: 0 for a dummy image without tokens
+        empty = empty & flags.to(mask.device).any()
+    kept = visible(inputs, mask.shape, parts.notices)
+    if kept is not None:
+        mask = mask & kept.to(mask.device)
+    return Rows(mask, places, empty=empty)
+
+
+def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
+    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
+
+    A literal image token without an image is text; in a family that is not listed, whose images may come in an argument
+    of any name, a warning says so once. Empty for a text-only batch.
+
+    Raises:
+        ValueError: without `input_ids`.
+    """
+    precomputed = inputs.get("mm_encoder_outputs") or {}
+    named = {"image": parts.family.image_inputs, "video": parts.family.video_inputs}
+    tokens = parts.tokens
+    present = [
+        kind
+        for kind, names in named.items()
+        if tokens[kind] and any(map(_holds, (precomputed.get(kind), *(inputs.get(name) for name in names))))
+    ]
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
+            "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
+        )
+    if not present and parts.family is GENERIC:
+        _warn_of_tokens(parts, inputs, ids)
+    found = {}
+    for kind in present:
+        first, *others = tokens[kind]
+        found[kind] = ids == first
+        for other in others:
+            found[kind] = found[kind] | (ids == other)
+    return found
+
+
+def _holds(value: Any) -> bool:
+    """Whether an argument has images in it; collators also give an empty tensor or list for none."""
+    if torch.is_tensor(value):
+        return value.numel() > 0
+    return value is not None and not (isinstance(value, (list, tuple)) and not value)
+
+
+def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
+    """Looks at the first text-only forward of a training, the 2nd, 4th, 8th, ...
+
+    A look waits for the device: this way a training has some 20 of them, and yet one is made soon after the first
+    images come, however much text went before.
+    """
+    name = "image tokens without images"
+    if name in parts.notices.given or capturing():
+        return
+    turn = parts.notices.turn(name)
+    if turn & (turn - 1):
+        return
+    count = int(torch.isin(ids, ids.new_tensor(sum(parts.tokens.values(), ()))).sum())
+    if count:
+        known = ", ".join((*parts.family.image_inputs, *parts.family.video_inputs))
+        parts.notices.warn(name, count=count, known=known, got=", ".join(inputs))
+
+
+def warn_of_images(parts: Parts, rows: Rows, inputs: Inputs) -> None:
+    """Warn if none of a training's first `PATIENCE` forwards with images had a visual token.
+
+    The first that has one settles it, so that a training in order waits for the device once.
+    """
+    name = "images without image tokens"
+    if rows.empty is None or name in parts.notices.given or capturing():
+        return
+    if not rows.empty:
+        parts.notices.settle(name)
+    elif (turn := parts.notices.turn(name)) == PATIENCE:
+        known = (*parts.family.image_inputs, *parts.family.video_inputs)
+        got = ", ".join(n for n in known if inputs.get(n) is not None)
+        tokens = ", ".join(str(token) for ids in parts.tokens.values() for token in ids)
+        parts.notices.warn(name, got=got or "images", tokens=tokens, count=turn - 1)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, when the device must not be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:

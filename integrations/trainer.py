@@ -72,6 +72,7 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.active = True
+        self.warns = True  # of a training without a handle; the launcher has its own words
         self._replaced: dict[str, tuple[Any, Any]] = {}  # what the class had of its own, and what it has now
         if not hasattr(target, "get_batch_samples"):
             warnings.warn(
@@ -171,7 +172,8 @@ def _inner_training_loop(
     trainer._pre_counting = None
     if handle is None:
         names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
-        Notices().warn("no handle", **names)
+        if getattr(trainer, _MARK).warns:
+            Notices().warn("no handle", **names)
         return original(*args, **kwargs)
     inner = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
     if handle.model not in (trainer.model, inner):

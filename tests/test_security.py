@@ -20,6 +20,7 @@ ALLOWED = {
     ("integrations/launch.py", "runpy.run_path"),  # the script that the user names: what the launcher is for
     ("integrations/launch.py", "runpy.run_module"),
     ("integrations/launch.py", "importlib.import_module"),  # a callable that the user names as module:name
+    ("integrations/follow.py", "subprocess.Popen"),  # not called: what the script starts gets the launcher in front
     ("pre_kernels/diagnose/data.py", "importlib.import_module"),  # an optional package by a name in the source
     ("pre_kernels/check/command.py", "subprocess.Popen"),  # an implementation's checks, which may crash
     ("pre_kernels/check/memory.py", "subprocess.run"),  # a module of ours, whose peak is measured

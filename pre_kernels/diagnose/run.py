@@ -25,7 +25,7 @@ from pre_kernels.integrations import Reader, Sample, measure
 
 from .data import Images, MaskSource, find_images, names, open_image, open_masks
 from .loading import SPREAD, Loaded, load
-from .samples import PROMPT, Preparation, Unreadable, ahead
+from .samples import PROMPT, Preparation, Unusable, ahead, counted, none_left
 
 PARTS = "parts"  # the folder of what each model gave, and of how far an interrupted run came
 PARTIAL = ".partial"  # ends the name of a file while it is being written
@@ -143,7 +143,7 @@ def examine(
         console.print(f"{name}: goes on after {more['done']} of {len(images.items)} images")
     else:
         layers = LayerReport(settings.metrics, seed=settings.seed)
-        more = {"done": 0, "masked": 0, "unreadable": [], "maps": [], "seconds": 0.0}
+        more = {"done": 0, "masked": 0, "left_out": [], "maps": [], "seconds": 0.0}
     console.print(f"{name}: loading")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     loaded = load(source, dtype, settings.device, settings.trust_remote_code)
@@ -152,7 +152,7 @@ def examine(
         with Reader(loaded.model, settings.layers) as reader, progress(console) as bar:
             depth = reader.depth
             task = bar.add_task(name, total=len(images.items), completed=more["done"])
-            for sample, item in readable(loaded, images, masks, settings, more, console):
+            for sample, item in usable(loaded, images, masks, settings, more, console):
                 try:
                     (hidden,) = measure(reader, [sample], layers, lens=settings.lens, device=loaded.model.device)
                 except ValueError as error:
@@ -165,19 +165,19 @@ def examine(
                 saver.now_and_then()
     finally:
         # an image that was stopped in is added in part, and not done: it would be added again; the last save stands
-        if more["done"] and more["done"] == layers.images + len(more["unreadable"]):
+        if more["done"] and more["done"] == layers.images + len(more["left_out"]):
             more["seconds"] += saver.elapsed()
             saver.save()
     if masks is not None and not more["masked"]:
         console.print(f"masks: {settings.masks} has none of these images", style="yellow")
     if not layers.images:
-        raise ValueError(f"images: none of the {len(images.items)} in {images.folder} can be read")
+        raise ValueError(none_left(images, more["left_out"]))
     result = {"depth": depth, "rows": layers.rows(), "device": device_name(settings.device), **more}
     part.keep(result)
     return result
 
 
-def readable(
+def usable(
     loaded: Loaded,
     images: Images,
     masks: MaskSource | None,
@@ -185,12 +185,12 @@ def readable(
     more: dict[str, Any],
     console: Console,
 ) -> Iterator[tuple[Sample, Any]]:
-    """What is left of the images as samples; those that cannot be read are named and counted."""
+    """What is left of the images as samples; those that cannot be used are named and counted."""
     prepare = Preparation(loaded.model, loaded.processor, masks, settings.prompt)
     for item, sample in ahead(prepare, images.items[more["done"] :]):
-        if isinstance(sample, Unreadable):
+        if isinstance(sample, Unusable):
             console.print(f"left out: {sample}", style="yellow")
-            more["unreadable"].append(item.name)
+            more["left_out"].append((item.name, sample.reason))
             more["done"] += 1
         else:
             yield sample, item
@@ -234,8 +234,7 @@ def described(settings: Settings, images: Images, found: list[dict[str, Any]], c
             maps.setdefault(key, one | {"similarity": {}})["similarity"][result["name"]] = one["similarity"]
     models = []
     for result in found:
-        skipped = result["unreadable"]
-        notes = [f"{len(skipped)} images could not be read: {', '.join(skipped[:10])}"] if skipped else []
+        notes = counted(result["left_out"])
         if settings.masks is not None and not result["masked"]:
             notes.append(f"{settings.masks} has no mask of any of these images")
         notes += sorted({row["notes"] for row in result["rows"] if row["notes"]})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from pre_kernels.integrations import Sample
 from pre_kernels.integrations.families import visual_tokens
 
-from .data import Item, MaskSource, find_images, open_image, open_masks
+from .data import Images, Item, MaskSource, find_images, open_image, open_masks
 from .geometry import find_packing, token_grid, token_objects
 
 PROMPT = "Describe the image."
 AHEAD = 4  # images that are prepared while the model is busy
+LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the model's processor"}
 
 
 class Preparation:
@@ -40,13 +42,18 @@ class Preparation:
         """The image as a batch of one, on the CPU.
 
         Raises:
-            ValueError: naming the file: an image that cannot be read (`Unreadable`), or a mask that does not fit.
+            ValueError: naming the file: an image that cannot be read or that the processor refuses (`Unusable`), or a
+                mask that does not fit.
         """
         try:
             image = open_image(item.path)
         except ValueError as error:
-            raise Unreadable(str(error)) from error
-        inputs = dict(self._process(image, return_tensors="pt"))
+            raise Unusable("unreadable", str(error)) from error
+        try:
+            inputs = dict(self._process(image, return_tensors="pt"))
+        except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:  # what sizes and pixels may lead to
+            name = type(self.processor).__name__
+            raise Unusable("refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}") from error
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
@@ -70,8 +77,12 @@ class Preparation:
         return self.processor(images=[image], text=[self.text], **options)
 
 
-class Unreadable(ValueError):
-    """An image that cannot be read: others can."""
+class Unusable(ValueError):
+    """An image that is left out, while others can be used; `reason` is a key of `LEFT_OUT`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_samples(
@@ -89,21 +100,48 @@ def load_samples(
     """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
 
     Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the callback's figures.
+    Images that cannot be read, or that the processor refuses, are left out, and a warning names each of them.
 
     ```python
     samples = load_samples(model, processor, "held-out/", limit=256)
     ```
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: naming the argument, what came and what is wanted; if every image is left out.
     """
     source = None if masks is None else open_masks(Path(masks), background)
     found = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
-    return list(map(Preparation(model, processor, source, prompt), found.items))
+    prepare = Preparation(model, processor, source, prompt)
+    samples: list[Sample] = []
+    left_out: list[tuple[str, str]] = []
+    for item in found.items:
+        try:
+            samples.append(prepare(item))
+        except Unusable as error:
+            left_out.append((item.name, error.reason))
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    if not samples:
+        raise ValueError(none_left(found, left_out))
+    return samples
 
 
-def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[tuple[Item, Sample | Unreadable]]:
-    """Each item with its sample, or with why its image cannot be read, in order; some are prepared ahead in threads."""
+def none_left(images: Images, left_out: Sequence[tuple[str, str]]) -> str:
+    """What is wrong where no image is left; `left_out` has the name and the reason of each."""
+    return f"images: none of the {len(images.items)} in {images.folder} can be used: {'; '.join(counted(left_out))}"
+
+
+def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """For each reason how many images it was, and the first of them."""
+    found = []
+    for reason, what in LEFT_OUT.items():
+        names = [name for name, its in left_out if its == reason]
+        if names:
+            found.append(f"{len(names)} images {what}: {', '.join(names[:10])}")
+    return found
+
+
+def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[tuple[Item, Sample | Unusable]]:
+    """Each item with its sample, or with why its image is left out, in order; some are prepared ahead in threads."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: list[tuple[Item, Future[Sample]]] = []
         rest = iter(items)
@@ -116,7 +154,7 @@ def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[
                 item, future = waiting.pop(0)
                 try:
                     yield item, future.result()
-                except Unreadable as error:
+                except Unusable as error:
                     yield item, error
         finally:
             for _, future in waiting:

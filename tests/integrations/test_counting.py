@@ -44,7 +44,7 @@ def run(
 ) -> tuple[list[dict[str, torch.Tensor]], Any, list[str]]:
     """(the gradients of each step, the handle, PRe's warnings); the parameters stay as they are."""
     model, recorder = build("llava"), Recorder()
-    handle = apply_pre(model, **{name: more.pop(name) for name in ("mask_fn", "nonfinite") if name in more})
+    handle = apply_pre(model, mask_fn=more.pop("mask_fn", None))
     before = copy_of(handle.head)
     with warnings.catch_warnings(record=True) as caught, patch_trainer():
         warnings.simplefilter("always")
@@ -246,12 +246,6 @@ def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
     for step in steps:
         assert_head(step, own_means(handle))
     only(said, r"micro-batches of InOrder did not come from Trainer.get_batch_samples")
-
-
-def test_skipped_tokens_were_counted(tmp_path: Path) -> None:
-    """What nonfinite="skip" leaves out is no difference."""
-    _, _, said = run(InOrder, tmp_path, nonfinite="skip")
-    assert said == []
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from eager import assert_same_gradients, copy_of, expected_gradients, gradients, pre_loss, watch
 from packaging.version import Version
-from pre_kernels.integrations import apply_pre, families
+from pre_kernels.integrations import apply_pre, families, rows
 from tiny_models import ALL, DEPTH, FAMILIES, IMAGE, VIDEO, batch, build, text_config
 from torch import nn
 from torch.nn import functional as F
@@ -262,11 +262,11 @@ def test_videos_count_only_with_a_video() -> None:
     model = build("qwen2_5_vl")
     parts = families.find_parts(model)
     ids = torch.tensor([[5, 60, 61, 61, 6]])
-    found = families.placeholders(parts, {"input_ids": ids, "pixel_values_videos": torch.ones(1)})
+    found = rows.placeholders(parts, {"input_ids": ids, "pixel_values_videos": torch.ones(1)})
     assert {kind: mask.tolist() for kind, mask in found.items()} == {"video": [[False, False, True, True, False]]}
-    both = families.placeholders(parts, {"input_ids": ids, "pixel_values": 1, "pixel_values_videos": 1})
+    both = rows.placeholders(parts, {"input_ids": ids, "pixel_values": 1, "pixel_values_videos": 1})
     assert sorted(both) == ["image", "video"]
-    assert families.placeholders(parts, {"input_ids": ids, "pixel_values": None}) == {}
+    assert rows.placeholders(parts, {"input_ids": ids, "pixel_values": None}) == {}
 
 
 def test_runs_and_grids_number_the_images() -> None:
@@ -323,7 +323,7 @@ def test_image_tokens_stand_for_videos() -> None:
     parts = families.find_parts(build("glm4v"))
     ids = torch.tensor([[5, IMAGE, VIDEO]])
     for name, kind in (("pixel_values", "image"), ("pixel_values_videos", "video")):
-        found = families.placeholders(parts, {"input_ids": ids, name: torch.ones(1)})
+        found = rows.placeholders(parts, {"input_ids": ids, name: torch.ones(1)})
         assert list(found) == [kind]
         assert found[kind].tolist() == [[False, True, False]]
 

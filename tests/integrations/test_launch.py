@@ -210,6 +210,17 @@ def test_targets(
         (["--config", "binary.yaml", "--", "ok.py"], "--config: 'binary.yaml' is no valid YAML"),
         (["--config", "typo.yaml", "--", "ok.py"], "--config typo.yaml: unknown setting 'wieght'; did you mean weight"),
         (["--head", "nowhere", "--", "ok.py"], "--head: 'nowhere/pre_head.json' is missing"),
+        (
+            ["--", "bash", "run.sh"],
+            "script: 'bash' is a shell's, which cannot be followed; write `python -m pre_kernels",
+        ),
+        (["--", "./run.sh"], "script: './run.sh' is a shell's, which cannot be followed"),
+        (["--", "ray", "job"], "script: 'ray' runs its command elsewhere, where it cannot be followed; let that"),
+        (["--", "env", "A=1", "ok.py"], "script: 'env' is no python program; put it in front: `env … python -m pre_"),
+        (["--", "python", "-c", "x"], "script: got 'python -c x', want a script or -m module; python's own flags go"),
+        (["--", "python", "-X", "dev", "ok.py"], "script: got 'python -X dev', want a script or -m module"),
+        (["--", "python"], "script: got 'python', want a script or -m module"),
+        (["--", "python", "missing.py"], "script: 'missing.py' is neither a file nor an installed console command"),
     ],
 )
 def test_errors_before_any_work(
@@ -274,7 +285,8 @@ def test_models_that_are_left_alone_and_models_that_come_late(run: Any, capsys: 
     said = capsys.readouterr().err
     assert "PRe: not attached to LlamaForCausalLM: it is no vision-language model" in said
     assert said.count("PRe: attached") == 3
-    assert "WARNING" not in said
+    assert said.count("WARNING") == 1  # of the first training, before its second step
+    assert "PRe: WARNING: InOrder trains LlamaForCausalLM, which is no vision-language model" in said
 
 
 def test_peft_model(run: Any) -> None:

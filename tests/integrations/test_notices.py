@@ -20,7 +20,7 @@ from pre_kernels.integrations.notices import WARNINGS, Notices
 from test_head_training import make
 from tiny_models import batch, build
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 
 def said(do: Callable[[], Any]) -> list[str]:
@@ -92,6 +92,12 @@ def test_an_optimizer_that_leaves_out(arrange: Any, name: str) -> None:
     assert texts[0].endswith(last)
 
 
+def test_watching_an_optimizer_without_the_head_says_it_at_once() -> None:
+    assert [text[:50] for text in said(lambda: watched(build("llava")))] == [
+        "PRe: the optimizer (SGD) steps the model but not `"
+    ]
+
+
 def one(model: nn.Module) -> Any:
     apply_pre(model)
     return torch.optim.SGD(model.parameters(), lr=0.1)
@@ -148,11 +154,18 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
     assert len(hooks) == len(there) + 1
     second.remove()
     assert dict(hooks) == there
-
-    lost = copy.deepcopy(apply_pre(build("llava")).model)
-    del lost
+    copy.deepcopy(apply_pre(build("llava")).model)
     gc.collect()
     torch.optim.SGD(nn.Linear(2, 2).parameters()).step()  # nobody is left to tell
+    apply_pre(build("llava")).remove()
+    assert dict(hooks) == there
+
+    lost = copy.deepcopy(apply_pre(build("llava")).model)
+    others = register_optimizer_step_pre_hook(lambda *_: None)  # torch goes on to it
+    del lost
+    gc.collect()
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    others.remove()
     assert dict(hooks) == there
 
 

@@ -97,7 +97,7 @@ def fsdp2_that_casts() -> Any:
             fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         with handle.defer(torch.tensor(1154.9)) as deferred:
             model(**data.inputs)
-        (term,) = deferred.take()
+        term = deferred.take()
         term.backward()
         found.append((term.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad))
     return found

@@ -1,0 +1,281 @@
+"""What the launcher does in the process of a script: PRe on the model of each `transformers.Trainer`; what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import inspect
+import os
+import shlex
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import checkpoint
+from .attach import apply_pre
+from .follow import Following, put
+from .handle import PreHandle, find_handle
+from .llava import is_original
+from .notices import WARNINGS
+from .trainer import patch_trainer, sharded
+
+
+class Launch:
+    """Inside it every `transformers.Trainer` that is constructed gets PRe on its model.
+
+    Args:
+        settings: keywords for `apply_pre`.
+        head: a folder with a saved head to start from.
+        again: the launcher's arguments, for the processes that this one starts; None: they are left alone.
+        followed: this process was started by one under the launcher, which may have others that train.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        head: str | None = None,
+        again: Sequence[str] | None = None,
+        followed: bool = False,
+    ) -> None:
+        self.settings, self.head, self.followed = settings, head, followed
+        self.children = Following(again or ())
+        self._follows = again is not None
+        self.trained: dict[str, bool] = {}  # whether trainings that ended had a term, by the model's name
+        self.begun = self.told = False
+        self._attached = self._stepped = self._active = self._patched = False
+        self._known = weakref.WeakSet[Any]()  # Trainers that have the callback, models that are no vision-language ones
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Launch:
+        self._active = True
+        if self._follows:
+            self._undo.enter_context(self.children)
+        put(self._undo, PreHandle, "__init__", self._noting)
+        self._undo.callback(register_optimizer_step_post_hook(self._first_step).remove)
+        if "transformers.trainer" in sys.modules:
+            self._patch()
+        else:  # not yet: scripts set what transformers reads when it is imported
+            self._undo.enter_context(_Importing("transformers.trainer", self._patch))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._active = False  # wrappers that others wrapped stay in place
+        self._undo.close()
+
+    def _noting(self, construct: Callable[..., None]) -> Any:
+        def __init__(handle: PreHandle, *args: Any, **kwargs: Any) -> None:
+            self._attached = True
+            construct(handle, *args, **kwargs)
+
+        return __init__
+
+    def _patch(self) -> None:
+        from transformers import Trainer
+
+        if self._patched:
+            return
+        self._patched = True
+        self._undo.enter_context(patch_trainer()).warns = False
+
+        def constructs(construct: Callable[..., None]) -> Any:
+            def __init__(trainer: Any, *args: Any, **kwargs: Any) -> None:
+                construct(trainer, *args, **kwargs)
+                self._prepare(trainer)
+
+            return __init__
+
+        def trains(train: Callable[..., Any]) -> Any:
+            def train_(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+                self._prepare(trainer)  # others may have replaced __init__, or the model
+                return train(trainer, *args, **kwargs)
+
+            return train_
+
+        def makes_model(model_init: Callable[..., Any]) -> Any:
+            def call_model_init(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+                model = model_init(trainer, *args, **kwargs)
+                self._attach(trainer, model)
+                return model
+
+            return call_model_init
+
+        for name, made in (("__init__", constructs), ("train", trains), ("call_model_init", makes_model)):
+            put(self._undo, Trainer, name, made)
+
+    def _prepare(self, trainer: Any) -> None:
+        self._attach(trainer, trainer.model)
+        if self._active and trainer not in self._known:
+            self._known.add(trainer)
+            trainer.add_callback(_callback(self, trainer))
+
+    def _attach(self, trainer: Any, model: nn.Module) -> None:
+        if not self._active or model is None or model in self._known or find_handle(model) is not None:
+            return
+        name = type(_inside(model)).__name__
+        if "mask_fn" not in self.settings and not _is_vision_language(model):
+            self._known.add(model)
+            _say(f"not attached to {name}: it is no vision-language model")
+            return
+        with _seeded(model, trainer.args.seed):
+            handle = apply_pre(model, **self.settings)
+        if self.head is not None:
+            try:
+                handle.load(self.head)
+            except BaseException:
+                handle.remove()
+                raise
+        depth, settings = len(handle._objective.parts.layers), handle.settings()
+        size = sum(p.numel() for p in handle.head.parameters())
+        _say(
+            f"attached to {name}: layer {', '.join(map(str, handle.layers))} of {depth}, λ {handle.weight:g}, "
+            f"anchor {settings['anchor']}, level {settings['level']}, head of {size:,} parameters"
+            + (f" from {self.head}" if self.head is not None else "")
+        )
+
+    def _first_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Say before the training, and not after it, that it has no PRe."""
+        if self._stepped or not self._active:
+            return
+        self._stepped = True
+        trainer = _stepping_trainer()
+        if trainer is None:
+            if not self._attached:
+                self._warn("launched own loop")
+        elif find_handle(trainer.model) is None:
+            known = "launched no images" if trainer.model in self._known else "launched unseen"
+            self._warn(known, trainer=type(trainer).__name__, model=type(_inside(trainer.model)).__name__)
+
+    def report(self, failed: bool = False) -> None:
+        """Say loudly if PRe did nothing; where the script `failed`, its own error says why nothing was trained."""
+        for name in self.trained:
+            if not self.trained[name]:
+                self._warn("launched without terms", model=name)
+        if self.begun or self.told or failed or self.followed or self.children.followed:
+            return
+        started = f"`{self.children.lost[0]}`" if self.children.lost else "those of multiprocessing"
+        words = [word for word in self.children.launcher if not word.startswith("--followed")]
+        self._warn("launched nothing", started=started, line=shlex.join(["python", *words, "--", "train.py"]))
+
+    def _warn(self, key: str, **values: Any) -> None:
+        self.told = True
+        _say(f"WARNING: {WARNINGS[key].format(**values)}")
+
+
+def _stepping_trainer() -> Any:
+    """The Trainer whose optimizer steps now, whoever wrote the methods that lead here; None in another loop."""
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = inspect.currentframe()
+    while trainer is not None and frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _inside(model: Any) -> Any:
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    return model if unwrap is None else unwrap()
+
+
+def _is_vision_language(model: nn.Module) -> bool:
+    config = getattr(_inside(model), "config", None)
+    return is_original(_inside(model)) or any(
+        getattr(config, name, None) is not None
+        for name in (
+            "vision_config",
+            *(f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")),
+        )
+    )
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """The head is drawn alike on every rank, and what the script draws is what it draws without PRe."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _callback(launch: Launch, trainer: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class KeepsHead(TrainerCallback):
+        """Saves the head where a trainer's own way of saving leaves it out; sees to it that it is trained."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            handle = find_handle(trainer.model)
+            if handle is None:
+                return
+            launch.begun = True
+            if sharded(trainer) or more.get("optimizer") is None:
+                return
+            held = {id(p) for group in more["optimizer"].param_groups for p in group["params"]}
+            if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
+                raise RuntimeError(
+                    f"optimizer: {type(trainer).__name__}'s does not hold the parameters of `pre_head`, so the head "
+                    "would not train; make it after the Trainer, from all parameters that require grad"
+                )
+
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            self.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            handle = find_handle(trainer.model)
+            if handle is not None:
+                self.save(args.output_dir)
+                name, had = type(_inside(trainer.model)).__name__, handle.contributed or not handle.weight
+                launch.trained[name] = had or launch.trained.get(name, False)
+
+        def save(self, folder: str) -> None:
+            handle = find_handle(trainer.model)
+            if handle is not None:
+                checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
+
+    return KeepsHead()
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"PRe: {text}", file=sys.stderr, flush=True)
+
+
+class _Importing(importlib.abc.MetaPathFinder):
+    """Inside it `then` is called when module `name` has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self.name, self.then = name, then
+        self.active = False
+
+    def __enter__(self) -> _Importing:
+        self.active = True
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.active = False
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self.name or not self.active:
+            return None
+        others = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        spec = next((s for s in others if s is not None), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                if self.active:  # the module may be found now and run later
+                    self.then()
+
+            loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,115 @@
+"""Which tokens of a batch are padding, by each form of attention mask that a forward of transformers takes.
+
+Nothing here reads the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .notices import Notices
+
+HIDDEN = -1000.0  # an additive mask at or below it hides a key: e**-1000 is 0 in every dtype, and no bias goes so far
+
+
+def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> Tensor | None:
+    """bool (B, T), False for padding; None where the arguments of the forward say of no token that it is padding.
+
+    As in transformers `attention_mask` decides where there is one, else `cu_seq_lens_q`, else `position_ids`:
+
+    - a mask (B, T), or (B, K) with more keys before the tokens: what is not 0;
+    - (B or 1, heads or 1, T or 1, K), True or an addend near 0 where a query attends to a key: see `_attended`;
+    - a dict of such masks by the type of layer: what is visible in one of them;
+    - cumulative lengths: what is in a sequence of more than one token;
+    - position ids (B or 1, T), or (4, B, T) with those of the text first: the same, a sequence beginning where they do
+      not go on by 1. (3, B, T) is M-RoPE alone, which goes on in other ways.
+
+    Args:
+        inputs: the forward's arguments.
+        shape: (B, T) of `input_ids`.
+        notices: is told of a mask of another form, under which all tokens count.
+    """
+    given = inputs.get("attention_mask")
+    masks = list(given.values()) if isinstance(given, Mapping) else [given]
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return _in_sequences(inputs, shape)
+    found = None
+    for mask in masks:
+        kept = _under(mask, shape)
+        if kept is None:
+            notices.warn("attention mask of another form", what=_described(mask))
+        else:
+            found = kept if found is None else found | kept.to(found.device)
+    return found
+
+
+def _under(mask: Any, shape: torch.Size) -> Tensor | None:
+    """The tokens that are visible under one mask; None if its form is not known."""
+    if not torch.is_tensor(mask):
+        return None
+    if mask.shape == shape:
+        return mask.bool()
+    if len(shape) != 2 or mask.dim() not in (2, 4) or mask.shape[-1] < shape[1]:
+        return None
+    batch, tokens = shape
+    if mask.dim() == 2:
+        return mask[:, -tokens:].bool() if len(mask) == batch else None
+    if len(mask) not in (1, batch) or mask.shape[2] not in (1, tokens):
+        return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return None
+    attends = mask[..., -tokens:]
+    attends = (attends if mask.dtype == torch.bool else attends > HIDDEN).any(1)
+    return (_attended(attends) if mask.shape[2] > 1 else attends[:, 0]).expand(shape)
+
+
+def _attended(attends: Tensor) -> Tensor:
+    """The tokens (B, T) that have a part in something, T > 1, by which query attends to which key (B, T, T).
+
+    These are the ones that another query attends to. The last of a sequence is attended to by itself alone, like
+    padding whose own key was left to it, but it attends to others, and no later query goes back past it. A query
+    without any key may have been let attend to all of them, which is how some kernels are kept from nan: where others
+    leave out keys before them, one that attends to all, later ones too, is such a query.
+    """
+    tokens = attends.shape[-1]
+    place = torch.arange(tokens, device=attends.device)
+    whole = attends.all(-1)
+    gaps = (attends.tril(-1).sum(-1) < place).any(-1, keepdim=True)
+    # the last query of a causal mask also attends to all; not so when the one before it does
+    ahead = torch.cat([whole[:, :-1], whole[:, -1:] & whole[:, -2:-1]], -1)
+    attends = attends & ~(ahead & gaps)[..., None]
+
+    own = attends.diagonal(dim1=-2, dim2=-1)
+    by_others, to_others = (attends.sum(dim) > own for dim in (-2, -1))
+    first = attends.byte().argmax(-1).where(attends.any(-1), tokens)
+    earliest = F.pad(first[:, 1:], (0, 1), value=tokens).flip(-1).cummin(-1).values.flip(-1)  # of all later queries
+    return by_others | (own & to_others & (earliest >= place))
+
+
+def _in_sequences(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """The tokens of packed sequences that are longer than one token."""
+    if len(shape) != 2 or shape[1] == 1:  # of a row of one token, that is the sequence
+        return None
+    ends, places = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+    if torch.is_tensor(ends) and ends.dim() == 1:
+        lengths = F.pad(ends.diff(), (1, 1))  # before the first, and past the last
+        flat = torch.arange(shape.numel(), device=ends.device, dtype=ends.dtype)
+        return (lengths[torch.searchsorted(ends, flat, right=True)] > 1).view(shape)
+    if not torch.is_tensor(places) or places.is_floating_point():
+        return None
+    if places.dim() == 3 and len(places) == 4:
+        places = places[0]
+    if places.dim() != 2 or places.shape[1] != shape[1] or len(places) not in (1, shape[0]):
+        return None
+    begins = F.pad(places.diff(dim=-1) != 1, (1, 1), value=True)
+    return ~(begins[:, :-1] & begins[:, 1:]).expand(shape)
+
+
+def _described(mask: Any) -> str:
+    return f"{mask.dtype} of shape {tuple(mask.shape)}" if torch.is_tensor(mask) else f"a {type(mask).__name__}"
