@@ -91,14 +91,16 @@ FORMS = {
 def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
     data, valid = padded(where)
     mask = FORMS[form](square(valid))
-    data.inputs["attention_mask"] = mask
-    model = build("llava")
+    # in float32 gradients through queries whose scores have all gone down to the lowest number are noisy
+    data.inputs["attention_mask"] = mask if mask.dtype == torch.bool else mask.double()
+    data.inputs["pixel_values"] = data.inputs["pixel_values"].double()
+    model, plain = build("llava").double(), build("llava").double()
     handle = apply_pre(model)
     assert handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
     loss = model(**data.inputs).loss
     loss.backward()
     data.visual = data.visual & valid
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2])
+    wanted_loss, wanted = expected_gradients(plain, "llava", data, handle.head, [2])
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
     assert handle.metrics()["pre_tokens"] == data.visual.sum()
