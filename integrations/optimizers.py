@@ -83,9 +83,6 @@ _hook: RemovableHandle | None = None  # one for all, and only as long as there i
 
 def _watch(steps: Steps) -> None:
     global _hook
-    # a model that is gone takes its own with it: not in a step, where torch goes through its hooks; before `add`, since
-    # the last of the weak references is told first
-    weakref.finalize(steps, _unhook).atexit = False
     _live.add(steps)
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_stepped)

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 from pre_kernels.integrations import apply_pre, launch
+from pre_kernels.integrations.notices import WARNINGS
 
 import pre_kernels
 from pre_kernels import cli, fused_pre_loss
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "docs/troubleshooting.md")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
 # file endings of what a page calls a file, where it is no name of a class or an attribute
@@ -159,6 +160,19 @@ def table(after: str) -> set[str]:
 )
 def test_tables_of_options_are_complete(heading: str, function: Any, explained: set[str]) -> None:
     assert table(heading) | explained == set(inspect.signature(function).parameters)
+
+
+def test_every_warning_has_its_cause_and_remedy() -> None:
+    """Under its name in the table of warnings, with the words that one sees."""
+    sections = re.split(r"^### ", read("docs/troubleshooting.md"), flags=re.MULTILINE)[1:]
+    found = {section.partition("\n")[0]: section.split("\n\n") for section in sections}
+    assert found.keys() == WARNINGS.keys()
+    for name, (_, quoted, *explained) in found.items():
+        said = re.sub(r"^> PRe: (WARNING: )?", "", quoted)
+        parts = [re.escape(part.strip()) for part in said.replace("\n> ", " ").split("…")]
+        given = re.sub(r"{[^}]*}", "2", WARNINGS[name].replace("{labels}", "labels"))
+        assert re.match(".*".join(parts), given), name
+        assert explained, name
 
 
 def test_changelog() -> None:

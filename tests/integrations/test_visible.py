@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from eager import assert_same_gradients, expected_gradients, gradients
+from packaging.version import Version
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.notices import Notices
 from pre_kernels.integrations.visible import visible
@@ -89,14 +91,16 @@ FORMS = {
 def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
     data, valid = padded(where)
     mask = FORMS[form](square(valid))
-    data.inputs["attention_mask"] = mask
-    model = build("llava")
+    # in float32 gradients through queries whose scores have all gone down to the lowest number are noisy
+    data.inputs["attention_mask"] = mask if mask.dtype == torch.bool else mask.double()
+    data.inputs["pixel_values"] = data.inputs["pixel_values"].double()
+    model, plain = build("llava").double(), build("llava").double()
     handle = apply_pre(model)
     assert handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
     loss = model(**data.inputs).loss
     loss.backward()
     data.visual = data.visual & valid
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2])
+    wanted_loss, wanted = expected_gradients(plain, "llava", data, handle.head, [2])
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
     assert handle.metrics()["pre_tokens"] == data.visual.sum()
@@ -203,14 +207,27 @@ def check_gradients(family: str, data: Batch, valid: torch.Tensor) -> None:
     assert handle.metrics()["pre_tokens"] == data.visual.sum()
 
 
-def test_a_dict_of_masks_by_the_type_of_layer() -> None:
-    data = batch("gemma3", [[("text", 2), ("image", 8, 8), ("text", 12)]] * 2)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_gradients_under_a_dict_of_masks(family: str) -> None:
+    if family == "gemma3" and Version(transformers.__version__).major < 5:
+        pytest.skip("its loss takes no dict yet")
+    data = batch(family, [[("text", 2), ("image", 8, 8), ("text", 12)]] * 2)
     valid = torch.ones(data.visual.shape).bool()
-    valid[1, :7] = False  # with the image
+    valid[1, :9] = False  # with the image
+    tokens = valid.shape[1]
     causal = square(valid)
-    window = causal & ~torch.ones(valid.shape[1], valid.shape[1]).bool().tril(-WINDOW)
-    data.inputs["attention_mask"] = {"full_attention": causal, "sliding_attention": window}
-    check_gradients("gemma3", data, valid)
+    data.inputs["attention_mask"] = {"full_attention": causal}
+    if family == "gemma3":
+        window = causal & ~torch.ones(tokens, tokens).bool().tril(-WINDOW)
+        data.inputs["attention_mask"]["sliding_attention"] = window
+    else:
+        data.inputs["position_ids"] = torch.arange(tokens).expand(3, 2, tokens)
+    check_gradients(family, data, valid)
+
+
+def test_a_dict_of_masks_by_the_type_of_layer() -> None:
+    _, valid = padded("left")
+    causal = square(valid)
     none = torch.zeros_like(causal)
     for masks in ({"a": none, "b": causal}, {"a": causal, "b": None}, {"a": valid, "b": none}):
         assert torch.equal(look(masks, valid.shape), valid)
