@@ -19,6 +19,9 @@ class PreLightningCallback(Callback):
     lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
+    `from_pretrained` gives a model in eval mode and Lightning leaves it so: call its `.train()`, else L_PRe is not
+    added.
+
     It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its
     own in the checkpoint: `checkpoint["state_dict"]` has the names of the model without PRe, and a resumed training has
     the head back. Strategies that write their checkpoints themselves (DeepSpeed, sharded FSDP) keep the head in them.

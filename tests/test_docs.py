@@ -22,6 +22,7 @@ import pre_kernels
 from pre_kernels import cli, fused_pre_loss
 
 ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "docs/troubleshooting.md")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 from pre_kernels.integrations import launch
 
 ROOT = Path(__file__).parents[2] / "recipes"
+IN_CODE = {"lightning"}  # no transformers.Trainer, so no command
 COMMAND = re.compile(r"pre_kernels\.integrations\.launch\s(.*?)\s--\s", re.DOTALL)
 
 
+def blocks(readme: Path) -> list[str]:
+    return [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*\n|\n))+", readme.read_text(), re.MULTILINE)]
+
+
 def commands(readme: Path) -> list[str]:
-    blocks = "".join(line for line in readme.read_text().splitlines(keepends=True) if line.startswith("    "))
-    return COMMAND.findall(blocks.replace("\\\n", " "))
+    return COMMAND.findall("".join(blocks(readme)).replace("\\\n", " "))
 
 
-@pytest.mark.parametrize("readme", sorted(ROOT.rglob("README.md")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "readme",
+    [path for path in sorted(ROOT.rglob("README.md")) if path.parent.name not in IN_CODE],
+    ids=lambda path: path.parent.name,
+)
 def test_commands(readme: Path) -> None:
     found = commands(readme)
     assert found
@@ -28,6 +38,13 @@ def test_commands(readme: Path) -> None:
             given.config = str(readme.parent / Path(given.config).name)
             settings = launch._settings(given)
             assert settings["weight"] == 0.5
+
+
+@pytest.mark.parametrize("name", sorted(IN_CODE))
+def test_code(name: str) -> None:
+    code = next(block for block in blocks(ROOT / name / "README.md") if block.strip())
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    assert {"apply_pre", "PreLightningCallback"} <= called
 
 
 def test_every_folder_is_listed() -> None:
