@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 from pre_kernels.integrations.trainer import _create_optimizer
 from pre_kernels.integrations.training import MARK
+from ranks import config, deepspeed, need_deepspeed
 from test_head_training import make
 from tiny_models import batch, build
 from tiny_training import InOrder
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from two import both
 
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 
@@ -223,3 +227,29 @@ def test_groups_of_another_number_are_torchs_to_judge(tmp_path: Path) -> None:
     model = build("llava")
     with pytest.raises(ValueError, match=r"different number of parameter groups"):
         train(tmp_path, model, resume=True, max_steps=4, **SAVING)
+
+
+def prepared_by_accelerate() -> list[str]:
+    """In a process of two: an accelerate loop under DeepSpeed that watches what `prepare` gave back."""
+    deepspeed()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    settings = config(2, 1) | {"train_batch_size": 2}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+    handle = apply_pre(build("llava"))
+    assert accelerator.distributed_type == "DEEPSPEED"
+    model, optimizer = accelerator.prepare(handle.model, torch.optim.SGD(handle.model.parameters(), lr=0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watching = handle.watch(optimizer)
+        for _ in range(3):
+            accelerator.backward(model(**batch("llava").inputs).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    watching.remove()
+    assert handle.metrics()["pre_forwards"] == 3
+    return [text for w in caught if (text := str(w.message)).startswith("PRe: ")]
+
+
+def test_watching_what_accelerate_prepared_for_deepspeed() -> None:
+    need_deepspeed()
+    assert both(prepared_by_accelerate) == [[], []]
