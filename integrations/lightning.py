@@ -19,15 +19,13 @@ class PreLightningCallback(Callback):
     lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
-    `from_pretrained` gives a model in eval mode and Lightning leaves it so: call its `.train()`, else L_PRe is not
-    added.
-
     It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its
     own in the checkpoint: `checkpoint["state_dict"]` has the names of the model without PRe, and a resumed training has
     the head back. Strategies that write their checkpoints themselves (DeepSpeed, sharded FSDP) keep the head in them.
 
     Raises:
-        RuntimeError: at the start of a training whose module has no handle.
+        RuntimeError: at the start of a training whose module has no handle, or whose model is in eval mode, as
+            `from_pretrained` gives it and Lightning leaves it.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -39,8 +37,13 @@ class PreLightningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """λ at the middle of the step."""
-        steps = trainer.estimated_stepping_batches
-        _handle(pl_module).progress = min((trainer.global_step + 0.5) / max(steps, 1), 1.0)
+        handle, steps = _handle(pl_module), trainer.estimated_stepping_batches
+        if handle.enabled and not handle.model.training:
+            raise RuntimeError(
+                f"PreLightningCallback: {type(handle.model).__name__} is in eval mode, as from_pretrained gives it and "
+                "Lightning leaves it, so L_PRe would not be added; call its train() in the module's __init__"
+            )
+        handle.progress = min((trainer.global_step + 0.5) / max(steps, 1), 1.0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what was seen since the last log."""

@@ -163,6 +163,16 @@ def test_lightning(tmp_path: Path) -> None:
         fit(tmp_path, Module(attached=False), 1)
 
 
+def test_lightning_with_a_model_in_eval_mode(tmp_path: Path) -> None:
+    """As `from_pretrained` gives it, and Lightning leaves it."""
+    module = Module()
+    module.model.eval()
+    with pytest.raises(RuntimeError, match=r"LlavaForConditionalGeneration is in eval mode"):
+        fit(tmp_path, module, 1)
+    find_handle(module).enabled = False
+    fit(tmp_path, module, 1)
+
+
 def test_lightning_goes_on_with_the_head_that_was_saved(tmp_path: Path) -> None:
     trainer = fit(tmp_path, module := Module(), 2)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
