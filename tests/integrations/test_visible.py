@@ -331,7 +331,7 @@ class BlockMask:
         (torch.ones(2, 9), r"torch.float32 of shape \(2, 9\)"),
         (torch.ones(1, TOKENS), r"torch.float32 of shape \(1, 20\)"),
     ],
-    ids=str,
+    ids=["BlockMask", "3-D", "integers", "batch", "queries", "short", "one row"],
 )
 def test_a_mask_of_another_form_is_said_once(mask: Any, what: str) -> None:
     notices = Notices()
