@@ -61,7 +61,7 @@ class Forwards:
 
 def trl(kind: str) -> tuple[Any, Any]:
     """The trainer and its config; skips where this TRL has none for images."""
-    module = importlib.import_module(f"trl.trainer.{kind.lower()}_trainer")
+    module = pytest.importorskip(f"trl.trainer.{kind.lower()}_trainer")
     if "images" not in Path(module.__file__).read_text(encoding="utf-8"):
         pytest.skip(f"this TRL's {kind}Trainer takes no images")
     found = importlib.import_module("trl")
