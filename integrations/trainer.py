@@ -131,9 +131,9 @@ class TrainerPatch:
 
     def _call(self, name: str, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapper of `name` around `original`, but inside itself: the outermost of class and instance counts."""
-        inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
-        if not self.active or name in inside or trainer.model is None:
+        if not self.active or trainer.model is None or name in vars(trainer).get("_pre_inside", ()):
             return original(*args, **kwargs)
+        inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
         inside.add(name)
         try:
             if name in _ENTRIES:
@@ -145,6 +145,8 @@ class TrainerPatch:
             return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
         finally:
             inside.discard(name)
+            if not inside:
+                del trainer._pre_inside
 
     @contextlib.contextmanager
     def _on(self, trainer: Any) -> Iterator[None]:
@@ -189,7 +191,7 @@ def _inner_training_loop(
         try:
             return original(*args, **kwargs)
         finally:
-            trainer._pre_counting = None
+            del trainer._pre_counting
             handle.advise(None)
 
 

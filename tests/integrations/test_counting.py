@@ -59,7 +59,7 @@ def run(
             prepare(trainer)
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in handle.head.named_parameters())
-    assert "training_step" not in vars(trainer)
+    assert not any(name.startswith("_pre") or name in METHODS for name in vars(trainer))
     assert "pre_loss" in trainer.state.log_history[0]
     said = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
     return recorder.steps, handle, said
