@@ -87,7 +87,8 @@ def test_model_without_visual_tokens(tmp_path: Path) -> None:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32
     )
     with pytest.raises(
-        ValueError, match=r"names no visual tokens .*add .*image_token_id .*in its config.json, .* is enough"
+        ValueError,
+        match=r"names no visual tokens .*InternVL's own chat code .*it is enough to set image_token_id .*in config.json",
     ):
         apply_pre(LlamaForCausalLM(config))
     LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -249,7 +249,7 @@ def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    """What is counted, compared and warned of reads no more on the host than a training without PRe."""
+    """What is counted, compared and warned of reads no more on the host than a training without PRe, but once."""
     waits: list[list[str]] = []
 
     class Watched(InOrder):
@@ -269,4 +269,5 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         data_collator=collate("llava", UNEQUAL_IMAGES),
     )
     trainer.train()
-    assert with_pre == waits
+    assert len(with_pre[0]) <= len(waits[0]) + 1  # the first images are looked at once
+    assert with_pre[1:] == waits[1:]
