@@ -30,7 +30,12 @@ def processor() -> LlavaProcessor:
     model = Tokenizer(WordLevel(words, unk_token="<3>"))
     model.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<0>", "bos_token": "<1>", "eos_token": "<2>", "unk_token": "<3>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, additional_special_tokens=["<image>"], **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],  # generate() refuses transformers 4's token_type_ids
+        **special,
+    )
     images = CLIPImageProcessor(do_resize=False, do_center_crop=False)
     return LlavaProcessor(
         image_processor=images,
