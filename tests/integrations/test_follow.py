@@ -79,7 +79,7 @@ def package(name: str) -> str:
         ([PY, "-"], None),
         ([PY], None),
         ([PY, "-m"], None),
-        ([PY, "-m", "pip", "install", "x"], None),
+        ([PY, "-m", "pytest", "x"], None),
         ([PY, "-m", "http.server"], None),
         ([PY, "-m", "torch.utils.collect_env"], None),
         ([PY, "-S", "train.py"], None),
