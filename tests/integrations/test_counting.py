@@ -106,8 +106,8 @@ def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
     only(said, r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ")
 
 
-def test_inputs_that_a_module_around_the_model_makes(tmp_path: Path) -> None:
-    """The same, at a log that comes late: until then each micro-batch is looked at on the device."""
+def test_inputs_that_are_made_after_counting_before_a_log_that_comes_late(tmp_path: Path) -> None:
+    """Until it comes each micro-batch is looked at on the device."""
     steps, handle, said = run(PixelsLater, tmp_path, logging_steps=3)
     for step in steps:
         assert_head(step, own_means(handle))
