@@ -15,7 +15,7 @@ from .capture import Capture, Seen
 from .deferred import Deferred
 from .gradient import GradientNorm
 from .objective import Losses, Objective
-from .optimizers import Steps, parameters, split, unwrapped
+from .optimizers import Steps, ignore, listen, parameters, split, unwrapped
 from .output import add_to_loss, keep_in_graph, logits, share, tensors
 from .saved_keys import SavedKeys
 from .training import Training, number
@@ -61,6 +61,7 @@ class PreHandle:
 
         model.add_module(ATTRIBUTE, head)
         self._saved_keys = SavedKeys(model, ATTRIBUTE)
+        listen(self)
         self._capture: Capture | None = Capture(
             model, objective.parts, objective.layers, self._start, self._finish, self._missed, self._skipped
         )
@@ -189,7 +190,7 @@ class PreHandle:
             raise TypeError(f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer")
         mine, others = split(self._model, self.head)
         held = {id(p) for p in parameters(inner)}
-        if held & others and not held & mine:
+        if held & others and not held & mine.keys():
             self.notices.warn("optimizer without the head", optimizer=type(inner).__name__)
         return inner.register_step_pre_hook(self._measure)
 
@@ -228,7 +229,7 @@ class PreHandle:
             return
         self._capture.remove()
         self._capture = self._own = None
-        self._steps.remove()
+        ignore(self)
         self._saved_keys.remove()
         delattr(self._model, ATTRIBUTE)
 
@@ -319,16 +320,19 @@ class PreHandle:
         if self._without is not None:
             self._watchdog.watch_without(self._without, tensors(output))
 
+    def stepped(self, optimizer: Any) -> None:
+        """An optimizer's step begins, see `optimizers.listen`."""
+        self._steps.see(optimizer, self._model, self.head)
+
     def _check_steps(self) -> None:
         """After an optimizer's first step: that it has the head, and that a schedule moves on."""
         if not self._steps.count:
             return
         if self._training.scheduled and not self._progressed:
             self.notices.warn("no progress", weight=self.scheduled_weight)
-        left_out = self._steps.verdict(self._model, self.head)
+        left_out = self._steps.verdict()
         if left_out is not None and not self.notices.given & {"optimizer refuses", "optimizer given"}:
-            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._steps.optimizers}))
-            self.notices.warn(f"optimizer without the {left_out}", optimizer=kinds)
+            self.notices.warn(f"optimizer without the {left_out}", optimizer=", ".join(sorted(self._steps.kinds)))
 
     def _check_frozen(self) -> None:
         trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat

@@ -13,53 +13,50 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Steps:
-    """The optimizer steps since it was made, of every `torch.optim.Optimizer` in this process, until `remove()`.
+    """What the optimizers that have stepped hold of a model and its head.
+
+    It is looked up when a step begins: in a forward FSDP has other parameters in the place of those it splits.
 
     Attributes:
-        count: of the steps.
+        count: of steps, of any optimizer.
+        kinds: names of the optimizers that hold something of the model.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.judged = 0  # the number of optimizers at the last verdict
-        _watch(self)
+        self.kinds: set[str] = set()
+        self._known: set[int] = set()
+        self._missing: set[str] | None = None  # parameters of the head that none of them holds
+        self._others = self._news = False
 
-    def __reduce__(self) -> Any:
-        return Steps, ()  # copies and pickles of a model have seen nothing
-
-    def remove(self) -> None:
-        """See no more steps."""
-        _live.discard(self)
-        _unhook()
-
-    def see(self, optimizer: Any) -> None:
+    def see(self, optimizer: Any, model: nn.Module, head: nn.Module) -> None:
         """A step of `optimizer` begins."""
         self.count += 1
-        self.optimizers.add(optimizer)
-
-    def verdict(self, model: nn.Module, head: nn.Module) -> str | None:
-        """What the optimizers that have stepped leave out: "head", "model" (all of it but the head), or None.
-
-        None too while none of them has a parameter of the model: an engine that keeps copies steps those.
-        """
-        if self.judged == len(self.optimizers):
-            return None
-        self.judged = len(self.optimizers)
+        if id(optimizer) in self._known:
+            return
+        self._known.add(id(optimizer))
+        held = {id(p) for p in parameters(optimizer)}
         mine, others = split(model, head)
-        held = {id(p) for optimizer in self.optimizers for p in parameters(optimizer)}
-        if not held & (mine | others):
+        if not held & (mine.keys() | others):  # of another model, or of an engine that keeps copies
+            return
+        missing = {name for i, name in mine.items() if i not in held}
+        self._missing = missing if self._missing is None else self._missing & missing
+        self._others |= not others or bool(others & held)
+        self._news = True
+        self.kinds.add(type(optimizer).__name__)
+
+    def verdict(self) -> str | None:
+        """What all of them leave out, once for each that is new: "head", "model" (all but the head), or None."""
+        if not self._news:
             return None
-        if mine - held:
-            return "head"
-        return "model" if mine and others and not others & held else None
+        self._news = False
+        return "head" if self._missing else None if self._others else "model"
 
 
-def split(model: nn.Module, head: nn.Module) -> tuple[set[int], set[int]]:
-    """The ids of the parameters that require grad: the head's, and the others of the model."""
-    mine = {id(p) for p in head.parameters()}
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    return mine & trained, trained - mine
+def split(model: nn.Module, head: nn.Module) -> tuple[dict[int, str], set[int]]:
+    """Of the parameters that require grad: the ids and names of the head's, and the ids of the model's others."""
+    mine = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
+    return mine, {id(p) for p in model.parameters() if p.requires_grad} - mine.keys()
 
 
 def parameters(optimizer: Any) -> Iterable[Any]:
@@ -77,24 +74,27 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-_live: weakref.WeakSet[Steps] = weakref.WeakSet()
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
 _hook: RemovableHandle | None = None  # one for all, and only as long as there is somebody to tell
 
 
-def _watch(steps: Steps) -> None:
+def listen(handle: Any) -> None:
+    """`handle.stepped(optimizer)` is called when an optimizer's step begins; a copy of it is told nothing."""
     global _hook
-    _live.add(steps)
+    _live.add(handle)
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_stepped)
 
 
-def _unhook() -> None:
+def ignore(handle: Any) -> None:
+    """The end of `listen`. Not inside a step, where torch goes through its hooks."""
     global _hook
+    _live.discard(handle)
     if not _live and _hook is not None:
         _hook.remove()
         _hook = None
 
 
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for steps in list(_live):
-        steps.see(optimizer)
+    for handle in list(_live):
+        handle.stepped(optimizer)

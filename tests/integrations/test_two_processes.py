@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
         assert args.device.type == "cpu"  # which also sets accelerate up
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # it does not shard on CPUs
         PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 does not take "cpu:0"
-    with patch_trainer():
+    with patch_trainer(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PRe: ")  # nothing is wrong, whatever splits the parameters
         trainer = InOrder(
             model=model,
             args=args,
