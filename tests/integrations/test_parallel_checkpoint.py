@@ -44,7 +44,6 @@ def wrap(how: str, model: nn.Module) -> Any:
 
 def roundtrip(how: str, folder: str) -> None:
     """A step, save to "trained", load "given", save to "loaded", a step of rate 0, save to "kept"."""
-    warnings.filterwarnings("error", message="PRe: ")  # nothing is wrong, whatever splits the parameters
     model, handle = made(group="world")
     wrapped, backward, step, optimizer = wrap(how, model)
     model_argument = {"model": wrapped} if "fsdp1" in how else {}
@@ -70,13 +69,19 @@ def roundtrip(how: str, folder: str) -> None:
     save("kept")
 
 
+def quiet_roundtrip(how: str, folder: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PRe: ")  # nothing is wrong, whatever splits the parameters
+        roundtrip(how, folder)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_roundtrip(how: str, tmp_path: Path) -> None:
     if "zero" in how:
         need_deepspeed()
     given = apply_pre(build("llava", seed=8))
     given.save(tmp_path / "given")
-    both(roundtrip, how, str(tmp_path))
+    both(quiet_roundtrip, how, str(tmp_path))
 
     _, gradients = by_hand([r[:1] for r in UNEVEN], forwards=1)
     _, fresh = made()
