@@ -9,8 +9,9 @@ from torch import Tensor
 class Deferred:
     """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is back-propagated.
 
-    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards had another number of terms than was
-    counted for them, it is their own mean, divided by the number of micro-batches: nothing is read on the host.
+    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass had more terms than
+    were counted, it is their own mean, divided by the number of micro-batches: nothing is read on the host. Fewer may be
+    a part of the micro-batch, which has a backward pass for each.
 
     Args:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
@@ -48,6 +49,6 @@ class Deferred:
             if self.counted is not None:
                 divisor = torch.as_tensor(self.divisor, device=device)
                 own = divisor / (whole * self.micro_batches)
-                total = total * torch.where(counts.sum() == self.counted.to(device), 1.0, own)
+                total = total * torch.where(counts.sum() <= self.counted.to(device), 1.0, own)
         self.added = self.added + total.detach()
         return total

@@ -41,7 +41,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       resumed with it, and the reverse.
 
     Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later), or forwards have
-    others than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
+    more than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
     transformers 4.46 nothing is counted: each forward with labels adds its own mean, as without this patch.
 
     While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a subclass's own, or

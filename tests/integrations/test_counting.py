@@ -142,6 +142,25 @@ def test_two_forwards_of_a_batch(kind: type, times: float, tmp_path: Path) -> No
     only(said, r"16 visual tokens .* counted ahead .* and the forwards had 32: ")
 
 
+class Halves(InOrder):
+    """A backward pass for each sample of a micro-batch, as one does against want of memory."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = [collate("llava", UNEQUAL_IMAGES)([i]) for i in self.indices.pop(0)]
+        return sum(super(Halves, self).training_step(model, part, *args, **kwargs) for part in parts)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.indices = [[0, 1], [2, 3]]
+        return super().get_batch_samples(*args, **kwargs)
+
+
+def test_a_micro_batch_in_parts(tmp_path: Path) -> None:
+    steps, handle, said = run(Halves, tmp_path)
+    for step in steps:
+        assert_head(step, of_the_step(handle))
+    assert said == []
+
+
 def prompts(indices: list[int]) -> dict[str, torch.Tensor]:
     """A mapping that the forward's arguments are made of later."""
     data = collate("llava", UNEQUAL_IMAGES)(indices)
@@ -249,7 +268,10 @@ def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    """What is counted, compared and warned of reads no more on the host than a training without PRe."""
+    """What is counted, compared and warned of reads no more on the host than a training without PRe.
+
+    But once: whether the first images have visual tokens.
+    """
     waits: list[list[str]] = []
 
     class Watched(InOrder):
@@ -269,4 +291,5 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         data_collator=collate("llava", UNEQUAL_IMAGES),
     )
     trainer.train()
+    assert with_pre[0].pop() == "aten._local_scalar_dense.default"
     assert with_pre == waits
