@@ -17,9 +17,17 @@ class Deferred:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
         micro_batches: of the optimizer step.
         counted: the terms that the forwards should have, 0-d; None: not known.
+        alone: without a `divisor` the group of `apply_pre` is not asked for one either.
     """
 
-    def __init__(self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        divisor: Tensor | float | None,
+        micro_batches: int = 1,
+        counted: Tensor | None = None,
+        alone: bool = False,
+    ) -> None:
+        self.alone = alone
         self.divisor, self.micro_batches, self.counted = divisor, micro_batches, counted
         self.losses: list[Tensor] = []
         self.terms: list[Tensor] = []

@@ -268,10 +268,14 @@ class PreHandle:
 
     @contextlib.contextmanager
     def defer(
-        self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None
+        self,
+        divisor: Tensor | float | None,
+        micro_batches: int = 1,
+        counted: Tensor | None = None,
+        alone: bool = False,
     ) -> Iterator[Deferred]:
         """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see `Deferred`."""
-        self._deferred = Deferred(divisor, micro_batches, counted)
+        self._deferred = Deferred(divisor, micro_batches, counted, alone)
         try:
             yield self._deferred
         finally:
@@ -352,7 +356,7 @@ class PreHandle:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        found = self._objective.losses(seen, heads, divisor)
+        found = self._objective.losses(seen, heads, divisor, deferred is not None and deferred.alone)
         device = found.layers[0].device
         self._record(found, device)
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):

@@ -229,8 +229,11 @@ def _create_optimizer(
 def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     samples, items = original(*args, **kwargs)
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
+    counting = counting_of(trainer, handle)
     if handle.enabled and handle.scheduled_weight:
-        counting_of(trainer, handle).begin(samples)
+        counting.begin(samples)
+    else:  # a callback may turn it on before the first micro-batch
+        counting.wait(samples)
     return samples, items
 
 
@@ -239,15 +242,21 @@ def _training_step(
 ) -> Tensor | Any:
     counting = counting_of(trainer, handle)
     counts_ahead = hasattr(trainer, "get_batch_samples")  # since transformers 4.46
-    if not (handle.enabled and handle.scheduled_weight and counting.deferring and counts_ahead):
+    wanted = handle.enabled and handle.scheduled_weight
+    if not wanted:
+        counting.skip()
+    if not (wanted and counting.deferring and counts_ahead):
         return original(*args, **kwargs)
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
-    with handle.defer(divisor, step.size, count) as deferred, _added_to_backward(trainer.accelerator, deferred):
+    # others may have counted theirs, so a group is not asked for the divisor
+    alone = counting.ahead and count is None
+    with handle.defer(divisor, step.size, count, alone) as deferred, _added_to_backward(trainer.accelerator, deferred):
         loss = original(*args, **kwargs)
-    counting.saw(deferred, uncounted=counting.ahead and count is None)
-    if deferred.losses:
+    counting.saw(deferred, uncounted=alone)
+    counting.reached |= torch.is_tensor(deferred.added)
+    if deferred.losses and not counting.reached:  # else one was left out, as where a loss is nan, or only looked at
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added
