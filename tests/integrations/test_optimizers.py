@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
+from pre_kernels.integrations.launched import Launch
 from pre_kernels.integrations.trainer import _create_optimizer
 from pre_kernels.integrations.training import MARK
 from test_head_training import make
@@ -112,6 +113,15 @@ def test_an_optimizer_of_matrices(with_head: bool, tmp_path: Path) -> None:
     assert changed == {"w1", "w2"}
     assert len(said) == 1
     assert "Muon takes no parameters like b1, b2 of the head (Muon only supports 2D" in said[0]
+
+
+def test_an_optimizer_of_matrices_under_the_launcher(tmp_path: Path) -> None:
+    with Launch({}):
+        trainer = make(tmp_path, build("llava"), type("Matrices", (Matrices,), {"with_head": True}))
+        before = trainer.model.pre_head.w1.detach().clone()
+        with pytest.warns(UserWarning, match="PRe: Muon takes no parameters like b1, b2"):
+            trainer.train()
+    assert not torch.equal(before, trainer.model.pre_head.w1)
 
 
 class LoraLike(InOrder):
