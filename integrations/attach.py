@@ -168,7 +168,7 @@ def apply_pre(
 
     heads = []
     for number in numbers:
-        dtype, device = _like(parts.layers[number - 1])
+        dtype, device = like(parts.layers[number - 1])
         heads.append(
             PreHead(
                 width,
@@ -186,7 +186,7 @@ def apply_pre(
     objective = Objective(
         parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted, nonfinite
     )
-    return PreHandle(model, objective, head, weight, training, labels)
+    return PreHandle(model, objective, head, weight, training, labels, as_layer=head_dtype is None)
 
 
 def _check_fraction(fraction: Any) -> None:
@@ -252,7 +252,7 @@ def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
     return given
 
 
-def _like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
+def like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The dtype and device that the layer's hidden states have."""
     # adapters have a dtype of their own (PEFT's are float32 over a quantised layer)
     adapters = {

@@ -10,8 +10,8 @@ class Deferred:
     """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is back-propagated.
 
     With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass had more terms than
-    were counted, it is their own mean, divided by the number of micro-batches: nothing is read on the host. Fewer may be
-    a part of the micro-batch, which has a backward pass for each.
+    were counted, it is their own mean, divided by the number of micro-batches: nothing is read on the host. Fewer may
+    be those of a part of the micro-batch, which has a backward pass for each.
 
     Args:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.

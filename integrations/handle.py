@@ -41,6 +41,7 @@ class PreHandle:
         weight: float,
         training: Training,
         labels: str | None,
+        as_layer: bool = False,
     ) -> None:
         self.weight, self._progress, self.enabled = weight, 0.0, True
         self.notices = objective.parts.notices
@@ -57,6 +58,7 @@ class PreHandle:
         self._without: str | None = None  # why a forward that may be trained has no term
         self._deferred: Deferred | None = None
         self._own: Tensor | None = None  # what loss() returns
+        self._as_layer = as_layer  # the head has its layer's dtype
         self._dtypes = {name: p.dtype for name, p in head.named_parameters()}
 
         model.add_module(ATTRIBUTE, head)
@@ -282,12 +284,20 @@ class PreHandle:
             self._deferred = None
 
     def restore_dtypes(self) -> None:
-        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so."""
+        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so.
+
+        A head without a `head_dtype` may be cast with its layer.
+        """
+        from .attach import like
+
         changed = {}
+        layers = self._objective.parts.layers
+        now = {like(layers[number - 1])[0] for number in self.layers} if self._as_layer else set()
         for name, parameter in self.head.named_parameters():
             made = next((n for n in self._dtypes if f".{name}".endswith(f".{n}")), None)  # PEFT puts names before it
             dtype = parameter.dtype if made is None else self._dtypes[made]
-            if parameter.dtype != dtype and not hasattr(parameter, "full_tensor"):  # FSDP2 has its own rules
+            # FSDP2 has its own rules
+            if parameter.dtype != dtype and now != {parameter.dtype} and not hasattr(parameter, "full_tensor"):
                 changed[name] = parameter.dtype, dtype
                 parameter.data = parameter.data.to(dtype)
         if changed:
@@ -300,6 +310,8 @@ class PreHandle:
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._without = None
+        if torch.is_grad_enabled():
+            self._own = None  # nobody asked for it; its graph is not kept beside this forward's
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
         if not self._wanted():

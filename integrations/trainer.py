@@ -220,6 +220,7 @@ def _create_optimizer(
             handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
     elif not {id(p) for group in groups for p in group["params"]} <= {id(p) for p in parameters(optimizer)}:
         handle.notices.warn("optimizer given")
+        handle.notices.settle("optimizer without the head")
     elif not as_asked(groups, optimizer):
         handle.notices.warn("optimizer made before")
     stack.callback(handle.watch(optimizer).remove)

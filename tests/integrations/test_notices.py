@@ -321,6 +321,16 @@ def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
         assert torch.equal(parameter, rounded[name].float())
 
 
+def test_a_head_that_was_cast_with_its_model_stays(tmp_path: Path) -> None:
+    """Without a head_dtype it has its layer's."""
+    model = build("llava")
+    handle = apply_pre(model)
+    model.bfloat16()
+    with patch_trainer():
+        assert said(make(tmp_path, model, learning_rate=0.0).train) == []
+    assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
+
+
 def test_the_head_of_a_quantised_layer_has_the_layers_dtype() -> None:
     """PEFT's adapters over quantised weights are float32, whatever the layer computes in."""
     model = build("llava").bfloat16()
