@@ -349,6 +349,9 @@ class PreHandle:
     def _check_frozen(self) -> None:
         trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat
         if any(trained) or not trained:
+            if "frozen head" in self.notices.given:  # it is trained now, if the optimizer has it
+                self.notices.given.discard("frozen head")
+                self._steps.judged = 0
             return
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
             self.notices.warn("frozen head")

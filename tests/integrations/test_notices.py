@@ -92,6 +92,16 @@ def test_an_optimizer_that_leaves_out(arrange: Any, name: str) -> None:
     assert texts[0].endswith(last)
 
 
+def test_a_head_that_is_thawed_but_not_given_to_the_optimizer() -> None:
+    model = build("llava")
+    optimizer = frozen_after(model)
+    assert len(said(lambda: steps(model, optimizer))) == 1
+    find_handle(model).head.requires_grad_(True)  # type: ignore[union-attr]
+    texts = said(lambda: steps(model, optimizer))
+    assert len(texts) == 1
+    assert texts[0].startswith("PRe: the optimizer (SGD) steps the model but not `pre_head`")
+
+
 def test_watching_an_optimizer_without_the_head_says_it_at_once() -> None:
     assert [text[:50] for text in said(lambda: watched(build("llava")))] == [
         "PRe: the optimizer (SGD) steps the model but not `"
