@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
+from .capture import like
 from .families import Parts, check_tokens, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .objective import Objective
@@ -168,7 +169,7 @@ def apply_pre(
 
     heads = []
     for number in numbers:
-        dtype, device = _like(parts.layers[number - 1])
+        dtype, device = like(parts.layers[number - 1])
         heads.append(
             PreHead(
                 width,
@@ -186,7 +187,7 @@ def apply_pre(
     objective = Objective(
         parts, numbers, anchor, anchor_dim, level, mask_fn, impl, loss, weighting, float(fraction), counted, nonfinite
     )
-    return PreHandle(model, objective, head, weight, training, labels)
+    return PreHandle(model, objective, head, weight, training, labels, as_layer=head_dtype is None)
 
 
 def _check_fraction(fraction: Any) -> None:
@@ -250,23 +251,3 @@ def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
     if given != layer and (given != torch.float32 or layer.itemsize > 2):
         raise ValueError(f"head_dtype: got {given} over a layer in {layer}, want None, {layer}, or float32 over halves")
     return given
-
-
-def _like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device that the layer's hidden states have."""
-    # adapters have a dtype of their own (PEFT's are float32 over a quantised layer)
-    adapters = {
-        id(p)
-        for module in layer.modules()
-        for name in getattr(module, "adapter_layer_names", ())
-        for p in getattr(getattr(module, name, None), "parameters", tuple)()
-    }
-    # quantised weights are integers or one byte wide; the norms beside them are not
-    for module in layer.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.element_size() > 1 and id(parameter) not in adapters:
-                # accelerate brings offloaded weights from "meta" to where they are used
-                used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-                device = parameter.device if used is None or not parameter.is_meta else torch.device(used)
-                return parameter.dtype, device
-    raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")

@@ -179,6 +179,26 @@ class Capture:
         self.seen.autocast[number] = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
 
+def like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that the layer's hidden states have."""
+    # adapters have a dtype of their own (PEFT's are float32 over a quantised layer)
+    adapters = {
+        id(p)
+        for module in layer.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        for p in getattr(getattr(module, name, None), "parameters", tuple)()
+    }
+    # quantised weights are integers or one byte wide; the norms beside them are not
+    for module in layer.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.element_size() > 1 and id(parameter) not in adapters:
+                # accelerate brings offloaded weights from "meta" to where they are used
+                used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                device = parameter.device if used is None or not parameter.is_meta else torch.device(used)
+                return parameter.dtype, device
+    raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 

@@ -41,7 +41,9 @@ class Counting:
     def __init__(self, handle: PreHandle, trainer: Any) -> None:
         self.handle, self.trainer = handle, trainer
         self.ahead = self.deferring = True
+        self.reached = False  # whether losses came to accelerator.backward before
         self.step: Step | None = None
+        self.later: list[Any] | None = None  # batches of a step that began while PRe was off
         # since the last log: micro-batches whose forwards had other terms than were counted, the counted, the others
         device = trainer.args.device
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -51,7 +53,7 @@ class Counting:
         """A step of these batches begins; collective while terms are counted ahead."""
         if self.deferring and self.step is not None and self.step.size and not self.step.used:
             self.handle.notices.warn("training_step not reached", trainer=type(self.trainer).__name__)
-        self.step = Step(len(batches))
+        self.step, self.later = Step(len(batches)), None
         if not self.ahead:
             return
         self.step.counts = [self._count(batch) for batch in batches]
@@ -77,11 +79,25 @@ class Counting:
 
     def micro_batch(self) -> Step:
         """The step of the micro-batch that begins; its first count is this one's."""
+        if self.later:
+            self.begin(self.later)
         if self.step is None or self.step.used == self.step.size:
             self.handle.notices.warn("get_batch_samples not reached", trainer=type(self.trainer).__name__)
             self.step = Step(self.trainer.args.gradient_accumulation_steps)
         self.step.used += 1
         return self.step
+
+    def wait(self, batches: list[Any]) -> None:
+        """A step of these batches begins with PRe off; they are counted if it is on when they are trained."""
+        self.step, self.later = None, batches
+
+    def skip(self) -> None:
+        """A micro-batch is trained with PRe off."""
+        if self.later:
+            self.later = self.later[1:]
+        elif self.step is not None and self.step.used < self.step.size:
+            self.step.used += 1
+            self.step.counts[:1] = []
 
     def saw(self, deferred: Deferred, uncounted: bool) -> None:
         """Compare what was counted for a micro-batch with what its forwards had; no host sync."""

@@ -9,16 +9,25 @@ from torch import Tensor
 class Deferred:
     """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is back-propagated.
 
-    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards had another number of terms than was
-    counted for them, it is their own mean, divided by the number of micro-batches: nothing is read on the host.
+    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass had more terms than
+    were counted, it is their own mean, divided by the number of micro-batches: nothing is read on the host. Fewer may
+    be those of a part of the micro-batch, which has a backward pass for each.
 
     Args:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
         micro_batches: of the optimizer step.
         counted: the terms that the forwards should have, 0-d; None: not known.
+        alone: without a `divisor` the group of `apply_pre` is not asked for one either.
     """
 
-    def __init__(self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        divisor: Tensor | float | None,
+        micro_batches: int = 1,
+        counted: Tensor | None = None,
+        alone: bool = False,
+    ) -> None:
+        self.alone = alone
         self.divisor, self.micro_batches, self.counted = divisor, micro_batches, counted
         self.losses: list[Tensor] = []
         self.terms: list[Tensor] = []
@@ -48,6 +57,6 @@ class Deferred:
             if self.counted is not None:
                 divisor = torch.as_tensor(self.divisor, device=device)
                 own = divisor / (whole * self.micro_batches)
-                total = total * torch.where(counts.sum() == self.counted.to(device), 1.0, own)
+                total = total * torch.where(counts.sum() <= self.counted.to(device), 1.0, own)
         self.added = self.added + total.detach()
         return total

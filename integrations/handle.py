@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .capture import Capture, Seen
+from .capture import Capture, Seen, like
 from .deferred import Deferred
 from .gradient import GradientNorm
 from .objective import Losses, Objective
@@ -41,6 +41,7 @@ class PreHandle:
         weight: float,
         training: Training,
         labels: str | None,
+        as_layer: bool = False,
     ) -> None:
         self.weight, self._progress, self.enabled = weight, 0.0, True
         self.notices = objective.parts.notices
@@ -57,6 +58,7 @@ class PreHandle:
         self._without: str | None = None  # why a forward that may be trained has no term
         self._deferred: Deferred | None = None
         self._own: Tensor | None = None  # what loss() returns
+        self._as_layer = as_layer  # the head has its layer's dtype
         self._dtypes = {name: p.dtype for name, p in head.named_parameters()}
 
         model.add_module(ATTRIBUTE, head)
@@ -269,22 +271,32 @@ class PreHandle:
 
     @contextlib.contextmanager
     def defer(
-        self, divisor: Tensor | float | None, micro_batches: int = 1, counted: Tensor | None = None
+        self,
+        divisor: Tensor | float | None,
+        micro_batches: int = 1,
+        counted: Tensor | None = None,
+        alone: bool = False,
     ) -> Iterator[Deferred]:
         """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see `Deferred`."""
-        self._deferred = Deferred(divisor, micro_batches, counted)
+        self._deferred = Deferred(divisor, micro_batches, counted, alone)
         try:
             yield self._deferred
         finally:
             self._deferred = None
 
     def restore_dtypes(self) -> None:
-        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so."""
+        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so.
+
+        A head without a `head_dtype` may be cast with its layer.
+        """
         changed = {}
+        layers = self._objective.parts.layers
+        now = {like(layers[number - 1])[0] for number in self.layers} if self._as_layer else set()
         for name, parameter in self.head.named_parameters():
             made = next((n for n in self._dtypes if f".{name}".endswith(f".{n}")), None)  # PEFT puts names before it
             dtype = parameter.dtype if made is None else self._dtypes[made]
-            if parameter.dtype != dtype and not hasattr(parameter, "full_tensor"):  # FSDP2 has its own rules
+            # FSDP2 has its own rules
+            if parameter.dtype != dtype and now != {parameter.dtype} and not hasattr(parameter, "full_tensor"):
                 changed[name] = parameter.dtype, dtype
                 parameter.data = parameter.data.to(dtype)
         if changed:
@@ -297,6 +309,8 @@ class PreHandle:
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._without = None
+        if torch.is_grad_enabled():
+            self._own = None  # nobody asked for it; its graph is not kept beside this forward's
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
         if not self._wanted():
@@ -337,6 +351,9 @@ class PreHandle:
     def _check_frozen(self) -> None:
         trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat
         if any(trained) or not trained:
+            if "frozen head" in self.notices.given:  # it is trained now, if the optimizer has it
+                self.notices.given.discard("frozen head")
+                self._steps.forget()
             return
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
             self.notices.warn("frozen head")
@@ -356,7 +373,7 @@ class PreHandle:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        found = self._objective.losses(seen, heads, divisor)
+        found = self._objective.losses(seen, heads, divisor, deferred is not None and deferred.alone)
         device = found.layers[0].device
         self._record(found, device)
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):

@@ -22,7 +22,9 @@ from .follow import Following, put
 from .handle import PreHandle, find_handle
 from .llava import is_original
 from .notices import WARNINGS
+from .optimizers import parameters, unwrapped
 from .trainer import patch_trainer, sharded
+from .training import NO_GROUPS
 
 
 class Launch:
@@ -216,7 +218,10 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             launch.begun = True
             if sharded(trainer) or more.get("optimizer") is None:
                 return
-            held = {id(p) for group in more["optimizer"].param_groups for p in group["params"]}
+            optimizer = unwrapped(more["optimizer"])
+            if type(optimizer).__name__ in NO_GROUPS or "optimizer refuses" in handle.notices.given:  # which was said
+                return
+            held = {id(p) for p in parameters(optimizer)}
             if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
                 raise RuntimeError(
                     f"optimizer: {type(trainer).__name__}'s does not hold the parameters of `pre_head`, so the head "

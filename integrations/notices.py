@@ -74,7 +74,7 @@ WARNINGS = {
     "counted otherwise": (
         "{counted} visual tokens (or images) were counted ahead in the batches since the last log, and the "
         "forwards had {seen}: the model's inputs are made from the batch later, or it runs more than once; "
-        "from now on each micro-batch adds the mean over its own visual tokens, as those that differed did"
+        "from now on each micro-batch adds the mean over its own visual tokens, as those with more of them did"
     ),
     "training_step not reached": (
         "a step of {trainer} did not come through Trainer.training_step, which was replaced during the "

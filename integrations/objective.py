@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,8 +102,15 @@ class Objective:
             return torch.tensor(rows.images(self.parts, inputs).unique().numel())
         return rows.mask.sum()
 
-    def losses(self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None) -> Losses:
-        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's or group's terms."""
+    def losses(
+        self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None, alone: bool = False
+    ) -> Losses:
+        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's or group's terms.
+
+        `alone`: the forward's, whatever the group, whose other processes may have a divisor.
+        """
+        if alone:
+            return replace(self, group=None).losses(seen, heads, divisor)
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:

@@ -45,6 +45,11 @@ class Steps:
         self._news = True
         self.kinds.add(type(optimizer).__name__)
 
+    def forget(self) -> None:
+        """Look at each optimizer again when it steps next."""
+        self._known.clear()
+        self._missing, self._others = None, False
+
     def verdict(self) -> str | None:
         """What all of them leave out, once for each that is new: "head", "model" (all but the head), or None."""
         if not self._news:

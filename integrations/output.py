@@ -60,7 +60,7 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.detach()  # no view for autograd, so that it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]

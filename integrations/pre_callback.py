@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from .attach import apply_pre
 from .handle import PreHandle, find_handle
@@ -106,7 +107,9 @@ class PreCallback(TrainerCallback):
             self.handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The handle stays: the model may be trained on."""
+        """The handle stays: the model may be trained on. With the best model comes its head."""
+        if self.handle is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(state.best_model_checkpoint)
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -125,10 +128,25 @@ class PreCallback(TrainerCallback):
 
     def _resume(self, args: Any, state: Any) -> None:
         assert self.handle is not None
-        folder = args.resume_from_checkpoint
+        folder = _resumed() or args.resume_from_checkpoint
         if not isinstance(folder, str):
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        self._load(folder)
+
+    def _load(self, folder: str) -> None:
+        assert self.handle is not None
         try:
             self.handle.load(folder)
         except FileNotFoundError as error:
             self.handle.notices.warn("no head in the checkpoint", folder=folder, error=error)
+
+
+def _resumed() -> str | None:
+    """The folder that `train()` was given, which it tells no callback."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(folder, (str, os.PathLike)) and isinstance(frame.f_locals.get("self"), Trainer):
+            return os.fspath(folder)
+        frame = frame.f_back
+    return None

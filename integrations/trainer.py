@@ -41,7 +41,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       resumed with it, and the reverse.
 
     Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later), or forwards have
-    others than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
+    more than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
     transformers 4.46 nothing is counted: each forward with labels adds its own mean, as without this patch.
 
     While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a subclass's own, or
@@ -222,6 +222,7 @@ def _create_optimizer(
             handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
     elif not {id(p) for group in groups for p in group["params"]} <= {id(p) for p in parameters(optimizer)}:
         handle.notices.warn("optimizer given")
+        handle.notices.settle("optimizer without the head")
     elif not as_asked(groups, optimizer):
         handle.notices.warn("optimizer made before")
     stack.callback(handle.watch(optimizer).remove)
@@ -231,8 +232,11 @@ def _create_optimizer(
 def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     samples, items = original(*args, **kwargs)
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
+    counting = counting_of(trainer, handle)
     if handle.enabled and handle.scheduled_weight:
-        counting_of(trainer, handle).begin(samples)
+        counting.begin(samples)
+    else:  # a callback may turn it on before the first micro-batch
+        counting.wait(samples)
     return samples, items
 
 
@@ -241,15 +245,21 @@ def _training_step(
 ) -> Tensor | Any:
     counting = counting_of(trainer, handle)
     counts_ahead = hasattr(trainer, "get_batch_samples")  # since transformers 4.46
-    if not (handle.enabled and handle.scheduled_weight and counting.deferring and counts_ahead):
+    wanted = handle.enabled and handle.scheduled_weight
+    if not wanted:
+        counting.skip()
+    if not (wanted and counting.deferring and counts_ahead):
         return original(*args, **kwargs)
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
-    with handle.defer(divisor, step.size, count) as deferred, _added_to_backward(trainer.accelerator, deferred):
+    # others may have counted theirs, so a group is not asked for the divisor
+    alone = counting.ahead and count is None
+    with handle.defer(divisor, step.size, count, alone) as deferred, _added_to_backward(trainer.accelerator, deferred):
         loss = original(*args, **kwargs)
-    counting.saw(deferred, uncounted=counting.ahead and count is None)
-    if deferred.losses:
+    counting.saw(deferred, uncounted=alone)
+    counting.reached |= torch.is_tensor(deferred.added)
+    if deferred.losses and not counting.reached:  # else one was left out, as where a loss is nan, or only looked at
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added

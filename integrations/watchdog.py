@@ -24,7 +24,7 @@ class Watchdog:
         self.advice = self.default = (
             "use patch_trainer(), or add output.loss" if labels else "add handle.loss() to the loss"
         )
-        self.lost = 0
+        self.lost, self.had_terms = 0, False
         self.without: dict[str, int] = {}  # backward passes of forwards without a term, by the reason
 
     def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
@@ -34,6 +34,7 @@ class Watchdog:
         of memory or because its loss was only looked at, says nothing about the trainer.
         """
         self.without.clear()
+        self.had_terms = True
         if not term.requires_grad:
             return
         watched = _Watched(self)
@@ -43,7 +44,12 @@ class Watchdog:
                 other.register_hook(watched.pass_by)
 
     def watch_without(self, reason: str, outputs: Iterable[Tensor]) -> None:
-        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or "no labels"."""
+        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or "no labels".
+
+        Where others had labels, those without are trained by something else on purpose (consistency, distillation).
+        """
+        if reason == "no labels" and self.had_terms:
+            return
 
         def trained(gradient: Tensor) -> None:
             self.without[reason] = self.without.get(reason, 0) + 1

@@ -117,8 +117,9 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = apply_pre(model, **OPTIONS)
     before = handle.head.w1.detach().clone()
-    with patch_trainer(), pytest.warns(UserWarning, match=r"lacks parameters of the head"):
+    with patch_trainer(), pytest.warns(UserWarning, match=r"lacks parameters of the head") as caught:
         make(tmp_path, model, optimizers=(early, None)).train()
+    assert len([w for w in caught if str(w.message).startswith("PRe: ")]) == 1
     assert torch.equal(before, handle.head.w1)
 
     rest = [p for n, p in model.named_parameters() if not n.startswith("pre_head")]

@@ -92,6 +92,16 @@ def test_an_optimizer_that_leaves_out(arrange: Any, name: str) -> None:
     assert texts[0].endswith(last)
 
 
+def test_a_head_that_is_thawed_but_not_given_to_the_optimizer() -> None:
+    model = build("llava")
+    optimizer = frozen_after(model)
+    assert len(said(lambda: steps(model, optimizer))) == 1
+    find_handle(model).head.requires_grad_(True)  # type: ignore[union-attr]
+    texts = said(lambda: steps(model, optimizer))
+    assert len(texts) == 1
+    assert texts[0].startswith("PRe: the optimizer (SGD) steps the model but not `pre_head`")
+
+
 def test_watching_an_optimizer_without_the_head_says_it_at_once() -> None:
     assert [text[:50] for text in said(lambda: watched(build("llava")))] == [
         "PRe: the optimizer (SGD) steps the model but not `"
@@ -299,6 +309,21 @@ def test_training_forwards_without_labels(inner: bool) -> None:
     assert handle.metrics()["pre_forwards"] == 0
 
 
+def test_unlabelled_forwards_beside_labelled_ones_are_meant() -> None:
+    """As in semi-supervised training."""
+    model, data = build("llava"), batch("llava")
+    apply_pre(model)
+    inputs = {name: value for name, value in data.inputs.items() if name != "labels"}
+
+    def loop() -> None:
+        for _ in range(3):
+            model(**data.inputs).loss.backward()
+            for _ in range(3):
+                model(**inputs).logits.float().logsumexp(-1).mean().backward()
+
+    assert said(loop) == []
+
+
 # --- the head's dtype
 
 
@@ -319,6 +344,16 @@ def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
     for name, parameter in handle.head.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, rounded[name].float())
+
+
+def test_a_head_that_was_cast_with_its_model_stays(tmp_path: Path) -> None:
+    """Without a head_dtype it has its layer's."""
+    model = build("llava")
+    handle = apply_pre(model)
+    model.bfloat16()
+    with patch_trainer():
+        assert said(make(tmp_path, model, learning_rate=0.0).train) == []
+    assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
 
 
 def test_the_head_of_a_quantised_layer_has_the_layers_dtype() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
+from pre_kernels.integrations.launched import Launch
 from pre_kernels.integrations.trainer import _create_optimizer
 from pre_kernels.integrations.training import MARK
 from ranks import config, deepspeed, need_deepspeed
@@ -116,6 +117,15 @@ def test_an_optimizer_of_matrices(with_head: bool, tmp_path: Path) -> None:
     assert changed == {"w1", "w2"}
     assert len(said) == 1
     assert "Muon takes no parameters like b1, b2 of the head (Muon only supports 2D" in said[0]
+
+
+def test_an_optimizer_of_matrices_under_the_launcher(tmp_path: Path) -> None:
+    with Launch({}):
+        trainer = make(tmp_path, build("llava"), type("Matrices", (Matrices,), {"with_head": True}))
+        before = trainer.model.pre_head.w1.detach().clone()
+        with pytest.warns(UserWarning, match="PRe: Muon takes no parameters like b1, b2"):
+            trainer.train()
+    assert not torch.equal(before, trainer.model.pre_head.w1)
 
 
 class LoraLike(InOrder):

@@ -108,6 +108,28 @@ def test_errors() -> None:
         handle.loss()
 
 
+def test_a_loss_that_nobody_asked_for_is_gone() -> None:
+    """A later forward, in eval mode or with PRe off, has none, and the graph of the earlier one is not kept."""
+    model, inputs = small()
+    handle = apply_pre(model, labels=None, **OPTIONS)
+    for off in ("eval", "enabled"):
+        model.train()
+        handle.enabled = True
+        model(**inputs)
+        if off == "eval":
+            model.eval()
+        else:
+            handle.enabled = False
+        model(**inputs)
+        assert not handle.loss().requires_grad
+    model.train()
+    handle.enabled = True
+    model(**inputs)
+    with torch.no_grad():  # a reference
+        model(**inputs)
+    assert handle.loss().requires_grad
+
+
 # --- what the saved model holds
 
 

@@ -11,7 +11,7 @@ from pre_kernels.integrations import apply_pre, find_handle
 from pre_kernels.integrations.pre_callback import PreCallback
 from test_head_training import make
 from tiny_models import batch, build
-from tiny_training import EQUAL, Recorder, assert_head, by_hand
+from tiny_training import EQUAL, Recorder, Samples, assert_head, by_hand
 from transformers import Trainer, TrainerCallback
 from two import both
 
@@ -79,6 +79,31 @@ def test_resuming(tmp_path: Path) -> None:
     trainer = make(tmp_path, build("llava"), max_steps=5, callbacks=[PreCallback()], **SAVING)
     with pytest.warns(UserWarning, match=r"PRe: .*checkpoint-4 holds no head"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_elsewhere(tmp_path: Path) -> None:
+    """`train()` tells its folder to no callback; that of the same step in `output_dir` is another training's."""
+    callback, other = PreCallback(), PreCallback()
+    make(tmp_path / "a", build("llava"), max_steps=2, callbacks=[callback], **SAVING).train()
+    make(tmp_path / "b", build("llava"), max_steps=2, learning_rate=0.3, callbacks=[other], **SAVING).train()
+    starts = Starts()
+    trainer = make(tmp_path / "b", build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(starts.w1, callback.handle.head.w1)
+    assert not torch.equal(starts.w1, other.handle.head.w1)
+
+
+def test_the_best_model_has_its_head(tmp_path: Path) -> None:
+    callback = PreCallback()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 5.0}
+    options = SAVING | best | {"save_steps": 1, "max_steps": 3, "eval_dataset": Samples(EQUAL)}
+    trainer = make(tmp_path, build("llava"), callbacks=[callback], **options)
+    trainer.train()
+    folder = trainer.state.best_model_checkpoint
+    assert not folder.endswith("-3")
+    with apply_pre(build("llava")) as handle:
+        handle.load(folder)
+        assert torch.equal(handle.head.w1, callback.handle.head.w1)
 
 
 def added_later(folder: str) -> str:
