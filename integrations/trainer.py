@@ -80,17 +80,12 @@ class TrainerPatch:
                 "counted over the step; its micro-batches weigh the same instead",
                 stacklevel=3,
             )
-        setattr(target, _MARK, self)
-        self.renew()
-
-    def renew(self) -> None:
-        """Replace the methods that somebody else has replaced since; theirs are called inside."""
         for name in _WRAPPERS:
-            if hasattr(self.target, name) and vars(self.target).get(name) is not self._replaced.get(name, (0, 0))[1]:
-                before = self._replaced[name][0] if name in self._replaced else vars(self.target).get(name)
-                method = self._of_class(name, getattr(self.target, name))
-                self._replaced[name] = before, method
-                setattr(self.target, name, method)
+            if hasattr(target, name):
+                method = self._of_class(name, getattr(target, name))
+                self._replaced[name] = vars(target).get(name), method
+                setattr(target, name, method)
+        setattr(target, _MARK, self)
 
     def remove(self) -> None:
         """Put the class back as it was; what somebody else put there since stays. Calling it twice is fine."""
@@ -171,12 +166,12 @@ def _train(handle: PreHandle | None, original: Callable[..., Any], trainer: Any,
 def _inner_training_loop(
     handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    trainer._pre_counting = None
     if handle is None:
         names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
         if getattr(trainer, _MARK).warns:
             Notices().warn("no handle", **names)
         return original(*args, **kwargs)
+    trainer._pre_counting = None
     inner = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
     if handle.model not in (trainer.model, inner):
         names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
