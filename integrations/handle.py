@@ -334,6 +334,11 @@ class PreHandle:
         if self._without is not None:
             self._watchdog.watch_without(self._without, tensors(output))
 
+    def new_training(self) -> None:
+        """What was said and seen of another training is forgotten."""
+        self.notices.forget()
+        self._steps = Steps()
+
     def stepped(self, optimizer: Any) -> None:
         """An optimizer's step begins, see `optimizers.listen`."""
         self._steps.see(optimizer, self._model, self.head)

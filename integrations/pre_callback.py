@@ -73,7 +73,7 @@ class PreCallback(TrainerCallback):
             self._attach(model)
             self._join(unwrapped(optimizer))
         assert self.handle is not None
-        self.handle.notices.forget()
+        self.handle.new_training()
         self.handle.metrics()
         self.handle.restore_dtypes()
         self._watch = self.handle.watch(optimizer)

@@ -159,7 +159,7 @@ class TrainerPatch:
 
 def _train(handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if handle is not None:
-        handle.notices.forget()
+        handle.new_training()
     return original(*args, **kwargs)
 
 

@@ -124,7 +124,8 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
 
     rest = [p for n, p in model.named_parameters() if not n.startswith("pre_head")]
     late = torch.optim.SGD([{"params": rest}, *handle.param_groups()], lr=0.1)
-    with patch_trainer():
+    with patch_trainer(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PRe: ")  # the first training is no matter of the second
         make(tmp_path, model, optimizers=(late, None)).train()
     assert not torch.equal(before, handle.head.w1)
     assert [g["lr"] for g in late.param_groups] == [0.1, 0.3, 0.3]
