@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .checks import Problem
 from .function import pre_loss
+from .products import fastest_dtype
 
 # looked up once: Dynamo of torch 2.9 cannot trace it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -163,4 +164,8 @@ def fused_pre_loss(
         capacity=capacity,
         precision=precision,
     )
-    return pre_loss(problem, choose(impl, problem))
+    impl = choose(impl, problem)
+    if impl == "torch":
+        dtype = fastest_dtype(problem.options.dtype, problem.hidden.device)
+        problem = problem._replace(options=problem.options._replace(dtype=dtype))
+    return pre_loss(problem, impl)

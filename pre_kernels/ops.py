@@ -153,18 +153,16 @@ def _five(
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _problem(tensors, options), steps_of(impl)
-    capacity: Any = problem.bound
-    shapes_something = impl == "torch" or wanted[0] or problem.options.reduction == "none"
+    layout, capacity = steps.layout(problem), problem.bound
+    shapes_something = (wanted[0] and not layout.spread) or problem.options.reduction == "none"
     if problem.masked and (impl == "torch" or problem.count_on_host) and shapes_something:
         capacity = torch.library.get_ctx().new_dynamic_size()
     new, wide = problem.hidden.new_empty, problem.loss_dtype
-    grads = allocate(problem, steps.layout(problem), capacity, wanted)
+    grads = allocate(problem, layout, capacity, wanted)
     if problem.rows is None:
         place = new(0)
-    elif impl == "torch":
-        place = new(capacity, dtype=torch.int64)
     else:
-        place = new(problem.hidden.shape[0], dtype=torch.int32)
+        place = new(problem.hidden.shape[0], dtype=torch.bool if layout.spread else torch.int32)
     shape = (capacity,) if problem.options.reduction == "none" else ()
     return _outputs(problem.hidden, (new(shape, dtype=wide), new((), dtype=wide), place, *grads))
 

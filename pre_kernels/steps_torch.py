@@ -15,7 +15,7 @@ from .sweep import Gradients, Layout, Selection, Work, equal_parts
 aten = torch.ops.aten
 
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
-ROWS_IN_CACHE = 256  # the row loss makes several passes over float32 copies of that many rows
+IN_CACHE = 1 << 20  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
 
 # (forward, backward) into `out`; the backward takes (dG, Z)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -34,16 +34,18 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
     p.div_(p_norm)
-    a = a / torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8)
+    a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
     # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
     near = torch.linalg.vecdot(p, a).unsqueeze(1)
-    r = a.sub_(near * p)
-    part, square = (torch.linalg.vecdot(p, x).unsqueeze(1) for x in (r, p))
-    cosine = near * square + part
+    r = a.addcmul_(p, near, value=-1)
+    part = torch.linalg.vecdot(p, r).unsqueeze(1)
+    length = torch.where(norm < p_norm, norm / p_norm, 1.0)  # of what p was divided to; an infinite norm left zeros
+    cosine = near * length.square() + part
     if grad:
-        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-        along = torch.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
-        p.mul_(along.masked_fill_(norm == 0, 0)).sub_(r).mul_(coefficient / p_norm)
+        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|; below eps the norm is a constant, and a zero row has no direction
+        along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
+        scale = coefficient / p_norm
+        p.mul_(along.mul_(scale)).addcmul_(r, scale, value=-1)
     return -cosine
 
 
@@ -64,19 +66,29 @@ def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) ->
     return loss
 
 
-# (n, 1) losses of float32 (or wider) rows; with `grad`, p becomes coefficient · dℓ/dp
+# (n, 1) losses of float32 (or wider) rows, which are overwritten; with `grad`, p becomes coefficient · dℓ/dp
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
-    workspace = {"cpu": 32 << 20, "cuda": 256 << 20}  # noqa: RUF012  bytes; on the CPU a chunk should stay in the cache
-
     @staticmethod
-    def layout(problem: Problem) -> Layout:
-        d, m, z = problem.widths
-        budget = problem.options.workspace or TorchSteps.workspace.get(problem.hidden.device.type, 256 << 20)
-        rows = budget // ((d + 2 * m + z) * problem.options.dtype.itemsize)
-        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1))
+    def workspace(device: torch.device, dtype: torch.dtype) -> int:
+        """Bytes of a chunk's buffers by default, for products in `dtype`. In float32 chunks cost a CPU nothing, and
+        small ones stay in its cache; in half precision several chunks cost float32 products of the weights' gradients.
+        """
+        if device.type != "cpu":
+            return 256 << 20
+        return (32 if dtype.itemsize > 2 else 512) << 20
+
+    @classmethod
+    def layout(cls, problem: Problem) -> Layout:
+        (d, m, z), hidden, dtype = problem.widths, problem.hidden, problem.options.dtype
+        budget = problem.options.workspace or cls.workspace(hidden.device, dtype)
+        rows = budget // ((d + 2 * m + z) * dtype.itemsize)
+        # float16 is too narrow for gradients that GradScaler's factor is still missing from
+        narrow = hidden.dtype == torch.float16 and dtype != torch.float16
+        spread = problem.loss_dtype if narrow else hidden.dtype
+        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
@@ -87,48 +99,40 @@ class TorchSteps:
         rows = problem.rows
         if rows is None:
             return Selection(None, None, None, problem.hidden.shape[0])
-        # a copy: the caller may reuse the tensor before the backward
-        index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
-        return Selection(index, index, None, index.shape[0])
+        index = rows.nonzero().squeeze(1) if problem.masked else rows.long()
+        others = ~rows if problem.masked else rows.new_ones(problem.hidden.shape[0], dtype=torch.bool)
+        return Selection(index, others if problem.masked else others.index_fill_(0, index, False), None, index.shape[0])
 
     def __init__(self, work: Work) -> None:
         problem, selection, chunk = work.problem, work.selection, work.chunk
-        self.problem, self.index, self.losses, self.grads = problem, selection.index, work.losses, work.grads
+        self.problem, self.losses, self.grads = problem, work.losses, work.grads
+        self.index, self.others = selection.index, selection.place
         self.needs_dp = any(grad is not None for grad in self.grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
         self.weight = None if self.losses is None else _weight(problem, selection)
         (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
+        hidden, dh = problem.hidden, self.grads.hidden
 
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
-            return problem.hidden.new_empty(rows, columns, dtype=dtype)
+            return hidden.new_empty(rows, columns, dtype=dtype)
 
-        self.z, self.g, self.p = (buffer(chunk, columns) for columns in (m, m, z))
         # products of rows that are no rows in memory add up one term after another: small ones are twice as wrong
-        as_given = self.index is None and problem.hidden.dtype == dtype and problem.hidden.stride(1) == 1
+        as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
         self.h = None if as_given else buffer(chunk, d)
-        on_cpu = problem.hidden.device.type == "cpu"
-        self.block = min(ROWS_IN_CACHE, chunk) if on_cpu else chunk  # rows of one pass of the row loss
+        self.z, self.g = buffer(chunk, m), buffer(chunk, m)
+        # with one chunk dP is gone before dH is written, and P may lie there
+        free = dh is not None and dh.dtype == dtype and chunk == selection.capacity and chunk * z <= dh.numel()
+        self.p = dh.flatten()[: chunk * z].view(chunk, z) if free else buffer(chunk, z)
+        on_cpu = hidden.device.type == "cpu"
+        self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
+        self.a = buffer(self.block, z, wide)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
-        hidden, n = self.problem.hidden, stop - start
-        if self.h is None:
-            return hidden[start:stop]
-        if self.index is None:
-            return self.h[:n].copy_(hidden[start:stop])
-        if hidden.dtype == self.h.dtype:
-            return torch.index_select(hidden, 0, self.index[start:stop], out=self.h[:n])
-        return self.h[:n].copy_(hidden.index_select(0, self.index[start:stop]))
-
-    def _anchor(self, start: int, stop: int) -> Tensor:
-        anchor = self.problem.anchor
-        if self.problem.options.anchor_compact or self.index is None:
-            rows = anchor[start:stop]
-        else:
-            rows = anchor.index_select(0, self.index[start:stop])
-        return rows.to(self.problem.loss_dtype)
+        hidden = self.problem.hidden
+        return hidden[start:stop] if self.h is None else _take(hidden, self.index, start, stop, self.h)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
@@ -140,27 +144,21 @@ class TorchSteps:
 
     def row_loss(self, start: int, stop: int) -> None:
         linear(self.g_rows, self.w2, self.b2, self.p_rows)
-        row_loss = ROW_LOSSES[self.problem.options.loss]
+        row_loss, options = ROW_LOSSES[self.problem.options.loss], self.problem.options
+        anchor, index = self.problem.anchor, None if options.anchor_compact else self.index
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             p = self.p_rows[first - start : last - start]
             wide = p if self.wide_p is None else self.wide_p[: last - first].copy_(p)
-            factor = self.coefficient[first:last, None]
-            losses = row_loss(wide, self._anchor(first, last), self.needs_dp, factor)
+            a, factor = _take(anchor, index, first, last, self.a), self.coefficient[first:last, None]
+            losses = row_loss(wide, a, self.needs_dp, factor)
             if self.losses is not None:
                 weight = 1.0 if self.weight is None else self.weight[first:last, None]
                 torch.mul(losses, weight, out=self.losses[first:last, None])
+            if self.grads.b2 is not None:
+                _add_rows(self.grads.b2[0], wide, first == 0)
             if self.needs_dp and wide is not p:
                 p.copy_(wide)
-        if self.grads.b2 is not None:
-            self._add_rows(self.grads.b2[0], self.p_rows, start == 0)
-
-    def _add_rows(self, total: Tensor, y: Tensor, first: bool) -> None:
-        """total += Σ y; the CPU sums half precision in float32 through a copy, which should stay in the cache."""
-        if first:
-            total.zero_()
-        for rows in y.split(ROWS_IN_CACHE) if y.device.type == "cpu" else [y]:
-            total.add_(rows.sum(0, dtype=total.dtype))
 
     def output_grads(self, start: int, stop: int) -> None:
         assert self.grads.w2 is not None
@@ -169,15 +167,29 @@ class TorchSteps:
     def backproject(self, start: int, stop: int) -> None:
         torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
         _, backward = ACTIVATIONS[self.problem.options.activation]
-        backward(self.g_rows, self.z_rows, grad_input=self.z_rows)
-        if self.grads.b1 is not None:
-            self._add_rows(self.grads.b1[0], self.z_rows, start == 0)
+        for first in range(0, stop - start, self.block):
+            dg, z = (x[first : first + self.block] for x in (self.g_rows, self.z_rows))
+            backward(dg, z, grad_input=z)
+            if self.grads.b1 is not None:
+                _add_rows(self.grads.b1[0], z, start + first == 0)
 
     def input_grads(self, start: int, stop: int) -> None:
+        dh = self.grads.hidden
         if self.grads.w1 is not None:
             add_product(self.grads.w1, self.z_rows, self.x, start == 0, copies=True)
-        if self.grads.hidden is not None:
-            torch.mm(self.z_rows, self.w1, out=self.grads.hidden[start:stop])
+        if dh is None:
+            return
+        if self.h is None:
+            torch.mm(self.z_rows, self.w1, out=dh[start:stop])
+            return
+        torch.mm(self.z_rows, self.w1, out=self.x)  # which is no longer needed
+        if self.index is None:
+            dh[start:stop].copy_(self.x)
+            return
+        if start == 0:
+            _clear(dh, self.others)
+        for index, rows in zip(self.index[start:stop].split(self.block), self.x.split(self.block), strict=True):
+            dh.index_copy_(0, index, rows.to(dh.dtype))
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -206,12 +218,9 @@ class TorchSteps:
         upstream: Tensor | None,
         in_place: bool,
     ) -> Tensor:
-        if place is None:
-            return _scaled(dh, upstream, dtype, in_place)
-        out = dh.new_zeros(total, dh.shape[1], dtype=dtype)
-        for start in range(0, dh.shape[0], 4096):  # a block at a time: no second (N, d) in between
-            rows = slice(start, start + 4096)
-            out.index_copy_(0, place[rows], _scaled(dh[rows], upstream, dtype))
+        out = _scaled(dh, upstream, dtype, in_place)
+        if place is not None and upstream is not None and not (upstream.device.type == "cpu" and upstream.isfinite()):
+            _clear(out, place)  # 0 · nan is nan
         return out
 
     @staticmethod
@@ -229,6 +238,32 @@ class TorchSteps:
             w2,
             None if b2 is None else _scaled(b2, upstream, dtypes[3]),
         )
+
+
+def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows [start, stop) of a selection of `source`, in the first rows of `out`."""
+    out = out[: stop - start]
+    if index is None:
+        return out.copy_(source[start:stop])
+    if source.dtype == out.dtype:
+        return torch.index_select(source, 0, index[start:stop], out=out)
+    return out.copy_(source.index_select(0, index[start:stop]))
+
+
+def _clear(rows: Tensor, mask: Tensor) -> None:
+    """Rows of a mask become 0."""
+    if rows.device.type == "cpu":  # a GPU would have to say how many there are
+        rows.index_fill_(0, mask.nonzero().squeeze(1), 0)
+    else:
+        rows.masked_fill_(mask[:, None], 0)
+
+
+def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
+    """total += Σ y, or = if `first`."""
+    if first:
+        torch.sum(y, 0, dtype=total.dtype, out=total)
+    else:
+        total.add_(y.sum(0, dtype=total.dtype))
 
 
 def _weight(problem: Problem, selection: Selection) -> Tensor | None:

@@ -27,12 +27,13 @@ class Layout(NamedTuple):
 
     rows: int  # of a chunk at most
     slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
+    spread: torch.dtype | None = None  # of a dH that lies as hidden does, other rows zero; None: compact
 
 
 class Gradients(NamedTuple):
     """Sums over the chunks; None where frozen. Biases: (slots, width), whose rows add up to the gradient."""
 
-    hidden: Tensor | None  # (capacity, d), compact
+    hidden: Tensor | None  # (capacity, d), compact; or (R, d), as hidden lies
     w1: Tensor | None
     b1: Tensor | None
     w2: Tensor | None
@@ -81,7 +82,7 @@ class Steps(Protocol):
         """dZ = (dP·W2) ⊙ act'(Z) and grads.b1 += Σ dZ."""
 
     def input_grads(self, start: int, stop: int) -> None:
-        """grads.w1 += dZᵀ·H and grads.hidden[start:stop] = dZ·W1."""
+        """grads.w1 += dZᵀ·H, and dZ·W1 in the rows of grads.hidden that belong to the chunk."""
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -103,7 +104,7 @@ class Steps(Protocol):
         in_place: bool,
     ) -> Tensor:
         """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected; `in_place`: dh itself, if
-        it is of that shape and dtype."""
+        it is of that shape and dtype. A dh that lies as hidden does has no `place`."""
         ...
 
     @staticmethod
@@ -132,7 +133,9 @@ def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]
         return problem.hidden.new_empty(rows, columns, dtype=dtype) if want else None
 
     return Gradients(
-        room(wanted[0], capacity, d, dtype),
+        room(wanted[0], problem.hidden.shape[0], d, layout.spread)
+        if layout.spread
+        else room(wanted[0], capacity, d, dtype),
         room(wanted[1], m, d, weights),
         room(wanted[2] and problem.b1 is not None, layout.slots[0], m, wide),
         room(wanted[3], z, m, weights),

@@ -103,7 +103,7 @@ def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction, h
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_a_few_rows_of_each_chunk(dtype, monkeypatch):
-    monkeypatch.setattr(steps_torch, "ROWS_IN_CACHE", 48)
+    monkeypatch.setattr(steps_torch, "IN_CACHE", 1)
     judge("torch", make(19, leading=(400,), dtype=dtype, weight="leading", upstream=2.0, workspace=1))
 
 
