@@ -158,11 +158,10 @@ def row_values(problem: Problem) -> None:
         return
     if rows.device.type != "cpu" and not debugging():
         return
-    low, high = int(rows.min()), int(rows.max())
+    low, high = (int(end) for end in rows.aminmax())
     if low < 0 or high >= total:
         raise ValueError(f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)")
-    seen = torch.zeros(total, dtype=torch.bool, device=rows.device)
-    seen[rows.long()] = True
+    seen = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows.long(), True)
     distinct = int(seen.sum())
     if distinct != rows.numel():
         raise ValueError(f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates")

@@ -22,6 +22,7 @@ from . import __version__
 from .check import command as checking
 from .diagnose import command
 from .loss import unavailable
+from .products import half_precision
 
 EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
@@ -267,6 +268,7 @@ def facts() -> dict[str, str]:
     else:
         rows.append(("GPU", "none that torch can use"))
     rows.append(('impl="auto"', ": ".join(automatic())))
+    rows.append(("CPU products", half_precision()))
     rows += [
         (name, value) for name, value in sorted(os.environ.items()) if name.startswith(("PRE_KERNELS_", "TRITON_"))
     ]

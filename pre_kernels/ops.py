@@ -186,7 +186,7 @@ def _fake_rescale(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tu
 
 def _fake_rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     fresh = _fake_rescale(upstream, place, *arguments)
-    lies = [place is None, True, False, True, False]
+    lies = [place is None or arguments[-1] == "torch", True, False, True, False]
     return tuple(
         x.new_empty(0) if stays and x.dtype == given.dtype else x
         for x, given, stays in zip(fresh, arguments[:5], lies, strict=True)

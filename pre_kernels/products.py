@@ -40,6 +40,13 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def half_precision() -> str:
+    """What a CPU's half-precision products are taken in here, and why, for people."""
+    if HALF_UNITS:
+        return f"bf16 in bf16 ({HALF_UNITS}), fp16 in fp32"
+    return "bf16 and fp16 in fp32 (this CPU has no units that make half precision faster)"
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · weightᵀ + bias; x: (n, K), weight: (N, K), bias: (N,) or None, out: (n, N), all of one dtype."""
     if bias is None:

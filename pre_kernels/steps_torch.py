@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -132,12 +133,12 @@ class TorchSteps:
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
-        return hidden[start:stop] if self.h is None else _take(hidden, self.index, start, stop, self.h)
+        return _part(hidden, start, stop) if self.h is None else _take(hidden, self.index, start, stop, self.h)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
         self.x = self._rows(start, stop)
-        self.z_rows, self.g_rows, self.p_rows = self.z[:n], self.g[:n], self.p[:n]
+        self.z_rows, self.g_rows, self.p_rows = (_part(x, 0, n) for x in (self.z, self.g, self.p))
         linear(self.x, self.w1, self.b1, self.z_rows)
         forward, _ = ACTIVATIONS[self.problem.options.activation]
         forward(self.z_rows, out=self.g_rows)
@@ -148,8 +149,8 @@ class TorchSteps:
         anchor, index = self.problem.anchor, None if options.anchor_compact else self.index
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
-            p = self.p_rows[first - start : last - start]
-            wide = p if self.wide_p is None else self.wide_p[: last - first].copy_(p)
+            p = _part(self.p_rows, first - start, last - start)
+            wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
             a, factor = _take(anchor, index, first, last, self.a), self.coefficient[first:last, None]
             losses = row_loss(wide, a, self.needs_dp, factor)
             if self.losses is not None:
@@ -168,7 +169,8 @@ class TorchSteps:
         torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
         _, backward = ACTIVATIONS[self.problem.options.activation]
         for first in range(0, stop - start, self.block):
-            dg, z = (x[first : first + self.block] for x in (self.g_rows, self.z_rows))
+            last = min(first + self.block, stop - start)
+            dg, z = _part(self.g_rows, first, last), _part(self.z_rows, first, last)
             backward(dg, z, grad_input=z)
             if self.grads.b1 is not None:
                 _add_rows(self.grads.b1[0], z, start + first == 0)
@@ -180,7 +182,7 @@ class TorchSteps:
         if dh is None:
             return
         if self.h is None:
-            torch.mm(self.z_rows, self.w1, out=dh[start:stop])
+            torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
             return
         torch.mm(self.z_rows, self.w1, out=self.x)  # which is no longer needed
         if self.index is None:
@@ -188,22 +190,23 @@ class TorchSteps:
             return
         if start == 0:
             _clear(dh, self.others)
-        for index, rows in zip(self.index[start:stop].split(self.block), self.x.split(self.block), strict=True):
-            dh.index_copy_(0, index, rows.to(dh.dtype))
+        for first in range(start, stop, self.block):
+            last = min(first + self.block, stop)
+            rows = _part(self.x, first - start, last - start)
+            dh.index_copy_(0, _part(self.index, first, last), rows if rows.dtype == dh.dtype else rows.to(dh.dtype))
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
         options, weight = problem.options, _weight(problem, selection)
-        full = partial(problem.hidden.new_full, (), dtype=problem.loss_dtype)
-        if options.reduction != "mean" or not selection.capacity:
-            return full(1.0)
-        if problem.normalizer is not None:
+        number: float = 1
+        if options.reduction == "mean" and selection.capacity:
             divisor = problem.normalizer
-        elif options.divisor is not None:
-            divisor = full(options.divisor)
-        else:
-            divisor = full(selection.capacity) if weight is None else weight.sum()
-        return torch.where(divisor == 0, torch.nan, divisor)
+            if divisor is None and options.divisor is None and weight is not None:
+                divisor = weight.sum()
+            if divisor is not None:
+                return torch.where(divisor == 0, torch.nan, divisor)
+            number = (selection.capacity if options.divisor is None else options.divisor) or torch.nan
+        return problem.hidden.new_full((), number, dtype=problem.loss_dtype)
 
     @staticmethod
     def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
@@ -218,8 +221,9 @@ class TorchSteps:
         upstream: Tensor | None,
         in_place: bool,
     ) -> Tensor:
-        out = _scaled(dh, upstream, dtype, in_place)
-        if place is not None and upstream is not None and not (upstream.device.type == "cpu" and upstream.isfinite()):
+        scale = _factor(upstream)
+        out = _scaled(dh, scale, dtype, in_place)
+        if place is not None and scale is not None and not (isinstance(scale, float) and math.isfinite(scale)):
             _clear(out, place)  # 0 · nan is nan
         return out
 
@@ -227,27 +231,34 @@ class TorchSteps:
     def scale(
         grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
+        scale = _factor(upstream)
         b1, b2 = (None if sums is None else sums[0] for sums in (grads.b1, grads.b2))
         w1, w2 = (
-            None if x is None else _scaled(x, upstream, dtype, in_place)
+            None if x is None else _scaled(x, scale, dtype, in_place)
             for x, dtype in ((grads.w1, dtypes[0]), (grads.w2, dtypes[2]))
         )
         return (
             w1,
-            None if b1 is None else _scaled(b1, upstream, dtypes[1]),
+            None if b1 is None else _scaled(b1, scale, dtypes[1]),
             w2,
-            None if b2 is None else _scaled(b2, upstream, dtypes[3]),
+            None if b2 is None else _scaled(b2, scale, dtypes[3]),
         )
+
+
+def _part(rows: Tensor, start: int, stop: int) -> Tensor:
+    """A view costs a small call as much as a pass over its rows."""
+    return rows if stop - start == rows.shape[0] else rows[start:stop]
 
 
 def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:
     """Rows [start, stop) of a selection of `source`, in the first rows of `out`."""
-    out = out[: stop - start]
+    out = _part(out, 0, stop - start)
     if index is None:
         return out.copy_(source[start:stop])
+    index = _part(index, start, stop)
     if source.dtype == out.dtype:
-        return torch.index_select(source, 0, index[start:stop], out=out)
-    return out.copy_(source.index_select(0, index[start:stop]))
+        return torch.index_select(source, 0, index, out=out)
+    return out.copy_(source.index_select(0, index))
 
 
 def _clear(rows: Tensor, mask: Tensor) -> None:
@@ -279,9 +290,14 @@ def _coefficient(problem: Problem, selection: Selection, upstream: Tensor | None
     return (scale if weight is None else scale * weight).expand(selection.capacity)
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+def _factor(upstream: Tensor | None) -> Tensor | float | None:
+    """A number where reading it makes nobody wait."""
+    return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
+
+
+def _scaled(grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype, in_place: bool = False) -> Tensor:
     if scale is None:
         return grad.to(dtype)
     if not in_place or grad.dtype != dtype:
         return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
-    return grad if scale.device.type == "cpu" and scale == 1 else grad.mul_(scale)
+    return grad if isinstance(scale, float) and scale == 1 else grad.mul_(scale)

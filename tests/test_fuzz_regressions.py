@@ -1,5 +1,7 @@
 """Cases that fuzzing found to be outside the rule, kept after the repair, and the judge of such cases itself."""
 
+import dataclasses
+
 import oracle
 import pytest
 import torch
@@ -240,6 +242,8 @@ def test_found_by_fuzzing(spec, device):
     ],
 )
 def test_where_eager_is_no_measure(spec, tensor, verdict):
+    if verdict == OVERFLOW:
+        spec = dataclasses.replace(spec, impl="triton")  # on a CPU "torch" has float32 products: they do not overflow
     found = {one.name: one.verdict for one in run(spec)}
     # whose noise is the larger one is the processor's to say
     assert found.pop(tensor) in ((verdict, WITHIN) if verdict == LUCK else (verdict,))
@@ -258,7 +262,7 @@ def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
         done = real(total, dy, x, first, copies)
         noise = torch.randn(total.shape, generator=torch.Generator().manual_seed(0))
         if what == "sum":
-            total.add_(total * noise.to(total.dtype) * (5 * torch.finfo(dy.dtype).eps))
+            total.add_(total * noise.to(total.dtype) * (5 * torch.finfo(getattr(torch, dtype)).eps))
         else:
             total[0, 0] = torch.inf
         return done

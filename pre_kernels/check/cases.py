@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pre_kernels.checks import Options, Problem
 from pre_kernels.ops import steps_of
+from pre_kernels.products import fastest_dtype
+from pre_kernels.steps_torch import IN_CACHE
 
 from .rule import LEAVES, Case
 
@@ -112,27 +114,35 @@ def floor(case: Case) -> Step:
 
 def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -> int:
     """Bytes at the peak beyond the gradients returned, as designed: the workspace, a compact dH, and float32 sums of dW
-    where there are several chunks; one chunk's products, and sums of float32, are what is returned."""
-    d, m, z, n, room = shape.d, shape.m, shape.z, shape.selected, workspace(impl, device)
-    precision = "fp8" if impl == "fp8" else None
-    options = Options("cosine", "gelu", "mean", dtype, True, False, None, room, None, precision)
+    where there are several chunks; one chunk's products, and sums of float32, are what is returned. With "torch" dH is
+    what is returned too, but for float16, and half-precision weights may be copied to float32."""
+    d, m, z, n = shape.d, shape.m, shape.z, shape.selected
+    products = fastest_dtype(dtype, device) if impl == "torch" else dtype
+    room, precision = workspace(impl, device, products), "fp8" if impl == "fp8" else None
+    options = Options("cosine", "gelu", "mean", products, True, False, None, room, None, precision)
     hidden, anchor, w1, w2 = (
         torch.empty(size, dtype=dtype, device="meta") for size in ((shape.rows, d), (n, z), (m, d), (z, m))
     )
     rows = torch.empty(n, dtype=torch.int64, device="meta")
     problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
-    several = n > _steps(impl).layout(problem).rows and dtype != torch.float32
-    return room + n * d * dtype.itemsize + several * 4 * m * (d + z)
+    layout, weights = _steps(impl).layout(problem), 4 * m * (d + z)
+    several = n > layout.rows and dtype != torch.float32
+    if impl != "torch":
+        return room + n * d * dtype.itemsize + several * weights
+    chunk = min(n, layout.rows) * (d + 2 * m + z) * products.itemsize
+    chunk += 3 * IN_CACHE if device.type == "cpu" else 0  # of the passes of the row loss
+    kept = shape.rows * d * 4 if layout.spread != dtype else 0
+    return chunk + kept + (2 * weights if products != dtype else several * weights)
 
 
 def _steps(impl: str) -> Any:
     return steps_of("blas" if impl == "fp8" else impl)  # it is a precision of "blas"
 
 
-def workspace(impl: str, device: torch.device) -> int:
-    """Bytes that an implementation takes for a chunk's buffers by default."""
+def workspace(impl: str, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that an implementation takes by default for a chunk's buffers, with products in `dtype`."""
     default = _steps(impl).workspace
-    return default[device.type] if isinstance(default, dict) else default
+    return default(device, dtype) if callable(default) else default
 
 
 def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pre_kernels.products import half_precision
+
 from . import one
 from .cases import DTYPES
 from .device import Cpu, Cuda, current
@@ -213,7 +215,9 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
         for impl in plan.impls:
             children.append(Child(impl, plan, heard))
         report = Report(options.out / "check.json", {**about, "device": device.describe()})
-        print(f"{report.about['device']['device']}: {plan.rows} rows of width {plan.width}, {plan.dtype}", flush=True)
+        said = f"; products of {half_precision()}" if device.kind == "cpu" and plan.dtype in ("bf16", "fp16") else ""
+        name = report.about["device"]["device"]
+        print(f"{name}: {plan.rows} rows of width {plan.width}, {plan.dtype}{said}", flush=True)
         for impl, reason in plan.left_out.items():
             report.add(impl, {"check": "left out", "outcome": "skip", "says": reason})
         _follow(children, heard, report)

@@ -201,7 +201,7 @@ class Checks:
 
     def _short(self, shape: Shape, dtype: torch.dtype) -> Found | None:
         """Where a size does not fit; `dtype`: of the arithmetic."""
-        want, free = needed(shape, dtype, workspace(self.impl, self.device.torch_device)), self.device.free()
+        want, free = needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype)), self.device.free()
         if isinstance(self.device, Cuda):
             want += FLUSH
         if free is None or want <= free:

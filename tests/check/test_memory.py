@@ -3,20 +3,37 @@
 import pytest
 import torch
 
-from pre_kernels import checks
+from pre_kernels import checks, products, steps_torch
 from pre_kernels.check import cases, memory
 
 
-@pytest.mark.parametrize("impl", [*sorted(set(checks.IMPLEMENTATIONS) - {"auto"}), "fp8"])
+@pytest.mark.parametrize("impl", [*sorted(set(checks.IMPLEMENTATIONS) - {"auto", "torch"}), "fp8"])
 def test_the_formula_of_the_peak_knows_each_implementation(impl):
     place = torch.device("cuda")
     for many in (False, True):
         shape = cases.Shape("tiny", 2, 2**20, 2**19 if many else 100, 128, 96, 64, "")
         dh, sums = 2 * shape.visual * 128, 4 * 96 * (128 + 64)
-        wanted = cases.workspace(impl, place) + 2 * dh + many * sums
+        wanted = cases.workspace(impl, place, torch.bfloat16) + 2 * dh + many * sums
         assert cases.formula(shape, torch.bfloat16, impl, place) == wanted
         if impl != "fp8":
             assert cases.formula(shape, torch.float32, impl, place) == wanted + 2 * dh - many * sums
+
+
+@pytest.mark.parametrize("units", [None, "AMX"])
+def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
+    """dH is in what is returned; float32 products want copies of half-precision weights, and sums of their gradients."""
+    monkeypatch.setattr(products, "HALF_UNITS", units)
+    place = torch.device("cpu")
+    few, many = (cases.Shape("tiny", 2, 2**17, n, 128, 96, 64, "") for n in (50, 2**16))
+    row, weights, passes = 128 + 2 * 96 + 64, 4 * 96 * (128 + 64), 3 * steps_torch.IN_CACHE
+    size, more = (2, 0) if units else (4, 2 * weights)
+    assert cases.formula(few, torch.bfloat16, "torch", place) == 100 * row * size + more + passes
+    assert cases.formula(few, torch.float32, "torch", place) == 100 * row * 4 + passes
+    assert cases.formula(few, torch.float16, "torch", place) == 100 * row * 4 + 2 * weights + 2**18 * 128 * 4 + passes
+    chunk = (32 << 20) // (row * 4) // 64 * 64
+    assert cases.formula(many, torch.float32, "torch", place) == chunk * row * 4 + passes
+    if units:
+        assert cases.formula(many, torch.bfloat16, "torch", place) == 2**17 * row * 2 + passes
 
 
 @pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")

@@ -26,7 +26,7 @@ class StandIn(Cuda):
         return Cpu().sample(step)
 
     def peak(self, step):
-        return 30.0, sum(x.nbytes for x in step()) / 2**20
+        return 2.0, sum(x.nbytes for x in step()) / 2**20
 
     def free(self):
         return self.room
@@ -71,7 +71,7 @@ def test_every_check_of_a_gpu(checks):
     assert "queued by the host in 0.70 ms" in results["time"]["says"]
     assert results["time"]["values"]["floor"]["median_ms"] > 0
     ratio = results["peak memory"]["values"]["ratio"]
-    assert results["peak memory"]["says"].startswith(f"{ratio:.2f} × the formula: 30 of ")
+    assert results["peak memory"]["says"].startswith(f"{ratio:.2f} × the formula: 2 of ")
 
 
 def test_masks_are_among_the_calls_of_the_others(monkeypatch):
@@ -150,7 +150,9 @@ def test_nobody_listens(checks):
 @pytest.mark.usefixtures("checks")
 def test_what_does_not_fit_is_left_out_and_the_rest_measured():
     checks = one.Checks("torch", 64, 1024, "fp32")
-    large = one.needed(checks.real, torch.float64, one.workspace("torch", torch.device("cpu"))) + one.FLUSH
+    large = (
+        one.needed(checks.real, torch.float64, one.workspace("torch", torch.device("cpu"), torch.float64)) + one.FLUSH
+    )
     checks.device.room = large - 1
     results, _ = told(checks)
     assert results["error, small case"]["outcome"] == "pass"
