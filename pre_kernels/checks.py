@@ -161,9 +161,9 @@ def row_values(problem: Problem) -> None:
     low, high = (int(end) for end in rows.aminmax())
     if low < 0 or high >= total:
         raise ValueError(f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)")
-    seen = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows.long(), True)
-    distinct = int(seen.sum())
-    if distinct != rows.numel():
+    times = torch.bincount(rows)
+    if times.max() > 1:
+        distinct = int((times > 0).sum())
         raise ValueError(f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates")
 
 

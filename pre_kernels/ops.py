@@ -154,7 +154,7 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _problem(tensors, options), steps_of(impl)
     layout, capacity = steps.layout(problem), problem.bound
-    shapes_something = (wanted[0] and not layout.spread) or problem.options.reduction == "none"
+    shapes_something = layout.spread or wanted[0] or problem.options.reduction == "none"
     if problem.masked and (impl == "torch" or problem.count_on_host) and shapes_something:
         capacity = torch.library.get_ctx().new_dynamic_size()
     new, wide = problem.hidden.new_empty, problem.loss_dtype
@@ -162,7 +162,7 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if problem.rows is None:
         place = new(0)
     else:
-        place = new(problem.hidden.shape[0], dtype=torch.bool if layout.spread else torch.int32)
+        place = new(capacity, dtype=torch.int64) if layout.spread else new(problem.hidden.shape[0], dtype=torch.int32)
     shape = (capacity,) if problem.options.reduction == "none" else ()
     return _outputs(problem.hidden, (new(shape, dtype=wide), new((), dtype=wide), place, *grads))
 
