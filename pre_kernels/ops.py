@@ -153,7 +153,8 @@ def _five(
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _problem(tensors, options), steps_of(impl)
-    layout, capacity = steps.layout(problem), problem.bound
+    layout = steps.layout(problem)
+    capacity: Any = problem.bound
     shapes_something = layout.spread or wanted[0] or problem.options.reduction == "none"
     if problem.masked and (impl == "torch" or problem.count_on_host) and shapes_something:
         capacity = torch.library.get_ctx().new_dynamic_size()

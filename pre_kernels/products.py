@@ -98,8 +98,8 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool 
     elif total.is_cuda and _widens(total.device, dy.dtype, first):
         _widened(total, dy.t(), x, first)
     elif copies:
-        for part, rows in enumerate(zip(dy.split(COPIED_ROWS), x.split(COPIED_ROWS), strict=True)):
-            add_product(total, *(half.to(total.dtype) for half in rows), first and part == 0)
+        for part, (some_dy, some_x) in enumerate(zip(dy.split(COPIED_ROWS), x.split(COPIED_ROWS), strict=True)):
+            add_product(total, some_dy.to(total.dtype), some_x.to(total.dtype), first and part == 0)
     else:
         return False
     return True

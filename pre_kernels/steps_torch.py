@@ -40,7 +40,9 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     near = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part = torch.linalg.vecdot(p, r).unsqueeze(1)
-    if norm.device.type == "cpu" and norm.min() >= 1e-8:  # nobody waits for the answer, and it saves a third of a small call
+    if (
+        norm.device.type == "cpu" and norm.min() >= 1e-8
+    ):  # nobody waits for the answer, and it saves a third of a small call
         cosine, along = near + part, part
     else:
         length = torch.where(norm < p_norm, norm / p_norm, 1.0)  # of p by now; an infinite norm has left zeros
@@ -126,8 +128,10 @@ class TorchSteps:
         self.h = None if as_given else buffer(chunk, d)
         self.z, self.g = buffer(chunk, m), buffer(chunk, m)
         # with one chunk dP is gone before dH is written, and P may lie there
-        free = dh is not None and dh.dtype == dtype and chunk == selection.capacity and chunk * z <= dh.numel()
-        self.p = dh.flatten()[: chunk * z].view(chunk, z) if free else buffer(chunk, z)
+        if dh is not None and dh.dtype == dtype and chunk == selection.capacity and chunk * z <= dh.numel():
+            self.p = dh.flatten()[: chunk * z].view(chunk, z)
+        else:
+            self.p = buffer(chunk, z)
         on_cpu = hidden.device.type == "cpu"
         self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)

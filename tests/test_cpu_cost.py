@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pre_kernels import fused_pre_loss, ops, products, reference
+from pre_kernels import fused_pre_loss, ops, products
 
 N, TOTAL, WIDTH = 1024, 1536, 256
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -21,7 +21,7 @@ def test_the_formula_of_the_peak_knows_each_implementation(impl):
 
 @pytest.mark.parametrize("units", [None, "AMX"])
 def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
-    """dH is in what is returned; float32 products want copies of half-precision weights, and sums of their gradients."""
+    """dH is in what is returned; float32 products want copies of half-precision weights, and sums of gradients."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
     place = torch.device("cpu")
     few, many = (cases.Shape("tiny", 2, 2**17, n, 128, 96, 64, "") for n in (50, 2**16))
