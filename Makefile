@@ -77,7 +77,7 @@ mutate: $(INSTALLED)  ## small errors in the kernels and the Function, which the
 	$(BIN)/python tests/mutate.py $(ARGS)
 
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
-	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png
+	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png --workspace bench/results/workspace.png
 
 peers: $(INSTALLED)  ## what is compared with, and xdist, in .deps/peers, for a GPU machine that has no network
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .deps/peers liger-kernel pytest-xdist execnet

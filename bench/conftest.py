@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the table at the end."""
+"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the tables at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from pre_kernels.check.device import current
 
-from . import peers, record, report, shapes, suite
+from . import goals, peers, record, report, shapes, suite
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
@@ -84,5 +84,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("loss, forward and backward")
     lines = [report.markdown(report.loss_table(records)), "", *report.refusals(records), *report.provenance(records)]
+    verdict = goals.cpu_table if current().kind == "cpu" else goals.table
+    lines += ["", report.markdown(verdict(records, "not measured in this run"))]
     for line in lines:
         terminalreporter.write_line(line)

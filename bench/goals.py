@@ -1,4 +1,4 @@
-"""The goals on a GPU beside what was measured: each figure comes out of the result files, or is said to be missing."""
+"""The goals on a GPU and a CPU beside what was measured: each figure comes out of records, or is said to be missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .report import over_floor
 BLAS, MASK = 1.10, 1.25  # × the floor: the first goals, after which tighter ones stand in the table
 KEPT = {"sync": "no sync", "graph": HELD, "fullgraph": WHOLE}  # what is said of a promise that is kept
 MAIN, SMALL = "llava15-7b-sft", "qwen25vl-7b-small"
-SETTING = ("torch", "triton")
-ABSENT, CARDS = "not yet measured (no GPU)", "H100 or H200"
+SETTING = ("torch", "triton", "threads")
+ABSENT, NO_GPU = "not yet measured", "not yet measured (no GPU)"
+CARDS, A_CPU = "H100 or H200", "a CPU"
 
 Record = dict[str, Any]
 
@@ -77,7 +78,7 @@ def small_workspace(records: list[Record]) -> Found | None:
     kept = [
         one
         for one in records
-        if one["kind"] == "workspace" and one["shape"] == MAIN and one["item"] <= 64 and "over_floor" in one
+        if one["kind"] == "workspace" and one["shape"] == MAIN and one.get("item", 65) <= 64 and "over_floor" in one
     ]
     best = min(kept, key=lambda one: one["over_floor"], default=None)
     return best and Found(best["over_floor"], "", [best], f"{best['peer']}, {best['item']} MiB")
@@ -193,25 +194,150 @@ GOALS = [
 ]
 
 
-def table(records: Iterable[Record]) -> list[Sequence[str]]:
-    """Header and a row for each goal and GPU, from the records with its last version of torch and triton."""
-    cards: dict[str, list[Record]] = {}
+CPU_SHAPES, CPU_SMALL = ("cpu-16k", "cpu-4k-encoder"), "cpu-small"
+MODES = ("compile", "compile-max")
+VLM = "smolvlm-256m"
+CPU_KINDS = ("loss", "workspace", "training")  # other records of a CPU are of no goal, and of other numbers of threads
+
+
+def milliseconds(one: Record) -> float | None:
+    return one["median_ms"]
+
+
+def extra(one: Record) -> float | None:
+    """Peak MiB beyond the gradients returned."""
+    return one["peak_mib"] - one["returned_mib"] if "peak_mib" in one else None
+
+
+def over(
+    others: Sequence[str],
+    figure: Callable[[Record], float | None],
+    dtypes: Sequence[str],
+    names: Sequence[str],
+    records: list[Record],
+) -> Found | None:
+    """A figure of ours ÷ the least of some other peers in the same run: the worst of the shapes of `names`, of how the
+    rows are given, of `dtypes`."""
+    found: list[Found] = []
+    for run in _runs(records, kind="loss"):
+        ours = _ours(run)
+        if ours is None or ours["shape"] not in names or ours["dtype"] not in dtypes:
+            continue
+        own, known = figure(ours), {name: value for name in others if name in run and (value := figure(run[name]))}
+        if own is not None and known:
+            least = min(known, key=lambda name: known[name])
+            what = f"{ours['shape']} {ours['dtype']} {ours.get('selection', 'mask')}, beside {least}"
+            found.append(Found(own / known[least], "", [ours], what))
+    return _worst(found)
+
+
+def _worst(found: Sequence[Found]) -> Found | None:
+    worst = max(found, key=lambda one: one.value or 0.0, default=None)
+    return worst and worst._replace(what=worst.what + (f", the worst of {len(found)}" if len(found) > 1 else ""))
+
+
+def small_memory(dtype: str, records: list[Record]) -> Found | None:
+    """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of the shapes."""
+    sweeps: dict[str, list[Record]] = {}
     for one in records:
-        if one.get("capability"):
-            cards.setdefault(one["device"], []).append(one)
-    for card, of_card in cards.items():
-        cards[card] = [one for one in of_card if all(one.get(name) == of_card[-1].get(name) for name in SETTING)]
-    rows = [_row(goal, card, goal.find(kept)) for goal in GOALS for card, kept in (cards or {CARDS: []}).items()]
-    return [("goal", "card", "measured", "where it comes from"), *rows]
+        if one["kind"] == "workspace" and one["dtype"] == dtype and one["shape"] in CPU_SHAPES and "peak_mib" in one:
+            sweeps.setdefault(one["group"], []).append(one)
+    found = []
+    for sweep in sweeps.values():
+        eager = next((extra(one) for one in sweep if one["peer"] == "eager"), None)
+        ours = min((one for one in sweep if "item" in one), key=lambda one: extra(one) or 0.0, default=None)
+        if eager and ours:
+            text = f"{ours['shape']} {dtype}, {ours['item']} MiB: {ours['over_floor']:.2f} × the floor's time"
+            found.append(Found((extra(ours) or 0.0) / eager, "", [ours], text))
+    return _worst(found)
 
 
-def _row(goal: Goal, card: str, found: Found | None) -> Sequence[str]:
+def outside(records: list[Record]) -> Found | None:
+    """How many runs of ours broke the error rule, and so have no time either."""
+    judged = [
+        one
+        for one in records
+        if one["kind"] == "loss"
+        and one["shape"] in (*CPU_SHAPES, CPU_SMALL)
+        and one["peer"].startswith("ours-")
+        and ("failed" in one or "error_ratio" in one)
+    ]
+    broken = [one for one in judged if one.get("failed") or one.get("outside_rule")]
+    where = [f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}" for one in broken]
+    text = f"{len(broken)} of {len(judged)} runs"
+    return Found(len(broken), text, broken or judged, "; ".join(where)) if judged else None
+
+
+def _of_dtype(dtype: str, over_compiled: float) -> list[Goal]:
+    def ratio(others: Sequence[str], figure: Callable[[Record], float | None]) -> Callable[..., Found | None]:
+        return partial(over, others, figure, (dtype,), CPU_SHAPES)
+
+    return [
+        Goal(f"{dtype}: time ÷ the best of torch.compile", "≤", over_compiled, ratio(MODES, milliseconds)),
+        Goal(f"{dtype}: time ÷ eager", "≤", 0.60, ratio(("eager",), milliseconds)),
+        Goal(f"{dtype}: extra peak ÷ torch.compile's", "≤", 1.0, ratio(MODES, extra)),
+        Goal(f"{dtype}: extra peak ÷ eager's, a small workspace", "≤", 0.20, partial(small_memory, dtype)),
+    ]
+
+
+CPU_GOALS = [
+    *_of_dtype("bf16", 0.95),
+    *_of_dtype("fp32", 0.85),
+    Goal("fp16: time ÷ eager", "≤", 1.0, partial(over, ("eager",), milliseconds, ("fp16",), CPU_SHAPES)),
+    Goal(
+        "N = 64, widths of 64: time ÷ eager",
+        "≤",
+        1.5,
+        partial(over, ("eager",), milliseconds, ("bf16", "fp32"), (CPU_SMALL,)),
+    ),
+    Goal("runs outside the error rule", "≤", 0, outside),
+    Goal("training step of SmolVLM-256M, time", "≤", 1.02, partial(field, "training", "time_ratio", item=VLM)),
+    Goal("training step of SmolVLM-256M, memory", "≤", 1.02, partial(field, "training", "memory_ratio", item=VLM)),
+]
+
+
+def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
+    """Header and a row for each goal and GPU, from the records with its last version of torch and triton; `absent`
+    stands where there are none."""
+    of_gpus = _by_device(one for one in records if one.get("capability"))
+    return _table(GOALS, "card", of_gpus, CARDS, NO_GPU if absent == ABSENT and not of_gpus else absent)
+
+
+def cpu_table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
+    """The same for CPUs, from the records with the last versions and number of threads."""
+    of_cpus = _by_device(one for one in records if not one.get("capability") and one["kind"] in CPU_KINDS)
+    return _table(CPU_GOALS, "CPU", of_cpus, A_CPU, absent)
+
+
+def _by_device(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Of each device what was measured with the setting of its last record."""
+    devices: dict[str, list[Record]] = {}
+    for one in records:
+        devices.setdefault(one["device"], []).append(one)
+    for device, known in devices.items():
+        last = max(known, key=lambda one: one["date"])
+        devices[device] = [one for one in known if all(one.get(name) == last.get(name) for name in SETTING)]
+    return devices
+
+
+def _table(
+    goals: Sequence[Goal], head: str, devices: dict[str, list[Record]], none: str, absent: str
+) -> list[Sequence[str]]:
+    rows = [
+        _row(goal, device, goal.find(kept), absent)
+        for goal in goals
+        for device, kept in (devices or {none: []}).items()
+    ]
+    return [("goal", head, "measured", "where it comes from"), *rows]
+
+
+def _row(goal: Goal, device: str, found: Found | None, absent: str) -> Sequence[str]:
     name = f"{goal.name}: {goal.sign} {goal.bound:g}"
     if found is None:
-        return name, card, ABSENT if card == CARDS else "not yet measured", ""
+        return name, device, absent, ""
     text = found.text
     if found.value is not None:
         met = found.value <= goal.bound if goal.sign == "≤" else found.value >= goal.bound
         text = f"{text or format(found.value, '.4g')}, {'met' if met else 'missed'}"
     where = {f"{one['date'][:10]}, commit {one['commit']}": None for one in found.source}
-    return name, card, text, "; ".join(filter(None, (found.what, *where)))
+    return name, device, text, "; ".join(filter(None, (found.what, *where)))

@@ -102,7 +102,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
         yield Part(f"tiles: {role}", _module("bench.sweep", "tiles", "--role", role, *tile, "--most", "5"), 24)
     yield suite("compile", 45, main, ["floor", "eager", "ours-blas", "viral" if dry else "compile"])
     peers = ["ours-torch"] if dry else ["ours-blas", "ours-triton"]
-    mibs = ["--mib", "64", "256", "512", "1024"]
+    mibs = ["--mib", *(["64"] if dry else ["64", "256", "512", "1024"])]
     yield Part("workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40)
     yield suite("hot caches", 14, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
     yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 12)
@@ -192,7 +192,8 @@ def profile(dry: bool, out: Path) -> Iterator[Part]:
         yield Part(what, _module("bench.profiling", what, *size), 80)
     for where in [size] if dry else [[], ["--shape", "qwen25vl-7b-small"]]:
         yield Part("kernels", _module("bench.profiling", "kernels", *where), 60)
-    yield Part("workspace", _module("bench.profiling", "workspace", *size), 110)
+    few = ["--peers", "ours-torch", "eager", "--mib", "64"] if dry else []
+    yield Part("workspace", _module("bench.profiling", "workspace", *size, *few), 110)
     yield Part("first call", _module("bench.profiling", "firstcall", *size), 150)
     yield from _ncu(size, 150)
     yield Part("training", _module("bench.training", *(["--tiny"] if dry else [])), 150)

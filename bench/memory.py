@@ -1,25 +1,27 @@
-"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER ROWS`.
+"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER ROWS [MIB]`.
 
 Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the second of two steps
 above what it was before that step (so the inputs, the code and what the first step left cached are not in it; the
 gradients returned and the libraries' scratch memory are), and the size of those gradients. Large blocks are mapped
 one by one (MALLOC_MMAP_THRESHOLD_), so what is counted is in use: by default glibc keeps some that are free, a seventh
-more or less from run to run.
+more or less from run to run. MIB is the workspace, of those of ours that take one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 from pre_kernels.check.memory import fresh, second
 
 from . import ROOT
 
 
-def peak(shape: str, dtype: str, peer: str, rows: str) -> tuple[float, float]:
-    """(peak, returned) in MiB of `peer`, measured in a fresh process."""
-    result = fresh("bench.memory", shape, dtype, peer, rows, folder=ROOT)
+def peak(shape: str, dtype: str, peer: str, rows: str, workspace: int | None = None) -> tuple[float, float]:
+    """(peak, returned) in MiB of `peer`, with that many MiB of workspace, measured in a fresh process."""
+    given = [] if workspace is None else [str(workspace)]
+    result = fresh("bench.memory", shape, dtype, peer, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]
 
 
@@ -27,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("shape", "dtype", "peer", "rows"):
         parser.add_argument(name)
+    parser.add_argument("workspace", nargs="?", type=int, metavar="MIB")
     arguments = parser.parse_args()
 
     import torch
@@ -39,7 +42,8 @@ def main() -> None:
         peers.BY_NAME[arguments.peer],
     )
     case = peers.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
-    step = peers.step(peer.build(), case) if peer.build else peers.floor(case)
+    options = {} if arguments.workspace is None else {"workspace": arguments.workspace << 20}
+    step = peers.step(partial(peer.build(), **options), case) if peer.build else peers.floor(case)
     rise, returned = second(step)
     print(json.dumps({"peak_mib": rise, "returned_mib": sum(x.nbytes for x in returned) / 2**20}))
 

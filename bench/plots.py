@@ -72,6 +72,34 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
     return [axis.get_title() for axis in axes[: len(panels)]]
 
 
+def workspaces(records: Iterable[Record], path: Path) -> list[str]:
+    """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the titles."""
+    swept = [one for one in records if one["kind"] == "workspace" and not one.get("capability") and "over_floor" in one]
+    swept = [
+        one for one in swept if all(one.get(name) == swept[-1].get(name) for name in ("device", "threads", "shape"))
+    ]
+    if not swept:
+        return []
+    pyplot = _pyplot()
+    dtypes = list(dict.fromkeys(one["dtype"] for one in swept))
+    figure, grid = pyplot.subplots(
+        len(dtypes), 2, figsize=(12.5, 4.0 * len(dtypes)), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for dtype, row in zip(dtypes, grid, strict=True):
+        for axis, panel in zip(row, (workspace, workspace_memory), strict=True):
+            panel(axis, [one for one in swept if one["dtype"] == dtype])
+            axis.set_title(f"{dtype}: {axis.get_title()}")
+            axis.grid(alpha=0.3)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    figure.suptitle(f"{swept[-1]['device']}, {swept[-1].get('threads')} threads, {swept[-1]['shape']}")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return [axis.get_title() for axis in grid.flat]
+
+
 def over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
     """Lines: the sweep at d = m = z; crosses: the real shapes."""
     axis.set(title="time ÷ the six bare products", xlabel="N", xscale="log")
@@ -104,11 +132,30 @@ def roofline(axis: Any, runs: list[dict[str, Record]]) -> None:
 
 
 def workspace(axis: Any, records: list[Record]) -> None:
-    axis.set(title="time ÷ floor over the workspace", xlabel="MiB", xscale="log")
-    for name in dict.fromkeys(one["peer"] for one in records):
-        points = sorted((one["item"], one["over_floor"]) for one in records if one["peer"] == name)
+    axis.set(title="time ÷ floor over the workspace", xlabel="MiB of workspace", ylabel="time ÷ floor")
+    _over_workspace(axis, records, lambda one: one["over_floor"])
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="floor")
+
+
+def workspace_memory(axis: Any, records: list[Record]) -> None:
+    axis.set(title="extra peak over the workspace", xlabel="MiB of workspace", ylabel="peak MiB beyond the gradients")
+    known = [one for one in records if "peak_mib" in one]
+    _over_workspace(axis, known, lambda one: one["peak_mib"] - one["returned_mib"])
+    axis.set_ylim(bottom=0)
+
+
+def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], float]) -> None:
+    """Curves of the peers that take one, lines across for those that take none."""
+    axis.set_xscale("log", base=2)
+    for one in records:
+        if "item" not in one and one["peer"] != "floor":
+            axis.axhline(value(one), color=_color(one["peer"]), linestyle="--", label=one["peer"])
+    curves = [one for one in records if "item" in one]
+    for name in dict.fromkeys(one["peer"] for one in curves):
+        points = sorted((one["item"], value(one)) for one in curves if one["peer"] == name)
         axis.plot(*zip(*points, strict=True), marker="o", color=_color(name), label=name)
-    axis.set_xticks(sorted({one["item"] for one in records}))
+    axis.set_xticks(sorted({one["item"] for one in curves}))
+    axis.minorticks_off()
 
 
 def intensity(one: Record) -> float:

@@ -5,6 +5,7 @@ python -m bench.profiling kernels      kernel times and launches of a step, for 
 python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph
 python -m bench.profiling fullgraph    the same under torch.compile
 python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
+python -m bench.profiling workspace --dtype bf16 fp32     on a CPU: that curve, and eager and torch.compile beside it
 python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
 """
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +35,9 @@ from . import ROOT, peers, record, report, shapes, suite
 from .goals import KEPT
 from .promises import impls, promises
 
-MIBS = (8, 16, 32, 64, 128, 256, 512, 1024)  # of workspace
+MIBS = {"cuda": (8, 16, 32, 64, 128, 256, 512, 1024), "cpu": (2, 4, 8, 16, 32, 64, 128, 256)}  # of workspace
+BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}  # of a sweep of the workspace
+SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
 STEPS = 5
 TOP = 25  # kernels kept of each peer
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
@@ -112,35 +116,46 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable
 
 
 def workspace(
-    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = (), mibs: Iterable[int] = MIBS
+    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Sequence[str] = (), mibs: Sequence[int] = ()
 ) -> Records:
-    """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor."""
+    """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor, and on a CPU
+    with the peers that take no workspace, whose records have no "item"."""
     if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
-    judge = Judge(case)
-    steps: dict[tuple[str, int], Callable[[], Any]] = {}
-    for name in dict.fromkeys(("torch", *impls(device, dtype))):
-        for mib in mibs if not names or f"ours-{name}" in names else ():
-            function = partial(fused_pre_loss, impl=name, workspace=mib << 20)
-            try:
-                failure = judge(function).failure
-            except Exception as error:
-                failure = suite.reason(error)
-            if failure:
-                yield {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "failed": failure}
-            else:
-                steps[name, mib] = peers.step(function, case)
-    del judge
-    for times in suite.staged(device, {**steps, "floor": peers.floor(case)}, 20.0):
-        for (name, mib), step in steps.items():
-            line = {"kind": "workspace", "peer": f"ours-{name}", "item": mib, "selection": "index"}
-            line |= suite.timed(times[name, mib], times["floor"])
-            line["over_floor"] = line["median_ms"] / line["floor_ms"]
-            if device.kind == "cuda":
-                line |= dict(zip(("peak_mib", "returned_mib"), device.peak(step), strict=True))
-            yield line
+    judges: dict[str, Judge] = {}
+    stamp = record.stamp(device)
+    group = f"{stamp.get('run', stamp['date'])} workspace {shape.name} {dtype}"
+    ours = [f"ours-{name}" for name in dict.fromkeys(("torch", *impls(device, dtype)))]
+    plan: list[tuple[str, int | None]] = [(name, mib) for name in ours for mib in mibs or MIBS[device.kind]]
+    plan = [place for place in plan + [(name, None) for name in BESIDE[device.kind]] if not names or place[0] in names]
+    steps: dict[tuple[str, int | None], peers.Step] = {}
+    known: dict[tuple[str, int | None], dict[str, Any]] = {("floor", None): {}}
+
+    def told(name: str, mib: int | None) -> dict[str, Any]:
+        about = {"kind": "workspace", "group": group, "peer": name, "selection": "index"}
+        return {**about, **({} if mib is None else {"item": mib}), **known[name, mib]}
+
+    for name, mib in plan:
+        peer = peers.BY_NAME[name]
+        if mib is not None and peer.build is not None:
+            peer = replace(peer, build=partial(partial, peer.build(), workspace=mib << 20))
+        known[name, mib], step = suite.judged(peer, case, judges)
+        if step is None:
+            yield told(name, mib)
+        else:
+            steps[name, mib] = step
+    judges.clear()  # float64 gradients
+    peaks = False
+    for times in suite.staged(device, {**steps, ("floor", None): peers.floor(case)}, 20.0):
+        for place, samples in times.items():
+            known[place] |= suite.timed(samples, times["floor", None])
+            known[place]["over_floor"] = known[place]["median_ms"] / known[place]["floor_ms"]
+            yield told(*place)
+        for place, step in steps.items() if not peaks else ():
+            known[place] |= suite.peak(device, step, shape.name, dtype, place[0], "index", place[1])
+        peaks = True
 
 
 def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
@@ -203,22 +218,23 @@ WHAT: dict[str, Callable[..., Records]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--shape", choices=shapes.BY_NAME, default="llava15-7b-sft", metavar="SHAPE")
-    parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
+    parser.add_argument("--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"else, by the device, {SHAPE}")
+    parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
     parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, help="of kernels and workspace; else all")
-    parser.add_argument("--mib", nargs="+", type=int, help=f"of workspace; else {MIBS}")
+    parser.add_argument("--mib", nargs="+", type=int, help=f"of workspace; else, by the device, {MIBS}")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
     given = {"names": arguments.peers, "mibs": arguments.mib}
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    about = {"shape": arguments.shape, "dtype": arguments.dtype, **record.stamp(device)}
-    lines = []
+    shape, lines = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]], []
     given = {name: value for name, value in given.items() if value is not None}
-    for line in WHAT[arguments.what](device, shapes.BY_NAME[arguments.shape], arguments.dtype, **given):
-        record.append(path, line | about)
-        lines.append(line)
+    for dtype in arguments.dtype:
+        about = {"shape": shape.name, "dtype": dtype, **record.stamp(device)}
+        for line in WHAT[arguments.what](device, shape, dtype, **given):
+            record.append(path, line | about)
+            lines.append(line | {"dtype": dtype})
     for kind in dict.fromkeys(line["kind"] for line in lines):
         print(report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])), "\n")
     return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)

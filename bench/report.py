@@ -5,11 +5,12 @@
     python -m bench.report --readme README.md                 replace what stands between the README's markers
     python -m bench.report --plot bench/results/speed.png     time ÷ floor and peak memory ÷ eager, as bars
     python -m bench.report --curves bench/results/curves.png  over N, over intensity and over the workspace
+    python -m bench.report --workspace bench/results/workspace.png  the same over a CPU's workspace
     python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
 
 The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the table of the loss,
-and the same with `goals` for the goals on a GPU, `fuzz` for errors beside eager's, `mutation` for the
-errors that tests have to see.
+and the same with `goals` for the goals on a GPU, `cpu-goals` for those on a CPU, `fuzz` for errors beside eager's,
+`mutation` for the errors that tests have to see.
 """
 
 from __future__ import annotations
@@ -176,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="write the tables between this file's markers")
     parser.add_argument("--plot", type=Path, help="write the bars there")
     parser.add_argument("--curves", type=Path, help="write the curves there, if there is data for any")
+    parser.add_argument(
+        "--workspace", type=Path, help="write a CPU's curves over the workspace there, if there are any"
+    )
     parser.add_argument("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
 
@@ -187,17 +191,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = [one for one in records if one["kind"] == arguments.kind]
         print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
         return
-    goal_table = markdown(goals.table(records))
+    goal_tables = {"goals": markdown(goals.table(records)), "cpu-goals": markdown(goals.cpu_table(records))}
     if arguments.readme:
-        texts = {"bench": page(records), "goals": goal_table, "diagnostics": diagnostics.page(records)}
+        texts = {"bench": page(records), **goal_tables, "diagnostics": diagnostics.page(records)}
         texts["fuzz"], texts["mutation"] = numerics.page(records), mutation.page(records)
         into_readme(arguments.readme, texts)
     if arguments.plot:
         plots.bars(records, arguments.plot)
     if arguments.curves:
         plots.curves(records, arguments.curves)
-    if not (arguments.readme or arguments.plot or arguments.curves):
-        print(page(records), goal_table, sep="\n\n")
+    if arguments.workspace:
+        plots.workspaces(records, arguments.workspace)
+    if not (arguments.readme or arguments.plot or arguments.curves or arguments.workspace):
+        print(page(records), *goal_tables.values(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ GPU = [
 CPU = [
     Shape("cpu-16k", 8, 2048, 1536, 1024, 1024, 1024, "stand-in: 12k visual tokens of width 1024"),
     Shape("cpu-4k-encoder", 4, 1024, 576, 1024, 512, 768, "stand-in: anchors of an encoder, narrow predictor"),
+    Shape("cpu-small", 1, 128, 64, 64, 64, 64, "a first try: 64 visual tokens of width 64"),
 ]
 
 TINY = [Shape("tiny", 2, 160, 100, 128, 96, 64, "for the tests of the benchmark itself")]
@@ -51,9 +52,12 @@ def plan(
         if unknown:
             raise ValueError(f"shape: got {unknown}, want some of {', '.join(BY_NAME)}")
         return [(BY_NAME[name], dtype, kind) for name in picked for dtype in dtypes for kind in rows]
-    every = [(shape, "bf16", "index") for shape in (CPU if device.type == "cpu" else GPU)]
-    main = every[0][0]
     if device.type == "cpu":
-        return [*every, (main, "bf16", "mask"), (main, "fp32", "index")]
+        main, encoder, small = CPU
+        both = [(shape, dtype, "index") for shape in (main, encoder) for dtype in ("bf16", "fp32")]
+        others = [(main, "bf16", "mask"), (main, "fp32", "mask"), (main, "fp16", "index")]
+        return [*both, *others, (small, "fp32", "index"), (small, "bf16", "index")]
+    every = [(shape, "bf16", "index") for shape in GPU]
+    main = every[0][0]
     variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
     return [*every[:3], *variants, *every[3:]]

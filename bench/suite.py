@@ -72,7 +72,7 @@ def measure(
     if "torch._dynamo" in sys.modules:  # seconds to import; without a reset a second shape is compiled for any size
         torch.compiler.reset()
     for peer in chosen:
-        results[peer.name], step = _judged(peer, case, judges)
+        results[peer.name], step = judged(peer, case, judges)
         if step is not None:
             steps[peer.name] = step
         if results[peer.name]:
@@ -94,7 +94,7 @@ def measure(
             extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory and not hot)
 
 
-def _judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
+def judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
     """What is to be said of a peer before it is timed, and its step if it is to be."""
     place, dtype = case.tensors["hidden"].device, case.product_dtype
     if missing := peer.missing(place, dtype):
@@ -157,16 +157,22 @@ def _beside(
         result["formula_mib"] = designed / MIB
     if not with_memory or peers.BY_NAME[name].build is None:
         return result
+    return result | peak(device, step, shape.name, dtype, name, rows)
+
+
+def peak(device: Cpu | Cuda, step: peers.Step, *named: Any) -> dict[str, Any]:
+    """Peak and returned MiB of a step, which a process of its own finds by the arguments of `memory.peak` on a CPU; or
+    why they are not known."""
     try:
         if isinstance(device, Cuda):
-            peak, returned = device.peak(step)
+            most, returned = device.peak(step)
         elif missing := resident.missing():
-            return result | {"memory_unavailable": missing}
+            return {"memory_unavailable": missing}
         else:
-            peak, returned = memory.peak(shape.name, dtype, name, rows)
+            most, returned = memory.peak(*named)
     except RuntimeError as error:
-        return result | {"memory_unavailable": reason(error)}
-    return result | {"peak_mib": peak, "returned_mib": returned}
+        return {"memory_unavailable": reason(error)}
+    return {"peak_mib": most, "returned_mib": returned}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -187,7 +187,7 @@ def _workspace_runs(records: Sequence[Record]) -> dict[str, dict[int, float]]:
     """÷ floor by MiB, for each of ours."""
     runs: dict[str, dict[int, float]] = {}
     for one in _kind(records, "workspace"):
-        if "over_floor" in one:
+        if "over_floor" in one and "item" in one:
             runs.setdefault(one["peer"], {})[one["item"]] = one["over_floor"]
     return runs
 

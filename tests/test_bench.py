@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # bench/ is not installed
 from bench import (  # noqa: E402
     compositions,
     goals,
+    memory,
     peers,
     profiling,
     promises,
@@ -26,6 +27,7 @@ from bench import (  # noqa: E402
     training,
 )
 from pre_kernels import reference  # noqa: E402
+from pre_kernels.check import memory as resident  # noqa: E402
 from pre_kernels.check.device import Cpu, Cuda  # noqa: E402
 from pre_kernels.check.rule import Judge, run  # noqa: E402
 
@@ -48,6 +50,9 @@ def test_pytest_bench_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "| tiny " in done.stdout
     assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
+    verdict = done.stdout[done.stdout.index("| goal ") :]  # after the table of the loss
+    assert "| bf16: time ÷ eager: ≤ 0.6 " in verdict
+    assert verdict.count(" not measured in this run ") == len(goals.CPU_GOALS)  # of a shape that no goal is of
     (file,) = (tmp_path / "results").iterdir()
     ours, floor = record.latest(record.load([file]))
     # pytest-benchmark's table has the samples that were taken, not the time it took to hand them over
@@ -145,12 +150,58 @@ def test_a_graph_that_was_not_chunked_is_no_measurement(monkeypatch):
 def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     assert set(peers.planned(0)) == set(peers.BY_NAME)
     assert set(peers.planned(0)) - set(peers.planned(2)) == {"compile-max", "compile-chunked", "liger"}
-    assert set(peers.planned(2)) - set(peers.planned(6)) == {"compile"}
+    assert set(peers.planned(2)) - set(peers.planned(peers.COMPILED)) == {"compile"}
     plan = shapes.plan(torch.device("cuda"))
     assert plan[0] == (shapes.BY_NAME[goals.MAIN], "bf16", "index")
     assert (shapes.BY_NAME[goals.MAIN], "bf16", "mask") in plan
     assert (shapes.BY_NAME[goals.SMALL], "bf16", "index") in plan[: peers.COMPILED]  # a goal: faster than compile there
     assert {shape for shape, _, _ in plan} == set(shapes.GPU)
+
+
+def test_the_plan_of_a_cpu():
+    plan = [(shape.name, dtype, rows) for shape, dtype, rows in shapes.plan(torch.device("cpu"))]
+    assert len(set(plan)) == len(plan)
+    assert {name for name, _, _ in plan} == {shape.name for shape in shapes.CPU}
+    large = [one for one in plan if one[0] != goals.CPU_SMALL]
+    assert plan[: peers.COSTLY] == [("cpu-16k", "bf16", "index"), ("cpu-16k", "fp32", "index")]
+    assert plan[: peers.COMPILED] == large  # torch.compile beside all of them
+    assert {dtype for name, dtype, _ in plan if name == goals.CPU_SMALL} == {"bf16", "fp32"}
+    assert {("cpu-16k", dtype, "mask") for dtype in ("bf16", "fp32")} | {("cpu-16k", "fp16", "index")} <= set(plan)
+
+
+def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
+    asked, given = [], []
+
+    def peak(*named):
+        asked.append(named)
+        return 3.0, 1.0
+
+    def judged(peer, *rest):
+        given.append(getattr(peer.build(), "keywords", {}).get("workspace"))
+        return in_suite(peer, *rest)
+
+    in_suite = suite.judged
+    monkeypatch.setattr(suite, "judged", judged)
+    monkeypatch.setattr(memory, "peak", peak)
+    monkeypatch.setattr(suite, "staged", lambda device, steps, seconds: iter([{key: [2.0, 3.0] for key in steps}] * 2))
+    names = ["ours-torch", "eager"]
+    lines = list(profiling.workspace(Cpu(), TINY, "fp32", names, [1, 64]))
+    found = {(one["peer"], one.get("item")): one for one in lines}
+    assert list(found) == [("ours-torch", 1), ("ours-torch", 64), ("eager", None), ("floor", None)]
+    assert given == [1 << 20, 64 << 20, None]
+    assert len({one["group"] for one in lines}) == 1
+    assert all((one["over_floor"], one["median_ms"]) == (1.0, 2.5) for one in found.values())
+    assert all((one["peak_mib"], one["returned_mib"]) == (3.0, 1.0) for one in list(found.values())[:3])
+    assert asked == [("tiny", "fp32", name, "index", mib) for name, mib in list(found)[:3]]
+    assert set(profiling.BESIDE["cpu"]) == {"eager", "compile"}
+
+
+def test_the_peak_depends_on_the_workspace():
+    if reason := resident.missing():
+        pytest.skip(reason)
+    (least, same), (most, returned) = (memory.peak("cpu-4k-encoder", "fp32", "ours-torch", "index", x) for x in (2, 64))
+    assert same == returned
+    assert most - least > 8
 
 
 def test_fp8_is_measured_where_the_device_has_it(monkeypatch):

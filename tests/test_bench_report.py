@@ -47,7 +47,7 @@ def test_report_and_picture(tmp_path):
         "before\n"
         + "\nbetween\n".join(map(markers, ("bench", "goals")))
         + "\nafter\n"
-        + "\n".join(map(markers, ("diagnostics", "fuzz", "mutation")))
+        + "\n".join(map(markers, ("diagnostics", "fuzz", "mutation", "cpu-goals")))
         + "\n"
     )
     report.main([str(file), "--readme", str(readme), "--plot", str(picture)])
@@ -55,6 +55,7 @@ def test_report_and_picture(tmp_path):
     assert text.startswith("before\n<!-- bench:begin -->\n|")
     assert "<!-- bench:end -->\nbetween\n<!-- goals:begin -->\n| goal" in text
     assert "<!-- goals:end -->\nafter\n<!-- diagnostics:begin -->\nNot yet measured." in text
+    assert "<!-- cpu-goals:begin -->\n| goal" in text
     assert "stale" not in text
     row = next(line for line in text.splitlines() if "ours-torch" in line)
     assert [cell.strip() for cell in row.split("|")[8:14]] == ["0.50", "1.50", "30", "0.27", "0.20", "1.00"]
@@ -120,7 +121,7 @@ def goal_row(records, name):
 def test_goals():
     records = gpu_results()
     of_cpu = [{name: value for name, value in one.items() if name != "capability"} for one in records]
-    assert all(row[1:] == (goals.CARDS, goals.ABSENT, "") for row in goals.table(of_cpu)[1:])
+    assert all(row[1:] == (goals.CARDS, goals.NO_GPU, "") for row in goals.table(of_cpu)[1:])
     for row in goals.table(records)[1:]:
         assert row[1] == "G"
         assert row[2].endswith(", met"), row
@@ -179,6 +180,128 @@ def test_a_goal_that_is_missed(kind, change, name):
 def test_a_goal_over_every_shape_is_not_met_by_some():
     few = [one for one in gpu_results() if one.get("shape") in (goals.MAIN, goals.SMALL)]
     assert goal_row(few, "time ÷ floor, every shape")[2] == "1.05 so far"
+
+
+def cpu_results() -> list[dict]:
+    """Of a CPU that meets each goal."""
+    stamp = {"device": "C", "threads": 2, "torch": "2", "triton": "3", "date": "2026-01-02", "commit": "c"}
+    lines = []
+
+    def add(kind, **fields):
+        lines.append({"kind": kind, **stamp, **fields})
+
+    def run(shape, dtype, selection, ours):
+        times = {"ours-torch": ours, "eager": 4.0, "compile": 3.0, "compile-max": 2.5, "floor": 1.0}
+        extras = {"ours-torch": 30.0, "eager": 100.0, "compile": 60.0, "compile-max": 50.0}
+        for peer, ms in times.items():
+            figures = {"median_ms": ms, "error_ratio": 1.0, "outside_rule": None}
+            figures |= {"peak_mib": 10.0 + extras[peer], "returned_mib": 10.0} if peer in extras else {}
+            about = {"shape": shape, "dtype": dtype, "selection": selection, "peer": peer}
+            add("loss", **about, **figures, group=f"{shape} {dtype} {selection}")
+
+    run("cpu-16k", "bf16", "index", 1.8)
+    run("cpu-16k", "fp32", "index", 1.9)
+    run("cpu-4k-encoder", "bf16", "index", 2.0)
+    run("cpu-16k", "bf16", "mask", 2.25)
+    run("cpu-16k", "fp16", "index", 3.0)
+    run("cpu-small", "fp32", "index", 5.0)
+    run("cpu-small", "bf16", "index", 5.2)
+    for dtype in ("bf16", "fp32"):
+        about = {"shape": "cpu-16k", "dtype": dtype, "selection": "index", "group": f"workspace {dtype}"}
+        for item, ms, mib in ((2, 2.4, 12.0), (16, 1.8, 20.0), (256, 1.7, 250.0)):
+            figures = {"median_ms": ms, "over_floor": ms, "peak_mib": 10.0 + mib, "returned_mib": 10.0}
+            add("workspace", peer="ours-torch", item=item, **about, **figures)
+        for peer, ms, mib in (("eager", 4.0, 100.0), ("compile", 3.0, 60.0)):
+            figures = {"median_ms": ms, "over_floor": ms, "peak_mib": 10.0 + mib, "returned_mib": 10.0}
+            add("workspace", peer=peer, **about, **figures)
+        add("workspace", peer="floor", **about, median_ms=1.0, over_floor=1.0)
+    add("training", item="smolvlm-256m", dtype="bf16", time_ratio=1.01, memory_ratio=1.015)
+    return lines
+
+
+def cpu_goal(records, name):
+    (row,) = (row for row in goals.cpu_table(records) if row[0].startswith(name))
+    return row
+
+
+def test_goals_on_a_cpu():
+    records = cpu_results()
+    assert record.latest(records) == records
+    for row in goals.cpu_table(records)[1:]:
+        assert row[1] == "C"
+        assert row[2].endswith(", met"), row
+        assert "2026-01-02, commit c" in row[3]
+    # the worst of three, ÷ the faster mode
+    where = "cpu-16k bf16 mask, beside compile-max, the worst of 3; 2026-01-02, commit c"
+    assert cpu_goal(records, "bf16: time ÷ the best of torch.compile")[2:] == ("0.9, met", where)
+    assert cpu_goal(records, "fp32: time ÷ eager")[2] == "0.475, met"
+    assert cpu_goal(records, "bf16: extra peak ÷ torch.compile")[2] == "0.6, met"
+    where = "cpu-16k fp32, 2 MiB: 2.40 × the floor's time; 2026-01-02, commit c"
+    assert cpu_goal(records, "fp32: extra peak ÷ eager's, a small")[2:] == ("0.12, met", where)
+    assert cpu_goal(records, "fp16")[2] == "0.75, met"
+    assert cpu_goal(records, "N = 64")[2] == "1.3, met"
+    assert cpu_goal(records, "runs outside")[2] == "0 of 7 runs, met"
+    # no record of a GPU, nor of another number of threads, is taken for this CPU's
+    fuzzed = {"kind": "fuzz", "device": "C", "threads": 1, "date": "2026-01-03"}
+    assert goals.cpu_table([*records, *gpu_results(), fuzzed]) == goals.cpu_table(records)
+    older = [{**one, "threads": 1, "date": "2026-01-01", "median_ms": 99.0} for one in records if "median_ms" in one]
+    assert goals.cpu_table([*records, *older]) == goals.cpu_table(records)
+    assert all(row[1:] == (goals.CARDS, goals.NO_GPU, "") for row in goals.table(records)[1:])
+
+
+def test_goals_that_a_run_says_nothing_of():
+    for records in ([], gpu_results()):
+        assert all(row[1:] == (goals.A_CPU, "absent", "") for row in goals.cpu_table(records, "absent")[1:])
+    only = [one for one in cpu_results() if one.get("shape") == "cpu-16k" and one["kind"] == "loss"]
+    alone = [one for one in only if one["peer"] == "ours-torch"]
+    assert cpu_goal(only, "bf16: time ÷ eager")[2] == "0.5625, met"
+    assert cpu_goal(only, "training step of SmolVLM-256M, time")[2] == "not yet measured"
+    assert cpu_goal(alone, "bf16: time ÷ eager")[2] == "not yet measured"
+    assert cpu_goal(alone, "runs outside")[2] == "0 of 4 runs, met"
+    # eager of another run is nothing to be compared with
+    apart = [{**one, "group": f"{one['group']} {one['peer']}"} for one in cpu_results() if "group" in one]
+    assert cpu_goal(apart, "bf16: time ÷ eager")[2] == "not yet measured"
+    assert cpu_goal(apart, "bf16: extra peak ÷ eager's, a small")[2] == "not yet measured"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "where", "name"),
+    [
+        ("loss", {"median_ms": 2.4}, {"dtype": "bf16"}, "bf16: time ÷ the best of torch.compile"),
+        ("loss", {"median_ms": 2.45}, {"selection": "mask"}, "bf16: time ÷ eager"),
+        ("loss", {"median_ms": 2.2}, {"dtype": "fp32"}, "fp32: time ÷ the best of torch.compile"),
+        ("loss", {"peak_mib": 61.0}, {"shape": "cpu-4k-encoder"}, "bf16: extra peak ÷ torch.compile's"),
+        ("workspace", {"peak_mib": 31.0}, {}, "bf16: extra peak ÷ eager's, a small workspace"),
+        ("loss", {"median_ms": 4.1}, {"dtype": "fp16"}, "fp16: time ÷ eager"),
+        ("loss", {"median_ms": 6.1}, {"shape": "cpu-small", "dtype": "bf16"}, "N = 64"),
+        ("loss", {"outside_rule": "dH: error"}, {"selection": "mask"}, "runs outside"),
+        ("loss", {"failed": "error"}, {"selection": "mask"}, "runs outside"),
+        ("training", {"time_ratio": 1.03}, {}, "training step of SmolVLM-256M, time"),
+        ("training", {"memory_ratio": 1.03}, {}, "training step of SmolVLM-256M, memory"),
+    ],
+)
+def test_a_goal_on_a_cpu_that_is_missed(kind, change, where, name):
+    records = cpu_results()
+    for one in records:
+        about = {"kind": kind, "peer": "ours-torch", **where}
+        if one["kind"] == "training" == kind or all(one.get(key) == value for key, value in about.items()):
+            one |= change
+    assert cpu_goal(records, name)[2].endswith(", missed")
+
+
+def test_curves_over_the_workspace_of_a_cpu(tmp_path):
+    picture = tmp_path / "workspace.png"
+    assert plots.workspaces(gpu_results(), picture) == []
+    assert not picture.exists()
+    titles = plots.workspaces([*cpu_results(), *gpu_results()], picture)
+    assert [title.partition(":")[0] for title in titles] == ["bf16", "bf16", "fp32", "fp32"]
+    assert picture.stat().st_size > 10_000
+    without = [one for one in cpu_results() if one["dtype"] == "bf16"]
+    for one in without:
+        one.pop("peak_mib", None)  # a system that does not tell
+    assert len(plots.workspaces(without, picture)) == 2
+    swept = [one for one in cpu_results() if one["kind"] == "workspace"]
+    assert plots.curves(swept, tmp_path / "curves.png") == ["time ÷ floor over the workspace"]
 
 
 def test_curves(tmp_path):
