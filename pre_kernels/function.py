@@ -24,8 +24,9 @@ class _PreLoss(torch.autograd.Function):
     """Costs, for N rows of widths d → m → z: 6·N·m·(d+z) FLOP with all gradients wanted, in forward.
 
     Saved: dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2, for an upstream gradient of 1; no
-    activation. The backward scales them in one pass, where they lie if the graph is not retained. Where it recomputes
-    (see `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs instead of 6.
+    activation. With "torch" dH lies as hidden does, zero elsewhere: new memory costs a CPU more than a pass over it.
+    The backward scales them in one pass, where they lie if the graph is not retained. Where it recomputes (see
+    `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs instead of 6.
     """
 
     @staticmethod

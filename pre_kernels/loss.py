@@ -96,7 +96,8 @@ def fused_pre_loss(
     Each selected row i of `hidden` passes the predictor p = w2 · act(w1 · h + b1) + b2 and is compared with its anchor
     a; the row loss is -cos(p, a), or the mean over z of (p - a)² or of smooth_l1(p - a). Gradients of the predictor and
     of `hidden` are computed chunk by chunk in the forward, so no activation is kept; `reduction="none"` and float16
-    products recompute the chunks in the backward instead, where the upstream gradient is known.
+    products recompute the chunks in the backward instead, where the upstream gradient is known. On a CPU products of
+    float16 are taken in float32, and those of bfloat16 too where no units make them faster (`pre-kernels env` says).
 
     ```python
     hidden = torch.randn(2, 10, 64, requires_grad=True)

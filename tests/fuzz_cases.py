@@ -49,6 +49,7 @@ class Spec:
     frozen: tuple[str, ...] = ()
     workspace: int | None = None
     capacity: int | None = None  # beyond what the mask selects
+    units: str | None = None  # what this CPU is taken to have for half precision, as products.HALF_UNITS
 
     @property
     def product_dtype(self) -> str:

@@ -71,6 +71,7 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
         anchor=anchor,
         noise=pick(0.0, 1e-7, 1e-4, 1e-2) if anchor != "random" else 0.0,
         weight=pick(None, "leading", "compact"),
+        units=pick(None, "AMX") if on_torch and "bfloat16" in (dtype, autocast) else None,
         scale=scale,
         # beyond float16's 65504 there is little to compare
         scale_w2=draw(st.integers(-4, min(4, 4 - scale) if half else 4)),

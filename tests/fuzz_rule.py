@@ -16,13 +16,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import oracle
 import torch
 from fuzz_cases import Spec, build
 from torch import Tensor
 
-from pre_kernels import fused_pre_loss
+from pre_kernels import fused_pre_loss, products
 
 ENSEMBLES = (32, 128, 512, 2048)  # the last decides: with so many an RMS is known to some percent
 WITHIN, OVERFLOW, LUCK, VIOLATION = "within", "overflow", "luck", "violation"
@@ -45,7 +46,8 @@ def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
     case, extra = build(spec, device)
 
     def function(**arguments: Any) -> Tensor:
-        return fused_pre_loss(**arguments, **extra, impl=spec.impl)
+        with mock.patch.object(products, "HALF_UNITS", spec.units):
+            return fused_pre_loss(**arguments, **extra, impl=spec.impl)
 
     ensemble, outcomes = Ensemble(function, case), []
     for one in oracle.comparisons(function, case):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import compare, make, run
 
-from pre_kernels import fused_pre_loss, reference, steps_torch
+from pre_kernels import fused_pre_loss, products, reference, steps_torch
 from pre_kernels.checks import ACTIVATIONS, LOSSES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,8 +66,22 @@ def judge(impl: str, case: oracle.Case) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_random_options(impl, device, seed):
+def test_random_options(impl, device, seed, monkeypatch):
+    monkeypatch.setattr(products, "HALF_UNITS", "AMX" if seed % 2 else None)
     judge(impl, random_case(seed, device))
+
+
+@pytest.mark.parametrize("units", [None, "AMX"])
+@pytest.mark.parametrize("rows", ["mask", "all"])
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_both_kinds_of_half_precision_products_of_a_cpu(monkeypatch, units, rows, workspace, loss):
+    """Whatever this CPU has; predictions narrower and wider than dH, in whose memory those of one chunk lie."""
+    monkeypatch.setattr(products, "HALF_UNITS", units)
+    for dtype, autocast in ((torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)):
+        for z in (37, 300):
+            given = {"rows": rows, "dtype": dtype, "autocast": autocast, "z": z, "workspace": workspace}
+            judge("torch", make(20, leading=(3, 100), loss=loss, weight="leading", upstream=0.37, **given))
 
 
 @pytest.mark.parametrize(("loss", "activation", "dtype"), list(itertools.product(LOSSES, ACTIVATIONS, DTYPES)))

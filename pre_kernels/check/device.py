@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pre_kernels.products import HALF_UNITS
+
 MIB = 2**20
 FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far
 SILENT = "PRE_KERNELS_NO_SMI"  # set once nvidia-smi was too slow: what this process starts does not wait for it again
@@ -28,7 +30,8 @@ class Cpu:
     torch_device = torch.device("cpu")
 
     def describe(self) -> dict[str, Any]:
-        return {"device": _cpu_name(), "threads": torch.get_num_threads()}
+        units = f"with {HALF_UNITS}" if HALF_UNITS else "without half-precision units"
+        return {"device": f"{_cpu_name()} {units}", "threads": torch.get_num_threads()}
 
     def synchronize(self) -> None:
         pass
