@@ -76,3 +76,25 @@ def count(dtype, units=None, function=fused_pre_loss, n=N, total=TOTAL, width=WI
 )
 def test_products_by_dtype(dtype, units, workspace, want):
     assert count(dtype, units, workspace=workspace).products == want
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units", "passes", "memory"),
+    [
+        (FP32, None, 39, 6.1),  # eager: 51.5 and 23.5
+        (BF16, None, 46, 8.6),
+        (BF16, "AMX", 45, 5.1),
+        (FP16, None, 44, 8.6),
+    ],
+)
+def test_passes_over_rows_and_new_memory(dtype, units, passes, memory):
+    """In rows of float32; as if nothing of the memory were ever freed, what is returned included."""
+    found = count(dtype, units)
+    assert found.passes <= passes
+    assert found.allocated <= memory * N * WIDTH * 4
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_calls_of_a_small_step(dtype):
+    """At N = 64 and width 64 they are what it costs; eager makes 65."""
+    assert count(dtype, n=64, total=128, width=64).calls <= 104
