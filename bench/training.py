@@ -200,8 +200,8 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     def switched(enabled: bool) -> None:
         handle.enabled = enabled
         step()
-        told = f"{time.monotonic() - start:4.0f} s: step {len(step.losses)}, {'with' if enabled else 'without'} PRe"
-        print(told, file=sys.stderr, flush=True)
+        which = "with" if enabled else "without"
+        tell(f"{time.monotonic() - start:4.0f} s: step {len(step.losses)} done, {which} PRe")
 
     steps = {"with": lambda: switched(True), "without": lambda: switched(False)}
     seconds, least = BUDGET[device.kind]
@@ -224,6 +224,11 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     return about | figures
 
 
+def tell(line: str) -> None:
+    """How far it is: a step takes seconds."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def pairs(with_ms: Sequence[float], without_ms: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of neighbours: what slows the machine for a while slows both of a pair."""
     ratios = [mine / other for mine, other in zip(with_ms, without_ms, strict=True)]
@@ -236,9 +241,10 @@ def peak(device: Cpu | Cuda, step: Step) -> float | None:
     if device.kind == "cpu":
         if memory.missing():
             return None
-        tiny = ["--tiny"] if step.size is TINY else []
-        told = memory.fresh("bench.training", "--peak", "with" if step.handle else "without", *tiny, folder=ROOT)
-        return told["held_mib"] + told["rise_mib"]
+        which, tiny = "with" if step.handle else "without", ["--tiny"] if step.size is TINY else []
+        tell(f"two steps {which} PRe in a process of their own, for the peak")
+        found = memory.fresh("bench.training", "--peak", which, *tiny, folder=ROOT)
+        return found["held_mib"] + found["rise_mib"]
     step()
     device.synchronize()
     torch.cuda.reset_peak_memory_stats()
