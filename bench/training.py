@@ -1,45 +1,89 @@
-"""A training step of a LLaVA-1.5-7B with PRe ÷ the same step without: time and peak memory.
+"""A training step of a vision-language model with PRe ÷ the same step without: time and peak memory.
 
-python -m bench.training            the real shapes: batch 16 × 1,024 tokens, 576 of them visual
-python -m bench.training --tiny     a small model of the same kind, also on a CPU
+python -m bench.training            on a GPU LLaVA-1.5-7B: batch 16 × 1,024 tokens, 576 of them visual, in bfloat16;
+                                    on a CPU SmolVLM-256M: batch 6 × 96 tokens, 64 of them visual, in float32
+python -m bench.training --tiny     a small model, on either
 
-Weights are random, in bfloat16, made on the device; the vision tower is frozen, the rest is trained by fused AdamW in
-bfloat16 under non-reentrant gradient checkpointing. At 7B: 13 GiB of parameters, 13 of gradients, 25 of optimizer state
-and some 20 of activations and logits. The peak without PRe is read before it is attached; for the time the steps take
-turns, PRe switched on and off. The head's own parameters, gradients and optimizer state are taken off the peak with it.
+Weights are random, made on the device; the vision tower is frozen, the rest is trained by fused AdamW in the weights'
+dtype under non-reentrant gradient checkpointing. At 7B: 13 GiB of parameters, 13 of gradients, 25 of optimizer state
+and some 20 of activations and logits. For the time the steps take turns, PRe switched on and off, and each pair of
+neighbours gives a ratio. The peak is of parameters, gradients, optimizer state and all that a step adds: on a GPU what
+the allocator says, before PRe is attached and after; on a CPU what lies there before a step, and how far the resident
+memory of a fresh process rises in it. The head's own parameters, gradients and optimizer state are taken off the peak
+with it; `memory_ratio_with_head` has them in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations import PreHandle, apply_pre
 from torch import Tensor, nn
 
+from pre_kernels.check import memory
 from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 
-from . import record, report
+from . import ROOT, record, report
+from .shapes import DTYPES
 
 IMAGE = 5  # token id
 NEEDED = 100  # GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the unforeseen
+BUDGET = {"cpu": (150.0, 5), "cuda": (30.0, 10)}  # seconds of the turns, and how many there are at least
+FROZEN = ("vision_tower", "vision_model")  # the encoder of images in names of parameters
 
 
 class Size(NamedTuple):
+    """What is trained: a batch of samples of one image each."""
+
     name: str
+    config: Callable[[Size], Any]
+    dtype: str
     batch: int
-    tokens: int
+    tokens: int  # of a sample, visual ones included
     text: dict[str, int]
     vision: dict[str, int]
     layer: int
+    scale: int = 1  # scale² patches make a visual token
+    images: tuple[int, ...] = ()  # axes of pixel_values between batch and channels
+
+
+def llava(size: Size) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**size.vision),
+        text_config=LlamaConfig(**size.text),
+        image_token_index=IMAGE,
+        image_seq_length=visual(size),
+    )
+
+
+def smolvlm(size: Size) -> Any:
+    from transformers import LlamaConfig, SmolVLMConfig
+
+    return SmolVLMConfig(
+        vision_config=dict(size.vision),
+        text_config=LlamaConfig(**size.text),
+        image_token_id=IMAGE,
+        scale_factor=size.scale,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
 
 
 LLAVA = Size(
     "llava15-7b",
+    llava,
+    "bf16",
     16,
     1024,
     {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -48,8 +92,24 @@ LLAVA = Size(
     | {"image_size": 336, "patch_size": 14, "projection_dim": 768},
     16,
 )
+SMOLVLM = Size(
+    "smolvlm-256m",
+    smolvlm,
+    "fp32",
+    6,
+    96,
+    {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192},
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"image_size": 512, "patch_size": 16},
+    15,
+    scale=4,
+    images=(1,),
+)
 TINY = Size(
     "tiny",
+    llava,
+    "bf16",
     2,
     24,
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -58,34 +118,26 @@ TINY = Size(
     | {"image_size": 8, "patch_size": 2, "projection_dim": 16},
     2,
 )
-
-
-def build(size: Size, device: torch.device) -> nn.Module:
-    from transformers import (
-        AutoModelForImageTextToText,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-    )
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**size.vision),
-        text_config=LlamaConfig(**size.text),
-        image_token_index=IMAGE,
-        image_seq_length=visual(size),
-    )
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model.config.use_cache = False
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision_tower" not in name)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+DEFAULT = {"cpu": SMOLVLM, "cuda": LLAVA}
 
 
 def visual(size: Size) -> int:
     """Tokens of an image."""
-    return (size.vision["image_size"] // size.vision["patch_size"]) ** 2
+    return (size.vision["image_size"] // size.vision["patch_size"] // size.scale) ** 2
+
+
+def build(size: Size, device: torch.device) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(size.config(size), dtype=DTYPES[size.dtype])
+    model.config.use_cache = False
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in FROZEN))
+    # transformers 5 would have all inputs require gradients, and send the backward through the frozen encoder
+    model.enable_input_require_grads = lambda: None
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
 
 
 def batch(size: Size, device: torch.device) -> dict[str, Tensor]:
@@ -94,70 +146,120 @@ def batch(size: Size, device: torch.device) -> dict[str, Tensor]:
     ids = torch.randint(IMAGE + 1, size.text["vocab_size"], shape, generator=generator, device=device)
     first = min(35, (size.tokens - visual(size)) // 2)
     ids[:, first : first + visual(size)] = IMAGE
-    pixels = (size.batch, 3, size.vision["image_size"], size.vision["image_size"])
+    pixels = (size.batch, *size.images, 3, size.vision["image_size"], size.vision["image_size"])
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(pixels, generator=generator, device=device, dtype=torch.bfloat16),
+        "pixel_values": torch.randn(pixels, generator=generator, device=device, dtype=DTYPES[size.dtype]),
         "labels": ids.masked_fill(ids == IMAGE, -100),
     }
 
 
-def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
-    place = device.torch_device
-    torch.manual_seed(0)
-    model, inputs = build(size, place), batch(size, place)
-    fused = device.kind == "cuda"
-    # so small a rate that the model stays where it was: every step then costs the same
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6, fused=fused)
-    losses: list[Tensor] = []
+class Step:
+    """A training step; with PRe from `attach` on."""
 
-    def step() -> None:
-        loss = model(**inputs).loss
+    def __init__(self, size: Size, device: Cpu | Cuda) -> None:
+        torch.manual_seed(0)
+        self.size, place = size, device.torch_device
+        self.model, self.inputs = build(size, place), batch(size, place)
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        # so small a rate that the model stays where it was: every step then costs the same
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+        self.handle: PreHandle | None = None
+        self.losses: list[Tensor] = []
+
+    def attach(self) -> PreHandle:
+        self.handle = apply_pre(self.model, self.size.layer, weight=0.5)
+        self.optimizer.add_param_group({"params": list(self.handle.head.parameters())})
+        return self.handle
+
+    def __call__(self) -> None:
+        loss = self.model(**self.inputs).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
 
+    def held_mib(self) -> float:
+        """What lies there between steps: parameters, buffers, optimizer state, the batch."""
+        moments = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *moments, *self.inputs.values()]
+        return sum(x.nbytes for x in tensors) / MIB
+
+
+def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
+    step = Step(size, device)
     without_mib = peak(device, step)
-    handle = apply_pre(model, size.layer, weight=0.5)
+    handle = step.attach()
     head = list(handle.head.parameters())
-    optimizer.add_param_group({"params": head})
     with_mib = peak(device, step)
     own_mib = 4 * sum(p.nbytes for p in head) / MIB  # parameters, gradients and both moments
     before = [p.detach().clone() for p in head]
+    start = time.monotonic()
 
     def switched(enabled: bool) -> None:
         handle.enabled = enabled
         step()
+        which = "with" if enabled else "without"
+        tell(f"{time.monotonic() - start:4.0f} s: step {len(step.losses)} done, {which} PRe")
 
     steps = {"with": lambda: switched(True), "without": lambda: switched(False)}
-    times = {name: spread(samples) for name, samples in interleaved(device, steps, 30.0, least=10).items()}
+    seconds, least = BUDGET[device.kind]
+    samples = interleaved(device, steps, seconds, least=least)
     pre_loss = handle.metrics()["pre_loss"]
-    about = {"kind": "training", "item": size.name, "dtype": "bf16", "batch": size.batch, "tokens": size.tokens}
+    about = {"kind": "training", "item": size.name, "dtype": size.dtype, "batch": size.batch, "tokens": size.tokens}
     about |= {"n": size.batch * visual(size), "layer": size.layer}
     if all(torch.equal(p, old) for p, old in zip(head, before, strict=True)):
         return about | {"failed": "the predictor was not trained"}
-    if not all(map(math.isfinite, (pre_loss, *torch.stack(losses).tolist()))):
+    if not all(map(math.isfinite, (pre_loss, *torch.stack(step.losses).tolist()))):
         return about | {"failed": "a loss is not finite"}
+    times = {name: spread(taken) for name, taken in samples.items()}
     figures = {"pre_loss": pre_loss, "with_ms": times["with"]["median_ms"], "without_ms": times["without"]["median_ms"]}
     figures |= {"q1_ms": times["with"]["q1_ms"], "q3_ms": times["with"]["q3_ms"], "samples": times["with"]["samples"]}
-    figures["time_ratio"] = figures["with_ms"] / figures["without_ms"]
+    figures |= pairs(samples["with"], samples["without"])
     if with_mib and without_mib:
         figures |= {"with_mib": with_mib, "without_mib": without_mib, "head_mib": own_mib}
         figures["memory_ratio"] = (with_mib - own_mib) / without_mib
+        figures["memory_ratio_with_head"] = with_mib / without_mib
     return about | figures
 
 
-def peak(device: Cpu | Cuda, step: Any) -> float | None:
-    """MiB allocated in all at the peak of the second of two steps; None where the allocator does not say."""
+def tell(line: str) -> None:
+    """How far it is: a step takes seconds."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def pairs(with_ms: Sequence[float], without_ms: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of neighbours: what slows the machine for a while slows both of a pair."""
+    ratios = [mine / other for mine, other in zip(with_ms, without_ms, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"time_ratio": middle, "time_ratio_q1": low, "time_ratio_q3": high}
+
+
+def peak(device: Cpu | Cuda, step: Step) -> float | None:
+    """MiB in all at the peak of the second of two steps; None where the system does not say."""
+    if device.kind == "cpu":
+        if memory.missing():
+            return None
+        which, tiny = "with" if step.handle else "without", ["--tiny"] if step.size is TINY else []
+        tell(f"two steps {which} PRe in a process of their own, for the peak")
+        found = memory.fresh("bench.training", "--peak", which, *tiny, folder=ROOT)
+        return found["held_mib"] + found["rise_mib"]
     step()
     device.synchronize()
-    if device.kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
     step()
     device.synchronize()
-    return torch.cuda.max_memory_allocated() / MIB if device.kind == "cuda" else None
+    return torch.cuda.max_memory_allocated() / MIB
+
+
+def resident(size: Size, attached: bool) -> dict[str, float]:
+    """MiB that lie there before the second of two steps, and by how much the memory of this process rises in it."""
+    step = Step(size, Cpu())
+    if attached:
+        step.attach()
+    rise_mib, _ = memory.second(step)
+    return {"held_mib": step.held_mib(), "rise_mib": rise_mib}
 
 
 def lacks(device: Cpu | Cuda, size: Size) -> str | None:
@@ -172,9 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument("--peak", choices=("with", "without"), help="only the peak memory of a CPU's step, as JSON")
     arguments = parser.parse_args(argv)
     device = current()
-    size = TINY if arguments.tiny else LLAVA
+    size = TINY if arguments.tiny else DEFAULT[device.kind]
+    if arguments.peak:
+        print(json.dumps(resident(size, arguments.peak == "with")))
+        return 0
     reason = lacks(device, size)
     line = {"kind": "training", "item": size.name, "unavailable": reason} if reason else measure(device, size)
     record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
