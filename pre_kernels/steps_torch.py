@@ -40,9 +40,7 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     near = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part = torch.linalg.vecdot(p, r).unsqueeze(1)
-    if (
-        norm.device.type == "cpu" and norm.min() >= 1e-8
-    ):  # nobody waits for the answer, and it saves a third of a small call
+    if norm.device.type == "cpu" and norm.min() >= 1e-8:  # where nobody waits for it, the answer saves a few passes
         cosine, along = near + part, part
     else:
         length = torch.where(norm < p_norm, norm / p_norm, 1.0)  # of p by now; an infinite norm has left zeros
