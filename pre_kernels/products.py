@@ -15,7 +15,9 @@ COPIED_ROWS = 1024  # of half precision that are copied to float32 at a time, in
 def _half_units() -> str | None:
     """What makes this CPU's bfloat16 products faster than its float32 ones; None if nothing does."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "bf16 instructions" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+        # a build without oneDNN, as Apple's, lacks the question too
+        known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16 instructions" if known else None
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     # twice the products of float32 a cycle on AMD's; on Intel's without AMX they take 1.9 times as long as float32 ones

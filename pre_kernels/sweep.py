@@ -104,7 +104,7 @@ class Steps(Protocol):
         in_place: bool,
     ) -> Tensor:
         """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected; `in_place`: dh itself, if
-        it is of that shape and dtype. A dh that lies as hidden does has no `place`."""
+        it is of that shape and dtype."""
         ...
 
     @staticmethod

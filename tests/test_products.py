@@ -48,3 +48,10 @@ def test_chunks_may_be_larger_than_their_sum(dtype):
     products.add_product(total, chunk, x, False, copies=True)
     assert torch.equal(total, torch.full((2, 2), 90_037.5))
     assert not products.add_product(total, dy, x, False)
+
+
+def test_a_build_without_onednn_is_not_asked(monkeypatch):
+    monkeypatch.setattr(products.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    assert products._half_units() is None
