@@ -49,8 +49,8 @@ class _PreLoss(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:5]) if grad_enabled else [False] * 5
         recompute = recomputes(Options(*options))
         token = hidden.new_empty(0)  # what `_Once` hangs on
-        loss, divisor, place, dh, *sums = torch.ops.pre_kernels.loss(
-            *tensors, [False] * 5 if recompute else wanted, impl, *options
+        loss, divisor, place, dh, *sums = ops.call(
+            "loss", *tensors, [False] * 5 if recompute else wanted, impl, *options
         )
         if any(wanted):
             ctx.options, ctx.impl, ctx.wanted, ctx.recompute = options, impl, wanted, recompute

@@ -131,7 +131,7 @@ def rescaled(
     """The gradients of an upstream gradient of 1, scaled; `in_place`: in the memory of `grads`, as far as possible."""
     if not in_place:
         return torch.ops.pre_kernels.rescale(upstream, place, *grads, *rest)
-    scaled = torch.ops.pre_kernels.rescale_(upstream, place, *grads, *rest)
+    scaled = call("rescale_", upstream, place, *grads, *rest)
     return tuple(grad if _given(x) is None else x for x, grad in zip(scaled, grads, strict=True))
 
 
@@ -200,6 +200,23 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rescale": (_rescale, _fake_rescale),
     "rescale_": (_rescale_in_place, _fake_rescale_in_place),
 }
+
+
+# no tensors of somebody's own kind, and no symbols
+PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
+
+
+def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """An operator, without grad mode; where nobody looks at operators the function behind it: a small call on a CPU
+    spends a tenth of its time in the dispatcher."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or not PLAIN.issuperset(map(type, arguments))
+    )
+    return (getattr(torch.ops.pre_kernels, name) if watched else OPERATORS[name][0])(*arguments)
 
 
 def _constant(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +22,8 @@ class Selection:
     place: Tensor | None  # what the implementation's `scatter` wants to know of it; None = every row in order
     count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
     capacity: int
+    # (first row, rows) of each run of neighbours, which all together are the selection; None: rows must be gathered
+    runs: Sequence[tuple[int, int]] | None = None
 
 
 class Layout(NamedTuple):
@@ -60,8 +64,8 @@ class Steps(Protocol):
     def layout(problem: Problem) -> Layout: ...
 
     @staticmethod
-    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
-        """Rows of each chunk of the selection, but for the last, which takes what is left."""
+    def cut(problem: Problem, layout: Layout, selection: Selection) -> Sequence[int]:
+        """Positions at which the chunks of the selection begin, and the end."""
         ...
 
     @staticmethod
@@ -160,13 +164,13 @@ def sweep(
             if grad is not None:
                 grad.zero_()
         return grads
-    chunk = steps.cut(problem, layout, capacity)
+    edges = steps.cut(problem, layout, selection)
+    chunk = max(stop - start for start, stop in pairwise(edges))
     device = problem.hidden.device.type
     # its dtype is the products' by now; entering it takes the host as long as a launch
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
-        for start in range(0, capacity, chunk):
-            span = start, min(start + chunk, capacity)
+        for span in pairwise(edges):
             run.project(*span)
             run.row_loss(*span)
             if grads.w2 is not None:

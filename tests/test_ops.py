@@ -6,8 +6,9 @@ import oracle
 import pytest
 import torch
 from oracle import make
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pre_kernels import PreHead, fused_pre_loss, ops
+from pre_kernels import PreHead, fused_pre_loss
 
 CALLS = {
     "mask": {"rows": "mask"},
@@ -110,40 +111,92 @@ def test_export_of_a_head_that_is_trained(impl, device, rows):
     torch.testing.assert_close(program.module()(*inputs), head(*inputs, impl=impl))
 
 
-def of_real_calls(case, impl, monkeypatch):
+class Watching(TorchDispatchMode):
+    """As counters of FLOP do; `seen`: this library's operators, and what reached each."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            self.seen[function] = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+
+class Kind(torch.Tensor):
+    """A tensor that sees operators itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            raise RuntimeError(f"Kind has seen {function._schema.name}")
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", ["mask", "none"])
+def test_who_looks_at_operators_sees_them(impl, device, call):
+    """And gets the bits that a call without them gives."""
+    case = make(4, device=device, **CALLS[call])
+    function, names = partial(fused, case, impl), ("loss", "recompute" if call == "none" else "rescale_")
+    wanted = {f"pre_kernels::{name}" for name in names}
+    plain = results(function, case)
+    with Watching() as watching:
+        seen = results(function, case)
+    assert {operator._schema.name for operator in watching.seen} == wanted
+    with torch.profiler.profile() as profile:
+        profiled = results(function, case)
+    assert {event.key for event in profile.key_averages()} >= wanted
+    for one in (seen, profiled):
+        assert all(map(torch.equal, plain, one))
+    case.tensors["w2"] = case.tensors["w2"].detach().as_subclass(Kind)
+    with pytest.raises(RuntimeError, match="Kind has seen pre_kernels::loss"):
+        results(function, case)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_for_torchscript_is_refused(impl, device):
+    """Not written down as what the call does with these numbers of rows."""
+    case = make(4, device=device, rows="index64")
+    with pytest.raises(RuntimeError, match="Tracing a list of bool"):
+        torch.jit.trace(
+            lambda hidden: fused(case, impl, {**case.tensors, "hidden": hidden}, case.rows), (case.tensors["hidden"],)
+        )
+
+
+def test_a_plain_call_spares_the_dispatcher(impl, device, monkeypatch):
+    """A small one on a CPU spends a tenth of its time there."""
+    case = make(4, device=device, rows="index64")
+    monkeypatch.setattr(torch.ops.pre_kernels, "loss", None)
+    monkeypatch.setattr(torch.ops.pre_kernels, "rescale_", None)
+    assert len(results(partial(fused, case, impl), case)) == 6
+
+
+def of_real_calls(case, impl):
     """The operators of a call whose graph is retained, of one whose graph is not, and the arguments that reach them."""
-    seen = {}
-    for operator in ops.OPERATORS:
-        real = getattr(torch.ops.pre_kernels, operator)
-
-        def record(*arguments, real=real):
-            seen[real.default] = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-            return real(*arguments)
-
-        monkeypatch.setattr(torch.ops.pre_kernels, operator, record)
-    for retain_graph in (True, False):
-        results(partial(fused, case, impl), case, retain_graph=retain_graph)
-    monkeypatch.undo()
-    recomputes = torch.ops.pre_kernels.recompute.default in seen
-    assert len(seen) == 2 if recomputes else 3
-    yield from seen.items()
+    with Watching() as watching:
+        for retain_graph in (True, False):
+            results(partial(fused, case, impl), case, retain_graph=retain_graph)
+    assert len(watching.seen) == (2 if torch.ops.pre_kernels.recompute.default in watching.seen else 3)
+    yield from watching.seen.items()
 
 
 @pytest.mark.parametrize(
     "name",
     ["mask", "index", "all rows", "none", "compact", "chunks", "bfloat16, chunks", "float16", "frozen", "none, frozen"],
 )
-def test_opcheck(impl, device, name, monkeypatch):
+def test_opcheck(impl, device, name):
     """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares it."""
     case = make(4, device=device, share=1.0, **CALLS[name])
-    for operator, arguments in of_real_calls(case, impl, monkeypatch):
+    for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call["rows"] == "mask"])
-def test_sizes_that_a_mask_selects(impl, device, name, monkeypatch):
+def test_sizes_that_a_mask_selects(impl, device, name):
     case = make(4, device=device, share=0.4, **CALLS[name])
-    for operator, arguments in of_real_calls(case, impl, monkeypatch):
+    for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 

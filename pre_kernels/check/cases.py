@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from pre_kernels.checks import Options, Problem
 from pre_kernels.ops import steps_of
 from pre_kernels.products import fastest_dtype
-from pre_kernels.steps_torch import IN_CACHE
+from pre_kernels.steps_torch import IN_CACHE, LONG_RUN
+from pre_kernels.sweep import Selection
 
 from .rule import LEAVES, Case
 
@@ -118,18 +120,21 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     what is returned too, but for float16, and half-precision weights may be copied to float32."""
     d, m, z, n = shape.d, shape.m, shape.z, shape.selected
     products = fastest_dtype(dtype, device) if impl == "torch" else dtype
-    room, precision = workspace(impl, device, products), "fp8" if impl == "fp8" else None
-    options = Options("cosine", "gelu", "mean", products, True, False, None, room, None, precision)
-    hidden, anchor, w1, w2 = (
-        torch.empty(size, dtype=dtype, device="meta") for size in ((shape.rows, d), (n, z), (m, d), (z, m))
-    )
-    rows = torch.empty(n, dtype=torch.int64, device="meta")
+    precision = "fp8" if impl == "fp8" else None
+    options = Options("cosine", "gelu", "mean", products, True, False, None, None, None, precision)
+    like = torch.empty((), dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
+    hidden, anchor, w1, w2 = (like.expand(size) for size in ((shape.rows, d), (n, z), (m, d), (z, m)))
+    rows = like.long().expand(n)
     problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
     layout, weights = _steps(impl).layout(problem), 4 * m * (d + z)
     several = n > layout.rows and dtype != torch.float32
     if impl != "torch":
-        return room + n * d * dtype.itemsize + several * weights
-    chunk = min(n, layout.rows) * (d + 2 * m + z) * products.itemsize
+        return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights
+    neighbours = device.type == "cpu" and dtype == torch.float32 and shape.visual >= LONG_RUN  # which are no copies
+    runs = [(0, shape.visual)] * shape.batch if neighbours else None
+    edges = _steps(impl).cut(problem, layout, Selection(rows, None, None, n, runs))
+    columns = 2 * m + z + (0 if neighbours else d)
+    chunk = max(stop - start for start, stop in pairwise(edges)) * columns * products.itemsize
     chunk += 3 * IN_CACHE if device.type == "cpu" else 0  # of the passes of the row loss
     kept = shape.rows * d * 4 if layout.spread != dtype else 0
     return chunk + kept + (2 * weights if products != dtype else several * weights)
