@@ -248,6 +248,12 @@ class TorchSteps:
         in_place: bool,
     ) -> Tensor:
         scale = _factor(upstream)
+        if in_place and dh.dtype == dtype and place is not None and scale is not None:
+            runs = _runs(place)
+            if runs is not None:  # a pass over these rows alone
+                for first, n in runs:
+                    _scaled(dh[first : first + n], scale, dtype, in_place)
+                return dh
         out = _scaled(dh, scale, dtype, in_place)
         if place is not None and scale is not None and not (isinstance(scale, float) and math.isfinite(scale)):
             others = place.new_ones(total, dtype=torch.bool).index_fill_(0, place, False)
