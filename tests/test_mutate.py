@@ -156,5 +156,5 @@ def test_a_mutant_of_a_kernel_is_killed():
 
 
 def test_a_slice_is_killed_again():
-    done = mutate("--again", "--sample", "20", "--seed", "0")
+    done = mutate("--again", "--sample", "10", "--seed", "0")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,3 +15,22 @@ def test_finite_where_eager_overflowed_is_right_or_wrong(value, holds):
     else:
         with pytest.raises(AssertionError, match="finite where eager is not"):
             rule.judge(one)
+
+
+@pytest.mark.parametrize(("exact", "value", "holds"), [(-65734.8, "-inf", True), (65734.8, "-inf", False)])
+def test_an_infinity_that_float64_rounds_to_is_right(exact, value, holds):
+    """Though eager's error left it finite."""
+    ours, eager = torch.tensor([1.0, float(value)]).half(), torch.tensor([1.0, -65088.0]).half()
+    one = rule.Comparison("w2", ours, eager, torch.tensor([1.0, exact], dtype=torch.float64), 2**-11, 1.0)
+    if holds:
+        assert rule.judge(one) == 0
+    else:
+        with pytest.raises(AssertionError, match="not finite where eager is"):
+            rule.judge(one)
+
+
+def test_an_infinity_within_the_range_is_wrong():
+    ours, eager = torch.tensor([1.0, float("inf")]).half(), torch.tensor([1.0, 65088.0]).half()
+    one = rule.Comparison("w2", ours, eager, torch.tensor([1.0, 65300.0], dtype=torch.float64), 2**-11, 1.0)
+    with pytest.raises(AssertionError, match="not finite where eager is"):
+        rule.judge(one)
