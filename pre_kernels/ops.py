@@ -207,11 +207,12 @@ PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, 
 
 
 def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """An operator, without grad mode; where nobody looks at operators the function behind it: a small call on a CPU
-    spends a tenth of its time in the dispatcher."""
+    """An operator, without grad mode; the function behind it where no mode, profiler or tensor of its own kind sees
+    operators: a small call on a CPU spends a tenth of its time in the dispatcher."""
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
         or not PLAIN.issuperset(map(type, arguments))

@@ -80,8 +80,8 @@ ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 class TorchSteps:
     @staticmethod
     def workspace(device: torch.device, dtype: torch.dtype) -> int:
-        """Bytes of a chunk's buffers by default, for products in `dtype`. In float32 chunks cost a CPU nothing; in
-        half precision several chunks cost float32 products of the weights' gradients."""
+        """Bytes of a chunk's buffers, at most, for products in `dtype`. In float32 chunks cost a CPU nothing; in half
+        precision several chunks cost float32 products of the weights' gradients."""
         if device.type != "cpu":
             return 256 << 20
         return (32 if dtype.itemsize > 2 else 512) << 20
@@ -100,7 +100,7 @@ class TorchSteps:
     def cut(problem: Problem, layout: Layout, selection: Selection) -> Sequence[int]:
         capacity, most, options = selection.capacity, layout.rows, problem.options
         if options.workspace is None and options.dtype == problem.loss_dtype and problem.hidden.device.type == "cpu":
-            most = min(most, max(LONG_RUN, -(-capacity // 4)))  # fewer buffers, and as fast
+            most = min(most, max(LONG_RUN, -(-capacity // 4)))  # a smaller peak, and as fast
         edges = [0]
         for _, n in selection.runs or [(0, capacity)]:
             start, part = edges[-1], equal_parts(n, most, 1)
@@ -143,7 +143,8 @@ class TorchSteps:
             self.p = buffer(chunk, z)
         on_cpu = hidden.device.type == "cpu"
         self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
-        self.adds = wide == dtype  # the biases, where rows lie in the cache; in half precision that would round twice
+        # the biases, where rows lie in the cache; in half precision that would round twice
+        self.adds = on_cpu and wide == dtype
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
         self.a = buffer(self.block, z, wide)
 
@@ -284,7 +285,7 @@ def _part(rows: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _runs(index: Tensor) -> list[tuple[int, int]] | None:
-    """(first row, rows) of each run of neighbours, if they are long: an image's tokens are."""
+    """(first row, rows) of each run of neighbours, if on average they are long: an image's tokens are."""
     n = index.shape[0]
     if index.device.type != "cpu" or n < LONG_RUN:
         return None

@@ -22,7 +22,7 @@ class Selection:
     place: Tensor | None  # what the implementation's `scatter` wants to know of it; None = every row in order
     count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
     capacity: int
-    # (first row, rows) of each run of neighbours, which all together are the selection; None: rows must be gathered
+    # (first row, rows) of each run of neighbours, which all together are the selection; None = they were not looked for
     runs: Sequence[tuple[int, int]] | None = None
 
 

@@ -6,6 +6,8 @@ import oracle
 import pytest
 import torch
 from oracle import make
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import PreHead, fused_pre_loss
@@ -124,6 +126,18 @@ class Watching(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class FunctionMode(TorchFunctionMode):
+    """As `torch.set_default_device` is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(getattr(function, "__name__", None))
+        return function(*args, **(kwargs or {}))
+
+
 class Kind(torch.Tensor):
     """A tensor that sees operators itself."""
 
@@ -150,9 +164,27 @@ def test_who_looks_at_operators_sees_them(impl, device, call):
     assert {event.key for event in profile.key_averages()} >= wanted
     for one in (seen, profiled):
         assert all(map(torch.equal, plain, one))
+    with FunctionMode() as mode:
+        results(function, case)
+    assert "loss" in mode.seen
     case.tensors["w2"] = case.tensors["w2"].detach().as_subclass(Kind)
     with pytest.raises(RuntimeError, match="Kind has seen pre_kernels::loss"):
         results(function, case)
+
+
+def test_a_graph_from_before_autograd_has_the_operator(impl, device):
+    """And takes another mask of more rows."""
+    case = make(4, device=device, leading=(60,), share=0.2, loss="mse", reduction="sum")
+    few, many = case.rows, ~case.rows
+
+    def function(hidden, rows):
+        return fused(case, impl, {**case.tensors, "hidden": hidden}, rows)
+
+    with torch.no_grad():
+        graph = make_fx(function, pre_dispatch=True)(case.tensors["hidden"], few)
+        assert torch.ops.pre_kernels.loss.default in {node.target for node in graph.graph.nodes}
+        for rows in (few, many):
+            torch.testing.assert_close(graph(case.tensors["hidden"], rows), function(case.tensors["hidden"], rows))
 
 
 @pytest.mark.filterwarnings("ignore")
