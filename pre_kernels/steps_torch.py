@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from .sweep import Gradients, Layout, Selection, Work, equal_parts
 aten = torch.ops.aten
 
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
-LONG_RUN = 512  # rows whose products lose little to those of more
+FEW_ROWS = 512  # whose products lose little to those of more
 IN_CACHE = 1 << 20  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
 
 # (forward, backward) into `out`; the backward takes (dG, Z)
@@ -97,15 +96,11 @@ class TorchSteps:
         return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
 
     @staticmethod
-    def cut(problem: Problem, layout: Layout, selection: Selection) -> Sequence[int]:
-        capacity, most, options = selection.capacity, layout.rows, problem.options
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        most, options = layout.rows, problem.options
         if options.workspace is None and options.dtype == problem.loss_dtype and problem.hidden.device.type == "cpu":
-            most = min(most, max(LONG_RUN, -(-capacity // 4)))  # a smaller peak, and as fast
-        edges = [0]
-        for _, n in selection.runs or [(0, capacity)]:
-            start, part = edges[-1], equal_parts(n, most, 1)
-            edges += [*range(start + part, start + n, part), start + n]
-        return edges
+            most = min(most, max(FEW_ROWS, -(-capacity // 4)))  # a smaller peak, and as fast
+        return equal_parts(capacity, most, 1)
 
     @staticmethod
     def select(problem: Problem) -> Selection:
@@ -114,14 +109,11 @@ class TorchSteps:
             return Selection(None, None, None, problem.hidden.shape[0])
         # a copy: the caller may reuse the tensor before the backward
         index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
-        # half precision is copied where products are float32, and best left whole where they are not
-        runs = _runs(index) if problem.hidden.dtype == problem.options.dtype == problem.loss_dtype else None
-        return Selection(index, index, None, index.shape[0], runs)
+        return Selection(index, index, None, index.shape[0])
 
     def __init__(self, work: Work) -> None:
         problem, selection, chunk = work.problem, work.selection, work.chunk
-        self.problem, self.losses, self.grads = problem, work.losses, work.grads
-        self.index, self.runs = selection.index, selection.runs
+        self.problem, self.index, self.losses, self.grads = problem, selection.index, work.losses, work.grads
         self.needs_dp = any(grad is not None for grad in self.grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
@@ -133,8 +125,8 @@ class TorchSteps:
             return hidden.new_empty(rows, columns, dtype=dtype)
 
         # products of rows that are no rows in memory add up one term after another: small ones are twice as wrong
-        in_place = (self.index is None or self.runs is not None) and hidden.dtype == dtype and hidden.stride(1) == 1
-        self.h = None if in_place else buffer(chunk, d)
+        as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
+        self.h = None if as_given else buffer(chunk, d)
         self.z, self.g = buffer(chunk, m), buffer(chunk, m)
         # with one chunk dP is gone before dH is written, and P may lie there
         if dh is not None and dh.dtype == dtype and chunk == selection.capacity and chunk * z <= dh.numel():
@@ -143,41 +135,30 @@ class TorchSteps:
             self.p = buffer(chunk, z)
         on_cpu = hidden.device.type == "cpu"
         self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
-        # the biases, where rows lie in the cache; in half precision that would round twice
-        self.adds = on_cpu and wide == dtype
         self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
         self.a = buffer(self.block, z, wide)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
-        if self.h is not None:
-            return _take(hidden, self.index, start, stop, self.h)
-        self.first = start if self.index is None else int(self.index[start])
-        return _part(hidden, self.first, self.first + stop - start)
+        return _part(hidden, start, stop) if self.h is None else _take(hidden, self.index, start, stop, self.h)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
         self.x = self._rows(start, stop)
         self.z_rows, self.g_rows, self.p_rows = (_part(x, 0, n) for x in (self.z, self.g, self.p))
-        linear(self.x, self.w1, None if self.adds else self.b1, self.z_rows)
+        linear(self.x, self.w1, self.b1, self.z_rows)
         forward, _ = ACTIVATIONS[self.problem.options.activation]
-        for first in range(0, n, self.block):
-            z, g = (_part(x, first, min(first + self.block, n)) for x in (self.z_rows, self.g_rows))
-            if self.adds and self.b1 is not None:
-                z.add_(self.b1)
-            forward(z, out=g)
+        forward(self.z_rows, out=self.g_rows)
 
     def row_loss(self, start: int, stop: int) -> None:
-        linear(self.g_rows, self.w2, None if self.adds else self.b2, self.p_rows)
+        linear(self.g_rows, self.w2, self.b2, self.p_rows)
         row_loss, options = ROW_LOSSES[self.problem.options.loss], self.problem.options
         anchor, index = self.problem.anchor, None if options.anchor_compact else self.index
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             p = _part(self.p_rows, first - start, last - start)
             wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
-            if self.adds and self.b2 is not None:
-                wide.add_(self.b2)
             a, factor = _take(anchor, index, first, last, self.a), self.coefficient
             losses = row_loss(wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None])
             if self.losses is not None:
@@ -208,15 +189,15 @@ class TorchSteps:
             add_product(self.grads.w1, self.z_rows, self.x, start == 0, copies=True)
         if dh is None:
             return
-        if start == 0 and self.index is not None:
-            _clear(dh, self.runs)
         if self.h is None:
-            torch.mm(self.z_rows, self.w1, out=_part(dh, self.first, self.first + stop - start))
+            torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
             return
         torch.mm(self.z_rows, self.w1, out=self.x)  # which is no longer needed
         if self.index is None:
             dh[start:stop].copy_(self.x)
             return
+        if start == 0:
+            dh.zero_()
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             rows = _part(self.x, first - start, last - start)
@@ -249,12 +230,6 @@ class TorchSteps:
         in_place: bool,
     ) -> Tensor:
         scale = _factor(upstream)
-        if in_place and dh.dtype == dtype and place is not None and scale is not None:
-            runs = _runs(place)
-            if runs is not None:  # a pass over these rows alone
-                for first, n in runs:
-                    _scaled(dh[first : first + n], scale, dtype, in_place)
-                return dh
         out = _scaled(dh, scale, dtype, in_place)
         if place is not None and scale is not None and not (isinstance(scale, float) and math.isfinite(scale)):
             others = place.new_ones(total, dtype=torch.bool).index_fill_(0, place, False)
@@ -282,29 +257,6 @@ class TorchSteps:
 def _part(rows: Tensor, start: int, stop: int) -> Tensor:
     """A view costs a small call as much as a pass over its rows."""
     return rows if stop - start == rows.shape[0] else rows[start:stop]
-
-
-def _runs(index: Tensor) -> list[tuple[int, int]] | None:
-    """(first row, rows) of each run of neighbours, if on average they are long: an image's tokens are."""
-    n = index.shape[0]
-    if index.device.type != "cpu" or n < LONG_RUN:
-        return None
-    starts = (index.diff() != 1).nonzero().squeeze(1) + 1
-    if n < LONG_RUN * (starts.shape[0] + 1):
-        return None
-    edges = [0, *starts.tolist(), n]
-    return [(int(index[start]), stop - start) for start, stop in pairwise(edges)]
-
-
-def _clear(rows: Tensor, runs: Sequence[tuple[int, int]] | None) -> None:
-    """Zero at least what is in none of the runs; None: everything."""
-    if runs is None:
-        rows.zero_()
-        return
-    stop = 0
-    for first, n in (*runs, (rows.shape[0], 0)):
-        rows[stop:first].zero_()
-        stop = first + n
 
 
 def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:

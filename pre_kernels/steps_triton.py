@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,15 +51,13 @@ class TritonSteps:
         return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
 
     @staticmethod
-    def cut(problem: Problem, layout: Layout, selection: Selection) -> Sequence[int]:
-        capacity = selection.capacity
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
         if capacity <= layout.rows:
-            return 0, capacity
+            return capacity
         (d, m, z), like = problem.widths, problem.hidden
         part = equal_parts(capacity, layout.rows, CHUNK_MULTIPLE)
         tile, programs = tiles.largest(like, problem.options.dtype), tiles.multiprocessors(like)
-        part = tiles.whole_turns(capacity, layout.rows, part, (m, z, m, d), tile, programs)
-        return *range(0, capacity, part), capacity
+        return tiles.whole_turns(capacity, layout.rows, part, (m, z, m, d), tile, programs)
 
     @staticmethod
     def select(problem: Problem) -> Selection:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,8 +20,6 @@ class Selection:
     place: Tensor | None  # what the implementation's `scatter` wants to know of it; None = every row in order
     count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
     capacity: int
-    # (first row, rows) of each run of neighbours, which all together are the selection; None = they were not looked for
-    runs: Sequence[tuple[int, int]] | None = None
 
 
 class Layout(NamedTuple):
@@ -64,8 +60,8 @@ class Steps(Protocol):
     def layout(problem: Problem) -> Layout: ...
 
     @staticmethod
-    def cut(problem: Problem, layout: Layout, selection: Selection) -> Sequence[int]:
-        """Positions at which the chunks of the selection begin, and the end."""
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        """Rows of each chunk of the selection, but for the last, which takes what is left."""
         ...
 
     @staticmethod
@@ -164,13 +160,13 @@ def sweep(
             if grad is not None:
                 grad.zero_()
         return grads
-    edges = steps.cut(problem, layout, selection)
-    chunk = max(stop - start for start, stop in pairwise(edges))
+    chunk = steps.cut(problem, layout, capacity)
     device = problem.hidden.device.type
     # its dtype is the products' by now; entering it takes the host as long as a launch
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
-        for span in pairwise(edges):
+        for start in range(0, capacity, chunk):
+            span = start, min(start + chunk, capacity)
             run.project(*span)
             run.row_loss(*span)
             if grads.w2 is not None:

@@ -121,22 +121,6 @@ def test_passes_over_a_few_rows_of_each_chunk(dtype, monkeypatch):
     judge("torch", make(19, leading=(400,), dtype=dtype, weight="leading", upstream=2.0, workspace=1))
 
 
-@pytest.mark.parametrize("workspace", [None, 1, 1 << 30])
-@pytest.mark.parametrize("runs", [[(0, 400)], [(300, 90), (10, 100), (200, 70)], [(100, 60), (160, 60), (0, 100)]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rows_that_are_neighbours(dtype, runs, workspace, monkeypatch):
-    """They are read and written where they lie, in any order, beside a first, a last, or no other row; of half
-    precision they are scaled there alone."""
-    taken, real = [], steps_torch._take
-    monkeypatch.setattr(steps_torch, "LONG_RUN", 32)
-    monkeypatch.setattr(steps_torch, "_take", lambda source, *x: taken.append(source.shape) or real(source, *x))
-    for upstream in (2.0, float("nan")):
-        case = make(23, leading=(400,), z=20, dtype=dtype, weight="leading", upstream=upstream, workspace=workspace)
-        case.rows = torch.cat([torch.arange(first, first + n) for first, n in runs])
-        judge("torch", case)
-    assert set(taken) == {(400, 20)} | ({(400, 24)} if dtype == torch.bfloat16 else set())  # anchors, and hidden
-
-
 def test_float64_is_exact(device):
     case = make(5, dtype=torch.float64, device=device, weight="leading")
     got, want = run(fused_pre_loss, case), run(reference.pre_loss, case)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from pre_kernels.checks import Options, Problem
 from pre_kernels.ops import steps_of
 from pre_kernels.products import fastest_dtype
-from pre_kernels.steps_torch import IN_CACHE, LONG_RUN
-from pre_kernels.sweep import Selection
+from pre_kernels.steps_torch import IN_CACHE
 
 from .rule import LEAVES, Case
 
@@ -130,11 +128,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     several = n > layout.rows and dtype != torch.float32
     if impl != "torch":
         return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights
-    neighbours = device.type == "cpu" and dtype == torch.float32 and shape.visual >= LONG_RUN  # which are no copies
-    runs = [(0, shape.visual)] * shape.batch if neighbours else None
-    edges = _steps(impl).cut(problem, layout, Selection(rows, None, None, n, runs))
-    columns = 2 * m + z + (0 if neighbours else d)
-    chunk = max(stop - start for start, stop in pairwise(edges)) * columns * products.itemsize
+    chunk = _steps(impl).cut(problem, layout, n) * (d + 2 * m + z) * products.itemsize
     chunk += 3 * IN_CACHE if device.type == "cpu" else 0  # of the passes of the row loss
     kept = shape.rows * d * 4 if layout.spread != dtype else 0
     return chunk + kept + (2 * weights if products != dtype else several * weights)
