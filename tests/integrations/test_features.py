@@ -182,7 +182,7 @@ def test_compilation_has_not_one_graph_more(run: Any) -> None:
 def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one kernel of its that the interpreter runs; they replace functions and forwards, which the hooks are not."""
     liger = pytest.importorskip("liger_kernel.transformers")
-    if transformers.__version__ < "5":
+    if transformers.__version__.startswith("4."):
         pytest.skip("Liger wants transformers 5")
     from transformers.models.llama import modeling_llama
 
