@@ -1,4 +1,5 @@
-"""Other ways to the same loss, composed of what PyTorch and other libraries offer; each a row of the table of peers."""
+"""Other ways to the same loss, composed of what PyTorch and other libraries offer; each a row of
+the table of peers."""
 
 from __future__ import annotations
 
@@ -20,11 +21,17 @@ def compiled(**options: Any) -> Loss:
 
 
 def compiled_in_chunks() -> Loss:
-    """torch.compile with inductor's auto-chunker; raises at the first call if that left the graph whole."""
+    """torch.compile with inductor's auto-chunker; raises at the first call if that left the graph
+    whole."""
     from torch._inductor import metrics
 
-    # by default it looks for outputs 8 × the size of their inputs, as logits are; a cached graph would count nothing
-    lifted = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 0, "fx_graph_cache": False}
+    # by default it looks for outputs 8 × the size of their inputs, as logits are; a cached graph
+    # would count nothing
+    lifted = {
+        "auto_chunker.enable": True,
+        "auto_chunker.amplify_ratio_threshold": 0,
+        "fx_graph_cache": False,
+    }
     function = torch.compile(reference.pre_loss, options=lifted)
     chunked = []
 
@@ -33,7 +40,9 @@ def compiled_in_chunks() -> Loss:
         result = function(**arguments)
         chunked.append(metrics.num_auto_chunking > before)
         if not any(chunked):
-            raise RuntimeError("inductor's auto-chunker left the graph whole (TORCH_LOGS=auto_chunker says why)")
+            raise RuntimeError(
+                "inductor's auto-chunker left the graph whole (TORCH_LOGS=auto_chunker says why)"
+            )
         return result
 
     return loss
@@ -49,14 +58,16 @@ def addmm_activation(
     rows: Tensor,
     activation: str,
 ) -> Tensor:
-    """Bias and gelu in the epilogue of the first product: on CUDA the tanh gelu, on a CPU the erf one."""
+    """Bias and gelu in the epilogue of the first product: on CUDA the tanh gelu, on a CPU the erf
+    one."""
     x, a = _selected(hidden, anchor, rows)
     g = _LinearGelu.apply(x, w1, b1, "tanh" if activation == "gelu_tanh" else "none")
     return _mean_cosine(F.linear(g, w2, b2), a)
 
 
 class _LinearGelu(torch.autograd.Function):
-    """`torch._addmm_activation` keeps no pre-activation and has no derivative: a seventh product in the backward."""
+    """`torch._addmm_activation` keeps no pre-activation and has no derivative: a seventh product in
+    the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, approximate: str) -> Tensor:
@@ -73,18 +84,25 @@ class _LinearGelu(torch.autograd.Function):
 
 
 def liger(**options: Any) -> Loss:
-    """First linear and gelu in eager, the second and the cosine in Liger's chunked distillation loss."""
+    """First linear and gelu in eager, the second and the cosine in Liger's chunked distillation
+    loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
 
     distillation = LigerFusedLinearCosineSimilarityLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, temperature=1.0, **options
     )
 
-    def loss(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
+    def loss(
+        hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
+    ) -> Tensor:
         x, a = _selected(hidden, anchor, rows)
-        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)  # of the hard loss, whose weight is 0
+        labels = torch.zeros(
+            len(x), dtype=torch.long, device=x.device
+        )  # of the hard loss, whose weight is 0
         teacher = _identity(a.shape[1], a.dtype, a.device)
-        return distillation(F.gelu(F.linear(x, w1, b1)), w2, a, teacher, labels, b2) - 1  # its row loss is 1 - cos
+        return (
+            distillation(F.gelu(F.linear(x, w1, b1)), w2, a, teacher, labels, b2) - 1
+        )  # its row loss is 1 - cos
 
     return loss
 
@@ -94,7 +112,9 @@ def _identity(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(width, dtype=dtype, device=device)
 
 
-def viral(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor) -> Tensor:
+def viral(
+    hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
+) -> Tensor:
     """The predictor over every token, then a loop over the samples that picks the visual ones."""
     mask = rows
     if rows.dtype != torch.bool:
@@ -103,7 +123,8 @@ def viral(hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2
     p = F.linear(F.gelu(F.linear(hidden, w1, b1)), w2, b2)
     wide = torch.promote_types(p.dtype, torch.float32)
     losses = [
-        reference.ROW_LOSSES["cosine"](p[i][mask[i]].to(wide), anchor[i][mask[i]].to(wide)) for i in range(len(hidden))
+        reference.ROW_LOSSES["cosine"](p[i][mask[i]].to(wide), anchor[i][mask[i]].to(wide))
+        for i in range(len(hidden))
     ]
     return torch.cat(losses).mean()
 

@@ -1,4 +1,5 @@
-"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the tables at the end."""
+"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the
+tables at the end."""
 
 from __future__ import annotations
 
@@ -17,11 +18,24 @@ RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pre-kernels measurements")
-    group.addoption("--benchmark", action="store_true", help="measure; without it the tests in bench/ are skipped")
-    group.addoption("--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}")
-    group.addoption("--dtype", action="append", choices=list(shapes.DTYPES), help="with --shape; else bf16 and fp32")
+    group.addoption(
+        "--benchmark",
+        action="store_true",
+        help="measure; without it the tests in bench/ are skipped",
+    )
+    group.addoption(
+        "--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}"
+    )
+    group.addoption(
+        "--dtype",
+        action="append",
+        choices=list(shapes.DTYPES),
+        help="with --shape; else bf16 and fp32",
+    )
     group.addoption("--rows", action="append", choices=shapes.ROWS, help="with --shape; else index")
-    group.addoption("--peer", action="append", default=[], choices=list(peers.BY_NAME), help="only this")
+    group.addoption(
+        "--peer", action="append", default=[], choices=list(peers.BY_NAME), help="only this"
+    )
     group.addoption("--seconds", type=float, help="of sampling each shape")
     group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
 
@@ -32,7 +46,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     wanted = option("--peer")
     plan = shapes.plan(
-        current().torch_device, option("--shape"), option("--dtype") or ("bf16", "fp32"), option("--rows") or ("index",)
+        current().torch_device,
+        option("--shape"),
+        option("--dtype") or ("bf16", "fp32"),
+        option("--rows") or ("index",),
     )
     cases = [
         pytest.param(shape, dtype, rows, name, id=f"{shape.name}-{dtype}-{rows}-{name}")
@@ -52,7 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str], Group]:
-    """(shape, dtype, rows) → records by peer: measured at the first call, since peers take turns, and kept."""
+    """(shape, dtype, rows) → records by peer: measured at the first call, since peers take turns,
+    and kept."""
     config, device, kept = request.config, current(), {}
     path = record.file(record.folder(config.getoption("--results")), device)
     config.stash[RECORDS] = []
@@ -68,7 +86,9 @@ def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str
         if where not in kept:
             seconds = config.getoption("--seconds")
             kept[where] = {}
-            for one in suite.measure(shape, dtype, device, together[where], seconds=seconds, rows=rows):
+            for one in suite.measure(
+                shape, dtype, device, together[where], seconds=seconds, rows=rows
+            ):
                 record.append(path, one)
                 kept[where][one["peer"]] = one
             config.stash[RECORDS] += kept[where].values()
@@ -78,12 +98,19 @@ def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     records = config.stash.get(RECORDS, [])
     if not records:
         return
     terminalreporter.section("loss, forward and backward")
-    lines = [report.markdown(report.loss_table(records)), "", *report.refusals(records), *report.provenance(records)]
+    lines = [
+        report.markdown(report.loss_table(records)),
+        "",
+        *report.refusals(records),
+        *report.provenance(records),
+    ]
     verdict = goals.cpu_table if current().kind == "cpu" else goals.table
     lines += ["", report.markdown(verdict(records, "not measured in this run"))]
     for line in lines:

@@ -1,15 +1,17 @@
-"""Patch structure measured: sums of unit vectors beside all pairwise similarities and beside the per-pair definition.
+"""Patch structure measured: sums of unit vectors beside all pairwise similarities and beside the
+per-pair definition.
 
     python -m bench.diagnostics                             64 images × 576 patches × 32 layers, 4,096 wide
     python -m bench.diagnostics --images 2 --patches 64 --layers 2 --width 256
 
-What is timed is one image of one layer: contrast ratio and spatial contrast of random float32 features with 8 objects.
-Images and layers are independent of each other, so the total is that time × images × layers: extrapolated, as each
-record says. No figure is recorded of a peer whose four means differ from those of all similarities in float64.
+What is timed is one image of one layer: contrast ratio and spatial contrast of random float32
+features with 8 objects. Images and layers are independent of each other, so the total is that time
+× images × layers: extrapolated, as each record says. No figure is recorded of a peer whose four
+means differ from those of all similarities in float64.
 
-`ours` is `LayerReport`, checks included; `matrix` makes the patch-by-patch similarities in one float32 product and
-averages over them; `pairs` is the definition as a loop over pairs of patches. The first two take turns, the loop runs
-once and its memory is not measured.
+`ours` is `LayerReport`, checks included; `matrix` makes the patch-by-patch similarities in one
+float32 product and averages over them; `pairs` is the definition as a loop over pairs of patches.
+The first two take turns, the loop runs once and its memory is not measured.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ Step = Callable[[], tuple[float, float, float, float]]
 
 
 def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Features (patches, width) with a common part, as those of models have; masks (OBJECTS, patches); the grid."""
+    """Features (patches, width) with a common part, as those of models have; masks (OBJECTS,
+    patches); the grid."""
     rows = max(side for side in range(1, math.isqrt(patches) + 1) if patches % side == 0)
     g = torch.Generator().manual_seed(0)
     features = torch.randn(patches, width, generator=g) + 0.5 * torch.randn(width, generator=g)
@@ -47,14 +50,18 @@ def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
     return features.to(device), masks.to(device), (rows, patches // rows)
 
 
-def ours(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
+def ours(
+    features: Tensor, masks: Tensor, grid: tuple[int, int]
+) -> tuple[float, float, float, float]:
     layers = LayerReport(metrics=("structure",))
     layers.update({0: features}, features, masks=masks, grid=grid)
     (row,) = layers.rows()
     return row["cohesion"], row["coupling"], row["near"], row["far"]
 
 
-def matrix(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
+def matrix(
+    features: Tensor, masks: Tensor, grid: tuple[int, int]
+) -> tuple[float, float, float, float]:
     x = F.normalize(features, dim=-1)
     similarity = x @ x.T
     member = masks.to(similarity.dtype)
@@ -63,20 +70,27 @@ def matrix(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[floa
     within = (pairs.diagonal() - member @ similarity.diagonal()) / (size * (size - 1))
     between = (pairs / (size[:, None] * size))[torch.ones_like(pairs).triu(1).bool()]
     near, far = relations(len(features), grid, features.device)
-    found = torch.stack([within.mean(), between.mean(), similarity[near].mean(), similarity[far].mean()])
+    found = torch.stack(
+        [within.mean(), between.mean(), similarity[near].mean(), similarity[far].mean()]
+    )
     return tuple(found.tolist())  # type: ignore[return-value]
 
 
 def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which patches share a side, and which are further apart than the radius; (patches, patches) bool each."""
+    """Which patches share a side, and which are further apart than the radius; (patches, patches)
+    bool each."""
     place = torch.arange(patches, device=device)
     rows, columns = place // grid[1], place % grid[1]
     down, along = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
     return down + along == 1, torch.maximum(down, along) > max(1, min(grid) // 4)
 
 
-def pairs(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float, float, float, float]:
-    near, far = (relation.tolist() for relation in relations(len(features), grid, torch.device("cpu")))
+def pairs(
+    features: Tensor, masks: Tensor, grid: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    near, far = (
+        relation.tolist() for relation in relations(len(features), grid, torch.device("cpu"))
+    )
     member = masks.int().argmax(0).tolist()
     within: dict[int, list[float]] = {}
     between: dict[tuple[int, int], list[float]] = {}
@@ -106,7 +120,11 @@ def pairs(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> tuple[float
     )
 
 
-NAMES = {"ours": "`LayerReport`", "matrix": "all similarities of an image at once", "pairs": "the definition, per pair"}
+NAMES = {
+    "ours": "`LayerReport`",
+    "matrix": "all similarities of an image at once",
+    "pairs": "the definition, per pair",
+}
 PEERS = {"ours": ours, "matrix": matrix, "pairs": pairs}
 
 
@@ -153,7 +171,12 @@ def measure(
         off = (torch.tensor(found[name]) - expected).abs().max().item()
         if not off <= TOLERANCE:
             records.append(
-                {**about, "peer": name, "failed": f"a mean is off by {off:.1e}, want ≤ {TOLERANCE}", **stamp}
+                {
+                    **about,
+                    "peer": name,
+                    "failed": f"a mean is off by {off:.1e}, want ≤ {TOLERANCE}",
+                    **stamp,
+                }
             )
             continue
         result = {
@@ -176,7 +199,15 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     if not chosen:
         return "Not yet measured."
     rows: list[Sequence[str]] = [
-        ("patch structure of", "by", "ms for an image's layer", "all of it, s", "÷ ours", "peak MiB", "largest error")
+        (
+            "patch structure of",
+            "by",
+            "ms for an image's layer",
+            "all of it, s",
+            "÷ ours",
+            "peak MiB",
+            "largest error",
+        )
     ]
     for one in chosen:
         what = f"{one['images']} images × {one['patches']} patches × {one['layers']} layers × {one['width']:,} wide"
@@ -197,7 +228,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "Contrast ratio and spatial contrast. One image of one layer is timed and the rest extrapolated, since images "
         f"and layers are independent; keeping all pairwise similarities would take {', '.join(kept)}."
     )
-    return "\n".join([report.markdown(rows), "", about, "", *(f"- {line}" for line in report.provenance(chosen))])
+    return "\n".join(
+        [report.markdown(rows), "", about, "", *(f"- {line}" for line in report.provenance(chosen))]
+    )
 
 
 def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) -> dict[str, Any]:
@@ -211,12 +244,16 @@ def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("images", 64), ("patches", 576), ("layers", 32), ("width", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=5.0, help="of sampling")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
-    parser.add_argument("--peak", choices=PEERS, help=argparse.SUPPRESS)  # what a process for memory runs
+    parser.add_argument(
+        "--peak", choices=PEERS, help=argparse.SUPPRESS
+    )  # what a process for memory runs
     arguments = parser.parse_args(argv)
     if arguments.peak:
         step = steps(arguments.patches, arguments.width, torch.device("cpu"))[arguments.peak]
@@ -225,7 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    records = measure(arguments.images, arguments.patches, arguments.layers, arguments.width, device, arguments.seconds)
+    records = measure(
+        arguments.images,
+        arguments.patches,
+        arguments.layers,
+        arguments.width,
+        device,
+        arguments.seconds,
+    )
     for line in records:
         record.append(path, line)
     print(report.markdown(report.plain_table(records)))

@@ -1,9 +1,11 @@
-"""What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the README.
+"""What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the
+README.
 
     python -m bench.evidence                     5 seeds, a process for each core; what is done is not done again
     python -m bench.evidence --readme README.md  no training: the table of the committed results between its markers
 
-Every seed pre-trains one model, and every arm starts from it, on the same batches in the same order.
+Every seed pre-trains one model, and every arm starts from it, on the same batches in the same
+order.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def _gain(name: str, arm: str = BASE, over: str = WITHOUT) -> Callable[[Mapping[
 
 
 PROBE, CONTRAST = "linear probe, mean of L/2 to L", "contrast ratio, mean of L/2 to L"
-CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {  # a finding, and the difference that it says is positive
+CLAIMS: dict[
+    str, Callable[[Mapping[str, Any]], float]
+] = {  # a finding, and the difference that it says is positive
     "An LLM that has only seen text loses what patches show (probe, layer 0 less layer L)": (
         lambda arms: arms[BEFORE]["probe"][0] - arms[BEFORE]["probe"][-1]
     ),
@@ -83,12 +87,17 @@ CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {  # a finding, and th
     "The embeddings as anchor have a higher probe than what enters the projector": (
         _gain(PROBE, BASE, "anchor pre_projector")
     ),
-    "A term for each patch has a higher probe than one for each image": _gain(PROBE, BASE, "image level"),
+    "A term for each patch has a higher probe than one for each image": _gain(
+        PROBE, BASE, "image level"
+    ),
 }
 
 
-def run_seed(seed: int, settings: Settings, path: Path, done: set[tuple[int, str]], bar: Bar) -> None:
-    """Measure every arm of a seed that is not done yet, each appended to `path` as soon as it is."""
+def run_seed(
+    seed: int, settings: Settings, path: Path, done: set[tuple[int, str]], bar: Bar
+) -> None:
+    """Measure every arm of a seed that is not done yet, each appended to `path` as soon as it
+    is."""
     if {(seed, arm) for arm in (BEFORE, *ARMS)} <= done:
         return
     digits = split_digits(seed)
@@ -99,7 +108,13 @@ def run_seed(seed: int, settings: Settings, path: Path, done: set[tuple[int, str
     def keep(arm: str, found: dict[str, Any], seconds: float) -> None:
         curves = ("train_loss", "train_pre_loss")
         found = {name: value for name, value in found.items() if name not in curves}
-        line = {"kind": "evidence", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed, **found}
+        line = {
+            "kind": "evidence",
+            "item": f"{arm}, seed {seed}",
+            "arm": arm,
+            "seed": seed,
+            **found,
+        }
         line |= {"seconds": round(seconds, 1), "settings": dataclasses.asdict(settings)}
         record.append(path, line | record.stamp(Cpu()))
 
@@ -109,15 +124,23 @@ def run_seed(seed: int, settings: Settings, path: Path, done: set[tuple[int, str
         if (seed, arm) in done:
             continue
         begin = time.monotonic()
-        found = run_arm(arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar)
+        found = run_arm(
+            arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar
+        )
         keep(arm, found, time.monotonic() - begin)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, and the difference to training without PRe, seed by seed."""
-    seeds = sorted(set.intersection(*({one["seed"] for one in records if one["arm"] == arm} for arm in ARMS)))
+    """Mean ± standard deviation over seeds, and the difference to training without PRe, seed by
+    seed."""
+    seeds = sorted(
+        set.intersection(*({one["seed"] for one in records if one["arm"] == arm} for arm in ARMS))
+    )
     by_arm = {
-        arm: [next(one for one in records if (one["arm"], one["seed"]) == (arm, seed)) for seed in seeds]
+        arm: [
+            next(one for one in records if (one["arm"], one["seed"]) == (arm, seed))
+            for seed in seeds
+        ]
         for arm in (BEFORE, *ARMS)
     }
     rows: list[Sequence[str]] = [("", *FIGURES)]
@@ -131,7 +154,10 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             cells.append(spread(values) + added)
         rows.append((arm, *cells))
     sentences = [
-        claim(text, [difference({a: runs[i] for a, runs in by_arm.items()}) for i in range(len(seeds))])
+        claim(
+            text,
+            [difference({a: runs[i] for a, runs in by_arm.items()}) for i in range(len(seeds))],
+        )
         for text, difference in CLAIMS.items()
     ]
     about = (
@@ -148,9 +174,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def claim(text: str, changes: Sequence[float]) -> str:
-    """Whether a difference that a finding wants to be positive is so in these seeds, beyond the noise between them."""
+    """Whether a difference that a finding wants to be positive is so in these seeds, beyond the
+    noise between them."""
     low, high = interval(changes)
-    verdict = "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"
+    verdict = (
+        "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"
+    )
     above = sum(change > 0 for change in changes)
     return (
         f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; 95 % interval "
@@ -159,12 +188,26 @@ def claim(text: str, changes: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. N-1 (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="short trainings, which show that it runs")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)")
-    parser.add_argument("--readme", type=Path, help="put the table between this file's evidence markers, train nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="seeds 0 .. N-1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="short trainings, which show that it runs"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)"
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="put the table between this file's evidence markers, train nothing",
+    )
     options = parser.parse_args(argv)
     path = record.folder(options.results) / "evidence.jsonl"
     records = record.load([path]) if path.exists() else []
@@ -172,7 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         into_readme(options.readme, {"evidence": table(records)})
         return
     settings = dataclasses.replace(QUICK if options.quick else Settings(), seeds=options.seeds)
-    others = {one["item"] for one in records if {**one["settings"], "seeds": options.seeds} != vars(settings)}
+    others = {
+        one["item"]
+        for one in records
+        if {**one["settings"], "seeds": options.seeds} != vars(settings)
+    }
     if others:
         parser.error(f"--results: {path} has results of other settings; want another folder")
     done = {(one["seed"], one["arm"]) for one in records}

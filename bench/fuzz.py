@@ -1,10 +1,12 @@
-"""A fuzz campaign: loss and gradients of drawn cases against float64, by the error rule of the tests.
+"""A fuzz campaign: loss and gradients of drawn cases against float64, by the error rule of the
+tests.
 
     python -m bench.fuzz --cases 11500 --seed 1 --jobs 2   a line for each group of cases into bench/results/fuzz.jsonl
     python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
 
-Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is done: the same
-command goes on where it was stopped. Without a GPU the kernels are interpreted, and most cases are of the torch path.
+Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is
+done: the same command goes on where it was stopped. Without a GPU the kernels are interpreted, and
+most cases are of the torch path.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from pre_kernels.check.device import current
 
@@ -37,10 +46,13 @@ BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
 
 
 def blocks(cases: int) -> list[tuple[str, int]]:
-    """(implementation, number) of every block. The implementations take turns, so that a campaign that is cut short is
-    one of fewer cases."""
+    """(implementation, number) of every block. The implementations take turns, so that a campaign
+    that is cut short is one of fewer cases."""
     counts = {impl: math.ceil(cases * share / BLOCK[impl]) for impl, share in SHARES.items()}
-    return sorted(((impl, i) for impl in SHARES for i in range(counts[impl])), key=lambda one: one[1] / counts[one[0]])
+    return sorted(
+        ((impl, i) for impl in SHARES for i in range(counts[impl])),
+        key=lambda one: one[1] / counts[one[0]],
+    )
 
 
 def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, Any]]:
@@ -50,7 +62,9 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
     found: list[dict[str, Any]] = []
 
-    @hypothesis.seed(int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big"))
+    @hypothesis.seed(
+        int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big")
+    )
     @hypothesis.settings(
         max_examples=size,
         database=None,
@@ -73,21 +87,38 @@ def run_case(spec: Any) -> dict[str, Any]:
     try:
         outcomes: list[Sequence[Any]] = list(run(spec, current().torch_device))
     except Exception as error:
-        outcomes = [("call", "violation", math.nan, math.nan, math.nan, False, f"{type(error).__name__}: {error}")]
+        outcomes = [
+            (
+                "call",
+                "violation",
+                math.nan,
+                math.nan,
+                math.nan,
+                False,
+                f"{type(error).__name__}: {error}",
+            )
+        ]
     return {
         "impl": spec.impl,
         "dtype": spec.product_dtype,
         "loss": spec.loss,
         "activation": spec.activation,
         "spec": changed(spec),
-        "outcomes": [(name, verdict, *map(numerics.plain, sizes), text) for name, verdict, *sizes, text in outcomes],
+        "outcomes": [
+            (name, verdict, *map(numerics.plain, sizes), text)
+            for name, verdict, *sizes, text in outcomes
+        ],
     }
 
 
 def changed(spec: Any) -> dict[str, Any]:
     """The fields that are not the default, impl and seed always."""
     default = dataclasses.asdict(type(spec)())
-    return {k: v for k, v in dataclasses.asdict(spec).items() if k in ("impl", "seed") or v != default[k]}
+    return {
+        k: v
+        for k, v in dataclasses.asdict(spec).items()
+        if k in ("impl", "seed") or v != default[k]
+    }
 
 
 def distinct(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,9 +135,13 @@ def _prepare() -> None:
 
 
 def _kept(seed: int) -> Path:
-    """Where blocks are kept: another file for other code, so that results of two versions do not mix."""
+    """Where blocks are kept: another file for other code, so that results of two versions do not
+    mix."""
     digest = hashlib.sha256(record.stamp(current())["source"].encode())
-    tests = [ROOT / "tests" / name for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py")]
+    tests = [
+        ROOT / "tests" / name
+        for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py")
+    ]
     for path in (Path(__file__), *tests):
         digest.update(path.read_bytes())
     path = ROOT / "build" / "fuzz" / f"{seed}-{digest.hexdigest()[:12]}.jsonl"
@@ -132,7 +167,9 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
         ProcessPoolExecutor(jobs, context, _prepare) as pool,
     ):
         bars = {
-            impl: progress.add_task(impl, total=BLOCK[impl] * sum(i == impl for i, _ in left), found=0)
+            impl: progress.add_task(
+                impl, total=BLOCK[impl] * sum(i == impl for i, _ in left), found=0
+            )
             for impl in SHARES
         }
         failed = dict.fromkeys(SHARES, 0)
@@ -142,20 +179,36 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
                 block, cases = futures[future], future.result()
                 record.append(path, {"block": block, "cases": cases})
                 impl = block[0]
-                failed[impl] += sum(outcome[1] == "violation" for case in cases for outcome in case["outcomes"])
+                failed[impl] += sum(
+                    outcome[1] == "violation" for case in cases for outcome in case["outcomes"]
+                )
                 progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # else what is left would be run before this is seen
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # else what is left would be run before this is seen
             raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=11_500, help="how many to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the whole campaign (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)")
-    parser.add_argument("--case", type=json.loads, help="only this case, as JSON: its outcomes on the screen")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", type=int, default=11_500, help="how many to draw (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the whole campaign (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)"
+    )
+    parser.add_argument(
+        "--case", type=json.loads, help="only this case, as JSON: its outcomes on the screen"
+    )
     options = parser.parse_args(argv)
     _prepare()
     if options.case is not None:
@@ -173,7 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = distinct([case for one in kept for case in one["cases"]])
     import hypothesis
 
-    about = {"kind": "fuzz", "seed": options.seed, "drawn": options.cases, "hypothesis": hypothesis.__version__}
+    about = {
+        "kind": "fuzz",
+        "seed": options.seed,
+        "drawn": options.cases,
+        "hypothesis": hypothesis.__version__,
+    }
     lines = [{**about, **line, **record.stamp(current())} for line in numerics.aggregate(cases)]
     date = lines[-1]["date"]
     for line in lines:

@@ -1,4 +1,5 @@
-"""The goals on a GPU and a CPU beside what was measured: each figure comes out of records, or is said to be missing."""
+"""The goals on a GPU and a CPU beside what was measured: each figure comes out of records, or is
+said to be missing."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ from . import shapes
 from .report import over_floor
 
 BLAS, MASK = 1.10, 1.25  # × the floor: the first goals, after which tighter ones stand in the table
-KEPT = {"sync": "no sync", "graph": HELD, "fullgraph": WHOLE}  # what is said of a promise that is kept
+KEPT = {
+    "sync": "no sync",
+    "graph": HELD,
+    "fullgraph": WHOLE,
+}  # what is said of a promise that is kept
 MAIN, SMALL = "llava15-7b-sft", "qwen25vl-7b-small"
 SETTING = ("torch", "triton", "threads")
 ABSENT, NO_GPU = "not yet measured", "not yet measured (no GPU)"
@@ -58,7 +63,11 @@ def _ours(run: dict[str, Record]) -> Record | None:
 
 def _over_floor(run: dict[str, Record], ours: Record | None) -> Found | None:
     ratio = over_floor(run, ours["peer"]) if ours else None
-    return Found(ratio, "", [one for one in (ours, run.get("floor")) if one], ours["peer"]) if ratio else None
+    return (
+        Found(ratio, "", [one for one in (ours, run.get("floor")) if one], ours["peer"])
+        if ratio
+        else None
+    )
 
 
 def blas_time(records: list[Record]) -> Found | None:
@@ -68,7 +77,9 @@ def blas_time(records: list[Record]) -> Found | None:
 
 def mask_time(records: list[Record]) -> Found | None:
     """Of triton, if it was seen not to wait for the device with such a mask."""
-    calls = [one for one in records if one["kind"] == "sync" and one["item"] == "mask, leading anchor"]
+    calls = [
+        one for one in records if one["kind"] == "sync" and one["item"] == "mask, leading anchor"
+    ]
     kept = any(one["peer"] == "ours-triton" and one["outcome"] == KEPT["sync"] for one in calls)
     run = _main(records, selection="mask")
     return _over_floor(run, run.get("ours-triton")) if kept else None
@@ -78,7 +89,10 @@ def small_workspace(records: list[Record]) -> Found | None:
     kept = [
         one
         for one in records
-        if one["kind"] == "workspace" and one["shape"] == MAIN and one.get("item", 65) <= 64 and "over_floor" in one
+        if one["kind"] == "workspace"
+        and one["shape"] == MAIN
+        and one.get("item", 65) <= 64
+        and "over_floor" in one
     ]
     best = min(kept, key=lambda one: one["over_floor"], default=None)
     return best and Found(best["over_floor"], "", [best], f"{best['peer']}, {best['item']} MiB")
@@ -105,7 +119,11 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Found |
     """Of the best of ours over the fastest of some other peers."""
     run = _main(records, shape=shape)
     ours = _ours(run)
-    other = min((run[name] for name in others if name in run), key=lambda one: one["median_ms"], default=None)
+    other = min(
+        (run[name] for name in others if name in run),
+        key=lambda one: one["median_ms"],
+        default=None,
+    )
     if ours is None or other is None:
         return None
     theirs, own = over_floor(run, other["peer"]), over_floor(run, ours["peer"])
@@ -116,7 +134,11 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Found |
 
 def launches(records: list[Record]) -> Found | None:
     """Of the implementation that is the fastest at that size, else of the one with the fewest."""
-    steps = [one for one in records if one["kind"] == "step" and one["shape"] == SMALL and "ours-" in one["peer"]]
+    steps = [
+        one
+        for one in records
+        if one["kind"] == "step" and one["shape"] == SMALL and "ours-" in one["peer"]
+    ]
     fastest = _ours(_main(records, shape=SMALL))
     steps = [one for one in steps if fastest and one["peer"] == fastest["peer"]] or steps
     fewest = min(steps, key=lambda one: one["launches"], default=None)
@@ -140,7 +162,9 @@ def kept_promises(kind: str, records: list[Record]) -> Found | None:
     calls = [one for one in records if one["kind"] == kind and one["shape"] == MAIN]
     broken = [one for one in calls if one["outcome"] != KEPT[kind]]
     names = "; ".join(f"{one['peer']}, {one['item']}: {one['outcome']}" for one in broken)
-    return Found(len(broken), f"{len(broken)} of {len(calls)} calls", calls, names) if calls else None
+    return (
+        Found(len(broken), f"{len(broken)} of {len(calls)} calls", calls, names) if calls else None
+    )
 
 
 def fp8_time(records: list[Record]) -> Found | None:
@@ -151,8 +175,14 @@ def fp8_time(records: list[Record]) -> Found | None:
 
 def field(kind: str, name: str, records: list[Record], **fields: Any) -> Found | None:
     """The worst (largest) of a field, over the peers."""
-    kept = [one for one in records if one["kind"] == kind and all(one.get(key) == fields[key] for key in fields)]
-    worst = max((one for one in kept if one.get(name) is not None), key=lambda one: one[name], default=None)
+    kept = [
+        one
+        for one in records
+        if one["kind"] == kind and all(one.get(key) == fields[key] for key in fields)
+    ]
+    worst = max(
+        (one for one in kept if one.get(name) is not None), key=lambda one: one[name], default=None
+    )
     failed = next((one for one in kept if "failed" in one), None)
     if failed:
         return Found(None, "failed", [failed], failed["failed"])
@@ -178,13 +208,28 @@ GOALS = [
     Goal("peak memory ÷ formula, N = 131,072", "≤", 1.0, partial(memory, 131072)),
     Goal("calls with a host sync", "≤", 0, partial(kept_promises, "sync")),
     Goal("calls that no CUDA graph holds", "≤", 0, partial(kept_promises, "graph")),
-    Goal("calls with a graph break under torch.compile", "≤", 0, partial(kept_promises, "fullgraph")),
-    Goal("time ÷ the bf16 floor in fp8", "≤", 0.80, fp8_time),
-    Goal("seconds of the first call", "≤", 30, partial(field, "firstcall", "seconds", item="cold cache")),
     Goal(
-        "seconds of the first call, kernels cached", "≤", 2, partial(field, "firstcall", "seconds", item="warm cache")
+        "calls with a graph break under torch.compile", "≤", 0, partial(kept_promises, "fullgraph")
     ),
-    Goal("training step of LLaVA-1.5-7B, time", "≤", 1.01, partial(field, "training", "time_ratio", item="llava15-7b")),
+    Goal("time ÷ the bf16 floor in fp8", "≤", 0.80, fp8_time),
+    Goal(
+        "seconds of the first call",
+        "≤",
+        30,
+        partial(field, "firstcall", "seconds", item="cold cache"),
+    ),
+    Goal(
+        "seconds of the first call, kernels cached",
+        "≤",
+        2,
+        partial(field, "firstcall", "seconds", item="warm cache"),
+    ),
+    Goal(
+        "training step of LLaVA-1.5-7B, time",
+        "≤",
+        1.01,
+        partial(field, "training", "time_ratio", item="llava15-7b"),
+    ),
     Goal(
         "training step of LLaVA-1.5-7B, memory",
         "≤",
@@ -197,7 +242,11 @@ GOALS = [
 CPU_SHAPES, CPU_SMALL = ("cpu-16k", "cpu-4k-encoder"), "cpu-small"
 MODES = ("compile", "compile-max")
 VLM = "smolvlm-256m"
-CPU_KINDS = ("loss", "workspace", "training")  # other records of a CPU are of no goal, and of other numbers of threads
+CPU_KINDS = (
+    "loss",
+    "workspace",
+    "training",
+)  # other records of a CPU are of no goal, and of other numbers of threads
 
 
 def milliseconds(one: Record) -> float | None:
@@ -216,36 +265,51 @@ def over(
     names: Sequence[str],
     records: list[Record],
 ) -> Found | None:
-    """A figure of ours ÷ the least of some other peers in the same run: the worst of the shapes of `names`, of how the
-    rows are given, of `dtypes`."""
+    """A figure of ours ÷ the least of some other peers in the same run: the worst of the shapes of
+    `names`, of how the rows are given, of `dtypes`."""
     found: list[Found] = []
     for run in _runs(records, kind="loss"):
         ours = _ours(run)
         if ours is None or ours["shape"] not in names or ours["dtype"] not in dtypes:
             continue
-        own, known = figure(ours), {name: value for name in others if name in run and (value := figure(run[name]))}
+        own, known = (
+            figure(ours),
+            {name: value for name in others if name in run and (value := figure(run[name]))},
+        )
         if own is not None and known:
             least = min(known, key=lambda name: known[name])
-            what = f"{ours['shape']} {ours['dtype']} {ours.get('selection', 'mask')}, beside {least}"
+            what = (
+                f"{ours['shape']} {ours['dtype']} {ours.get('selection', 'mask')}, beside {least}"
+            )
             found.append(Found(own / known[least], "", [ours], what))
     return _worst(found)
 
 
 def _worst(found: Sequence[Found]) -> Found | None:
     worst = max(found, key=lambda one: one.value or 0.0, default=None)
-    return worst and worst._replace(what=worst.what + (f", the worst of {len(found)}" if len(found) > 1 else ""))
+    return worst and worst._replace(
+        what=worst.what + (f", the worst of {len(found)}" if len(found) > 1 else "")
+    )
 
 
 def small_memory(dtype: str, records: list[Record]) -> Found | None:
-    """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of the shapes."""
+    """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of
+    the shapes."""
     sweeps: dict[str, list[Record]] = {}
     for one in records:
-        if one["kind"] == "workspace" and one["dtype"] == dtype and one["shape"] in CPU_SHAPES and "peak_mib" in one:
+        if (
+            one["kind"] == "workspace"
+            and one["dtype"] == dtype
+            and one["shape"] in CPU_SHAPES
+            and "peak_mib" in one
+        ):
             sweeps.setdefault(one["group"], []).append(one)
     found = []
     for sweep in sweeps.values():
         eager = next((extra(one) for one in sweep if one["peer"] == "eager"), None)
-        ours = min((one for one in sweep if "item" in one), key=lambda one: extra(one) or 0.0, default=None)
+        ours = min(
+            (one for one in sweep if "item" in one), key=lambda one: extra(one) or 0.0, default=None
+        )
         if eager and ours:
             text = f"{ours['shape']} {dtype}, {ours['item']} MiB: {ours['over_floor']:.2f} × the floor's time"
             found.append(Found((extra(ours) or 0.0) / eager, "", [ours], text))
@@ -269,21 +333,38 @@ def outside(records: list[Record]) -> Found | None:
 
 
 def _of_dtype(dtype: str, over_compiled: float) -> list[Goal]:
-    def ratio(others: Sequence[str], figure: Callable[[Record], float | None]) -> Callable[..., Found | None]:
+    def ratio(
+        others: Sequence[str], figure: Callable[[Record], float | None]
+    ) -> Callable[..., Found | None]:
         return partial(over, others, figure, (dtype,), CPU_SHAPES)
 
     return [
-        Goal(f"{dtype}: time ÷ the best of torch.compile", "≤", over_compiled, ratio(MODES, milliseconds)),
+        Goal(
+            f"{dtype}: time ÷ the best of torch.compile",
+            "≤",
+            over_compiled,
+            ratio(MODES, milliseconds),
+        ),
         Goal(f"{dtype}: time ÷ eager", "≤", 0.60, ratio(("eager",), milliseconds)),
         Goal(f"{dtype}: extra peak ÷ torch.compile's", "≤", 1.0, ratio(MODES, extra)),
-        Goal(f"{dtype}: extra peak ÷ eager's, a small workspace", "≤", 0.20, partial(small_memory, dtype)),
+        Goal(
+            f"{dtype}: extra peak ÷ eager's, a small workspace",
+            "≤",
+            0.20,
+            partial(small_memory, dtype),
+        ),
     ]
 
 
 CPU_GOALS = [
     *_of_dtype("bf16", 0.95),
     *_of_dtype("fp32", 0.85),
-    Goal("fp16: time ÷ eager", "≤", 1.0, partial(over, ("eager",), milliseconds, ("fp16",), CPU_SHAPES)),
+    Goal(
+        "fp16: time ÷ eager",
+        "≤",
+        1.0,
+        partial(over, ("eager",), milliseconds, ("fp16",), CPU_SHAPES),
+    ),
     Goal(
         "N = 64, widths of 64: time ÷ eager",
         "≤",
@@ -291,21 +372,35 @@ CPU_GOALS = [
         partial(over, ("eager",), milliseconds, ("bf16", "fp32"), (CPU_SMALL,)),
     ),
     Goal("runs outside the error rule", "≤", 0, outside),
-    Goal("training step of SmolVLM-256M, time", "≤", 1.02, partial(field, "training", "time_ratio", item=VLM)),
-    Goal("training step of SmolVLM-256M, memory", "≤", 1.02, partial(field, "training", "memory_ratio", item=VLM)),
+    Goal(
+        "training step of SmolVLM-256M, time",
+        "≤",
+        1.02,
+        partial(field, "training", "time_ratio", item=VLM),
+    ),
+    Goal(
+        "training step of SmolVLM-256M, memory",
+        "≤",
+        1.02,
+        partial(field, "training", "memory_ratio", item=VLM),
+    ),
 ]
 
 
 def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
-    """Header and a row for each goal and GPU, from the records with its last version of torch and triton; `absent`
-    stands where there are none."""
+    """Header and a row for each goal and GPU, from the records with its last version of torch and
+    triton; `absent` stands where there are none."""
     of_gpus = _by_device(one for one in records if one.get("capability"))
-    return _table(GOALS, "card", of_gpus, CARDS, NO_GPU if absent == ABSENT and not of_gpus else absent)
+    return _table(
+        GOALS, "card", of_gpus, CARDS, NO_GPU if absent == ABSENT and not of_gpus else absent
+    )
 
 
 def cpu_table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
     """The same for CPUs, from the records with the last versions and number of threads."""
-    of_cpus = _by_device(one for one in records if not one.get("capability") and one["kind"] in CPU_KINDS)
+    of_cpus = _by_device(
+        one for one in records if not one.get("capability") and one["kind"] in CPU_KINDS
+    )
     return _table(CPU_GOALS, "CPU", of_cpus, A_CPU, absent)
 
 
@@ -316,7 +411,9 @@ def _by_device(records: Iterable[Record]) -> dict[str, list[Record]]:
         devices.setdefault(one["device"], []).append(one)
     for device, known in devices.items():
         last = max(known, key=lambda one: one["date"])
-        devices[device] = [one for one in known if all(one.get(name) == last.get(name) for name in SETTING)]
+        devices[device] = [
+            one for one in known if all(one.get(name) == last.get(name) for name in SETTING)
+        ]
     return devices
 
 

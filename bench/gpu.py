@@ -1,4 +1,5 @@
-"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton, numpy and pytest.
+"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton,
+numpy and pytest.
 
     python -m bench.gpu                     all that a first run of 500 s can tell, in the order of its worth
     python -m bench.gpu --summary FOLDER    the summary of a run's results once more
@@ -43,7 +44,9 @@ LIMIT = 500.0  # seconds from the start of the command
 GRACE = 3.0  # between asking a part to stop and ending it
 LOG_FILE, LOG = "log.txt", 1 << 20  # bytes kept of what a part prints
 UNINSTALLED = Path(__file__).with_name("uninstalled")
-PEERS = ROOT / ".deps" / "peers"  # `make peers` puts there what a machine without a network may lack
+PEERS = (
+    ROOT / ".deps" / "peers"
+)  # `make peers` puts there what a machine without a network may lack
 
 
 class Part(NamedTuple):
@@ -67,7 +70,9 @@ def _in_processes() -> bool:
 
 def _pytest(*arguments: str, workers: int = 1) -> list[str]:
     """In several processes if xdist is there: Triton compiles hundreds of variants."""
-    command = _module("pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider")
+    command = _module(
+        "pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider"
+    )
     if workers > 1 and _in_processes():
         # one that has lost the device ends, and another takes its place
         command += ["-n", str(min(workers, os.cpu_count() or 1)), "--max-worker-restart", "200"]
@@ -75,8 +80,11 @@ def _pytest(*arguments: str, workers: int = 1) -> list[str]:
 
 
 def everything(dry: bool, out: Path) -> Iterator[Part]:
-    """The limits add up to 495 s. What is likely to fail comes after what is to be known in any case."""
-    main, small, dtype = ("tiny", "tiny", "fp32") if dry else ("llava15-7b-sft", "qwen25vl-7b-small", "bf16")
+    """The limits add up to 495 s. What is likely to fail comes after what is to be known in any
+    case."""
+    main, small, dtype = (
+        ("tiny", "tiny", "fp32") if dry else ("llava15-7b-sft", "qwen25vl-7b-small", "bf16")
+    )
     size, cores = ["--shape", main, "--dtype", dtype], 1 if dry else 14
 
     def suite(name: str, limit: float, shape: str, peers: list[str], *more: str) -> Part:
@@ -87,8 +95,12 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     check = ["--impl", "torch", "--width", "64", "--rows", "64"] if dry else []
     yield Part("check", _module("pre_kernels.cli", "check", "--out", str(out), *check), 42)
     yield suite("blas", 35, main, ["floor", "eager", "ours-blas", "ours-fp8"])
-    yield suite("triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3")
-    yield suite("N = 256", 20, small, ["floor", "eager", "ours-blas", "ours-triton"], "--seconds", "3")
+    yield suite(
+        "triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3"
+    )
+    yield suite(
+        "N = 256", 20, small, ["floor", "eager", "ours-blas", "ours-triton"], "--seconds", "3"
+    )
     files = [f"tests/test_{name}.py" for name in ("kernels", "row_kernels", "fp8", "memory_safety")]
     few = ["-k", "scatter and 130 or choose"] if dry else []
     yield Part("kernel tests", _pytest(*files, *few, workers=cores), 55)
@@ -97,14 +109,26 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     yield Part("guarantees", _module("bench.profiling", "syncs", *size), 40)
     peers = ["floor", "ours-torch"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
     yield Part("kernel times", _module("bench.profiling", "kernels", *size, "--peers", *peers), 22)
-    tile = ["--n", "80", "--d", "64", "--m", "96", "--dtype", dtype] if dry else ["--kinds", "descriptor"]
+    tile = (
+        ["--n", "80", "--d", "64", "--m", "96", "--dtype", dtype]
+        if dry
+        else ["--kinds", "descriptor"]
+    )
     for role in ("project", "weight_grad"):
-        yield Part(f"tiles: {role}", _module("bench.sweep", "tiles", "--role", role, *tile, "--most", "5"), 24)
+        yield Part(
+            f"tiles: {role}",
+            _module("bench.sweep", "tiles", "--role", role, *tile, "--most", "5"),
+            24,
+        )
     yield suite("compile", 45, main, ["floor", "eager", "ours-blas", "viral" if dry else "compile"])
     peers = ["ours-torch"] if dry else ["ours-blas", "ours-triton"]
     mibs = ["--mib", *(["64"] if dry else ["64", "256", "512", "1024"])]
-    yield Part("workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40)
-    yield suite("hot caches", 14, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1")
+    yield Part(
+        "workspace", _module("bench.profiling", "workspace", *size, "--peers", *peers, *mibs), 40
+    )
+    yield suite(
+        "hot caches", 14, main, ["floor", "ours-blas", "ours-triton"], "--hot", "--seconds", "1"
+    )
     yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 12)
     few = "torch and random_options and 119" if dry else "random_options"
     yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 8)
@@ -113,8 +137,22 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
 
 def _ncu(size: list[str], limit: float) -> Iterator[Part]:
     if shutil.which("ncu"):
-        sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-        command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40"]
+        sections = (
+            "SpeedOfLight",
+            "LaunchStats",
+            "Occupancy",
+            "MemoryWorkloadAnalysis",
+            "WarpStateStats",
+        )
+        command = [
+            "ncu",
+            "--clock-control",
+            "none",
+            "--profile-from-start",
+            "off",
+            "--launch-count",
+            "40",
+        ]
         command += [word for name in sections for word in ("--section", name)]
         yield Part("ncu", [*command, *_module("bench.profiling", "once", *size)], limit, "ncu.txt")
 
@@ -127,7 +165,9 @@ def tests(dry: bool, out: Path) -> Iterator[Part]:
     yield Part("loss", _pytest("tests/test_loss.py", workers=12), 400)
     # compiling ahead of time and the benchmark's own tests say nothing new on a GPU
     done = ["tests/test_loss.py", "tests/test_compile.py", "tests/test_bench*.py"]
-    yield Part("others", _pytest("tests", *(f"--ignore-glob={name}" for name in done), workers=12), 400)
+    yield Part(
+        "others", _pytest("tests", *(f"--ignore-glob={name}" for name in done), workers=12), 400
+    )
 
 
 def sanitizer() -> str | None:
@@ -140,12 +180,14 @@ def sanitizer() -> str | None:
 
 
 def sanitize(dry: bool, out: Path) -> Iterator[Part]:
-    """Each kernel in the small sizes of its fences, which run without them too. Every tensor an allocation of its own:
-    within the blocks that torch caches an access beyond a tensor is no error."""
+    """Each kernel in the small sizes of its fences, which run without them too. Every tensor an
+    allocation of its own: within the blocks that torch caches an access beyond a tensor is no
+    error."""
     tool = sanitizer()
     if tool is None:
         print(
-            "== compute-sanitizer is missing: neither on PATH nor in CUDA_HOME; no memcheck, no racecheck", flush=True
+            "== compute-sanitizer is missing: neither on PATH nor in CUDA_HOME; no memcheck, no racecheck",
+            flush=True,
         )
     command = _pytest("tests/test_memory_safety.py", "-k")
     if dry:
@@ -179,10 +221,16 @@ def costly(dry: bool, out: Path) -> Iterator[Part]:
     from . import peers, shapes
 
     if dry:
-        yield Part("tiny", _module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60)
+        yield Part(
+            "tiny", _module("bench.suite", "tiny", "fp32", "--peers", "viral", "eager", "floor"), 60
+        )
         return
-    for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)[: peers.COSTLY]):
-        command = _module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *peers.planned(number))
+    for number, (shape, dtype, rows) in enumerate(
+        shapes.plan(current().torch_device)[: peers.COSTLY]
+    ):
+        command = _module(
+            "bench.suite", shape.name, dtype, "--rows", rows, "--peers", *peers.planned(number)
+        )
         yield Part(f"{shape.name} {dtype} {rows}", command, 245)
 
 
@@ -222,11 +270,22 @@ STAGES = {
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
-    """For the parts: this checkout importable as if installed, results to `out`, their records those of one run."""
+    """For the parts: this checkout importable as if installed, results to `out`, their records
+    those of one run."""
     paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
-    extra = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GPU_OUT": str(out), "PYTHONUNBUFFERED": "1"}
-    extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # of each of many processes at once
-    if not any(map(shutil.which, ("gcc", "clang"))) and "CC" not in os.environ and shutil.which("cc"):
+    extra = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "GPU_OUT": str(out),
+        "PYTHONUNBUFFERED": "1",
+    }
+    extra["OMP_NUM_THREADS"] = os.environ.get(
+        "OMP_NUM_THREADS", "1"
+    )  # of each of many processes at once
+    if (
+        not any(map(shutil.which, ("gcc", "clang")))
+        and "CC" not in os.environ
+        and shutil.which("cc")
+    ):
         extra["CC"] = "cc"  # which Triton does not look for
     extra["BENCH_RUN"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return extra | ({"BENCH_DRY_RUN": "1"} if dry else {})
@@ -256,9 +315,13 @@ def run(part: Part, seconds: float, out: Path) -> int | None:
                 os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
-            with contextlib.suppress(ProcessLookupError):  # whom it left behind would hold the device
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # whom it left behind would hold the device
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the driver may outlive that
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # one stuck in the driver may outlive that
                 process.wait(GRACE)
             _shorten(path, began)
 
@@ -275,7 +338,8 @@ def _shorten(path: Path, began: int) -> None:
 
 
 def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int:
-    """Run the parts of a stage, tell of each and of all; 0, or the largest exit status of a part."""
+    """Run the parts of a stage, tell of each and of all; 0, or the largest exit status of a
+    part."""
     from pre_kernels.check.device import current
 
     from . import record, summary
@@ -285,14 +349,19 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
     planned, worst = time.monotonic() - start, 0  # an import of torch from a cold disk is no part's
 
     def told() -> list[str]:
-        """The summary, or why there is none: figures that it does not expect must not end the run."""
+        """The summary, or why there is none: figures that it does not expect must not end the
+        run."""
         try:
             return summary.of_folder(out)
         except Exception:
             return ["no summary:", *traceback.format_exc().splitlines()[-20:]]
 
     def tell(name: str, outcome: str, seconds: float) -> None:
-        record.append(path, {"kind": "part", "item": name, "outcome": outcome, "seconds": round(seconds, 1)} | stamp)
+        record.append(
+            path,
+            {"kind": "part", "item": name, "outcome": outcome, "seconds": round(seconds, 1)}
+            | stamp,
+        )
         (out / "summary.txt").write_text("\n".join(told()) + "\n")  # for a run that is killed
         print(f"== {name}: {outcome}, {seconds:.0f} s", flush=True)
 
@@ -321,12 +390,21 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
 
 def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
     parser.add_argument("--out", help="folder of the results; else GPU_OUT, else bench/results")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds from the start of the command")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="seconds from the start of the command"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, also without a GPU")
-    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="print that of the last run there, run nothing")
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FOLDER",
+        help="print that of the last run there, run nothing",
+    )
     arguments = parser.parse_args(argv)
     stage, dry = arguments.stage, arguments.dry_run
 
@@ -342,7 +420,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage not in STAGES:  # a default is not checked by argparse
         parser.error(f"GPU_STAGE: got {stage!r}, want one of {', '.join(STAGES)}")
     if current().kind == "cpu" and not dry:
-        why = "TRITON_INTERPRET=1 leaves it alone" if torch.cuda.is_available() else "torch can use none"
+        why = (
+            "TRITON_INTERPRET=1 leaves it alone"
+            if torch.cuda.is_available()
+            else "torch can use none"
+        )
         print(f"No GPU, {why}; --dry-run tries the script on the CPU.", file=sys.stderr)
         return 2
     try:
@@ -352,11 +434,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"The folder of the results cannot be written to: {error}", file=sys.stderr)
         return 2
     if not _in_processes():
-        print(f"pytest-xdist is missing, here and in {PEERS} (`make peers`): tests run in one process.", flush=True)
+        print(
+            f"pytest-xdist is missing, here and in {PEERS} (`make peers`): tests run in one process.",
+            flush=True,
+        )
     if importlib.util.find_spec("triton") is None:
-        print("triton is not installed: of ours only impl='torch' can run, and no kernel is tested.", flush=True)
+        print(
+            "triton is not installed: of ours only impl='torch' can run, and no kernel is tested.",
+            flush=True,
+        )
 
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with mock.patch.dict(os.environ, environment(out, dry)):
             return measure(stage, dry, out, arguments.limit, start)

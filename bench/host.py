@@ -2,16 +2,16 @@
 
 Each call of each implementation in turn, round by round; the least and the median of the rounds.
 
-On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before the
-clock has stopped.
+On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before
+the clock has stopped.
 
 Without one the device's part is taken away, and the figure is a part of a GPU's: what this package,
-autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python from
-`kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled kernel).
-Not in it: Triton's launcher in C and the tensor maps that it fills, the driver, `torch.cuda.device`,
-the vendor's products (`torch.mm` and its like return at once), and what CUDA's allocator takes more or
-less than the CPU's. With --ours a Triton launch returns at once too: what is left is what this package
-can change.
+autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python
+from `kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled
+kernel). Not in it: Triton's launcher in C and the tensor maps that it fills, the driver,
+`torch.cuda.device`, the vendor's products (`torch.mm` and its like return at once), and what CUDA's
+allocator takes more or less than the CPU's. With --ours a Triton launch returns at once too: what
+is left is what this package can change.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _compiled(kernel: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
-    done = SimpleNamespace(launch_metadata=_nothing, run=_nothing, function=None, packed_metadata=None)
+    done = SimpleNamespace(
+        launch_metadata=_nothing, run=_nothing, function=None, packed_metadata=None
+    )
     kernel.device_caches[device][0][key] = done
     return done
 
@@ -88,7 +90,10 @@ def step(device: str, rows: str = "index", **options: Any) -> Callable[[], Any]:
     """A forward and backward with every gradient wanted: 256 rows, as of one small image."""
     width, total, n = 3584 if device == "cuda" else 64, 1024, 256
     shapes = ((total, width), (width, width), (width,), (width, width), (width,))
-    leaves = [torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
+    leaves = [
+        torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for shape in shapes
+    ]
     anchor = torch.zeros(total, width, dtype=torch.bfloat16, device=device)
     mask = torch.arange(total, device=device) < n
     selection = mask if rows == "mask" else mask.nonzero().squeeze(1)
@@ -126,8 +131,12 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", action="store_true", help="without Triton's Python; only where there is no GPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ours", action="store_true", help="without Triton's Python; only where there is no GPU"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring (default: 10)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

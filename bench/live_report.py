@@ -1,5 +1,5 @@
-"""A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a run that is killed
-keeps what it found.
+"""A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a
+run that is killed keeps what it found.
 
 After some errors of CUDA, an illegal access say, a process can do nothing more on the device: each
 later test in it would fail for no reason of its own. So a worker of xdist ends once such a test has
@@ -23,7 +23,8 @@ SUSPECT = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, a
 
 
 def works() -> bool:
-    """Whether the device still does what it is told: a call that a library refuses leaves it as it was."""
+    """Whether the device still does what it is told: a call that a library refuses leaves it as it
+    was."""
     try:
         return torch.ones(2, device=current().torch_device).sum().item() == 2
     except Exception:
@@ -49,11 +50,15 @@ class LiveReport:
         if report.failed:
             self._append(report)
 
-    def _append(self, report: pytest.TestReport | pytest.CollectReport, seconds: float = 0.0) -> None:
+    def _append(
+        self, report: pytest.TestReport | pytest.CollectReport, seconds: float = 0.0
+    ) -> None:
         line: dict[str, Any] = {"kind": "test", "item": report.nodeid, "outcome": report.outcome}
         line["seconds"] = round(seconds, 3)
         if not report.passed:
-            line["message"] = report.longreprtext[-1500:] if report.failed else str(report.longrepr)[-300:]
+            line["message"] = (
+                report.longreprtext[-1500:] if report.failed else str(report.longrepr)[-300:]
+            )
         record.append(self.path, line | self.stamp)
 
 
@@ -73,7 +78,9 @@ class LostDevice:
         if self.lost_by and report.when == "teardown":
             if self.is_worker:
                 os._exit(1)
-            self.session.shouldstop = f"{self.lost_by} lost the device to an error of CUDA, what follows could not pass"
+            self.session.shouldstop = (
+                f"{self.lost_by} lost the device to an error of CUDA, what follows could not pass"
+            )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,10 +1,12 @@
-"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE PEER ROWS [MIB]`.
+"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE
+PEER ROWS [MIB]`.
 
-Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the second of two steps
-above what it was before that step (so the inputs, the code and what the first step left cached are not in it; the
-gradients returned and the libraries' scratch memory are), and the size of those gradients. Large blocks are mapped
-one by one (MALLOC_MMAP_THRESHOLD_), so what is counted is in use: by default glibc keeps some that are free, a seventh
-more or less from run to run. MIB is the workspace, of those of ours that take one.
+Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the
+second of two steps above what it was before that step (so the inputs, the code and what the first
+step left cached are not in it; the gradients returned and the libraries' scratch memory are), and
+the size of those gradients. Large blocks are mapped one by one (MALLOC_MMAP_THRESHOLD_), so what is
+counted is in use: by default glibc keeps some that are free, a seventh more or less from run to
+run. MIB is the workspace, of those of ours that take one.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ from pre_kernels.check.memory import fresh, second
 from . import ROOT
 
 
-def peak(shape: str, dtype: str, peer: str, rows: str, workspace: int | None = None) -> tuple[float, float]:
-    """(peak, returned) in MiB of `peer`, with that many MiB of workspace, measured in a fresh process."""
+def peak(
+    shape: str, dtype: str, peer: str, rows: str, workspace: int | None = None
+) -> tuple[float, float]:
+    """(peak, returned) in MiB of `peer`, with that many MiB of workspace, measured in a fresh
+    process."""
     given = [] if workspace is None else [str(workspace)]
     result = fresh("bench.memory", shape, dtype, peer, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("shape", "dtype", "peer", "rows"):
         parser.add_argument(name)
     parser.add_argument("workspace", nargs="?", type=int, metavar="MIB")

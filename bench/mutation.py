@@ -9,13 +9,19 @@ from typing import Any
 from .report import markdown, provenance
 
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
-FAILED = ("killed", "crash", "invalid")  # a test failed, the process ended, the package was no longer imported
+FAILED = (
+    "killed",
+    "crash",
+    "invalid",
+)  # a test failed, the process ended, the package was no longer imported
 SURVIVED = ("equivalent", "gap", "unreached", "survived")
 
 
-def aggregate(outcomes: Iterable[Mapping[str, Any]], named: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that failed; named: the
-    reasons of mutants, by "equivalent" and "gap"."""
+def aggregate(
+    outcomes: Iterable[Mapping[str, Any]], named: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that
+    failed; named: the reasons of mutants, by "equivalent" and "gap"."""
     files: dict[str, list[Mapping[str, Any]]] = {}
     for one in outcomes:
         files.setdefault(one["file"], []).append(one)
@@ -57,16 +63,27 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     records = last(records)
     if not records:
         return "No results yet."
-    rows: list[Sequence[str]] = [("file", "mutants", *OPERATORS, "timeouts", "equivalent", "survived")]
+    rows: list[Sequence[str]] = [
+        ("file", "mutants", *OPERATORS, "timeouts", "equivalent", "survived")
+    ]
     for one in (*records, {"item": "all", "operators": _sum(records)}):
         counts = {operator: one["operators"].get(operator, {}) for operator in OPERATORS}
         total = sum(map(Counter, counts.values()), Counter[str]())
         alive = sum(total[name] for name in SURVIVED)
-        cells = [f"{_killed(each)}/{sum(each.values())}" if each else "" for each in counts.values()]
+        cells = [
+            f"{_killed(each)}/{sum(each.values())}" if each else "" for each in counts.values()
+        ]
         others = (total["timeout"], total["equivalent"], alive - total["equivalent"])
         rows.append((one["item"], f"{sum(total.values()):,}", *cells, *map(str, others)))
     return "\n".join(
-        [markdown(rows), "", _summary(records), "", *_named(records), *(f"- {line}" for line in provenance(records))]
+        [
+            markdown(rows),
+            "",
+            _summary(records),
+            "",
+            *_named(records),
+            *(f"- {line}" for line in provenance(records)),
+        ]
     )
 
 
@@ -85,7 +102,9 @@ def _killed(each: Mapping[str, int]) -> int:
 def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     total = sum(_sum(records).values(), Counter[str]())
     number, killed = sum(total.values()), _killed(total)
-    drawn = "every mutant" if records[0]["drawn"] is None else f"a sample of seed {records[0]['seed']}"
+    drawn = (
+        "every mutant" if records[0]["drawn"] is None else f"a sample of seed {records[0]['seed']}"
+    )
     ways = ", ".join(f"{total[name]:,} {text}" for name, text in (
         ("timeout", "by a timeout"), ("crash", "by the end of the process"), ("invalid", "by failing to import"),
     ) if total[name])  # fmt: skip

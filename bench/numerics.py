@@ -1,4 +1,5 @@
-"""What a fuzz campaign found, as result lines and as the README's table; reads outcomes, and needs no hypothesis."""
+"""What a fuzz campaign found, as result lines and as the README's table; reads outcomes, and needs
+no hypothesis."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ VERDICTS = ("within", "overflow", "luck", "violation")
 
 
 def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each implementation, dtype of the products, loss and activation. A case: its group, `spec` and
-    `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows besides, whether eager is outside the
-    rule against ours, message)."""
+    """A line for each implementation, dtype of the products, loss and activation. A case: its
+    group, `spec` and `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows
+    besides, whether eager is outside the rule against ours, message)."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for case in cases:
         groups.setdefault(tuple(case[name] for name in GROUP), []).append(case)
@@ -30,11 +31,15 @@ def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if verdict == "violation"
         ]
         tensors = {
-            new: figures for old, new in TENSORS.items() if (figures := _figures(one for one in _of(members, old)))
+            new: figures
+            for old, new in TENSORS.items()
+            if (figures := _figures(one for one in _of(members, old)))
         }
         group = dict(zip(GROUP, key, strict=True))
         item = f"{group['impl']} {group['loss']} {group['activation']}"
-        lines.append({"item": item, **group, "cases": len(members), "tensors": tensors, "violations": failed})
+        lines.append(
+            {"item": item, **group, "cases": len(members), "tensors": tensors, "violations": failed}
+        )
     return lines
 
 
@@ -70,13 +75,20 @@ def _rounded(value: float) -> float:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's section, of the last campaign: rows by implementation, dtype and loss, and by activation too."""
+    """The README's section, of the last campaign: rows by implementation, dtype and loss, and by
+    activation too."""
     records = [one for one in records if one["kind"] == "fuzz"]
     if not records:
         return "No results yet."
     last = max(records, key=lambda one: one["date"])
     records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
-    by_activation = ["<details><summary>By activation</summary>", "", _table(records, GROUP), "", "</details>"]
+    by_activation = [
+        "<details><summary>By activation</summary>",
+        "",
+        _table(records, GROUP),
+        "",
+        "</details>",
+    ]
     return "\n".join(
         [
             _table(records, GROUP[:3]),
@@ -97,7 +109,8 @@ def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *TENSORS.values())]
     for key, members in groups.items():
         cells = [
-            _cell([one["tensors"][name] for one in members if name in one["tensors"]]) for name in TENSORS.values()
+            _cell([one["tensors"][name] for one in members if name in one["tensors"]])
+            for name in TENSORS.values()
         ]
         rows.append((*key, f"{sum(one['cases'] for one in members):,}", *cells))
     return markdown(rows)
@@ -115,7 +128,10 @@ def _cell(figures: Sequence[dict[str, Any]]) -> str:
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     figures = [one for record in records for one in record["tensors"].values()]
     count = {name: sum(one[name] for one in figures) for name in (*VERDICTS, "turned")}
-    total, failed = sum(one["cases"] for one in figures), sum(len(one["violations"]) for one in records)
+    total, failed = (
+        sum(one["cases"] for one in figures),
+        sum(len(one["violations"]) for one in records),
+    )
     cases = sum(one["cases"] for one in records)
     return (
         f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: {count['within']:,} within the "

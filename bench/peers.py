@@ -1,6 +1,8 @@
-"""Who is measured: a table of peers, each one training step's loss and gradients on the same inputs.
+"""Who is measured: a table of peers, each one training step's loss and gradients on the same
+inputs.
 
-A new peer is a row: a loss function of the signature of `reference.pre_loss`, and why it may be unavailable.
+A new peer is a row: a loss function of the signature of `reference.pre_loss`, and why it may be
+unavailable.
 """
 
 from __future__ import annotations
@@ -31,12 +33,22 @@ Missing = Callable[[torch.device, torch.dtype], str | None]
 class Peer:
     name: str
     what: str
-    build: Callable[[], Callable[..., Tensor]] | None  # makes the loss function; None: the floor, which has no loss
+    build: (
+        Callable[[], Callable[..., Tensor]] | None
+    )  # makes the loss function; None: the floor, which has no loss
     missing: Missing = lambda device, dtype: None  # why it cannot run there
-    ours: bool = False  # a failed check of ours fails the run; that of another peer only leaves it out
-    first: float = math.inf  # of the plan's entries so many are measured with it: some compile for minutes
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the loss, where it can compute no other
-    gate: float | None = None  # relative rms error let through in each gradient, where the error rule cannot hold
+    ours: bool = (
+        False  # a failed check of ours fails the run; that of another peer only leaves it out
+    )
+    first: float = (
+        math.inf
+    )  # of the plan's entries so many are measured with it: some compile for minutes
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of the loss, where it can compute no other
+    gate: float | None = (
+        None  # relative rms error let through in each gradient, where the error rule cannot hold
+    )
 
 
 def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -47,9 +59,15 @@ def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = _triton_missing(device, dtype)
-    if reason is None and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+    if (
+        reason is None
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
         return "no fp8 products before sm_89"
-    return reason or (None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone")
+    return reason or (
+        None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone"
+    )
 
 
 def _chunker_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,7 +77,9 @@ def _chunker_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _epilogue_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the epilogue is cuBLASLt's; a CPU makes two passes of it" if device.type == "cpu" else None
+    return (
+        "the epilogue is cuBLASLt's; a CPU makes two passes of it" if device.type == "cpu" else None
+    )
 
 
 def _liger_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,8 +93,20 @@ def _ours(impl: str, **options: Any) -> Callable[..., Tensor]:
 COMPILED, COSTLY = 7, 2  # entries of the plan; half a minute of compilation each, and minutes
 
 PEERS = [
-    Peer("ours-blas", "fused_pre_loss, impl='blas'", lambda: _ours("blas"), _triton_missing, ours=True),
-    Peer("ours-triton", "fused_pre_loss, impl='triton'", lambda: _ours("triton"), _triton_missing, ours=True),
+    Peer(
+        "ours-blas",
+        "fused_pre_loss, impl='blas'",
+        lambda: _ours("blas"),
+        _triton_missing,
+        ours=True,
+    ),
+    Peer(
+        "ours-triton",
+        "fused_pre_loss, impl='triton'",
+        lambda: _ours("triton"),
+        _triton_missing,
+        ours=True,
+    ),
     Peer("ours-torch", "fused_pre_loss, impl='torch'", lambda: _ours("torch"), ours=True),
     Peer(
         "ours-fp8",
@@ -85,7 +117,12 @@ PEERS = [
         gate=0.1,
     ),
     Peer("eager", "reference.pre_loss and autograd", lambda: reference.pre_loss),
-    Peer("compile", "the same under torch.compile, default mode", compositions.compiled, first=COMPILED),
+    Peer(
+        "compile",
+        "the same under torch.compile, default mode",
+        compositions.compiled,
+        first=COMPILED,
+    ),
     Peer(
         "compile-max",
         "the same under torch.compile, mode='max-autotune-no-cudagraphs'",
@@ -115,7 +152,11 @@ PEERS = [
         _liger_missing,
         first=COSTLY,
     ),
-    Peer("viral", "VIRAL's way: the predictor over all tokens, a loop over samples", lambda: compositions.viral),
+    Peer(
+        "viral",
+        "VIRAL's way: the predictor over all tokens, a loop over samples",
+        lambda: compositions.viral,
+    ),
     Peer("floor", "the six bare products, on rows already gathered", None),
 ]
 BY_NAME = {peer.name: peer for peer in PEERS}

@@ -1,4 +1,5 @@
-"""Result files as pictures: bars beside eager and the floor, and curves over N, intensity and workspace."""
+"""Result files as pictures: bars beside eager and the floor, and curves over N, intensity and
+workspace."""
 
 from __future__ import annotations
 
@@ -15,25 +16,40 @@ Record = dict[str, Any]
 def bars(records: Iterable[Record], path: Path) -> None:
     """For each shape: time ÷ the six products' in the same run, peak memory ÷ eager's."""
     pyplot = _pyplot()
-    runs = [run for run in groups(one for one in records if one["kind"] == "loss") if "floor" in run and "eager" in run]
+    runs = [
+        run
+        for run in groups(one for one in records if one["kind"] == "loss")
+        if "floor" in run and "eager" in run
+    ]
     if not runs:
-        raise ValueError(f"plot: got no run of the loss with eager and the floor in it, want one for {path}")
+        raise ValueError(
+            f"plot: got no run of the loss with eager and the floor in it, want one for {path}"
+        )
     timed = dict.fromkeys(name for run in runs for name, one in run.items() if "median_ms" in one)
     names = [name for name in timed if name != "floor"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained"
+    )
     for axis, key, title in zip(
-        axes, ("floor", "peak"), ("time ÷ the six bare products", "peak memory ÷ eager"), strict=True
+        axes,
+        ("floor", "peak"),
+        ("time ÷ the six bare products", "peak memory ÷ eager"),
+        strict=True,
     ):
         for offset, name in enumerate(names):
             values = [ratios(run, name)[key] or 0 for run in runs]
-            centers = [row + 0.8 * (offset - (len(names) - 1) / 2) / len(names) for row in range(len(runs))]
+            centers = [
+                row + 0.8 * (offset - (len(names) - 1) / 2) / len(names) for row in range(len(runs))
+            ]
             axis.barh(centers, values, height=0.8 / len(names), color=_color(name), label=name)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(title)
     ticks = []
     for run in runs:
         one = next(iter(run.values()))
-        ticks.append(f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}\n{one['device'][:28]}")
+        ticks.append(
+            f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}\n{one['device'][:28]}"
+        )
     axes[0].set_yticks(range(len(runs)), ticks)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
@@ -73,10 +89,17 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
 
 
 def workspaces(records: Iterable[Record], path: Path) -> list[str]:
-    """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the titles."""
-    swept = [one for one in records if one["kind"] == "workspace" and not one.get("capability") and "over_floor" in one]
+    """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the
+    titles."""
     swept = [
-        one for one in swept if all(one.get(name) == swept[-1].get(name) for name in ("device", "threads", "shape"))
+        one
+        for one in records
+        if one["kind"] == "workspace" and not one.get("capability") and "over_floor" in one
+    ]
+    swept = [
+        one
+        for one in swept
+        if all(one.get(name) == swept[-1].get(name) for name in ("device", "threads", "shape"))
     ]
     if not swept:
         return []
@@ -92,9 +115,14 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
             axis.set_title(f"{dtype}: {axis.get_title()}")
             axis.grid(alpha=0.3)
             axis.xaxis.set_major_formatter("{x:,.0f}")
-            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            handles |= {
+                label: handle
+                for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+            }
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    figure.suptitle(f"{swept[-1]['device']}, {swept[-1].get('threads')} threads, {swept[-1]['shape']}")
+    figure.suptitle(
+        f"{swept[-1]['device']}, {swept[-1].get('threads')} threads, {swept[-1]['shape']}"
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return [axis.get_title() for axis in grid.flat]
@@ -115,30 +143,47 @@ def memory_over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
             (one["n"], one["formula_mib"])
             for run in runs
             for name, one in run.items()
-            if one["kind"] == "sweep" and name in ("ours-blas", "ours-triton") and "formula_mib" in one
+            if one["kind"] == "sweep"
+            and name in ("ours-blas", "ours-triton")
+            and "formula_mib" in one
         }
     )
     if formula:
-        axis.plot(*zip(*formula, strict=True), color="black", linestyle="--", label="4·m·(d+z) + dH + workspace")
+        axis.plot(
+            *zip(*formula, strict=True),
+            color="black",
+            linestyle="--",
+            label="4·m·(d+z) + dH + workspace",
+        )
 
 
 def roofline(axis: Any, runs: list[dict[str, Record]]) -> None:
     axis.set(title="TFLOP/s over FLOP a byte of least traffic", xlabel="FLOP / byte", xscale="log")
     for name in _names(runs):
-        points = [(intensity(run[name]), run[name]["tflops"]) for run in runs if "tflops" in run.get(name, {})]
+        points = [
+            (intensity(run[name]), run[name]["tflops"])
+            for run in runs
+            if "tflops" in run.get(name, {})
+        ]
         axis.scatter(*zip(*points, strict=True), marker="x", color=_color(name), label=name)
     floor = [(intensity(run["floor"]), run["floor"]["tflops"]) for run in runs]
     axis.scatter(*zip(*floor, strict=True), marker="_", s=120, color="black", label="floor")
 
 
 def workspace(axis: Any, records: list[Record]) -> None:
-    axis.set(title="time ÷ floor over the workspace", xlabel="MiB of workspace", ylabel="time ÷ floor")
+    axis.set(
+        title="time ÷ floor over the workspace", xlabel="MiB of workspace", ylabel="time ÷ floor"
+    )
     _over_workspace(axis, records, lambda one: one["over_floor"])
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="floor")
 
 
 def workspace_memory(axis: Any, records: list[Record]) -> None:
-    axis.set(title="extra peak over the workspace", xlabel="MiB of workspace", ylabel="peak MiB beyond the gradients")
+    axis.set(
+        title="extra peak over the workspace",
+        xlabel="MiB of workspace",
+        ylabel="peak MiB beyond the gradients",
+    )
     known = [one for one in records if "peak_mib" in one]
     _over_workspace(axis, known, lambda one: one["peak_mib"] - one["returned_mib"])
     axis.set_ylim(bottom=0)
@@ -161,7 +206,9 @@ def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], 
 def intensity(one: Record) -> float:
     """FLOP of the six products ÷ bytes that any implementation reads and writes at least once."""
     n, d, m, z = (one[name] for name in "ndmz")
-    elements = n * (d + z) + 2 * m * (d + z) + n * d  # hidden, anchor; weights and their gradients; dH
+    elements = (
+        n * (d + z) + 2 * m * (d + z) + n * d
+    )  # hidden, anchor; weights and their gradients; dH
     return 6 * n * m * (d + z) / (elements * shapes.DTYPES[one["dtype"]].itemsize)
 
 
@@ -184,7 +231,11 @@ def _with_memory(records: list[Record]) -> list[dict[str, Record]]:
 
 
 def _workspaces(records: list[Record]) -> list[Record]:
-    return [one for one in records if one["kind"] == "workspace" and "over_floor" in one and one["dtype"] == "bf16"]
+    return [
+        one
+        for one in records
+        if one["kind"] == "workspace" and "over_floor" in one and one["dtype"] == "bf16"
+    ]
 
 
 PANELS: dict[Callable[[Any, Any], None], Callable[[list[Record]], list[Any]]] = {
@@ -200,12 +251,18 @@ def _extra(run: dict[str, Record], name: str) -> float | None:
     return one["peak_mib"] - one["returned_mib"] if "peak_mib" in one else None
 
 
-def _lines(axis: Any, runs: list[dict[str, Record]], value: Callable[[dict[str, Record], str], float | None]) -> None:
+def _lines(
+    axis: Any,
+    runs: list[dict[str, Record]],
+    value: Callable[[dict[str, Record], str], float | None],
+) -> None:
     """For each peer a line through the sweep and crosses for the other shapes."""
     for name in _names(runs):
         for kind, style in (("sweep", {"marker": "o"}), ("loss", {"marker": "x", "linestyle": ""})):
             of_kind = [run for run in runs if name in run and run[name]["kind"] == kind]
-            points = sorted((run[name]["n"], y) for run in of_kind if (y := value(run, name)) is not None)
+            points = sorted(
+                (run[name]["n"], y) for run in of_kind if (y := value(run, name)) is not None
+            )
             if points:
                 axis.plot(*zip(*points, strict=True), color=_color(name), label=name, **style)
 

@@ -35,8 +35,14 @@ from . import ROOT, peers, record, report, shapes, suite
 from .goals import KEPT
 from .promises import impls, promises
 
-MIBS = {"cuda": (8, 16, 32, 64, 128, 256, 512, 1024), "cpu": (2, 4, 8, 16, 32, 64, 128, 256)}  # of workspace
-BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}  # of a sweep of the workspace
+MIBS = {
+    "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
+    "cpu": (2, 4, 8, 16, 32, 64, 128, 256),
+}  # of workspace
+BESIDE: dict[str, tuple[str, ...]] = {
+    "cuda": (),
+    "cpu": ("eager", "compile"),
+}  # of a sweep of the workspace
 SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
 STEPS = 5
 TOP = 25  # kernels kept of each peer
@@ -46,7 +52,8 @@ Records = Iterator[dict[str, Any]]
 
 
 def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
-    """What nothing can beat. Of random numbers: those of a product of zeros cost less power, and so less time."""
+    """What nothing can beat. Of random numbers: those of a product of zeros cost less power, and so
+    less time."""
     if failure := _no_launch(device):
         yield {"kind": "ceiling", "item": "launch", "failed": failure}
     place = device.torch_device
@@ -64,7 +71,8 @@ def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
 
 
 def _no_launch(device: Cpu | Cuda) -> str | None:
-    """Why no kernel of Triton starts, which wants a C compiler and Python's headers; None if one does."""
+    """Why no kernel of Triton starts, which wants a C compiler and Python's headers; None if one
+    does."""
     if device.kind == "cpu":
         return None
     try:
@@ -77,8 +85,11 @@ def _no_launch(device: Cpu | Cuda) -> str | None:
     return None
 
 
-def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = ()) -> Records:
-    """Time and launches of each kernel per step (on a CPU: of each operator), and the calls that make the host wait."""
+def kernels(
+    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = ()
+) -> Records:
+    """Time and launches of each kernel per step (on a CPU: of each operator), and the calls that
+    make the host wait."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     on_gpu = device.kind == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -89,7 +100,11 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable
         if peer.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
         try:
-            step = peers.step(peer.build(), peers.own_case(peer, case)) if peer.build else peers.floor(case)
+            step = (
+                peers.step(peer.build(), peers.own_case(peer, case))
+                if peer.build
+                else peers.floor(case)
+            )
             for _ in range(2):
                 step()
             device.synchronize()
@@ -107,19 +122,28 @@ def kernels(device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable
             is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
             if is_kernel == on_gpu:
                 time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                rows.append({"item": event.key[:160], "count": event.count / STEPS, "us": time / STEPS})
+                rows.append(
+                    {"item": event.key[:160], "count": event.count / STEPS, "us": time / STEPS}
+                )
         rows.sort(key=lambda row: -row["us"])
-        total = {"launches": sum(row["count"] for row in rows), "busy_us": sum(row["us"] for row in rows)}
+        total = {
+            "launches": sum(row["count"] for row in rows),
+            "busy_us": sum(row["us"] for row in rows),
+        }
         yield {"kind": "step", "peer": peer.name, **total, "waits": waits}
         for row in rows[:TOP]:
             yield {"kind": "kernel", "peer": peer.name, **row}
 
 
 def workspace(
-    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Sequence[str] = (), mibs: Sequence[int] = ()
+    device: Cpu | Cuda,
+    shape: shapes.Shape,
+    dtype: str,
+    names: Sequence[str] = (),
+    mibs: Sequence[int] = (),
 ) -> Records:
-    """Time and peak over the workspace, for all implementations that run; sizes take turns with the floor, and on a CPU
-    with the peers that take no workspace, whose records have no "item"."""
+    """Time and peak over the workspace, for all implementations that run; sizes take turns with the
+    floor, and on a CPU with the peers that take no workspace, whose records have no "item"."""
     if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
@@ -128,8 +152,14 @@ def workspace(
     stamp = record.stamp(device)
     group = f"{stamp.get('run', stamp['date'])} workspace {shape.name} {dtype}"
     ours = [f"ours-{name}" for name in dict.fromkeys(("torch", *impls(device, dtype)))]
-    plan: list[tuple[str, int | None]] = [(name, mib) for name in ours for mib in mibs or MIBS[device.kind]]
-    plan = [place for place in plan + [(name, None) for name in BESIDE[device.kind]] if not names or place[0] in names]
+    plan: list[tuple[str, int | None]] = [
+        (name, mib) for name in ours for mib in mibs or MIBS[device.kind]
+    ]
+    plan = [
+        place
+        for place in plan + [(name, None) for name in BESIDE[device.kind]]
+        if not names or place[0] in names
+    ]
     steps: dict[tuple[str, int | None], peers.Step] = {}
     known: dict[tuple[str, int | None], dict[str, Any]] = {("floor", None): {}}
 
@@ -159,13 +189,25 @@ def workspace(
 
 
 def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """In fresh processes: imports, inputs and the device are there; kernels are compiled, or read from the cache."""
+    """In fresh processes: imports, inputs and the device are there; kernels are compiled, or read
+    from the cache."""
     for name in impls(device, dtype):
         with tempfile.TemporaryDirectory() as cache:
             for item in ("cold cache", "warm cache"):
-                command = [sys.executable, "-m", "bench.profiling", "first", "--shape", shape.name, "--dtype", dtype]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.profiling",
+                    "first",
+                    "--shape",
+                    shape.name,
+                    "--dtype",
+                    dtype,
+                ]
                 environment = os.environ | {"TRITON_CACHE_DIR": cache, "BENCH_IMPL": name}
-                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+                )
                 about = {"kind": "firstcall", "peer": f"ours-{name}", "item": item}
                 if done.returncode:
                     yield about | {"failed": done.stderr.strip()[-300:]}
@@ -216,12 +258,20 @@ WHAT: dict[str, Callable[..., Records]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"else, by the device, {SHAPE}")
+    parser.add_argument(
+        "--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"else, by the device, {SHAPE}"
+    )
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
-    parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, help="of kernels and workspace; else all")
-    parser.add_argument("--mib", nargs="+", type=int, help=f"of workspace; else, by the device, {MIBS}")
+    parser.add_argument(
+        "--peers", nargs="+", choices=peers.BY_NAME, help="of kernels and workspace; else all"
+    )
+    parser.add_argument(
+        "--mib", nargs="+", type=int, help=f"of workspace; else, by the device, {MIBS}"
+    )
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
     given = {"names": arguments.peers, "mibs": arguments.mib}
@@ -236,7 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             record.append(path, line | about)
             lines.append(line | {"dtype": dtype})
     for kind in dict.fromkeys(line["kind"] for line in lines):
-        print(report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])), "\n")
+        print(
+            report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])),
+            "\n",
+        )
     return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)
 
 

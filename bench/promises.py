@@ -1,4 +1,5 @@
-"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile finds no break."""
+"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile
+finds no break."""
 
 from __future__ import annotations
 
@@ -23,12 +24,18 @@ Records = Iterator[dict[str, Any]]
 def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
     """Those that run here; on a GPU without the torch one, which promises nothing there."""
     names = ("blas", "triton") if device.kind == "cuda" else ("torch",)
-    missing = (peers.BY_NAME[f"ours-{name}"].missing(device.torch_device, shapes.DTYPES[dtype]) for name in names)
+    missing = (
+        peers.BY_NAME[f"ours-{name}"].missing(device.torch_device, shapes.DTYPES[dtype])
+        for name in names
+    )
     return [name for name, reason in zip(names, missing, strict=True) if reason is None]
 
 
 def promises(
-    device: Cpu | Cuda, shape: shapes.Shape, dtype: str, kinds: Collection[str] = ("sync", "graph", "fullgraph")
+    device: Cpu | Cuda,
+    shape: shapes.Shape,
+    dtype: str,
+    kinds: Collection[str] = ("sync", "graph", "fullgraph"),
 ) -> Records:
     """A record for each promise of `kinds`, implementation and kind of call."""
     place = device.torch_device
@@ -48,11 +55,23 @@ def promises(
             case.options = options
             function = partial(fused_pre_loss, impl=impl)
             if "sync" in kinds:
-                yield {"kind": "sync", **about, "outcome": outcome(partial(checks.sync, device, function, case))}
+                yield {
+                    "kind": "sync",
+                    **about,
+                    "outcome": outcome(partial(checks.sync, device, function, case)),
+                }
             if isinstance(device, Cuda) and "graph" in kinds:
-                yield {"kind": "graph", **about, **_figures(partial(_graph, device, function, case))}
+                yield {
+                    "kind": "graph",
+                    **about,
+                    **_figures(partial(_graph, device, function, case)),
+                }
             if number < 2 and "fullgraph" in kinds:  # seconds of compilation each
-                yield {"kind": "fullgraph", **about, "outcome": outcome(partial(checks.fullgraph, function, case))}
+                yield {
+                    "kind": "fullgraph",
+                    **about,
+                    "outcome": outcome(partial(checks.fullgraph, function, case)),
+                }
 
 
 def outcome(check: Callable[[], str]) -> str:
@@ -74,4 +93,6 @@ def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> d
     if outcome != checks.HELD:
         return {"outcome": outcome}
     times = interleaved(device, {"graph": replay, "step": step}, 0.5)
-    return {"outcome": outcome} | {f"{name}_ms": spread(samples)["median_ms"] for name, samples in times.items()}
+    return {"outcome": outcome} | {
+        f"{name}_ms": spread(samples)["median_ms"] for name, samples in times.items()
+    }

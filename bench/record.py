@@ -1,4 +1,5 @@
-"""Result files: one JSON object a line, only ever appended to, each line saying where and of what it was measured."""
+"""Result files: one JSON object a line, only ever appended to, each line saying where and of what
+it was measured."""
 
 from __future__ import annotations
 
@@ -25,7 +26,18 @@ SOURCES = ("pre_kernels", "integrations")  # what is measured
 RESULTS = Path(__file__).with_name("results")
 
 # a later line of the same key replaces an earlier one in tables and plots
-KEY = ("kind", "device", "torch", "triton", "threads", "shape", "dtype", "selection", "peer", "item")
+KEY = (
+    "kind",
+    "device",
+    "torch",
+    "triton",
+    "threads",
+    "shape",
+    "dtype",
+    "selection",
+    "peer",
+    "item",
+)
 
 
 def folder(given: str | None = None) -> Path:
@@ -44,8 +56,8 @@ def file(where: Path, device: Cpu | Cuda) -> Path:
 
 
 def stamp(device: Cpu | Cuda) -> dict[str, Any]:
-    """Device, versions, date, commit and a hash of the sources (a copy without .git has that at least); of which run of
-    `bench.gpu` it is a part."""
+    """Device, versions, date, commit and a hash of the sources (a copy without .git has that at
+    least); of which run of `bench.gpu` it is a part."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **device.describe(),
@@ -88,8 +100,9 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each key, in the order in which the keys first came.
 
-    Peers that were measured side by side stay together: of the runs of a shape the last one counts, or the last with
-    eager and the floor in it if there is one, since without them a time has nothing to be divided by.
+    Peers that were measured side by side stay together: of the runs of a shape the last one counts,
+    or the last with eager and the floor in it if there is one, since without them a time has
+    nothing to be divided by.
     """
     records = list(records)
     peers: dict[str, set[str]] = {}
@@ -101,7 +114,11 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         place, group = _place(record), record.get("group", "")
-        if place not in chosen or peers[group] >= {"eager", "floor"} or not peers[chosen[place]] >= {"eager", "floor"}:
+        if (
+            place not in chosen
+            or peers[group] >= {"eager", "floor"}
+            or not peers[chosen[place]] >= {"eager", "floor"}
+        ):
             chosen[place] = group
     for record in records:
         place = _place(record)
@@ -111,8 +128,11 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _place(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The key but for the peer; records from before rows were also given as indices are of a mask."""
-    return tuple(record.get(name, "mask" if name == "selection" else None) for name in KEY if name != "peer")
+    """The key but for the peer; records from before rows were also given as indices are of a
+    mask."""
+    return tuple(
+        record.get(name, "mask" if name == "selection" else None) for name in KEY if name != "peer"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -124,7 +144,9 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -135,7 +157,9 @@ def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"
-    return commit + ("-dirty" if _git("status", "--porcelain", *SOURCES, "bench", ":!bench/results") else "")
+    return commit + (
+        "-dirty" if _git("status", "--porcelain", *SOURCES, "bench", ":!bench/results") else ""
+    )
 
 
 @cache

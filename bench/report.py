@@ -8,9 +8,9 @@
     python -m bench.report --workspace bench/results/workspace.png  the same over a CPU's workspace
     python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
 
-The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the table of the loss,
-and the same with `goals` for the goals on a GPU, `cpu-goals` for those on a CPU, `fuzz` for errors beside eager's,
-`mutation` for the errors that tests have to see.
+The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the
+table of the loss, and the same with `goals` for the goals on a GPU, `cpu-goals` for those on a CPU,
+`fuzz` for errors beside eager's, `mutation` for the errors that tests have to see.
 """
 
 from __future__ import annotations
@@ -112,18 +112,38 @@ def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
     for one in records:
         for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
             if one.get(what):
-                lines.append(f"{one['shape']} {one['dtype']} {one['peer']}: {what.replace('_', ' ')}: {one[what]}")
+                lines.append(
+                    f"{one['shape']} {one['dtype']} {one['peer']}: {what.replace('_', ' ')}: {one[what]}"
+                )
     return lines
 
 
 def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
-    """Records of any other kind: a column for each field that is not the same in all, but no lists and no stamp."""
-    hidden = {"kind", "group", "date", "commit", "source", "power.draw", "temperature.gpu", "clocks.sm"}
-    names = dict.fromkeys(name for one in records for name, value in one.items() if not isinstance(value, list | dict))
-    shown = [name for name in names if name not in hidden and len({str(one.get(name)) for one in records}) > 1]
+    """Records of any other kind: a column for each field that is not the same in all, but no lists
+    and no stamp."""
+    hidden = {
+        "kind",
+        "group",
+        "date",
+        "commit",
+        "source",
+        "power.draw",
+        "temperature.gpu",
+        "clocks.sm",
+    }
+    names = dict.fromkeys(
+        name for one in records for name, value in one.items() if not isinstance(value, list | dict)
+    )
+    shown = [
+        name
+        for name in names
+        if name not in hidden and len({str(one.get(name)) for one in records}) > 1
+    ]
 
     def text(value: Any) -> str:
-        return _number(value, 3) if isinstance(value, float) else "" if value is None else str(value)
+        return (
+            _number(value, 3) if isinstance(value, float) else "" if value is None else str(value)
+        )
 
     return [shown, *([text(one.get(name)) for name in shown] for one in records)]
 
@@ -132,7 +152,8 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     """A markdown table whose source lines up too."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
@@ -150,7 +171,8 @@ def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The README's section: a table of the loss for each device, and where its figures come from."""
+    """The README's section: a table of the loss for each device, and where its figures come
+    from."""
     timed = [one for one in records if one["kind"] == "loss"]
     parts = []
     for device in dict.fromkeys(one["device"] for one in timed):
@@ -165,20 +187,30 @@ def into_readme(path: Path, texts: Mapping[str, str]) -> None:
     for name, new in texts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"readme: {path} lacks the lines {begin} and {end}, once each and in this order")
+            raise ValueError(
+                f"readme: {path} lacks the lines {begin} and {end}, once each and in this order"
+            )
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
     path.write_text(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="result files; else all of bench/results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="result files; else all of bench/results"
+    )
     parser.add_argument("--readme", type=Path, help="write the tables between this file's markers")
     parser.add_argument("--plot", type=Path, help="write the bars there")
-    parser.add_argument("--curves", type=Path, help="write the curves there, if there is data for any")
     parser.add_argument(
-        "--workspace", type=Path, help="write a CPU's curves over the workspace there, if there are any"
+        "--curves", type=Path, help="write the curves there, if there is data for any"
+    )
+    parser.add_argument(
+        "--workspace",
+        type=Path,
+        help="write a CPU's curves over the workspace there, if there are any",
     )
     parser.add_argument("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
@@ -191,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = [one for one in records if one["kind"] == arguments.kind]
         print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
         return
-    goal_tables = {"goals": markdown(goals.table(records)), "cpu-goals": markdown(goals.cpu_table(records))}
+    goal_tables = {
+        "goals": markdown(goals.table(records)),
+        "cpu-goals": markdown(goals.cpu_table(records)),
+    }
     if arguments.readme:
         texts = {"bench": page(records), **goal_tables, "diagnostics": diagnostics.page(records)}
         texts["fuzz"], texts["mutation"] = numerics.page(records), mutation.page(records)

@@ -44,18 +44,26 @@ def measure(
     hot: bool = False,
 ) -> Records:
     """Records of each peer as they come, judged in the order of `names` (else all): its verdict,
-    its figures after the least of rounds, those of all rounds. A later record of a peer replaces
-    an earlier one: what ends this early leaves what was known. A peer that is unavailable or fails
-    its check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
+    its figures after the least of rounds, those of all rounds. A later record of a peer replaces an
+    earlier one: what ends this early leaves what was known. A peer that is unavailable or fails its
+    check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
     before left it; such records are of a kind of their own."""
     chosen = [peers.BY_NAME[name] for name in names] or peers.PEERS
     torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
     kind = "hot" if hot else "loss"
-    # one run, one group: what is divided by another peer's time was measured beside it, or beside the same floor
+    # one run, one group: what is divided by another peer's time was measured beside it, or beside
+    # the same floor
     group = f"{stamp.get('run', stamp['date'])} {kind} {shape.name} {dtype} {rows}"
-    about = {"kind": kind, "shape": shape.name, **size, "dtype": dtype, "selection": rows, "group": group}
+    about = {
+        "kind": kind,
+        "shape": shape.name,
+        **size,
+        "dtype": dtype,
+        "selection": rows,
+        "group": group,
+    }
     results: dict[str, dict[str, Any]] = {peer.name: {} for peer in chosen}
 
     def told(name: str) -> dict[str, Any]:
@@ -69,7 +77,9 @@ def measure(
     case = shapes.case(shape, torch_dtype, place, rows)
     steps: dict[str, peers.Step] = {}
     judges: dict[str, Judge] = {}
-    if "torch._dynamo" in sys.modules:  # seconds to import; without a reset a second shape is compiled for any size
+    if (
+        "torch._dynamo" in sys.modules
+    ):  # seconds to import; without a reset a second shape is compiled for any size
         torch.compiler.reset()
     for peer in chosen:
         results[peer.name], step = judged(peer, case, judges)
@@ -91,10 +101,14 @@ def measure(
             results[name] |= extra.get(name, {})
             yield told(name)
         for name in steps if not extra else ():
-            extra[name] = _beside(device, shape, dtype, name, rows, steps[name], with_memory and not hot)
+            extra[name] = _beside(
+                device, shape, dtype, name, rows, steps[name], with_memory and not hot
+            )
 
 
-def judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict[str, Any], peers.Step | None]:
+def judged(
+    peer: peers.Peer, case: Case, judges: dict[str, Judge]
+) -> tuple[dict[str, Any], peers.Step | None]:
     """What is to be said of a peer before it is timed, and its step if it is to be."""
     place, dtype = case.tensors["hidden"].device, case.product_dtype
     if missing := peer.missing(place, dtype):
@@ -118,8 +132,11 @@ def judged(peer: peers.Peer, case: Case, judges: dict[str, Judge]) -> tuple[dict
     return result, peers.step(function, own)
 
 
-def staged(device: Cpu | Cuda, steps: Mapping[Any, peers.Step], seconds: float) -> Iterator[dict[Any, list[float]]]:
-    """Interleaved samples of each step: those of the least of rounds, then all that `seconds` give."""
+def staged(
+    device: Cpu | Cuda, steps: Mapping[Any, peers.Step], seconds: float
+) -> Iterator[dict[Any, list[float]]]:
+    """Interleaved samples of each step: those of the least of rounds, then all that `seconds`
+    give."""
     start = time.monotonic()
     samples = interleaved(device, steps, 0.0)
     yield samples
@@ -133,7 +150,8 @@ def timed(milliseconds: list[float], floor: list[float] | None) -> dict[str, flo
 
 
 def too_large(shape: shapes.Shape, device: Cpu | Cuda) -> str | None:
-    """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it fits."""
+    """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it
+    fits."""
     need, free = needed(shape, torch.float64, FLUSH), device.free()
     if free is None or need <= free:
         return None
@@ -149,11 +167,14 @@ def _beside(
     step: peers.Step,
     with_memory: bool,
 ) -> dict[str, Any]:
-    """What is read of a step but its time: peak memory and the designed one, what it costs the host."""
+    """What is read of a step but its time: peak memory and the designed one, what it costs the
+    host."""
     enqueue = device.enqueue_us(step)
     result = {} if enqueue is None else {"enqueue_us": enqueue}
     if peers.BY_NAME[name].ours:
-        designed = formula(shape, shapes.DTYPES[dtype], name.removeprefix("ours-"), device.torch_device)
+        designed = formula(
+            shape, shapes.DTYPES[dtype], name.removeprefix("ours-"), device.torch_device
+        )
         result["formula_mib"] = designed / MIB
     if not with_memory or peers.BY_NAME[name].build is None:
         return result
@@ -161,8 +182,8 @@ def _beside(
 
 
 def peak(device: Cpu | Cuda, step: peers.Step, *named: Any) -> dict[str, Any]:
-    """Peak and returned MiB of a step, which a process of its own finds by the arguments of `memory.peak` on a CPU; or
-    why they are not known."""
+    """Peak and returned MiB of a step, which a process of its own finds by the arguments of
+    `memory.peak` on a CPU; or why they are not known."""
     try:
         if isinstance(device, Cuda):
             most, returned = device.peak(step)
@@ -176,19 +197,32 @@ def peak(device: Cpu | Cuda, step: peers.Step, *named: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME)
+    )
     parser.add_argument("dtype", choices=shapes.DTYPES)
-    parser.add_argument("--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given")
-    parser.add_argument("--peers", nargs="+", choices=peers.BY_NAME, default=[], help="in this order; else all")
+    parser.add_argument(
+        "--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given"
+    )
+    parser.add_argument(
+        "--peers", nargs="+", choices=peers.BY_NAME, default=[], help="in this order; else all"
+    )
     parser.add_argument("--seconds", type=float, help="of sampling")
-    parser.add_argument("--hot", action="store_true", help="without a cold L2 cache before each step")
+    parser.add_argument(
+        "--hot", action="store_true", help="without a cold L2 cache before each step"
+    )
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    shape, given = shapes.BY_NAME[arguments.shape], {"seconds": arguments.seconds, "hot": arguments.hot}
+    shape, given = (
+        shapes.BY_NAME[arguments.shape],
+        {"seconds": arguments.seconds, "hot": arguments.hot},
+    )
     records = []
     for rows in arguments.rows:
         for line in measure(shape, arguments.dtype, device, arguments.peers, rows=rows, **given):

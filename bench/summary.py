@@ -1,4 +1,5 @@
-"""What a run of `bench.gpu` found, in at most 40 lines: a function of the records that it left, and of check.json."""
+"""What a run of `bench.gpu` found, in at most 40 lines: a function of the records that it left, and
+of check.json."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from .report import groups, ratios
 
 Record = dict[str, Any]
 
-PRODUCT = re.compile("gemm|nvjet|cutlass|xmma|matmul|weight_grad")  # kernels that are no pass over rows
+PRODUCT = re.compile(
+    "gemm|nvjet|cutlass|xmma|matmul|weight_grad"
+)  # kernels that are no pass over rows
 SOONER = 0.97  # of the time, from where a difference is no accident
 UNITS = {"gb_per_s": "GB/s", "tflops": "TFLOP/s"}
 HEAD = "", "ms", "÷ floor", "÷ eager", "error", "÷ formula", "host µs"
@@ -36,7 +39,13 @@ def lines(records: Sequence[Record], checked: Record) -> list[str]:
     """The summary; a part that left no record has no line but among the parts."""
     if not records:
         return ["no records"]
-    found = [*_head(records), *_check(checked), *_speeds(records), *_tests(records), *_promises(records)]
+    found = [
+        *_head(records),
+        *_check(checked),
+        *_speeds(records),
+        *_tests(records),
+        *_promises(records),
+    ]
     found += [*_lacking(records), *_kernels(records), *_tiles(records), *_workspaces(records)]
     hints = list(dict.fromkeys([*_of_check(checked), *_next(records)]))
     return [*found, "what to try next:", *_few(hints or ["nothing that these rules know of"], 5)]
@@ -47,7 +56,11 @@ def _kind(records: Sequence[Record], *kinds: str) -> list[Record]:
 
 
 def _few(texts: Sequence[str], most: int) -> list[str]:
-    shown = list(texts) if len(texts) <= most else [*texts[: most - 1], f"and {len(texts) - most + 1} more"]
+    shown = (
+        list(texts)
+        if len(texts) <= most
+        else [*texts[: most - 1], f"and {len(texts) - most + 1} more"]
+    )
     return [f"  {text[:150]}" for text in shown]
 
 
@@ -61,12 +74,19 @@ def _head(records: Sequence[Record]) -> list[str]:
     told[1:] = [f"ceilings: {', '.join(told[1:])}"] if told[1:] else []
     parts = _kind(records, "part")
     wrong = [f"{one['item']}: {one['outcome']}" for one in parts if one["outcome"] != "exit 0"]
-    return [*told, f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}".rstrip("; ")[:300]]
+    return [
+        *told,
+        f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}".rstrip("; ")[
+            :300
+        ],
+    ]
 
 
 def _check(checked: Record) -> list[str]:
     """A line for each implementation, with the first thing that is wrong with it."""
-    results: dict[str, list[Record]] = {impl: [] for impl in checked.get("settings", {}).get("impl", [])}
+    results: dict[str, list[Record]] = {
+        impl: [] for impl in checked.get("settings", {}).get("impl", [])
+    }
     for one in checked.get("results", []):
         results.setdefault(one["impl"], []).append(one)
     texts = []
@@ -74,7 +94,11 @@ def _check(checked: Record) -> list[str]:
         wrong = [f"{one['check']}: {one['says']}" for one in found if one["outcome"] == "fail"]
         passed = sum(one["outcome"] == "pass" for one in found)
         unfinished = "" if checked.get("finished") else ", ended before its end"
-        texts.append("; ".join([f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}", *wrong[:1]]))
+        texts.append(
+            "; ".join(
+                [f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}", *wrong[:1]]
+            )
+        )
     return _few(texts, 3)
 
 
@@ -106,14 +130,22 @@ def _speeds(records: Sequence[Record]) -> list[str]:
                 rows.append((about, one["failed"][:60]))
                 continue
             ratio = ratios(run, name)
-            figures = [one.get("median_ms"), ratio["floor"], ratio["eager"], one.get("error_ratio"), _memory(one)]
+            figures = [
+                one.get("median_ms"),
+                ratio["floor"],
+                ratio["eager"],
+                one.get("error_ratio"),
+                _memory(one),
+            ]
             texts = ["" if figure is None else f"{figure:.3f}" for figure in figures]
             host = one.get("enqueue_us")
             rows.append((about, *texts, "" if host is None else f"{host:.0f}"))
     if len(rows) == 1:
         return []
     first = max(len(row[0]) for row in rows)
-    return _few([row[0].ljust(first) + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows], 11)
+    return _few(
+        [row[0].ljust(first) + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows], 11
+    )
 
 
 def _memory(one: Record) -> float | None:
@@ -129,7 +161,9 @@ def _tests(records: Sequence[Record]) -> list[str]:
     passed = sum(one["outcome"] == "passed" for one in tests)
     if not tests:
         return []
-    names = [f"{one['item'].removeprefix('tests/')}: {_last(one.get('message', ''))}" for one in failed]
+    names = [
+        f"{one['item'].removeprefix('tests/')}: {_last(one.get('message', ''))}" for one in failed
+    ]
     return [f"tests: {passed} passed, {len(failed)} failed", *_few(names, 2)]
 
 
@@ -161,7 +195,9 @@ def _slowest(records: Sequence[Record], peer: str, passes: bool = False) -> list
 
 
 def _kernels(records: Sequence[Record]) -> list[str]:
-    names = dict.fromkeys(one["peer"] for one in _kind(records, "kernel") if one["peer"].startswith("ours-"))
+    names = dict.fromkeys(
+        one["peer"] for one in _kind(records, "kernel") if one["peer"].startswith("ours-")
+    )
     return [f"slowest of {name}: {', '.join(_slowest(records, name))}" for name in list(names)[:3]]
 
 
@@ -171,14 +207,19 @@ def _candidates(records: Sequence[Record]) -> Iterator[tuple[str, Record, Record
     for role in dict.fromkeys(one["role"] for one in timed):
         tiles = [one for one in timed if one["role"] == role]
         best = min(tiles, key=lambda one: one["median_ms"])
-        for shipped in [one for one in tiles if one["in_use"] and one["kernel"] == best["kernel"]][:1]:
+        for shipped in [one for one in tiles if one["in_use"] and one["kernel"] == best["kernel"]][
+            :1
+        ]:
             yield role, shipped, best
 
 
 def _tiles(records: Sequence[Record]) -> list[str]:
     texts = []
     for role, shipped, best in _candidates(records):
-        pair = [f"{tuple(one['tile'])} {one['over_blas']:.3f} × cuBLAS's time" for one in (shipped, best)]
+        pair = [
+            f"{tuple(one['tile'])} {one['over_blas']:.3f} × cuBLAS's time"
+            for one in (shipped, best)
+        ]
         texts.append(f"tile of {role}: shipped {pair[0]}, best {pair[1]}")
     return texts[:2]
 
@@ -196,7 +237,9 @@ def _workspaces(records: Sequence[Record]) -> list[str]:
     texts = []
     for peer, sizes in _workspace_runs(records).items():
         curve = ", ".join(f"{mib} MiB {ratio:.3f}" for mib, ratio in sorted(sizes.items()))
-        texts.append(f"workspace of {peer}, ÷ floor: {curve}; best {min(sizes, key=lambda mib: sizes[mib])}")
+        texts.append(
+            f"workspace of {peer}, ÷ floor: {curve}; best {min(sizes, key=lambda mib: sizes[mib])}"
+        )
     return texts[:2]
 
 
@@ -241,7 +284,9 @@ def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
             yield f"{where}: {memory:.2f} × the formula's memory: what is allocated beside the workspace?"
     same = [ratios(run, name)["eager"] or math.inf for name in ours if name != "ours-fp8"]
     for name, one in timed.items():
-        if name.startswith("compile") and (ratios(run, name)["eager"] or math.inf) < min(same, default=0.0):
+        if name.startswith("compile") and (ratios(run, name)["eager"] or math.inf) < min(
+            same, default=0.0
+        ):
             yield f"{name} is faster than ours at {one['shape']}: compare their kernels (--stage profile)"
     fp8, blas = (ratios(run, name)["floor"] for name in ("ours-fp8", "ours-blas"))
     if fp8 and blas and fp8 > blas:

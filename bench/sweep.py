@@ -32,7 +32,9 @@ def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
     for m in dict.fromkeys((d, 2048 if d == 4096 else d // 2, d // 4)):
         shape = shapes.Shape(f"n{n}-m{m}", 1, n * 5 // 4, n, d, m, d, "sweep")
         names = ("ours-blas", "ours-triton", "ours-torch", "eager", "floor")
-        for line in suite.measure(shape, dtype, device, names, 2.0, with_memory=device.kind == "cuda"):
+        for line in suite.measure(
+            shape, dtype, device, names, 2.0, with_memory=device.kind == "cuda"
+        ):
             yield line | {"kind": "sweep"}
 
 
@@ -46,8 +48,8 @@ def tiles(
     kinds: Sequence[str] = KINDS,
     most: int | None = None,
 ) -> Records:
-    """Milliseconds of a product for each candidate (of each kind the `most` likely ones) and for cuBLAS, taking turns;
-    only results that are right count."""
+    """Milliseconds of a product for each candidate (of each kind the `most` likely ones) and for
+    cuBLAS, taking turns; only results that are right count."""
     if reason := unavailable(device.torch_device, shapes.DTYPES[dtype]):
         yield {"kind": "tile", "role": role, "item": role, "unavailable": reason}
         return
@@ -58,8 +60,12 @@ def tiles(
     tables = {"descriptor": tiles.DESCRIPTOR_TILES, "pointer": tiles.POINTER_TILES}
     for kind in kinds:
         table = tables[kind]
-        if kind == "descriptor" and any(width * shapes.DTYPES[dtype].itemsize % 16 for width in (d, m)):
-            reason = f"rows of {d} and {m} elements are no multiples of 16 bytes, which descriptors want"
+        if kind == "descriptor" and any(
+            width * shapes.DTYPES[dtype].itemsize % 16 for width in (d, m)
+        ):
+            reason = (
+                f"rows of {d} and {m} elements are no multiples of 16 bytes, which descriptors want"
+            )
             yield {"kind": "tile", "role": role, "item": f"{role} {kind}", "unavailable": reason}
             continue
         run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
@@ -68,19 +74,35 @@ def tiles(
             continue
         in_use = tiles.choose(table[key], *result.shape, result)
         plan = [(tile, tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
-        plan = [(in_use, tiles.GROUP_M), *(p for p in plan if p[0] != in_use), *((in_use, g) for g in GROUPS)]
+        plan = [
+            (in_use, tiles.GROUP_M),
+            *(p for p in plan if p[0] != in_use),
+            *((in_use, g) for g in GROUPS),
+        ]
         for tile, group_m in plan[:most]:
-            about = {"kind": "tile", "role": role, "n": n, "d": d, "m": m, "kernel": kind, "group_m": group_m}
+            about = {
+                "kind": "tile",
+                "role": role,
+                "n": n,
+                "d": d,
+                "m": m,
+                "kernel": kind,
+                "group_m": group_m,
+            }
             about |= {"item": f"{role} {kind} {tuple(tile)} group {group_m}", "tile": list(tile)}
             about |= {"in_use": tile == in_use and group_m == tiles.GROUP_M, "flop": 2 * n * d * m}
             with (
                 mock.patch.dict(tiles.DESCRIPTOR_TILES, clear=True),
                 mock.patch.dict(table, {key: (tile,)}),
-                mock.patch.object(tiles, "remembered", dict),  # or a tuned tile would be timed under each name
+                mock.patch.object(
+                    tiles, "remembered", dict
+                ),  # or a tuned tile would be timed under each name
                 mock.patch.object(tiles, "GROUP_M", group_m),
             ):
                 result.fill_(0.0 if role == "weight_grad" else torch.nan)
-                about |= _timed(device, run, blas, result, truth, about["flop"], shapes.DTYPES[dtype])
+                about |= _timed(
+                    device, run, blas, result, truth, about["flop"], shapes.DTYPES[dtype]
+                )
             yield about
 
 
@@ -132,14 +154,21 @@ def _product(
         return lambda: matmul(x, w.t(), y, bias=bias), lambda: torch.mm(x, w.t(), out=out), y, truth
     if role == "backproject":
         y, out = randn(n, d), randn(n, d)
-        return lambda: matmul(dy, w, y), lambda: torch.mm(dy, w, out=out), y, dy.double() @ w.double()
+        return (
+            lambda: matmul(dy, w, y),
+            lambda: torch.mm(dy, w, out=out),
+            y,
+            dy.double() @ w.double(),
+        )
     total, out = torch.zeros(m, d, device=place), torch.empty_like(w)
     truth = dy.double().t() @ x.double()
     return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("sizes", "tiles"))
     parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
     parser.add_argument("--d", type=int, default=4096)
@@ -163,7 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in found:
         record.append(path, line | stamp)
         lines.append(line)
-    table = report.loss_table(record.latest(lines)) if arguments.what == "sizes" else report.plain_table(lines)
+    table = (
+        report.loss_table(record.latest(lines))
+        if arguments.what == "sizes"
+        else report.plain_table(lines)
+    )
     print(report.markdown(table))
     return any("failed" in line for line in lines)
 

@@ -1,4 +1,5 @@
-"""Time and memory of the loss's forward and backward, each figure behind a check against float64 in the same run."""
+"""Time and memory of the loss's forward and backward, each figure behind a check against float64 in
+the same run."""
 
 import pytest
 
@@ -6,7 +7,8 @@ from . import peers
 
 
 class Samples:
-    """A clock that advances by the next sample at each call of `tick`, so that pytest-benchmark's table shows ours."""
+    """A clock that advances by the next sample at each call of `tick`, so that pytest-benchmark's
+    table shows ours."""
 
     def __init__(self) -> None:
         self.now, self.ahead = 0.0, iter(())

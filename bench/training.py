@@ -1,16 +1,19 @@
-"""A training step of a vision-language model with PRe ÷ the same step without: time and peak memory.
+"""A training step of a vision-language model with PRe ÷ the same step without: time and peak
+memory.
 
 python -m bench.training            on a GPU LLaVA-1.5-7B: batch 16 × 1,024 tokens, 576 of them visual, in bfloat16;
-                                    on a CPU SmolVLM-256M: batch 6 × 96 tokens, 64 of them visual, in float32
+                                    on a CPU SmolVLM-256M: batch 6 × 96 tokens, 64 of them visual,
+                                    in float32
 python -m bench.training --tiny     a small model, on either
 
-Weights are random, made on the device; the vision tower is frozen, the rest is trained by fused AdamW in the weights'
-dtype under non-reentrant gradient checkpointing. At 7B: 13 GiB of parameters, 13 of gradients, 25 of optimizer state
-and some 20 of activations and logits. For the time the steps take turns, PRe switched on and off, and each pair of
-neighbours gives a ratio. The peak is of parameters, gradients, optimizer state and all that a step adds: on a GPU what
-the allocator says, before PRe is attached and after; on a CPU what lies there before a step, and how far the resident
-memory of a fresh process rises in it. The head's own parameters, gradients and optimizer state are taken off the peak
-with it; `memory_ratio_with_head` has them in it.
+Weights are random, made on the device; the vision tower is frozen, the rest is trained by fused
+AdamW in the weights' dtype under non-reentrant gradient checkpointing. At 7B: 13 GiB of parameters,
+13 of gradients, 25 of optimizer state and some 20 of activations and logits. For the time the steps
+take turns, PRe switched on and off, and each pair of neighbours gives a ratio. The peak is of
+parameters, gradients, optimizer state and all that a step adds: on a GPU what the allocator says,
+before PRe is attached and after; on a CPU what lies there before a step, and how far the resident
+memory of a fresh process rises in it. The head's own parameters, gradients and optimizer state are
+taken off the peak with it; `memory_ratio_with_head` has them in it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ from .shapes import DTYPES
 
 IMAGE = 5  # token id
 NEEDED = 100  # GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the unforeseen
-BUDGET = {"cpu": (150.0, 5), "cuda": (30.0, 10)}  # seconds of the turns, and how many there are at least
+BUDGET = {
+    "cpu": (150.0, 5),
+    "cuda": (30.0, 10),
+}  # seconds of the turns, and how many there are at least
 FROZEN = ("vision_tower", "vision_model")  # the encoder of images in names of parameters
 
 
@@ -86,9 +92,19 @@ LLAVA = Size(
     "bf16",
     16,
     1024,
-    {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
     | {"num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096},
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     | {"image_size": 336, "patch_size": 14, "projection_dim": 768},
     16,
 )
@@ -98,9 +114,19 @@ SMOLVLM = Size(
     "fp32",
     6,
     96,
-    {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+    }
     | {"num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192},
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     | {"image_size": 512, "patch_size": 16},
     15,
     scale=4,
@@ -134,7 +160,8 @@ def build(size: Size, device: torch.device) -> nn.Module:
     model.config.use_cache = False
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in FROZEN))
-    # transformers 5 would have all inputs require gradients, and send the backward through the frozen encoder
+    # transformers 5 would have all inputs require gradients, and send the backward through the
+    # frozen encoder
     model.enable_input_require_grads = lambda: None
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -143,14 +170,18 @@ def build(size: Size, device: torch.device) -> nn.Module:
 def batch(size: Size, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     shape = size.batch, size.tokens
-    ids = torch.randint(IMAGE + 1, size.text["vocab_size"], shape, generator=generator, device=device)
+    ids = torch.randint(
+        IMAGE + 1, size.text["vocab_size"], shape, generator=generator, device=device
+    )
     first = min(35, (size.tokens - visual(size)) // 2)
     ids[:, first : first + visual(size)] = IMAGE
     pixels = (size.batch, *size.images, 3, size.vision["image_size"], size.vision["image_size"])
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(pixels, generator=generator, device=device, dtype=DTYPES[size.dtype]),
+        "pixel_values": torch.randn(
+            pixels, generator=generator, device=device, dtype=DTYPES[size.dtype]
+        ),
         "labels": ids.masked_fill(ids == IMAGE, -100),
     }
 
@@ -182,7 +213,12 @@ class Step:
 
     def held_mib(self) -> float:
         """What lies there between steps: parameters, buffers, optimizer state, the batch."""
-        moments = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        moments = [
+            x
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
         tensors = [*self.model.parameters(), *self.model.buffers(), *moments, *self.inputs.values()]
         return sum(x.nbytes for x in tensors) / MIB
 
@@ -207,15 +243,29 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     seconds, least = BUDGET[device.kind]
     samples = interleaved(device, steps, seconds, least=least)
     pre_loss = handle.metrics()["pre_loss"]
-    about = {"kind": "training", "item": size.name, "dtype": size.dtype, "batch": size.batch, "tokens": size.tokens}
+    about = {
+        "kind": "training",
+        "item": size.name,
+        "dtype": size.dtype,
+        "batch": size.batch,
+        "tokens": size.tokens,
+    }
     about |= {"n": size.batch * visual(size), "layer": size.layer}
     if all(torch.equal(p, old) for p, old in zip(head, before, strict=True)):
         return about | {"failed": "the predictor was not trained"}
     if not all(map(math.isfinite, (pre_loss, *torch.stack(step.losses).tolist()))):
         return about | {"failed": "a loss is not finite"}
     times = {name: spread(taken) for name, taken in samples.items()}
-    figures = {"pre_loss": pre_loss, "with_ms": times["with"]["median_ms"], "without_ms": times["without"]["median_ms"]}
-    figures |= {"q1_ms": times["with"]["q1_ms"], "q3_ms": times["with"]["q3_ms"], "samples": times["with"]["samples"]}
+    figures = {
+        "pre_loss": pre_loss,
+        "with_ms": times["with"]["median_ms"],
+        "without_ms": times["without"]["median_ms"],
+    }
+    figures |= {
+        "q1_ms": times["with"]["q1_ms"],
+        "q3_ms": times["with"]["q3_ms"],
+        "samples": times["with"]["samples"],
+    }
     figures |= pairs(samples["with"], samples["without"])
     if with_mib and without_mib:
         figures |= {"with_mib": with_mib, "without_mib": without_mib, "head_mib": own_mib}
@@ -230,7 +280,8 @@ def tell(line: str) -> None:
 
 
 def pairs(with_ms: Sequence[float], without_ms: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of neighbours: what slows the machine for a while slows both of a pair."""
+    """Median and quartiles of the ratios of neighbours: what slows the machine for a while slows
+    both of a pair."""
     ratios = [mine / other for mine, other in zip(with_ms, without_ms, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"time_ratio": middle, "time_ratio_q1": low, "time_ratio_q3": high}
@@ -254,7 +305,8 @@ def peak(device: Cpu | Cuda, step: Step) -> float | None:
 
 
 def resident(size: Size, attached: bool) -> dict[str, float]:
-    """MiB that lie there before the second of two steps, and by how much the memory of this process rises in it."""
+    """MiB that lie there before the second of two steps, and by how much the memory of this process
+    rises in it."""
     step = Step(size, Cpu())
     if attached:
         step.attach()
@@ -271,10 +323,14 @@ def lacks(device: Cpu | Cuda, size: Size) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="a small model")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
-    parser.add_argument("--peak", choices=("with", "without"), help="only the peak memory of a CPU's step, as JSON")
+    parser.add_argument(
+        "--peak", choices=("with", "without"), help="only the peak memory of a CPU's step, as JSON"
+    )
     arguments = parser.parse_args(argv)
     device = current()
     size = TINY if arguments.tiny else DEFAULT[device.kind]
@@ -282,7 +338,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(resident(size, arguments.peak == "with")))
         return 0
     reason = lacks(device, size)
-    line = {"kind": "training", "item": size.name, "unavailable": reason} if reason else measure(device, size)
+    line = (
+        {"kind": "training", "item": size.name, "unavailable": reason}
+        if reason
+        else measure(device, size)
+    )
     record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
     print(report.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
     return "failed" in line

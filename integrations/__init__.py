@@ -1,4 +1,5 @@
-"""Predictive Regularization attached to vision-language models and their trainers; imports torch only."""
+"""Predictive Regularization attached to vision-language models and their trainers; imports torch
+only."""
 
 from .anchors import EncoderAnchor
 from .attach import apply_pre

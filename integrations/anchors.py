@@ -1,4 +1,5 @@
-"""EncoderAnchor: what an external encoder of images (DINOv2, SigLIP, ...) says about the place of each visual token."""
+"""EncoderAnchor: what an external encoder of images (DINOv2, SigLIP, ...) says about the place of
+each visual token."""
 
 from __future__ import annotations
 
@@ -19,20 +20,24 @@ MODES = ("bilinear", "area")
 
 
 class EncoderAnchor:
-    """A callable `anchor` for `apply_pre`: the features of a frozen encoder, resized to each image's visual tokens.
+    """A callable `anchor` for `apply_pre`: the features of a frozen encoder, resized to each
+    image's visual tokens.
 
-    Each image of the batch is taken back from the model's normalisation, resized to `size`², normalised for the
-    encoder and encoded without gradients; the features of its patches, less class and register tokens, are resized to
-    the rows and columns of its visual tokens. That reads image sizes on the host, so it waits for the device.
+    Each image of the batch is taken back from the model's normalisation, resized to `size`²,
+    normalised for the encoder and encoded without gradients; the features of its patches, less
+    class and register tokens, are resized to the rows and columns of its visual tokens. That reads
+    image sizes on the host, so it waits for the device.
 
-    An image's visual tokens must be a grid in row-major order: all images squares of as many tokens, with pixels
-    (images, 3, H, W) (LLaVA, VipLLaVA, PaliGemma, Gemma 3, each tile of InternVL), or `image_grid_thw` with pixels cut
-    into patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Newline rows (LLaVA-NeXT, LLaVA-OneVision), images of other sizes in
-    one tensor (`image_sizes`) and videos are refused.
+    An image's visual tokens must be a grid in row-major order: all images squares of as many
+    tokens, with pixels (images, 3, H, W) (LLaVA, VipLLaVA, PaliGemma, Gemma 3, each tile of
+    InternVL), or `image_grid_thw` with pixels cut into patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+    Newline rows (LLaVA-NeXT, LLaVA-OneVision), images of other sizes in one tensor (`image_sizes`)
+    and videos are refused.
 
-    The encoder is frozen, put in eval, moved to where the pixels are and keeps its dtype. It never becomes a part of
-    the model: not saved, trained or sharded with it; a deep copy of the model shares it. One that ZeRO-3 has split, as
-    `from_pretrained` does once a ZeRO-3 configuration is there, is made whole on every process, all of which take part.
+    The encoder is frozen, put in eval, moved to where the pixels are and keeps its dtype. It never
+    becomes a part of the model: not saved, trained or sharded with it; a deep copy of the model
+    shares it. One that ZeRO-3 has split, as `from_pretrained` does once a ZeRO-3 configuration is
+    there, is made whole on every process, all of which take part.
 
     ```python
     dino = AutoModel.from_pretrained("facebook/dinov2-base")
@@ -45,20 +50,21 @@ class EncoderAnchor:
         anchor_dim: z, the width of the features.
 
     Args:
-        encoder: maps (images, 3, size, size) to (images, tokens, z), or to an output with such a `last_hidden_state`;
-            the last of its tokens are a square of patches.
+        encoder: maps (images, 3, size, size) to (images, tokens, z), or to an output with such a
+            `last_hidden_state`; the last of its tokens are a square of patches.
         model: the model to be attached to; its config is read, nothing else.
-        image_mean, image_std: of the normalisation that `pixels` have had, as in the model's image processor; both None
-            if it was the encoder's own.
+        image_mean, image_std: of the normalisation that `pixels` have had, as in the model's image
+            processor; both None if it was the encoder's own.
         encoder_mean, encoder_std: of the normalisation that the encoder wants.
         size: of the encoder's images; None is its config's `image_size`.
         pixels: the argument of the model's forward that holds the images.
-        mode: how features are resized: "bilinear" (antialiased) or "area" (the mean of what a token covers).
+        mode: how features are resized: "bilinear" (antialiased) or "area" (the mean of what a token
+            covers).
         anchor_dim: z; None is the encoder's config's `hidden_size`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted; in a forward, for a batch whose images
-            can't be matched with its visual tokens.
+        ValueError, TypeError: naming the argument, what came and what is wanted; in a forward, for
+            a batch whose images can't be matched with its visual tokens.
     """
 
     def __init__(
@@ -79,9 +85,13 @@ class EncoderAnchor:
             raise TypeError(f"encoder: got {type(encoder).__name__}, want an nn.Module")
         config = getattr(model, "config", None)
         if config is None:
-            raise TypeError(f"model: got {type(model).__name__} without .config, want a Hugging Face model")
+            raise TypeError(
+                f"model: got {type(model).__name__} without .config, want a Hugging Face model"
+            )
         if any(module is encoder for module in model.modules()):
-            raise ValueError("encoder: got a module of the model, which would be frozen; want one of its own")
+            raise ValueError(
+                "encoder: got a module of the model, which would be frozen; want one of its own"
+            )
         if getattr(config, "image_grid_pinpoints", None):
             raise ValueError(
                 f"model: {type(model).__name__} cuts images into tiles and adds newline rows, so its visual tokens are "
@@ -89,7 +99,11 @@ class EncoderAnchor:
             )
         if (image_mean is None) != (image_std is None):
             raise ValueError("image_mean, image_std: got one of them, want both, or None for both")
-        self.given = None if image_mean is None else (_color("image_mean", image_mean), _color("image_std", image_std))
+        self.given = (
+            None
+            if image_mean is None
+            else (_color("image_mean", image_mean), _color("image_std", image_std))
+        )
         self.wanted = _color("encoder_mean", encoder_mean), _color("encoder_std", encoder_std)
         its = getattr(encoder, "config", None)
         self.size = checks.width("size", getattr(its, "image_size", None) if size is None else size)
@@ -107,7 +121,8 @@ class EncoderAnchor:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-        """The anchors (N, z) of the visual tokens `rows` (B, T) of a forward with these arguments."""
+        """The anchors (N, z) of the visual tokens `rows` (B, T) of a forward with these
+        arguments."""
         places = visual_tokens(self.config, inputs)
         places = rows if places is None else places.to(rows.device)
         images, grids = self._images(inputs, int(places.sum()))
@@ -120,20 +135,31 @@ class EncoderAnchor:
                 found[i] = tokens
         return torch.cat(found)[rows[places].to(features.device)]
 
-    def _images(self, inputs: dict[str, Any], total: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        """The images (n, 3, H, W), those of one size or one at a time, and the grid of each one's visual tokens."""
+    def _images(
+        self, inputs: dict[str, Any], total: int
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """The images (n, 3, H, W), those of one size or one at a time, and the grid of each one's
+        visual tokens."""
         pixels, grid = inputs.get(self.pixels), inputs.get("image_grid_thw")
         if not torch.is_tensor(pixels) or not pixels.is_floating_point():
             what = pixels.dtype if torch.is_tensor(pixels) else type(pixels).__name__
-            raise TypeError(f"anchor: the forward's {self.pixels} is {what}, want a floating point tensor of images")
+            raise TypeError(
+                f"anchor: the forward's {self.pixels} is {what}, want a floating point tensor of images"
+            )
         if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("anchor: the batch has videos, which EncoderAnchor does not take; want images alone")
+            raise ValueError(
+                "anchor: the batch has videos, which EncoderAnchor does not take; want images alone"
+            )
         if inputs.get("image_sizes") is not None:
-            raise ValueError("anchor: the batch has image_sizes, so its images are padded; want images of one size")
+            raise ValueError(
+                "anchor: the batch has image_sizes, so its images are padded; want images of one size"
+            )
         if pixels.dim() == 4 and grid is None:
             side = math.isqrt(total // max(len(pixels), 1))
             if total != len(pixels) * side**2:
-                raise ValueError(f"anchor: {total} visual tokens are no squares of {len(pixels)} images")
+                raise ValueError(
+                    f"anchor: {total} visual tokens are no squares of {len(pixels)} images"
+                )
             return [pixels], [(side, side)] * len(pixels)
         if grid is not None:
             merge = getattr(self.config.vision_config, "spatial_merge_size", None)
@@ -144,24 +170,37 @@ class EncoderAnchor:
             sizes = [tuple(size) for size in grid.tolist()]
             grids = [(height // merge, width // merge) for _, height, width in sizes]
             if any(frames != 1 for frames, *_ in sizes) or sum(h * w for h, w in grids) != total:
-                raise ValueError(f"anchor: image_grid_thw {sizes} does not make the batch's {total} visual tokens")
+                raise ValueError(
+                    f"anchor: image_grid_thw {sizes} does not make the batch's {total} visual tokens"
+                )
             if pixels.dim() == 4 and len(pixels) == len(sizes):
                 return [pixels], grids
             if pixels.dim() == 2 and len(pixels) == sum(h * w for _, h, w in sizes):
                 parts = pixels.split([h * w for _, h, w in sizes])
-                return [self._whole(part, *size[1:]) for part, size in zip(parts, sizes, strict=True)], grids
+                return [
+                    self._whole(part, *size[1:]) for part, size in zip(parts, sizes, strict=True)
+                ], grids
         raise ValueError(
             f"anchor: the forward's {self.pixels} has shape {tuple(pixels.shape)}, want images (n, 3, H, W), or "
             "patches with an image_grid_thw that counts them"
         )
 
     def _whole(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """(1, 3, H, W) of its `height` · `width` patches, which come block by block as they are merged."""
+        """(1, 3, H, W) of its `height` · `width` patches, which come block by block as they are
+        merged."""
         vision = self.config.vision_config
-        merge, side, frames = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+        merge, side, frames = (
+            vision.spatial_merge_size,
+            vision.patch_size,
+            vision.temporal_patch_size,
+        )
         if patches.shape[1] != 3 * frames * side**2:
-            raise ValueError(f"anchor: a patch has {patches.shape[1]} values, want 3 · {frames} · {side}²")
-        blocks = patches.view(height // merge, width // merge, merge, merge, 3, frames, side, side)[..., 0, :, :]
+            raise ValueError(
+                f"anchor: a patch has {patches.shape[1]} values, want 3 · {frames} · {side}²"
+            )
+        blocks = patches.view(height // merge, width // merge, merge, merge, 3, frames, side, side)[
+            ..., 0, :, :
+        ]
         return blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, height * side, width * side)
 
     def _encode(self, images: list[Tensor]) -> Tensor:
@@ -185,7 +224,9 @@ class EncoderAnchor:
 
     def _prepare(self, images: Tensor) -> Tensor:
         if self.given is not None:
-            mean, std, new_mean, new_std = (images.new_tensor(c).view(3, 1, 1) for c in (*self.given, *self.wanted))
+            mean, std, new_mean, new_std = (
+                images.new_tensor(c).view(3, 1, 1) for c in (*self.given, *self.wanted)
+            )
             images = (images * std + mean - new_mean) / new_std
         if images.shape[2:] == (self.size, self.size):
             return images
@@ -198,7 +239,8 @@ class EncoderAnchor:
 
 
 def _make_whole(encoder: nn.Module) -> None:
-    """Put whole parameters in the place of those that ZeRO-3 has split: no engine will gather them in a forward."""
+    """Put whole parameters in the place of those that ZeRO-3 has split: no engine will gather them
+    in a forward."""
     split = [p for p in encoder.parameters() if hasattr(p, "ds_id")]
     if not split:
         return
@@ -207,7 +249,9 @@ def _make_whole(encoder: nn.Module) -> None:
     with deepspeed.zero.GatheredParameters(split):
         for module in encoder.modules():
             for name, p in module.named_parameters(recurse=False):
-                module.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=False))
+                module.register_parameter(
+                    name, nn.Parameter(p.detach().clone(), requires_grad=False)
+                )
 
 
 def _color(name: str, value: Any) -> list[float]:
@@ -215,6 +259,12 @@ def _color(name: str, value: Any) -> list[float]:
         found = [float(v) for v in value]
     except (TypeError, ValueError):
         found = []
-    if len(found) != 3 or not all(map(math.isfinite, found)) or (name.endswith("std") and min(found) <= 0):
-        raise ValueError(f"{name}: got {value!r}, want three numbers{', each > 0' if name.endswith('std') else ''}")
+    if (
+        len(found) != 3
+        or not all(map(math.isfinite, found))
+        or (name.endswith("std") and min(found) <= 0)
+    ):
+        raise ValueError(
+            f"{name}: got {value!r}, want three numbers{', each > 0' if name.endswith('std') else ''}"
+        )
     return found

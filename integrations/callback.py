@@ -1,4 +1,5 @@
-"""The diagnostics during a training: a small held-out set, every so many steps, into the trainer's own log."""
+"""The diagnostics during a training: a small held-out set, every so many steps, into the trainer's
+own log."""
 
 from __future__ import annotations
 
@@ -15,37 +16,46 @@ from pre_kernels.diagnostics import LayerReport
 
 from .reading import Reader, Sample, evaluating, measure
 
-LABELS = ("layer", "images", "tokens", "notes", "lens_tokens")  # columns of a report that are no figures
+LABELS = (
+    "layer",
+    "images",
+    "tokens",
+    "notes",
+    "lens_tokens",
+)  # columns of a report that are no figures
 
 
 class LayerCallback(TrainerCallback):
-    """Measures chosen layers on held-out images before the first step, every `every` steps and after the last.
+    """Measures chosen layers on held-out images before the first step, every `every` steps and
+    after the last.
 
     ```python
     trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
     ```
 
-    The trainer logs, and its integrations show, `layer_<l>/<figure>` for every figure of `LayerReport.rows()` that was
-    measured, "score" or what `score` named, "layers_seconds" (this measurement's) and "layers_share" (of the time of
-    the training so far, all measurements together). `pre-kernels trace` draws the paper's figure from that log
-    (arXiv 2603.20808: the task's score against probe accuracy along training).
+    The trainer logs, and its integrations show, `layer_<l>/<figure>` for every figure of
+    `LayerReport.rows()` that was measured, "score" or what `score` named, "layers_seconds" (this
+    measurement's) and "layers_share" (of the time of the training so far, all measurements
+    together). `pre-kernels trace` draws the paper's figure from that log (arXiv 2603.20808: the
+    task's score against probe accuracy along training).
 
-    The model is in eval mode meanwhile, and afterwards as it was; no random number of the training's is drawn, so the
-    training goes on bit for bit as without this. Every process measures the same images, since sharded models need all
-    of them; rank 0's trainer logs.
+    The model is in eval mode meanwhile, and afterwards as it was; no random number of the
+    training's is drawn, so the training goes on bit for bit as without this. Every process measures
+    the same images, since sharded models need all of them; rank 0's trainer logs.
 
-    Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds it: a measurement
-    after which more than that share of the training's time would have gone into measuring is left out, with one
-    warning. The first and the last are always made.
+    Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds
+    it: a measurement after which more than that share of the training's time would have gone into
+    measuring is left out, with one warning. The first and the last are always made.
 
     Args:
         trainer: the `transformers.Trainer` (or subclass) that this is added to.
-        samples: held-out images, some hundreds; at least two of each class for the probes. `diagnose.load_samples`
-            makes them from files.
+        samples: held-out images, some hundreds; at least two of each class for the probes.
+            `diagnose.load_samples` makes them from files.
         every: steps, positive.
         layers: as in `Reader`; None: the embeddings, half the depth and the last layer.
         metrics: as in `LayerReport`; the default takes a few passes over the features.
-        score: called with the trainer's model in eval mode; what it returns, a number or numbers by name, is logged.
+        score: called with the trainer's model in eval mode; what it returns, a number or numbers by
+            name, is logged.
         max_share: in (0, 1], or None for no bound.
         seed: of the probes' split.
         reader: further options of `Reader`: mask_fn, text_model, decoder_layers.
@@ -83,7 +93,9 @@ class LayerCallback(TrainerCallback):
         LayerReport(metrics)  # complains now, not at the first measurement
         with Reader(trainer.model, layers, **reader) as found:
             depth = found.depth
-        self.layers = tuple(sorted({0, max(depth // 2, 1), depth})) if layers is None else tuple(layers)
+        self.layers = (
+            tuple(sorted({0, max(depth // 2, 1), depth})) if layers is None else tuple(layers)
+        )
         self.trainer, self.every, self.metrics, self.score = trainer, every, metrics, score
         self.max_share, self.seed, self.options = max_share, seed, reader
         self._measured: int | None = None  # the last step
@@ -96,7 +108,9 @@ class LayerCallback(TrainerCallback):
         devices = [device] if device.type == "cuda" else []
         with Reader(model, self.layers, **self.options) as reader, torch.random.fork_rng(devices):
             # DeepSpeed's engine autocasts around the model; FSDP's wrapper is trainer.model itself
-            for _ in measure(reader, self.samples, report, call=self.trainer.model_wrapped, device=device):
+            for _ in measure(
+                reader, self.samples, report, call=self.trainer.model_wrapped, device=device
+            ):
                 pass
             found = {} if self.score is None else self._scores(model)
         for row in report.rows():
@@ -163,6 +177,10 @@ class LayerCallback(TrainerCallback):
             found = self.score(model)
         scores = dict(found) if isinstance(found, dict) else {"score": found}
         for name, value in scores.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+            ):
                 raise ValueError(f"score: returned {value!r} for {name!r}, want a finite number")
         return scores

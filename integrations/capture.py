@@ -1,8 +1,10 @@
-"""The one hook mechanism: what a forward of the whole model sees inside, collected by reference, used when it ends.
+"""The one hook mechanism: what a forward of the whole model sees inside, collected by reference,
+used when it ends.
 
-The hooks are bound methods of a plain object, so `copy.deepcopy(model)` copies them with the model. Nothing is computed
-inside a layer's hook: checkpointing would lose the gradient there, or compute twice. Checkpointing may also fire a hook
-again when it recomputes, so the first capture of a forward wins and the end of the outer call disarms.
+The hooks are bound methods of a plain object, so `copy.deepcopy(model)` copies them with the model.
+Nothing is computed inside a layer's hook: checkpointing would lose the gradient there, or compute
+twice. Checkpointing may also fire a hook again when it recomputes, so the first capture of a
+forward wins and the end of the outer call disarms.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ class Seen:
     autocast: dict[int, tuple[str, bool, torch.dtype]] = field(default_factory=dict)
 
     def anchor(self) -> Tensor:
-        """The embeddings (B, T, d) as they enter the text model (or, if it merges them itself, its first layer)."""
+        """The embeddings (B, T, d) as they enter the text model (or, if it merges them itself, its
+        first layer)."""
         found = self.embeds if self.embeds is not None else self.first
         if found is None:
-            raise RuntimeError("anchor: neither the text model nor its first layer ran in this forward")
+            raise RuntimeError(
+                "anchor: neither the text model nor its first layer ran in this forward"
+            )
         return found
 
     def layer(self, number: int) -> Tensor:
@@ -45,9 +50,14 @@ class Seen:
         return self.parts.family.hidden(self.hidden[number], self.parts.config)
 
     def autocast_of(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the end is outside it."""
+        """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the
+        end is outside it."""
         device, enabled, dtype = self.autocast[number]
-        return torch.autocast(device, dtype=dtype, enabled=True) if enabled else torch.autocast(device, enabled=False)
+        return (
+            torch.autocast(device, dtype=dtype, enabled=True)
+            if enabled
+            else torch.autocast(device, enabled=False)
+        )
 
 
 def _nothing(_: Any) -> None:
@@ -61,8 +71,8 @@ class Capture:
         outer: the module whose call is "the forward".
         parts: its parts.
         layers: numbers in 1..L; number l is what l decoder layers made.
-        start: gets the module that is called (a compiler may have put another in the place of `outer`, with its hooks)
-            and the forward's arguments by name, says whether to capture.
+        start: gets the module that is called (a compiler may have put another in the place of
+            `outer`, with its hooks) and the forward's arguments by name, says whether to capture.
         finish: gets the forward's output and what was seen, returns the output.
         missed: called with the text model when it runs outside a call of `outer`.
         skipped: gets the output of a forward that was not captured.
@@ -96,14 +106,18 @@ class Capture:
         if parts.text is not None:
             self.hooks.append(parts.text.register_forward_pre_hook(self._text, with_kwargs=True))
         if parts.projector is not None:
-            self.hooks.append(parts.projector.register_forward_pre_hook(self._projector, with_kwargs=True))
+            self.hooks.append(
+                parts.projector.register_forward_pre_hook(self._projector, with_kwargs=True)
+            )
         for number in layers:
             if number == len(parts.layers):
                 # the input of a layer that does not exist: before the final norm
                 self.hooks.append(parts.layers[-1].register_forward_hook(self._last))
             else:
                 self.numbers[parts.layers[number]] = number
-                self.hooks.append(parts.layers[number].register_forward_pre_hook(self._layer, with_kwargs=True))
+                self.hooks.append(
+                    parts.layers[number].register_forward_pre_hook(self._layer, with_kwargs=True)
+                )
         self.depth = len(parts.layers)
 
     def remove(self) -> None:
@@ -126,7 +140,11 @@ class Capture:
             )
         self._drop()  # no hook is called after a KeyboardInterrupt
         self.inside = True
-        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+        inputs = (
+            dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+            if args
+            else {}
+        )
         inputs.update(kwargs)
         if self.start(module, inputs):
             self.seen = Seen(inputs, self.parts)
@@ -176,7 +194,11 @@ class Capture:
             return
         self.seen.hidden[number] = hidden
         device = hidden.device.type
-        self.seen.autocast[number] = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        self.seen.autocast[number] = (
+            device,
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        )
 
 
 def like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -191,12 +213,22 @@ def like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
     # quantised weights are integers or one byte wide; the norms beside them are not
     for module in layer.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.element_size() > 1 and id(parameter) not in adapters:
+            if (
+                parameter.is_floating_point()
+                and parameter.element_size() > 1
+                and id(parameter) not in adapters
+            ):
                 # accelerate brings offloaded weights from "meta" to where they are used
                 used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-                device = parameter.device if used is None or not parameter.is_meta else torch.device(used)
+                device = (
+                    parameter.device
+                    if used is None or not parameter.is_meta
+                    else torch.device(used)
+                )
                 return parameter.dtype, device
-    raise ValueError(f"model: {type(layer).__name__} has no floating point parameters to take a dtype from")
+    raise ValueError(
+        f"model: {type(layer).__name__} has no floating point parameters to take a dtype from"
+    )
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

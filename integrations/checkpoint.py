@@ -1,4 +1,5 @@
-"""The head on disk: a safetensors file and a small JSON file beside it. Nothing is ever unpickled."""
+"""The head on disk: a safetensors file and a small JSON file beside it. Nothing is ever
+unpickled."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def save(
     model: nn.Module | None = None,
     writes: bool | None = None,
 ) -> None:
-    """Write `handle`'s head to `directory`, which is made if need be; a file is replaced whole or not at all.
+    """Write `handle`'s head to `directory`, which is made if need be; a file is replaced whole or
+    not at all.
 
     See `PreHandle.save`; `writes`: whether this process writes, None: if it is rank 0.
     """
@@ -40,10 +42,16 @@ def save(
     tensors = whole.read(keep=writes)
     with together(whole.collective):
         if writes:
-            _write(directory, tensors, {"format": FORMAT, "pre_kernels": _version(), **describe(handle)})
+            _write(
+                directory,
+                tensors,
+                {"format": FORMAT, "pre_kernels": _version(), **describe(handle)},
+            )
 
 
-def load(handle: PreHandle, directory: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+def load(
+    handle: PreHandle, directory: str | os.PathLike[str], model: nn.Module | None = None
+) -> None:
     """Copy the head in `directory` into `handle`'s, cast to its dtype. See `PreHandle.load`."""
     whole = _whole(handle, model)
     with together(whole.collective):
@@ -55,7 +63,9 @@ def _whole(handle: PreHandle, model: nn.Module | None) -> Whole:
     return Whole(_module(handle), _shapes(handle), model, handle.model)
 
 
-def _write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(
+    directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
     from safetensors.torch import save_file
 
     weights, settings = os.path.join(directory, WEIGHTS), os.path.join(directory, CONFIG)
@@ -76,23 +86,31 @@ def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Ten
     paths = {name: os.path.join(directory, name) for name in (CONFIG, WEIGHTS)}
     for path in paths.values():
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"directory: {path!r} is missing; want both {CONFIG} and {WEIGHTS}")
+            raise FileNotFoundError(
+                f"directory: {path!r} is missing; want both {CONFIG} and {WEIGHTS}"
+            )
 
     config = _read_config(paths[CONFIG])
     for name, wanted in describe(handle).items():
         if config.get(name) != wanted and not (name in LATER and name not in config):
-            raise ValueError(f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}")
+            raise ValueError(
+                f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}"
+            )
 
     found, shapes = _read_weights(paths[WEIGHTS]), _shapes(handle)
     if found.keys() != shapes.keys():
-        raise ValueError(f"{paths[WEIGHTS]!r}: holds {sorted(found)}, this head has {sorted(shapes)}")
+        raise ValueError(
+            f"{paths[WEIGHTS]!r}: holds {sorted(found)}, this head has {sorted(shapes)}"
+        )
     for name, tensor in found.items():
         if tensor.shape != shapes[name]:
             raise ValueError(
                 f"{paths[WEIGHTS]!r}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
             )
         if not tensor.is_floating_point():
-            raise ValueError(f"{paths[WEIGHTS]!r}: `{name}` has dtype {tensor.dtype}, want floating point")
+            raise ValueError(
+                f"{paths[WEIGHTS]!r}: `{name}` has dtype {tensor.dtype}, want floating point"
+            )
     return found
 
 
@@ -113,7 +131,9 @@ def describe(handle: PreHandle) -> dict[str, Any]:
 def _module(handle: PreHandle) -> nn.Module:
     """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
     head = handle.head
-    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+    return (
+        head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+    )
 
 
 def _heads(handle: PreHandle) -> dict[str, Any]:
@@ -127,7 +147,10 @@ def _shapes(handle: PreHandle) -> dict[str, tuple[int, ...]]:
     """Of the whole parameters by name, however they are split."""
     found: dict[str, tuple[int, ...]] = {}
     for prefix, head in _heads(handle).items():
-        found |= {f"{prefix}w1": (head.hidden_dim, head.dim), f"{prefix}w2": (head.out_dim, head.hidden_dim)}
+        found |= {
+            f"{prefix}w1": (head.hidden_dim, head.dim),
+            f"{prefix}w2": (head.out_dim, head.hidden_dim),
+        }
         if head.b1 is not None:
             found |= {f"{prefix}b1": (head.hidden_dim,), f"{prefix}b2": (head.out_dim,)}
     return found

@@ -1,4 +1,5 @@
-"""The mean cosine between predictions and anchors, for the logs of losses that are none: from a few rows."""
+"""The mean cosine between predictions and anchors, for the logs of losses that are none: from a few
+rows."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ SAMPLE = 256
 
 
 @torch.no_grad()
-def sample_cosine(head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor | None, impl: str) -> Tensor:
-    """The sum and the number (2,) of the cosines of at most `SAMPLE` rows, spread evenly; no host sync.
+def sample_cosine(
+    head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor | None, impl: str
+) -> Tensor:
+    """The sum and the number (2,) of the cosines of at most `SAMPLE` rows, spread evenly; no host
+    sync.
 
     Args:
         head: a `PreHead`.
@@ -27,7 +31,9 @@ def sample_cosine(head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor 
         flat, target = flat.new_zeros(1, flat.shape[-1]), target.new_zeros(1, target.shape[-1])
     places = mask.flatten().cumsum(0)
     count = places[-1]
-    ranks = (torch.arange(size, device=flat.device) * (count / size).clamp(min=1)).long()  # which of the N
+    ranks = (
+        torch.arange(size, device=flat.device) * (count / size).clamp(min=1)
+    ).long()  # which of the N
     valid = ranks < count
     rows = torch.searchsorted(places, ranks + 1).clamp(max=len(flat) - 1)
     matching = rows if len(target) == len(flat) else ranks.clamp(max=len(target) - 1)

@@ -1,4 +1,5 @@
-"""The terms of an optimizer step, counted ahead of its forwards, and whether the forwards then had as many."""
+"""The terms of an optimizer step, counted ahead of its forwards, and whether the forwards then had
+as many."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Step:
     Attributes:
         size: the number of its micro-batches.
         divisor: what Σℓ of each is divided by, 0-d; None: their own means are taken.
-        counts: the terms of each micro-batch that is still to come, 0-d; None where they cannot be counted.
+        counts: the terms of each micro-batch that is still to come, 0-d; None where they cannot be
+            counted.
         used: how many micro-batches came.
     """
 
@@ -44,28 +46,36 @@ class Counting:
         self.reached = False  # whether losses came to accelerator.backward before
         self.step: Step | None = None
         self.later: list[Any] | None = None  # batches of a step that began while PRe was off
-        # since the last log: micro-batches whose forwards had other terms than were counted, the counted, the others
+        # since the last log: micro-batches whose forwards had other terms than were counted, the
+        # counted, the others
         device = trainer.args.device
-        self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.sums = torch.zeros(
+            3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+        )
         self.uncounted = 0  # micro-batches that could not be counted
 
     def begin(self, batches: list[Any]) -> None:
         """A step of these batches begins; collective while terms are counted ahead."""
         if self.deferring and self.step is not None and self.step.size and not self.step.used:
-            self.handle.notices.warn("training_step not reached", trainer=type(self.trainer).__name__)
+            self.handle.notices.warn(
+                "training_step not reached", trainer=type(self.trainer).__name__
+            )
         self.step, self.later = Step(len(batches)), None
         if not self.ahead:
             return
         self.step.counts = [self._count(batch) for batch in batches]
         known = [count for count in self.step.counts if count is not None]
         device = self.trainer.args.device
-        total = over_processes(self.trainer, sum(known, torch.zeros((), dtype=torch.long, device=device)))
+        total = over_processes(
+            self.trainer, sum(known, torch.zeros((), dtype=torch.long, device=device))
+        )
         if known:
             # the processes' gradients are averaged, so each divides by its part of the global count
             self.step.divisor = total.clamp(min=1).float() / self.trainer.accelerator.num_processes
 
     def _count(self, batch: Any) -> Tensor | None:
-        """A batch's terms; None where its forward will be given something else, which may work for all that."""
+        """A batch's terms; None where its forward will be given something else, which may work for
+        all that."""
         trainer = type(self.trainer).__name__
         if not hasattr(batch, "keys"):
             reason = f"they are no mappings but {type(batch).__name__}"
@@ -82,13 +92,16 @@ class Counting:
         if self.later:
             self.begin(self.later)
         if self.step is None or self.step.used == self.step.size:
-            self.handle.notices.warn("get_batch_samples not reached", trainer=type(self.trainer).__name__)
+            self.handle.notices.warn(
+                "get_batch_samples not reached", trainer=type(self.trainer).__name__
+            )
             self.step = Step(self.trainer.args.gradient_accumulation_steps)
         self.step.used += 1
         return self.step
 
     def wait(self, batches: list[Any]) -> None:
-        """A step of these batches begins with PRe off; they are counted if it is on when they are trained."""
+        """A step of these batches begins with PRe off; they are counted if it is on when they are
+        trained."""
         self.step, self.later = None, batches
 
     def skip(self) -> None:
@@ -109,7 +122,8 @@ class Counting:
             self.sums = self.sums + torch.stack([(counted != seen).to(self.sums), counted, seen])
 
     def combined(self) -> Callable[[Tensor], Tensor]:
-        """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which is judged."""
+        """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which
+        is judged."""
 
         def combine(totals: Tensor) -> Tensor:
             mine = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]

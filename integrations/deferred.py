@@ -1,4 +1,5 @@
-"""The losses of the forwards of a micro-batch, kept for the place where a trainer makes a loss of its own."""
+"""The losses of the forwards of a micro-batch, kept for the place where a trainer makes a loss of
+its own."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from torch import Tensor
 
 
 class Deferred:
-    """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is back-propagated.
+    """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is
+    back-propagated.
 
-    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass had more terms than
-    were counted, it is their own mean, divided by the number of micro-batches: nothing is read on the host. Fewer may
-    be those of a part of the micro-batch, which has a backward pass for each.
+    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass
+    had more terms than were counted, it is their own mean, divided by the number of micro-batches:
+    nothing is read on the host. Fewer may be those of a part of the micro-batch, which has a
+    backward pass for each.
 
     Args:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
@@ -35,7 +38,8 @@ class Deferred:
         self.added: Tensor | float = 0.0
 
     def add(self, loss: Tensor, terms: Tensor) -> None:
-        """A forward's λ · Σℓ ÷ `divisor`, or its mean if there is no divisor; and the number of its terms, 0-d."""
+        """A forward's λ · Σℓ ÷ `divisor`, or its mean if there is no divisor; and the number of its
+        terms, 0-d."""
         self.losses.append(loss)
         self.terms.append(terms.to(loss.device, non_blocking=True))
         self.seen = self.seen + self.terms[-1]

@@ -1,8 +1,9 @@
-"""The launcher's way into the processes that a script starts: their python becomes the launcher around what it runs.
+"""The launcher's way into the processes that a script starts: their python becomes the launcher
+around what it runs.
 
-`trl sft`, `accelerate launch`, `torchrun`, `deepspeed` and the like train in processes of their own, which they start
-by `subprocess.Popen` or become by `os.exec*`. There a command such as `python train.py` gets the launcher in front of
-its script, with the same settings.
+`trl sft`, `accelerate launch`, `torchrun`, `deepspeed` and the like train in processes of their
+own, which they start by `subprocess.Popen` or become by `os.exec*`. There a command such as `python
+train.py` gets the launcher in front of its script, with the same settings.
 """
 
 from __future__ import annotations
@@ -25,14 +26,27 @@ LAUNCHER = "pre_kernels.integrations.launch"
 PYTHON = re.compile(r"pythonw?[\d.]*(\.exe)?")
 FRAMEWORKS = {"torch", "transformers", "accelerate"}
 # what starts the command that it is given as it stands
-WRAPPERS = {"numactl", "taskset", "nice", "nohup", "env", "time", "stdbuf", "mpirun", "mpiexec", "nsys", "ncu"}
+WRAPPERS = {
+    "numactl",
+    "taskset",
+    "nice",
+    "nohup",
+    "env",
+    "time",
+    "stdbuf",
+    "mpirun",
+    "mpiexec",
+    "nsys",
+    "ncu",
+}
 SHELL = re.compile(r"[|&;<>()$`*?!#~\n]")  # what a shell does more with than to split the line
 # flags of python under which this package is found as it is without them
 FLAGS = re.compile(r"-[uOBbdqvP]+|-[XW].+")
 
 
 def put(undo: contextlib.ExitStack, owner: Any, name: str, made: Callable[[Any], Any]) -> None:
-    """`owner.name` becomes `made(owner.name)` until `undo` closes, which leaves what others put there since."""
+    """`owner.name` becomes `made(owner.name)` until `undo` closes, which leaves what others put
+    there since."""
     own, before = vars(owner).get(name), getattr(owner, name)
     new = functools.wraps(before)(made(before))
     setattr(owner, name, new)
@@ -89,7 +103,9 @@ class Following:
             if given.get("executable") is not None:
                 return start(process, *args, **kwargs)
             command = given.get("args")
-            changed = self.changed(command, given.get("cwd"), given.get("env"), bool(given.get("shell")))
+            changed = self.changed(
+                command, given.get("cwd"), given.get("env"), bool(given.get("shell"))
+            )
             given["args"] = changed
             start(*bound.args, **bound.kwargs)
             if changed is not command:
@@ -105,7 +121,8 @@ class Following:
         return lambda path, argv, env: become(*self._instead(path, argv, env), env)
 
     def _instead(self, path: Any, argv: Any, env: Any = None) -> tuple[Any, Any]:
-        """The program and the arguments that this process gets; `execvp` tries one path after another."""
+        """The program and the arguments that this process gets; `execvp` tries one path after
+        another."""
         if argv and os.path.isfile(path):
             command = [os.fsdecode(path), *argv[1:]]
             found = self.changed(command, env=env, replaces=True)
@@ -117,13 +134,19 @@ class Following:
         return lambda command: start(self.changed(command, line=True))
 
     def changed(
-        self, command: Any, cwd: Any = None, env: Any = None, line: bool = False, replaces: bool = False
+        self,
+        command: Any,
+        cwd: Any = None,
+        env: Any = None,
+        line: bool = False,
+        replaces: bool = False,
     ) -> Any:
         """`command` with the launcher in it; itself where nothing is to be followed.
 
         Args:
             command: as `Popen` takes it.
-            line: `command` is a line for a shell; one that only names a program and its arguments can be followed.
+            line: `command` is a line for a shell; one that only names a program and its arguments
+                can be followed.
             replaces: this process becomes the command's, so that nobody else will report.
         """
         text = command if line and isinstance(command, str) else None
@@ -148,7 +171,9 @@ class Following:
             self.lost.append(shlex.join(words) if text is None else text)
         return command
 
-    def _launched(self, words: list[str], cwd: str, env: Mapping[str, str], replaces: bool) -> list[str] | None:
+    def _launched(
+        self, words: list[str], cwd: str, env: Mapping[str, str], replaces: bool
+    ) -> list[str] | None:
         start = 0
         if os.path.basename(words[0]) in WRAPPERS:
             start = next((i for i, word in enumerate(words) if _program(word, env)), len(words))
@@ -158,7 +183,11 @@ class Following:
         launcher = [w for w in self.launcher if not (replaces and w.startswith("--followed"))]
         if not _is_ours(program, env):
             target = console(program, env)
-            return None if target is None else [*before, sys.executable, *launcher, "--", target, *rest]
+            return (
+                None
+                if target is None
+                else [*before, sys.executable, *launcher, "--", target, *rest]
+            )
         cut = python_flags(rest)
         if cut is None or not _may_train(rest[cut:], cwd):
             return None
@@ -166,7 +195,8 @@ class Following:
 
 
 def python_flags(words: Sequence[str]) -> int | None:
-    """How many of python's arguments come before `-m module …` or `script …`; None where it runs neither."""
+    """How many of python's arguments come before `-m module …` or `script …`; None where it runs
+    neither."""
     at = 0
     while at < len(words) and words[at].startswith("-") and words[at] != "-m":
         if words[at] in ("-X", "-W"):
@@ -179,9 +209,11 @@ def python_flags(words: Sequence[str]) -> int | None:
 
 
 def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
-    """What names the program `word` to the launcher if it is a python command installed here that may train.
+    """What names the program `word` to the launcher if it is a python command installed here that
+    may train.
 
-    Returns a name among the console commands, or the path of a script that names this python in its first line.
+    Returns a name among the console commands, or the path of a script that names this python in its
+    first line.
     """
     env = os.environ if env is None else env
     folder, name = os.path.split(word)
@@ -225,7 +257,10 @@ def _names_python(words: Sequence[str]) -> bool:
 @functools.cache
 def _module_of(name: str) -> str | None:
     """The module of an installed console command."""
-    return next((e.module for e in importlib.metadata.entry_points(group="console_scripts", name=name)), None)
+    return next(
+        (e.module for e in importlib.metadata.entry_points(group="console_scripts", name=name)),
+        None,
+    )
 
 
 def _may_train(target: Sequence[str], cwd: str) -> bool:
@@ -243,12 +278,17 @@ def _may_train(target: Sequence[str], cwd: str) -> bool:
 
 @functools.cache
 def _builds_on_torch(module: str) -> bool:
-    """Whether a module may train a model: one of the user's own may, an installed one if its package needs torch."""
+    """Whether a module may train a model: one of the user's own may, an installed one if its
+    package needs torch."""
     package = module.partition(".")[0]
     if package == "torch":  # its compile workers are no launchers
         return module.startswith("torch.distributed.")
     if package in sys.stdlib_module_names:
         return False
     names = importlib.metadata.packages_distributions().get(package, [])
-    needed = [r for name in names for r in importlib.metadata.requires(name) or [] if "extra ==" not in r]
-    return not names or any(re.split(r"[^\w.-]", r, maxsplit=1)[0].lower() in FRAMEWORKS for r in needed)
+    needed = [
+        r for name in names for r in importlib.metadata.requires(name) or [] if "extra ==" not in r
+    ]
+    return not names or any(
+        re.split(r"[^\w.-]", r, maxsplit=1)[0].lower() in FRAMEWORKS for r in needed
+    )

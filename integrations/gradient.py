@@ -1,4 +1,5 @@
-"""The norm of the head's gradient as an optimizer's step takes it, also where each process has a part of it."""
+"""The norm of the head's gradient as an optimizer's step takes it, also where each process has a
+part of it."""
 
 from __future__ import annotations
 
@@ -23,18 +24,22 @@ class GradientNorm:
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler's, where the step itself unscales (fused)
+        scale = getattr(
+            optimizer, "grad_scale", None
+        )  # a GradScaler's, where the step itself unscales (fused)
         if scale is not None:
             self.norm = self.norm / scale.to(self.norm.device)
         self.here = sum(gradient.numel() for gradient in gradients)
         self.whole = sum(_size(module) for module in head.modules() if isinstance(module, PreHead))
 
     def sums(self, like: Tensor) -> Tensor:
-        """[the norm's square, the number of elements] of what this process has; those of several are added."""
+        """[the norm's square, the number of elements] of what this process has; those of several
+        are added."""
         return torch.stack([self.norm.to(like).square(), like.new_tensor(self.here)])
 
     def of(self, square: float, number: float) -> float | None:
-        """The norm by these sums, where each element may be there several times; None where one is missing."""
+        """The norm by these sums, where each element may be there several times; None where one is
+        missing."""
         return math.sqrt(square * self.whole / number) if number >= self.whole > 0 else None
 
 

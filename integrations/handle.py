@@ -65,7 +65,13 @@ class PreHandle:
         self._saved_keys = SavedKeys(model, ATTRIBUTE)
         listen(self)
         self._capture: Capture | None = Capture(
-            model, objective.parts, objective.layers, self._start, self._finish, self._missed, self._skipped
+            model,
+            objective.parts,
+            objective.layers,
+            self._start,
+            self._finish,
+            self._missed,
+            self._skipped,
         )
 
     @property
@@ -75,9 +81,12 @@ class PreHandle:
 
     @property
     def head(self) -> Any:
-        """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT may copy it."""
+        """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT
+        may copy it."""
         if self._capture is None:
-            raise RuntimeError("handle: it was removed, and its head with it; use the head before remove()")
+            raise RuntimeError(
+                "handle: it was removed, and its head with it; use the head before remove()"
+            )
         return getattr(self._model, ATTRIBUTE)
 
     @property
@@ -91,7 +100,8 @@ class PreHandle:
 
     @property
     def progress(self) -> float:
-        """Where in the training the next step is, 0..1; `patch_trainer` sets it to the middle of each step."""
+        """Where in the training the next step is, 0..1; `patch_trainer` sets it to the middle of
+        each step."""
         return self._progress
 
     @progress.setter
@@ -102,7 +112,8 @@ class PreHandle:
 
     @property
     def scheduled_weight(self) -> float:
-        """λ as the schedule has it at `progress`. At 0 the head is not in the graph, which DDP has to be told of."""
+        """λ as the schedule has it at `progress`. At 0 the head is not in the graph, which DDP has
+        to be told of."""
         return self._weight * self._training.factor(self._progress)
 
     @property
@@ -127,17 +138,22 @@ class PreHandle:
             "anchor": self._objective.anchor if named else "callable",
         }
 
-    def metrics(self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    def metrics(
+        self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
         """What was seen since the last reset; reading it is the only host sync.
 
-        - "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the layers averaged;
-          "pre_loss/layer_<l>" for each of several;
-        - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not -cosine, of at most
-          `cosine.SAMPLE` rows of each forward;
-        - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this process's forwards;
-        - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they are not in the above;
-        - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled, clipped), once an
-          optimizer is watched (`watch`, `patch_trainer`) and has the gradients; under FSDP1 with `combine` only;
+        - "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the
+          layers averaged; "pre_loss/layer_<l>" for each of several;
+        - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not
+          -cosine, of at most `cosine.SAMPLE` rows of each forward;
+        - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this
+          process's forwards;
+        - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they
+          are not in the above;
+        - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled,
+          clipped), once an optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
+          under FSDP1 with `combine` only;
         - "pre_weight": λ of the last step, if it has a schedule.
 
         `combine` sums the totals over processes.
@@ -150,7 +166,9 @@ class PreHandle:
         means = [s / count if count else math.nan for s in sums]
         found = {"pre_loss": sum(means) / len(means)}
         if len(means) > 1:
-            found |= {f"pre_loss/layer_{n}": mean for n, mean in zip(self.layers, means, strict=True)}
+            found |= {
+                f"pre_loss/layer_{n}": mean for n, mean in zip(self.layers, means, strict=True)
+            }
         if self._objective.loss == "cosine":
             found["pre_cosine"] = -found["pre_loss"]
         else:
@@ -167,9 +185,11 @@ class PreHandle:
         return found
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of the head's parameters that require grad, with `head_lr` and `head_weight_decay` if given.
+        """Optimizer groups of the head's parameters that require grad, with `head_lr` and
+        `head_weight_decay` if given.
 
-        First the weights, then the biases, which are not decayed. Leave these parameters out of other groups.
+        First the weights, then the biases, which are not decayed. Leave these parameters out of
+        other groups.
         """
         return self._training.groups(self.head.named_parameters())
 
@@ -179,17 +199,20 @@ class PreHandle:
         return (self._training.head_lr, self._training.head_weight_decay) != (None, None)
 
     def watch(self, optimizer: Any) -> RemovableHandle:
-        """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until it is removed.
+        """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until
+        it is removed.
 
-        An optimizer that accelerate or DeepSpeed has wrapped is unwrapped; DeepSpeed's steps copies of the gradients,
-        so there is no norm of those.
+        An optimizer that accelerate or DeepSpeed has wrapped is unwrapped; DeepSpeed's steps copies
+        of the gradients, so there is no norm of those.
 
         Raises:
             TypeError: for what is no `torch.optim.Optimizer` and has none inside.
         """
         inner = unwrapped(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer")
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer"
+            )
         mine, others = split(self._model, self.head)
         held = {id(p) for p in parameters(inner)}
         if held & others and not held & mine.keys():
@@ -197,11 +220,13 @@ class PreHandle:
         return inner.register_step_pre_hook(self._measure)
 
     def save(self, directory: Any, model: nn.Module | None = None) -> None:
-        """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained` leaves it out.
+        """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained`
+        leaves it out.
 
-        Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to call it: the parts are
-        gathered, and all return when the files are there; elsewhere (DDP, ZeRO-1, ZeRO-2) the others return at once
-        and need not call it. `model`: under FSDP1 its wrapper around the model, which alone can gather.
+        Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to
+        call it: the parts are gathered, and all return when the files are there; elsewhere (DDP,
+        ZeRO-1, ZeRO-2) the others return at once and need not call it. `model`: under FSDP1 its
+        wrapper around the model, which alone can gather.
 
         Raises:
             RuntimeError: if the head is split in a way that is not known.
@@ -212,14 +237,15 @@ class PreHandle:
         save(self, directory, model)
 
     def load(self, directory: Any, model: nn.Module | None = None) -> None:
-        """Read the head that `save` wrote, into this handle's: bit for bit, under any number of processes.
+        """Read the head that `save` wrote, into this handle's: bit for bit, under any number of
+        processes.
 
-        Every process reads the files and takes its part; where the head is split every process has to call it.
-        `model` as in `save`.
+        Every process reads the files and takes its part; where the head is split every process has
+        to call it. `model` as in `save`.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing, broken, or differs from this handle; on every process
-                that takes part.
+            FileNotFoundError, ValueError: naming what is missing, broken, or differs from this
+                handle; on every process that takes part.
         """
         from .checkpoint import load
 
@@ -242,14 +268,16 @@ class PreHandle:
         self.remove()
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of terms (visual tokens, or images) in the loss of a forward with these arguments, 0-d."""
+        """The number of terms (visual tokens, or images) in the loss of a forward with these
+        arguments, 0-d."""
         return self._objective.count(inputs)
 
     def loss(self) -> Tensor:
-        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to the loss; else 0.
+        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to the
+        loss; else 0.
 
-        Each forward's is given once. It is the mean over the forward's visual tokens: weigh it like the loss that it is
-        added to.
+        Each forward's is given once. It is the mean over the forward's visual tokens: weigh it like
+        the loss that it is added to.
 
         Raises:
             RuntimeError: if the handle adds L_PRe to `output.loss` itself.
@@ -263,9 +291,11 @@ class PreHandle:
         return torch.zeros(()) if found is None else found
 
     def excluded(self) -> contextlib.AbstractContextManager[None]:
-        """Inside it no `state_dict()` has the head's keys, for ways of saving that know nothing of it.
+        """Inside it no `state_dict()` has the head's keys, for ways of saving that know nothing of
+        it.
 
-        `save_pretrained` needs it not. `with handle.excluded(): accelerator.save_model(model, folder)`.
+        `save_pretrained` needs it not. `with handle.excluded(): accelerator.save_model(model,
+        folder)`.
         """
         return self._saved_keys.excluded()
 
@@ -277,7 +307,8 @@ class PreHandle:
         counted: Tensor | None = None,
         alone: bool = False,
     ) -> Iterator[Deferred]:
-        """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see `Deferred`."""
+        """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see
+        `Deferred`."""
         self._deferred = Deferred(divisor, micro_batches, counted, alone)
         try:
             yield self._deferred
@@ -285,7 +316,8 @@ class PreHandle:
             self._deferred = None
 
     def restore_dtypes(self) -> None:
-        """Cast the head's parameters back to the dtypes they were made in, where somebody cast them, and say so.
+        """Cast the head's parameters back to the dtypes they were made in, where somebody cast
+        them, and say so.
 
         A head without a `head_dtype` may be cast with its layer.
         """
@@ -293,10 +325,16 @@ class PreHandle:
         layers = self._objective.parts.layers
         now = {like(layers[number - 1])[0] for number in self.layers} if self._as_layer else set()
         for name, parameter in self.head.named_parameters():
-            made = next((n for n in self._dtypes if f".{name}".endswith(f".{n}")), None)  # PEFT puts names before it
+            made = next(
+                (n for n in self._dtypes if f".{name}".endswith(f".{n}")), None
+            )  # PEFT puts names before it
             dtype = parameter.dtype if made is None else self._dtypes[made]
             # FSDP2 has its own rules
-            if parameter.dtype != dtype and now != {parameter.dtype} and not hasattr(parameter, "full_tensor"):
+            if (
+                parameter.dtype != dtype
+                and now != {parameter.dtype}
+                and not hasattr(parameter, "full_tensor")
+            ):
                 changed[name] = parameter.dtype, dtype
                 parameter.data = parameter.data.to(dtype)
         if changed:
@@ -304,7 +342,8 @@ class PreHandle:
             self.notices.warn("head recast", names=", ".join(changed), dtype=dtype, wanted=wanted)
 
     def advise(self, advice: str | None) -> None:
-        """What to do where a trainer leaves L_PRe out of its loss; None: what is said without a trainer's patch."""
+        """What to do where a trainer leaves L_PRe out of its loss; None: what is said without a
+        trainer's patch."""
         self._watchdog.advice = advice or self._watchdog.default
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
@@ -316,7 +355,11 @@ class PreHandle:
         if not self._wanted():
             return False
         # a Trainer with its own loss pops the labels
-        labelled = self._labels is None or inputs.get(self._labels) is not None or self._deferred is not None
+        labelled = (
+            self._labels is None
+            or inputs.get(self._labels) is not None
+            or self._deferred is not None
+        )
         if not module.training:
             self._without = "eval mode" if labelled else None
         elif not labelled:
@@ -350,11 +393,18 @@ class PreHandle:
         if self._training.scheduled and not self._progressed:
             self.notices.warn("no progress", weight=self.scheduled_weight)
         left_out = self._steps.verdict()
-        if left_out is not None and not self.notices.given & {"optimizer refuses", "optimizer given"}:
-            self.notices.warn(f"optimizer without the {left_out}", optimizer=", ".join(sorted(self._steps.kinds)))
+        if left_out is not None and not self.notices.given & {
+            "optimizer refuses",
+            "optimizer given",
+        }:
+            self.notices.warn(
+                f"optimizer without the {left_out}", optimizer=", ".join(sorted(self._steps.kinds))
+            )
 
     def _check_frozen(self) -> None:
-        trained = [p.requires_grad for p in self.head.parameters()]  # none where FSDP1 keeps them flat
+        trained = [
+            p.requires_grad for p in self.head.parameters()
+        ]  # none where FSDP1 keeps them flat
         if any(trained) or not trained:
             if "frozen head" in self.notices.given:  # it is trained now, if the optimizer has it
                 self.notices.given.discard("frozen head")
@@ -363,7 +413,9 @@ class PreHandle:
         if self._was_peft or getattr(self._model, "peft_config", None) is None:
             self.notices.warn("frozen head")
             return
-        other = "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'  # which takes no ModuleList
+        other = (
+            "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'
+        )  # which takes no ModuleList
         raise RuntimeError(
             f"model: it was wrapped in PEFT after apply_pre, which froze `{ATTRIBUTE}`, so the head would never "
             f"train; call apply_pre on the PeftModel instead{other}"
@@ -378,7 +430,9 @@ class PreHandle:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        found = self._objective.losses(seen, heads, divisor, deferred is not None and deferred.alone)
+        found = self._objective.losses(
+            seen, heads, divisor, deferred is not None and deferred.alone
+        )
         device = found.layers[0].device
         self._record(found, device)
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
@@ -404,7 +458,11 @@ class PreHandle:
             [
                 found.terms.to(device, wide),
                 found.tokens.to(device, wide),
-                *(torch.stack(cosines).sum(0) if cosines else torch.zeros(2, dtype=wide, device=device)),
+                *(
+                    torch.stack(cosines).sum(0)
+                    if cosines
+                    else torch.zeros(2, dtype=wide, device=device)
+                ),
                 *((loss.detach().to(device) * scale.to(device)).to(wide) for loss in found.layers),
                 *(() if found.skipped is None else (found.skipped.to(device, wide),)),
             ]
@@ -422,7 +480,8 @@ class PreHandle:
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:
-    """The handle attached to `model`, around it or inside it; None if there is none. Works on deep copies too."""
+    """The handle attached to `model`, around it or inside it; None if there is none. Works on deep
+    copies too."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             capture = getattr(hook, "__self__", None)

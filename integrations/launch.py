@@ -1,11 +1,13 @@
-"""Run a training script as it is, with PRe: `torchrun … -m pre_kernels.integrations.launch --layer 16 -- train.py …`.
+"""Run a training script as it is, with PRe: `torchrun … -m pre_kernels.integrations.launch --layer
+16 -- train.py …`.
 
 The script sees the `sys.argv`, `sys.path[0]` and `__main__` that python gives it. Once it imports
-`transformers.Trainer`, that is patched (`patch_trainer`), and each one constructed gets PRe on its model: before its
-optimizer, and before FSDP or DeepSpeed wrap it.
+`transformers.Trainer`, that is patched (`patch_trainer`), and each one constructed gets PRe on its
+model: before its optimizer, and before FSDP or DeepSpeed wrap it.
 
-A command that starts the training in processes of its own may be the target too, `… -- trl sft …` or
-`… -- accelerate launch train.py`: the launcher follows it into them, through as many as it takes.
+A command that starts the training in processes of its own may be the target too, `… -- trl sft …`
+or `… -- accelerate launch train.py`: the launcher follows it into them, through as many as it
+takes.
 """
 
 from __future__ import annotations
@@ -98,11 +100,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--layer", metavar="L", help="l in 1..L, or [l, ...]: which decoder layers' output PRe reads")
+    parser.add_argument(
+        "--layer",
+        metavar="L",
+        help="l in 1..L, or [l, ...]: which decoder layers' output PRe reads",
+    )
     parser.add_argument("--weight", metavar="W", help="λ, the weight of L_PRe")
-    parser.add_argument("--config", metavar="FILE", help="YAML with settings; options given here win over it")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
-    parser.add_argument("--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML with settings; options given here win over it"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated"
+    )
+    parser.add_argument(
+        "--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir"
+    )
     # deepspeed's launcher puts it before all other arguments
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
     # by a launcher, which found the modules that settings name in this folder
@@ -111,10 +123,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _again(given: argparse.Namespace) -> list[str]:
-    """The arguments that give another process, which may have another working directory, the same settings."""
-    words = [f"--{name}={value}" for name in ("layer", "weight") if (value := getattr(given, name)) is not None]
+    """The arguments that give another process, which may have another working directory, the same
+    settings."""
+    words = [
+        f"--{name}={value}"
+        for name in ("layer", "weight")
+        if (value := getattr(given, name)) is not None
+    ]
     words += [f"--set={pair}" for pair in given.set]
-    words += [f"--{n}={os.path.abspath(path)}" for n in ("config", "head") if (path := getattr(given, n)) is not None]
+    words += [
+        f"--{n}={os.path.abspath(path)}"
+        for n in ("config", "head")
+        if (path := getattr(given, n)) is not None
+    ]
     return [*words, f"--followed={given.followed or os.path.abspath(sys.path[0])}"]
 
 
@@ -130,7 +151,9 @@ def _restored() -> Iterator[None]:
 def _target(words: list[str]) -> Callable[[], Any]:
     """What to run; `sys.argv` and `sys.path[0]` are from here on as python sets them for it."""
     if not words or words == ["-m"]:
-        raise ValueError("nothing to run: want `-- script.py …`, `-- -m module …` or `-- command …` at the end")
+        raise ValueError(
+            "nothing to run: want `-- script.py …`, `-- -m module …` or `-- command …` at the end"
+        )
     if words[0] == "-m":
         name = words[1]
         if not _is_module(name):
@@ -167,12 +190,15 @@ def _target(words: list[str]) -> Callable[[], Any]:
 
 
 def _refusal(script: str) -> str | None:
-    """Why no process that this command starts could be followed, with the line that works; None of most."""
+    """Why no process that this command starts could be followed, with the line that works; None of
+    most."""
     name = os.path.basename(script)
     if name.endswith(".sh") or name in ("sh", "bash", "dash", "zsh"):
         return f"is a shell's, which cannot be followed; write `{LINE}` into the shell script where it starts python"
     if name in ("ray", "sbatch", "sky", "modal", "docker", "kubectl"):
-        return f"runs its command elsewhere, where it cannot be followed; let that command be `{LINE}`"
+        return (
+            f"runs its command elsewhere, where it cannot be followed; let that command be `{LINE}`"
+        )
     return None
 
 
@@ -196,7 +222,8 @@ def _checked_head(folder: str | None) -> str | None:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `apply_pre`, all of them checked as far as that is possible without the model."""
+    """The keywords of `apply_pre`, all of them checked as far as that is possible without the
+    model."""
     import yaml
 
     found: dict[str, Any] = {}
@@ -207,9 +234,14 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"--config: {given.config!r} is no valid YAML: {error}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"--config: {given.config!r} holds {type(config).__name__}, want a mapping of settings")
+            raise ValueError(
+                f"--config: {given.config!r} holds {type(config).__name__}, want a mapping of settings"
+            )
         found |= {_known(name, f"--config {given.config}"): value for name, value in config.items()}
-    for pair in [*given.set, *(f"{n}={v}" for n in ("layer", "weight") if (v := getattr(given, n)) is not None)]:
+    for pair in [
+        *given.set,
+        *(f"{n}={v}" for n in ("layer", "weight") if (v := getattr(given, n)) is not None),
+    ]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set: got {pair!r}, want key=value")
@@ -228,18 +260,23 @@ def _known(name: Any, where: str) -> str:
     if name in PARAMETERS:
         return str(name)
     near = difflib.get_close_matches(str(name), PARAMETERS, n=3)
-    meant = f"; did you mean {' or '.join(near)}?" if near else f"; want one of {', '.join(PARAMETERS)}"
+    meant = (
+        f"; did you mean {' or '.join(near)}?" if near else f"; want one of {', '.join(PARAMETERS)}"
+    )
     raise ValueError(f"{where}: unknown setting {name!r}{meant}")
 
 
 def _value(name: str, value: Any) -> Any:
-    """A YAML value as the parameter wants it: a number YAML reads as text, a dtype, a callable as "module:name"."""
+    """A YAML value as the parameter wants it: a number YAML reads as text, a dtype, a callable as
+    "module:name"."""
     wanted = str(PARAMETERS[name].annotation)
     if not isinstance(value, str):
         return value
     if "Callable" in wanted and ":" in value:
         return _import(name, value)
-    if "dtype" in wanted and isinstance(dtype := getattr(torch, value.removeprefix("torch."), None), torch.dtype):
+    if "dtype" in wanted and isinstance(
+        dtype := getattr(torch, value.removeprefix("torch."), None), torch.dtype
+    ):
         return dtype
     if "float" in wanted:  # YAML 1.1 takes 1e-3 for text
         with contextlib.suppress(ValueError):
@@ -259,14 +296,20 @@ def _import(name: str, path: str) -> Any:
 
 
 def _rehearse(settings: dict[str, Any]) -> None:
-    """`apply_pre` on a stand-in without data, whose checks of its arguments then come before any work."""
+    """`apply_pre` on a stand-in without data, whose checks of its arguments then come before any
+    work."""
     layer = settings.get("layer")
     numbers = [n for n in (layer if isinstance(layer, list) else [layer]) if isinstance(n, int)]
     depth = min(max([2, *numbers]), 10_000)
     model: Any = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(8, 8, device="meta")] * depth)
     model.multi_modal_projector = nn.Linear(8, 8, device="meta")
-    config = {"model_type": "llava", "image_token_id": 1, "hidden_size": 8, "num_hidden_layers": depth}
+    config = {
+        "model_type": "llava",
+        "image_token_id": 1,
+        "hidden_size": 8,
+        "num_hidden_layers": depth,
+    }
     model.config = SimpleNamespace(**config)
     apply_pre(model, **{n: v for n, v in settings.items() if n not in OF_THE_MODEL}).remove()
 

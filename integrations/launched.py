@@ -1,4 +1,5 @@
-"""What the launcher does in the process of a script: PRe on the model of each `transformers.Trainer`; what it says."""
+"""What the launcher does in the process of a script: PRe on the model of each
+`transformers.Trainer`; what it says."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ class Launch:
     Args:
         settings: keywords for `apply_pre`.
         head: a folder with a saved head to start from.
-        again: the launcher's arguments, for the processes that this one starts; None: they are left alone.
-        followed: this process was started by one under the launcher, which may have others that train.
+        again: the launcher's arguments, for the processes that this one starts; None: they are left
+            alone.
+        followed: this process was started by one under the launcher, which may have others that
+            train.
     """
 
     def __init__(
@@ -47,10 +50,14 @@ class Launch:
         self.settings, self.head, self.followed = settings, head, followed
         self.children = Following(again or ())
         self._follows = again is not None
-        self.trained: dict[str, bool] = {}  # whether trainings that ended had a term, by the model's name
+        self.trained: dict[
+            str, bool
+        ] = {}  # whether trainings that ended had a term, by the model's name
         self.begun = self.told = False
         self._attached = self._stepped = self._active = self._patched = False
-        self._known = weakref.WeakSet[Any]()  # Trainers that have the callback, models that are no vision-language ones
+        self._known = weakref.WeakSet[
+            Any
+        ]()  # Trainers that have the callback, models that are no vision-language ones
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Launch:
@@ -106,7 +113,11 @@ class Launch:
 
             return call_model_init
 
-        for name, made in (("__init__", constructs), ("train", trains), ("call_model_init", makes_model)):
+        for name, made in (
+            ("__init__", constructs),
+            ("train", trains),
+            ("call_model_init", makes_model),
+        ):
             put(self._undo, Trainer, name, made)
 
     def _prepare(self, trainer: Any) -> None:
@@ -116,7 +127,12 @@ class Launch:
             trainer.add_callback(_callback(self, trainer))
 
     def _attach(self, trainer: Any, model: nn.Module) -> None:
-        if not self._active or model is None or model in self._known or find_handle(model) is not None:
+        if (
+            not self._active
+            or model is None
+            or model in self._known
+            or find_handle(model) is not None
+        ):
             return
         name = type(_inside(model)).__name__
         if "mask_fn" not in self.settings and not _is_vision_language(model):
@@ -150,10 +166,13 @@ class Launch:
                 self._warn("launched own loop")
         elif find_handle(trainer.model) is None:
             known = "launched no images" if trainer.model in self._known else "launched unseen"
-            self._warn(known, trainer=type(trainer).__name__, model=type(_inside(trainer.model)).__name__)
+            self._warn(
+                known, trainer=type(trainer).__name__, model=type(_inside(trainer.model)).__name__
+            )
 
     def report(self, failed: bool = False) -> None:
-        """Say loudly if PRe did nothing; where the script `failed`, its own error says why nothing was trained."""
+        """Say loudly if PRe did nothing; where the script `failed`, its own error says why nothing
+        was trained."""
         for name in self.trained:
             if not self.trained[name]:
                 self._warn("launched without terms", model=name)
@@ -161,7 +180,11 @@ class Launch:
             return
         started = f"`{self.children.lost[0]}`" if self.children.lost else "those of multiprocessing"
         words = [word for word in self.children.launcher if not word.startswith("--followed")]
-        self._warn("launched nothing", started=started, line=shlex.join(["python", *words, "--", "train.py"]))
+        self._warn(
+            "launched nothing",
+            started=started,
+            line=shlex.join(["python", *words, "--", "train.py"]),
+        )
 
     def _warn(self, key: str, **values: Any) -> None:
         self.told = True
@@ -169,7 +192,8 @@ class Launch:
 
 
 def _stepping_trainer() -> Any:
-    """The Trainer whose optimizer steps now, whoever wrote the methods that lead here; None in another loop."""
+    """The Trainer whose optimizer steps now, whoever wrote the methods that lead here; None in
+    another loop."""
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = inspect.currentframe()
     while trainer is not None and frame is not None:
@@ -191,14 +215,19 @@ def _is_vision_language(model: nn.Module) -> bool:
         getattr(config, name, None) is not None
         for name in (
             "vision_config",
-            *(f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")),
+            *(
+                f"{kind}_token_{suffix}"
+                for kind in ("image", "video")
+                for suffix in ("id", "index")
+            ),
         )
     )
 
 
 @contextlib.contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """The head is drawn alike on every rank, and what the script draws is what it draws without PRe."""
+    """The head is drawn alike on every rank, and what the script draws is what it draws without
+    PRe."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -209,7 +238,8 @@ def _callback(launch: Launch, trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class KeepsHead(TrainerCallback):
-        """Saves the head where a trainer's own way of saving leaves it out; sees to it that it is trained."""
+        """Saves the head where a trainer's own way of saving leaves it out; sees to it that it is
+        trained."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             handle = find_handle(trainer.model)
@@ -219,7 +249,9 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             if sharded(trainer) or more.get("optimizer") is None:
                 return
             optimizer = unwrapped(more["optimizer"])
-            if type(optimizer).__name__ in NO_GROUPS or "optimizer refuses" in handle.notices.given:  # which was said
+            if (
+                type(optimizer).__name__ in NO_GROUPS or "optimizer refuses" in handle.notices.given
+            ):  # which was said
                 return
             held = {id(p) for p in parameters(optimizer)}
             if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
@@ -235,7 +267,10 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             handle = find_handle(trainer.model)
             if handle is not None:
                 self.save(args.output_dir)
-                name, had = type(_inside(trainer.model)).__name__, handle.contributed or not handle.weight
+                name, had = (
+                    type(_inside(trainer.model)).__name__,
+                    handle.contributed or not handle.weight,
+                )
                 launch.trained[name] = had or launch.trained.get(name, False)
 
         def save(self, folder: str) -> None:
@@ -271,7 +306,11 @@ class _Importing(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != self.name or not self.active:
             return None
-        others = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        others = (
+            f.find_spec(name, path, target)
+            for f in sys.meta_path
+            if f is not self and hasattr(f, "find_spec")
+        )
         spec = next((s for s in others if s is not None), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader

@@ -1,4 +1,5 @@
-"""PRe in a Lightning training: λ along the schedule, the log, and checkpoints whose model has no key of the head."""
+"""PRe in a Lightning training: λ along the schedule, the log, and checkpoints whose model has no
+key of the head."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ class PreLightningCallback(Callback):
     lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
-    It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head under a key of its
-    own in the checkpoint: `checkpoint["state_dict"]` has the names of the model without PRe, and a resumed training has
-    the head back. Strategies that write their checkpoints themselves (DeepSpeed, sharded FSDP) keep the head in them.
+    It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head
+    under a key of its own in the checkpoint: `checkpoint["state_dict"]` has the names of the model
+    without PRe, and a resumed training has the head back. Strategies that write their checkpoints
+    themselves (DeepSpeed, sharded FSDP) keep the head in them.
 
     Raises:
-        RuntimeError: at the start of a training whose module has no handle, or whose model is in eval mode, as
-            `from_pretrained` gives it and Lightning leaves it.
+        RuntimeError: at the start of a training whose module has no handle, or whose model is in
+            eval mode, as `from_pretrained` gives it and Lightning leaves it.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -35,7 +37,9 @@ class PreLightningCallback(Callback):
                 f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on its model in __init__"
             )
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """λ at the middle of the step."""
         handle, steps = _handle(pl_module), trainer.estimated_stepping_batches
         if handle.enabled and not handle.model.training:
@@ -45,22 +49,35 @@ class PreLightningCallback(Callback):
             )
         handle.progress = min((trainer.global_step + 0.5) / max(steps, 1), 1.0)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log what was seen since the last log."""
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            found = _handle(pl_module).metrics(combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
-            found = {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
+            found = _handle(pl_module).metrics(
+                combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
+            )
+            found = {
+                name: value
+                for name, value in found.items()
+                if name not in ("pre_rows", "pre_forwards")
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
+            trainer.callback_metrics.update(
+                {name: torch.tensor(value) for name, value in found.items()}
+            )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Move the head from the module's keys to its own."""
         state = checkpoint["state_dict"]
-        checkpoint[STATE] = {key: state.pop(key) for key in list(state) if ATTRIBUTE in key.split(".")}
+        checkpoint[STATE] = {
+            key: state.pop(key) for key in list(state) if ATTRIBUTE in key.split(".")
+        }
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A checkpoint's model is loaded before callbacks are asked: what it lacks of the head is the head as it is."""
+        """A checkpoint's model is loaded before callbacks are asked: what it lacks of the head is
+        the head as it is."""
         if find_handle(pl_module) is None:
             return
 
@@ -81,7 +98,9 @@ class PreLightningCallback(Callback):
         """Put the head back."""
         head = checkpoint.get(STATE)
         if head is None:
-            _handle(pl_module).notices.warn("no head in the checkpoint", folder="it", error=f"no key {STATE!r}")
+            _handle(pl_module).notices.warn(
+                "no head in the checkpoint", folder="it", error=f"no key {STATE!r}"
+            )
         else:
             pl_module.load_state_dict(head, strict=False)
 

@@ -1,8 +1,10 @@
-"""The original code bases of LLaVA, LLaVA-NeXT and TinyLLaVA: which rows their merge of text and images made visual.
+"""The original code bases of LLaVA, LLaVA-NeXT and TinyLLaVA: which rows their merge of text and
+images made visual.
 
-Their `prepare_inputs_labels_for_multimodal` puts image features between the words' embeddings and does not say where.
-But it moves the labels along, and gives image rows the label -100. So in a training forward it gets each position's own
-number for a label: what comes back says which word every row is, and the true labels are looked up with it.
+Their `prepare_inputs_labels_for_multimodal` puts image features between the words' embeddings and
+does not say where. But it moves the labels along, and gives image rows the label -100. So in a
+training forward it gets each position's own number for a label: what comes back says which word
+every row is, and the true labels are looked up with it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ def check_merge(model: nn.Module) -> None:
     taken = inspect.signature(method).parameters if method is not None else ()
     lacks = [] if callable(getattr(model, ENCODE, None)) else [f"a method {ENCODE}(images)"]
     lacks += [] if method is not None else [f"{PREPARE} as a method of its class"]
-    lacks += [f"an argument {name} of {PREPARE}" for name in TAKEN if method is not None and name not in taken]
+    lacks += [
+        f"an argument {name} of {PREPARE}"
+        for name in TAKEN
+        if method is not None and name not in taken
+    ]
     if lacks:
         raise ValueError(
             f"model: {type(model).__name__} merges text and images in {PREPARE}, but lacks {' and '.join(lacks)}, "
@@ -70,9 +76,11 @@ class Merge:
                 vars(self.model)[PREPARE] = self.before
 
     def mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The visual tokens (B, T) of a forward with these arguments, T as it is after the merge; None without images.
+        """The visual tokens (B, T) of a forward with these arguments, T as it is after the merge;
+        None without images.
 
-        Of the forward that was just followed they are known; of others the merge is run without the model's weights.
+        Of the forward that was just followed they are known; of others the merge is run without the
+        model's weights.
         """
         found, self.found = self.found, None
         if found is not None and found[0] is inputs.get("input_ids"):
@@ -89,7 +97,8 @@ class Merge:
         return (found * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
 
     def projected(self, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
-        """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their order."""
+        """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their
+        order."""
         mask, features = self._rehearsed(inputs)
         index = features[mask.cpu()].to(rows.device) if mask is not None else features.long()
         if mask is not None and (total := int(self._ends(inputs["images"])[-1])) != len(rows):
@@ -105,7 +114,8 @@ class Merge:
         return rows[index.long() - 1]
 
     def _ends(self, images: Any) -> Tensor:
-        """The number (images,) of features up to the end of each image, one with its crops being one."""
+        """The number (images,) of features up to the end of each image, one with its crops being
+        one."""
         crops = [len(image) if image.dim() == 4 else 1 for image in images]
         return torch.tensor(crops).cumsum(0) * self._tokens(tuple(images[0].shape[-3:]))
 
@@ -118,10 +128,13 @@ class Merge:
         return output
 
     def _rehearsed(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
-        """The mask (B, T), and the number (B, T) of the feature each row is made from (1, 2, ...; 0: from none)."""
+        """The mask (B, T), and the number (B, T) of the feature each row is made from (1, 2, ...;
+        0: from none)."""
         ids = inputs.get("input_ids")
         if ids is None:
-            raise ValueError("input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn=")
+            raise ValueError(
+                "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn="
+            )
         stand_in = _stand_in(self.model, self._tokens)
         method = types.MethodType(getattr(type(self.model), PREPARE), stand_in)
         taken = inspect.signature(method).parameters
@@ -136,15 +149,21 @@ class Merge:
         return mask.to(ids.device), output[4][..., 0]
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
-        """The number of tokens that the model makes of an image of this shape: its own code, on the meta device."""
+        """The number of tokens that the model makes of an image of this shape: its own code, on the
+        meta device."""
         if shape not in self.tokens:
             encode = _Encode(self.model)
             named = [*encode.named_parameters(), *encode.named_buffers()]
             # ds_shape: of a parameter that ZeRO-3 has taken apart
-            empty = {n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta") for n, t in named}
+            empty = {
+                n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
+                for n, t in named
+            }
             try:
                 with torch.no_grad():
-                    made = torch.func.functional_call(encode, empty, (torch.empty(1, *shape, device="meta"),))
+                    made = torch.func.functional_call(
+                        encode, empty, (torch.empty(1, *shape, device="meta"),)
+                    )
             except Exception as error:
                 raise RuntimeError(
                     f"images: cannot tell how many tokens {type(self.model).__name__} makes of an image of shape "
@@ -154,8 +173,11 @@ class Merge:
         return self.tokens[shape]
 
 
-def _follow(method: Callable[..., Any], given: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor | None]:
-    """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged nothing."""
+def _follow(
+    method: Callable[..., Any], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged
+    nothing."""
     ids, labels, attention = given["input_ids"], given.get("labels"), given.get("attention_mask")
     given = given | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
     if attention is None:  # tells padding from images
@@ -171,7 +193,9 @@ def _follow(method: Callable[..., Any], given: dict[str, Any]) -> tuple[tuple[An
         return tuple(output), None
     words = output[5]
     mask = (words < 0) & output[2].bool()
-    output[5] = None if labels is None else labels.flatten()[words.clamp(min=0)].where(words >= 0, -100)
+    output[5] = (
+        None if labels is None else labels.flatten()[words.clamp(min=0)].where(words >= 0, -100)
+    )
     if attention is None:
         output[2] = None
     return tuple(output), mask
@@ -180,12 +204,17 @@ def _follow(method: Callable[..., Any], given: dict[str, Any]) -> tuple[tuple[An
 def _without_data(value: Any, name: str) -> Any:
     """An argument of the merge on the CPU; of the images the shapes alone."""
     if name == "images" and value is not None:
-        return [_without_data(v, name) for v in value] if isinstance(value, (list, tuple)) else value.to("meta")
+        return (
+            [_without_data(v, name) for v in value]
+            if isinstance(value, (list, tuple))
+            else value.to("meta")
+        )
     return value.cpu() if torch.is_tensor(value) else value
 
 
 def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> Any:
-    """A shallow copy on the CPU that merges without weights: a feature is one number, its place in the images."""
+    """A shallow copy on the CPU that merges without weights: a feature is one number, its place in
+    the images."""
 
     def embed_tokens(ids: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, 1, dtype=torch.double)
@@ -198,7 +227,10 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
     vars(twin).update(vars(module))
     vars(twin).pop(PREPARE, None)
     # as wide as a feature: the newline, ...; and one more so that `.device` is the CPU
-    empty = {name: nn.Parameter(torch.zeros(1, dtype=torch.double)) for name in [*module._parameters, "stand_in"]}
+    empty = {
+        name: nn.Parameter(torch.zeros(1, dtype=torch.double))
+        for name in [*module._parameters, "stand_in"]
+    }
     inner: dict[str, Any] = {
         n: _stand_in(m, tokens) if m is not None and any(hasattr(m, name) for name in EMBEDS) else m
         for n, m in module._modules.items()
@@ -208,7 +240,9 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
         "get_input_embeddings": lambda: embed_tokens,
         ENCODE: encode_images,
     }
-    vars(twin).update(_parameters=empty, _modules=inner, training=False, **functions)  # in training some draw positions
+    vars(twin).update(
+        _parameters=empty, _modules=inner, training=False, **functions
+    )  # in training some draw positions
     return twin
 
 
@@ -225,7 +259,8 @@ class _Encode(nn.Module):
         super().__init__()
         self.model = model
         tower = _tower(model)
-        # the model may keep it where its modules do not show it; twice here, it would be left on the meta device
+        # the model may keep it where its modules do not show it; twice here, it would be left on
+        # the meta device
         self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""What PRe says when it cannot do what it was attached for: every warning of the attachment, each once a training."""
+"""What PRe says when it cannot do what it was attached for: every warning of the attachment, each
+once a training."""
 
 from __future__ import annotations
 
@@ -102,8 +103,12 @@ WARNINGS = {
         "{optimizer} takes no parameters like {names} of the head ({error}), so these keep their values; give "
         "the Trainer an optimizer that takes them, or apply_pre(bias=False)"
     ),
-    "head recast": ("the head's {names} had been cast to {dtype} since apply_pre and are {wanted} again"),
-    "no head in the checkpoint": ("{folder} holds no head, so it starts from its initial weights ({error})"),
+    "head recast": (
+        "the head's {names} had been cast to {dtype} since apply_pre and are {wanted} again"
+    ),
+    "no head in the checkpoint": (
+        "{folder} holds no head, so it starts from its initial weights ({error})"
+    ),
     "optimizer without the head's state": (
         "the optimizer's state in {folder} is of a training without PRe; the other parameters' was taken, the "
         "head's starts fresh"
@@ -141,7 +146,8 @@ WARNINGS = {
 
 
 class Notices:
-    """The warnings of one handle or patch; a warning that was given is not repeated before `forget()`."""
+    """The warnings of one handle or patch; a warning that was given is not repeated before
+    `forget()`."""
 
     def __init__(self) -> None:
         self.given: set[str] = set()
@@ -158,7 +164,8 @@ class Notices:
         self.given.add(name)
 
     def turn(self, name: str) -> int:
-        """1, 2, ... in a training: how often the cause of the warning `name` has been looked for, or found."""
+        """1, 2, ... in a training: how often the cause of the warning `name` has been looked for,
+        or found."""
         self.turns[name] += 1
         return self.turns[name]
 

@@ -1,4 +1,5 @@
-"""The losses of one captured forward: rows, anchors and hidden states to the head, layer by layer."""
+"""The losses of one captured forward: rows, anchors and hidden states to the head, layer by
+layer."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ class Terms:
 
     Attributes:
         tokens: bool mask (B, T) of the visual tokens that count.
-        rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for all.
+        rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for
+            all.
         anchor: its leading shape + (z,), else (N, z) in the order of the rows.
         weight: of the rows' leading shape, or None for 1.
         count: Σ weight over all rows, drawn or not; 0-d.
         whole: what Σ weight · ℓ over all rows is divided by, None for `count`.
         divisor: what it is divided by over `rows`, None for Σ weight.
         images: the number of each visual token's image, at level "image".
-        skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are not.
+        skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are
+            not.
         counted: as in `Losses`; None for `count`.
     """
 
@@ -59,11 +62,13 @@ class Losses:
         divisor: what they are Σ weight · ℓ over all terms divided by; 0-d or a number.
         terms: this forward's terms, visual tokens or images; 0-d.
         tokens: the number of visual tokens, 0-d.
-        cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they are the loss.
+        cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they
+            are the loss.
         skipped: as in `Terms`.
-        counted: what `Objective.count` should have said of this forward: its terms, before any were left out; 0-d.
-        empty: 0-d bool, whether there were images but no visual token, masked or not; None without images, and where
-            `mask_fn` or the model's own merge finds the visual tokens.
+        counted: what `Objective.count` should have said of this forward: its terms, before any were
+            left out; 0-d.
+        empty: 0-d bool, whether there were images but no visual token, masked or not; None without
+            images, and where `mask_fn` or the model's own merge finds the visual tokens.
     """
 
     layers: list[Tensor]
@@ -78,7 +83,8 @@ class Losses:
 
 @dataclass
 class Objective:
-    """What the heads predict and from which rows; the arguments of `apply_pre` of the same names."""
+    """What the heads predict and from which rows; the arguments of `apply_pre` of the same
+    names."""
 
     parts: Parts
     layers: tuple[int, ...]
@@ -94,7 +100,8 @@ class Objective:
     nonfinite: str = "propagate"
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """What Σ over a forward with these arguments has to be divided by: its visual tokens, or its images; 0-d."""
+        """What Σ over a forward with these arguments has to be divided by: its visual tokens, or
+        its images; 0-d."""
         rows = find_rows(self.parts, inputs, self.mask_fn)
         if rows is None:
             return torch.zeros((), dtype=torch.long)
@@ -103,9 +110,14 @@ class Objective:
         return rows.mask.sum()
 
     def losses(
-        self, seen: Seen, heads: Sequence[nn.Module], divisor: Tensor | float | None, alone: bool = False
+        self,
+        seen: Seen,
+        heads: Sequence[nn.Module],
+        divisor: Tensor | float | None,
+        alone: bool = False,
     ) -> Losses:
-        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's or group's terms.
+        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's
+        or group's terms.
 
         `alone`: the forward's, whatever the group, whose other processes may have a divisor.
         """
@@ -124,7 +136,9 @@ class Objective:
             terms = self._terms(seen, rows, hidden, divisor)
         whole = terms.count if terms.whole is None else terms.whole
         counted = terms.count if terms.counted is None else terms.counted
-        found = Losses([], whole, terms.count, terms.tokens.sum(), [], terms.skipped, counted, rows.empty)
+        found = Losses(
+            [], whole, terms.count, terms.tokens.sum(), [], terms.skipped, counted, rows.empty
+        )
         for number, state, head in zip(self.layers, hidden, heads, strict=True):
             device = state.device
             if terms.images is not None:
@@ -138,8 +152,16 @@ class Objective:
                     found.cosines.append(sample_cosine(head, state, target, selected, self.impl))
         return found
 
-    def _terms(self, seen: Seen, rows: Rows, hidden: list[Tensor], divisor: Tensor | float | None) -> Terms:
-        mask, anchor, images, skipped, counted = rows.mask, self._anchor(seen, rows), None, None, None
+    def _terms(
+        self, seen: Seen, rows: Rows, hidden: list[Tensor], divisor: Tensor | float | None
+    ) -> Terms:
+        mask, anchor, images, skipped, counted = (
+            rows.mask,
+            self._anchor(seen, rows),
+            None,
+            None,
+            None,
+        )
         if "image" in (self.level, self.weighting):
             images = rows.images(self.parts, seen.inputs)
         if self.nonfinite == "skip":
@@ -169,26 +191,39 @@ class Objective:
             terms.divisor = share * (whole.to(share.device) if torch.is_tensor(whole) else whole)
         return terms
 
-    def _whole(self, count: Tensor, device: torch.device, divisor: Tensor | float | None) -> Tensor | float | None:
+    def _whole(
+        self, count: Tensor, device: torch.device, divisor: Tensor | float | None
+    ) -> Tensor | float | None:
         """`divisor` if it is given, else the group's, of which every process has to ask."""
         if divisor is not None or self.group is None:
             return divisor
         return self.group.divisor(count.to(device, non_blocking=True))
 
-    def _options(self, state: Tensor, divisor: Tensor | float | None, weight: Tensor | None) -> dict[str, Any]:
+    def _options(
+        self, state: Tensor, divisor: Tensor | float | None, weight: Tensor | None
+    ) -> dict[str, Any]:
         """Keywords of a head's call on `state`, in the autocast state of the products."""
         device = state.device
         options: dict[str, Any] = {"impl": self.impl, "normalizer": divisor, "row_weight": weight}
         half = state.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
         if self.fraction < 1 and not (self.impl == "auto" and half):
-            # with a capacity so many rows are computed; without it "auto" takes what computes those there are, if half
+            # with a capacity so many rows are computed; without it "auto" takes what computes those
+            # there are, if half
             options["capacity"] = int(self.fraction * math.prod(state.shape[:-1])) + 1
-        return {name: Uncast(value.to(device)) if torch.is_tensor(value) else value for name, value in options.items()}
+        return {
+            name: Uncast(value.to(device)) if torch.is_tensor(value) else value
+            for name, value in options.items()
+        }
 
     def _without_rows(
-        self, seen: Seen, hidden: list[Tensor], heads: Sequence[nn.Module], divisor: Tensor | float | None
+        self,
+        seen: Seen,
+        hidden: list[Tensor],
+        heads: Sequence[nn.Module],
+        divisor: Tensor | float | None,
     ) -> Losses:
-        """0 for each layer, with the head in the graph: DDP waits for its gradients on every rank."""
+        """0 for each layer, with the head in the graph: DDP waits for its gradients on every
+        rank."""
         zero = torch.zeros((), dtype=torch.long)
         whole = self._whole(zero, hidden[0].device, divisor)
         skipped = zero if self.nonfinite == "skip" else None
@@ -197,9 +232,15 @@ class Objective:
             none, target = state.new_zeros(0, dtype=torch.long), state.new_zeros(0, self.anchor_dim)
             normalizer = whole.to(state.device) if torch.is_tensor(whole) else whole
             with _products(seen, number, state, head):
-                found.layers.append(head(state, target, none, impl=self.impl, normalizer=normalizer))
-                if self.loss != "cosine":  # a sharded head gathers its parameters at each call, on all ranks
-                    found.cosines.append(sample_cosine(head, state[..., :0, :], target, None, self.impl))
+                found.layers.append(
+                    head(state, target, none, impl=self.impl, normalizer=normalizer)
+                )
+                if (
+                    self.loss != "cosine"
+                ):  # a sharded head gathers its parameters at each call, on all ranks
+                    found.cosines.append(
+                        sample_cosine(head, state[..., :0, :], target, None, self.impl)
+                    )
         return found
 
     def _anchor(self, seen: Seen, rows: Rows) -> Tensor:
@@ -210,25 +251,35 @@ class Objective:
             found = self.anchor(seen.inputs, rows.mask)
             if not torch.is_tensor(found) or not found.is_floating_point():
                 what = found.dtype if torch.is_tensor(found) else type(found).__name__
-                raise TypeError(f"anchor: the callable returned {what}, want a floating point tensor")
+                raise TypeError(
+                    f"anchor: the callable returned {what}, want a floating point tensor"
+                )
         else:
             if not seen.projector:
-                raise RuntimeError("anchor: the batch has images but the projector did not run; pass a callable anchor")
+                raise RuntimeError(
+                    "anchor: the batch has images but the projector did not run; pass a callable anchor"
+                )
             if not all(torch.is_tensor(rows) for rows in seen.projector):
                 raise TypeError(
                     f"anchor: the projector got a {type(seen.projector[0]).__name__}, not the tensor of its rows; use "
                     '"pre_llm", or pass a callable anchor'
                 )
-            entered = self.parts.family.projector_rows(seen.projector, seen.inputs, self.parts.config)
+            entered = self.parts.family.projector_rows(
+                seen.projector, seen.inputs, self.parts.config
+            )
             merge = self.parts.merge
             found = rows.kept(entered) if merge is None else merge.projected(seen.inputs, entered)
-        if found.shape[:-1] != rows.mask.shape and (found.dim() != 2 or len(found) != int(rows.mask.sum())):
+        if found.shape[:-1] != rows.mask.shape and (
+            found.dim() != 2 or len(found) != int(rows.mask.sum())
+        ):
             raise ValueError(
                 f"anchor: got shape {tuple(found.shape)} for {int(rows.mask.sum())} visual tokens in a batch of "
                 f"{tuple(rows.mask.shape)}; want (N, z) or (batch, tokens, z)"
             )
         if found.shape[-1] != self.anchor_dim:
-            raise ValueError(f"anchor: got shape {tuple(found.shape)}, want width {self.anchor_dim} (anchor_dim)")
+            raise ValueError(
+                f"anchor: got shape {tuple(found.shape)}, want width {self.anchor_dim} (anchor_dim)"
+            )
         if debugging() and self.nonfinite != "skip":
             _check_finite(found, rows.mask)
         return found
@@ -239,11 +290,16 @@ def _check_finite(anchor: Tensor, mask: Tensor) -> None:
     counted = anchor[mask.to(anchor.device)] if anchor.shape[:-1] == mask.shape else anchor
     bad = int((~counted.isfinite()).any(-1).sum())
     if bad:
-        raise ValueError(f"anchor: got nan or inf in {bad} of {len(counted)} visual tokens, want finite values")
+        raise ValueError(
+            f"anchor: got nan or inf in {bad} of {len(counted)} visual tokens, want finite values"
+        )
 
 
-def _products(seen: Seen, number: int, hidden: Tensor, head: nn.Module) -> AbstractContextManager[Any]:
-    """The layer's autocast state; for master weights over a layer in half precision, autocast to the layer's dtype."""
+def _products(
+    seen: Seen, number: int, hidden: Tensor, head: nn.Module
+) -> AbstractContextManager[Any]:
+    """The layer's autocast state; for master weights over a layer in half precision, autocast to
+    the layer's dtype."""
     half = hidden.dtype.itemsize == 2 and not seen.autocast[number][1]
     if half and next(head.parameters()).dtype == torch.float32:
         return torch.autocast(hidden.device.type, dtype=hidden.dtype)

@@ -1,4 +1,5 @@
-"""Whether the optimizers of this process step the head and the model: torch's own hook tells, without a host sync."""
+"""Whether the optimizers of this process step the head and the model: torch's own hook tells,
+without a host sync."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 class Steps:
     """What the optimizers that have stepped hold of a model and its head.
 
-    It is looked up when a step begins: in a forward FSDP has other parameters in the place of those it splits.
+    It is looked up when a step begins: in a forward FSDP has other parameters in the place of those
+    it splits.
 
     Attributes:
         count: of steps, of any optimizer.
@@ -51,7 +53,8 @@ class Steps:
         self._missing, self._others = None, False
 
     def verdict(self) -> str | None:
-        """What all of them leave out, once for each that is new: "head", "model" (all but the head), or None."""
+        """What all of them leave out, once for each that is new: "head", "model" (all but the
+        head), or None."""
         if not self._news:
             return None
         self._news = False
@@ -59,7 +62,8 @@ class Steps:
 
 
 def split(model: nn.Module, head: nn.Module) -> tuple[dict[int, str], set[int]]:
-    """Of the parameters that require grad: the ids and names of the head's, and the ids of the model's others."""
+    """Of the parameters that require grad: the ids and names of the head's, and the ids of the
+    model's others."""
     mine = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
     return mine, {id(p) for p in model.parameters() if p.requires_grad} - mine.keys()
 
@@ -70,7 +74,8 @@ def parameters(optimizer: Any) -> Iterable[Any]:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The innermost of wrappers such as accelerate's and DeepSpeed's, which keep what they wrap as `.optimizer`."""
+    """The innermost of wrappers such as accelerate's and DeepSpeed's, which keep what they wrap as
+    `.optimizer`."""
     while not (isinstance(optimizer, torch.optim.Optimizer) and "optimizer" not in vars(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
@@ -84,7 +89,8 @@ _hook: RemovableHandle | None = None  # one for all, and only as long as there i
 
 
 def listen(handle: Any) -> None:
-    """`handle.stepped(optimizer)` is called when an optimizer's step begins; a copy of it is told nothing."""
+    """`handle.stepped(optimizer)` is called when an optimizer's step begins; a copy of it is told
+    nothing."""
     global _hook
     _live.add(handle)
     if _hook is None:

@@ -10,8 +10,11 @@ from torch import Tensor
 from .parallel import Group, initialized
 
 
-def share(inputs: dict[str, Any], labels: str, device: torch.device, group: Group | None) -> Tensor | float:
-    """1, or this micro-batch's share of the step's label items where the model's own loss is divided by those.
+def share(
+    inputs: dict[str, Any], labels: str, device: torch.device, group: Group | None
+) -> Tensor | float:
+    """1, or this micro-batch's share of the step's label items where the model's own loss is
+    divided by those.
 
     With a group it is the mean share: Σℓ of all its processes is one micro-batch.
     """
@@ -42,16 +45,20 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
 
 
 def keep_in_graph(output: Any, term: Tensor) -> Any:
-    """`output` with `term` in the graph of its loss, or of its logits if it has none, at a gradient of 0.
+    """`output` with `term` in the graph of its loss, or of its logits if it has none, at a gradient
+    of 0.
 
-    DDP looks there for the parameters that are used; `term` is to be back-propagated from elsewhere.
+    DDP looks there for the parameters that are used; `term` is to be back-propagated from
+    elsewhere.
     """
     if own_loss(output) is not None:
         return add_to_loss(output, 0 * term)
     if not initialized():  # tied logits cannot be changed in place
         return output
     for found in logits(output):
-        output = _put(output, "logits", _places(output)[1], _Tied.apply(found, term.to(found.device)))
+        output = _put(
+            output, "logits", _places(output)[1], _Tied.apply(found, term.to(found.device))
+        )
     return output
 
 
@@ -68,19 +75,29 @@ class _Tied(torch.autograd.Function):
 
 
 def logits(output: Any) -> list[Tensor]:
-    """Those in what the model returns, where there are any: what a trainer's own loss is made of."""
+    """Those in what the model returns, where there are any: what a trainer's own loss is made
+    of."""
     found = _get(output, "logits", _places(output)[1])
     return [found] if torch.is_tensor(found) and found.dim() else []
 
 
 def tensors(output: Any) -> list[Tensor]:
     """What of the output a loss may be made of, the model's own loss first."""
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
-    return sorted((value for value in values if torch.is_tensor(value)), key=lambda value: value.dim())
+    values = (
+        output.values()
+        if isinstance(output, dict)
+        else output
+        if isinstance(output, tuple)
+        else [output]
+    )
+    return sorted(
+        (value for value in values if torch.is_tensor(value)), key=lambda value: value.dim()
+    )
 
 
 def _places(output: Any) -> tuple[int, int]:
-    """Of a tuple: where the loss is, its first number, and where the logits are, its first tensor with dimensions."""
+    """Of a tuple: where the loss is, its first number, and where the logits are, its first tensor
+    with dimensions."""
     if not isinstance(output, tuple):
         return 0, 0
     dims = [value.dim() if torch.is_tensor(value) else None for value in output]

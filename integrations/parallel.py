@@ -1,4 +1,5 @@
-"""Several processes: counts over a group, heads whose parameters are split, and errors that every process hears of."""
+"""Several processes: counts over a group, heads whose parameters are split, and errors that every
+process hears of."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Group:
     """A process group over which the terms of a forward are counted.
 
     Args:
-        group: a ProcessGroup, or "world", which is one process where torch.distributed is not initialised.
+        group: a ProcessGroup, or "world", which is one process where torch.distributed is not
+            initialised.
 
     Raises:
         TypeError: for anything else.
@@ -31,14 +33,17 @@ class Group:
         if group != "world" and not (
             torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
         ):
-            raise TypeError(f'group: got {group!r}, want a ProcessGroup that this process is in, "world", or None')
+            raise TypeError(
+                f'group: got {group!r}, want a ProcessGroup that this process is in, "world", or None'
+            )
         self.group = None if group == "world" else group
 
     def __deepcopy__(self, memo: Any) -> Group:
         return copy.copy(self)  # a process group cannot be copied
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the processes, in float32 and on its device; collective, no host sync."""
+        """The mean of `value` over the processes, in float32 and on its device; collective, no host
+        sync."""
         value = value.detach().float().clone()
         if not initialized():
             return value
@@ -46,13 +51,15 @@ class Group:
         return value / torch.distributed.get_world_size(self.group)
 
     def divisor(self, count: Tensor) -> Tensor:
-        """What each process divides its Σℓ by, so that averaged gradients are those of the mean over all terms."""
+        """What each process divides its Σℓ by, so that averaged gradients are those of the mean
+        over all terms."""
         mean = self.mean(count)  # 0 where no process has a term
         return torch.where(mean > 0, mean, 1.0)
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise a TypeError for a model that is compiled as a whole, or wrapped or sharded as a whole or in parts."""
+    """Raise a TypeError for a model that is compiled as a whole, or wrapped or sharded as a whole
+    or in parts."""
     if _is(model, "OptimizedModule"):
         raise TypeError(
             "model: got OptimizedModule, which torch.compile made; want the plain model: call apply_pre first and "
@@ -68,11 +75,14 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 
 def check_same_everywhere(head: nn.Module) -> None:
-    """Raise a ValueError on every process if the heads differ; collective, and only under PRE_KERNELS_DEBUG=1."""
+    """Raise a ValueError on every process if the heads differ; collective, and only under
+    PRE_KERNELS_DEBUG=1."""
     if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not initialized():
         return
     mine = [p.detach().double() for p in head.parameters() if not p.is_meta]
-    sums = torch.stack([s for p in mine for s in (p.sum(), p.square().sum())]).tolist() if mine else []
+    sums = (
+        torch.stack([s for p in mine for s in (p.sum(), p.square().sum())]).tolist() if mine else []
+    )
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, sums)
     others = [rank for rank, found in enumerate(every) if found != every[0]]
@@ -90,7 +100,8 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def together(collective: bool) -> Iterator[None]:
-    """An exception inside, on any process, is raised on every one, so that none waits for the others for ever."""
+    """An exception inside, on any process, is raised on every one, so that none waits for the
+    others for ever."""
     error: Exception | None = None
     try:
         yield
@@ -115,8 +126,8 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 class Whole:
-    """The parameters of a head, which may be split over processes by FSDP1, FSDP2 or ZeRO-3, and the way to have them
-    in full.
+    """The parameters of a head, which may be split over processes by FSDP1, FSDP2 or ZeRO-3, and
+    the way to have them in full.
 
     Args:
         head: the module that owns them.
@@ -125,14 +136,19 @@ class Whole:
         attached: the module that `head` is a child of.
 
     Attributes:
-        collective: whether they are split, so that every process has to take part in `read` and `write`.
+        collective: whether they are split, so that every process has to take part in `read` and
+            `write`.
 
     Raises:
         RuntimeError: if they are split and it is not known how.
     """
 
     def __init__(
-        self, head: nn.Module, shapes: dict[str, tuple[int, ...]], model: nn.Module | None, attached: nn.Module
+        self,
+        head: nn.Module,
+        shapes: dict[str, tuple[int, ...]],
+        model: nn.Module | None,
+        attached: nn.Module,
     ) -> None:
         for module in (attached, *head.modules()):
             if _is(module, "FSDPModule"):
@@ -144,7 +160,11 @@ class Whole:
         self.collective = bool(self.units or self.zero or self.fsdp2)
         for name, shape in shapes.items():
             if not self.collective and (name not in self.found or self.found[name].shape != shape):
-                has = f"shape {tuple(self.found[name].shape)}" if name in self.found else "no parameter of that name"
+                has = (
+                    f"shape {tuple(self.found[name].shape)}"
+                    if name in self.found
+                    else "no parameter of that name"
+                )
                 raise RuntimeError(
                     f"head: `{name}` is sharded ({has}, whole {shape}); under FSDP1 pass its wrapper as model= (with "
                     "use_orig_params=True), under another library gather the parameters first"
@@ -154,12 +174,19 @@ class Whole:
     def read(self, keep: bool = True) -> dict[str, Tensor]:
         """Copies on the CPU by name; empty where not `keep`, as not every process writes a file."""
         with self._gathered(write=False) as named:
-            whole = {name: _full(p) if name in self.fsdp2 else p.detach() for name, p in named.items()}
-            return {name: p.to("cpu", copy=True).contiguous() for name, p in whole.items()} if keep else {}
+            whole = {
+                name: _full(p) if name in self.fsdp2 else p.detach() for name, p in named.items()
+            }
+            return (
+                {name: p.to("cpu", copy=True).contiguous() for name, p in whole.items()}
+                if keep
+                else {}
+            )
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
-        """Copy `values`, the same on every process, into the parameters, and into the float32 ones DeepSpeed keeps."""
+        """Copy `values`, the same on every process, into the parameters, and into the float32 ones
+        DeepSpeed keeps."""
         with self._gathered(write=True) as named:
             for name, p in named.items():
                 if name in self.fsdp2:
@@ -181,12 +208,16 @@ class Whole:
 
                 for unit in self.units:
                     stack.enter_context(
-                        FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=write)
+                        FullyShardedDataParallel.summon_full_params(
+                            unit, recurse=False, writeback=write
+                        )
                     )
             if self.zero:
                 import deepspeed
 
-                stack.enter_context(deepspeed.zero.GatheredParameters(self.zero, modifier_rank=0 if write else None))
+                stack.enter_context(
+                    deepspeed.zero.GatheredParameters(self.zero, modifier_rank=0 if write else None)
+                )
             yield {_clean(name): p for name, p in self.head.named_parameters()}
 
 
@@ -204,8 +235,11 @@ def _clean(name: str) -> str:
 
 
 def _units(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """FSDP1's modules around `head`, the outermost (which has to be initialised first) and the innermost."""
-    around = [m for m in model.modules() if _is(m, "FullyShardedDataParallel") and head in m.modules()]
+    """FSDP1's modules around `head`, the outermost (which has to be initialised first) and the
+    innermost."""
+    around = [
+        m for m in model.modules() if _is(m, "FullyShardedDataParallel") and head in m.modules()
+    ]
     return list(dict.fromkeys([*around[:1], *around[-1:]]))
 
 
@@ -219,4 +253,8 @@ def _distribute(value: Tensor, parameter: Any) -> None:
     mine = parameter.to_local()
     value = value.to(parameter.device_mesh.device_type, parameter.dtype)
     # every process has the whole, so each takes its part
-    mine.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local())
+    mine.copy_(
+        distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()
+    )

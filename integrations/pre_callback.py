@@ -1,4 +1,5 @@
-"""PRe on the model of a `transformers.Trainer` by a callback alone, where no class may be patched."""
+"""PRe on the model of a `transformers.Trainer` by a callback alone, where no class may be
+patched."""
 
 from __future__ import annotations
 
@@ -19,21 +20,24 @@ REFUSED = ("head_lr", "head_weight_decay")  # groups of the optimizer, which a c
 
 
 class PreCallback(TrainerCallback):
-    """`apply_pre` on the Trainer's model, λ along its schedule, the metrics in its log, the head in its checkpoints.
+    """`apply_pre` on the Trainer's model, λ along its schedule, the metrics in its log, the head in
+    its checkpoints.
 
     ```python
     trainer.add_callback(PreCallback(layer=16, weight=0.5))  # better: Trainer(..., callbacks=[PreCallback(...)])
     trainer.train()
     ```
 
-    Given in `callbacks=`, it attaches when the Trainer is made. Added by `trainer.add_callback`, or where `model_init`
-    makes the model again, it attaches when training begins: in one process only, since by then the model may be
-    wrapped, and such a training cannot be resumed with its optimizer.
+    Given in `callbacks=`, it attaches when the Trainer is made. Added by `trainer.add_callback`, or
+    where `model_init` makes the model again, it attaches when training begins: in one process only,
+    since by then the model may be wrapped, and such a training cannot be resumed with its
+    optimizer.
 
-    What needs `patch_trainer` instead: the mean over the visual tokens of the whole step (here each micro-batch adds
-    its own, weighed like its loss); trainers that ignore `output.loss` (TRL's) or take the labels; optimizer groups of
-    the head's own; resuming a checkpoint of a training without PRe; FSDP1's sharded head; the metrics in reporters
-    (`report_to`), which come before this in the Trainer's list: they are in `state.log_history` and on the screen.
+    What needs `patch_trainer` instead: the mean over the visual tokens of the whole step (here each
+    micro-batch adds its own, weighed like its loss); trainers that ignore `output.loss` (TRL's) or
+    take the labels; optimizer groups of the head's own; resuming a checkpoint of a training without
+    PRe; FSDP1's sharded head; the metrics in reporters (`report_to`), which come before this in the
+    Trainer's list: they are in `state.log_history` and on the screen.
 
     Args:
         settings: keywords of `apply_pre`.
@@ -56,12 +60,20 @@ class PreCallback(TrainerCallback):
         self.handle: PreHandle | None = None
         self._watch: Any = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
+    ) -> None:
         """Attach, before the optimizer is made and the model wrapped."""
         self._attach(model)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **more: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **more: Any,
     ) -> None:
         """Attach if that is still to be done; take the head of the checkpoint that is resumed."""
         if find_handle(model) is None:
@@ -98,7 +110,11 @@ class PreCallback(TrainerCallback):
 
         found = self.handle.metrics(combine=over_processes)
         if found["pre_rows"] or found.get("pre_skipped"):
-            logs |= {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
+            logs |= {
+                name: value
+                for name, value in found.items()
+                if name not in ("pre_rows", "pre_forwards")
+            }
             state.log_history[-1].update(logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -108,7 +124,11 @@ class PreCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """The handle stays: the model may be trained on. With the best model comes its head."""
-        if self.handle is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if (
+            self.handle is not None
+            and args.load_best_model_at_end
+            and state.best_model_checkpoint is not None
+        ):
             self._load(state.best_model_checkpoint)
         if self._watch is not None:
             self._watch.remove()
@@ -118,13 +138,16 @@ class PreCallback(TrainerCallback):
         self.handle = find_handle(model) or apply_pre(model, **self.settings)
 
     def _join(self, optimizer: Any) -> None:
-        """Put the head's parameters into groups that are there: the scheduler has an entry for each, so no new one."""
+        """Put the head's parameters into groups that are there: the scheduler has an entry for
+        each, so no new one."""
         assert self.handle is not None
         there = {id(p) for p in parameters(optimizer)}
         for group in self.handle.param_groups():
             biases = group.get("weight_decay") == 0
             plain = [g for g in optimizer.param_groups if (g.get("weight_decay", 0) == 0) == biases]
-            (plain or optimizer.param_groups)[0]["params"] += [p for p in group["params"] if id(p) not in there]
+            (plain or optimizer.param_groups)[0]["params"] += [
+                p for p in group["params"] if id(p) not in there
+            ]
 
     def _resume(self, args: Any, state: Any) -> None:
         assert self.handle is not None
@@ -146,7 +169,9 @@ def _resumed() -> str | None:
     frame = inspect.currentframe()
     while frame is not None:
         folder = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(folder, (str, os.PathLike)) and isinstance(frame.f_locals.get("self"), Trainer):
+        if isinstance(folder, (str, os.PathLike)) and isinstance(
+            frame.f_locals.get("self"), Trainer
+        ):
             return os.fspath(folder)
         frame = frame.f_back
     return None

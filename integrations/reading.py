@@ -1,4 +1,5 @@
-"""Reading a model instead of training it: the hidden states of visual tokens, layer by layer, for the diagnostics."""
+"""Reading a model instead of training it: the hidden states of visual tokens, layer by layer, for
+the diagnostics."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from .capture import Capture, Seen
 from .families import check_tokens, find_parts, same
 from .rows import find_rows
 
-NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "embedding_norm")  # before the unembedding
+NORMS = (
+    "norm",
+    "final_layernorm",
+    "ln_f",
+    "final_norm",
+    "embedding_norm",
+)  # before the unembedding
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Sample:
 
 
 class Reader:
-    """Reads the hidden states of `model`'s visual tokens; a context manager that takes its hooks off at the end.
+    """Reads the hidden states of `model`'s visual tokens; a context manager that takes its hooks
+    off at the end.
 
     ```python
     with Reader(model, layers=(0, 16, 32)) as reader:
@@ -65,7 +73,8 @@ class Reader:
 
     Args:
         model: a Hugging Face vision-language model, or a `PeftModel` around one.
-        layers: numbers in 0..L: what so many decoder layers made (L: before the final norm); None is all of them.
+        layers: numbers in 0..L: what so many decoder layers made (L: before the final norm); None
+            is all of them.
         mask_fn, text_model, decoder_layers: as `mask_fn`, `text_model` and `layers` of `apply_pre`.
 
     Raises:
@@ -99,15 +108,19 @@ class Reader:
         self._capture = Capture(model, self.parts, inside, lambda *_: self._reading, self._finish)
 
     @torch.no_grad()
-    def read(self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> list[ImageStates]:
-        """The images of one forward with these arguments, in eval mode and without gradients; batch by batch row.
+    def read(
+        self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None
+    ) -> list[ImageStates]:
+        """The images of one forward with these arguments, in eval mode and without gradients; batch
+        by batch row.
 
-        An image is what `apply_pre`'s level "image" takes for one. References to what the forward made: whoever wants
-        to keep many has to copy.
+        An image is what `apply_pre`'s level "image" takes for one. References to what the forward
+        made: whoever wants to keep many has to copy.
 
         Args:
             inputs: the forward's arguments by name, on the model's device.
-            call: what to call with them in place of the model: a wrapper around it (DDP, FSDP, DeepSpeed).
+            call: what to call with them in place of the model: a wrapper around it (DDP, FSDP,
+                DeepSpeed).
 
         Raises:
             ValueError: where the forward has no visual tokens, or its images cannot be told apart.
@@ -127,11 +140,16 @@ class Reader:
         finally:
             self._reading, self._seen = False, None
         if seen is None:
-            raise RuntimeError(f"call: it never called the {type(self.model).__name__} that is read")
+            raise RuntimeError(
+                f"call: it never called the {type(self.model).__name__} that is read"
+            )
         rows = find_rows(self.parts, seen.inputs, self.mask_fn)
         if rows is None or not rows.mask.any():
             raise ValueError("inputs: got no visual tokens, want at least one image")
-        states = {0: seen.anchor(), **{number: seen.layer(number) for number in self.layers if number}}
+        states = {
+            0: seen.anchor(),
+            **{number: seen.layer(number) for number in self.layers if number},
+        }
         rows.check(states[0])
         numbers = rows.images(self.parts, seen.inputs)
         samples = rows.mask.nonzero()[:, 0]
@@ -145,12 +163,17 @@ class Reader:
         return found, output
 
     def logits(self) -> Callable[[Tensor], Tensor] | None:
-        """unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary); None if either is not found."""
+        """unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary); None if
+        either is not found."""
         text: Any = self.parts.text
-        norm = next((m for name in NORMS if isinstance(m := getattr(text, name, None), nn.Module)), None)
+        norm = next(
+            (m for name in NORMS if isinstance(m := getattr(text, name, None), nn.Module)), None
+        )
         get: Any = getattr(self.inner, "get_output_embeddings", None)
         head = None if get is None else get()
-        if norm is None or head is None or self.parts.family.hidden is not same:  # several streams meet before it
+        if (
+            norm is None or head is None or self.parts.family.hidden is not same
+        ):  # several streams meet before it
             return None
         weight = head.weight
         return lambda h: head(norm(h.to(weight.device, weight.dtype)))
@@ -172,7 +195,8 @@ class Reader:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode; after it every module trains or not as before, since some may be frozen that way."""
+    """`model` in eval mode; after it every module trains or not as before, since some may be frozen
+    that way."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -191,10 +215,12 @@ def measure(
     call: Callable[..., Any] | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Add each sample to `report`, one by one; yields its hidden states by layer, after they were added.
+    """Add each sample to `report`, one by one; yields its hidden states by layer, after they were
+    added.
 
-    The anchor is what enters the decoder, whether or not layer 0 is among the reader's. An image that a model cuts into
-    tiles is one image here, without a grid. `lens`: with the logit lens, where the model has the parts for it.
+    The anchor is what enters the decoder, whether or not layer 0 is among the reader's. An image
+    that a model cuts into tiles is one image here, without a grid. `lens`: with the logit lens,
+    where the model has the parts for it.
 
     ```python
     report = LayerReport()
@@ -209,9 +235,15 @@ def measure(
     """
     logits = reader.logits() if lens else None
     for sample in samples:
-        inputs = {k: v.to(device) if device is not None and torch.is_tensor(v) else v for k, v in sample.inputs.items()}
+        inputs = {
+            k: v.to(device) if device is not None and torch.is_tensor(v) else v
+            for k, v in sample.inputs.items()
+        }
         images = reader.read(inputs, call)
-        hidden = {number: torch.cat([image.hidden[number] for image in images]) for number in reader.layers}
+        hidden = {
+            number: torch.cat([image.hidden[number] for image in images])
+            for number in reader.layers
+        }
         report.update(
             hidden,
             torch.cat([image.anchor for image in images]),
@@ -227,13 +259,17 @@ def _numbers(layers: Any, depth: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(depth + 1))
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-        raise TypeError(f"layers: got {layers!r}, want a sequence of integers in 0..{depth}, or None for all")
+        raise TypeError(
+            f"layers: got {layers!r}, want a sequence of integers in 0..{depth}, or None for all"
+        )
     numbers = []
     for entry in layers:
         try:
             number = operator.index(entry)
         except TypeError:
-            raise TypeError(f"layers: got {entry!r} among them, want integers in 0..{depth}") from None
+            raise TypeError(
+                f"layers: got {entry!r} among them, want integers in 0..{depth}"
+            ) from None
         if isinstance(entry, bool) or not 0 <= number <= depth:
             raise ValueError(f"layers: got {entry!r} among them, want integers in 0..{depth}")
         numbers.append(number)

@@ -13,7 +13,9 @@ from torch import Tensor
 from .families import GENERIC, Inputs, Parts, runs
 from .visible import visible
 
-PATIENCE = 4  # forwards with images: the first few may have dummy images that the text does not name
+PATIENCE = (
+    4  # forwards with images: the first few may have dummy images that the text does not name
+)
 
 
 @dataclass
@@ -24,8 +26,8 @@ class Rows:
         mask: bool (B, T), those that count: placeholders that are not masked as padding.
         places: bool (B, T) for each kind, before the attention mask; empty if a mask_fn found them.
         numbers: integer (B, T) from a mask_fn that numbers the images.
-        empty: 0-d bool, whether there are images but no placeholder, masked or not; None where `mask_fn` or the model's
-            own merge finds the visual tokens.
+        empty: 0-d bool, whether there are images but no placeholder, masked or not; None where
+            `mask_fn` or the model's own merge finds the visual tokens.
     """
 
     mask: Tensor
@@ -50,7 +52,8 @@ class Rows:
         return whole[self.mask]
 
     def kept(self, rows: Tensor) -> Tensor:
-        """Of one row per placeholder (M, z), all images' first and then all videos', those (N, z) that count."""
+        """Of one row per placeholder (M, z), all images' first and then all videos', those (N, z)
+        that count."""
         kinds = list(self.places.values()) if self.places else [self.mask]
         sizes = [int(places.sum()) for places in kinds]
         if len(rows) != sum(sizes):
@@ -74,7 +77,9 @@ class Rows:
             )
 
 
-def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str, Any]], Tensor] | None) -> Rows | None:
+def find_rows(
+    parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str, Any]], Tensor] | None
+) -> Rows | None:
     """The visual tokens of a forward with these arguments; None if it has no vision input.
 
     Raises:
@@ -85,7 +90,9 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
         found = mask_fn(inputs)
         if not torch.is_tensor(found) or found.is_floating_point() or found.is_complex():
             what = found.dtype if torch.is_tensor(found) else type(found).__name__
-            raise TypeError(f"mask_fn: returned {what}, want a bool or integer tensor (batch, tokens)")
+            raise TypeError(
+                f"mask_fn: returned {what}, want a bool or integer tensor (batch, tokens)"
+            )
         return Rows(found, {}) if found.dtype == torch.bool else Rows(found != 0, {}, found)
     if parts.merge is not None:
         merged = parts.merge.mask(inputs)
@@ -95,7 +102,9 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
         return None
     mask = torch.stack(list(places.values())).any(0)
     empty = ~mask.any()
-    if torch.is_tensor(flags := inputs.get("image_flags")):  # InternVL's own code: 0 for a dummy image without tokens
+    if torch.is_tensor(
+        flags := inputs.get("image_flags")
+    ):  # InternVL's own code: 0 for a dummy image without tokens
         empty = empty & flags.to(mask.device).any()
     kept = visible(inputs, mask.shape, parts.notices)
     if kept is not None:
@@ -104,10 +113,11 @@ def find_rows(parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str,
 
 
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
-    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch has an input.
+    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch
+    has an input.
 
-    A literal image token without an image is text; in a family that is not listed, whose images may come in an argument
-    of any name, a warning says so once. Empty for a text-only batch.
+    A literal image token without an image is text; in a family that is not listed, whose images may
+    come in an argument of any name, a warning says so once. Empty for a text-only batch.
 
     Raises:
         ValueError: without `input_ids`.
@@ -118,7 +128,8 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
     present = [
         kind
         for kind, names in named.items()
-        if tokens[kind] and any(map(_holds, (precomputed.get(kind), *(inputs.get(name) for name in names))))
+        if tokens[kind]
+        and any(map(_holds, (precomputed.get(kind), *(inputs.get(name) for name in names))))
     ]
     ids = inputs.get("input_ids")
     if ids is None:
@@ -138,7 +149,8 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _holds(value: Any) -> bool:
-    """Whether an argument has images in it; collators also give an empty tensor or list for none."""
+    """Whether an argument has images in it; collators also give an empty tensor or list for
+    none."""
     if torch.is_tensor(value):
         return value.numel() > 0
     return value is not None and not (isinstance(value, (list, tuple)) and not value)
@@ -147,8 +159,8 @@ def _holds(value: Any) -> bool:
 def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
     """Looks at the first text-only forward of a training, the 2nd, 4th, 8th, ...
 
-    A look waits for the device: this way a training has some 20 of them, and yet one is made soon after the first
-    images come, however much text went before.
+    A look waits for the device: this way a training has some 20 of them, and yet one is made soon
+    after the first images come, however much text went before.
     """
     name = "image tokens without images"
     if name in parts.notices.given or capturing():
@@ -185,7 +197,8 @@ def capturing() -> bool:
 
 
 def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`; no host sync.
+    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`; no
+    host sync.
 
     Args:
         mask: bool, of N rows.
@@ -195,23 +208,31 @@ def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
     kept = mask
     for rows in (anchor, *hidden):
         # the largest magnitude: one pass, and nan and inf come through it
-        good = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1).isfinite().to(mask.device)
-        kept = kept & (good if good.shape == mask.shape else torch.ones_like(mask).masked_scatter(mask, good))
+        good = (
+            torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1).isfinite().to(mask.device)
+        )
+        kept = kept & (
+            good if good.shape == mask.shape else torch.ones_like(mask).masked_scatter(mask, good)
+        )
     return kept
 
 
 def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
-    """The mean (K, d) over each image's rows: of (B, T, d) under `mask`, or of (N, d); in `rows`' dtype."""
+    """The mean (K, d) over each image's rows: of (B, T, d) under `mask`, or of (N, d); in `rows`'
+    dtype."""
     if rows.shape[:-1] == mask.shape:
         rows = rows[mask]
     _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros(len(sizes), rows.shape[-1], dtype=wide, device=rows.device).index_add(0, index, rows.to(wide))
+    total = torch.zeros(len(sizes), rows.shape[-1], dtype=wide, device=rows.device).index_add(
+        0, index, rows.to(wide)
+    )
     return (total / sizes[:, None]).to(rows.dtype)
 
 
 def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T): 1 / the tokens of its image for each row under `mask`, 0 elsewhere; and the number of images, 0-d."""
+    """(B, T): 1 / the tokens of its image for each row under `mask`, 0 elsewhere; and the number of
+    images, 0-d."""
     _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
     weights = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     weights[mask] = 1 / sizes[index].to(mask.device, weights.dtype)
@@ -219,9 +240,11 @@ def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """`mask` with max(1, round(`fraction` · N)) of its N rows, every such subset being as likely; and their share of N.
+    """`mask` with max(1, round(`fraction` · N)) of its N rows, every such subset being as likely;
+    and their share of N.
 
-    One draw from the default generator of the mask's device; no host sync. The share is 0-d; 1 without rows.
+    One draw from the default generator of the mask's device; no host sync. The share is 0-d; 1
+    without rows.
     """
     if mask.numel() == 0:
         return mask, torch.ones((), device=mask.device)

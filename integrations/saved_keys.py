@@ -1,4 +1,5 @@
-"""What a saved model holds: the keys it has without PRe, wherever the way of saving can be reached."""
+"""What a saved model holds: the keys it has without PRe, wherever the way of saving can be
+reached."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ IGNORED = "_keys_to_ignore_on_save"
 
 
 class SavedKeys:
-    """Keeps `model.<name>` out of `model.save_pretrained`, of Hugging Face's kind or the model's own.
+    """Keeps `model.<name>` out of `model.save_pretrained`, of Hugging Face's kind or the model's
+    own.
 
     A plain object with bound methods, so that `copy.deepcopy(model)` copies it with the model.
 
@@ -32,7 +34,9 @@ class SavedKeys:
             ignored: Any = getattr(model, IGNORED)
             vars(model)[IGNORED] = set(ignored or ()) | keys
         elif callable(getattr(kind, "save_pretrained", None)) and not hasattr(model, "peft_config"):
-            vars(model)["save_pretrained"] = self._save_pretrained  # PEFT's saves its adapters alone
+            vars(model)["save_pretrained"] = (
+                self._save_pretrained
+            )  # PEFT's saves its adapters alone
 
     def remove(self) -> None:
         """Put the model's own way of saving back."""
@@ -51,7 +55,9 @@ class SavedKeys:
         finally:
             hook.remove()
 
-    def _leave_out(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def _leave_out(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
         for key in [key for key in state if key.startswith(f"{prefix}{self.name}.")]:
             del state[key]
 

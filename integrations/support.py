@@ -1,4 +1,5 @@
-"""The table of supported families, from `families.FAMILIES`: for `pre-kernels env --models` and for the README."""
+"""The table of supported families, from `families.FAMILIES`: for `pre-kernels env --models` and for
+the README."""
 
 from __future__ import annotations
 
@@ -6,8 +7,16 @@ from dataclasses import dataclass
 
 from .families import FAMILIES, GENERIC, ORIGINAL, Family
 
-HEAD = ("family", "config.model_type", "transformers", "images told apart by", 'anchor="pre_projector"', "video tokens")
-# how a family's `images` tells images apart, in a reader's words; a rule that is missing here goes by its name
+HEAD = (
+    "family",
+    "config.model_type",
+    "transformers",
+    "images told apart by",
+    'anchor="pre_projector"',
+    "video tokens",
+)
+# how a family's `images` tells images apart, in a reader's words; a rule that is missing here goes
+# by its name
 RULES = {
     "runs": "runs of visual tokens",
     "equal_parts": "equal parts",
@@ -22,7 +31,8 @@ RULES = {
 
 @dataclass(frozen=True)
 class Support:
-    """One line of the table: the model types of a family that share all else; none where the config does not tell."""
+    """One line of the table: the model types of a family that share all else; none where the config
+    does not tell."""
 
     name: str
     types: tuple[str, ...]
@@ -32,7 +42,13 @@ class Support:
         """In the order of HEAD, without the version that is installed."""
         original = self.row is ORIGINAL
         rule = "merge" if original else self.row.images.__name__
-        projector = "yes, but for newline rows" if original else "yes" if self.row.projector else "pass a callable"
+        projector = (
+            "yes, but for newline rows"
+            if original
+            else "yes"
+            if self.row.projector
+            else "pass a callable"
+        )
         return (
             self.name,
             ", ".join(self.types),
@@ -44,27 +60,38 @@ class Support:
 
 
 def supported() -> list[Support]:
-    """The lines of the table, in the order of FAMILIES; the original code bases; any model that is not listed."""
+    """The lines of the table, in the order of FAMILIES; the original code bases; any model that is
+    not listed."""
     types: dict[tuple[str, Family], list[str]] = {}
     for model_type, row in FAMILIES.items():
         types.setdefault((row.name or model_type, row), []).append(model_type)
     lines = [Support(name, tuple(of), row) for (name, row), of in types.items()]
-    return [*lines, Support(ORIGINAL.name, (), ORIGINAL), Support("any other whose parts are found", (), GENERIC)]
+    return [
+        *lines,
+        Support(ORIGINAL.name, (), ORIGINAL),
+        Support("any other whose parts are found", (), GENERIC),
+    ]
 
 
 def text(installed: str | None) -> str:
-    """Aligned columns; the last one says whether the transformers of version `installed` has the family."""
+    """Aligned columns; the last one says whether the transformers of version `installed` has the
+    family."""
     table: list[tuple[str, ...]] = [(*HEAD, "here")]
     table += [(*line.cells(), _here(line, installed)) for line in supported()]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
     )
 
 
 def markdown() -> str:
     """The README's table: the same whatever is installed."""
-    lines = ["| " + " | ".join(f"`{cell}`" if "=" in cell or "." in cell else cell for cell in HEAD) + " |"]
+    lines = [
+        "| "
+        + " | ".join(f"`{cell}`" if "=" in cell or "." in cell else cell for cell in HEAD)
+        + " |"
+    ]
     lines.append("|" + "---|" * len(HEAD))
     for line in supported():
         cells = list(line.cells())

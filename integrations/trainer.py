@@ -1,4 +1,5 @@
-"""patch_trainer: `transformers.Trainer` weighs L_PRe over the whole optimizer step, logs it, keeps the head."""
+"""patch_trainer: `transformers.Trainer` weighs L_PRe over the whole optimizer step, logs it, keeps
+the head."""
 
 from __future__ import annotations
 
@@ -24,28 +25,35 @@ _MARK = "_pre_patch"
 
 
 def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
-    """A patch on `trainer_class` (`transformers.Trainer` and with it all subclasses if None), until its `remove()`.
+    """A patch on `trainer_class` (`transformers.Trainer` and with it all subclasses if None), until
+    its `remove()`.
 
     For trainers whose model has a handle (`apply_pre`, before or after this call):
 
-    - the auxiliary gradient of an optimizer step is λ · ∇(Σℓ over the step's visual tokens ÷ their number, over all
-      micro-batches and processes), whatever the accumulation, the image counts and the rule for the loss's scale. It is
-      added where the trainer calls `accelerator.backward`, so it also reaches trainers that ignore `output.loss`;
-    - the head's parameters are in optimizer groups of their own, last, with `head_lr` and `head_weight_decay`, also
-      where a subclass makes the optimizer or leaves the head out; one that is there before `train()` stays as it is;
-    - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no step has λ 0;
-    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm" and "pre_weight",
-      each where `handle.metrics()` has it, over all processes, since the last log;
-    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its own), and the model
-      too where the Trainer would not, because its keys were renamed on saving. A checkpoint made without PRe can be
-      resumed with it, and the reverse.
+    - the auxiliary gradient of an optimizer step is λ · ∇(Σℓ over the step's visual tokens ÷ their
+      number, over all micro-batches and processes), whatever the accumulation, the image counts and
+      the rule for the loss's scale. It is added where the trainer calls `accelerator.backward`, so
+      it also reaches trainers that ignore `output.loss`;
+    - the head's parameters are in optimizer groups of their own, last, with `head_lr` and
+      `head_weight_decay`, also where a subclass makes the optimizer or leaves the head out; one
+      that is there before `train()` stays as it is;
+    - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no
+      step has λ 0;
+    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm"
+      and "pre_weight", each where `handle.metrics()` has it, over all processes, since the last
+      log;
+    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its
+      own), and the model too where the Trainer would not, because its keys were renamed on saving.
+      A checkpoint made without PRe can be resumed with it, and the reverse.
 
-    Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later), or forwards have
-    more than were counted, a micro-batch adds its own mean, all weighing the same, and a warning says so. Before
-    transformers 4.46 nothing is counted: each forward with labels adds its own mean, as without this patch.
+    Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later),
+    or forwards have more than were counted, a micro-batch adds its own mean, all weighing the same,
+    and a warning says so. Before transformers 4.46 nothing is counted: each forward with labels
+    adds its own mean, as without this patch.
 
-    While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a subclass's own, or
-    another patch. Trainers whose model has no handle train as before, and a warning says that they do.
+    While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a
+    subclass's own, or another patch. Trainers whose model has no handle train as before, and a
+    warning says that they do.
 
     ```python
     with apply_pre(trainer.model), patch_trainer():
@@ -62,7 +70,9 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
     if not (isinstance(target, type) and issubclass(target, Trainer)):
         raise TypeError(f"trainer_class: got {target!r}, want transformers.Trainer or a subclass")
     if getattr(target, _MARK, None) is not None:
-        raise RuntimeError(f"trainer_class: {target.__name__} is patched already; call remove() of that patch first")
+        raise RuntimeError(
+            f"trainer_class: {target.__name__} is patched already; call remove() of that patch first"
+        )
     return TrainerPatch(target)
 
 
@@ -73,7 +83,9 @@ class TrainerPatch:
         self.target = target
         self.active = True
         self.warns = True  # of a training without a handle; the launcher has its own words
-        self._replaced: dict[str, tuple[Any, Any]] = {}  # what the class had of its own, and what it has now
+        self._replaced: dict[
+            str, tuple[Any, Any]
+        ] = {}  # what the class had of its own, and what it has now
         if not hasattr(target, "get_batch_samples"):
             warnings.warn(
                 "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
@@ -88,7 +100,8 @@ class TrainerPatch:
         setattr(target, _MARK, self)
 
     def remove(self) -> None:
-        """Put the class back as it was; what somebody else put there since stays. Calling it twice is fine."""
+        """Put the class back as it was; what somebody else put there since stays. Calling it twice
+        is fine."""
         if not self.active:
             return
         self.active = False  # for what keeps one of the methods
@@ -124,8 +137,11 @@ class TrainerPatch:
 
         return method
 
-    def _call(self, name: str, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        """The wrapper of `name` around `original`, but inside itself: the outermost of class and instance counts."""
+    def _call(
+        self, name: str, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The wrapper of `name` around `original`, but inside itself: the outermost of class and
+        instance counts."""
         if not self.active or trainer.model is None or name in vars(trainer).get("_pre_inside", ()):
             return original(*args, **kwargs)
         inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
@@ -133,7 +149,9 @@ class TrainerPatch:
         try:
             if name in _ENTRIES:
                 with self._on(trainer):
-                    return _WRAPPERS[name](find_handle(trainer.model), original, trainer, *args, **kwargs)
+                    return _WRAPPERS[name](
+                        find_handle(trainer.model), original, trainer, *args, **kwargs
+                    )
             handle = find_handle(trainer.model)
             if handle is None and name not in _WITHOUT_HANDLE:
                 return original(*args, **kwargs)
@@ -157,7 +175,9 @@ class TrainerPatch:
             yield
 
 
-def _train(handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+def _train(
+    handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> Any:
     if handle is not None:
         handle.new_training()
     return original(*args, **kwargs)
@@ -177,12 +197,18 @@ def _inner_training_loop(
         names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
         handle.notices.warn("handle inside", **names)
     handle.metrics()  # what a training that ran out of memory has left
-    handle.advise("patch_trainer() is in use, but its training_step is not: add output.loss, or call the Trainer's")
+    handle.advise(
+        "patch_trainer() is in use, but its training_step is not: add output.loss, or call the Trainer's"
+    )
     if not trainer.is_deepspeed_enabled:  # which casts the whole model and keeps float32 copies
         handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
-        create = functools.partial(_create_optimizer, trainer.create_optimizer, handle, trainer, stack)
-        stack.enter_context(_replaced(trainer, "create_optimizer", create))  # a subclass may have its own
+        create = functools.partial(
+            _create_optimizer, trainer.create_optimizer, handle, trainer, stack
+        )
+        stack.enter_context(
+            _replaced(trainer, "create_optimizer", create)
+        )  # a subclass may have its own
         try:
             return original(*args, **kwargs)
         finally:
@@ -205,7 +231,10 @@ def _create_optimizer(
     name = type(optimizer).__name__
     why = NO_GROUPS.get(name)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        name, why = "the optimizer of a DeepSpeed config", 'which makes its own groups; leave "optimizer" out of it'
+        name, why = (
+            "the optimizer of a DeepSpeed config",
+            'which makes its own groups; leave "optimizer" out of it',
+        )
     if why is not None:
         if handle.own_rates:
             handle.notices.warn("optimizer of its own", optimizer=name, why=why)
@@ -215,7 +244,9 @@ def _create_optimizer(
             mine = {id(p) for p in group["params"]}
             names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in mine)
             handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
-    elif not {id(p) for group in groups for p in group["params"]} <= {id(p) for p in parameters(optimizer)}:
+    elif not {id(p) for group in groups for p in group["params"]} <= {
+        id(p) for p in parameters(optimizer)
+    }:
         handle.notices.warn("optimizer given")
         handle.notices.settle("optimizer without the head")
     elif not as_asked(groups, optimizer):
@@ -224,7 +255,9 @@ def _create_optimizer(
     return found
 
 
-def _get_batch_samples(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+def _get_batch_samples(
+    handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> Any:
     samples, items = original(*args, **kwargs)
     handle.progress = min((trainer.state.global_step + 0.5) / max(trainer.state.max_steps, 1), 1.0)
     counting = counting_of(trainer, handle)
@@ -250,18 +283,25 @@ def _training_step(
     divisor = None if count is None else step.divisor
     # others may have counted theirs, so a group is not asked for the divisor
     alone = counting.ahead and count is None
-    with handle.defer(divisor, step.size, count, alone) as deferred, _added_to_backward(trainer.accelerator, deferred):
+    with (
+        handle.defer(divisor, step.size, count, alone) as deferred,
+        _added_to_backward(trainer.accelerator, deferred),
+    ):
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=alone)
     counting.reached |= torch.is_tensor(deferred.added)
-    if deferred.losses and not counting.reached:  # else one was left out, as where a loss is nan, or only looked at
+    if (
+        deferred.losses and not counting.reached
+    ):  # else one was left out, as where a loss is nan, or only looked at
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added
     return loss + (added.to(loss.device) if torch.is_tensor(added) else added)
 
 
-def _added_to_backward(accelerator: Any, deferred: Deferred) -> contextlib.AbstractContextManager[None]:
+def _added_to_backward(
+    accelerator: Any, deferred: Deferred
+) -> contextlib.AbstractContextManager[None]:
     backward = accelerator.backward
 
     def with_terms(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -285,16 +325,27 @@ def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
 
 
 def _log(
-    handle: PreHandle, original: Callable[..., Any], trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any
+    handle: PreHandle,
+    original: Callable[..., Any],
+    trainer: Any,
+    logs: dict[str, float],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
         found = handle.metrics(combine=counting_of(trainer, handle).combined())
         if found["pre_rows"] or found.get("pre_skipped"):
-            logs |= {name: value for name, value in found.items() if name not in ("pre_rows", "pre_forwards")}
+            logs |= {
+                name: value
+                for name, value in found.items()
+                if name not in ("pre_rows", "pre_forwards")
+            }
     return original(logs, *args, **kwargs)
 
 
-def _save(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+def _save(
+    handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> Any:
     done = original(*args, **kwargs)
     if not sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
@@ -302,7 +353,9 @@ def _save(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: 
     return done
 
 
-def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_model(
+    handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> Any:
     done = original(*args, **kwargs)
     if sharded(trainer):  # collective; every process comes here, not every one to `_save`
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
@@ -311,7 +364,12 @@ def _save_model(handle: PreHandle, original: Callable[..., Any], trainer: Any, *
 
 
 def _load_from_checkpoint(
-    handle: PreHandle, original: Callable[..., Any], trainer: Any, folder: str, *args: Any, **kwargs: Any
+    handle: PreHandle,
+    original: Callable[..., Any],
+    trainer: Any,
+    folder: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     with model_loaded(handle, trainer, folder):
         return original(folder, *args, **kwargs)

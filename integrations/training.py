@@ -74,11 +74,14 @@ class Training:
         return found if self.head_lr is None else [{**group, "lr": self.head_lr} for group in found]
 
 
-def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Exception]]:
+def own_groups(
+    optimizer: Any, groups: list[dict[str, Any]]
+) -> list[tuple[dict[str, Any], Exception]]:
     """Give each of `groups` a group of its own in `optimizer`, before its first step.
 
-    What a group does not say it takes from the one where its parameters were, or from the optimizer's defaults if they
-    were in none. Groups that are there already stay. Returned are those that the optimizer refuses, and why.
+    What a group does not say it takes from the one where its parameters were, or from the
+    optimizer's defaults if they were in none. Groups that are there already stay. Returned are
+    those that the optimizer refuses, and why.
     """
     refused = []
     for group in groups:
@@ -98,7 +101,8 @@ def own_groups(optimizer: Any, groups: list[dict[str, Any]]) -> list[tuple[dict[
 
 
 def _refusal(optimizer: Any, parameters: list[Any]) -> Exception | None:
-    """Why an optimizer that has matrices alone takes no vectors (Muon), found out on another of its kind."""
+    """Why an optimizer that has matrices alone takes no vectors (Muon), found out on another of its
+    kind."""
     dims = {p.dim() for group in optimizer.param_groups for p in group["params"]}
     if dims != {2} or all(p.dim() == 2 for p in parameters):
         return None
@@ -114,13 +118,19 @@ def _refusal(optimizer: Any, parameters: list[Any]) -> Exception | None:
 
 
 def as_asked(groups: list[dict[str, Any]], optimizer: Any) -> bool:
-    """Whether `optimizer`, which has all parameters of `groups`, gives them their lr, and the weights their decay."""
+    """Whether `optimizer`, which has all parameters of `groups`, gives them their lr, and the
+    weights their decay."""
     there = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for group in groups:
         for parameter in group["params"]:
             found = there[id(parameter)]
-            lr, decay = found.get("initial_lr", found["lr"]), found.get("weight_decay")  # a schedule changes "lr"
-            if group.get("lr", lr) != lr or (parameter.dim() > 1 and group.get("weight_decay", decay) != decay):
+            lr, decay = (
+                found.get("initial_lr", found["lr"]),
+                found.get("weight_decay"),
+            )  # a schedule changes "lr"
+            if group.get("lr", lr) != lr or (
+                parameter.dim() > 1 and group.get("weight_decay", decay) != decay
+            ):
                 return False
     return True
 

@@ -1,4 +1,5 @@
-"""Which tokens of a batch are padding, by each form of attention mask that a forward of transformers takes.
+"""Which tokens of a batch are padding, by each form of attention mask that a forward of
+transformers takes.
 
 Nothing here reads the device.
 """
@@ -18,16 +19,20 @@ HIDDEN = -1000.0  # an additive mask at or below it hides a key: e**-1000 is 0 i
 
 
 def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> Tensor | None:
-    """bool (B, T), False for padding; None where the arguments of the forward say of no token that it is padding.
+    """bool (B, T), False for padding; None where the arguments of the forward say of no token that
+    it is padding.
 
-    As in transformers `attention_mask` decides where there is one, else `cu_seq_lens_q`, else `position_ids`:
+    As in transformers `attention_mask` decides where there is one, else `cu_seq_lens_q`, else
+    `position_ids`:
 
     - a mask (B, T), or (B, K) with more keys before the tokens: what is not 0;
-    - (B or 1, heads or 1, T or 1, K), True or an addend near 0 where a query attends to a key: see `_attended`;
+    - (B or 1, heads or 1, T or 1, K), True or an addend near 0 where a query attends to a key: see
+      `_attended`;
     - a dict of such masks by the type of layer: what is visible in one of them;
     - cumulative lengths: what is in a sequence of more than one token;
-    - position ids (B or 1, T), or (4, B, T) with those of the text first: the same, a sequence beginning where they do
-      not go on by 1. (3, B, T) is M-RoPE alone, which goes on in other ways.
+    - position ids (B or 1, T), or (4, B, T) with those of the text first: the same, a sequence
+      beginning where they do not go on by 1. (3, B, T) is M-RoPE alone, which goes on in other
+      ways.
 
     Args:
         inputs: the forward's arguments.
@@ -70,12 +75,14 @@ def _under(mask: Any, shape: torch.Size) -> Tensor | None:
 
 
 def _attended(attends: Tensor) -> Tensor:
-    """The tokens (B, T) that have a part in something, T > 1, by which query attends to which key (B, T, T).
+    """The tokens (B, T) that have a part in something, T > 1, by which query attends to which key
+    (B, T, T).
 
-    These are the ones that another query attends to. The last of a sequence is attended to by itself alone, like
-    padding whose own key was left to it, but it attends to others, and no later query goes back past it. A query
-    without any key may have been let attend to all of them, which is how some kernels are kept from nan: where others
-    leave out keys before them, one that attends to all, later ones too, is such a query.
+    These are the ones that another query attends to. The last of a sequence is attended to by
+    itself alone, like padding whose own key was left to it, but it attends to others, and no later
+    query goes back past it. A query without any key may have been let attend to all of them, which
+    is how some kernels are kept from nan: where others leave out keys before them, one that attends
+    to all, later ones too, is such a query.
     """
     tokens = attends.shape[-1]
     place = torch.arange(tokens, device=attends.device)
@@ -88,7 +95,9 @@ def _attended(attends: Tensor) -> Tensor:
     own = attends.diagonal(dim1=-2, dim2=-1)
     by_others, to_others = (attends.sum(dim) > own for dim in (-2, -1))
     first = attends.byte().argmax(-1).where(attends.any(-1), tokens)
-    earliest = F.pad(first[:, 1:], (0, 1), value=tokens).flip(-1).cummin(-1).values.flip(-1)  # of all later queries
+    earliest = (
+        F.pad(first[:, 1:], (0, 1), value=tokens).flip(-1).cummin(-1).values.flip(-1)
+    )  # of all later queries
     return by_others | (own & to_others & (earliest >= place))
 
 
@@ -112,4 +121,8 @@ def _in_sequences(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None
 
 
 def _described(mask: Any) -> str:
-    return f"{mask.dtype} of shape {tuple(mask.shape)}" if torch.is_tensor(mask) else f"a {type(mask).__name__}"
+    return (
+        f"{mask.dtype} of shape {tuple(mask.shape)}"
+        if torch.is_tensor(mask)
+        else f"a {type(mask).__name__}"
+    )

@@ -1,4 +1,5 @@
-"""Notices that L_PRe is never trained: a trainer ignores `output.loss`, a loop leaves the model in eval mode, ..."""
+"""Notices that L_PRe is never trained: a trainer ignores `output.loss`, a loop leaves the model in
+eval mode, ..."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ PATIENCE = 2  # a single one may be somebody's look at a gradient
 
 
 class Watchdog:
-    """Warns once when backward passes in a row left out their forwards' terms, or there were none; no host sync.
+    """Warns once when backward passes in a row left out their forwards' terms, or there were none;
+    no host sync.
 
     Attributes:
         advice: what to do where terms are lost.
@@ -25,13 +27,16 @@ class Watchdog:
             "use patch_trainer(), or add output.loss" if labels else "add handle.loss() to the loss"
         )
         self.lost, self.had_terms = 0, False
-        self.without: dict[str, int] = {}  # backward passes of forwards without a term, by the reason
+        self.without: dict[
+            str, int
+        ] = {}  # backward passes of forwards without a term, by the reason
 
     def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
         """Follow a 0-d term of the loss; nothing is kept longer than its graph.
 
-        `others`: what another loss of this forward would be made of. A forward whose backward pass never came, for want
-        of memory or because its loss was only looked at, says nothing about the trainer.
+        `others`: what another loss of this forward would be made of. A forward whose backward pass
+        never came, for want of memory or because its loss was only looked at, says nothing about
+        the trainer.
         """
         self.without.clear()
         self.had_terms = True
@@ -44,9 +49,11 @@ class Watchdog:
                 other.register_hook(watched.pass_by)
 
     def watch_without(self, reason: str, outputs: Iterable[Tensor]) -> None:
-        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or "no labels".
+        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or
+        "no labels".
 
-        Where others had labels, those without are trained by something else on purpose (consistency, distillation).
+        Where others had labels, those without are trained by something else on purpose
+        (consistency, distillation).
         """
         if reason == "no labels" and self.had_terms:
             return
@@ -60,7 +67,8 @@ class Watchdog:
                 return
 
     def check(self) -> None:
-        """Warn if the last backward passes all left out their terms, or were of forwards without one."""
+        """Warn if the last backward passes all left out their terms, or were of forwards without
+        one."""
         for reason, count in self.without.items():
             if count >= PATIENCE:
                 self.notices.warn(reason, count=count, labels=self.labels)

@@ -1,8 +1,9 @@
 """Predictive Regularization (PRe) for vision-language models, in fused Triton kernels.
 
-The loss and its head are here, the equations in `pre_kernels.reference`. `pre_kernels.integrations` attaches them to
-models and trainers; `pre_kernels.diagnostics` measures what a model keeps of its visual tokens, along a training with
-`pre_kernels.integrations.callback` on images that `pre_kernels.diagnose.samples` reads.
+The loss and its head are here, the equations in `pre_kernels.reference`. `pre_kernels.integrations`
+attaches them to models and trainers; `pre_kernels.diagnostics` measures what a model keeps of its
+visual tokens, along a training with `pre_kernels.integrations.callback` on images that
+`pre_kernels.diagnose.samples` reads.
 """
 
 from . import reference

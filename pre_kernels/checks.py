@@ -34,7 +34,8 @@ class Options(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N are selected."""
+    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N
+    are selected."""
 
     hidden: Tensor  # (R, d)
     w1: Tensor  # (m, d)
@@ -64,8 +65,13 @@ class Problem(NamedTuple):
 
     @property
     def count_on_host(self) -> bool:
-        """Whether N must be known on the host: it shapes the result, or has to match a compact anchor or weight."""
-        return self.options.reduction == "none" or self.options.anchor_compact or self.options.weight_compact
+        """Whether N must be known on the host: it shapes the result, or has to match a compact
+        anchor or weight."""
+        return (
+            self.options.reduction == "none"
+            or self.options.anchor_compact
+            or self.options.weight_compact
+        )
 
     @property
     def bound(self) -> int:
@@ -75,10 +81,11 @@ class Problem(NamedTuple):
         return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other strides in another order,
-        which at small widths is twice as wrong."""
+        """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other
+        strides in another order, which at small widths is twice as wrong."""
         w1, b1, w2, b2 = (
-            None if x is None else x.to(self.options.dtype).contiguous() for x in (self.w1, self.b1, self.w2, self.b2)
+            None if x is None else x.to(self.options.dtype).contiguous()
+            for x in (self.w1, self.b1, self.w2, self.b2)
         )
         assert w1 is not None
         assert w2 is not None
@@ -122,7 +129,9 @@ def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor
 def _floating(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     value = _tensor(name, value, device)
     if not value.is_floating_point() or value.element_size() < 2:
-        raise TypeError(f"{name}: got dtype {value.dtype}, want float16, bfloat16, float32 or float64")
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, want float16, bfloat16, float32 or float64"
+        )
     return value
 
 
@@ -148,12 +157,15 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
             return torch.float64
     for name, value in parameters.items():
         if value.dtype != hidden.dtype:
-            raise TypeError(f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use autocast)")
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use autocast)"
+            )
     return hidden.dtype
 
 
 def row_values(problem: Problem) -> None:
-    """Range and uniqueness of integer rows: reads the device, so on the CPU or under PRE_KERNELS_DEBUG=1 only."""
+    """Range and uniqueness of integer rows: reads the device, so on the CPU or under
+    PRE_KERNELS_DEBUG=1 only."""
     rows, total = problem.rows, problem.hidden.shape[0]
     if rows is None or problem.masked or not rows.numel():
         return
@@ -162,10 +174,14 @@ def row_values(problem: Problem) -> None:
     few = rows.tolist() if rows.numel() <= FEW else None
     low, high = (min(few), max(few)) if few else (int(end) for end in rows.aminmax())
     if low < 0 or high >= total:
-        raise ValueError(f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)")
+        raise ValueError(
+            f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)"
+        )
     distinct = len(set(few)) if few else int(torch.bincount(rows).count_nonzero())
     if distinct < rows.numel():
-        raise ValueError(f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates")
+        raise ValueError(
+            f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates"
+        )
 
 
 def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
@@ -174,7 +190,9 @@ def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
         _shape("rows", rows, tuple(leading), "hidden's leading shape")
         return rows.flatten()
     if rows.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)")
+        raise TypeError(
+            f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)"
+        )
     if rows.dim() != 1:
         raise ValueError(f"rows: got shape {tuple(rows.shape)}, want (N,) flat row indices")
     return rows
@@ -190,14 +208,18 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
     if isinstance(normalizer, Tensor):
         _tensor("normalizer", normalizer)
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, want a number or a 0-d tensor")
+            raise ValueError(
+                f"normalizer: got shape {tuple(normalizer.shape)}, want a number or a 0-d tensor"
+            )
         if normalizer.is_complex() or normalizer.dtype == torch.bool:
             raise TypeError(f"normalizer: got dtype {normalizer.dtype}, want a real number")
         if normalizer.requires_grad:
             raise TypeError("normalizer: requires grad, want a constant (detach it)")
         return normalizer
     if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
-        raise TypeError(f"normalizer: got {type(normalizer).__name__}, want a number or a 0-d tensor")
+        raise TypeError(
+            f"normalizer: got {type(normalizer).__name__}, want a number or a 0-d tensor"
+        )
     try:
         value = float(normalizer)
     except OverflowError:
@@ -211,7 +233,9 @@ def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int])
     if precision != "fp8":
         raise ValueError(f"precision: got {precision!r}, want 'fp8' or None (the inputs' own)")
     if dtype != torch.bfloat16:
-        raise TypeError(f"precision: got 'fp8' with products in {dtype}, want torch.bfloat16 inputs or autocast")
+        raise TypeError(
+            f"precision: got 'fp8' with products in {dtype}, want torch.bfloat16 inputs or autocast"
+        )
     if any(width % 16 or width > FP8_LONGEST for width in widths):
         raise ValueError(
             f"precision: got 'fp8' with d, m, z = {widths}, want multiples of 16 up to {FP8_LONGEST} (a row's scale is "
@@ -249,15 +273,23 @@ def arguments(
     anchor = _floating("anchor", anchor, device)
     w1, w2 = _floating("w1", w1, device), _floating("w2", w2, device)
     if hidden.dim() < 2:
-        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading dimension")
+        raise ValueError(
+            f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading dimension"
+        )
     if anchor.dim() < 2:
-        raise ValueError(f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or (N, z)")
+        raise ValueError(
+            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or (N, z)"
+        )
     leading, dim = hidden.shape[:-1], hidden.shape[-1]
     total, out_dim = math.prod(leading), anchor.shape[-1]
     if dim == 0 or out_dim == 0:
-        raise ValueError(f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1")
+        raise ValueError(
+            f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1"
+        )
     if w1.dim() != 2 or w1.shape[1] != dim or w1.shape[0] == 0:
-        raise ValueError(f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last dimension")
+        raise ValueError(
+            f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last dimension"
+        )
     inner = w1.shape[0]
     _shape("w2", w2, (out_dim, inner), "(z, m), z as anchor's last dimension and m as w1's first,")
     parameters = {"w1": w1, "w2": w2}
@@ -294,7 +326,8 @@ def arguments(
         row_weight = _floating("row_weight", row_weight, device)
         if row_weight.requires_grad:
             raise TypeError("row_weight: requires grad, want a constant (detach it)")
-        # (N,) is the first reading, except that a mask's N is not known here: then a mask of 1-D hidden rows reads (R,)
+        # (N,) is the first reading, except that a mask's N is not known here: then a mask of 1-D
+        # hidden rows reads (R,)
         weight_compact = count is not None and tuple(row_weight.shape) == (count,)
         if not weight_compact and row_weight.shape != leading:
             if row_weight.dim() != 1 or count is not None:
@@ -318,19 +351,33 @@ def arguments(
         weight=None if row_weight is None else row_weight.flatten(),
         normalizer=None if number is normalizer else normalizer,
         options=Options(
-            loss, activation, reduction, dtype, anchor_compact, weight_compact, number, workspace, capacity, precision
+            loss,
+            activation,
+            reduction,
+            dtype,
+            anchor_compact,
+            weight_compact,
+            number,
+            workspace,
+            capacity,
+            precision,
         ),
     )
 
 
 def selected_count(problem: Problem, count: int) -> None:
-    """Compare capacity, compact anchors and weights with a mask's count, once that is known on the host."""
+    """Compare capacity, compact anchors and weights with a mask's count, once that is known on the
+    host."""
     capacity = problem.options.capacity
     if capacity is not None and count > capacity:
-        raise ValueError(f"capacity: got {capacity}, want at least the {count} rows that the mask selects")
+        raise ValueError(
+            f"capacity: got {capacity}, want at least the {count} rows that the mask selects"
+        )
     for name, value, compact in (
         ("anchor", problem.anchor, problem.options.anchor_compact),
         ("row_weight", problem.weight, problem.options.weight_compact),
     ):
         if compact and value is not None and value.shape[0] != count:
-            raise ValueError(f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected rows")
+            raise ValueError(
+                f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected rows"
+            )

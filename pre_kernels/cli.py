@@ -27,7 +27,16 @@ from .products import half_precision
 EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
 NEEDED = {  # modules, by the command that imports them
-    "the demo": ("sklearn", "matplotlib", "rich", "jinja2", "PIL", "scipy", "threadpoolctl", *MODELS),
+    "the demo": (
+        "sklearn",
+        "matplotlib",
+        "rich",
+        "jinja2",
+        "PIL",
+        "scipy",
+        "threadpoolctl",
+        *MODELS,
+    ),
     "diagnose": ("sklearn", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
     "trace": ("matplotlib",),
 }
@@ -54,9 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # of a terminal that has no λ
     options = parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
-    run = {"check": check, "demo": demo, "diagnose": diagnose, "trace": trace, "tune": tune, "env": env}[
-        options.command
-    ]
+    run = {
+        "check": check,
+        "demo": demo,
+        "diagnose": diagnose,
+        "trace": trace,
+        "tune": tune,
+        "env": env,
+    }[options.command]
     try:
         return run(options)
     except KeyboardInterrupt:
@@ -84,19 +98,37 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("--seeds", type=whole, metavar="N", help="run seeds 0 .. N-1 (default: 2)")
-    show.add_argument("--quick", action="store_true", help="short trainings: a check that everything runs")
     show.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the files (default: %(default)s)"
+        "--quick", action="store_true", help="short trainings: a check that everything runs"
     )
-    show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    show.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="for the files (default: %(default)s)",
+    )
+    show.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
     show.add_argument(
         "--jobs",
         type=whole,
         metavar="N",
         help="seeds at once, in processes (default: as the CPU has cores; 1 on a GPU)",
     )
-    show.add_argument("--layer", type=int, metavar="L", help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)")
-    show.add_argument("--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)")
+    show.add_argument(
+        "--layer",
+        type=int,
+        metavar="L",
+        help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)",
+    )
+    show.add_argument(
+        "--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)"
+    )
     command.add_parsers(commands, whole)
     tuning = commands.add_parser(
         "tune",
@@ -105,16 +137,28 @@ def parser() -> argparse.ArgumentParser:
         "and keep the best in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes find them. Not "
         "needed: tiles for each architecture are shipped.",
     )
-    tuning.add_argument("--width", type=width, action="append", metavar="D", help="may be given again (default: 4096)")
-    tuning.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s")
+    tuning.add_argument(
+        "--width",
+        type=width,
+        action="append",
+        metavar="D",
+        help="may be given again (default: 4096)",
+    )
+    tuning.add_argument(
+        "--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s"
+    )
     about = commands.add_parser(
         "env",
         help="print versions and devices, for bug reports, or the models that PRe attaches to",
         description="Print the versions and devices that matter in a bug report, and which implementation of the loss "
         'impl="auto" picks; or, with --models, the families of vision-language models that apply_pre knows.',
     )
-    about.add_argument("--models", action="store_true", help="the table of supported families instead")
-    about.add_argument("--markdown", action="store_true", help="with --models: the table as the README has it")
+    about.add_argument(
+        "--models", action="store_true", help="the table of supported families instead"
+    )
+    about.add_argument(
+        "--markdown", action="store_true", help="with --models: the table as the README has it"
+    )
     return top
 
 
@@ -149,9 +193,13 @@ def demo(options: argparse.Namespace) -> int:
 
     settings = QUICK if options.quick else Settings()
     given = {name: getattr(options, name) for name in ("seeds", "layer", "weight")}
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = replace(
+        settings, **{name: value for name, value in given.items() if value is not None}
+    )
     if not 1 <= settings.pre_layer <= settings.layers:
-        return fail(f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the demo's LLM")
+        return fail(
+            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the demo's LLM"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
     if problem := missing("the demo", EXTRA) or unwritable(options.out):
@@ -177,7 +225,9 @@ def check(options: argparse.Namespace) -> int:
 
 def diagnose(options: argparse.Namespace) -> int:
     """Measure a model's layers on images."""
-    if problem := missing("diagnose", "pip install 'pre-kernels[diagnose]'") or unwritable(options.out):
+    if problem := missing("diagnose", "pip install 'pre-kernels[diagnose]'") or unwritable(
+        options.out
+    ):
         return fail(problem)
     try:
         command.diagnose(options, options.arguments)
@@ -234,7 +284,10 @@ def tune(options: argparse.Namespace) -> int:
     for found in tune(options.width or [4096], dtype, device):
         shipped = next(iter(found.times))
         print(f"{found.name}: {tuple(found.best)}, {found.times[found.best]:.3f} ms", end="")
-        print(f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as {tuple(shipped)})", flush=True)
+        print(
+            f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as {tuple(shipped)})",
+            flush=True,
+        )
     print(f"kept in {tiles.cache_file()}")
     return 0
 
@@ -257,20 +310,36 @@ def env(options: argparse.Namespace) -> int:
 
 def facts() -> dict[str, str]:
     """Versions, devices and settings, for bug reports."""
-    rows = [("pre-kernels", version("pre-kernels") + commit()), ("python", platform.python_version())]
-    rows += [("platform", platform.platform()), ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")]
-    rows += [(name, version(name)) for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")]
+    rows = [
+        ("pre-kernels", version("pre-kernels") + commit()),
+        ("python", platform.python_version()),
+    ]
+    rows += [
+        ("platform", platform.platform()),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+    ]
+    rows += [
+        (name, version(name))
+        for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")
+    ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(index)
             size = f"{found.total_memory / 2**30:.0f} GiB"
-            rows.append((f"GPU {index}", f"{found.name}, compute capability {found.major}.{found.minor}, {size}"))
+            rows.append(
+                (
+                    f"GPU {index}",
+                    f"{found.name}, compute capability {found.major}.{found.minor}, {size}",
+                )
+            )
     else:
         rows.append(("GPU", "none that torch can use"))
     rows.append(('impl="auto"', ": ".join(automatic())))
     rows.append(("CPU products", half_precision()))
     rows += [
-        (name, value) for name, value in sorted(os.environ.items()) if name.startswith(("PRE_KERNELS_", "TRITON_"))
+        (name, value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("PRE_KERNELS_", "TRITON_"))
     ]
     return dict(rows)
 
@@ -281,7 +350,8 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """That of an installation from a repository, from pip's record of it (PEP 610); else nothing."""
+    """That of an installation from a repository, from pip's record of it (PEP 610); else
+    nothing."""
     try:
         record = metadata.distribution("pre-kernels").read_text("direct_url.json")
     except metadata.PackageNotFoundError:

@@ -13,18 +13,20 @@ from .loss import fused_pre_loss
 
 
 class Uncast:
-    """A keyword of `PreHead.forward`, in what is no container to FSDP, which casts all tensors that it finds."""
+    """A keyword of `PreHead.forward`, in what is no container to FSDP, which casts all tensors that
+    it finds."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class PreHead(nn.Module):
-    """The 2-layer predictor `w2 · act(w1 · h + b1) + b2` of PRe together with its loss (arXiv 2603.20808, eq. 3-5).
+    """The 2-layer predictor `w2 · act(w1 · h + b1) + b2` of PRe together with its loss (arXiv
+    2603.20808, eq. 3-5).
 
-    The parameters are raw `nn.Parameter`s in `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1` (hidden_dim,),
-    `w2` (out_dim, hidden_dim), `b2` (out_dim,). `forward` returns the loss, so that DDP, FSDP, ZeRO-3 and LoRA see a
-    module like any other.
+    The parameters are raw `nn.Parameter`s in `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1`
+    (hidden_dim,), `w2` (out_dim, hidden_dim), `b2` (out_dim,). `forward` returns the loss, so that
+    DDP, FSDP, ZeRO-3 and LoRA see a module like any other.
 
     ```python
     head = PreHead(dim=64, out_dim=48)
@@ -43,7 +45,8 @@ class PreHead(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: for a width that is no positive int, or an unknown activation or loss.
+        ValueError, TypeError: for a width that is no positive int, or an unknown activation or
+            loss.
     """
 
     def __init__(
@@ -90,13 +93,18 @@ class PreHead(nn.Module):
             if bias is not None:
                 bias.uniform_(-bound, bound)
 
-    def forward(self, hidden: Tensor, anchor: Tensor, rows: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self, hidden: Tensor, anchor: Tensor, rows: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """The PRe loss of `hidden` against `anchor`; arguments and keywords as in `fused_pre_loss`.
 
-        Mixed precision of FSDP casts the tensors that a sharded module is given: under bfloat16 a `normalizer` or
-        `row_weight` is off by up to 0.4 %. `head.Uncast(tensor)` keeps it as it is.
+        Mixed precision of FSDP casts the tensors that a sharded module is given: under bfloat16 a
+        `normalizer` or `row_weight` is off by up to 0.4 %. `head.Uncast(tensor)` keeps it as it is.
         """
-        options = {name: value.tensor if isinstance(value, Uncast) else value for name, value in options.items()}
+        options = {
+            name: value.tensor if isinstance(value, Uncast) else value
+            for name, value in options.items()
+        }
         options.setdefault("loss", self.loss)
         options.setdefault("activation", self.activation)
         return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)

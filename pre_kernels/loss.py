@@ -18,7 +18,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`; None if it can."""
+    """Why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`; None
+    if it can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -45,9 +46,11 @@ def fp8_unavailable(device: torch.device) -> str | None:
 
 
 def choose(impl: str, problem: Problem) -> str:
-    """The implementation that runs: `impl` itself, or for "auto" the one that is expected to be the fastest.
+    """The implementation that runs: `impl` itself, or for "auto" the one that is expected to be the
+    fastest.
 
-    On a GPU that is "blas", but "triton" where N stays on the device: "blas" would compute every row of the mask.
+    On a GPU that is "blas", but "triton" where N stays on the device: "blas" would compute every
+    row of the mask.
     """
     checks.choice("impl", impl, checks.IMPLEMENTATIONS)
     device, dtype = problem.hidden.device, problem.options.dtype
@@ -64,11 +67,16 @@ def choose(impl: str, problem: Problem) -> str:
     if reason is not None:
         if impl == "auto":
             return "torch"
-        raise RuntimeError(f"impl: got {impl!r}, which cannot run here: {reason}; want 'torch' or 'auto'")
+        raise RuntimeError(
+            f"impl: got {impl!r}, which cannot run here: {reason}; want 'torch' or 'auto'"
+        )
     if impl != "auto":
         return impl
-    # float32 products have no tensor cores in Triton, and cost more there than rows that are thrown away
-    counted_on_device = problem.masked and not problem.count_on_host and problem.options.capacity is None
+    # float32 products have no tensor cores in Triton, and cost more there than rows that are thrown
+    # away
+    counted_on_device = (
+        problem.masked and not problem.count_on_host and problem.options.capacity is None
+    )
     return "triton" if counted_on_device and dtype != torch.float32 else "blas"
 
 
@@ -91,13 +99,16 @@ def fused_pre_loss(
     capacity: int | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """The Predictive Regularization loss of the selected rows (arXiv 2603.20808, eq. 3-5), with a fused backward.
+    """The Predictive Regularization loss of the selected rows (arXiv 2603.20808, eq. 3-5), with a
+    fused backward.
 
-    Each selected row i of `hidden` passes the predictor p = w2 · act(w1 · h + b1) + b2 and is compared with its anchor
-    a; the row loss is -cos(p, a), or the mean over z of (p - a)² or of smooth_l1(p - a). Gradients of the predictor and
-    of `hidden` are computed chunk by chunk in the forward, so no activation is kept; `reduction="none"` and float16
-    products recompute the chunks in the backward instead, where the upstream gradient is known. On a CPU products of
-    float16 are taken in float32, and those of bfloat16 too where no units make them faster (`pre-kernels env` says).
+    Each selected row i of `hidden` passes the predictor p = w2 · act(w1 · h + b1) + b2 and is
+    compared with its anchor a; the row loss is -cos(p, a), or the mean over z of (p - a)² or of
+    smooth_l1(p - a). Gradients of the predictor and of `hidden` are computed chunk by chunk in the
+    forward, so no activation is kept; `reduction="none"` and float16 products recompute the chunks
+    in the backward instead, where the upstream gradient is known. On a CPU products of float16 are
+    taken in float32, and those of bfloat16 too where no units make them faster (`pre-kernels env`
+    says).
 
     ```python
     hidden = torch.randn(2, 10, 64, requires_grad=True)
@@ -108,45 +119,56 @@ def fused_pre_loss(
     ```
 
     Args:
-        hidden: (..., d) with at least one leading dimension; floating point of 16 bits or more, as all that follow.
-        anchor: hidden's leading shape + (z,), else (N, z) in selection order; of any dtype. The leading shape
-            wins where both readings fit. Never receives a gradient.
-        w1, b1, w2, b2: (m, d), (m,) or None, (z, m), (z,) or None. Outside autocast of hidden's dtype.
-        rows: bool mask of hidden's leading shape, or (N,) int32/int64 flat row indices in any order, or None for all.
-            Indices must be unique and in range: checked on the CPU, and elsewhere under PRE_KERNELS_DEBUG=1 alone
-            (checking reads the device).
+        hidden: (..., d) with at least one leading dimension; floating point of 16 bits or more, as
+            all that follow.
+        anchor: hidden's leading shape + (z,), else (N, z) in selection order; of any dtype. The
+            leading shape wins where both readings fit. Never receives a gradient.
+        w1, b1, w2, b2: (m, d), (m,) or None, (z, m), (z,) or None. Outside autocast of hidden's
+            dtype.
+        rows: bool mask of hidden's leading shape, or (N,) int32/int64 flat row indices in any
+            order, or None for all. Indices must be unique and in range: checked on the CPU, and
+            elsewhere under PRE_KERNELS_DEBUG=1 alone (checking reads the device).
         loss: "cosine", "mse" or "smooth_l1" (beta 1).
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
-        row_weight: (N,) in selection order, or hidden's leading shape; multiplies the row losses. (N,) wins where both
-            fit.
-        reduction: "mean" (Σ ℓ / D; D = normalizer, else the sum of the weights, else N), "sum" or "none".
-        normalizer: number or 0-d tensor, the D of "mean": under DDP, FSDP and ZeRO the global token count ÷ world size.
-            With tensors on a GPU, one on the CPU is copied, which the capture of a CUDA graph may refuse.
-        impl: "blas" (the vendor's matrix products, Triton between them), "triton" (all of it), "torch", or "auto":
-            torch on the CPU; on a GPU blas, but triton in half precision where N of a mask stays on the device.
+        row_weight: (N,) in selection order, or hidden's leading shape; multiplies the row losses.
+            (N,) wins where both fit.
+        reduction: "mean" (Σ ℓ / D; D = normalizer, else the sum of the weights, else N), "sum" or
+            "none".
+        normalizer: number or 0-d tensor, the D of "mean": under DDP, FSDP and ZeRO the global token
+            count ÷ world size. With tensors on a GPU, one on the CPU is copied, which the capture
+            of a CUDA graph may refuse.
+        impl: "blas" (the vendor's matrix products, Triton between them), "triton" (all of it),
+            "torch", or "auto": torch on the CPU; on a GPU blas, but triton in half precision where
+            N of a mask stays on the device.
         workspace: bytes for the buffers of one chunk; None is a default that suits the device.
-        capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for that many rows, and
-            "blas" computes that many. If more are selected the result is nan, or a ValueError where N is on the host
-            or under PRE_KERNELS_DEBUG=1.
-        precision: "fp8" takes the products with a weight (four of the six) in float8 e4m3, each row with a scale of its
-            own, and those of the weights' gradients in bfloat16; gradients are off by some percent. bfloat16 products,
-            widths that are multiples of 16 up to 8,192, "blas" on sm_90 or newer. None: no float8.
+        capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for
+            that many rows, and "blas" computes that many. If more are selected the result is nan,
+            or a ValueError where N is on the host or under PRE_KERNELS_DEBUG=1.
+        precision: "fp8" takes the products with a weight (four of the six) in float8 e4m3, each row
+            with a scale of its own, and those of the weights' gradients in bfloat16; gradients are
+            off by some percent. bfloat16 products, widths that are multiples of 16 up to 8,192,
+            "blas" on sm_90 or newer. None: no float8.
 
     Returns:
-        0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product dtype, float32)`.
+        0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product
+        dtype, float32)`.
         N = 0 gives 0 (or shape (0,)) with zero gradients; D = 0 with N > 0 gives nan.
 
     Raises:
         ValueError, TypeError: for a wrong argument, naming it, what was given and what is wanted.
-        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated, by whatever.
-        NotImplementedError: under a transform of torch.func, or for an input with a forward-mode tangent.
+        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated, by
+            whatever.
+        NotImplementedError: under a transform of torch.func, or for an input with a forward-mode
+            tangent.
 
-    The same call gives the same bits on the same device and versions, as far as the vendor's products do.
+    The same call gives the same bits on the same device and versions, as far as the vendor's
+    products do.
 
-    Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights; a mask with "none",
-    with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one for any mask; a backward that selects
-    the rows anew ("none", and float16) costs the same again. Calls without a sync can be captured in a CUDA graph: at
-    replay the mask may select other rows. Under torch.compile a call is one operator.
+    Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights;
+    a mask with "none", with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one
+    for any mask; a backward that selects the rows anew ("none", and float16) costs the same again.
+    Calls without a sync can be captured in a CUDA graph: at replay the mask may select other rows.
+    Under torch.compile a call is one operator.
     """
     problem = checks.arguments(
         hidden,

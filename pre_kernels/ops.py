@@ -1,4 +1,5 @@
-"""The operators that torch sees: loss and gradients, the scaling of gradients, and their recomputation.
+"""The operators that torch sees: loss and gradients, the scaling of gradients, and their
+recomputation.
 
 Registered, so that torch.compile, export and fake tensors take each for one opaque call.
 """
@@ -37,7 +38,8 @@ LIBRARY.define(
     "rescale(Tensor upstream, Tensor? place, Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
     f"{DTYPES}) -> {FIVE}"
 )
-# what has its gradient's shape and dtype already is scaled where it lies, and an empty tensor returned for it
+# what has its gradient's shape and dtype already is scaled where it lies, and an empty tensor
+# returned for it
 LIBRARY.define(
     "rescale_(Tensor upstream, Tensor? place, Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
     f"{DTYPES}) -> {FIVE}"
@@ -64,12 +66,15 @@ def _problem(tensors: Sequence[Any], options: Sequence[Any]) -> Problem:
 
 
 def _prepared(problem: Problem) -> Problem:
-    """Contiguous weights and the dtypes that the steps count on; nothing is copied that is so already."""
+    """Contiguous weights and the dtypes that the steps count on; nothing is copied that is so
+    already."""
     wide, device = problem.loss_dtype, problem.hidden.device
     weight, normalizer = problem.weight, problem.normalizer
     return problem._replace(
         weight=None if weight is None else weight.to(wide).contiguous(),
-        normalizer=None if normalizer is None else normalizer.to(device, wide, non_blocking=device.type != "cpu"),
+        normalizer=None
+        if normalizer is None
+        else normalizer.to(device, wide, non_blocking=device.type != "cpu"),
     )
 
 
@@ -93,14 +98,17 @@ def _given(tensor: Tensor) -> Tensor | None:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient of 1."""
+    """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient
+    of 1."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
     selection = _select(steps, problem)
     losses = problem.hidden.new_empty(selection.capacity, dtype=problem.loss_dtype)
     divisor = steps.divisor(problem, selection)
     grads = sweep(steps, problem, selection, wanted, losses, divisor)
-    loss = losses if problem.options.reduction == "none" else steps.reduce(selection, losses, divisor)
+    loss = (
+        losses if problem.options.reduction == "none" else steps.reduce(selection, losses, divisor)
+    )
     return _outputs(problem.hidden, (loss, divisor, selection.place, *grads))
 
 
@@ -111,24 +119,33 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
-    return _five(steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None)
+    return _five(
+        steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None
+    )
 
 
-def _rescale(upstream: Tensor, place: Tensor | None, *arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
+def _rescale(
+    upstream: Tensor, place: Tensor | None, *arguments: Any, in_place: bool = False
+) -> tuple[Tensor, ...]:
     grads, (total, hidden, *dtypes, impl) = Gradients(*map(_given, arguments[:5])), arguments[5:]
     return _five(steps_of(impl), grads, place, total, hidden, tuple(dtypes), upstream, in_place)
 
 
-def _rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _rescale_in_place(
+    upstream: Tensor, place: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     scaled = _rescale(upstream, place, *arguments, in_place=True)
     # an operator may not return what it was given
-    return tuple(x.new_empty(0) if x is given else x for x, given in zip(scaled, arguments[:5], strict=True))
+    return tuple(
+        x.new_empty(0) if x is given else x for x, given in zip(scaled, arguments[:5], strict=True)
+    )
 
 
 def rescaled(
     upstream: Tensor, place: Tensor | None, grads: Sequence[Tensor], *rest: Any, in_place: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of an upstream gradient of 1, scaled; `in_place`: in the memory of `grads`, as far as possible."""
+    """The gradients of an upstream gradient of 1, scaled; `in_place`: in the memory of `grads`, as
+    far as possible."""
     if not in_place:
         return torch.ops.pre_kernels.rescale(upstream, place, *grads, *rest)
     scaled = call("rescale_", upstream, place, *grads, *rest)
@@ -145,7 +162,11 @@ def _five(
     upstream: Tensor | None,
     in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    dh = None if grads.hidden is None else steps.scatter(grads.hidden, place, total, dtype, upstream, in_place)
+    dh = (
+        None
+        if grads.hidden is None
+        else steps.scatter(grads.hidden, place, total, dtype, upstream, in_place)
+    )
     like = next(x for x in grads if x is not None)
     return _outputs(like, (dh, *steps.scale(grads, dtypes, upstream, in_place)))
 
@@ -163,7 +184,11 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if problem.rows is None:
         place = new(0)
     else:
-        place = new(capacity, dtype=torch.int64) if layout.spread else new(problem.hidden.shape[0], dtype=torch.int32)
+        place = (
+            new(capacity, dtype=torch.int64)
+            if layout.spread
+            else new(problem.hidden.shape[0], dtype=torch.int32)
+        )
     shape = (capacity,) if problem.options.reduction == "none" else ()
     return _outputs(problem.hidden, (new(shape, dtype=wide), new((), dtype=wide), place, *grads))
 
@@ -178,14 +203,22 @@ def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> 
 
 def _fake_rescale(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     grads, (total, *dtypes, _) = arguments[:5], arguments[5:]
-    shapes = [(total, grads[0].shape[-1]), grads[1].shape, grads[2].shape[1:], grads[3].shape, grads[4].shape[1:]]
+    shapes = [
+        (total, grads[0].shape[-1]),
+        grads[1].shape,
+        grads[2].shape[1:],
+        grads[3].shape,
+        grads[4].shape[1:],
+    ]
     return tuple(
         x.new_empty(0 if _given(x) is None else shape, dtype=dtype)
         for x, shape, dtype in zip(grads, shapes, dtypes, strict=True)
     )
 
 
-def _fake_rescale_in_place(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_rescale_in_place(
+    upstream: Tensor, place: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     fresh = _fake_rescale(upstream, place, *arguments)
     lies = [place is None or arguments[-1] == "torch", True, False, True, False]
     return tuple(
@@ -207,8 +240,9 @@ PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, 
 
 
 def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """An operator, without grad mode; the function behind it where no mode, profiler or tensor of its own kind sees
-    operators: a small call on a CPU spends a tenth of its time in the dispatcher."""
+    """An operator, without grad mode; the function behind it where no mode, profiler or tensor of
+    its own kind sees operators: a small call on a CPU spends a tenth of its time in the
+    dispatcher."""
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -221,8 +255,9 @@ def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _constant(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Without grad mode, which an exported program's call may have on, with parameters that require grad. It is off in
-    `autograd.Function`, where turning it off again would take the host as long as a launch."""
+    """Without grad mode, which an exported program's call may have on, with parameters that require
+    grad. It is off in `autograd.Function`, where turning it off again would take the host as long
+    as a launch."""
 
     def call(*arguments: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

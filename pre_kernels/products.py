@@ -9,18 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-COPIED_ROWS = 1024  # of half precision that are copied to float32 at a time, into memory that is used again
+COPIED_ROWS = (
+    1024  # of half precision that are copied to float32 at a time, into memory that is used again
+)
 
 
 def _half_units() -> str | None:
-    """What makes this CPU's bfloat16 products faster than its float32 ones; None if nothing does."""
+    """What makes this CPU's bfloat16 products faster than its float32 ones; None if nothing
+    does."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         # a build without oneDNN, as Apple's, lacks the question too
-        known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        known = (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
         return "bf16 instructions" if known else None
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
-    # twice the products of float32 a cycle on AMD's; on Intel's without AMX they take 1.9 times as long as float32 ones
+    # twice the products of float32 a cycle on AMD's; on Intel's without AMX they take 1.9 times as
+    # long as float32 ones
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() and _is_amd() else None
 
 
@@ -35,8 +41,9 @@ HALF_UNITS = _half_units()  # asked once: Dynamo cannot trace the question
 
 
 def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What products of `dtype` inputs are best taken in: on a CPU without units for them half precision is slower than
-    float32, and rounds more. A CPU's float16 products are float32 ones at best."""
+    """What products of `dtype` inputs are best taken in: on a CPU without units for them half
+    precision is slower than float32, and rounds more. A CPU's float16 products are float32 ones at
+    best."""
     if device.type != "cpu" or dtype.itemsize > 2 or (dtype == torch.bfloat16 and HALF_UNITS):
         return dtype
     return torch.float32
@@ -50,17 +57,23 @@ def half_precision() -> str:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x · weightᵀ + bias; x: (n, K), weight: (N, K), bias: (N,) or None, out: (n, N), all of one dtype."""
+    """out = x · weightᵀ + bias; x: (n, K), weight: (N, K), bias: (N,) or None, out: (n, N), all of
+    one dtype."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def scaled_linear(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """`linear` of float8 rows, each with a scale: x: (n, K) and (n,), weight: (N, K) and (N,), out: (n, N) bfloat16."""
+def scaled_linear(
+    x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor
+) -> None:
+    """`linear` of float8 rows, each with a scale: x: (n, K) and (n,), weight: (N, K) and (N,), out:
+    (n, N) bfloat16."""
     scales = {"scale_a": x[1][:, None], "scale_b": weight[1][None, :]}
-    torch._scaled_mm(x[0], weight[0].t(), **scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
+    torch._scaled_mm(
+        x[0], weight[0].t(), **scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out
+    )
 
 
 def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
@@ -73,8 +86,8 @@ def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
 
 @lru_cache
 def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
-    """Whether the library does so: older versions refuse the dtypes of a sum, and cuBLAS those of float16 where
-    `allow_fp16_accumulation` is set."""
+    """Whether the library does so: older versions refuse the dtypes of a sum, and cuBLAS those of
+    float16 where `allow_fp16_accumulation` is set."""
     total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
     try:
         _widened(total, x, x, first)
@@ -86,11 +99,12 @@ def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
 
 
 def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool = False) -> bool:
-    """total += dyᵀ·x, or = if `first`; dy: (n, M), x: (n, N), total: (M, N) in their dtype or float32.
+    """total += dyᵀ·x, or = if `first`; dy: (n, M), x: (n, N), total: (M, N) in their dtype or
+    float32.
 
-    False, and nothing done, where the library does not take half precision to float32, unless `copies` of dy and x in
-    float32 may be made. Rounded to half precision, the product of a chunk would lose what the sum of all is left with
-    where chunks cancel, and in float16 overflow.
+    False, and nothing done, where the library does not take half precision to float32, unless
+    `copies` of dy and x in float32 may be made. Rounded to half precision, the product of a chunk
+    would lose what the sum of all is left with where chunks cancel, and in float16 overflow.
     """
     if total.dtype == dy.dtype:
         if first:
@@ -100,7 +114,9 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool 
     elif total.is_cuda and _widens(total.device, dy.dtype, first):
         _widened(total, dy.t(), x, first)
     elif copies:
-        for part, (some_dy, some_x) in enumerate(zip(dy.split(COPIED_ROWS), x.split(COPIED_ROWS), strict=True)):
+        for part, (some_dy, some_x) in enumerate(
+            zip(dy.split(COPIED_ROWS), x.split(COPIED_ROWS), strict=True)
+        ):
             add_product(total, some_dy.to(total.dtype), some_x.to(total.dtype), first and part == 0)
     else:
         return False

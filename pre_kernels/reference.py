@@ -1,4 +1,5 @@
-"""The equations of Predictive Regularization in plain PyTorch: the oracle of every test (arXiv 2603.20808, eq. 3-5)."""
+"""The equations of Predictive Regularization in plain PyTorch: the oracle of every test (arXiv
+2603.20808, eq. 3-5)."""
 
 from __future__ import annotations
 
@@ -37,9 +38,11 @@ def pre_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """PRe loss of the selected rows, by autograd. Arguments as in `pre_kernels.fused_pre_loss`; none is checked here.
+    """PRe loss of the selected rows, by autograd. Arguments as in `pre_kernels.fused_pre_loss`;
+    none is checked here.
 
-    Returns a 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype, float32)`.
+    Returns a 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype,
+    float32)`.
     """
     leading = hidden.shape[:-1]
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -61,7 +64,9 @@ def pre_loss(
     divisor: float | Tensor = float(index.numel())
     if row_weight is not None:
         weight = row_weight
-        if weight.shape != index.shape or (rows is not None and rows.dtype == torch.bool and weight.shape == leading):
+        if weight.shape != index.shape or (
+            rows is not None and rows.dtype == torch.bool and weight.shape == leading
+        ):
             weight = weight.reshape(-1)[index]
         losses = losses * weight.to(p.dtype)
         divisor = weight.to(p.dtype).sum()

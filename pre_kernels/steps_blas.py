@@ -13,27 +13,33 @@ from .steps_triton import TritonSteps
 
 
 class BlasSteps(TritonSteps):
-    """A product takes its number of rows from the host. Where only the device knows N, all rows of the capacity take
-    part, zero beyond N: right, but as slow as the capacity is large."""
+    """A product takes its number of rows from the host. Where only the device knows N, all rows of
+    the capacity take part, zero beyond N: right, but as slow as the capacity is large."""
 
     clear = True
 
     @staticmethod
     def columns(problem: Problem) -> int:
         # float8 rows take half of a bfloat16 row
-        return TritonSteps.columns(problem) + (max(problem.widths) // 2 if problem.options.precision else 0)
+        return TritonSteps.columns(problem) + (
+            max(problem.widths) // 2 if problem.options.precision else 0
+        )
 
     @staticmethod
     def apart(problem: Problem) -> int:
         d, m, z = problem.widths
-        return TritonSteps.apart(problem) + (2 * m * (d + z) if problem.options.precision else 0)  # float8 weights
+        return TritonSteps.apart(problem) + (
+            2 * m * (d + z) if problem.options.precision else 0
+        )  # float8 weights
 
     def _prepare(self) -> None:
         super()._prepare()
         self.float8 = None
         if self.options.precision == "fp8":
             self.float8 = Quantized.empty(self.z, self.z.shape[0], max(self.problem.widths))
-            back = any(grad is not None for grad in (self.grads.hidden, self.grads.w1, self.grads.b1))
+            back = any(
+                grad is not None for grad in (self.grads.hidden, self.grads.w1, self.grads.b1)
+            )
             self.project_1, self.project_2, self.back_1, self.back_2 = quantize_weights(
                 self.w1, self.w2, columns=(self.grads.hidden is not None, back)
             )

@@ -17,7 +17,9 @@ aten = torch.ops.aten
 
 MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
 FEW_ROWS = 512  # whose products lose little to those of more
-IN_CACHE = 1 << 20  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
+IN_CACHE = (
+    1 << 20
+)  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
 
 # (forward, backward) into `out`; the backward takes (dG, Z)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -32,19 +34,25 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's norm is not."""
+    """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's
+    norm is not."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
     p.div_(p_norm)
     a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
-    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
+    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of
+    # r, not of 1
     near = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part = torch.linalg.vecdot(p, r).unsqueeze(1)
-    if norm.device.type == "cpu" and norm.min() >= 1e-8:  # where nobody waits for it, the answer saves a few passes
+    if (
+        norm.device.type == "cpu" and norm.min() >= 1e-8
+    ):  # where nobody waits for it, the answer saves a few passes
         cosine, along = near + part, part
     else:
-        length = torch.where(norm < p_norm, norm / p_norm, 1.0)  # of p by now; an infinite norm has left zeros
+        length = torch.where(
+            norm < p_norm, norm / p_norm, 1.0
+        )  # of p by now; an infinite norm has left zeros
         cosine = near * length.square() + part
         # below eps the norm is a constant, and a zero row has no direction
         along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
@@ -72,15 +80,17 @@ def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) ->
     return loss
 
 
-# (n, 1) losses of float32 (or wider) rows, which are overwritten; with `grad`, p becomes coefficient · dℓ/dp
+# (n, 1) losses of float32 (or wider) rows, which are overwritten; with `grad`, p becomes
+# coefficient · dℓ/dp
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
     @staticmethod
     def workspace(device: torch.device, dtype: torch.dtype) -> int:
-        """Bytes of a chunk's buffers, at most, for products in `dtype`. In float32 chunks cost a CPU nothing; in half
-        precision several chunks cost float32 products of the weights' gradients."""
+        """Bytes of a chunk's buffers, at most, for products in `dtype`. In float32 chunks cost a
+        CPU nothing; in half precision several chunks cost float32 products of the weights'
+        gradients."""
         if device.type != "cpu":
             return 256 << 20
         return (32 if dtype.itemsize > 2 else 512) << 20
@@ -98,7 +108,11 @@ class TorchSteps:
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
         most, options = layout.rows, problem.options
-        if options.workspace is None and options.dtype == problem.loss_dtype and problem.hidden.device.type == "cpu":
+        if (
+            options.workspace is None
+            and options.dtype == problem.loss_dtype
+            and problem.hidden.device.type == "cpu"
+        ):
             most = min(most, max(FEW_ROWS, -(-capacity // 4)))  # a smaller peak, and as fast
         return equal_parts(capacity, most, 1)
 
@@ -113,7 +127,12 @@ class TorchSteps:
 
     def __init__(self, work: Work) -> None:
         problem, selection, chunk = work.problem, work.selection, work.chunk
-        self.problem, self.index, self.losses, self.grads = problem, selection.index, work.losses, work.grads
+        self.problem, self.index, self.losses, self.grads = (
+            problem,
+            selection.index,
+            work.losses,
+            work.grads,
+        )
         self.needs_dp = any(grad is not None for grad in self.grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
@@ -124,12 +143,18 @@ class TorchSteps:
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
             return hidden.new_empty(rows, columns, dtype=dtype)
 
-        # products of rows that are no rows in memory add up one term after another: small ones are twice as wrong
+        # products of rows that are no rows in memory add up one term after another: small ones are
+        # twice as wrong
         as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
         self.h = None if as_given else buffer(chunk, d)
         self.z, self.g = buffer(chunk, m), buffer(chunk, m)
         # with one chunk dP is gone before dH is written, and P may lie there
-        if dh is not None and dh.dtype == dtype and chunk == selection.capacity and chunk * z <= dh.numel():
+        if (
+            dh is not None
+            and dh.dtype == dtype
+            and chunk == selection.capacity
+            and chunk * z <= dh.numel()
+        ):
             self.p = dh.flatten()[: chunk * z].view(chunk, z)
         else:
             self.p = buffer(chunk, z)
@@ -141,7 +166,11 @@ class TorchSteps:
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
-        return _part(hidden, start, stop) if self.h is None else _take(hidden, self.index, start, stop, self.h)
+        return (
+            _part(hidden, start, stop)
+            if self.h is None
+            else _take(hidden, self.index, start, stop, self.h)
+        )
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
@@ -160,7 +189,9 @@ class TorchSteps:
             p = _part(self.p_rows, first - start, last - start)
             wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
             a, factor = _take(anchor, index, first, last, self.a), self.coefficient
-            losses = row_loss(wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None])
+            losses = row_loss(
+                wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None]
+            )
             if self.losses is not None:
                 weight = 1.0 if self.weight is None else self.weight[first:last, None]
                 torch.mul(losses, weight, out=self.losses[first:last, None])
@@ -201,7 +232,11 @@ class TorchSteps:
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             rows = _part(self.x, first - start, last - start)
-            dh.index_copy_(0, _part(self.index, first, last), rows if rows.dtype == dh.dtype else rows.to(dh.dtype))
+            dh.index_copy_(
+                0,
+                _part(self.index, first, last),
+                rows if rows.dtype == dh.dtype else rows.to(dh.dtype),
+            )
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -213,7 +248,9 @@ class TorchSteps:
                 divisor = weight.sum()
             if divisor is not None:
                 return torch.where(divisor == 0, torch.nan, divisor)
-            number = (selection.capacity if options.divisor is None else options.divisor) or torch.nan
+            number = (
+                selection.capacity if options.divisor is None else options.divisor
+            ) or torch.nan
         return problem.hidden.new_full((), number, dtype=problem.loss_dtype)
 
     @staticmethod
@@ -231,7 +268,11 @@ class TorchSteps:
     ) -> Tensor:
         scale = _factor(upstream)
         out = _scaled(dh, scale, dtype, in_place)
-        if place is not None and scale is not None and not (isinstance(scale, float) and math.isfinite(scale)):
+        if (
+            place is not None
+            and scale is not None
+            and not (isinstance(scale, float) and math.isfinite(scale))
+        ):
             others = place.new_ones(total, dtype=torch.bool).index_fill_(0, place, False)
             out.masked_fill_(others[:, None], 0)  # 0 · nan is nan
         return out
@@ -285,9 +326,14 @@ def _weight(problem: Problem, selection: Selection) -> Tensor | None:
     return problem.weight[selection.index]
 
 
-def _coefficient(problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor) -> Tensor:
+def _coefficient(
+    problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor
+) -> Tensor:
     """Factors of the rows' derivatives, (capacity,) or one for all: weight · upstream / divisor."""
-    weight, scale = _weight(problem, selection), divisor.reciprocal() if upstream is None else upstream / divisor
+    weight, scale = (
+        _weight(problem, selection),
+        divisor.reciprocal() if upstream is None else upstream / divisor,
+    )
     return scale if weight is None else scale * weight
 
 
@@ -296,7 +342,9 @@ def _factor(upstream: Tensor | None) -> Tensor | float | None:
     return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
 
 
-def _scaled(grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+def _scaled(
+    grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype, in_place: bool = False
+) -> Tensor:
     if scale is None:
         return grad.to(dtype)
     if not in_place or grad.dtype != dtype:

@@ -25,7 +25,9 @@ CHUNK_MULTIPLE = 128  # rows: full tiles
 class TritonSteps:
     """Passes over rows between products, all over buffers of a chunk."""
 
-    workspace = 544 << 20  # bytes: 512 MiB of rows (16,384 of width 4,096 in bf16), their column sums
+    workspace = (
+        544 << 20
+    )  # bytes: 512 MiB of rows (16,384 of width 4,096 in bf16), their column sums
     clear = False  # whether rows beyond a count that is on the device have to be zero
 
     @staticmethod
@@ -47,7 +49,10 @@ class TritonSteps:
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
-        m, z = int(m), int(z)  # under torch.compile they may be symbols, which are no keys of a cache
+        m, z = (
+            int(m),
+            int(z),
+        )  # under torch.compile they may be symbols, which are no keys of a cache
         return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
 
     @staticmethod
@@ -79,7 +84,12 @@ class TritonSteps:
 
     def __init__(self, work: Work) -> None:
         problem, selection = work.problem, work.selection
-        self.problem, self.options, self.losses, self.grads = problem, problem.options, work.losses, work.grads
+        self.problem, self.options, self.losses, self.grads = (
+            problem,
+            problem.options,
+            work.losses,
+            work.grads,
+        )
         self.index, self.count = selection.index, selection.count
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": work.upstream, "divisor": work.divisor}
@@ -113,19 +123,32 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = _rows(self.z, 0, n), _rows(self.g, 0, n), _rows(self.p, 0, n)
+        self.z_rows, self.g_rows, self.p_rows = (
+            _rows(self.z, 0, n),
+            _rows(self.g, 0, n),
+            _rows(self.p, 0, n),
+        )
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
         self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
         quantized = self._quantized(self.x)
         if self.h is not None or quantized is not None:
             copy = None if self.h is None else self.x
-            gather(hidden, copy, index=self.index, clear=self.clear, quantized=quantized, **self.live)
+            gather(
+                hidden, copy, index=self.index, clear=self.clear, quantized=quantized, **self.live
+            )
         self._linear(self.x, self.project_1, self.b1, self.z_rows)
         quantized = self._quantized(self.g_rows)
-        count = None if self.clear else self.count  # rows that are zero in hidden have a finite g, as they should
+        count = (
+            None if self.clear else self.count
+        )  # rows that are zero in hidden have a finite g, as they should
         apply_activation(
-            self.z_rows, self.g_rows, self.options.activation, count=count, start=start, quantized=quantized
+            self.z_rows,
+            self.g_rows,
+            self.options.activation,
+            count=count,
+            start=start,
+            quantized=quantized,
         )
 
     def row_loss(self, start: int, stop: int) -> None:
@@ -155,7 +178,9 @@ class TritonSteps:
 
     def backproject(self, start: int, stop: int) -> None:
         self._linear(self.p_rows, self.back_2, None, self.g_rows)  # g itself is no longer needed
-        count = None if self.clear else self.count  # rows that are zero in dP are so in dG, and stay so
+        count = (
+            None if self.clear else self.count
+        )  # rows that are zero in dP are so in dG, and stay so
         apply_activation_grad(
             self.g_rows,
             self.z_rows,
@@ -211,7 +236,9 @@ class TritonSteps:
         grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
         order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
-        w1, w2, b1, b2 = scale_gradients((grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, in_place)
+        w1, w2, b1, b2 = scale_gradients(
+            (grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, in_place
+        )
         return w1, b1, w2, b2
 
 
@@ -223,4 +250,6 @@ def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
 def _copies(problem: Problem) -> bool:
     """Whether the chunk's rows of hidden have to be gathered or cast, or are no rows in memory."""
     hidden = problem.hidden
-    return problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1
+    return (
+        problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1
+    )

@@ -14,10 +14,13 @@ from .checks import Problem, under_autocast
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of hidden take part. `count` is the device's own N where the host must not wait for it."""
+    """Which rows of hidden take part. `count` is the device's own N where the host must not wait
+    for it."""
 
     index: Tensor | None  # (capacity,) flat rows; None = every row in order
-    place: Tensor | None  # what the implementation's `scatter` wants to know of it; None = every row in order
+    place: (
+        Tensor | None
+    )  # what the implementation's `scatter` wants to know of it; None = every row in order
     count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
     capacity: int
 
@@ -27,11 +30,14 @@ class Layout(NamedTuple):
 
     rows: int  # of a chunk at most
     slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
-    spread: torch.dtype | None = None  # of a dH that lies as hidden does, other rows zero; None: compact
+    spread: torch.dtype | None = (
+        None  # of a dH that lies as hidden does, other rows zero; None: compact
+    )
 
 
 class Gradients(NamedTuple):
-    """Sums over the chunks; None where frozen. Biases: (slots, width), whose rows add up to the gradient."""
+    """Sums over the chunks; None where frozen. Biases: (slots, width), whose rows add up to the
+    gradient."""
 
     hidden: Tensor | None  # (capacity, d), compact; or (R, d), as hidden lies
     w1: Tensor | None
@@ -53,8 +59,9 @@ class Work(NamedTuple):
 
 
 class Steps(Protocol):
-    """What an implementation provides. An instance is one sweep: its workspace, and the operations on a chunk of rows
-    [start, stop) of the selection, called in the order in which they stand here."""
+    """What an implementation provides. An instance is one sweep: its workspace, and the operations
+    on a chunk of rows [start, stop) of the selection, called in the order in which they stand
+    here."""
 
     @staticmethod
     def layout(problem: Problem) -> Layout: ...
@@ -73,7 +80,8 @@ class Steps(Protocol):
         """Z = H·W1ᵀ + b1 and G = act(Z)."""
 
     def row_loss(self, start: int, stop: int) -> None:
-        """P = G·W2ᵀ + b2; losses[start:stop] = w·ℓ; dP = upstream / divisor · w · dℓ/dP and grads.b2 += Σ dP."""
+        """P = G·W2ᵀ + b2; losses[start:stop] = w·ℓ; dP = upstream / divisor · w · dℓ/dP and
+        grads.b2 += Σ dP."""
 
     def output_grads(self, start: int, stop: int) -> None:
         """grads.w2 += dPᵀ·G; stored, not added, in the first chunk, as all sums are."""
@@ -86,7 +94,8 @@ class Steps(Protocol):
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
-        """The D of the reduction, 0-d; 1 for "sum" and if N = 0 (an empty batch is 0), otherwise nan if D = 0."""
+        """The D of the reduction, 0-d; 1 for "sum" and if N = 0 (an empty batch is 0), otherwise
+        nan if D = 0."""
         ...
 
     @staticmethod
@@ -103,28 +112,29 @@ class Steps(Protocol):
         upstream: Tensor | None,
         in_place: bool,
     ) -> Tensor:
-        """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected; `in_place`: dh itself, if
-        it is of that shape and dtype."""
+        """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected;
+        `in_place`: dh itself, if it is of that shape and dtype."""
         ...
 
     @staticmethod
     def scale(
         grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
-        """upstream · (w1, b1, w2, b2) in `dtypes`, column sums added up; `in_place`: a matrix of that dtype itself."""
+        """upstream · (w1, b1, w2, b2) in `dtypes`, column sums added up; `in_place`: a matrix of
+        that dtype itself."""
         ...
 
 
 def equal_parts(rows: int, most: int, multiple: int) -> int:
-    """Rows of each of as few chunks as there can be of at most `most` rows, alike but for the last; `multiple` divides
-    them, and `most`."""
+    """Rows of each of as few chunks as there can be of at most `most` rows, alike but for the last;
+    `multiple` divides them, and `most`."""
     part = -(-rows // -(-rows // most))
     return min(rows, -(-part // multiple) * multiple)
 
 
 def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]) -> Gradients:
-    """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16 every chunk would
-    round the sum again. One chunk needs no sum."""
+    """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16
+    every chunk would round the sum again. One chunk needs no sum."""
     wide, dtype = problem.loss_dtype, problem.options.dtype
     d, m, z = problem.widths
     weights = dtype if problem.bound <= layout.rows else wide

@@ -1,6 +1,8 @@
-"""Compile every kernel launch of the Triton implementation ahead of time, without a GPU: `python tests/aot.py --help`.
+"""Compile every kernel launch of the Triton implementation ahead of time, without a GPU: `python
+tests/aot.py --help`.
 
-The launches are recorded from real calls of `fused_pre_loss`, so what is compiled here is what would run.
+The launches are recorded from real calls of `fused_pre_loss`, so what is compiled here is what
+would run.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ class Launch:
 
     @property
     def width(self) -> str:
-        return "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()})) or "fp32"
+        return (
+            "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()}))
+            or "fp32"
+        )
 
     @property
     def tile(self) -> str:
@@ -72,20 +77,36 @@ class Launch:
 
     @property
     def name(self) -> str:
-        flags = [str(v) if isinstance(v, str) else k.lower() for k, v in self.constants.items() if v and k.isupper()]
-        words = [self.target, self.kernel, self.width, self.tile, *(flag for flag in flags if flag not in SHAPES)]
+        flags = [
+            str(v) if isinstance(v, str) else k.lower()
+            for k, v in self.constants.items()
+            if v and k.isupper()
+        ]
+        words = [
+            self.target,
+            self.kernel,
+            self.width,
+            self.tile,
+            *(flag for flag in flags if flag not in SHAPES),
+        ]
         return " ".join(word for word in words if word) + " unaligned" * self.unaligned
 
     @property
     def budget(self) -> str:
-        """Its name in `sass.BUDGETS`; none where what is compiled is another target, or no common width: of a pass over
-        rows that is a block of bfloat16."""
+        """Its name in `sass.BUDGETS`; none where what is compiled is another target, or no common
+        width: of a pass over rows that is a block of bfloat16."""
         rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
         common = self.kernel in NO_WIDTH or bool(self.tile)
-        common |= self.width == "bf16" and all(known.get(name, value) == value for name, value in rows.items())
+        common |= self.width == "bf16" and all(
+            known.get(name, value) == value for name, value in rows.items()
+        )
         if self.target != "sm90" or self.unaligned or not common:
             return ""
-        words = [self.kernel, self.tile, *(value for value in known.values() if isinstance(value, str))]
+        words = [
+            self.kernel,
+            self.tile,
+            *(value for value in known.values() if isinstance(value, str)),
+        ]
         if known.get("TRANSPOSED"):
             words.append("transposed")
         if self.signature.get("q_ptr", "constexpr") != "constexpr":
@@ -125,7 +146,11 @@ def record(target: str, call: Any) -> list[Launch]:
         for parameter in kernel.params:
             value = bound[parameter.name]
             special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (isinstance(value, int) and value == 1 and special)
+            ):
                 constants[parameter.name], signature[parameter.name] = value, "constexpr"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
@@ -143,7 +168,10 @@ def record(target: str, call: Any) -> list[Launch]:
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
         mock.patch("pre_kernels.steps_blas.linear"),
         mock.patch("pre_kernels.steps_blas.scaled_linear"),
-        mock.patch("pre_kernels.steps_blas.add_product", lambda total, dy, x, first: total.dtype == dy.dtype),
+        mock.patch(
+            "pre_kernels.steps_blas.add_product",
+            lambda total, dy, x, first: total.dtype == dy.dtype,
+        ),
         mock.patch("pre_kernels.kernels.tiles.arch", return_value=TILE_ARCH[target]),
     ):
         call()
@@ -170,7 +198,9 @@ def call(
         "index32": torch.arange(total, dtype=torch.int32),
         "all": None,
     }[rows]
-    leaves = [torch.empty(shape, dtype=weights) for shape in ((total, d), (m, d), (m,), (z, m), (z,))]
+    leaves = [
+        torch.empty(shape, dtype=weights) for shape in ((total, d), (m, d), (m,), (z, m), (z,))
+    ]
     hidden, w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
     anchor = torch.empty(total, z, dtype=torch.float32 if autocast else dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
@@ -198,7 +228,9 @@ def launches(targets: list[str]) -> list[Launch]:
 
     def add(target: str, *arguments: Any, **options: Any) -> None:
         for workspace in (None, PARTS):  # sums are stored, and added to
-            found.extend(record(target, lambda w=workspace: call(*arguments, **{"workspace": w, **options})))
+            found.extend(
+                record(target, lambda w=workspace: call(*arguments, **{"workspace": w, **options}))
+            )
 
     for target in targets:
         add(target, torch.bfloat16, WIDE, "mask")
@@ -228,7 +260,8 @@ def launches(targets: list[str]) -> list[Launch]:
 
 
 def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `sass` says of its instructions."""
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `sass` says of its
+    instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -236,15 +269,23 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
             return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-        return {"registers": number("vgpr_count"), "spills": spills, "shared": kernel.metadata.shared}
+        return {
+            "registers": number("vgpr_count"),
+            "spills": spills,
+            "shared": kernel.metadata.shared,
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text, code = (
-            subprocess.run([BIN / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [BIN / tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
+    )
     if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
         stack = 0
     return {
@@ -258,20 +299,37 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     """What came of compiling one launch: resources, and which matrix instructions it uses."""
-    from pre_kernels.kernels import activation, finish, matmul, quantize, row_loss, rows, weight_grad
+    from pre_kernels.kernels import (
+        activation,
+        finish,
+        matmul,
+        quantize,
+        row_loss,
+        rows,
+        weight_grad,
+    )
 
     modules = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
-    kernel = next(vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module))
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    kernel = next(
+        vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module)
+    )
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned
+    }
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     code = compiled.asm.get("ptx", "")
-    found = {word: word in code for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")}
+    found = {
+        word: word in code
+        for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")
+    }
     return {
         "name": launch.name,
         "target": launch.target,
         "kernel": launch.kernel,
-        "dtype": next((element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None),
+        "dtype": next(
+            (element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None
+        ),
         "precision": launch.constants.get("PRECISION"),
         "fusion": launch.options.get("enable_fp_fusion"),
         "budget": launch.budget,
@@ -288,7 +346,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
+    )
     arguments = parser.parse_args()
     todo = launches(arguments.targets)
     results = []
@@ -297,19 +357,28 @@ def main() -> None:
         for future in as_completed([pool.submit(compile_launch, launch) for launch in todo]):
             result = future.result()
             results.append(result)
-            used = (
-                f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
-            )
+            used = f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
             issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
-            print(f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}", flush=True)
+            print(
+                f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}",
+                flush=True,
+            )
     results.sort(key=lambda result: result["name"])
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": results}, indent=1)
+        )
     spilled = sum(result["spills"] > 0 for result in results)
-    over = [result for result in results if result["budget"] and result["count"].over(result["budget"])]
+    over = [
+        result for result in results if result["budget"] and result["count"].over(result["budget"])
+    ]
     for result in over:
-        print(f"{result['name']}: {result['count']}, want at most {sass.BUDGETS.get(result['budget'])}")
-    print(f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget")
+        print(
+            f"{result['name']}: {result['count']}, want at most {sass.BUDGETS.get(result['budget'])}"
+        )
+    print(
+        f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget"
+    )
     raise SystemExit(spilled > 0 or len(over) > 0)
 
 

@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run in its interpreter, which has to be chosen before triton is imported."""
+"""Without a GPU the Triton kernels run in its interpreter, which has to be chosen before triton is
+imported."""
 
 import os
 from importlib import metadata
@@ -11,21 +12,26 @@ import versions
 
 
 def old_interpreter() -> None:
-    """Triton 3.5's as it is from 3.6 on: strides of descriptors are multiples of 16 bytes, where it asks for multiples
-    of 16 elements; a launch goes through the class's `run`, which tests take the place of."""
+    """Triton 3.5's as it is from 3.6 on: strides of descriptors are multiples of 16 bytes, where it
+    asks for multiples of 16 elements; a launch goes through the class's `run`, which tests take the
+    place of."""
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorDescHandle
 
     def run(kernel, *args, grid, warmup, **kwargs):
         return GridExecutor(kernel.rewrite(), kernel.arg_names, grid)(*args, **kwargs)
 
     def launcher(kernel, grid):  # past the `run` that each kernel has of its own
-        return lambda *args, **kwargs: type(kernel).run(kernel, *args, grid=grid, warmup=False, **kwargs)
+        return lambda *args, **kwargs: type(kernel).run(
+            kernel, *args, grid=grid, warmup=False, **kwargs
+        )
 
     TensorDescHandle.validate = lambda self: None
     InterpretedFunction.run, InterpretedFunction.__getitem__ = run, launcher
 
 
-os.environ["PRE_KERNELS_CACHE"] = os.devnull  # the shipped tiles, whatever was tuned on this machine
+os.environ["PRE_KERNELS_CACHE"] = (
+    os.devnull
+)  # the shipped tiles, whatever was tuned on this machine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,14 +40,22 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--versions", choices=versions.ROWS, help="stop unless what README's row names is installed")
+    parser.addoption(
+        "--versions", choices=versions.ROWS, help="stop unless what README's row names is installed"
+    )
 
 
 def pytest_report_header() -> str:
     found = {name: versions.installed(name) for name in versions.claims()}
-    newer = [name for name, version in versions.table()["newest"].items() if (found[name] or version) > version]
+    newer = [
+        name
+        for name, version in versions.table()["newest"].items()
+        if (found[name] or version) > version
+    ]
     told = f"versions: {', '.join(f'{name} {version}' for name, version in found.items())}"
-    return told + (f"\nversions: README's table has no {', '.join(newer)} as new as that" if newer else "")
+    return told + (
+        f"\nversions: README's table has no {', '.join(newer)} as new as that" if newer else ""
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -51,12 +65,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is deprecated is called neither by the library nor by its tests; what they call may do as it likes."""
-    own = "|".join(["pre_kernels", "bench", *sorted({path.stem for path in Path(__file__).parent.rglob("*.py")})])
+    """What is deprecated is called neither by the library nor by its tests; what they call may do
+    as it likes."""
+    own = "|".join(
+        [
+            "pre_kernels",
+            "bench",
+            *sorted({path.stem for path in Path(__file__).parent.rglob("*.py")}),
+        ]
+    )
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", rf"error::{category}:({own})(\.|$)")
     # deprecated too, though torch does not say so by the category: an `out=` of another shape
-    config.addinivalue_line("filterwarnings", "error:An output with one or more elements was resized:UserWarning")
+    config.addinivalue_line(
+        "filterwarnings", "error:An output with one or more elements was resized:UserWarning"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +94,17 @@ def impl(request) -> str:
 
 @pytest.fixture
 def row_scales(device):
-    """What the products of "fp8" are taken with: on a CPU older torches have one scale a tensor alone."""
-    x, rows = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device), torch.ones(16, 1, device=device)
+    """What the products of "fp8" are taken with: on a CPU older torches have one scale a tensor
+    alone."""
+    x, rows = (
+        torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device),
+        torch.ones(16, 1, device=device),
+    )
     try:
         torch._scaled_mm(x, x.t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16)
     except RuntimeError:
         if device.type != "cpu":
             raise
-        pytest.skip(f"torch {torch.__version__} has no float8 products with scales of rows on a CPU")
+        pytest.skip(
+            f"torch {torch.__version__} has no float8 products with scales of rows on a CPU"
+        )

@@ -1,5 +1,5 @@
-"""What watches memory in tests: fences of poison around tensors, the interpreter's loads and stores looked at, and
-addresses without memory."""
+"""What watches memory in tests: fences of poison around tensors, the interpreter's loads and stores
+looked at, and addresses without memory."""
 
 from __future__ import annotations
 
@@ -31,16 +31,25 @@ def poison(dtype: torch.dtype):
 
 
 class Fenced:
-    """Tensors inside larger buffers, the rest of which is poison: margins, and the gaps of a strided one."""
+    """Tensors inside larger buffers, the rest of which is poison: margins, and the gaps of a
+    strided one."""
 
     def __init__(self) -> None:
         self.watched: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def _place(self, like: torch.Tensor, fill: bool, constant: bool, live: int | None = None) -> torch.Tensor:
+    def _place(
+        self, like: torch.Tensor, fill: bool, constant: bool, live: int | None = None
+    ) -> torch.Tensor:
         margin = MARGIN // like.element_size()
-        span = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+        span = (
+            1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
+            if like.numel()
+            else 0
+        )
         small = like.dtype == torch.float8_e4m3fn  # which cannot be filled
-        buffer = torch.full((span + 2 * margin,), 0x7F if small else poison(like.dtype), device=like.device)
+        buffer = torch.full(
+            (span + 2 * margin,), 0x7F if small else poison(like.dtype), device=like.device
+        )
         buffer = buffer.to(torch.uint8).view(like.dtype) if small else buffer.to(like.dtype)
         inner = buffer.as_strided(like.shape, like.stride(), margin)
         if fill:
@@ -64,7 +73,9 @@ class Fenced:
         return self._place(tensor, fill=True, constant=False, live=live)
 
     def out(self, *shape, dtype=torch.float32, device=None):
-        return self._place(torch.empty(shape, dtype=dtype, device=device), fill=False, constant=False)
+        return self._place(
+            torch.empty(shape, dtype=dtype, device=device), fill=False, constant=False
+        )
 
     def check(self) -> None:
         for buffer, watched, before in self.watched:
@@ -97,7 +108,10 @@ class Fresh(TorchDispatchMode):
             with self:
                 return real(*args)
         result, name = function(*args, **(kwargs or {})), function._schema.name.split("::")[1]
-        if name in ("empty", "new_empty", "empty_like", "new_full", "new_ones", "new_zeros") and result.numel():
+        if (
+            name in ("empty", "new_empty", "empty_like", "new_full", "new_ones", "new_zeros")
+            and result.numel()
+        ):
             result = self.place(result, fill="empty" not in name, constant=False)
         return result
 
@@ -106,8 +120,8 @@ class Fresh(TorchDispatchMode):
 
 
 class Memory:
-    """Stands before the interpreter's loads and stores. `far`: (begin, end) of memory that is not there: it reads as
-    zeros, and takes what is written."""
+    """Stands before the interpreter's loads and stores. `far`: (begin, end) of memory that is not
+    there: it reads as zeros, and takes what is written."""
 
     def __init__(self, far=()) -> None:
         self.real, self.far, self.names, self.reached = interpreter._interpreter, far, set(), {}
@@ -135,7 +149,9 @@ class Memory:
         for begin, end in self.far:
             here = (pointers >= begin) & (pointers < end)
             if (here & mask).any():
-                self.reached[begin] = max(self.reached.get(begin, 0), int(pointers[here & mask].max()))
+                self.reached[begin] = max(
+                    self.reached.get(begin, 0), int(pointers[here & mask].max())
+                )
             away |= here
         return away
 
@@ -153,23 +169,28 @@ class Memory:
         interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, grid)(*args, **kwargs)
 
     def apart(self):
-        """No two programs store to one address, and none loads what another stores: whatever the order in which they
-        run, and in which a GPU adds, the result is the same."""
+        """No two programs store to one address, and none loads what another stores: whatever the
+        order in which they run, and in which a GPU adds, the result is the same."""
 
         def pairs(seen):
-            programs = np.concatenate([np.full(len(a), x << 32 | y) for a, (x, y, _) in seen] or [np.zeros(0, int)])
+            programs = np.concatenate(
+                [np.full(len(a), x << 32 | y) for a, (x, y, _) in seen] or [np.zeros(0, int)]
+            )
             addresses = np.concatenate([a for a, _ in seen] or [np.zeros(0, np.uint64)])
             return np.unique(np.stack([addresses.astype(np.int64), programs]), axis=1)
 
         stores, loads = pairs(self.stores), pairs(self.loads)
-        assert len(np.unique(stores[0])) == stores.shape[1], f"{self.name}: two programs store to one address"
+        assert len(np.unique(stores[0])) == stores.shape[1], (
+            f"{self.name}: two programs store to one address"
+        )
         loads = loads[:, np.isin(loads[0], stores[0])]
         owner = stores[1][np.searchsorted(stores[0], loads[0])]
         assert (owner == loads[1]).all(), f"{self.name}: a program loads what another one stores"
 
 
 def span(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """First address, the one after the last, and how far apart and how long the pieces without a gap are."""
+    """First address, the one after the last, and how far apart and how long the pieces without a
+    gap are."""
     size, begin = x.element_size(), x.data_ptr()
     end = begin + size * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
     if x.is_contiguous() or x.dim() != 2:
@@ -189,7 +210,9 @@ def watching(memory=None):
         return
     with (
         mock.patch.object(interpreter, "_interpreter", memory),
-        mock.patch.object(KERNEL, "run", lambda kernel, *args, **kwargs: memory.run(kernel, *args, **kwargs)),
+        mock.patch.object(
+            KERNEL, "run", lambda kernel, *args, **kwargs: memory.run(kernel, *args, **kwargs)
+        ),
     ):
         yield memory
 
@@ -205,8 +228,12 @@ class Last(Memory):
         builder, last = interpreter.interpreter_builder, [n - 1 for n in grid]
         last = last if self.program is None else [self.program, 0, 0]
         with (
-            mock.patch.object(builder, "set_grid_dim", lambda *_, real=builder.set_grid_dim: real(*grid)),
-            mock.patch.object(builder, "set_grid_idx", lambda *_, real=builder.set_grid_idx: real(*last)),
+            mock.patch.object(
+                builder, "set_grid_dim", lambda *_, real=builder.set_grid_dim: real(*grid)
+            ),
+            mock.patch.object(
+                builder, "set_grid_idx", lambda *_, real=builder.set_grid_idx: real(*last)
+            ),
         ):
             super().execute(kernel, (1, 1, 1), args, kwargs)
 
@@ -220,7 +247,9 @@ class Far:
 
     def __call__(self, *shape, dtype=torch.float16):
         size = math.prod(shape) * dtype.itemsize
-        nowhere = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000))
+        nowhere = mmap.mmap(
+            -1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        )
         self.tensors.append(torch.frombuffer(nowhere, dtype=dtype).view(shape))
         self.spans.append(span(self.tensors[-1])[:2])
         return self.tensors[-1]

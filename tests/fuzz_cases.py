@@ -1,4 +1,5 @@
-"""Fuzzed cases: a `Spec` is all there is to say of one, which is built from its own seed. fuzz_draw.py draws them."""
+"""Fuzzed cases: a `Spec` is all there is to say of one, which is built from its own seed.
+fuzz_draw.py draws them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pre_kernels import reference
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Arguments that reproduce a case: `run(Spec(...))` of fuzz_rule, or `python -m bench.fuzz --case '{...}'`."""
+    """Arguments that reproduce a case: `run(Spec(...))` of fuzz_rule, or `python -m bench.fuzz
+    --case '{...}'`."""
 
     impl: str = "torch"
     seed: int = 0
@@ -49,7 +51,9 @@ class Spec:
     frozen: tuple[str, ...] = ()
     workspace: int | None = None
     capacity: int | None = None  # beyond what the mask selects
-    units: str | None = None  # what this CPU is taken to have for half precision, as products.HALF_UNITS
+    units: str | None = (
+        None  # what this CPU is taken to have for half precision, as products.HALF_UNITS
+    )
 
     @property
     def product_dtype(self) -> str:
@@ -58,7 +62,12 @@ class Spec:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Spec:
         """From JSON, which has no tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in given.items()
+            }
+        )
 
 
 def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, dict[str, Any]]:
@@ -82,14 +91,22 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, 
         "index64": selected,
     }[spec.rows]
     order = (
-        mask.nonzero().squeeze(1) if spec.rows == "mask" else selected if spec.rows != "all" else torch.arange(total)
+        mask.nonzero().squeeze(1)
+        if spec.rows == "mask"
+        else selected
+        if spec.rows != "all"
+        else torch.arange(total)
     )
 
     tensors: dict[str, Tensor | None] = {
         "hidden": cast(_hidden(spec, randn, g)),
         "w1": cast(randn(spec.m, spec.d) / math.sqrt(spec.d)),
         "b1": cast(randn(spec.m) * 0.2) if spec.bias[0] else None,
-        "w2": cast(randn(spec.z, spec.m) / math.sqrt(spec.m) * (0.0 if spec.constant else 10.0**spec.scale_w2)),
+        "w2": cast(
+            randn(spec.z, spec.m)
+            / math.sqrt(spec.m)
+            * (0.0 if spec.constant else 10.0**spec.scale_w2)
+        ),
         "b2": cast(randn(spec.z) * 0.2 * 10.0**spec.scale_w2) if spec.bias[1] else None,
     }
     anchor = randn(total, spec.z)
@@ -101,14 +118,22 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, 
     if spec.zero_rows:
         anchor[torch.rand(total, generator=g) < 0.1] = 0
     anchor = anchor[order] if spec.anchor_compact else anchor.reshape(*spec.leading, spec.z)
-    tensors["anchor"] = _laid_out(spec.layout, cast(anchor, getattr(torch, spec.anchor_dtype or spec.dtype)))
+    tensors["anchor"] = _laid_out(
+        spec.layout, cast(anchor, getattr(torch, spec.anchor_dtype or spec.dtype))
+    )
     for name in ("hidden", "w1", "b1", "w2", "b2"):
         if tensors[name] is not None:
             tensors[name] = _laid_out(spec.layout, tensors[name])
 
-    options: dict[str, Any] = {"loss": spec.loss, "activation": spec.activation, "reduction": spec.reduction}
+    options: dict[str, Any] = {
+        "loss": spec.loss,
+        "activation": spec.activation,
+        "reduction": spec.reduction,
+    }
     if spec.normalizer is not None:
-        options["normalizer"] = torch.tensor(spec.normalizer) if spec.normalizer_tensor else spec.normalizer
+        options["normalizer"] = (
+            torch.tensor(spec.normalizer) if spec.normalizer_tensor else spec.normalizer
+        )
     if spec.weight is not None:
         shape = (n,) if spec.weight == "compact" else spec.leading
         options["row_weight"] = (0.1 + torch.rand(shape, generator=g)).to(device)
@@ -136,9 +161,15 @@ def _mask(pattern: str, total: int, g: torch.Generator) -> Tensor:
 def _hidden(spec: Spec, randn: Any, g: torch.Generator) -> Tensor:
     hidden = randn(math.prod(spec.leading), spec.d)
     if spec.layout == "expanded":  # along the first dimension, made a view in `_laid_out`
-        hidden = hidden.reshape(*spec.leading, spec.d)[:1].expand(*spec.leading, spec.d).reshape(-1, spec.d)
+        hidden = (
+            hidden.reshape(*spec.leading, spec.d)[:1]
+            .expand(*spec.leading, spec.d)
+            .reshape(-1, spec.d)
+        )
     channels = torch.randint(spec.d, (2,), generator=g)
-    if spec.outliers == "tokens":  # massive activations: the same few channels of a few tokens, at 1,000 times the rest
+    if (
+        spec.outliers == "tokens"
+    ):  # massive activations: the same few channels of a few tokens, at 1,000 times the rest
         few = torch.rand(len(hidden), generator=g) < 0.05
         hidden[few.nonzero(), channels] = 1000.0
     elif spec.outliers == "channels":
@@ -150,9 +181,13 @@ def _hidden(spec: Spec, randn: Any, g: torch.Generator) -> Tensor:
 
 def _predictions(spec: Spec, tensors: dict[str, Tensor | None]) -> Tensor:
     """(total, z) in float64"""
-    h, w1, b1, w2, b2 = (None if tensors[name] is None else tensors[name].double() for name in oracle.LEAVES)
+    h, w1, b1, w2, b2 = (
+        None if tensors[name] is None else tensors[name].double() for name in oracle.LEAVES
+    )
     linear = torch.nn.functional.linear
-    return linear(reference.ACTIVATIONS[spec.activation](linear(h.reshape(-1, spec.d), w1, b1)), w2, b2)
+    return linear(
+        reference.ACTIVATIONS[spec.activation](linear(h.reshape(-1, spec.d), w1, b1)), w2, b2
+    )
 
 
 def _laid_out(layout: str, x: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """The error rule on fuzzed cases, and what it says where eager's own error is luck.
 
-The rule of oracle.py compares two samples of rounding noise. Where a few rows or elements dominate a tensor, eager's
-error may be small by chance, and eager itself breaks the rule against its own error on another sample. So a tensor
-outside the rule is judged again by the same rule over an ensemble: the case and neighbours of it, alike but for the
-bits that are rounded, each of the same weight. What is worse than eager fails that too, and is a violation; what passes
-is counted as "luck".
+The rule of oracle.py compares two samples of rounding noise. Where a few rows or elements dominate
+a tensor, eager's error may be small by chance, and eager itself breaks the rule against its own
+error on another sample. So a tensor outside the rule is judged again by the same rule over an
+ensemble: the case and neighbours of it, alike but for the bits that are rounded, each of the same
+weight. What is worse than eager fails that too, and is a violation; what passes is counted as
+"luck".
 
-An overflow in eager is no error to compare with: where eager is not finite while ours is, as the oracle is, or where
-ours overflows and eager is within 4 eps of the largest number, neither says anything ("overflow").
+An overflow in eager is no error to compare with: where eager is not finite while ours is, as the
+oracle is, or where ours overflows and eager is within 4 eps of the largest number, neither says
+anything ("overflow").
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ WITHIN, OVERFLOW, LUCK, VIOLATION = "within", "overflow", "luck", "violation"
 
 
 class Outcome(NamedTuple):
-    """Of the loss or a gradient. Errors are RMS, or the largest where elements are few; nan if nothing is finite."""
+    """Of the loss or a gradient. Errors are RMS, or the largest where elements are few; nan if
+    nothing is finite."""
 
     name: str
     verdict: str
@@ -58,7 +61,9 @@ def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
             spared = _holds(oracle.judge, _without_overflow(one))
             verdict = OVERFLOW if spared else LUCK if ensemble.holds(one.name) else VIOLATION
             message = str(error)
-        turned = not _holds(oracle.judge, _without_overflow(one._replace(ours=one.eager, eager=one.ours)))
+        turned = not _holds(
+            oracle.judge, _without_overflow(one._replace(ours=one.eager, eager=one.ours))
+        )
         outcomes.append(Outcome(one.name, verdict, *_sizes(one), turned, message))
     return outcomes
 
@@ -78,10 +83,11 @@ class Ensemble:
         return self.members[i]
 
     def holds(self, name: str) -> bool:
-        """Whether the rule holds for all members taken together, for the first size at which it does.
+        """Whether the rule holds for all members taken together, for the first size at which it
+        does.
 
-        A member's errors are taken over the size of both, else the worst conditioned member would decide alone; so that
-        of the case itself may be no larger than twice the largest of eager's.
+        A member's errors are taken over the size of both, else the worst conditioned member would
+        decide alone; so that of the case itself may be no larger than twice the largest of eager's.
         """
         for size in ENSEMBLES:
             members = [_without_overflow(self.member(i)[name]) for i in range(size)]
@@ -93,9 +99,16 @@ class Ensemble:
             if ours > 2 * largest + members[0].eps * exact:
                 continue
             alike = [
-                [x / (math.hypot(*size[:2]) or 1.0) for x in member] for member, size in zip(errors, norms, strict=True)
+                [x / (math.hypot(*size[:2]) or 1.0) for x in member]
+                for member, size in zip(errors, norms, strict=True)
             ]
-            if _holds(oracle.judge_errors, name, *map(torch.cat, zip(*alike, strict=True)), members[0].eps, None):
+            if _holds(
+                oracle.judge_errors,
+                name,
+                *map(torch.cat, zip(*alike, strict=True)),
+                members[0].eps,
+                None,
+            ):
                 return True
         return False
 
@@ -103,9 +116,10 @@ class Ensemble:
 def neighbour(case: oracle.Case, number: int) -> oracle.Case:
     """0: the case itself; else the same problem for every purpose but rounding.
 
-    Inputs differ by up to 2 eps; row weights (one for all, where there are none), the upstream gradient and each column
-    of the predictions, with that of the anchors, by a factor between ½ and 1: parallel vectors stay parallel, and rows
-    alike. The last bits alone would not do where rows are the same: what is lost depends on the leading ones too.
+    Inputs differ by up to 2 eps; row weights (one for all, where there are none), the upstream
+    gradient and each column of the predictions, with that of the anchors, by a factor between ½ and
+    1: parallel vectors stay parallel, and rows alike. The last bits alone would not do where rows
+    are the same: what is lost depends on the leading ones too.
     """
     if number == 0:
         return case
@@ -130,7 +144,8 @@ def neighbour(case: oracle.Case, number: int) -> oracle.Case:
 
 
 def _without_overflow(one: oracle.Comparison) -> oracle.Comparison:
-    """Both are taken for the oracle where eager alone has overflowed, or ours alone with eager at the very edge."""
+    """Both are taken for the oracle where eager alone has overflowed, or ours alone with eager at
+    the very edge."""
     edge = (1 - 4 * one.eps) * torch.finfo(one.ours.dtype).max
     spared = ~one.eager.isfinite() & one.ours.isfinite() & one.oracle.isfinite()
     spared |= ~one.ours.isfinite() & one.eager.isfinite() & (one.eager.abs() >= edge)
@@ -150,7 +165,9 @@ def _holds(rule: Callable[..., None], *arguments: Any) -> bool:
 def _sizes(one: oracle.Comparison) -> tuple[float, float, float]:
     finite = one.ours.isfinite()
     rest = one.rest[finite] if isinstance(one.rest, Tensor) else one.rest
-    known = one._replace(ours=one.ours[finite], eager=one.eager[finite], oracle=one.oracle[finite], rest=rest)
+    known = one._replace(
+        ours=one.ours[finite], eager=one.eager[finite], oracle=one.oracle[finite], rest=rest
+    )
     ours, eager, exact = known.errors()
     if not ours.numel():
         return (float("nan"),) * 3

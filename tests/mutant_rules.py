@@ -35,7 +35,16 @@ LEFT_OUT = {
     "a question to the library": "_widens",
 }
 
-TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}
+TURNED = {
+    "<": ">",
+    "<=": ">=",
+    ">": "<",
+    ">=": "<=",
+    "==": "!=",
+    "!=": "==",
+    "is": "is not",
+    "is not": "is",
+}
 BOUNDARY = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 COMPARISONS = {
     ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
@@ -46,7 +55,8 @@ ACCESSES = ("load", "store", "atomic_add")
 
 
 class Visitor(Places):
-    """Collects the mutants of a file; `optional`: the arguments that may be left out, by the function's name."""
+    """Collects the mutants of a file; `optional`: the arguments that may be left out, by the
+    function's name."""
 
     def __init__(self, source: str, optional: dict[str, set[str]]) -> None:
         super().__init__(source)
@@ -82,7 +92,11 @@ class Visitor(Places):
     def _knob(self, target: ast.expr, value: ast.expr) -> bool:
         name = ast.unparse(target)
         size = not self.scope and isinstance(value, ast.Constant | ast.Tuple | ast.BinOp)
-        return size or name.endswith("_TILES") or name in ("workspace", "OPTIONS", "UNALIGNED", "LIBRARY", "INTERPRET")
+        return (
+            size
+            or name.endswith("_TILES")
+            or name in ("workspace", "OPTIONS", "UNALIGNED", "LIBRARY", "INTERPRET")
+        )
 
     def visit_Assert(self, node: ast.Assert) -> None: ...
 
@@ -99,7 +113,9 @@ class Visitor(Places):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         left, right = self.text(node.left), self.text(node.right)
-        lists = any(isinstance(x, ast.List | ast.Tuple | ast.JoinedStr) for x in (node.left, node.right))
+        lists = any(
+            isinstance(x, ast.List | ast.Tuple | ast.JoinedStr) for x in (node.left, node.right)
+        )
         match node.op:
             case ast.Add() | ast.Sub() if not lists:
                 old, new = "+-" if isinstance(node.op, ast.Add) else "-+"
@@ -164,7 +180,9 @@ class Visitor(Places):
 
     def visit_Name(self, node: ast.Name) -> None:
         if node.id.startswith("stride_") and isinstance(node.ctx, ast.Load):
-            other = [x for x in sorted(self.arguments) if x.startswith(node.id[:-1]) and x != node.id]
+            other = [
+                x for x in sorted(self.arguments) if x.startswith(node.id[:-1]) and x != node.id
+            ]
             if other:
                 self.replace("index", node, other[0])
 
@@ -227,7 +245,9 @@ class Visitor(Places):
             for place in node.args[0].elts:
                 self.replace("index", place, f"{self.text(place)} + 1")
         for argument in node.args:
-            if isinstance(argument, ast.Starred) and ast.unparse(argument.value).endswith(".stride()"):
+            if isinstance(argument, ast.Starred) and ast.unparse(argument.value).endswith(
+                ".stride()"
+            ):
                 self.replace("index", argument.value, f"{self.text(argument.value)}[::-1]")
 
     def _mask(self, node: ast.Call) -> None:

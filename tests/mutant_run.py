@@ -1,4 +1,5 @@
-"""A mutant meets the tests: a copy of the sources, a process that has imported all but the package, a fork for each."""
+"""A mutant meets the tests: a copy of the sources, a process that has imported all but the package,
+a fork for each."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from mutants import PACKAGE, Mutant
 ROOT = PACKAGE.parent
 GENERAL = ("row_kernels", "rounding", "kernels", "products", "loss", "memory_safety", "ops")
 TESTS = (*GENERAL, "contracts", "checks", "fp8", "fuzz_regressions", "head", "cost", "tune")
-# of a process of their own, or of other things than the kernels, or long and seeing no more than others
+# of a process of their own, or of other things than the kernels, or long and seeing no more than
+# others
 PASSED_OVER = (
     "importing_the_package",
     "training_ends_where",
@@ -33,15 +35,25 @@ PER_TEST = 20  # seconds, and ten times what it usually takes: an endless loop
 
 
 class Tests:
-    """A pytest plugin: only the given tests, in their order, each under an alarm; the first that fails."""
+    """A pytest plugin: only the given tests, in their order, each under an alarm; the first that
+    fails."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds, self.failed, self.ran = seconds, None, 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        known = {item.nodeid: item for item in items if not any(name in item.nodeid for name in PASSED_OVER)}
+        known = {
+            item.nodeid: item
+            for item in items
+            if not any(name in item.nodeid for name in PASSED_OVER)
+        }
         # of a test that has got parameters since, all of them
-        meant = [name for wanted in self.seconds or () for name in known if wanted in (name, name.partition("[")[0])]
+        meant = [
+            name
+            for wanted in self.seconds or ()
+            for name in known
+            if wanted in (name, name.partition("[")[0])
+        ]
         items[:] = [known[name] for name in (known if self.seconds is None else meant)]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -49,7 +61,8 @@ class Tests:
 
         torch.manual_seed(0)
         usual = (self.seconds or {}).get(item.nodeid, 10)
-        # of processor time, since others may use the machine; it ends the process, whatever that is at
+        # of processor time, since others may use the machine; it ends the process, whatever that is
+        # at
         signal.setitimer(signal.ITIMER_PROF, PER_TEST + 10 * usual)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -62,12 +75,15 @@ class Tests:
 
 
 class Reach(Tests):
-    """The same over all tests, noting the seconds of each and the lines of the package that it runs."""
+    """The same over all tests, noting the seconds of each and the lines of the package that it
+    runs."""
 
     def __init__(self, package: Path) -> None:
         super().__init__()
         self.package, self.took = package, dict[str, float]()
-        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[f"{package}/*"])
+        self.coverage = coverage.Coverage(
+            data_file=None, config_file=False, include=[f"{package}/*"]
+        )
 
     def pytest_collection_finish(self) -> None:
         self.coverage.start()
@@ -89,7 +105,8 @@ class Reach(Tests):
         files = [Path(name) for name in data.measured_files()]
         return {
             str(file.relative_to(self.package)): {
-                line: sorted(filter(None, tests)) for line, tests in data.contexts_by_lineno(str(file)).items()
+                line: sorted(filter(None, tests))
+                for line, tests in data.contexts_by_lineno(str(file)).items()
             }
             for file in files
         }
@@ -97,7 +114,12 @@ class Reach(Tests):
 
 def prepare() -> None:
     """Import what takes time, but nothing of the package."""
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", PYTHONDONTWRITEBYTECODE="1")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="1",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
     import hypothesis  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo
@@ -113,14 +135,17 @@ def prepare() -> None:
 def copy(folder: Path) -> Path:
     """What the tests need, under `folder`; returns the package there."""
     for name in ("pre_kernels", "integrations", "tests", "bench"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "pre_kernels" / "integrations").symlink_to(folder / "integrations")
     return folder / "pre_kernels"
 
 
 def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
-    """What `job` returns in a process of its own (JSON), and how that ended: its status, or minus a signal."""
+    """What `job` returns in a process of its own (JSON), and how that ended: its status, or minus a
+    signal."""
     with tempfile.TemporaryFile("w+") as answer:
         if (pid := os.fork()) == 0:
             try:
@@ -150,8 +175,21 @@ def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
     """Run in the child: nothing of the package is imported yet."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "tests")]
-    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
+    sys.path[:] = [
+        str(folder),
+        *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "tests"),
+    ]
+    options = [
+        "-x",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:benchmark",
+    ]
     status = pytest.main([*options, *files], plugins=[plugin])
     package = sys.modules.get("pre_kernels")
     if package is not None and package.__file__ != str(folder / "pre_kernels" / "__init__.py"):
@@ -176,7 +214,9 @@ def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple
         found, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
     finally:
         path.write_text(original)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the compiled file next to it is of this text
+        os.utime(
+            path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+        )  # the compiled file next to it is of this text
     if found is None:
         return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
     status, failed, ran = found

@@ -1,4 +1,5 @@
-"""Where the nodes of a syntax tree stand in its text, by the byte, and changes of the text there."""
+"""Where the nodes of a syntax tree stand in its text, by the byte, and changes of the text
+there."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ ATOMS = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Tup
 
 
 class Places(ast.NodeVisitor):
-    """Collects changes: (operator, function, lines of the statement or of its head, start, stop, text)."""
+    """Collects changes: (operator, function, lines of the statement or of its head, start, stop,
+    text)."""
 
     def __init__(self, source: str) -> None:
         self.data, self.lines = source.encode(), [0]
@@ -23,7 +25,10 @@ class Places(ast.NodeVisitor):
         if isinstance(node, ast.stmt):
             # the head of a function is run on import: its tests are those of the function
             body = None if isinstance(node, ast.FunctionDef) else getattr(node, "body", None)
-            self.statement = node.lineno, (body[0].lineno - 1 if body else node.end_lineno or node.lineno)
+            self.statement = (
+                node.lineno,
+                (body[0].lineno - 1 if body else node.end_lineno or node.lineno),
+            )
         super().visit(node)
         self.statement = outer
 
@@ -49,4 +54,6 @@ class Places(ast.NodeVisitor):
         self.add(operator, start, start + len(old), new)
 
     def add(self, operator: str, start: int, stop: int, text: str) -> None:
-        self.found.append((operator, ".".join(self.scope) or "module", self.statement, start, stop, text))
+        self.found.append(
+            (operator, ".".join(self.scope) or "module", self.statement, start, stop, text)
+        )

@@ -1,4 +1,5 @@
-"""The mutants of the sources that compute: what is changed, where, and to what. Reads and writes text; runs nothing."""
+"""The mutants of the sources that compute: what is changed, where, and to what. Reads and writes
+text; runs nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +15,24 @@ from mutant_rules import Visitor
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pre_kernels"
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
-KERNELS = ("activation", "finish", "launch", "matmul", "quantize", "row_loss", "rows", "tiles", "weight_grad")
+KERNELS = (
+    "activation",
+    "finish",
+    "launch",
+    "matmul",
+    "quantize",
+    "row_loss",
+    "rows",
+    "tiles",
+    "weight_grad",
+)
 HOST = ("function", "ops", "sweep", "steps_torch", "steps_blas", "steps_triton", "products")
 FILES = (*(f"kernels/{name}.py" for name in KERNELS), *(f"{name}.py" for name in HOST))
 
 
 class Mutant(NamedTuple):
-    """One change of one place. `before` and `after`: the lines around it, by which it is known when lines move."""
+    """One change of one place. `before` and `after`: the lines around it, by which it is known when
+    lines move."""
 
     file: str
     function: str
@@ -54,17 +66,22 @@ def optional_arguments(sources: Iterator[str]) -> dict[str, set[str]]:
             if isinstance(node, ast.FunctionDef):
                 named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
                 usual = node.args.args[len(node.args.args) - len(node.args.defaults) :]
-                names = {a.arg for a, default in named if default is not None} | {a.arg for a in usual}
+                names = {a.arg for a, default in named if default is not None} | {
+                    a.arg for a in usual
+                }
                 found.setdefault(node.name, set()).update(names)
     return found
 
 
 def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutant]:
-    """Every mutant of a file, in the order of the text; those that read the same are numbered in `after`."""
+    """Every mutant of a file, in the order of the text; those that read the same are numbered in
+    `after`."""
     visitor = Visitor(source, optional)
     visitor.visit(ast.parse(source))
     found, seen = [], Counter[tuple[str, ...]]()
-    for operator, function, lines, start, stop, text in sorted(visitor.found, key=lambda one: one[3:]):
+    for operator, function, lines, start, stop, text in sorted(
+        visitor.found, key=lambda one: one[3:]
+    ):
         before, after = _around(source.encode(), start, stop, text.encode())
         seen[function, before, after] += 1
         if (times := seen[function, before, after]) > 1:
@@ -76,7 +93,9 @@ def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutan
 def every_mutant() -> list[Mutant]:
     sources = {file: (PACKAGE / file).read_text() for file in FILES}
     optional = optional_arguments(iter(sources.values()))
-    return [mutant for file, source in sources.items() for mutant in mutants(file, source, optional)]
+    return [
+        mutant for file, source in sources.items() for mutant in mutants(file, source, optional)
+    ]
 
 
 def named() -> dict[str, dict[str, str]]:

@@ -1,4 +1,5 @@
-"""Random cases and their float64 oracle; the rule by which an implementation is judged is the package's own."""
+"""Random cases and their float64 oracle; the rule by which an implementation is judged is the
+package's own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ from torch import Tensor
 from pre_kernels import reference
 from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors, ramp, run
 
-__all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]  # the tests find them here
+__all__ = [
+    "LEAVES",
+    "Case",
+    "Comparison",
+    "judge",
+    "judge_errors",
+    "ramp",
+    "run",
+]  # the tests find them here
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,8 +43,8 @@ def make(
     share: float = 0.7,
     **case: Any,
 ) -> Case:
-    """rows: "mask" | "index32" | "index64" | "all"; anchor, weight: "leading" | "compact"; extra keywords are options
-    of the loss, or fields of `Case`."""
+    """rows: "mask" | "index32" | "index64" | "all"; anchor, weight: "leading" | "compact"; extra
+    keywords are options of the loss, or fields of `Case`."""
     g = torch.Generator().manual_seed(seed)
     total = math.prod(leading)
 
@@ -69,19 +78,28 @@ def make(
 def selected(case: Case) -> Tensor:
     """(N,) flat rows in selection order."""
     if case.rows is None:
-        return torch.arange(case.tensors["hidden"][..., 0].numel(), device=case.tensors["hidden"].device)
-    return case.rows.reshape(-1).nonzero().squeeze(1) if case.rows.dtype == torch.bool else case.rows.long()
+        return torch.arange(
+            case.tensors["hidden"][..., 0].numel(), device=case.tensors["hidden"].device
+        )
+    return (
+        case.rows.reshape(-1).nonzero().squeeze(1)
+        if case.rows.dtype == torch.bool
+        else case.rows.long()
+    )
 
 
 def eager(**arguments: Any) -> Tensor:
-    """The reference on contiguous tensors: strides change the order in which the vendor's products add up, and at small
-    widths their error by a factor of two, but not what they compute."""
-    return reference.pre_loss(**{k: x.contiguous() if isinstance(x, Tensor) else x for k, x in arguments.items()})
+    """The reference on contiguous tensors: strides change the order in which the vendor's products
+    add up, and at small widths their error by a factor of two, but not what they compute."""
+    return reference.pre_loss(
+        **{k: x.contiguous() if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    )
 
 
 def scales(case: Case) -> dict[str, float]:
-    """What the sums in the loss and in each gradient would be without cancellation, in float64: the scale on which
-    rounding acts. It judges scalars, and tensors of so few independent elements that eager's own error is luck."""
+    """What the sums in the loss and in each gradient would be without cancellation, in float64: the
+    scale on which rounding acts. It judges scalars, and tensors of so few independent elements that
+    eager's own error is luck."""
     t = {name: None if x is None else x.detach().double() for name, x in case.tensors.items()}
     no_reduction = {k: v for k, v in case.options.items() if k not in ("reduction", "normalizer")}
     probe = Case(t, case.rows, {**no_reduction, "reduction": "none"})
@@ -100,7 +118,9 @@ def scales(case: Case) -> dict[str, float]:
     a = t["anchor"]
     a = a.reshape(-1, a.shape[-1])[index] if a.shape[:-1] == t["hidden"].shape[:-1] else a
     rows = reference.ROW_LOSSES[case.options.get("loss", "cosine")](p, a)
-    weight = torch.ones_like(rows) if not losses.numel() else (losses / rows.detach()).nan_to_num(0.0)
+    weight = (
+        torch.ones_like(rows) if not losses.numel() else (losses / rows.detach()).nan_to_num(0.0)
+    )
     (dp,) = torch.autograd.grad((rows * weight).sum() * factor * case.upstream, p)
     dp = dp.abs()
     dz = (dp @ t["w2"].abs()) * slope.abs()
@@ -112,37 +132,51 @@ def scales(case: Case) -> dict[str, float]:
         "w2": dp.t() @ g.abs(),
         "b2": dp.sum(0),
     }
-    return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {"N": len(index)}
+    return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {
+        "N": len(index)
+    }
 
 
 def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:
-    """In float64, or of a float64 case in long doubles, if there are any: the oracle and its `rest`."""
+    """In float64, or of a float64 case in long doubles, if there are any: the oracle and its
+    `rest`."""
     if case.product_dtype == torch.float64:
         import oracle_wide
 
         if oracle_wide.AVAILABLE:
             return oracle_wide.run(case)
-    return {name: (value, 0.0) for name, value in run(reference.pre_loss, case, torch.float64).items()}
+    return {
+        name: (value, 0.0) for name, value in run(reference.pre_loss, case, torch.float64).items()
+    }
 
 
 def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
-    """The loss and every gradient of `function`, beside eager's in the same dtype and the oracle's."""
+    """The loss and every gradient of `function`, beside eager's in the same dtype and the
+    oracle's."""
     ours = run(function, case, **extra)
     compared, oracle = run(eager, case), exact(case)
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
     scale, eps = scales(case), torch.finfo(case.product_dtype).eps
-    # the elements of a weight's gradient from few rows are no independent samples: their RMS is luck too
+    # the elements of a weight's gradient from few rows are no independent samples: their RMS is
+    # luck too
     few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}
     return [
         Comparison(
-            name, value, compared[name], oracle[name][0], eps, scale[name] if few[name] else None, oracle[name][1]
+            name,
+            value,
+            compared[name],
+            oracle[name][0],
+            eps,
+            scale[name] if few[name] else None,
+            oracle[name][1],
         )
         for name, value in ours.items()
     ]
 
 
 def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
-    """Judge `function` on `case`: the loss and every gradient against float64, with eager in the same dtype."""
+    """Judge `function` on `case`: the loss and every gradient against float64, with eager in the
+    same dtype."""
     compared = comparisons(function, case, **extra)
     for one in compared:
         judge(one)

@@ -1,6 +1,8 @@
-"""The oracle of float64 itself: loss and gradients by the equations' hand-made derivatives, in NumPy's long doubles.
+"""The oracle of float64 itself: loss and gradients by the equations' hand-made derivatives, in
+NumPy's long doubles.
 
-An x86's have 64 bits of mantissa, 11 more than float64; other machines' more, or none: see `AVAILABLE`.
+An x86's have 64 bits of mantissa, 11 more than float64; other machines' more, or none: see
+`AVAILABLE`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ PI = LONG("3.14159265358979323846264338327950288")
 
 
 def erfc(x: Wide) -> Wide:
-    """Its power series near 0, its continued fraction elsewhere; by absolute value, as erfc(-x) = 2 - erfc(x)."""
+    """Its power series near 0, its continued fraction elsewhere; by absolute value, as erfc(-x) = 2
+    - erfc(x)."""
     y, near, far = np.abs(x), np.minimum(np.abs(x), 1), np.maximum(np.abs(x), 1)
     term = total = near
     for n in range(1, 40):
@@ -71,7 +74,9 @@ def _cosine(p: Wide, a: Wide) -> tuple[Wide, Wide]:
     clamped = np.maximum(norm, LONG(1e-8))
     p, a = p / clamped, a / np.maximum(np.sqrt((a**2).sum(1, keepdims=True)), LONG(1e-8))
     cosine = (p * a).sum(1, keepdims=True)
-    along = np.where(norm > 0, clamped / np.where(norm > 0, norm, 1), 0)  # PyTorch clamps no derivative of the norm
+    along = np.where(
+        norm > 0, clamped / np.where(norm > 0, norm, 1), 0
+    )  # PyTorch clamps no derivative of the norm
     return -cosine[:, 0], (cosine * along * p - a) / clamped
 
 
@@ -93,14 +98,16 @@ ROW_LOSSES: dict[str, Callable[[Wide, Wide], tuple[Wide, Wide]]] = {
 
 
 def run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """Loss and gradients of a case, each as two float64 tensors whose sum it is: its rounding, and what that lost."""
+    """Loss and gradients of a case, each as two float64 tensors whose sum it is: its rounding, and
+    what that lost."""
     with np.errstate(all="ignore"):  # exp of much is inf, and 1 / inf is wanted
         return _run(case)
 
 
 def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     t = {
-        name: None if x is None else x.detach().double().cpu().numpy().astype(LONG) for name, x in case.tensors.items()
+        name: None if x is None else x.detach().double().cpu().numpy().astype(LONG)
+        for name, x in case.tensors.items()
     }
     options, index = case.options, selected(case).cpu().numpy()
     h = t["hidden"].reshape(-1, t["hidden"].shape[-1])
@@ -114,10 +121,16 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     g, slope = ACTIVATIONS[options.get("activation", "gelu")](linear(x, t["w1"], t["b1"]))
     losses, dp = ROW_LOSSES[options.get("loss", "cosine")](linear(g, t["w2"], t["b2"]), a)
 
-    weight, reduction, divisor = options.get("row_weight"), options.get("reduction", "mean"), LONG(len(index))
+    weight, reduction, divisor = (
+        options.get("row_weight"),
+        options.get("reduction", "mean"),
+        LONG(len(index)),
+    )
     if weight is not None:
         masked = case.rows is not None and case.rows.dtype == torch.bool
-        leading = weight.shape != index.shape or (masked and weight.shape == case.tensors["hidden"].shape[:-1])
+        leading = weight.shape != index.shape or (
+            masked and weight.shape == case.tensors["hidden"].shape[:-1]
+        )
         weight = weight.double().cpu().numpy().reshape(-1).astype(LONG)
         weight = weight[index] if leading else weight
         losses, dp, divisor = losses * weight, dp * weight[:, None], weight.sum()
@@ -133,9 +146,21 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     dz = (dp @ t["w2"]) * slope
     dh = np.zeros_like(h)
     dh[index] = dz @ t["w1"]
-    found = {"hidden": dh.reshape(t["hidden"].shape), "w1": dz.T @ x, "b1": dz.sum(0), "w2": dp.T @ g, "b2": dp.sum(0)}
-    wanted = {name: value for name, value in found.items() if t[name] is not None and name not in case.frozen}
-    return {name: _two(value, case) for name, value in {"loss": np.asarray(losses), **wanted}.items()}
+    found = {
+        "hidden": dh.reshape(t["hidden"].shape),
+        "w1": dz.T @ x,
+        "b1": dz.sum(0),
+        "w2": dp.T @ g,
+        "b2": dp.sum(0),
+    }
+    wanted = {
+        name: value
+        for name, value in found.items()
+        if t[name] is not None and name not in case.frozen
+    }
+    return {
+        name: _two(value, case) for name, value in {"loss": np.asarray(losses), **wanted}.items()
+    }
 
 
 def _two(x: Wide, case: Case) -> tuple[Tensor, Tensor]:

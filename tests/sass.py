@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# Of what is compiled for sm_90, as `Count` has it: passes over bfloat16 rows of 4,096, products in the
-# tiles of common sizes, and what selects, sums and scales. Warp instructions are 6 % above the most
-# that triton 3.5, 3.6 and 3.9 make, the others are that most: sums that are no longer taken together,
-# a division that is one more, or one for each element, are over.
+# Of what is compiled for sm_90, as `Count` has it: passes over bfloat16 rows of 4,096, products in
+# the tiles of common sizes, and what selects, sums and scales. Warp instructions are 6 % above the
+# most that triton 3.5, 3.6 and 3.9 make, the others are that most: sums that are no longer taken
+# together, a division that is one more, or one for each element, are over.
 BUDGETS = {
     "count_kernel": (420, 0, 0, 2),
     "select_kernel": (200, 0, 0, 15),
@@ -65,7 +65,9 @@ class Count(NamedTuple):
 
     def over(self, budget: str) -> bool:
         """Whether it is more than the budget of that name; without one, nothing may be."""
-        return any(x > most for x, most in zip(self, BUDGETS.get(budget, (0, 0, 0, 0)), strict=True))
+        return any(
+            x > most for x, most in zip(self, BUDGETS.get(budget, (0, 0, 0, 0)), strict=True)
+        )
 
 
 def count(disassembly: str, warps: int) -> Count:
@@ -77,7 +79,9 @@ def count(disassembly: str, warps: int) -> Count:
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(instruction[1])
-    branches = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", one)) for i, one in enumerate(instructions)]
+    branches = [
+        (i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", one)) for i, one in enumerate(instructions)
+    ]
     turns = [i + 1 - labels[to[1]] for i, to in branches if to and labels[to[1]] < i]
     whole = sum(not one.startswith("NOP") for one in instructions)
     names = [one.split()[one.startswith("@")] for one in instructions]

@@ -1,4 +1,5 @@
-"""The measurements: every path of their Python runs here at tiny sizes; no figure passes a failed check."""
+"""The measurements: every path of their Python runs here at tiny sizes; no figure passes a failed
+check."""
 
 import json
 import os
@@ -38,26 +39,48 @@ STAMP = {"device", "torch", "triton", "date", "commit", "source"}
 def pytest_in_bench(*arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/", *arguments]
     # not this run's options, nor its worker number, with which pytest-benchmark turns itself off
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_pytest_bench_benchmark(tmp_path):
-    only = ("--shape", "tiny", "--dtype", "bf16", "--peer", "ours-torch", "--peer", "floor", "--seconds", "0")
+    only = (
+        "--shape",
+        "tiny",
+        "--dtype",
+        "bf16",
+        "--peer",
+        "ours-torch",
+        "--peer",
+        "floor",
+        "--seconds",
+        "0",
+    )
     table = tmp_path / "table" / "table.json"
     table.parent.mkdir()
-    done = pytest_in_bench("--benchmark", *only, "--results", tmp_path / "results", f"--benchmark-json={table}")
+    done = pytest_in_bench(
+        "--benchmark", *only, "--results", tmp_path / "results", f"--benchmark-json={table}"
+    )
     assert done.returncode == 0, done.stdout
     assert "| tiny " in done.stdout
     assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
     verdict = done.stdout[done.stdout.index("| goal ") :]  # after the table of the loss
     assert "| bf16: time ÷ eager: ≤ 0.6 " in verdict
-    assert verdict.count(" not measured in this run ") == len(goals.CPU_GOALS)  # of a shape that no goal is of
+    assert verdict.count(" not measured in this run ") == len(
+        goals.CPU_GOALS
+    )  # of a shape that no goal is of
     (file,) = (tmp_path / "results").iterdir()
     ours, floor = record.latest(record.load([file]))
-    # pytest-benchmark's table has the samples that were taken, not the time it took to hand them over
+    # pytest-benchmark's table has the samples that were taken, not the time it took to hand them
+    # over
     medians = [row["stats"]["median"] * 1e3 for row in json.loads(table.read_text())["benchmarks"]]
-    assert medians == pytest.approx([ours["median_ms"], floor["median_ms"]], rel=1e-4)  # samples are rounded
+    assert medians == pytest.approx(
+        [ours["median_ms"], floor["median_ms"]], rel=1e-4
+    )  # samples are rounded
     assert (ours["peer"], floor["peer"]) == ("ours-torch", "floor")
     assert floor.keys() >= STAMP | {"median_ms", "q1_ms", "q3_ms", "tflops", "selection"}
     assert ours.keys() >= floor.keys() | {"peak_mib", "returned_mib", "error_ratio", "formula_mib"}
@@ -79,7 +102,9 @@ def test_no_figure_passes_a_failed_check(monkeypatch):
         peers.Peer("ours-wrong", "", scaled(1.01), ours=True),
         peers.Peer("ours-coarse", "", scaled(1 + 1e-6), ours=True),
         peers.Peer("other-wrong", "", scaled(1.01)),
-        peers.Peer("other-coarse", "", scaled(1 + 1e-6)),  # a few eps: a finding, not a wrong result
+        peers.Peer(
+            "other-coarse", "", scaled(1 + 1e-6)
+        ),  # a few eps: a finding, not a wrong result
         peers.Peer("other-broken", "", lambda: 1 / 0),
         peers.Peer("ours-gated", "", scaled(1.01), ours=True, gate=0.02),
         peers.Peer("ours-beyond", "", scaled(1.03), ours=True, gate=0.02),
@@ -89,7 +114,9 @@ def test_no_figure_passes_a_failed_check(monkeypatch):
     monkeypatch.setattr(suite, "formula", lambda *_: 0)
     monkeypatch.setattr(peers, "PEERS", table)
     monkeypatch.setattr(peers, "BY_NAME", {peer.name: peer for peer in table})
-    lines = {one["peer"]: one for one in suite.measure(TINY, "fp32", Cpu(), seconds=0, with_memory=False)}
+    lines = {
+        one["peer"]: one for one in suite.measure(TINY, "fp32", Cpu(), seconds=0, with_memory=False)
+    }
     for name in ("ours-wrong", "ours-coarse", "other-wrong"):
         assert "error" in lines[name]["failed"]
         assert "median_ms" not in lines[name]
@@ -105,7 +132,10 @@ def test_no_figure_passes_a_failed_check(monkeypatch):
     assert "wrong" not in shown
     row = next(line for line in shown.splitlines() if "ours-gated" in line)
     assert row.split("|")[-2].strip().endswith(", own rule")
-    assert any("ours-gated" in line and "rule of its own" in line for line in report.refusals(lines.values()))
+    assert any(
+        "ours-gated" in line and "rule of its own" in line
+        for line in report.refusals(lines.values())
+    )
 
 
 COMPOSITIONS = {
@@ -149,12 +179,18 @@ def test_a_graph_that_was_not_chunked_is_no_measurement(monkeypatch):
 
 def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     assert set(peers.planned(0)) == set(peers.BY_NAME)
-    assert set(peers.planned(0)) - set(peers.planned(2)) == {"compile-max", "compile-chunked", "liger"}
+    assert set(peers.planned(0)) - set(peers.planned(2)) == {
+        "compile-max",
+        "compile-chunked",
+        "liger",
+    }
     assert set(peers.planned(2)) - set(peers.planned(peers.COMPILED)) == {"compile"}
     plan = shapes.plan(torch.device("cuda"))
     assert plan[0] == (shapes.BY_NAME[goals.MAIN], "bf16", "index")
     assert (shapes.BY_NAME[goals.MAIN], "bf16", "mask") in plan
-    assert (shapes.BY_NAME[goals.SMALL], "bf16", "index") in plan[: peers.COMPILED]  # a goal: faster than compile there
+    assert (shapes.BY_NAME[goals.SMALL], "bf16", "index") in plan[
+        : peers.COMPILED
+    ]  # a goal: faster than compile there
     assert {shape for shape, _, _ in plan} == set(shapes.GPU)
 
 
@@ -166,7 +202,9 @@ def test_the_plan_of_a_cpu():
     assert plan[: peers.COSTLY] == [("cpu-16k", "bf16", "index"), ("cpu-16k", "fp32", "index")]
     assert plan[: peers.COMPILED] == large  # torch.compile beside all of them
     assert {dtype for name, dtype, _ in plan if name == goals.CPU_SMALL} == {"bf16", "fp32"}
-    assert {("cpu-16k", dtype, "mask") for dtype in ("bf16", "fp32")} | {("cpu-16k", "fp16", "index")} <= set(plan)
+    assert {("cpu-16k", dtype, "mask") for dtype in ("bf16", "fp32")} | {
+        ("cpu-16k", "fp16", "index")
+    } <= set(plan)
 
 
 def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
@@ -183,7 +221,11 @@ def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
     in_suite = suite.judged
     monkeypatch.setattr(suite, "judged", judged)
     monkeypatch.setattr(memory, "peak", peak)
-    monkeypatch.setattr(suite, "staged", lambda device, steps, seconds: iter([{key: [2.0, 3.0] for key in steps}] * 2))
+    monkeypatch.setattr(
+        suite,
+        "staged",
+        lambda device, steps, seconds: iter([{key: [2.0, 3.0] for key in steps}] * 2),
+    )
     names = ["ours-torch", "eager"]
     lines = list(profiling.workspace(Cpu(), TINY, "fp32", names, [1, 64]))
     found = {(one["peer"], one.get("item")): one for one in lines}
@@ -191,7 +233,9 @@ def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
     assert given == [1 << 20, 64 << 20, None]
     assert len({one["group"] for one in lines}) == 1
     assert all((one["over_floor"], one["median_ms"]) == (1.0, 2.5) for one in found.values())
-    assert all((one["peak_mib"], one["returned_mib"]) == (3.0, 1.0) for one in list(found.values())[:3])
+    assert all(
+        (one["peak_mib"], one["returned_mib"]) == (3.0, 1.0) for one in list(found.values())[:3]
+    )
     assert asked == [("tiny", "fp32", name, "index", mib) for name, mib in list(found)[:3]]
     assert set(profiling.BESIDE["cpu"]) == {"eager", "compile"}
 
@@ -199,7 +243,9 @@ def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
 def test_the_peak_depends_on_the_workspace():
     if reason := resident.missing():
         pytest.skip(reason)
-    (least, same), (most, returned) = (memory.peak("cpu-4k-encoder", "fp32", "ours-torch", "index", x) for x in (2, 64))
+    (least, same), (most, returned) = (
+        memory.peak("cpu-4k-encoder", "fp32", "ours-torch", "index", x) for x in (2, 64)
+    )
     assert same == returned
     assert most - least > 8
 
@@ -239,7 +285,10 @@ def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
     assert [one["peer"] for one in whole] == ["eager", "ours-torch", *names, *names]
     assert all("median_ms" not in one and one["error_ratio"] > 0 for one in whole[:2])
     assert all(one["floor_ms"] == whole[2]["median_ms"] for one in whole[2:5])
-    assert all(late["samples"] > early["samples"] for early, late in zip(whole[2:5], whole[5:], strict=True))
+    assert all(
+        late["samples"] > early["samples"]
+        for early, late in zip(whole[2:5], whole[5:], strict=True)
+    )
 
     sampled = []
 
@@ -300,13 +349,17 @@ def smolvlm_of_a_few_layers():
     return training.SMOLVLM._replace(batch=2, tokens=24, text=text, vision=vision, layer=2, scale=2)
 
 
-@pytest.mark.parametrize("size", [training.TINY, smolvlm_of_a_few_layers()], ids=lambda size: size.name)
+@pytest.mark.parametrize(
+    "size", [training.TINY, smolvlm_of_a_few_layers()], ids=lambda size: size.name
+)
 def test_a_training_step_of_every_class_of_models(size):
     step = training.Step(size, Cpu())
     seen = []
     for name, part in step.model.model.named_children():
         if name in training.FROZEN:
-            part.register_forward_hook(lambda module, inputs, output: seen.append(output[0].requires_grad))
+            part.register_forward_hook(
+                lambda module, inputs, output: seen.append(output[0].requires_grad)
+            )
     step()
     assert seen == [False]  # no backward goes through the frozen encoder
     held = step.held_mib()
@@ -316,7 +369,9 @@ def test_a_training_step_of_every_class_of_models(size):
     assert step.handle.metrics()["pre_tokens"] == size.batch * training.visual(size)
     # in bfloat16 so small a rate leaves some as they were
     assert not all(torch.equal(p, old) for p, old in zip(head.parameters(), before, strict=True))
-    own = 3 * sum(p.nbytes for p in head.parameters()) / 2**20  # parameters and both moments; AdamW counts steps too
+    own = (
+        3 * sum(p.nbytes for p in head.parameters()) / 2**20
+    )  # parameters and both moments; AdamW counts steps too
     assert step.held_mib() - held == pytest.approx(own, rel=1e-2)
 
 
@@ -334,7 +389,9 @@ def test_training_on_a_cpu_records_both_ratios(tmp_path, capsys):
     assert line["memory_ratio_with_head"] == line["with_mib"] / line["without_mib"]
     for name in ("time_ratio", "memory_ratio"):
         assert goals.field("training", name, records, item="tiny").value == line[name]
-    assert said.err.count(", with PRe") == said.err.count(", without PRe") == line["samples"] + 1  # one to warm up
+    assert (
+        said.err.count(", with PRe") == said.err.count(", without PRe") == line["samples"] + 1
+    )  # one to warm up
     assert "memory_ratio_with_head" in said.out
 
 
@@ -357,7 +414,10 @@ def test_the_ratio_of_times_is_that_of_neighbours():
 def test_tiles_that_cannot_be_tried(monkeypatch):
     tiles = {"device": Cpu(), "role": "project", "n": 80, "d": 60, "m": 96, "dtype": "bf16"}
     (line,) = sweep.tiles(**tiles, kinds=["descriptor"])
-    assert line["unavailable"] == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+    assert (
+        line["unavailable"]
+        == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+    )
     monkeypatch.setattr(sweep, "unavailable", lambda device, dtype: "triton is not installed")
     (line,) = sweep.tiles(**tiles)
     assert line["unavailable"] == "triton is not installed"

@@ -1,4 +1,5 @@
-"""The script for GPU machines: every stage dry, and what hangs, crashes, is stopped or is missing."""
+"""The script for GPU machines: every stage dry, and what hangs, crashes, is stopped or is
+missing."""
 
 import argparse
 import importlib
@@ -52,8 +53,22 @@ def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeyp
     assert status == 0
     sound(lines)
     kinds = {one["kind"] for one in lines}
-    wanted = {"tests": {"test"}, "sanitize": {"test"}, "bench": {"loss"}, "peers": {"loss"}, "sweep": {"tile", "sweep"}}
-    wanted["profile"] = {"sync", "fullgraph", "step", "kernel", "workspace", "firstcall", "training"}
+    wanted = {
+        "tests": {"test"},
+        "sanitize": {"test"},
+        "bench": {"loss"},
+        "peers": {"loss"},
+        "sweep": {"tile", "sweep"},
+    }
+    wanted["profile"] = {
+        "sync",
+        "fullgraph",
+        "step",
+        "kernel",
+        "workspace",
+        "firstcall",
+        "training",
+    }
     assert kinds >= wanted[stage] | {"part"}
     if stage == "bench":
         assert {one["selection"] for one in lines if one["kind"] == "loss"} == set(shapes.ROWS)
@@ -64,15 +79,21 @@ def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeyp
 
 
 def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
-    """With a part that hangs and one that crashes: the others are there, in order, and the summary is told."""
+    """With a part that hangs and one that crashes: the others are there, in order, and the summary
+    is told."""
     parts = {part.name: part for part in gpu.everything(True, tmp_path)}
     planned = list(parts)
     parts["ceilings"] = parts["ceilings"]._replace(command=[*PYTHON, HANG], limit=7.0)
     parts["compile"] = parts["compile"]._replace(command=[*PYTHON, "import os; os.abort()"])
     # this machine may be slower than one with a GPU
-    slow = [part._replace(limit=part.limit + 60.0 * (name != "ceilings")) for name, part in parts.items()]
+    slow = [
+        part._replace(limit=part.limit + 60.0 * (name != "ceilings"))
+        for name, part in parts.items()
+    ]
     monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter(slow))
-    monkeypatch.setattr(memory, "peak", lambda *arguments: (3.0, 1.0))  # a process each; other tests have it
+    monkeypatch.setattr(
+        memory, "peak", lambda *arguments: (3.0, 1.0)
+    )  # a process each; other tests have it
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
     sound(lines)
@@ -82,7 +103,18 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     assert outcomes["compile"] == f"exit {-signal.SIGABRT}"
     assert {outcomes[name] for name in planned if name not in ("ceilings", "compile")} == {"exit 0"}
     kinds = {one["kind"] for one in lines}
-    assert kinds == {"part", "loss", "hot", "test", "sync", "step", "kernel", "tile", "workspace", "fullgraph"}
+    assert kinds == {
+        "part",
+        "loss",
+        "hot",
+        "test",
+        "sync",
+        "step",
+        "kernel",
+        "tile",
+        "workspace",
+        "fullgraph",
+    }
     assert {one["selection"] for one in lines if one["kind"] == "loss"} == set(shapes.ROWS)
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(files) >= {"dry-run.jsonl", "log.txt", "summary.txt"}
@@ -129,14 +161,21 @@ def test_the_compiler_of_the_launchers(tmp_path, monkeypatch):
     """Triton looks for gcc and clang, and takes what CC names."""
     monkeypatch.delenv("CC", raising=False)
     for there, wanted in (({"gcc", "cc"}, None), ({"cc"}, "cc"), (set(), None)):
-        monkeypatch.setattr(gpu.shutil, "which", lambda tool, there=there: tool if tool in there else None)
+        monkeypatch.setattr(
+            gpu.shutil, "which", lambda tool, there=there: tool if tool in there else None
+        )
         assert gpu.environment(tmp_path).get("CC") == wanted
 
 
 def test_what_fails_is_an_exit_status(tmp_path, monkeypatch):
-    for module, function, command in ((profiling, "ceilings", ["ceilings"]), (sweep, "tiles", ["tiles"])):
+    for module, function, command in (
+        (profiling, "ceilings", ["ceilings"]),
+        (sweep, "tiles", ["tiles"]),
+    ):
         for line, status in (({"failed": "x"}, 1), ({"unavailable": "x"}, 0)):
-            monkeypatch.setattr(module, function, lambda *arguments, line=line: iter([{"kind": "tile", **line}]))
+            monkeypatch.setattr(
+                module, function, lambda *arguments, line=line: iter([{"kind": "tile", **line}])
+            )
             assert module.main([*command, "--out", str(tmp_path)]) == status
     waits = {"kind": "sync", "peer": "ours-blas", "item": "mask", "outcome": "waits"}
     monkeypatch.setitem(profiling.WHAT, "syncs", lambda *arguments: iter([waits]))
@@ -158,7 +197,10 @@ def test_a_part_is_ended_with_all_that_it_started(tmp_path):
     child += f"open({str(file)!r}, 'w').write(str(p.pid));"
     start = time.monotonic()
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-    assert gpu.run(gpu.Part("hangs", [*PYTHON, deaf + child + "time.sleep(60)"], 60), 5.0, tmp_path) is None
+    assert (
+        gpu.run(gpu.Part("hangs", [*PYTHON, deaf + child + "time.sleep(60)"], 60), 5.0, tmp_path)
+        is None
+    )
     assert time.monotonic() - start < 9
     for leaves in (None, child):
         if leaves:
@@ -179,12 +221,19 @@ def test_what_a_part_prints_is_kept_in_part(tmp_path):
 
 def test_a_run_that_is_stopped_ends_in_order(tmp_path, monkeypatch, capsys):
     stop = f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM); {HANG}"
-    parts = [gpu.Part("done", [*PYTHON, ""], 60), gpu.Part("stops", [*PYTHON, stop], 60), gpu.Part("never", [], 60)]
+    parts = [
+        gpu.Part("done", [*PYTHON, ""], 60),
+        gpu.Part("stops", [*PYTHON, stop], 60),
+        gpu.Part("never", [], 60),
+    ]
     monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter(parts))
     before = signal.getsignal(signal.SIGTERM)
     status, lines = dry("all", tmp_path)
     assert status == 130
-    assert [(one["item"], one["outcome"]) for one in lines] == [("done", "exit 0"), ("stops", "stopped with the run")]
+    assert [(one["item"], one["outcome"]) for one in lines] == [
+        ("done", "exit 0"),
+        ("stops", "stopped with the run"),
+    ]
     assert "what to try next" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -217,7 +266,9 @@ def test_a_summary_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
 
 def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "dry-run.jsonl").symlink_to("/dev/full")
-    monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("one", [*PYTHON, ""], 60)]))
+    monkeypatch.setitem(
+        gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("one", [*PYTHON, ""], 60)])
+    )
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -225,7 +276,9 @@ def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_what_no_time_is_left_for_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("late", [*PYTHON, ""], 60)]))
+    monkeypatch.setitem(
+        gpu.STAGES, "all", lambda dry, out: iter([gpu.Part("late", [*PYTHON, ""], 60)])
+    )
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--limit", "5"]) == 0
     assert "late: left out, no time" in capsys.readouterr().out
 
@@ -282,7 +335,9 @@ def test_a_checkout_that_is_not_installed_is_importable(tmp_path):
         )
     )
     command, environment = [*PYTHON, code], os.environ | gpu.environment(tmp_path)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert Path(done.stdout.strip()) == ROOT / "integrations" / "families.py"
 
 
@@ -316,15 +371,22 @@ def test_after(number):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_device_costs_the_tests_of_its_worker_alone(workers, tmp_path):
     (tmp_path / "test_fake.py").write_text(LOSES)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment |= gpu.environment(tmp_path, dry=True)
     command = [*gpu._pytest(str(tmp_path), "--rootdir", str(tmp_path)), "-n", str(workers)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     lines = record.load([tmp_path / "dry-run.jsonl"])
     ran = dict(line.split() for line in (tmp_path / "ran").read_text().splitlines())
     outcomes = {one["item"].partition("::")[2]: one["outcome"] for one in lines}
     assert outcomes["test_loses_the_device"] == "failed"
-    assert "illegal memory access" in [one["message"] for one in lines if one["outcome"] == "failed"][-1]
+    assert (
+        "illegal memory access"
+        in [one["message"] for one in lines if one["outcome"] == "failed"][-1]
+    )
     assert outcomes["test_is_refused"] == "failed"  # and nothing else came of it
     assert len(lines) == len(outcomes)  # that its worker ended is no second failure
     if workers:
@@ -347,7 +409,10 @@ def test_a_file_that_cannot_be_collected_is_a_failed_test(tmp_path):
 
 
 def test_both_names_of_a_lost_device():
-    for text in ("RuntimeError: CUDA error: device-side assert", "RuntimeError: Triton Error [CUDA]: an illegal"):
+    for text in (
+        "RuntimeError: CUDA error: device-side assert",
+        "RuntimeError: Triton Error [CUDA]: an illegal",
+    ):
         assert live_report.SUSPECT.search(text)
     assert live_report.works()
     assert not live_report.SUSPECT.search("torch.OutOfMemoryError: CUDA out of memory")

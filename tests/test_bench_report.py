@@ -9,7 +9,14 @@ from bench import goals, plots, record, report, shapes
 
 
 def results() -> list[dict]:
-    stamp = {"device": "A", "torch": "2", "triton": "3", "date": "2026-01-02T03:04:05", "commit": "c", "group": "g"}
+    stamp = {
+        "device": "A",
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-01-02T03:04:05",
+        "commit": "c",
+        "group": "g",
+    }
     about = {
         "kind": "loss",
         "shape": "tiny",
@@ -22,8 +29,20 @@ def results() -> list[dict]:
         **stamp,
     }
     figures = {"q1_ms": 1.0, "q3_ms": 4.0, "tflops": 12.0}
-    ours = {"peer": "ours-torch", "median_ms": 1.5, "peak_mib": 30.0, "returned_mib": 10.0, "error_ratio": 1.0}
-    eager = {"peer": "eager", "median_ms": 3.0, "peak_mib": 110.0, "returned_mib": 10.0, "error_ratio": 1.0}
+    ours = {
+        "peer": "ours-torch",
+        "median_ms": 1.5,
+        "peak_mib": 30.0,
+        "returned_mib": 10.0,
+        "error_ratio": 1.0,
+    }
+    eager = {
+        "peer": "eager",
+        "median_ms": 3.0,
+        "peak_mib": 110.0,
+        "returned_mib": 10.0,
+        "error_ratio": 1.0,
+    }
     return [
         {**about, **figures, **ours},
         {**about, **figures, **eager},
@@ -39,7 +58,11 @@ def markers(name):
 def test_report_and_picture(tmp_path):
     file, readme, picture = tmp_path / "a.jsonl", tmp_path / "README.md", tmp_path / "speed.png"
     alone = {**results()[0], "median_ms": 77.0, "group": "later, without eager beside it"}
-    for line in [{**results()[0], "median_ms": 99.0}, *results(), alone]:  # the later of two lines of a key counts
+    for line in [
+        {**results()[0], "median_ms": 99.0},
+        *results(),
+        alone,
+    ]:  # the later of two lines of a key counts
         record.append(file, line)
     with file.open("a") as out:
         out.write('{"kind": "loss", "sha')  # cut short by a kill
@@ -58,7 +81,14 @@ def test_report_and_picture(tmp_path):
     assert "<!-- cpu-goals:begin -->\n| goal" in text
     assert "stale" not in text
     row = next(line for line in text.splitlines() if "ours-torch" in line)
-    assert [cell.strip() for cell in row.split("|")[8:14]] == ["0.50", "1.50", "30", "0.27", "0.20", "1.00"]
+    assert [cell.strip() for cell in row.split("|")[8:14]] == [
+        "0.50",
+        "1.50",
+        "30",
+        "0.27",
+        "0.20",
+        "1.00",
+    ]
     assert "2026-01-02, commit c" in text
     assert picture.stat().st_size > 10_000
 
@@ -68,7 +98,11 @@ def test_rows_by_index_and_by_mask_are_kept_apart():
     mask = [{**one, "selection": "mask", "group": "m"} for one in index]
     unnamed = [{name: value for name, value in one.items() if name != "selection"} for one in mask]
     assert record.latest([*unnamed, *index, *mask]) == [*mask, *index]
-    kinds = [row.split("|")[4].strip() for row in report.page(index + mask).splitlines() if "ours-torch" in row]
+    kinds = [
+        row.split("|")[4].strip()
+        for row in report.page(index + mask).splitlines()
+        if "ours-torch" in row
+    ]
     assert kinds == ["index", "mask"]
 
 
@@ -81,7 +115,14 @@ def test_readme_without_markers_is_an_error(tmp_path):
 
 def gpu_results() -> list[dict]:
     """Of a GPU that meets each goal: every time is the floor's 2 ms × 1.05 for ours."""
-    stamp = {"device": "G", "capability": "9.0", "torch": "2", "triton": "3", "date": "2026-01-02", "commit": "c"}
+    stamp = {
+        "device": "G",
+        "capability": "9.0",
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-01-02",
+        "commit": "c",
+    }
     lines = []
 
     def add(kind, **fields):
@@ -89,11 +130,22 @@ def gpu_results() -> list[dict]:
 
     def run(kind, shape, selection="index"):
         about = {"shape": shape.name, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
-        times = {"floor": 2.0, "ours-blas": 2.1, "ours-triton": 2.2, "ours-fp8": 1.5, "eager": 4.0, "compile": 2.9}
+        times = {
+            "floor": 2.0,
+            "ours-blas": 2.1,
+            "ours-triton": 2.2,
+            "ours-fp8": 1.5,
+            "eager": 4.0,
+            "compile": 2.9,
+        }
         times |= {"liger": 4.0, "viral": 7.0}
         for peer, ms in times.items():
             figures = {"median_ms": ms, "q1_ms": ms, "q3_ms": ms, "tflops": 1 / ms}
-            figures |= {"peak_mib": 300.0, "returned_mib": 100.0, "formula_mib": 210.0} if peer != "floor" else {}
+            figures |= (
+                {"peak_mib": 300.0, "returned_mib": 100.0, "formula_mib": 210.0}
+                if peer != "floor"
+                else {}
+            )
             group = f"{kind} {shape.name} {selection}"
             add(kind, peer=peer, **about, **figures, selection=selection, group=group)
 
@@ -105,7 +157,11 @@ def gpu_results() -> list[dict]:
     for mib, ratio in ((32, 1.2), (64, 1.1), (512, 1.01)):
         add("workspace", shape=goals.MAIN, peer="ours-blas", item=mib, over_floor=ratio)
     item = "mask, leading anchor"
-    for kind, outcome in (("sync", "no sync"), ("graph", "captured, same gradients"), ("fullgraph", "no break")):
+    for kind, outcome in (
+        ("sync", "no sync"),
+        ("graph", "captured, same gradients"),
+        ("fullgraph", "no break"),
+    ):
         add(kind, shape=goals.MAIN, peer="ours-triton", item=item, outcome=outcome)
     add("step", shape=goals.SMALL, peer="ours-blas", launches=14.0)
     add("firstcall", peer="ours-blas", item="cold cache", seconds=20.0)
@@ -120,13 +176,19 @@ def goal_row(records, name):
 
 def test_goals():
     records = gpu_results()
-    of_cpu = [{name: value for name, value in one.items() if name != "capability"} for one in records]
+    of_cpu = [
+        {name: value for name, value in one.items() if name != "capability"} for one in records
+    ]
     assert all(row[1:] == (goals.CARDS, goals.NO_GPU, "") for row in goals.table(of_cpu)[1:])
     for row in goals.table(records)[1:]:
         assert row[1] == "G"
         assert row[2].endswith(", met"), row
         assert "2026-01-02, commit c" in row[3]
-    assert goal_row(records, "blas ÷ floor")[1:] == ("G", "1.05, met", "ours-blas; 2026-01-02, commit c")
+    assert goal_row(records, "blas ÷ floor")[1:] == (
+        "G",
+        "1.05, met",
+        "ours-blas; 2026-01-02, commit c",
+    )
     assert goal_row(records, "triton ÷ floor")[2] == "1.1, met"
     assert goal_row(records, "time ÷ floor, workspace")[2] == "1.1, met"
     assert goal_row(records, "time ÷ the bf16 floor in fp8")[2] == "0.75, met"
@@ -134,7 +196,9 @@ def test_goals():
     assert goal_row(records, "peak memory ÷ formula, N = 131,072")[2] == "0.9524, met"
     # each card has rows of its own, and one of which less is known says so
     other = [{**one, "device": "H"} for one in records if one["kind"] == "step"]
-    cards = [row[1:3] for row in goals.table([*records, *other]) if row[0].startswith("blas ÷ floor")]
+    cards = [
+        row[1:3] for row in goals.table([*records, *other]) if row[0].startswith("blas ÷ floor")
+    ]
     assert cards == [("G", "1.05, met"), ("H", "not yet measured")] * 2
 
 
@@ -154,7 +218,9 @@ def test_times_of_two_processes_are_compared_by_the_floor_of_each():
 
 
 def test_a_run_that_was_judged_but_never_timed_hides_no_figures():
-    verdicts = [{k: v for k, v in one.items() if k != "median_ms"} | {"group": "late"} for one in results()]
+    verdicts = [
+        {k: v for k, v in one.items() if k != "median_ms"} | {"group": "late"} for one in results()
+    ]
     assert record.latest([*results(), *verdicts]) == results()
 
 
@@ -184,7 +250,14 @@ def test_a_goal_over_every_shape_is_not_met_by_some():
 
 def cpu_results() -> list[dict]:
     """Of a CPU that meets each goal."""
-    stamp = {"device": "C", "threads": 2, "torch": "2", "triton": "3", "date": "2026-01-02", "commit": "c"}
+    stamp = {
+        "device": "C",
+        "threads": 2,
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-01-02",
+        "commit": "c",
+    }
     lines = []
 
     def add(kind, **fields):
@@ -195,7 +268,9 @@ def cpu_results() -> list[dict]:
         extras = {"ours-torch": 30.0, "eager": 100.0, "compile": 60.0, "compile-max": 50.0}
         for peer, ms in times.items():
             figures = {"median_ms": ms, "error_ratio": 1.0, "outside_rule": None}
-            figures |= {"peak_mib": 10.0 + extras[peer], "returned_mib": 10.0} if peer in extras else {}
+            figures |= (
+                {"peak_mib": 10.0 + extras[peer], "returned_mib": 10.0} if peer in extras else {}
+            )
             about = {"shape": shape, "dtype": dtype, "selection": selection, "peer": peer}
             add("loss", **about, **figures, group=f"{shape} {dtype} {selection}")
 
@@ -207,12 +282,27 @@ def cpu_results() -> list[dict]:
     run("cpu-small", "fp32", "index", 5.0)
     run("cpu-small", "bf16", "index", 5.2)
     for dtype in ("bf16", "fp32"):
-        about = {"shape": "cpu-16k", "dtype": dtype, "selection": "index", "group": f"workspace {dtype}"}
+        about = {
+            "shape": "cpu-16k",
+            "dtype": dtype,
+            "selection": "index",
+            "group": f"workspace {dtype}",
+        }
         for item, ms, mib in ((2, 2.4, 12.0), (16, 1.8, 20.0), (256, 1.7, 250.0)):
-            figures = {"median_ms": ms, "over_floor": ms, "peak_mib": 10.0 + mib, "returned_mib": 10.0}
+            figures = {
+                "median_ms": ms,
+                "over_floor": ms,
+                "peak_mib": 10.0 + mib,
+                "returned_mib": 10.0,
+            }
             add("workspace", peer="ours-torch", item=item, **about, **figures)
         for peer, ms, mib in (("eager", 4.0, 100.0), ("compile", 3.0, 60.0)):
-            figures = {"median_ms": ms, "over_floor": ms, "peak_mib": 10.0 + mib, "returned_mib": 10.0}
+            figures = {
+                "median_ms": ms,
+                "over_floor": ms,
+                "peak_mib": 10.0 + mib,
+                "returned_mib": 10.0,
+            }
             add("workspace", peer=peer, **about, **figures)
         add("workspace", peer="floor", **about, median_ms=1.0, over_floor=1.0)
     add("training", item="smolvlm-256m", dtype="bf16", time_ratio=1.01, memory_ratio=1.015)
@@ -244,14 +334,20 @@ def test_goals_on_a_cpu():
     # no record of a GPU, nor of another number of threads, is taken for this CPU's
     fuzzed = {"kind": "fuzz", "device": "C", "threads": 1, "date": "2026-01-03"}
     assert goals.cpu_table([*records, *gpu_results(), fuzzed]) == goals.cpu_table(records)
-    older = [{**one, "threads": 1, "date": "2026-01-01", "median_ms": 99.0} for one in records if "median_ms" in one]
+    older = [
+        {**one, "threads": 1, "date": "2026-01-01", "median_ms": 99.0}
+        for one in records
+        if "median_ms" in one
+    ]
     assert goals.cpu_table([*records, *older]) == goals.cpu_table(records)
     assert all(row[1:] == (goals.CARDS, goals.NO_GPU, "") for row in goals.table(records)[1:])
 
 
 def test_goals_that_a_run_says_nothing_of():
     for records in ([], gpu_results()):
-        assert all(row[1:] == (goals.A_CPU, "absent", "") for row in goals.cpu_table(records, "absent")[1:])
+        assert all(
+            row[1:] == (goals.A_CPU, "absent", "") for row in goals.cpu_table(records, "absent")[1:]
+        )
     only = [one for one in cpu_results() if one.get("shape") == "cpu-16k" and one["kind"] == "loss"]
     alone = [one for one in only if one["peer"] == "ours-torch"]
     assert cpu_goal(only, "bf16: time ÷ eager")[2] == "0.5625, met"
@@ -259,7 +355,9 @@ def test_goals_that_a_run_says_nothing_of():
     assert cpu_goal(alone, "bf16: time ÷ eager")[2] == "not yet measured"
     assert cpu_goal(alone, "runs outside")[2] == "0 of 4 runs, met"
     # eager of another run is nothing to be compared with
-    apart = [{**one, "group": f"{one['group']} {one['peer']}"} for one in cpu_results() if "group" in one]
+    apart = [
+        {**one, "group": f"{one['group']} {one['peer']}"} for one in cpu_results() if "group" in one
+    ]
     assert cpu_goal(apart, "bf16: time ÷ eager")[2] == "not yet measured"
     assert cpu_goal(apart, "bf16: extra peak ÷ eager's, a small")[2] == "not yet measured"
 
@@ -270,7 +368,12 @@ def test_goals_that_a_run_says_nothing_of():
         ("loss", {"median_ms": 2.4}, {"dtype": "bf16"}, "bf16: time ÷ the best of torch.compile"),
         ("loss", {"median_ms": 2.45}, {"selection": "mask"}, "bf16: time ÷ eager"),
         ("loss", {"median_ms": 2.2}, {"dtype": "fp32"}, "fp32: time ÷ the best of torch.compile"),
-        ("loss", {"peak_mib": 61.0}, {"shape": "cpu-4k-encoder"}, "bf16: extra peak ÷ torch.compile's"),
+        (
+            "loss",
+            {"peak_mib": 61.0},
+            {"shape": "cpu-4k-encoder"},
+            "bf16: extra peak ÷ torch.compile's",
+        ),
         ("workspace", {"peak_mib": 31.0}, {}, "bf16: extra peak ÷ eager's, a small workspace"),
         ("loss", {"median_ms": 4.1}, {"dtype": "fp16"}, "fp16: time ÷ eager"),
         ("loss", {"median_ms": 6.1}, {"shape": "cpu-small", "dtype": "bf16"}, "N = 64"),
@@ -284,7 +387,9 @@ def test_a_goal_on_a_cpu_that_is_missed(kind, change, where, name):
     records = cpu_results()
     for one in records:
         about = {"kind": kind, "peer": "ours-torch", **where}
-        if one["kind"] == "training" == kind or all(one.get(key) == value for key, value in about.items()):
+        if one["kind"] == "training" == kind or all(
+            one.get(key) == value for key, value in about.items()
+        ):
             one |= change
     assert cpu_goal(records, name)[2].endswith(", missed")
 

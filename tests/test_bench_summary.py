@@ -1,4 +1,5 @@
-"""The summary of a GPU run: every section from records, each rule of what to try next, never more than 40 lines."""
+"""The summary of a GPU run: every section from records, each rule of what to try next, never more
+than 40 lines."""
 
 import json
 
@@ -7,11 +8,24 @@ from test_bench_report import gpu_results
 
 from bench import goals, record, summary
 
-STAMP = {"device": "G", "torch": "2", "triton": "3", "commit": "c", "run": "now", "capability": "9.0"}
+STAMP = {
+    "device": "G",
+    "torch": "2",
+    "triton": "3",
+    "commit": "c",
+    "run": "now",
+    "capability": "9.0",
+}
 
 
 def tile(role, tile, ms, in_use=False):
-    about = {"kind": "tile", "role": role, "kernel": "descriptor", "tile": tile, "item": f"{role} {tile}"}
+    about = {
+        "kind": "tile",
+        "role": role,
+        "kernel": "descriptor",
+        "tile": tile,
+        "item": f"{role} {tile}",
+    }
     return {**about, **STAMP, "median_ms": ms, "over_blas": ms / 0.4, "in_use": in_use}
 
 
@@ -40,7 +54,10 @@ def test_a_run_that_met_its_goals():
     row = next(line for line in text if f"{goals.MAIN} index ours-blas" in line)
     assert row.split()[3:] == ["2.100", "1.050", "0.525", "0.952"]
     assert "guarantees: 3 of 3 kept" in text
-    assert "workspace of ours-blas, ÷ floor: 32 MiB 1.200, 64 MiB 1.100, 512 MiB 1.010; best 512" in text
+    assert (
+        "workspace of ours-blas, ÷ floor: 32 MiB 1.200, 64 MiB 1.100, 512 MiB 1.010; best 512"
+        in text
+    )
     assert hints(text) == ["  nothing that these rules know of"]
 
 
@@ -111,16 +128,27 @@ def test_what_to_try_next(name):
 
 def test_everything_at_once_is_40_lines(tmp_path):
     more = [one for rule, _ in RULES.values() for one in rule]
-    more += [{"kind": "test", "item": f"t{i}", "outcome": "failed", "message": "E no\n", **STAMP} for i in range(99)]
     more += [
-        {"kind": "sync", "shape": "s", "peer": "ours-blas", "item": str(i), "outcome": "x", **STAMP} for i in range(99)
+        {"kind": "test", "item": f"t{i}", "outcome": "failed", "message": "E no\n", **STAMP}
+        for i in range(99)
     ]
-    more += [{**one, "shape": f"{one['shape']}{i}", "group": f"g{i}"} for i in range(9) for one in changed({}, **MAIN)]
+    more += [
+        {"kind": "sync", "shape": "s", "peer": "ours-blas", "item": str(i), "outcome": "x", **STAMP}
+        for i in range(99)
+    ]
+    more += [
+        {**one, "shape": f"{one['shape']}{i}", "group": f"g{i}"}
+        for i in range(9)
+        for one in changed({}, **MAIN)
+    ]
     more += [
         {"kind": "ceiling", "item": item, unit: 4321.0, **STAMP}
         for item, unit in (("copy", "gb_per_s"), ("product", "tflops"))
     ]
-    more += [tile("weight_grad", [128, 256], 0.5, True), *(part(f"p{i}", "exit 1") for i in range(20))]
+    more += [
+        tile("weight_grad", [128, 256], 0.5, True),
+        *(part(f"p{i}", "exit 1") for i in range(20)),
+    ]
     text = told(*more)
     assert len(text) <= 39  # and the line of the seconds
     assert max(map(len, text)) <= 320
@@ -145,12 +173,21 @@ def test_what_failed_and_what_is_missing_is_told():
 
 
 def test_the_last_run_of_a_folder_and_its_check(tmp_path):
-    for run, outcome in (("2026-01-02T00:00:00Z", "exit 1"), ("2026-01-03T00:00:00Z", "exit 0"), (None, "exit 9")):
+    for run, outcome in (
+        ("2026-01-02T00:00:00Z", "exit 1"),
+        ("2026-01-03T00:00:00Z", "exit 0"),
+        (None, "exit 9"),
+    ):
         one = {**part("blas", outcome), "run": run}
         record.append(tmp_path / "gpu.jsonl", {name: value for name, value in one.items() if value})
     line = "  check blas: 1 passed, 1 failed; time: slow"
-    for date, is_told in (("2026-01-03T00:00:00+00:00", True), ("2026-01-02T23:59:59+00:00", False)):
-        (tmp_path / "check.json").write_text(json.dumps({"date": date, "results": CHECKED, "finished": True}))
+    for date, is_told in (
+        ("2026-01-03T00:00:00+00:00", True),
+        ("2026-01-02T23:59:59+00:00", False),
+    ):
+        (tmp_path / "check.json").write_text(
+            json.dumps({"date": date, "results": CHECKED, "finished": True})
+        )
         text = summary.of_folder(tmp_path)
         assert "parts: 1 of 1 well" in text
         assert (line in text) == is_told

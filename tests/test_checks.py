@@ -37,7 +37,12 @@ WRONG = [
     ("anchor", {"anchor": X(2, 3, 6).to("meta")}, TypeError, "dense"),
     ("anchor", {"anchor": torch.ones(2, 3, 6, dtype=torch.int32)}, TypeError, "float16, bfloat16"),
     ("anchor", {"anchor": X(3, 6), "rows": torch.tensor([0, 1])}, ValueError, "(2, 6)"),
-    ("anchor", {"anchor": X(3, 6), "rows": torch.eye(2, 3) > 0}, ValueError, "each of the 2 selected rows"),
+    (
+        "anchor",
+        {"anchor": X(3, 6), "rows": torch.eye(2, 3) > 0},
+        ValueError,
+        "each of the 2 selected rows",
+    ),
     ("w1", {"w1": X(5, 3)}, ValueError, "d = 4"),
     ("w1", {"w1": X(5)}, ValueError, "(m, d)"),
     ("w1", {"w1": X(5, 4).double()}, TypeError, "hidden's dtype torch.float32"),
@@ -55,14 +60,24 @@ WRONG = [
     ("rows", {"rows": torch.tensor([-1, 2])}, ValueError, "0..5"),
     ("rows", {"rows": torch.tensor([2, 2, 3])}, ValueError, "3 indices of which 2 are distinct"),
     ("rows", {"rows": torch.arange(300) - 1}, ValueError, "indices in -1..298, want 0..5"),
-    ("rows", {"rows": torch.arange(300) % 6}, ValueError, "300 indices of which 6 are distinct, want no duplicates"),
+    (
+        "rows",
+        {"rows": torch.arange(300) % 6},
+        ValueError,
+        "300 indices of which 6 are distinct, want no duplicates",
+    ),
     ("loss", {"loss": "l2"}, ValueError, "'cosine', 'mse', 'smooth_l1'"),
     ("activation", {"activation": "tanh"}, ValueError, "'gelu_tanh'"),
     ("reduction", {"reduction": "average"}, ValueError, "'mean', 'sum', 'none'"),
     ("row_weight", {"row_weight": 2.0}, TypeError, "want a torch.Tensor"),
     ("row_weight", {"row_weight": torch.ones(6, dtype=torch.int64)}, TypeError, "float16"),
     ("row_weight", {"row_weight": X(5)}, ValueError, "(6,)"),
-    ("row_weight", {"row_weight": X(3), "rows": torch.eye(2, 3) > 0}, ValueError, "each of the 2 selected rows"),
+    (
+        "row_weight",
+        {"row_weight": X(3), "rows": torch.eye(2, 3) > 0},
+        ValueError,
+        "each of the 2 selected rows",
+    ),
     ("row_weight", {"row_weight": X(6).requires_grad_()}, TypeError, "detach"),
     ("normalizer", {"normalizer": "6"}, TypeError, "a number or a 0-d tensor"),
     ("normalizer", {"normalizer": True}, TypeError, "a number or a 0-d tensor"),
@@ -99,7 +114,9 @@ def test_distributed_tensors_are_refused(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         mesh = init_device_mesh("cpu", (1,))
         for name in ("hidden", "w1"):

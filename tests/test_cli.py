@@ -94,7 +94,9 @@ def test_help_of_the_demo_has_examples(capsys):
         (("demo", "--device", "tpu"), "invalid choice: 'tpu'"),
     ],
 )
-def test_bad_arguments_say_what_is_wanted(arguments, message, capsys, tmp_path, monkeypatch, started):
+def test_bad_arguments_say_what_is_wanted(
+    arguments, message, capsys, tmp_path, monkeypatch, started
+):
     monkeypatch.chdir(tmp_path)
     assert status(*arguments) == 2
     assert message in capsys.readouterr().err
@@ -118,7 +120,9 @@ def test_cuda_without_a_gpu(tmp_path, capsys):
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in ("sklearn", "rich") else real(name, *a)
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name in ("sklearn", "rich") else real(name, *a),
     )
     assert status("demo", "--out", str(tmp_path / "new")) == 2
     assert "scikit-learn, rich: pip install 'pre-kernels[demo]'" in capsys.readouterr().err
@@ -128,14 +132,22 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "absent", "named"),
     [
-        (("demo",), ("PIL", "scipy", "threadpoolctl"), "the demo needs pillow, scipy, threadpoolctl: "),
+        (
+            ("demo",),
+            ("PIL", "scipy", "threadpoolctl"),
+            "the demo needs pillow, scipy, threadpoolctl: ",
+        ),
         (("diagnose", "model", "images"), ("jinja2", "PIL"), "diagnose needs jinja2, pillow: "),
         (("trace", "log"), ("matplotlib", "transformers", "rich"), "trace needs matplotlib: "),
     ],
 )
-def test_a_command_names_what_it_needs_itself(tmp_path, monkeypatch, capsys, command, absent, named):
+def test_a_command_names_what_it_needs_itself(
+    tmp_path, monkeypatch, capsys, command, absent, named
+):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a)
+    )
     assert status(*command, "--out", str(tmp_path / "new")) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -145,9 +157,26 @@ def test_trace_needs_matplotlib_alone(tmp_path):
     pytest.importorskip("matplotlib")
     log = [{"step": step, "layer_1/linear_probe": 0.5, "score": 0.5} for step in (1, 2)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    others = ("transformers", "accelerate", "safetensors", "sklearn", "scipy", "rich", "jinja2", "threadpoolctl")
+    others = (
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "sklearn",
+        "scipy",
+        "rich",
+        "jinja2",
+        "threadpoolctl",
+    )
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); from pre_kernels import cli; sys.exit(cli.main())"
-    command = [sys.executable, "-c", code, "trace", str(tmp_path), "--out", str(tmp_path / "figure.svg")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "trace",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "figure.svg"),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -158,15 +187,44 @@ def test_trace_needs_matplotlib_alone(tmp_path):
 def test_a_device_that_is_not_there_is_named_before_any_work(tmp_path, capsys, device):
     for package in ("sklearn", "rich", "matplotlib", "jinja2", "PIL", "transformers"):
         pytest.importorskip(package)
-    assert status("diagnose", str(tmp_path), str(tmp_path), "--device", device, "--out", str(tmp_path / "new")) == 2
+    assert (
+        status(
+            "diagnose",
+            str(tmp_path),
+            str(tmp_path),
+            "--device",
+            device,
+            "--out",
+            str(tmp_path / "new"),
+        )
+        == 2
+    )
     assert f"--device: got '{device}', which torch cannot use" in capsys.readouterr().err
 
 
 def test_options_reach_the_demo(tmp_path, started):
-    arguments = ("demo", "--seeds", "3", "--layer", "8", "--weight", "0.25", "--device", "cpu", "--out", str(tmp_path))
+    arguments = (
+        "demo",
+        "--seeds",
+        "3",
+        "--layer",
+        "8",
+        "--weight",
+        "0.25",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    )
     assert status(*arguments) == 0
     settings, device, out, jobs = started[0]
-    assert (settings.seeds, settings.pre_layer, settings.weight, device, out) == (3, 8, 0.25, "cpu", tmp_path)
+    assert (settings.seeds, settings.pre_layer, settings.weight, device, out) == (
+        3,
+        8,
+        0.25,
+        "cpu",
+        tmp_path,
+    )
     assert jobs == min(3, os.cpu_count())
     assert status(*arguments, "--jobs", "2") == 0
     assert started.pop()[-1] == 2
@@ -179,8 +237,12 @@ def test_options_reach_the_demo(tmp_path, started):
 def test_importing_the_package_imports_no_extra():
     code = "import sys, pre_kernels, pre_kernels.cli, pre_kernels.diagnostics; print(*sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert not {"sklearn", "matplotlib", "transformers", "rich", "accelerate"} & set(out.stdout.split())
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert not {"sklearn", "matplotlib", "transformers", "rich", "accelerate"} & set(
+        out.stdout.split()
+    )
 
 
 def test_the_core_wants_no_package_that_has_to_be_built():

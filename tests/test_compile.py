@@ -1,6 +1,8 @@
-"""Every kernel compiles ahead of time for each GPU, without spills, with the matrix instructions it should use.
+"""Every kernel compiles ahead of time for each GPU, without spills, with the matrix instructions it
+should use.
 
-The compilation runs in a process of its own: Triton's interpreter, which the other tests may use, cannot share one.
+The compilation runs in a process of its own: Triton's interpreter, which the other tests may use,
+cannot share one.
 """
 
 import json
@@ -13,7 +15,13 @@ import pytest
 import sass
 
 AOT = Path(__file__).parent / "aot.py"
-KIB = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64, "gfx950": 160}  # of shared memory that a block may use
+KIB = {
+    "sm80": 163,
+    "sm90": 227,
+    "sm100": 227,
+    "gfx942": 64,
+    "gfx950": 160,
+}  # of shared memory that a block may use
 DESCRIPTOR = {"matmul_descriptor_kernel", "weight_grad_descriptor_kernel"}
 
 
@@ -29,11 +37,19 @@ def kernels(tmp_path_factory) -> list[dict]:
 
 def test_every_target_is_compiled(kernels):
     names = {kernel["kernel"] for kernel in kernels}
-    assert {"matmul_kernel", "weight_grad_kernel", "row_loss_kernel", "scatter_kernel", "select_kernel"} <= names
+    assert {
+        "matmul_kernel",
+        "weight_grad_kernel",
+        "row_loss_kernel",
+        "scatter_kernel",
+        "select_kernel",
+    } <= names
     newer = DESCRIPTOR | {"quantize_kernel"}
     for target in KIB:
         compiled = {kernel["kernel"] for kernel in kernels if kernel["target"] == target}
-        assert compiled >= names - {"invert_kernel"} - (set() if target in ("sm90", "sm100") else newer)
+        assert compiled >= names - {"invert_kernel"} - (
+            set() if target in ("sm90", "sm100") else newer
+        )
 
 
 def test_nothing_spills(kernels):
@@ -44,7 +60,9 @@ def test_every_kernel_keeps_its_budget_of_instructions(kernels):
     """A GPU issues those of a pass over rows slower than its memory moves the rows."""
     counted = [(k, sass.Count(*k["count"])) for k in kernels if k["budget"]]
     assert {k["budget"] for k, _ in counted} == sass.BUDGETS.keys()
-    assert {k["kernel"] for k, _ in counted} == {k["kernel"] for k in kernels if k["target"] == "sm90"}
+    assert {k["kernel"] for k, _ in counted} == {
+        k["kernel"] for k in kernels if k["target"] == "sm90"
+    }
     assert [(k["name"], *count) for k, count in counted if count.over(k["budget"])] == []
 
 
@@ -69,7 +87,9 @@ def test_what_is_counted():
 
 
 def test_shared_memory_fits(kernels):
-    assert [kernel["name"] for kernel in kernels if kernel["shared"] > KIB[kernel["target"]] << 10] == []
+    assert [
+        kernel["name"] for kernel in kernels if kernel["shared"] > KIB[kernel["target"]] << 10
+    ] == []
 
 
 def test_half_precision_products_use_the_newest_matrix_instructions(kernels):
@@ -86,7 +106,9 @@ def test_descriptor_kernels_load_in_bulk(kernels):
     assert {k["target"] for k in by_descriptor} == {"sm90", "sm100"}
     for tile in ("128x256x64", "128x128x64", "64x128x64"):
         assert {k["kernel"] for k in by_descriptor if tile in k["name"]} == DESCRIPTOR, tile
-    assert [k["name"] for k in by_descriptor if "cp.async.bulk.tensor" not in k["instructions"]] == []
+    assert [
+        k["name"] for k in by_descriptor if "cp.async.bulk.tensor" not in k["instructions"]
+    ] == []
 
 
 def test_products_are_issued_ahead(kernels):
@@ -101,7 +123,9 @@ def test_float32_products_are_ieee_unless_tf32_is_allowed(kernels):
     assert {k["precision"] for k in products} == {"ieee", "tf32"}
     for kernel in products:
         if kernel["target"].startswith("sm"):
-            assert ("tf32" in kernel["instructions"]) == (kernel["precision"] == "tf32"), kernel["name"]
+            assert ("tf32" in kernel["instructions"]) == (kernel["precision"] == "tf32"), kernel[
+                "name"
+            ]
 
 
 def test_fusion_to_multiply_and_add_is_asked_for(kernels):

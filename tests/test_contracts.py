@@ -1,4 +1,5 @@
-"""What autograd, torch.func, copies, files, threads and repeats may expect of the loss and of PreHead."""
+"""What autograd, torch.func, copies, files, threads and repeats may expect of the loss and of
+PreHead."""
 
 import copy
 import io
@@ -77,7 +78,13 @@ def head_and_inputs(seed=0, device="cpu", **options):
         {"rows": "index32", "anchor": "compact", "weight": "compact", "loss": "smooth_l1"},
         {"rows": "all", "normalizer": torch.tensor(-3.0), "loss": "mse", "bias": (False, True)},
         {"rows": "mask", "normalizer": 2, "bias": (True, False), "workspace": 1, "leading": (70,)},
-        {"rows": "mask", "anchor": "compact", "reduction": "none", "weight": "compact", "contiguous": False},
+        {
+            "rows": "mask",
+            "anchor": "compact",
+            "reduction": "none",
+            "weight": "compact",
+            "contiguous": False,
+        },
     ],
 )
 def test_gradcheck(options):
@@ -85,7 +92,9 @@ def test_gradcheck(options):
     names = [name for name in LEAVES if case.tensors[name] is not None]
     if options.get("activation") == "relu":  # no kink within a difference
         with torch.no_grad():
-            z = torch.nn.functional.linear(case.tensors["hidden"], case.tensors["w1"], case.tensors["b1"])
+            z = torch.nn.functional.linear(
+                case.tensors["hidden"], case.tensors["w1"], case.tensors["b1"]
+            )
         assert z.abs().min() > 1e-4
 
     def function(*values):
@@ -101,14 +110,23 @@ def test_upstream_gradients_of_any_layout(call):
     loss = function(*leaves)
     n = loss.numel()
     room = torch.linspace(-2, 2, 4 * n + 2, device=loss.device)
-    layouts = [room[3 : 3 + n].view(loss.shape), room[2 : 2 + 2 * n : 2].view(loss.shape)] if loss.dim() else [room[3]]
+    layouts = (
+        [room[3 : 3 + n].view(loss.shape), room[2 : 2 + 2 * n : 2].view(loss.shape)]
+        if loss.dim()
+        else [room[3]]
+    )
     layouts.append(room[1].expand(loss.shape))
     layouts.append(room[:1].expand(5, n)[2].view(loss.shape))
     for upstream in layouts:
         found = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
-        equal(found, torch.autograd.grad(loss, leaves, upstream.clone().contiguous(), retain_graph=True))
+        equal(
+            found,
+            torch.autograd.grad(loss, leaves, upstream.clone().contiguous(), retain_graph=True),
+        )
     ones = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
-    equal(torch.autograd.grad(loss.sum(), leaves, retain_graph=True), ones)  # expanded from one element
+    equal(
+        torch.autograd.grad(loss.sum(), leaves, retain_graph=True), ones
+    )  # expanded from one element
     # and they do enter
     assert not torch.equal(torch.autograd.grad(loss, leaves, upstream_of(loss) * 3)[1], ones[1])
 
@@ -135,16 +153,21 @@ def test_backward_again_adds_the_same(call):
 
 
 def test_a_gradient_is_not_differentiated_in_silence(call):
-    """By an input, by the upstream gradient, beside another term: each would be a zero, or a term that is missing."""
+    """By an input, by the upstream gradient, beside another term: each would be a zero, or a term
+    that is missing."""
     function, leaves = call
     loss = function(*leaves)
     upstream = upstream_of(loss).requires_grad_()
     grads = torch.autograd.grad(loss, leaves, upstream, create_graph=True)
     for grad, by in itertools.product(grads, (*leaves, upstream)):
         with pytest.raises(RuntimeError, match="once-differentiable"):
-            torch.autograd.grad(grad.square().sum() + by.square().sum(), by, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(
+                grad.square().sum() + by.square().sum(), by, allow_unused=True, retain_graph=True
+            )
     with pytest.raises(RuntimeError, match="once-differentiable"):
-        torch.autograd.functional.hessian(lambda w1: function(leaves[0], w1, *leaves[2:]).sum(), leaves[1])
+        torch.autograd.functional.hessian(
+            lambda w1: function(leaves[0], w1, *leaves[2:]).sum(), leaves[1]
+        )
 
 
 def test_gradients_are_the_callers(call):
@@ -162,13 +185,17 @@ def test_hooks_on_parameters(impl, device):
     head, hidden, anchor = head_and_inputs(device=device)
     hidden.requires_grad_()
     head(hidden, anchor, impl=impl).backward()
-    wanted = {name: p.grad.clone() for name, p in head.named_parameters()} | {"hidden": hidden.grad.clone()}
+    wanted = {name: p.grad.clone() for name, p in head.named_parameters()} | {
+        "hidden": hidden.grad.clone()
+    }
     seen, stepped, modules = {}, [], []
     head.zero_grad()
     hidden.grad = None
     for name, tensor in (*head.named_parameters(), ("hidden", hidden)):
         tensor.register_hook(lambda grad, name=name: seen.setdefault(name, []).append(grad.clone()))
-        tensor.register_post_accumulate_grad_hook(lambda tensor, name=name: stepped.append((name, tensor.grad.clone())))
+        tensor.register_post_accumulate_grad_hook(
+            lambda tensor, name=name: stepped.append((name, tensor.grad.clone()))
+        )
     head.register_full_backward_pre_hook(lambda module, given: modules.append(given[0]))
     head.register_full_backward_hook(lambda module, inputs, outputs: modules.append(inputs[0]))
     head.w2.register_hook(lambda grad: 2 * grad)
@@ -209,7 +236,8 @@ def test_checkpointing(call, reentrant):
 
 @pytest.mark.parametrize("transform", ["is_grads_batched", "vmap"])
 def test_batched_upstream_gradients(call, transform):
-    """The backward runs once under vmap, for several gradients: as the rows of the batch by themselves."""
+    """The backward runs once under vmap, for several gradients: as the rows of the batch by
+    themselves."""
     function, leaves = call
     loss = function(*leaves)
     batch = torch.stack([upstream_of(loss) * factor for factor in (1.0, -2.0, 0.5)])
@@ -217,11 +245,16 @@ def test_batched_upstream_gradients(call, transform):
     def batched(**options):
         if transform == "is_grads_batched":
             return torch.autograd.grad(loss, leaves, batch, is_grads_batched=True, **options)
-        return torch.func.vmap(lambda upstream: torch.autograd.grad(loss, leaves, upstream, **options))(batch)
+        return torch.func.vmap(
+            lambda upstream: torch.autograd.grad(loss, leaves, upstream, **options)
+        )(batch)
 
     found = batched(retain_graph=True)
     for i, upstream in enumerate(batch):
-        equal([grad[i] for grad in found], torch.autograd.grad(loss, leaves, upstream, retain_graph=True))
+        equal(
+            [grad[i] for grad in found],
+            torch.autograd.grad(loss, leaves, upstream, retain_graph=True),
+        )
     equal(batched(), found)
 
 
@@ -253,11 +286,15 @@ def test_torch_func_is_refused_by_name(transform):
     for grad in (True, False):
         with (
             torch.set_grad_enabled(grad),
-            pytest.raises(NotImplementedError, match=r"fused_pre_loss: .* torch.func; reference.pre_loss"),
+            pytest.raises(
+                NotImplementedError, match=r"fused_pre_loss: .* torch.func; reference.pre_loss"
+            ),
         ):
             TRANSFORMS[transform](lambda hidden: head(hidden, anchor), hidden)
     weights = [p.detach() for p in (head.w1, head.b1, head.w2, head.b2)]
-    TRANSFORMS[transform](lambda hidden: reference.pre_loss(hidden, anchor, *weights), hidden)  # as the message says
+    TRANSFORMS[transform](
+        lambda hidden: reference.pre_loss(hidden, anchor, *weights), hidden
+    )  # as the message says
 
 
 def test_forward_mode_is_refused_by_name():
@@ -266,13 +303,18 @@ def test_forward_mode_is_refused_by_name():
         for grad in (True, False):
             with (
                 torch.set_grad_enabled(grad),
-                pytest.raises(NotImplementedError, match=r"fused_pre_loss: .*forward-mode.* reference.pre_loss"),
+                pytest.raises(
+                    NotImplementedError,
+                    match=r"fused_pre_loss: .*forward-mode.* reference.pre_loss",
+                ),
             ):
                 head(forward_ad.make_dual(hidden, hidden), anchor)
         w2 = forward_ad.make_dual(head.w2.detach(), head.w2.detach())
         with pytest.raises(NotImplementedError, match="forward-mode"):
             fused_pre_loss(hidden, anchor, head.w1, None, w2, None)
-        anchored = head(hidden, forward_ad.make_dual(anchor, anchor))  # a constant, in either direction
+        anchored = head(
+            hidden, forward_ad.make_dual(anchor, anchor)
+        )  # a constant, in either direction
         assert forward_ad.unpack_dual(anchored).tangent is None
 
 
@@ -287,11 +329,17 @@ def test_copies_have_memory_of_their_own(impl, device):
     file = io.BytesIO()
     torch.save(head, file)
     file.seek(0)
-    twins = [copy.deepcopy(head), pickle.loads(pickle.dumps(head)), torch.load(file, weights_only=False)]
+    twins = [
+        copy.deepcopy(head),
+        pickle.loads(pickle.dumps(head)),
+        torch.load(file, weights_only=False),
+    ]
     for twin in twins:
         assert type(twin) is PreHead
         assert not twin.training
-        assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in head.parameters()]
+        assert [p.requires_grad for p in twin.parameters()] == [
+            p.requires_grad for p in head.parameters()
+        ]
         assert (twin.loss, twin.activation, twin.dim) == ("mse", "silu", 16)
         assert torch.equal(twin(hidden, anchor, impl=impl), loss)
         with torch.no_grad():
@@ -317,13 +365,18 @@ def test_state_dict_needs_no_pickle(bias):
         PreHead(16, 8, 24, bias=not bias).load_state_dict(state, strict=True)
 
 
-OLD = {"head-0.1.0": 0.4392769282}  # folder, as `handle.save` of that version wrote it: the loss below; never rewritten
+OLD = {
+    "head-0.1.0": 0.4392769282
+}  # folder, as `handle.save` of that version wrote it: the loss below; never rewritten
 
 
 @pytest.mark.parametrize("name", OLD)
 def test_heads_of_earlier_versions_load_and_mean_the_same(name, impl, device):
     load_file, folder = pytest.importorskip("safetensors.torch").load_file, DATA / name
-    config, state = json.loads((folder / "pre_head.json").read_text()), load_file(folder / "pre_head.safetensors")
+    config, state = (
+        json.loads((folder / "pre_head.json").read_text()),
+        load_file(folder / "pre_head.safetensors"),
+    )
     shapes = {"w1": (2, 32), "b1": (2,), "w2": (32, 2), "b2": (32,)}
     assert {name: tuple(x.shape) for name, x in state.items()} == shapes
     options = {name: config[name] for name in ("bias", "activation", "loss")}
@@ -346,7 +399,8 @@ def cold() -> None:
 
 
 def train(seed, impl, device):
-    """A few steps with sizes and options of its own: losses, gradients, and where the parameters end."""
+    """A few steps with sizes and options of its own: losses, gradients, and where the parameters
+    end."""
     options = {"loss": ("cosine", "mse")[seed % 2], "activation": ("gelu", "silu")[seed % 2]}
     generator = torch.Generator().manual_seed(seed)
     head = PreHead(16, 8 + 8 * seed, 24, **options)
@@ -356,7 +410,9 @@ def train(seed, impl, device):
     optimizer, seen = torch.optim.SGD(head.parameters(), lr=0.1), []
     for step in range(3 if INTERPRETED and impl != "torch" else 30):
         n = 5 + 7 * seed + step
-        hidden, anchor = (torch.randn(n, width, generator=generator).to(device) for width in (16, 24))
+        hidden, anchor = (
+            torch.randn(n, width, generator=generator).to(device) for width in (16, 24)
+        )
         hidden.requires_grad_()
         optimizer.zero_grad()
         loss = head(hidden, anchor, torch.rand(n, generator=generator).to(device) < 0.7, impl=impl)
@@ -367,7 +423,9 @@ def train(seed, impl, device):
 
 
 def test_two_models_in_two_threads(impl, device, monkeypatch):
-    if INTERPRETED:  # it is no thread's own: one launch at a time, so that all but the launches still overlap
+    if (
+        INTERPRETED
+    ):  # it is no thread's own: one launch at a time, so that all but the launches still overlap
         run, lock = type(matmul.matmul_kernel).run, threading.Lock()
 
         def one_at_a_time(*arguments, **keywords):
@@ -422,17 +480,20 @@ def test_the_same_bits_every_time(impl, device, name):
     case = make(22, d=32, m=32, z=32, weight="leading", device=device, **REPEATED[name])
     function, leaves = as_function(case, impl), leaves_of(case)
     wanted = results(function, leaves)
-    # interpreted, programs run one after another: repeats show no more than memory that is used as it was found
+    # interpreted, programs run one after another: repeats show no more than memory that is used as
+    # it was found
     for repeat in range(2 if INTERPRETED and impl != "torch" else 250):
-        litter = [torch.full((64 * (1 + repeat % 9), 64), float("nan"), device=device) for _ in range(4)]
+        litter = [
+            torch.full((64 * (1 + repeat % 9), 64), float("nan"), device=device) for _ in range(4)
+        ]
         del litter  # into the memory that the next call gets
         equal(results(function, leaves), wanted)
 
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_deterministic_algorithms(impl, device, name):
-    """Nothing raises, the bits are those of always, and what torch then puts into fresh memory, NaN and the largest
-    integer, reaches no result."""
+    """Nothing raises, the bits are those of always, and what torch then puts into fresh memory, NaN
+    and the largest integer, reaches no result."""
     case = make(22, d=32, m=32, z=32, weight="leading", device=device, **REPEATED[name])
     function, leaves = as_function(case, impl), leaves_of(case)
     wanted = results(function, leaves)
@@ -445,7 +506,12 @@ def test_deterministic_algorithms(impl, device, name):
 
 
 def test_the_only_atomic_is_one_where_no_two_programs_meet():
-    """Each element of a weight's gradient belongs to one program (tests/test_memory_safety.py watches the stores), and
-    launches follow each other: `atomic_add` by descriptor is there because it loads nothing."""
-    found = [(f.name, w) for f in sorted(KERNELS.glob("*.py")) for w in re.findall(r"atomic_\w+", f.read_text())]
+    """Each element of a weight's gradient belongs to one program (tests/test_memory_safety.py
+    watches the stores), and launches follow each other: `atomic_add` by descriptor is there because
+    it loads nothing."""
+    found = [
+        (f.name, w)
+        for f in sorted(KERNELS.glob("*.py"))
+        for w in re.findall(r"atomic_\w+", f.read_text())
+    ]
     assert found == [("weight_grad.py", "atomic_add")]

@@ -1,5 +1,5 @@
-"""Launches, bytes and host syncs of a step against the cost model, counted without running a kernel: a fusion that is
-lost, or a wait that creeps in, fails here."""
+"""Launches, bytes and host syncs of a step against the cost model, counted without running a
+kernel: a fusion that is lost, or a wait that creeps in, fails here."""
 
 import contextlib
 import os
@@ -26,7 +26,8 @@ WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.defau
 
 
 class Steps(TorchDispatchMode):
-    """What a step asks of the device: Triton's launches, torch's own, and the bytes that Triton's rows move."""
+    """What a step asks of the device: Triton's launches, torch's own, and the bytes that Triton's
+    rows move."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -46,7 +47,9 @@ class Steps(TorchDispatchMode):
             self.allocations += 1
         if isinstance(result, torch.Tensor) and "empty" not in name:
             given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-            is_view = result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
+            is_view = (
+                result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
+            )
             if not is_view:
                 self.launches[name] += 1
         return result
@@ -91,7 +94,10 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
 
 
 def products(steps):
-    return sum("mm" in name or "matmul" in name or "weight_grad" in name for name in steps.launches.elements())
+    return sum(
+        "mm" in name or "matmul" in name or "weight_grad" in name
+        for name in steps.launches.elements()
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,9 @@ def test_a_recomputation_repeats_the_projections_alone(impl):
     assert products(count(impl, "index", reduction="none")) == 8
 
 
-@pytest.mark.parametrize("options", [{"row_weight": True}, {"normalizer": 3.0}, {"reduction": "sum"}, {"loss": "mse"}])
+@pytest.mark.parametrize(
+    "options", [{"row_weight": True}, {"normalizer": 3.0}, {"reduction": "sum"}, {"loss": "mse"}]
+)
 def test_options_cost_no_launch_and_no_wait(options):
     plain = count("blas", "index")
     options = {**options, **({"row_weight": torch.ones(256)} if "row_weight" in options else {})}
@@ -121,7 +129,9 @@ def test_options_cost_no_launch_and_no_wait(options):
 @pytest.mark.parametrize(("impl", "launches"), [("blas", 10), ("triton", 10)])
 def test_launches_of_each_further_chunk(impl, launches):
     sizes = {"n": 2048, "total": 2048, "width": 64}
-    one, four = (count(impl, "index", workspace=workspace, **sizes) for workspace in (None, 4 * 64 * 2 * 512))
+    one, four = (
+        count(impl, "index", workspace=workspace, **sizes) for workspace in (None, 4 * 64 * 2 * 512)
+    )
     chunks = four.launches["row_loss_kernel"]
     assert chunks >= 4
     assert sum(four.launches.values()) - sum(one.launches.values()) == launches * (chunks - 1)
@@ -129,8 +139,15 @@ def test_launches_of_each_further_chunk(impl, launches):
 
 @pytest.mark.parametrize("impl", ["blas", "triton"])
 def test_bytes_of_the_rows(impl):
-    """bfloat16, d = m = z, every row selected: each pass reads or writes rows of that width as often as it must."""
-    passes = {"gather": 2, "activation": 2, "loss and its derivative": 3, "activation's derivative": 3, "scatter": 2}
+    """bfloat16, d = m = z, every row selected: each pass reads or writes rows of that width as
+    often as it must."""
+    passes = {
+        "gather": 2,
+        "activation": 2,
+        "loss and its derivative": 3,
+        "activation's derivative": 3,
+        "scatter": 2,
+    }
     n = total = 4096
     found = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
     model = sum(passes.values()) * n * 256 * 2
@@ -141,16 +158,23 @@ def test_bytes_of_the_rows(impl):
 
 @pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
 def test_memory_of_a_step(impl, precision, request):
-    """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the weights' gradients, dH,
-    what is returned, and a few numbers for each row."""
+    """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the
+    weights' gradients, dH, what is returned, and a few numbers for each row."""
     if precision == "fp8":
         request.getfixturevalue("row_scales")
     n, width = 4096, 128
-    workspace = 4 * 264 * 2 * width + n // 4 * 4 * width * 2  # partial sums, and a quarter of the rows in four buffers
-    found = count(impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision)
+    workspace = (
+        4 * 264 * 2 * width + n // 4 * 4 * width * 2
+    )  # partial sums, and a quarter of the rows in four buffers
+    found = count(
+        impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision
+    )
     returned = 2 * (n * width + 2 * width * width + 2 * width)
     assert found.launches["row_loss_kernel"] >= 4
-    assert found.allocated <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
+    assert (
+        found.allocated
+        <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
+    )
 
 
 @pytest.mark.parametrize("impl", ["blas", "triton"])
@@ -171,12 +195,19 @@ def test_memory_of_a_step_in_one_chunk(impl, rows):
 def test_without_gradients_only_the_loss_is_computed(bias):
     hidden, weight = torch.zeros(256, 64), torch.zeros(64, 64)
     steps = Steps(256)
-    with mock.patch.object(KERNEL, "run", lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)), steps:
+    with (
+        mock.patch.object(
+            KERNEL, "run", lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)
+        ),
+        steps,
+    ):
         fused_pre_loss(hidden, hidden, weight, bias, weight, bias, impl="blas")
     product = "aten.mm.out" if bias is None else "aten.addmm.out"
     passes = ("activate_kernel", "row_loss_kernel", "divisor_kernel", "reduce_kernel")
     assert dict(steps.launches) == {product: 2} | dict.fromkeys(passes, 1)
-    assert steps.allocated == 4 * (3 * 256 * 64 + 256 + 2)  # Z, G, P; the rows' losses; the loss and its divisor
+    assert steps.allocated == 4 * (
+        3 * 256 * 64 + 256 + 2
+    )  # Z, G, P; the rows' losses; the loss and its divisor
 
 
 # What the host does, in counts; bench/host.py has it in microseconds.
@@ -184,7 +215,8 @@ def test_without_gradients_only_the_loss_is_computed(bias):
 
 @contextlib.contextmanager
 def calls(*targets):
-    """How often functions of this package are called, all of them together, and each of the targets (owner, name)."""
+    """How often functions of this package are called, all of them together, and each of the targets
+    (owner, name)."""
     package, found, before = str(Path(pre_kernels.__file__).parent), Counter(), sys.getprofile()
 
     def profile(frame, event, arg):
@@ -209,18 +241,30 @@ def calls(*targets):
 
 @pytest.mark.parametrize(
     ("impl", "rows", "ours", "allocations", "descriptors"),
-    [("blas", "index", 213, 19, 0), ("triton", "index", 309, 19, 18), ("triton", "mask", 320, 22, 18)],
+    [
+        ("blas", "index", 213, 19, 0),
+        ("triton", "index", 309, 19, 18),
+        ("triton", "mask", 320, 22, 18),
+    ],
 )
 def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
-    """Tight bounds: what is kept between steps and no longer is, or is done twice, goes beyond them."""
+    """Tight bounds: what is kept between steps and no longer is, or is done twice, goes beyond
+    them."""
     count(impl, rows)
-    targets = ((TensorDescriptor, "__post_init__"), (triton, "cdiv"), (triton, "next_power_of_2"), (torch, "autocast"))
+    targets = (
+        (TensorDescriptor, "__post_init__"),
+        (triton, "cdiv"),
+        (triton, "next_power_of_2"),
+        (torch, "autocast"),
+    )
     with calls(*targets) as found:
         steps = count(impl, rows)
     assert found["ours"] <= ours
     assert steps.allocations <= allocations
     assert found["__post_init__"] <= descriptors
-    assert found["cdiv"] == found["next_power_of_2"] == 0  # made for kernels as well: microseconds a call
+    assert (
+        found["cdiv"] == found["next_power_of_2"] == 0
+    )  # made for kernels as well: microseconds a call
     assert found["autocast"] == 0  # there is none to turn off
 
 
@@ -229,7 +273,9 @@ def test_microseconds_are_measured_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for flag in ([], ["--ours"]):
         command = [sys.executable, "-m", "bench.host", "--seconds", "0.1", *flag]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         found = re.findall(r"(.+?) +least +(\d+) µs   median +(\d+) µs   of [1-9]", done.stdout)
         assert [name for name, *_ in found] == ["blas", "triton", "triton, mask", "fp8"]

@@ -21,7 +21,15 @@ from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.measure import states
 from pre_kernels.demo.run import run
 from pre_kernels.demo.settings import Settings
-from pre_kernels.demo.text import BEGIN, IGNORED, IMAGE, QUESTION, library_source, text_batch, visual_batch
+from pre_kernels.demo.text import (
+    BEGIN,
+    IGNORED,
+    IMAGE,
+    QUESTION,
+    library_source,
+    text_batch,
+    visual_batch,
+)
 
 TINY = Settings(
     seeds=2,
@@ -88,7 +96,11 @@ def test_regions_are_where_the_digits_lie():
     assert (sc.masks().sum(0) == 1).all()
     scenes = sc.compose(sc.split_digits(0)[0], 1, seed=0)
     for k, mask in enumerate(sc.masks()):
-        pixels = mask.view(sc.SIDE // sc.PATCH, -1).repeat_interleave(sc.PATCH, 0).repeat_interleave(sc.PATCH, 1)
+        pixels = (
+            mask.view(sc.SIDE // sc.PATCH, -1)
+            .repeat_interleave(sc.PATCH, 0)
+            .repeat_interleave(sc.PATCH, 1)
+        )
         down, right = divmod(k, sc.GRID)
         cell = scenes.images[0, 0, down * 8 : down * 8 + 8, right * 8 : right * 8 + 8]
         assert torch.equal(scenes.images[0, 0][pixels], cell.flatten())
@@ -169,19 +181,30 @@ def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
     from sklearn.datasets import load_digits
 
     chosen = []
-    monkeypatch.setattr(export, "drawn", lambda sources: chosen.append(sources) or sc.drawn(sources))
+    monkeypatch.setattr(
+        export, "drawn", lambda sources: chosen.append(sources) or sc.drawn(sources)
+    )
     export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
     for digit, sources in enumerate(chosen):
         found = load_digits().target[sources] == digit
         assert found[:, sc.MIDDLE].all()
         assert (found.sum(1) >= 5).all()
     files = sorted((tmp_path / "images").rglob("*.png"))
-    assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [str(n // 2) for n in range(20)]
+    assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [
+        str(n // 2) for n in range(20)
+    ]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]) / 255
     processor = export.processor()
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION.decode()}]}]
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": QUESTION.decode()}],
+        }
+    ]
     text = processor.apply_chat_template(message)
-    inputs = processor(images=[Image.open(files[5]).convert("RGB")], text=[text], return_tensors="pt")
+    inputs = processor(
+        images=[Image.open(files[5]).convert("RGB")], text=[text], return_tensors="pt"
+    )
     expected = visual_batch(sc.compose(sc.split_digits(0)[0], 1, 0), torch.arange(1))
     assert torch.equal(inputs["input_ids"], expected["input_ids"][:, :-1])
     torch.testing.assert_close(inputs["pixel_values"], pixels[5].expand(1, 3, -1, -1))
@@ -239,12 +262,16 @@ def test_the_arms_differ_in_nothing_but_pre():
 def test_an_answer_is_correct_if_the_model_would_generate_it():
     _, model = pretrained()
     scenes = sc.compose(sc.split_digits(0)[2], 30, seed=0)
-    with torch.no_grad():  # a head that says "y" or "n" whatever it sees, as the last state's first entry has it
+    with (
+        torch.no_grad()
+    ):  # a head that says "y" or "n" whatever it sees, as the last state's first entry has it
         model.lm_head.weight.zero_()
         model.lm_head.weight[ord("y"), 0], model.lm_head.weight[ord("n"), 0] = 1.0, -1.0
     batch = visual_batch(scenes, torch.arange(30))
     prompt = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}
-    said = model.generate(**prompt, pixel_values=batch["pixel_values"], max_new_tokens=1, do_sample=False)
+    said = model.generate(
+        **prompt, pixel_values=batch["pixel_values"], max_new_tokens=1, do_sample=False
+    )
     expected = said[:, -1] == batch["input_ids"][:, -1]
     assert 0 < expected.sum() < 30
     assert torch.equal(states(model, scenes).correct, expected)
@@ -273,11 +300,19 @@ def committed():
 def test_the_report_has_the_figures_of_the_seeds(tmp_path):
     found = committed()
     shown = report.document(found)
-    assert [model["name"] for model in shown["models"]] == ["before visual training", "without PRe", "with PRe"]
+    assert [model["name"] for model in shown["models"]] == [
+        "before visual training",
+        "without PRe",
+        "with PRe",
+    ]
     for model, arm in zip(shown["models"], ("before", "without", "with"), strict=True):
         for rows, seed in zip(model["runs"], found["seeds"], strict=True):
             assert [row["layer"] for row in rows] == [*range(9)]
-            for column, name in (("linear_probe", "probe"), ("contrast", "contrast"), ("coupling", "coupling")):
+            for column, name in (
+                ("linear_probe", "probe"),
+                ("contrast", "contrast"),
+                ("coupling", "coupling"),
+            ):
                 assert [row[column] for row in rows] == seed[arm][name]
     report.save(found, tmp_path)
     page = (tmp_path / "demo.html").read_text()
@@ -295,8 +330,14 @@ def test_the_picture_has_probe_contrast_and_the_loss_along_training(monkeypatch,
     probe, contrast, training = drawn[0].axes
     for axes, key in ((probe, "probe"), (contrast, "contrast")):
         shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
-        for name, arm in (("before visual training", "before"), ("without PRe", "without"), ("with PRe", "with")):
-            assert shown[name] == pytest.approx(torch.tensor([s[arm][key] for s in found["seeds"]]).mean(0).tolist())
+        for name, arm in (
+            ("before visual training", "before"),
+            ("without PRe", "without"),
+            ("with PRe", "with"),
+        ):
+            assert shown[name] == pytest.approx(
+                torch.tensor([s[arm][key] for s in found["seeds"]]).mean(0).tolist()
+            )
     curves = [list(line.get_ydata()) for line in training.get_lines()][:2]
     assert curves == [seed["with"]["train_pre_loss"] for seed in found["seeds"]]
     assert [30, 30] in [list(line.get_xdata()) for line in training.get_lines()]

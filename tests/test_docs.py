@@ -23,7 +23,13 @@ from pre_kernels import cli, fused_pre_loss
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "docs/troubleshooting.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "recipes/README.md",
+    "docs/troubleshooting.md",
+)
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
 # file endings of what a page calls a file, where it is no name of a class or an attribute
@@ -41,7 +47,13 @@ def read(page: str) -> str:
 def blocks(text: str) -> list[str]:
     """The lines of code blocks without a language: what one types, without comments."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    typed = [line for language, block in found if not language for line in block.splitlines() if line.strip()]
+    typed = [
+        line
+        for language, block in found
+        if not language
+        for line in block.splitlines()
+        if line.strip()
+    ]
     return [re.split(" +#", line)[0].strip() for line in typed]
 
 
@@ -82,7 +94,9 @@ def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[
         assert re.search(rf"^ +{name} ", printed, re.MULTILINE), name
         assert f"  pre-kernels {name} " in printed, f"no example of {name}"
         assert name in cli.__doc__
-    assert len(set(re.findall(r"^  pre-kernels (\w+)", printed, re.MULTILINE)) - {"--version"}) == len(commands())
+    assert len(
+        set(re.findall(r"^  pre-kernels (\w+)", printed, re.MULTILINE)) - {"--version"}
+    ) == len(commands())
 
 
 @pytest.mark.parametrize("command", sorted(commands()))
@@ -105,8 +119,15 @@ def test_links_and_files_exist(page: str) -> None:
     folder = (ROOT / page).parent
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
     assert not [link for link in links if not (folder / link.partition("#")[0]).exists()]
-    named = [word.strip("()") for one in code(text) for word in one.split() if FILE.fullmatch(word.strip("()"))]
-    there = {path.name for path in ROOT.rglob("*") if not {".venv", ".deps", "build"} & set(path.parts)}
+    named = [
+        word.strip("()")
+        for one in code(text)
+        for word in one.split()
+        if FILE.fullmatch(word.strip("()"))
+    ]
+    there = {
+        path.name for path in ROOT.rglob("*") if not {".venv", ".deps", "build"} & set(path.parts)
+    }
     missing = [
         name
         for name in named
@@ -118,9 +139,12 @@ def test_links_and_files_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page: str) -> None:
-    """Of the command line and of the launcher; `pre-kernels demo | env` and a command by itself only name commands."""
+    """Of the command line and of the launcher; `pre-kernels demo | env` and a command by itself
+    only name commands."""
     for line in code(read(page)):
-        words = shlex.split(line) if re.match(r"(\S+/)?pre-kernels |torchrun |python -m ", line) else []
+        words = (
+            shlex.split(line) if re.match(r"(\S+/)?pre-kernels |torchrun |python -m ", line) else []
+        )
         if "pre_kernels.integrations.launch" in words and "--" in words:
             words = words[words.index("pre_kernels.integrations.launch") + 1 : words.index("--")]
             launch._parser().parse_args(words)
@@ -135,9 +159,14 @@ def test_commands_parse(page: str) -> None:
 def test_options_and_extras_exist(page: str) -> None:
     text = read(page)
     sources = "".join(
-        path.read_text(encoding="utf-8") for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]
+        path.read_text(encoding="utf-8")
+        for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]
     )
-    known = {*options(cli.parser()), *options(launch._parser()), *re.findall(r'"(--[a-z-]+)"', sources)}
+    known = {
+        *options(cli.parser()),
+        *options(launch._parser()),
+        *re.findall(r'"(--[a-z-]+)"', sources),
+    }
     named = {m for one in code(text) for m in re.findall(r"(?<![\w-])--[a-z][a-z-]+", one)}
     others = {"--nproc-per-node"}  # torchrun's
     assert not named - known - others
@@ -198,6 +227,8 @@ def test_the_version_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_where_the_terminal_has_no_unicode() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = ["-c", "from pre_kernels.cli import main; main(['demo', '--help'])"]
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "the weight of L_PRe" in done.stdout

@@ -17,7 +17,10 @@ def records(**raised):
     found = []
     for arm in (evidence.BEFORE, *evidence.ARMS):
         for seed in SEEDS:
-            more = {name: by_seed[seed] if arm == evidence.BASE else 0.0 for name, by_seed in raised.items()}
+            more = {
+                name: by_seed[seed] if arm == evidence.BASE else 0.0
+                for name, by_seed in raised.items()
+            }
             depth = range(evidence.DEPTH + 1)
             one = {
                 "accuracy": 0.9 + 0.001 * seed,
@@ -27,7 +30,13 @@ def records(**raised):
                 "effective_dimension": [20.0 - layer for layer in depth],
                 "correlation": [0.1 for _ in depth],
             }
-            line = {"kind": "evidence", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed, "settings": {}}
+            line = {
+                "kind": "evidence",
+                "item": f"{arm}, seed {seed}",
+                "arm": arm,
+                "seed": seed,
+                "settings": {},
+            }
             found.append(line | one | record.stamp(Cpu()))
     return found
 
@@ -39,7 +48,9 @@ def line(text, beginning):
 def test_rows_are_means_over_seeds_and_differences_within_them():
     text = evidence.table(records(probe=(0.02, 0.03, 0.04)))
     cells = [cell.strip() for cell in line(text, f"| {evidence.BASE}").split("|")]
-    assert cells[3] == "0.870 ± 0.010 (+0.030 ± 0.010; 3/3)"  # 0.9 less the mean of 0.04 … 0.08, and 0.03
+    assert (
+        cells[3] == "0.870 ± 0.010 (+0.030 ± 0.010; 3/3)"
+    )  # 0.9 less the mean of 0.04 … 0.08, and 0.03
     assert cells[2] == "0.901 ± 0.001 (+0.000 ± 0.000; 0/3)"
     assert "(" not in line(text, f"| {evidence.WITHOUT}")
     assert "over seeds 0, 1, 2;" in text
@@ -47,9 +58,15 @@ def test_rows_are_means_over_seeds_and_differences_within_them():
 
 def test_a_finding_is_judged_by_its_interval():
     text = evidence.table(records(probe=(0.02, 0.03, 0.04), contrast=(0.1, -0.1, 0.02)))
-    assert "reproduced (+0.030 ± 0.010, positive in 3 of 3" in line(text, "PRe raises the linear probe")
-    assert "not shown, within the noise (+0.007 ± 0.101" in line(text, "PRe raises the contrast ratio")
-    assert "the opposite (-0.030" in line(evidence.table(records(probe=(-0.02, -0.03, -0.04))), "PRe raises the linear")
+    assert "reproduced (+0.030 ± 0.010, positive in 3 of 3" in line(
+        text, "PRe raises the linear probe"
+    )
+    assert "not shown, within the noise (+0.007 ± 0.101" in line(
+        text, "PRe raises the contrast ratio"
+    )
+    assert "the opposite (-0.030" in line(
+        evidence.table(records(probe=(-0.02, -0.03, -0.04))), "PRe raises the linear"
+    )
     assert "reproduced (+0.080 ± 0.000" in line(text, "loses what patches show")
 
 

@@ -1,4 +1,5 @@
-"""`precision="fp8"`: float8 rows, their scales, the loss and gradients, a training that ends where bfloat16 ends."""
+"""`precision="fp8"`: float8 rows, their scales, the loss and gradients, a training that ends where
+bfloat16 ends."""
 
 import itertools
 
@@ -24,7 +25,8 @@ def _needs_float8(device):
 
 
 def check_quantized(quantized, rows):
-    """Against torch's own rounding of rows ÷ scale, where a scale brings the row's largest element to 448."""
+    """Against torch's own rounding of rows ÷ scale, where a scale brings the row's largest element
+    to 448."""
     largest = rows.abs().amax(1)
     torch.testing.assert_close(quantized.scales, (largest / 448).clamp_min(1e-30))
     want = (rows / quantized.scales[:, None]).to(torch.float8_e4m3fn).float()
@@ -56,7 +58,10 @@ def test_each_pass_leaves_float8_rows(device, width):
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_weights_in_both_layouts(device, bad):
     """As if rows and columns were gathered; several strips and turns, and edges."""
-    w1, w2 = torch.randn(1040, 144, device=device).bfloat16(), torch.randn(48, 1040, device=device).bfloat16()
+    w1, w2 = (
+        torch.randn(1040, 144, device=device).bfloat16(),
+        torch.randn(48, 1040, device=device).bfloat16(),
+    )
     w1[:, 3] = 0
     w2[17] *= 1e-4
     if bad is not None:
@@ -69,14 +74,19 @@ def test_weights_in_both_layouts(device, bad):
             if rows is not None:
                 want = Quantized.empty(rows, *rows.shape)
                 gather(rows, None, quantized=want)
-                torch.testing.assert_close(quantized.scales, want.scales, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(
+                    quantized.scales, want.scales, rtol=0, atol=0, equal_nan=True
+                )
                 values, wanted = quantized.values.float(), want.values.float()
                 torch.testing.assert_close(values, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(device, bad):
-    x, room = torch.randn(4, 32, device=device), Quantized.empty(torch.empty(0, device=device), 4, 32)
+    x, room = (
+        torch.randn(4, 32, device=device),
+        Quantized.empty(torch.empty(0, device=device), 4, 32),
+    )
     x[2, 7] = bad
     gather(x, None, quantized=room)
     assert not (room.values.float() * room.scales[:, None])[2, 7].isfinite()
@@ -84,13 +94,18 @@ def test_what_is_not_finite_shows(device, bad):
 
 
 @pytest.mark.usefixtures("row_scales")
-@pytest.mark.parametrize("options", [{}, {"loss": "mse"}, {"reduction": "none"}, {"workspace": 1}, {"rows": "all"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"loss": "mse"}, {"reduction": "none"}, {"workspace": 1}, {"rows": "all"}]
+)
 def test_loss_and_gradients(device, options):
     workspace = {"workspace": options.pop("workspace")} if "workspace" in options else {}
     shape = {"leading": (3, 100), "d": 64, "m": 96, "z": 48}
     case = make(3, dtype=torch.bfloat16, device=device, upstream=0.37, **shape, **options)
     truth = run(reference.pre_loss, case, torch.float64)
-    got = run(lambda **arguments: fused_pre_loss(**arguments, precision="fp8", impl="blas", **workspace), case)
+    got = run(
+        lambda **arguments: fused_pre_loss(**arguments, precision="fp8", impl="blas", **workspace),
+        case,
+    )
     plain = run(lambda **arguments: fused_pre_loss(**arguments, impl="blas", **workspace), case)
     for name, value in got.items():
         error = (value.double() - truth[name]).norm() / truth[name].norm()
@@ -116,7 +131,9 @@ def test_frozen_inputs(device):
     for name in oracle.LEAVES:
         rest = tuple(other for other in oracle.LEAVES if other != name)
         case = make(3, dtype=torch.bfloat16, device=device, frozen=rest, **shape)
-        got = run(lambda **arguments: fused_pre_loss(**arguments, precision="fp8", impl="blas"), case)
+        got = run(
+            lambda **arguments: fused_pre_loss(**arguments, precision="fp8", impl="blas"), case
+        )
         truth = run(reference.pre_loss, case, torch.float64)
         assert (got[name].double() - truth[name]).norm() / truth[name].norm() < ERROR
 
@@ -154,18 +171,24 @@ def test_bad_input(device):
             fused_pre_loss(**case.tensors, precision="fp8", impl=impl)
     for widths in ({"d": 24}, {"m": 8208}, {"z": 40}):
         case = make(0, dtype=torch.bfloat16, device=device, **{"d": 64, "m": 96, "z": 48, **widths})
-        with pytest.raises(ValueError, match=r"precision: got 'fp8' with d, m, z = .*multiples of 16 up to 8192"):
+        with pytest.raises(
+            ValueError, match=r"precision: got 'fp8' with d, m, z = .*multiples of 16 up to 8192"
+        ):
             fused_pre_loss(**case.tensors, precision="fp8", impl="blas")
 
 
 def test_hardware_without_float8_is_named(device, monkeypatch):
     monkeypatch.setattr("pre_kernels.loss.fp8_unavailable", lambda _: "A100 is older than sm_90")
     case = make(0, dtype=torch.bfloat16, device=device, d=64, m=96, z=48)
-    with pytest.raises(RuntimeError, match=r"precision: got 'fp8', which cannot run here: A100 is older"):
+    with pytest.raises(
+        RuntimeError, match=r"precision: got 'fp8', which cannot run here: A100 is older"
+    ):
         fused_pre_loss(**case.tensors, precision="fp8")
 
 
-@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+@pytest.mark.parametrize(
+    ("capability", "runs"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)]
+)
 def test_float8_is_for_sm90_and_newer(monkeypatch, capability, runs):
     """Triton does not compile it for sm_80."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)

@@ -1,8 +1,11 @@
-"""A slice of the fuzz campaign (`python -m bench.fuzz`): other cases in each run. A failure shows its `Spec`."""
+"""A slice of the fuzz campaign (`python -m bench.fuzz`): other cases in each run. A failure shows
+its `Spec`."""
 
 import pytest
 
-pytest.importorskip("hypothesis", reason="hypothesis is not installed; test_fuzz_regressions.py runs without it")
+pytest.importorskip(
+    "hypothesis", reason="hypothesis is not installed; test_fuzz_regressions.py runs without it"
+)
 
 from fuzz_draw import specs
 from fuzz_rule import VIOLATION, run
@@ -16,7 +19,9 @@ def test_drawn_cases_are_within_the_rule(impl, examples, device):
         database=None,
         deadline=None,
         print_blob=True,
-        phases=[Phase.generate],  # a smaller case has less to average, and is judged by luck rather than by the code
+        phases=[
+            Phase.generate
+        ],  # a smaller case has less to average, and is judged by luck rather than by the code
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(specs(impl))

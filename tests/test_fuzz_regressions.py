@@ -1,4 +1,5 @@
-"""Cases that fuzzing found to be outside the rule, kept after the repair, and the judge of such cases itself."""
+"""Cases that fuzzing found to be outside the rule, kept after the repair, and the judge of such
+cases itself."""
 
 import dataclasses
 
@@ -159,7 +160,14 @@ BOTH_OVERFLOW = Spec(
 )
 # rows alike: eager's error in dW2 is small by chance
 EAGER_IS_LUCKY = Spec(
-    leading=(131, 3), d=1, m=3, loss="mse", bias=(False, False), pattern="all", scale_anchor=3, layout="expanded"
+    leading=(131, 3),
+    d=1,
+    m=3,
+    loss="mse",
+    bias=(False, False),
+    pattern="all",
+    scale_anchor=3,
+    layout="expanded",
 )
 
 # every derivative is a row's weight, so there are as few roundings as rows
@@ -243,7 +251,9 @@ def test_found_by_fuzzing(spec, device):
 )
 def test_where_eager_is_no_measure(spec, tensor, verdict):
     if verdict == OVERFLOW:
-        spec = dataclasses.replace(spec, impl="triton")  # on a CPU "torch" has float32 products, which do not
+        spec = dataclasses.replace(
+            spec, impl="triton"
+        )  # on a CPU "torch" has float32 products, which do not
     found = {one.name: one.verdict for one in run(spec)}
     # whose noise is the larger one is the processor's to say
     assert found.pop(tensor) in ((verdict, WITHIN) if verdict == LUCK else (verdict,))
@@ -278,7 +288,9 @@ def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():
     spec = Spec(leading=(5, 3), outliers="tokens", zero_rows=True, rows="index64", weight="compact")
     case, again = build(spec)[0], build(spec)[0]
     assert all(torch.equal(x, again.tensors[name]) for name, x in case.tensors.items())
-    ensemble = Ensemble(lambda **arguments: sum(arguments[name].sum() for name in oracle.LEAVES), case)
+    ensemble = Ensemble(
+        lambda **arguments: sum(arguments[name].sum() for name in oracle.LEAVES), case
+    )
     values = [ensemble.member(i)["loss"].ours for i in range(3)]
     assert len(set(map(float, values))) == 3
 

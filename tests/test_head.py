@@ -18,7 +18,9 @@ def test_forward_is_the_loss_of_its_own_parameters():
     rows = torch.rand(2, 5) < 0.6
     got = head(hidden, anchor, rows, reduction="sum")
     parameters = head.w1, head.b1, head.w2, head.b2
-    want = reference.pre_loss(hidden, anchor, *parameters, rows, activation="silu", loss="mse", reduction="sum")
+    want = reference.pre_loss(
+        hidden, anchor, *parameters, rows, activation="silu", loss="mse", reduction="sum"
+    )
     torch.testing.assert_close(got, want)
     assert head(hidden, anchor, loss="cosine") != head(hidden, anchor)
 
@@ -41,7 +43,12 @@ def test_parameters_are_raw_and_named(bias):
 def test_initialised_as_linear_layers_are():
     torch.manual_seed(0)
     head = PreHead(400, 100)
-    for weight, bound in ((head.w1, 1 / 20), (head.b1, 1 / 20), (head.w2, 1 / 10), (head.b2, 1 / 10)):
+    for weight, bound in (
+        (head.w1, 1 / 20),
+        (head.b1, 1 / 20),
+        (head.w2, 1 / 10),
+        (head.b2, 1 / 10),
+    ):
         assert weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
     head.w1.data.fill_(7)

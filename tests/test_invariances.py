@@ -1,4 +1,5 @@
-"""What loss and gradients may not depend on: how the rows are cut into chunks, and the other rows of the batch."""
+"""What loss and gradients may not depend on: how the rows are cut into chunks, and the other rows
+of the batch."""
 
 import oracle
 import pytest
@@ -20,10 +21,12 @@ def function(impl, **options):
 @pytest.mark.parametrize("loss", checks.LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks(impl, device, loss, dtype):
-    """By the error rule both, and in half precision no further from each other than one rounding; in float32 sums of
-    450 rows in another order are."""
+    """By the error rule both, and in half precision no further from each other than one rounding;
+    in float32 sums of 450 rows in another order are."""
     case = make(4, dtype=dtype, device=device, loss=loss, weight="leading", upstream=0.37, **SHAPE)
-    many, one = (oracle.compare(function(impl, workspace=workspace), case) for workspace in WORKSPACES)
+    many, one = (
+        oracle.compare(function(impl, workspace=workspace), case) for workspace in WORKSPACES
+    )
     eps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
     for name, value in one.items():
         difference = (many[name].double() - value.double()).norm()
@@ -61,8 +64,8 @@ def test_other_rows(impl, device, dtype, precision, workspace, request):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fewer_rows(impl, device, dtype):
-    """The same rows by themselves: no further apart than rounding, since products of fewer rows may add up in another
-    order."""
+    """The same rows by themselves: no further apart than rounding, since products of fewer rows may
+    add up in another order."""
     case = make(3, dtype=dtype, device=device, rows="index64", reduction="none", **SHAPE)
     whole = run(function(impl), case)
     upstream = oracle.ramp(len(case.rows))

@@ -41,7 +41,10 @@ def launched(monkeypatch) -> list[str]:
             return self.kernel[grid]
 
     for module, name in ((matmul_module, "matmul"), (weight_grad_module, "weight_grad")):
-        for kind, kernel in (("pointer", f"{name}_kernel"), ("descriptor", f"{name}_descriptor_kernel")):
+        for kind, kernel in (
+            ("pointer", f"{name}_kernel"),
+            ("descriptor", f"{name}_descriptor_kernel"),
+        ):
             monkeypatch.setattr(module, kernel, Spy(getattr(module, kernel), kind))
     return kinds
 
@@ -51,7 +54,8 @@ def has_descriptors(device) -> bool:
 
 
 def inside(n: int, columns: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, columns) of NaN, and the same with 32 more rows on either side, which may be neither used nor written."""
+    """(n, columns) of NaN, and the same with 32 more rows on either side, which may be neither used
+    nor written."""
     around = torch.full((n + 64, columns), NAN, dtype=dtype, device=device)
     return around[32 : n + 32], around
 
@@ -87,7 +91,9 @@ def test_tf32_only_where_it_is_allowed():
 def test_weight_grad_ignores_what_lies_beyond_the_count(device, first):
     dy, x = torch.randn(50, 70, device=device), torch.randn(50, 40, device=device)
     dy[19:] = x[19:] = NAN
-    total = torch.full((70, 40), NAN, device=device) if first else torch.randn(70, 40, device=device)
+    total = (
+        torch.full((70, 40), NAN, device=device) if first else torch.randn(70, 40, device=device)
+    )
     want = dy[:19].t() @ x[:19] + (0 if first else total)
     add_weight_grad(total, dy, x, count=count(49, device), start=30, first=first)
     torch.testing.assert_close(total, want)
@@ -103,7 +109,10 @@ def test_a_chunk_beyond_the_count_does_nothing(device, start):
 
 
 # live rows of (rows, K, N): within a tile; several tiles both ways; multiples of none
-LIVE = [*((live, (40, 24, 72)) for live in (0, 37)), *((live, (300, 200, 328)) for live in (-30, 1, 130, 300))]
+LIVE = [
+    *((live, (40, 24, 72)) for live in (0, 37)),
+    *((live, (300, 200, 328)) for live in (-30, 1, 130, 300)),
+]
 TILES = [tiles.Tile(128, 256, 64, 8, 4), tiles.Tile(64, 128, 64, 4, 6)]
 
 
@@ -123,7 +132,11 @@ def test_matmul_by_descriptor(device, launched, dtype, transposed, live, size):
     (x, _), (y, around) = (inside(n, columns, dtype, device) for columns in (K, N))
     rows = max(live, 0)
     x[:rows] = torch.randn(rows, K, device=device)
-    w = torch.randn(N, K, device=device).to(dtype).t() if transposed else torch.randn(K, N, device=device).to(dtype)
+    w = (
+        torch.randn(N, K, device=device).to(dtype).t()
+        if transposed
+        else torch.randn(K, N, device=device).to(dtype)
+    )
     bias = torch.randn(N, device=device).to(dtype) if transposed else None
     matmul(x, w, y, bias=bias, count=count(start + live, device), start=start)
     assert launched == ["descriptor"]
@@ -188,7 +201,10 @@ def test_descriptors_are_used_where_they_can_be(device, launched, case, kind):
         x = x[:1].expand(40, -1)
     elif case == "cast":
         x = x.float()
-    y, total = torch.empty(40, 40, dtype=dtype, device=device), torch.empty(width, width, device=device)
+    y, total = (
+        torch.empty(40, 40, dtype=dtype, device=device),
+        torch.empty(width, width, device=device),
+    )
     matmul(x, w.t(), y)
     add_weight_grad(total, dy, x, first=True)
     assert launched == [kind if has_descriptors(device) else "pointer"] * 2
@@ -223,8 +239,8 @@ def test_few_rows_still_fill_the_device(table):
 
 
 def test_row_offsets_beyond_31_bits(device):
-    """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a stride does that without
-    the memory, and an offset that wrapped would read elsewhere."""
+    """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a
+    stride does that without the memory, and an offset that wrapped would read elsewhere."""
     stride = 2**30 + 64
     storage = torch.empty(
         2 * stride + 64, dtype=torch.float16, device=device
@@ -237,14 +253,19 @@ def test_row_offsets_beyond_31_bits(device):
     assert y[:, 0].tolist() == [2, 1]
     many = storage[: 2**31 + 64].view(-1, 64)
     many[-1], out = 5, torch.zeros(3, 64, dtype=torch.float16, device=device)
-    scatter(many, out, inverse=torch.tensor([-1, len(many) - 1, -1], dtype=torch.int32, device=device))
+    scatter(
+        many, out, inverse=torch.tensor([-1, len(many) - 1, -1], dtype=torch.int32, device=device)
+    )
     assert out[:, 0].tolist() == [0, 5, 0]
     losses = torch.zeros(3, device=device)
     row_loss(y, x, losses, loss="mse", grad=False, index=rows, gather_anchor=True)
     row_loss(x.contiguous(), x, losses, loss="mse", grad=False)
     assert not losses.any()
     eye = torch.eye(32, dtype=torch.float16, device=device)
-    far, y = storage.as_strided((2, 32), (2 * stride, 1)), torch.empty(2, 32, dtype=torch.float16, device=device)
+    far, y = (
+        storage.as_strided((2, 32), (2 * stride, 1)),
+        torch.empty(2, 32, dtype=torch.float16, device=device),
+    )
     matmul(far, eye, y)
     assert y[:, 0].tolist() == [1, 2]
     for weight in (eye, eye.float()):  # a cast: by pointers
@@ -259,7 +280,8 @@ def test_row_offsets_beyond_31_bits(device):
 
 
 def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
-    """`device_map="auto"` computes on devices that are not the current one, on which Triton launches."""
+    """`device_map="auto"` computes on devices that are not the current one, on which Triton
+    launches."""
     inside, launches = [], []
 
     @contextlib.contextmanager
@@ -269,7 +291,14 @@ def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
             yield
             inside.pop()
 
-    for module in (activation, finish, matmul_module, row_loss_module, rows_module, weight_grad_module):
+    for module in (
+        activation,
+        finish,
+        matmul_module,
+        row_loss_module,
+        rows_module,
+        weight_grad_module,
+    ):
         monkeypatch.setattr(module, "on_device", entered)
     kind = type(rows_module.select_kernel)
     launch = kind.run
@@ -280,8 +309,17 @@ def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
 
     monkeypatch.setattr(kind, "run", spy)
     for options in ({"rows": "mask"}, {"rows": "index64", "reduction": "none"}):
-        run(lambda **arguments: fused_pre_loss(**arguments, impl="triton"), make(4, device=device, **options))
-    assert {"select_kernel", "invert_kernel", "matmul_kernel", "row_loss_kernel", "reduce_kernel"} <= {*dict(launches)}
+        run(
+            lambda **arguments: fused_pre_loss(**arguments, impl="triton"),
+            make(4, device=device, **options),
+        )
+    assert {
+        "select_kernel",
+        "invert_kernel",
+        "matmul_kernel",
+        "row_loss_kernel",
+        "reduce_kernel",
+    } <= {*dict(launches)}
     assert [name for name, where in launches if not where] == []
 
 

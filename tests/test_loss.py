@@ -76,23 +76,42 @@ def test_random_options(impl, device, seed, monkeypatch):
 @pytest.mark.parametrize("workspace", [None, 1])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_both_kinds_of_half_precision_products_of_a_cpu(monkeypatch, units, rows, workspace, loss):
-    """Whatever this CPU has; predictions narrower and wider than dH, in whose memory those of one chunk lie."""
+    """Whatever this CPU has; predictions narrower and wider than dH, in whose memory those of one
+    chunk lie."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
-    for dtype, autocast in ((torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)):
+    for dtype, autocast in (
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+    ):
         for z in (37, 300):
-            given = {"rows": rows, "dtype": dtype, "autocast": autocast, "z": z, "workspace": workspace}
-            judge("torch", make(20, leading=(3, 100), loss=loss, weight="leading", upstream=0.37, **given))
+            given = {
+                "rows": rows,
+                "dtype": dtype,
+                "autocast": autocast,
+                "z": z,
+                "workspace": workspace,
+            }
+            judge(
+                "torch",
+                make(20, leading=(3, 100), loss=loss, weight="leading", upstream=0.37, **given),
+            )
 
 
-@pytest.mark.parametrize(("loss", "activation", "dtype"), list(itertools.product(LOSSES, ACTIVATIONS, DTYPES)))
+@pytest.mark.parametrize(
+    ("loss", "activation", "dtype"), list(itertools.product(LOSSES, ACTIVATIONS, DTYPES))
+)
 def test_every_loss_activation_and_dtype(impl, device, loss, activation, dtype):
-    judge(impl, make(7, dtype=dtype, device=device, loss=loss, activation=activation, m=130, upstream=2.5))
+    judge(
+        impl,
+        make(7, dtype=dtype, device=device, loss=loss, activation=activation, m=130, upstream=2.5),
+    )
 
 
 @pytest.mark.parametrize(("m", "z"), [(3, 1500), (1500, 3)])
 def test_a_width_much_larger_than_the_other(impl, device, m, z):
-    """Wide rows are shared out among more programs, each with sums of its own. A cosine of three numbers would be luck:
-    eager's own error is."""
+    """Wide rows are shared out among more programs, each with sums of its own. A cosine of three
+    numbers would be luck: eager's own error is."""
     judge(impl, make(16, device=device, m=m, z=z, loss="mse"))
 
 
@@ -106,7 +125,8 @@ def test_frozen_inputs_in_every_combination(impl, device, frozen):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("half", [("b1", "b2"), ("w1", "w2"), ("w1", "b2"), ("hidden",)])
 def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction, half):
-    """Under autocast dtypes may differ: beside those of float16 the gradients of float32 are beyond float16."""
+    """Under autocast dtypes may differ: beside those of float16 the gradients of float32 are beyond
+    float16."""
     case = make(15, device=device, reduction=reduction, autocast=torch.bfloat16, upstream=1e9)
     for name in half:
         case.tensors[name] = case.tensors[name].half()
@@ -118,7 +138,9 @@ def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction, h
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_a_few_rows_of_each_chunk(dtype, monkeypatch):
     monkeypatch.setattr(steps_torch, "IN_CACHE", 1)
-    judge("torch", make(19, leading=(400,), dtype=dtype, weight="leading", upstream=2.0, workspace=1))
+    judge(
+        "torch", make(19, leading=(400,), dtype=dtype, weight="leading", upstream=2.0, workspace=1)
+    )
 
 
 def test_float64_is_exact(device):
@@ -131,7 +153,8 @@ def test_float64_is_exact(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ["mask", "all"])
 def test_strides_change_no_bit(impl, device, dtype, rows):
-    """Of the same numbers: the vendor's products would add up those of a transposed matrix in another order."""
+    """Of the same numbers: the vendor's products would add up those of a transposed matrix in
+    another order."""
     case = make(8, leading=(343,), d=7, m=31, z=9, dtype=dtype, device=device, rows=rows)
     want = run(ours(impl), case)
     for name in ("hidden", "w1", "w2"):
@@ -206,7 +229,9 @@ def test_second_backward_is_the_same(impl, device, dtype):
     case = make(6, dtype=dtype, device=device)
     leaves = {name: case.tensors[name].requires_grad_() for name in oracle.LEAVES}
     loss = fused_pre_loss(**case.tensors, rows=case.rows, impl=impl)
-    first = torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, 3), retain_graph=True)
+    first = torch.autograd.grad(
+        loss, list(leaves.values()), torch.full_like(loss, 3), retain_graph=True
+    )
     second = torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, 3))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
@@ -249,9 +274,13 @@ def test_anchor_receives_no_gradient(impl, device):
 
 
 def test_index_order_is_the_order_of_the_result(impl, device):
-    case = make(8, device=device, rows="index64", reduction="none", weight="compact", anchor="leading")
+    case = make(
+        8, device=device, rows="index64", reduction="none", weight="compact", anchor="leading"
+    )
     judge(impl, case)
-    flipped = make(8, device=device, rows="index64", reduction="none", weight="compact", anchor="leading")
+    flipped = make(
+        8, device=device, rows="index64", reduction="none", weight="compact", anchor="leading"
+    )
     flipped.rows = flipped.rows.flip(0)
     flipped.options["row_weight"] = flipped.options["row_weight"].flip(0)
     a, b = run(ours(impl), case)["loss"], run(ours(impl), flipped)["loss"]
@@ -267,13 +296,29 @@ def test_chunks_change_nothing_but_rounding(impl, device):
 
 @pytest.mark.parametrize("dtype", oracle.HALF)
 def test_sums_over_many_chunks_are_rounded_once(impl, device, dtype):
-    judge(impl, make(17, leading=(2048,), d=8, m=8, z=8, dtype=dtype, device=device, rows="all", workspace=1))
+    judge(
+        impl,
+        make(
+            17, leading=(2048,), d=8, m=8, z=8, dtype=dtype, device=device, rows="all", workspace=1
+        ),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_gradients_survive_a_loss_scale(impl, device, dtype):
-    """Derivatives near 1e-6 vanish in float16, unless the upstream scale enters before they are rounded."""
-    case = make(10, leading=(500,), d=16, m=16, z=64, dtype=dtype, device=device, rows="all", upstream=2.0**16)
+    """Derivatives near 1e-6 vanish in float16, unless the upstream scale enters before they are
+    rounded."""
+    case = make(
+        10,
+        leading=(500,),
+        d=16,
+        m=16,
+        z=64,
+        dtype=dtype,
+        device=device,
+        rows="all",
+        upstream=2.0**16,
+    )
     case.tensors["w2"] *= 8000
     judge(impl, case)
 
@@ -323,7 +368,9 @@ def test_relu_of_infinities(impl, device):
 
 
 def test_gradcheck_of_the_torch_path():
-    for seed, (loss, activation) in enumerate(itertools.product(LOSSES, ["gelu", "gelu_tanh", "silu"])):
+    for seed, (loss, activation) in enumerate(
+        itertools.product(LOSSES, ["gelu", "gelu_tanh", "silu"])
+    ):
         for reduction in ("mean", "none"):
             case = make(seed, leading=(2, 4), d=3, m=5, z=4, dtype=torch.float64, weight="leading")
             leaves = [case.tensors[name].requires_grad_() for name in oracle.LEAVES]

@@ -1,5 +1,6 @@
-"""Every kernel between fences of NaN, its outputs poisoned; interpreted, each address that it touches is looked at: it
-lies in a tensor of the launch, no two programs meet in it, and it is right where it takes more than 31 bits."""
+"""Every kernel between fences of NaN, its outputs poisoned; interpreted, each address that it
+touches is looked at: it lies in a tensor of the launch, no two programs meet in it, and it is right
+where it takes more than 31 bits."""
 
 import contextlib
 import math
@@ -11,14 +12,26 @@ from oracle import LEAVES, make, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import fused_pre_loss
-from pre_kernels.kernels import activation, finish, matmul, quantize, row_loss, rows, tiles, weight_grad
+from pre_kernels.kernels import (
+    activation,
+    finish,
+    matmul,
+    quantize,
+    row_loss,
+    rows,
+    tiles,
+    weight_grad,
+)
 from pre_kernels.kernels.launch import LONGEST, arch
 from pre_kernels.kernels.quantize import Quantized, quantize_weights
 
 MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="addresses are seen in the interpreter alone")
-# each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than a block
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="addresses are seen in the interpreter alone"
+)
+# each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than
+# a block
 
 
 def randn(device, *shape, dtype=torch.float32):
@@ -30,7 +43,9 @@ def live(f, device, count):
 
 
 def quantized(f, device, n, width):
-    return Quantized(f.out(n, width, dtype=torch.float8_e4m3fn, device=device), f.out(n, device=device))
+    return Quantized(
+        f.out(n, width, dtype=torch.float8_e4m3fn, device=device), f.out(n, device=device)
+    )
 
 
 def read(q, n):
@@ -39,7 +54,9 @@ def read(q, n):
 
 def gathers(f, device, width):
     x = f(randn(device, 9, 2 * width)[:, ::2])
-    index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)  # 8 is the last
+    index = f(
+        torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5
+    )  # 8 is the last
     out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
     rows.gather(x, out, index=index, **live(f, device, 5))
     rows.gather(x, cleared, index=index, clear=True, **live(f, device, 5))
@@ -59,7 +76,9 @@ def scatters(f, device, width):
 
 
 def selects(f, device, width):
-    mask = f(torch.rand(rows.BLOCK + width, generator=torch.Generator().manual_seed(0)).to(device) < 0.4)
+    mask = f(
+        torch.rand(rows.BLOCK + width, generator=torch.Generator().manual_seed(0)).to(device) < 0.4
+    )
     index, inverse, count = rows.select(mask, rows.BLOCK)
     few, cut, _ = rows.select(mask, 5)
     chosen = f(torch.randperm(rows.BLOCK + 90, device=device)[: rows.BLOCK + 3])
@@ -111,8 +130,13 @@ def row_losses(f, device, width):
 
 def finishes(f, device, width):
     losses, weight = f(randn(device, width + 50), width), f(randn(device, width + 50).abs())
-    index, count = f(torch.randperm(width + 50, device=device), width), f(torch.tensor(width, device=device).int())
-    divisor = finish.mean_divisor(losses, width + 50, mean=True, weight=weight, index=index, count=count)
+    index, count = (
+        f(torch.randperm(width + 50, device=device), width),
+        f(torch.tensor(width, device=device).int()),
+    )
+    divisor = finish.mean_divisor(
+        losses, width + 50, mean=True, weight=weight, index=index, count=count
+    )
     loss = finish.reduce_loss(losses, divisor, count)
     matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
     sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
@@ -122,11 +146,18 @@ def finishes(f, device, width):
     )
     new = finish.scale_gradients(matrices, sums, dtypes, upstream)
     mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float())
-    return [divisor, loss, *new, *finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True)]
+    return [
+        divisor,
+        loss,
+        *new,
+        *finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True),
+    ]
 
 
 def quantizes(f, device, width):
-    w1, w2 = (f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width)))
+    w1, w2 = (
+        f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width))
+    )
     found = quantize_weights(w1, w2, columns=(True, True))
     return [x for q in found for x in (q.values.view(torch.uint8), q.scales)]
 
@@ -193,7 +224,9 @@ def test_every_kernel_has_a_case():
             if case.split()[-1] in ("1", "3", "8"):
                 promised(case, Plain(), "cpu")
     descriptors = {name for name in KERNELS if "descriptor" in name}
-    assert memory.names == (KERNELS if (arch(torch.empty(0)), 2) in tiles.DESCRIPTOR_TILES else KERNELS - descriptors)
+    assert memory.names == (
+        KERNELS if (arch(torch.empty(0)), 2) in tiles.DESCRIPTOR_TILES else KERNELS - descriptors
+    )
 
 
 STEPS = {
@@ -208,8 +241,11 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_whole_step_between_fences(impl, device, name, request):
-    """Arguments, buffers and results, everything empty poisoned: the bits are those of a plain call."""
-    if name == "fp8" and (impl != "blas" or (device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0))):
+    """Arguments, buffers and results, everything empty poisoned: the bits are those of a plain
+    call."""
+    if name == "fp8" and (
+        impl != "blas" or (device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0))
+    ):
         pytest.skip("float8 is there for blas on sm_90")
     if name == "fp8":
         request.getfixturevalue("row_scales")
@@ -257,7 +293,9 @@ def far_quantize(far):
 
 
 def far_activation(far):
-    activation.apply_activation(far(R, D), far(R, D), "gelu", quantized=Quantized(far(R, D, dtype=E4M3), ZEROS))
+    activation.apply_activation(
+        far(R, D), far(R, D), "gelu", quantized=Quantized(far(R, D, dtype=E4M3), ZEROS)
+    )
 
 
 def far_activation_grad(far):
@@ -268,11 +306,17 @@ def far_activation_grad(far):
 def far_row_loss(far):
     p, sums = far(R, D), far(R, D, dtype=torch.float32)
     room = Quantized(far(R, D, dtype=E4M3), ZEROS)
-    row_loss.row_loss(p, far(R, D), ZEROS, loss="mse", grad=True, sums=sums, first=False, quantized=room)
+    row_loss.row_loss(
+        p, far(R, D), ZEROS, loss="mse", grad=True, sums=sums, first=False, quantized=room
+    )
 
 
 def far_row_loss_columns(far):
-    for width, loss in ((D, "cosine"), (3 * D, "cosine"), (3 * D, "mse")):  # in a block, and in several
+    for width, loss in (
+        (D, "cosine"),
+        (3 * D, "cosine"),
+        (3 * D, "mse"),
+    ):  # in a block, and in several
         p = torch.zeros(1, width)
         row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss=loss, grad=True, start=R - 1)
 
@@ -293,8 +337,12 @@ def far_weight(far):
 
 
 def far_weight_grad(far):
-    weight_grad.add_weight_grad(far(M, N, dtype=torch.float32), torch.zeros(1, M), torch.zeros(1, N))
-    weight_grad.add_weight_grad(torch.zeros(16, D), torch.zeros(1, 16), far(D, R, dtype=torch.float32).t()[-1:])
+    weight_grad.add_weight_grad(
+        far(M, N, dtype=torch.float32), torch.zeros(1, M), torch.zeros(1, N)
+    )
+    weight_grad.add_weight_grad(
+        torch.zeros(16, D), torch.zeros(1, 16), far(D, R, dtype=torch.float32).t()[-1:]
+    )
 
 
 def far_scale(far):
@@ -305,7 +353,9 @@ def far_scale(far):
 
     with Empty():
         dtypes = (torch.float32,) * 4
-        finish.scale_gradients((None, far(M, N, dtype=torch.float32)), (None, None), dtypes, torch.tensor(2.0))
+        finish.scale_gradients(
+            (None, far(M, N, dtype=torch.float32)), (None, None), dtypes, torch.tensor(2.0)
+        )
 
 
 E4M3 = torch.float8_e4m3fn
@@ -315,7 +365,8 @@ FAR = [value for name, value in list(vars().items()) if name.startswith("far_")]
 @interpreted
 @pytest.mark.parametrize("case", FAR, ids=lambda case: case.__name__)
 def test_offsets_beyond_31_bits(case):
-    """The last program reaches the last element, as there is no memory by its address alone, and nothing beyond."""
+    """The last program reaches the last element, as there is no memory by its address alone, and
+    nothing beyond."""
     far = Far()
     memory = Last(far.spans)
     with watching(memory):
@@ -328,7 +379,8 @@ def test_offsets_beyond_31_bits(case):
 
 @interpreted
 def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
-    """The last strip is not the last program. In turns of many rows: the interpreter takes them one by one."""
+    """The last strip is not the last program. In turns of many rows: the interpreter takes them one
+    by one."""
     monkeypatch.setattr(quantize, "TALL", 2**15)
     monkeypatch.setattr(quantize, "WIDE", 2)
     far = Far()

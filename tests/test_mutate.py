@@ -120,7 +120,14 @@ def test_named_mutants_exist():
 
 def test_the_table_says_what_the_outcomes_are():
     outcomes = [
-        {"key": key, "short": key, "file": file, "operator": operator, "outcome": outcome, "test": test}
+        {
+            "key": key,
+            "short": key,
+            "file": file,
+            "operator": operator,
+            "outcome": outcome,
+            "test": test,
+        }
         for key, file, operator, outcome, test in (
             ("a", "f.py", "sign", "killed", "t::a"),
             ("b", "f.py", "sign", "survived", None),
@@ -132,26 +139,40 @@ def test_the_table_says_what_the_outcomes_are():
     lines = mutation.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
     assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
     stamp = record.stamp(Cpu())
-    text = mutation.page([{"kind": "mutation", "seed": 3, "drawn": 5, **line, **stamp} for line in lines])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    text = mutation.page(
+        [{"kind": "mutation", "seed": 3, "drawn": 5, **line, **stamp} for line in lines]
+    )
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert rows[2:] == [
         ["f.py", "3", "1/2", "", "1/1", "", "", "1", "1", "0"],
         ["g.py", "2", "", "", "0/1", "", "0/1", "0", "0", "2"],
         ["all", "5", "1/2", "", "1/2", "", "0/1", "1", "1", "2"],
     ]
-    assert "5 mutants (a sample of seed 3): 2 killed (1 by a timeout), 40.0 %; 50.0 % of those" in text
+    assert (
+        "5 mutants (a sample of seed 3): 2 killed (1 by a timeout), 40.0 %; 50.0 % of those" in text
+    )
     assert "equivalent: as zero is\n\n```text\nb\n```" in text
     assert "survived\n\n```text\nd\n```" in text
 
 
 def mutate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, MUTATE, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, MUTATE, *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def test_a_mutant_of_a_kernel_is_killed():
-    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = (x)")
+    done = mutate(
+        "--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = (x)"
+    )
     assert done.returncode == 2, "no such mutant is an error"
-    done = mutate("--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = x")
+    done = mutate(
+        "--again", "--only", "kernels/activation.py activate: y = x * sigmoid(x, DTYPE) → y = x"
+    )
     assert "1 mutants: {'killed': 1}" in done.stdout, done.stdout + done.stderr
 
 

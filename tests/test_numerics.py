@@ -14,8 +14,16 @@ def case(*outcomes, seed=0, **group):
 
 
 CASES = [
-    case(("loss", "within", 1.0, 1.0, 0.1, False, ""), ("w1", "within", 2.0, 4.0, 1.0, True, ""), seed=1),
-    case(("loss", "within", 3.0, 1.0, 6.0, False, ""), ("w1", "luck", 3.0, 2.0, 0.1, False, "w1: rms"), seed=2),
+    case(
+        ("loss", "within", 1.0, 1.0, 0.1, False, ""),
+        ("w1", "within", 2.0, 4.0, 1.0, True, ""),
+        seed=1,
+    ),
+    case(
+        ("loss", "within", 3.0, 1.0, 6.0, False, ""),
+        ("w1", "luck", 3.0, 2.0, 0.1, False, "w1: rms"),
+        seed=2,
+    ),
     case(
         ("loss", "within", 0.0, 0.0, 0.0, False, ""),
         ("w1", "overflow", None, None, None, False, "w1: not finite"),
@@ -38,9 +46,16 @@ def test_ratios_and_counts():
         "cases": 3, "median": 2.0, "largest": 3.0, "largest_bounded": 1.0,
         "within": 3, "overflow": 0, "luck": 0, "violation": 0, "turned": 0,
     }  # fmt: skip
-    assert gelu["tensors"]["dW1"]["turned"] == gelu["tensors"]["dW1"]["luck"] == gelu["tensors"]["dW1"]["overflow"] == 1
+    assert (
+        gelu["tensors"]["dW1"]["turned"]
+        == gelu["tensors"]["dW1"]["luck"]
+        == gelu["tensors"]["dW1"]["overflow"]
+        == 1
+    )
     assert set(gelu["tensors"]) == {"loss", "dW1"}
-    assert relu["violations"] == [{"tensor": "w1", "message": "w1: worse", "spec": {"impl": "torch", "seed": 4}}]
+    assert relu["violations"] == [
+        {"tensor": "w1", "message": "w1: worse", "spec": {"impl": "torch", "seed": 4}}
+    ]
     assert cosine["tensors"] == {}
     assert cosine["violations"][0]["message"] == "TypeError: x"
 
@@ -49,7 +64,9 @@ def test_page():
     old = [{**one, "seed": 5, "date": "2026-01-01"} for one in lines()]
     text = numerics.page(lines() + old)
     rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| torch")
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| torch")
     ]
     assert rows == [
         ["torch", "float32", "cosine", "1", "", "", "", "", "", ""],
@@ -58,7 +75,10 @@ def test_page():
         ["torch", "float32", "mse", "gelu", "3", "2.00 · 1.00", "", "1.00 · 1.50", "", "", ""],
         ["torch", "float32", "mse", "relu", "1", "", "", "4.50 · 4.50", "", "", ""],
     ]
-    assert "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager overflows or is" in text
+    assert (
+        "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager overflows or is"
+        in text
+    )
     assert "1 where eager's own error is luck" in text
     assert "2 violations" in text
     assert "eager is outside in 1." in text

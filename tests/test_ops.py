@@ -1,4 +1,5 @@
-"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors, opcheck."""
+"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors,
+opcheck."""
 
 from functools import partial
 
@@ -23,8 +24,19 @@ CALLS = {
     "compact": {"rows": "mask", "anchor": "compact", "weight": "compact"},
     "capacity": {"rows": "mask", "capacity": 45},
     "chunks": {"rows": "index64", "leading": (300,), "workspace": 1},
-    "bfloat16, chunks": {"rows": "index64", "leading": (300,), "workspace": 1, "dtype": torch.bfloat16},
-    "none, chunks": {"rows": "mask", "reduction": "none", "leading": (300,), "workspace": 1, "dtype": torch.bfloat16},
+    "bfloat16, chunks": {
+        "rows": "index64",
+        "leading": (300,),
+        "workspace": 1,
+        "dtype": torch.bfloat16,
+    },
+    "none, chunks": {
+        "rows": "mask",
+        "reduction": "none",
+        "leading": (300,),
+        "workspace": 1,
+        "dtype": torch.bfloat16,
+    },
     "float16": {"rows": "mask", "dtype": torch.float16},
     "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
     "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
@@ -37,8 +49,12 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def output_shapes():
-    """Outputs of some calls have the length that a mask selects: torch 2.9 captures these only where it is told to."""
-    told = torch.__version__.startswith("2.9.") or torch._dynamo.config.capture_dynamic_output_shape_ops
+    """Outputs of some calls have the length that a mask selects: torch 2.9 captures these only
+    where it is told to."""
+    told = (
+        torch.__version__.startswith("2.9.")
+        or torch._dynamo.config.capture_dynamic_output_shape_ops
+    )
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=told):
         yield
 
@@ -122,7 +138,9 @@ class Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pre_kernels":
-            self.seen[function] = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
+            self.seen[function] = [
+                x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args
+            ]
         return function(*args, **(kwargs or {}))
 
 
@@ -153,7 +171,10 @@ class Kind(torch.Tensor):
 def test_who_looks_at_operators_sees_them(impl, device, call):
     """And gets the bits that a call without them gives."""
     case = make(4, device=device, **CALLS[call])
-    function, names = partial(fused, case, impl), ("loss", "recompute" if call == "none" else "rescale_")
+    function, names = (
+        partial(fused, case, impl),
+        ("loss", "recompute" if call == "none" else "rescale_"),
+    )
     wanted = {f"pre_kernels::{name}" for name in names}
     plain = results(function, case)
     with Watching() as watching:
@@ -184,7 +205,9 @@ def test_a_graph_from_before_autograd_has_the_operator(impl, device):
         graph = make_fx(function, pre_dispatch=True)(case.tensors["hidden"], few)
         assert torch.ops.pre_kernels.loss.default in {node.target for node in graph.graph.nodes}
         for rows in (few, many):
-            torch.testing.assert_close(graph(case.tensors["hidden"], rows), function(case.tensors["hidden"], rows))
+            torch.testing.assert_close(
+                graph(case.tensors["hidden"], rows), function(case.tensors["hidden"], rows)
+            )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -193,7 +216,8 @@ def test_a_trace_for_torchscript_is_refused(impl, device):
     case = make(4, device=device, rows="index64")
     with pytest.raises(RuntimeError, match="Tracing a list of bool"):
         torch.jit.trace(
-            lambda hidden: fused(case, impl, {**case.tensors, "hidden": hidden}, case.rows), (case.tensors["hidden"],)
+            lambda hidden: fused(case, impl, {**case.tensors, "hidden": hidden}, case.rows),
+            (case.tensors["hidden"],),
         )
 
 
@@ -206,20 +230,35 @@ def test_a_plain_call_spares_the_dispatcher(impl, device, monkeypatch):
 
 
 def of_real_calls(case, impl):
-    """The operators of a call whose graph is retained, of one whose graph is not, and the arguments that reach them."""
+    """The operators of a call whose graph is retained, of one whose graph is not, and the arguments
+    that reach them."""
     with Watching() as watching:
         for retain_graph in (True, False):
             results(partial(fused, case, impl), case, retain_graph=retain_graph)
-    assert len(watching.seen) == (2 if torch.ops.pre_kernels.recompute.default in watching.seen else 3)
+    assert len(watching.seen) == (
+        2 if torch.ops.pre_kernels.recompute.default in watching.seen else 3
+    )
     yield from watching.seen.items()
 
 
 @pytest.mark.parametrize(
     "name",
-    ["mask", "index", "all rows", "none", "compact", "chunks", "bfloat16, chunks", "float16", "frozen", "none, frozen"],
+    [
+        "mask",
+        "index",
+        "all rows",
+        "none",
+        "compact",
+        "chunks",
+        "bfloat16, chunks",
+        "float16",
+        "frozen",
+        "none, frozen",
+    ],
 )
 def test_opcheck(impl, device, name):
-    """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares it."""
+    """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares
+    it."""
     case = make(4, device=device, share=1.0, **CALLS[name])
     for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments)
@@ -250,4 +289,9 @@ def test_a_mask_beyond_the_capacity(impl, device):
 def test_a_mask_beyond_the_capacity_is_named_when_debugging(impl, device, monkeypatch):
     monkeypatch.setenv("PRE_KERNELS_DEBUG", "1")
     with pytest.raises(ValueError, match="capacity: got 10, want at least the"):
-        fused_pre_loss(**make(4, device=device).tensors, rows=make(4, device=device).rows, capacity=10, impl=impl)
+        fused_pre_loss(
+            **make(4, device=device).tensors,
+            rows=make(4, device=device).rows,
+            capacity=10,
+            impl=impl,
+        )

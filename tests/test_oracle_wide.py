@@ -20,7 +20,11 @@ def test_erfc():
     with mpmath.workdps(40):
         for argument, value in zip(x, wide.erfc(x.astype(np.longdouble)), strict=True):
             high = float(value)
-            error = mpmath.mpf(high) + mpmath.mpf(float(value - high)) - mpmath.erfc(mpmath.mpf(float(argument)))
+            error = (
+                mpmath.mpf(high)
+                + mpmath.mpf(float(value - high))
+                - mpmath.erfc(mpmath.mpf(float(argument)))
+            )
             # the exponential of x² has the rounding of x²
             assert abs(error) < 1e-18 * (2 + argument**2) * mpmath.erfc(float(argument)), argument
 
@@ -30,7 +34,13 @@ def test_erfc():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_agrees_with_the_equations(loss, activation, reduction):
     case = make(
-        3, dtype=torch.float64, loss=loss, activation=activation, reduction=reduction, weight="leading", upstream=-3.0
+        3,
+        dtype=torch.float64,
+        loss=loss,
+        activation=activation,
+        reduction=reduction,
+        weight="leading",
+        upstream=-3.0,
     )
     found, want = wide.run(case), oracle.run(reference.pre_loss, case)
     assert set(found) == set(want)
@@ -44,7 +54,15 @@ def test_agrees_with_the_equations(loss, activation, reduction):
 @pytest.mark.parametrize("weight", ["leading", "compact", None])
 @pytest.mark.parametrize("normalizer", [None, 37.5])
 def test_reads_the_arguments_alike(rows, anchor, weight, normalizer):
-    case = make(4, dtype=torch.float64, rows=rows, anchor=anchor, weight=weight, normalizer=normalizer, frozen=("w1",))
+    case = make(
+        4,
+        dtype=torch.float64,
+        rows=rows,
+        anchor=anchor,
+        weight=weight,
+        normalizer=normalizer,
+        frozen=("w1",),
+    )
     found, want = wide.run(case), oracle.run(reference.pre_loss, case)
     assert set(found) == set(want)
     for name, (high, _) in found.items():

@@ -18,7 +18,9 @@ class Cuda(torch.Tensor):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("error", [RuntimeError("gemm input type at::Half"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("gemm input type at::Half"), torch.OutOfMemoryError("no memory")]
+)
 def test_only_a_refusal_is_an_answer(monkeypatch, first, error):
     """What the library refuses is left to others: "blas" goes on by Triton."""
 

@@ -10,20 +10,35 @@ from oracle import make
 
 from pre_kernels import reference
 
-OPTIONS = list(itertools.product(reference.ROW_LOSSES, reference.ACTIVATIONS, ["mean", "sum", "none"]))
+OPTIONS = list(
+    itertools.product(reference.ROW_LOSSES, reference.ACTIVATIONS, ["mean", "sum", "none"])
+)
 
 
 @pytest.mark.parametrize(("loss", "activation", "reduction"), OPTIONS)
 def test_gradcheck(loss, activation, reduction):
     case = make(
-        1, leading=(2, 4), d=3, m=5, z=4, dtype=torch.float64, weight="leading", rows="index64", anchor="compact"
+        1,
+        leading=(2, 4),
+        d=3,
+        m=5,
+        z=4,
+        dtype=torch.float64,
+        weight="leading",
+        rows="index64",
+        anchor="compact",
     )
     leaves = [case.tensors[name].requires_grad_() for name in oracle.LEAVES]
 
     def function(*values):
         tensors = {**case.tensors, **dict(zip(oracle.LEAVES, values, strict=True))}
         return reference.pre_loss(
-            **tensors, rows=case.rows, loss=loss, activation=activation, reduction=reduction, **case.options
+            **tensors,
+            rows=case.rows,
+            loss=loss,
+            activation=activation,
+            reduction=reduction,
+            **case.options,
         )
 
     assert torch.autograd.gradcheck(function, leaves)
@@ -45,7 +60,14 @@ def by_hand(hidden, anchor, loss):
 def test_values_by_hand(loss):
     hidden, anchor = [[0.5, -2.0, 3.0], [1.0, 1.0, -1.0]], [[1.0, 0.5, -0.25], [2.0, -1.0, 0.0]]
     eye = torch.eye(3, dtype=torch.float64)
-    tensors = torch.tensor(hidden, dtype=torch.float64), torch.tensor(anchor, dtype=torch.float64), eye, None, eye, None
+    tensors = (
+        torch.tensor(hidden, dtype=torch.float64),
+        torch.tensor(anchor, dtype=torch.float64),
+        eye,
+        None,
+        eye,
+        None,
+    )
     rows = [by_hand(h, a, loss) for h, a in zip(hidden, anchor, strict=True)]
     weight = torch.tensor([0.25, 3.0], dtype=torch.float64)
 
@@ -57,5 +79,7 @@ def test_values_by_hand(loss):
     assert call(rows=torch.tensor([1])).item() == pytest.approx(rows[1])
     assert call(rows=torch.tensor([1, 0]), reduction="none").tolist() == pytest.approx(rows[::-1])
     assert call(row_weight=weight).item() == pytest.approx((0.25 * rows[0] + 3 * rows[1]) / 3.25)
-    assert call(row_weight=weight, normalizer=5).item() == pytest.approx((0.25 * rows[0] + 3 * rows[1]) / 5)
+    assert call(row_weight=weight, normalizer=5).item() == pytest.approx(
+        (0.25 * rows[0] + 3 * rows[1]) / 5
+    )
     assert call(reduction="sum", rows=torch.tensor([True, False])).item() == pytest.approx(rows[0])

@@ -52,7 +52,13 @@ def test_what_cancelling_leaves_where_divisions_are_not_exact(device, rounding, 
 
 def halves(dtype, device):
     """Each number that `dtype` has, as (16, 4096)."""
-    return torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(dtype).reshape(16, -1).to(device)
+    return (
+        torch.arange(-(2**15), 2**15, dtype=torch.int32)
+        .short()
+        .view(dtype)
+        .reshape(16, -1)
+        .to(device)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,7 +67,10 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
     too, which float32's erf loses from -5.6 on. The derivative, which has a zero, by a part of its
     two terms."""
     x = halves(dtype, device)
-    value, slope = torch.full((16, 4096), NAN, device=device), torch.full((16, 4096), NAN, device=device)
+    value, slope = (
+        torch.full((16, 4096), NAN, device=device),
+        torch.full((16, 4096), NAN, device=device),
+    )
     apply_activation(x, value, "gelu")
     # a program a row: what it adds up is a row by itself, in float32
     apply_activation_grad(torch.ones_like(value), x.clone(), "gelu", sums=slope)
@@ -71,9 +80,13 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
     want = leaf * torch.special.erfc(-leaf / 2**0.5) / 2
     last_place = torch.exp2(want.detach().abs().log2().floor()).clamp_min(torch.finfo(dtype).tiny)
     t, smallest = y.abs(), torch.finfo(torch.float32).tiny  # a GPU's powers of 2 are 0 below it
-    assert ((value[finite] - want).abs() <= torch.finfo(dtype).eps / 20 * last_place + smallest / 2).all()
+    assert (
+        (value[finite] - want).abs() <= torch.finfo(dtype).eps / 20 * last_place + smallest / 2
+    ).all()
     (want,) = torch.autograd.grad(want.sum(), leaf)
-    terms = torch.special.erfc(t / 2**0.5) / 2 + t * torch.exp(-t.square() / 2) / (2 * torch.pi) ** 0.5
+    terms = (
+        torch.special.erfc(t / 2**0.5) / 2 + t * torch.exp(-t.square() / 2) / (2 * torch.pi) ** 0.5
+    )
     allowed = 1.5e-6 if rounding == "as it is" and INTERPRETED else 3e-6
     allowed = allowed * (1 + (t / 3) ** 4) * terms + 2**-23 * (y > 0) + smallest * t
     assert ((slope[finite] - want).abs() <= allowed).all()
@@ -102,13 +115,18 @@ def test_activations_of_half_precision_as_in_float32(device, rounding, dtype, ac
     x = torch.where(x.isfinite(), x, 0)
     results = []
     for z in (x, x.float()):
-        value, slope = torch.full((16, 4096), NAN, device=device), torch.full((16, 4096), NAN, device=device)
+        value, slope = (
+            torch.full((16, 4096), NAN, device=device),
+            torch.full((16, 4096), NAN, device=device),
+        )
         apply_activation(z, value, activation)
         apply_activation_grad(torch.ones_like(value), z.clone(), activation, sums=slope)
         results.append((value, slope))
     for half, single in zip(*results, strict=True):
         info = torch.finfo(dtype)
-        torch.testing.assert_close(half, single, rtol=info.eps / 100, atol=max(1e-6, info.tiny), equal_nan=True)
+        torch.testing.assert_close(
+            half, single, rtol=info.eps / 100, atol=max(1e-6, info.tiny), equal_nan=True
+        )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU takes the other branch alone")

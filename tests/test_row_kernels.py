@@ -1,4 +1,5 @@
-"""Each kernel that passes over rows, by itself: edges, poisoned outputs, and a count that only the device knows."""
+"""Each kernel that passes over rows, by itself: edges, poisoned outputs, and a count that only the
+device knows."""
 
 import itertools
 
@@ -85,7 +86,9 @@ def test_scatter_writes_every_row(device, columns, dtype):
     assert not out[inverse < 0].any()
 
 
-@pytest.mark.parametrize(("activation", "columns"), list(itertools.product(reference.ACTIVATIONS, [1, 130, 9000])))
+@pytest.mark.parametrize(
+    ("activation", "columns"), list(itertools.product(reference.ACTIVATIONS, [1, 130, 9000]))
+)
 def test_activations(device, activation, columns):
     z, dg = (torch.randn(21, columns, device=device) * 4 for _ in range(2))
     leaf = z.double().requires_grad_()
@@ -101,7 +104,9 @@ def test_activations(device, activation, columns):
     assert torch.equal(got[19:], z[19:])
     torch.testing.assert_close(sums.double().sum(0), dz[:19].sum(0), rtol=1e-4, atol=1e-4)
     again = z.clone()
-    apply_activation_grad(dg, again, activation, sums=sums, first=False, count=count(25, device), start=6)
+    apply_activation_grad(
+        dg, again, activation, sums=sums, first=False, count=count(25, device), start=6
+    )
     torch.testing.assert_close(sums.double().sum(0), 2 * dz[:19].sum(0), rtol=1e-4, atol=1e-4)
     g.fill_(NAN)
     apply_activation(z, g, activation, count=count(25, device), start=6)
@@ -111,7 +116,8 @@ def test_activations(device, activation, columns):
 @pytest.mark.parametrize("loss", reference.ROW_LOSSES)
 @pytest.mark.parametrize("width", [3, 130, 5000, 9000])
 def test_row_loss(device, loss, width):
-    """Short rows, one in a block, and rows longer than a block; gathered anchors and weights, a scale on the device."""
+    """Short rows, one in a block, and rows longer than a block; gathered anchors and weights, a
+    scale on the device."""
     p, a = torch.randn(9, width, device=device), torch.randn(20, 2 * width, device=device)[:, ::2]
     index, weight = torch.randperm(20, device=device), torch.rand(20, device=device)
     losses, sums = torch.full((20,), NAN, device=device), torch.full((2, width), NAN, device=device)
@@ -147,10 +153,21 @@ def test_row_loss(device, loss, width):
     scale = {"upstream": factors, "divisor": number(2.0, device)}
     row_loss(again, a, None, loss=loss, grad=True, sums=sums, first=False, start=2, **scale)
     factors = factors[2:11].double() / 2
-    (want,) = torch.autograd.grad((factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf)
+    (want,) = torch.autograd.grad(
+        (factors * reference.ROW_LOSSES[loss](leaf, a[2:11].double())).sum(), leaf
+    )
     torch.testing.assert_close(again.double(), want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((sums.sum(0) - before).double(), want.sum(0), rtol=1e-3, atol=1e-4)
-    row_loss(again, a, None, loss=loss, grad=True, divisor=number(NAN, device), count=count(7, device), clear=True)
+    row_loss(
+        again,
+        a,
+        None,
+        loss=loss,
+        grad=True,
+        divisor=number(NAN, device),
+        count=count(7, device),
+        clear=True,
+    )
     assert torch.equal(again.isnan().all(1), torch.arange(9, device=device) < 7)
     assert not again[7:].any()
 
@@ -159,7 +176,8 @@ def test_row_loss(device, loss, width):
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
 @pytest.mark.parametrize("width", [2, 17, 300, 5000])
 def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, width):
-    """Predictions of one direction, more or less that of their anchors: what is rounded alike adds up in their sums."""
+    """Predictions of one direction, more or less that of their anchors: what is rounded alike adds
+    up in their sums."""
 
     def eager(dtype):
         leaf = p.to(dtype).requires_grad_()
@@ -179,7 +197,9 @@ def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, widt
             ROW_LOSSES["cosine"](ours, a.clone(), True, weight[:, None])
         exact = eager(torch.float64)
         for i, x in enumerate((ours.double(), eager(torch.float32))):
-            errors[i] += torch.stack([(x - exact).square().sum(), (x - exact).sum(0).square().sum()]).cpu()
+            errors[i] += torch.stack(
+                [(x - exact).square().sum(), (x - exact).sum(0).square().sum()]
+            ).cpu()
     assert (errors[0] <= errors[1]).all(), (errors[0] / errors[1]).sqrt()
 
 
@@ -189,7 +209,11 @@ def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, widt
 def test_rows_smaller_than_the_cosines_eps(device, cosine, width, small):
     """Below 1e-8 a norm is clamped, and its derivative is not."""
     g = torch.Generator().manual_seed(0)
-    p = torch.randn(6, width, generator=g) * torch.tensor([1e-10, 1e-12, 1e-9, 1e-8, 1.0, 0.0])[:, None] / width**0.5
+    p = (
+        torch.randn(6, width, generator=g)
+        * torch.tensor([1e-10, 1e-12, 1e-9, 1e-8, 1.0, 0.0])[:, None]
+        / width**0.5
+    )
     a = torch.randn(6, width, generator=g)
     if small == "anchors":
         p, a = a, p
@@ -211,7 +235,10 @@ def test_rows_smaller_than_the_cosines_eps(device, cosine, width, small):
 def test_rows_as_large_as_float32(device, cosine, large):
     """Up to 1e18 as any other; beyond, where a square overflows, the cosine is 0 as eager's."""
     g = torch.Generator().manual_seed(0)
-    p = torch.randn(6, 130, generator=g) * torch.tensor([1e10, 1e15, 5e17, 1e20, 1e30, 1e37])[:, None]
+    p = (
+        torch.randn(6, 130, generator=g)
+        * torch.tensor([1e10, 1e15, 5e17, 1e20, 1e30, 1e37])[:, None]
+    )
     a = torch.randn(6, 130, generator=g)
     if large == "anchors":
         p, a = a, p
@@ -253,7 +280,10 @@ def test_a_chunk_beyond_the_count(device, start):
     p, losses = torch.full((20, 32), NAN, device=device), torch.zeros(90, device=device)
     for first, was in ((True, NAN), (False, 1.0)):
         sums = torch.full((4, 32), was, device=device)
-        anchor, live = torch.randn(90, 32, device=device), {"count": count(30, device), "start": start}
+        anchor, live = (
+            torch.randn(90, 32, device=device),
+            {"count": count(30, device), "start": start},
+        )
         row_loss(p, anchor, losses, loss="mse", grad=True, sums=sums, first=first, **live)
         assert torch.equal(sums, torch.full_like(sums, 0.0 if first else was))
         sums = torch.full((4, 32), was, device=device)
@@ -306,12 +336,18 @@ def test_scaled_gradients_in_one_launch(device):
     want = [-1.5 * x for x in (w1, w2.float(), b1.sum(0), b2[0])]
     for x, y, dtype in zip(got, want, dtypes, strict=True):
         assert x.dtype == dtype
-        torch.testing.assert_close(x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        torch.testing.assert_close(
+            x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5
+        )
     for missing in itertools.product([False, True], repeat=4):
         given = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
-        for x, y, gone in zip(scale_gradients(given[:2], given[2:], dtypes, upstream), got, missing, strict=True):
+        for x, y, gone in zip(
+            scale_gradients(given[:2], given[2:], dtypes, upstream), got, missing, strict=True
+        ):
             assert x is None if gone else torch.equal(x, y)
-    ready = scale_gradients((w1, w2), (b1, None), (torch.float32, torch.float32, torch.float32, torch.float32))
+    ready = scale_gradients(
+        (w1, w2), (b1, None), (torch.float32, torch.float32, torch.float32, torch.float32)
+    )
     assert ready[0] is w1
     assert torch.equal(ready[1], w2.float())
     torch.testing.assert_close(ready[2], b1.sum(0))
@@ -319,7 +355,8 @@ def test_scaled_gradients_in_one_launch(device):
 
 @pytest.mark.parametrize("upstream", [1.0, -1.5])
 def test_scaled_in_place(device, upstream):
-    """A matrix that has its dtype: the tensor itself comes back; where nothing is to be scaled, nothing is touched."""
+    """A matrix that has its dtype: the tensor itself comes back; where nothing is to be scaled,
+    nothing is touched."""
     w1, w2, x = (torch.randn(70, 123, device=device) for _ in range(3))
     given = w1.bfloat16(), w2.clone()
     kinds = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
@@ -334,7 +371,9 @@ def test_scaled_in_place(device, upstream):
     if upstream == 1.0 and not torch.cuda.is_available():
         memory = Memory()
         with watching(memory):
-            scale_gradients((given[0], None), (None, None), kinds, number(1.0, device), in_place=True)
+            scale_gradients(
+                (given[0], None), (None, None), kinds, number(1.0, device), in_place=True
+            )
             assert not memory.stores
             scatter(x, x, upstream=number(1.0, device))
             assert not memory.stores
@@ -347,7 +386,9 @@ def test_scaled_in_place_by_torch(upstream):
     kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
     got = TorchSteps.scale(given, kinds, scale, in_place=True)
     assert got[0] is given.w1
-    assert (given.w1._version > 0) == (upstream != 1.0)  # where nothing is to be scaled, nothing is touched
+    assert (given.w1._version > 0) == (
+        upstream != 1.0
+    )  # where nothing is to be scaled, nothing is touched
     torch.testing.assert_close(got[0], w1 * upstream, rtol=0, atol=0)
     torch.testing.assert_close(got[2], (w2 * upstream).bfloat16(), rtol=0, atol=0)
     assert torch.equal(given.w2, w2)

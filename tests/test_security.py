@@ -9,20 +9,74 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")])
-UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
+UNPICKLES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "jsonpickle",
+}
 CALLS = {
-    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module", "torch.hub.load"),
-    *("torch.load", "numpy.load", "np.load", "pandas.read_pickle", "torch.jit.load", "torch.package.PackageImporter"),
-    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "runpy.run_path", "runpy.run_module"),
-    *("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output", "subprocess.getoutput"),
+    *(
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "os.system",
+        "os.popen",
+        "importlib.import_module",
+        "torch.hub.load",
+    ),
+    *(
+        "torch.load",
+        "numpy.load",
+        "np.load",
+        "pandas.read_pickle",
+        "torch.jit.load",
+        "torch.package.PackageImporter",
+    ),
+    *(
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.load_all",
+        "runpy.run_path",
+        "runpy.run_module",
+    ),
+    *(
+        "subprocess.run",
+        "subprocess.Popen",
+        "subprocess.call",
+        "subprocess.check_output",
+        "subprocess.getoutput",
+    ),
 }
 ALLOWED = {
-    ("integrations/launch.py", "runpy.run_path"),  # the script that the user names: what the launcher is for
+    (
+        "integrations/launch.py",
+        "runpy.run_path",
+    ),  # the script that the user names: what the launcher is for
     ("integrations/launch.py", "runpy.run_module"),
-    ("integrations/launch.py", "importlib.import_module"),  # a callable that the user names as module:name
-    ("integrations/follow.py", "subprocess.Popen"),  # not called: what the script starts gets the launcher in front
-    ("pre_kernels/diagnose/data.py", "importlib.import_module"),  # an optional package by a name in the source
-    ("pre_kernels/check/command.py", "subprocess.Popen"),  # an implementation's checks, which may crash
+    (
+        "integrations/launch.py",
+        "importlib.import_module",
+    ),  # a callable that the user names as module:name
+    (
+        "integrations/follow.py",
+        "subprocess.Popen",
+    ),  # not called: what the script starts gets the launcher in front
+    (
+        "pre_kernels/diagnose/data.py",
+        "importlib.import_module",
+    ),  # an optional package by a name in the source
+    (
+        "pre_kernels/check/command.py",
+        "subprocess.Popen",
+    ),  # an implementation's checks, which may crash
     ("pre_kernels/check/memory.py", "subprocess.run"),  # a module of ours, whose peak is measured
     ("pre_kernels/check/device.py", "subprocess.run"),  # nvidia-smi
     ("pre_kernels/demo/compare.py", "subprocess.run"),  # git, for the commit in the demo's report
@@ -30,7 +84,8 @@ ALLOWED = {
 
 
 def used(path: Path) -> Iterator[str]:
-    """Names of modules that are imported, and of functions that are named (called, or passed on)."""
+    """Names of modules that are imported, and of functions that are named (called, or passed
+    on)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -45,7 +100,12 @@ def dangerous(name: str) -> bool:
 
 
 def test_sources_neither_unpickle_nor_evaluate() -> None:
-    found = {(str(path.relative_to(ROOT)), name) for path in SOURCES for name in used(path) if dangerous(name)}
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in SOURCES
+        for name in used(path)
+        if dangerous(name)
+    }
     assert found == ALLOWED
 
 
@@ -66,7 +126,8 @@ def test_processes_are_started_without_a_shell() -> None:
 
 
 def test_code_of_models_is_run_on_request_alone() -> None:
-    """`trust_remote_code` is passed on, from an option that is off; and every model is read from safetensors."""
+    """`trust_remote_code` is passed on, from an option that is off; and every model is read from
+    safetensors."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for word in node.keywords if isinstance(node, ast.Call) else ():
@@ -74,7 +135,10 @@ def test_code_of_models_is_run_on_request_alone() -> None:
                     assert not isinstance(word.value, ast.Constant), path
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
                 words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                if ast.unparse(node.func) not in ("AutoConfig.from_pretrained", "AutoProcessor.from_pretrained"):
+                if ast.unparse(node.func) not in (
+                    "AutoConfig.from_pretrained",
+                    "AutoProcessor.from_pretrained",
+                ):
                     assert words.get("use_safetensors") == "True", f"{path}: {ast.unparse(node)}"
 
 

@@ -1,4 +1,5 @@
-"""Whole waves: how a call is cut into chunks, and how often the multiprocessors take turns for a chunk's products."""
+"""Whole waves: how a call is cut into chunks, and how often the multiprocessors take turns for a
+chunk's products."""
 
 import random
 from unittest import mock
@@ -45,7 +46,9 @@ WAVES = {
 
 def turns(spans, columns, multiprocessors=132):
     """By 128 × 256 tiles, counted here anew."""
-    return sum(-(-(-(-n // 128) * -(-width // 256)) // multiprocessors) for n in spans for width in columns)
+    return sum(
+        -(-(-(-n // 128) * -(-width // 256)) // multiprocessors) for n in spans for width in columns
+    )
 
 
 def nothing(*args, **kwargs):
@@ -53,7 +56,8 @@ def nothing(*args, **kwargs):
 
 
 def problem_of(shape, rows, workspace, device="meta"):
-    """A bfloat16 problem and what it selects; a mask differs from an index in the capacity alone."""
+    """A bfloat16 problem and what it selects; a mask differs from an index in the capacity
+    alone."""
 
     def empty(*size, dtype=torch.bfloat16):
         return torch.empty(size, dtype=dtype, device=device)
@@ -62,14 +66,17 @@ def problem_of(shape, rows, workspace, device="meta"):
     total, capacity = shape.rows, shape.selected if rows == "index" else shape.rows
     index = empty(capacity, dtype=torch.int64)
     workspace = None if workspace is None else workspace << 20
-    options = Options("cosine", "gelu", "mean", torch.bfloat16, False, False, None, workspace, None, None)
+    options = Options(
+        "cosine", "gelu", "mean", torch.bfloat16, False, False, None, workspace, None, None
+    )
     weights = empty(m, d), empty(m), empty(z, m), empty(z)
     problem = Problem(empty(total, d), *weights, empty(total, z), index, None, None, options)
     return problem, Selection(index, empty(total, dtype=torch.int32), None, capacity)
 
 
 def products_of(impl, shape, rows, workspace):
-    """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing runs."""
+    """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing
+    runs."""
     problem, selection = problem_of(shape, rows, workspace)
     losses, seen = problem.hidden.new_empty(selection.capacity, dtype=torch.float32), []
 
@@ -78,7 +85,9 @@ def products_of(impl, shape, rows, workspace):
             seen.append(tuple(out.shape))
 
     with mock.patch.object(KERNEL, "run", nothing):
-        sweep(Recorded, problem, selection, [True] * 5, losses, Recorded.divisor(problem, selection))
+        sweep(
+            Recorded, problem, selection, [True] * 5, losses, Recorded.divisor(problem, selection)
+        )
     return seen
 
 
@@ -91,7 +100,9 @@ def test_turns_of_real_shapes(impl, case):
     assert len(found) == 4 * chunks
     assert sum(turns([n], [width]) for n, width in found) == wanted
     area = sum(n * width for n, width in found)
-    assert area == (shape.selected if rows == "index" else shape.rows) * (2 * shape.m + shape.z + shape.d)
+    assert area == (shape.selected if rows == "index" else shape.rows) * (
+        2 * shape.m + shape.z + shape.d
+    )
     assert area / (128 * 256 * 132) == pytest.approx(ideal, abs=0.05)
 
 
@@ -105,7 +116,8 @@ def test_never_worse_than_equal_parts(multiprocessors):
     better = 0
     for _ in range(1000):
         columns = tuple(
-            pick.choice([64, 768, 1280, 2048, 3584, 4096, 8192, 65536, pick.randrange(1, 9000)]) for _ in "mzmd"
+            pick.choice([64, 768, 1280, 2048, 3584, 4096, 8192, 65536, pick.randrange(1, 9000)])
+            for _ in "mzmd"
         )
         most = 128 * pick.randrange(1, 400)
         rows = pick.randrange(most + 1, 12 * most)
@@ -113,7 +125,9 @@ def test_never_worse_than_equal_parts(multiprocessors):
         chunk = tiles.whole_turns(rows, most, part, columns, TILE, multiprocessors)
         assert chunk % 128 == 0
         assert 0 < chunk <= most
-        ours, theirs = ([min(size, rows - start) for start in range(0, rows, size)] for size in (chunk, part))
+        ours, theirs = (
+            [min(size, rows - start) for start in range(0, rows, size)] for size in (chunk, part)
+        )
         assert turns(ours, columns, multiprocessors) <= turns(theirs, columns, multiprocessors)
         better += turns(ours, columns, multiprocessors) < turns(theirs, columns, multiprocessors)
     assert better > 50 or multiprocessors == 1
@@ -131,7 +145,8 @@ def test_a_workspace_too_small_for_a_turn(impl, workspace):
 
 
 @pytest.mark.parametrize(
-    ("rows", "most", "part"), [(300, 128, 128), (9216, 4608, 4608), (9216, 1664, 1536), (65, 64, 64)]
+    ("rows", "most", "part"),
+    [(300, 128, 128), (9216, 4608, 4608), (9216, 1664, 1536), (65, 64, 64)],
 )
 def test_equal_parts(rows, most, part):
     assert equal_parts(rows, most, 64 if most == 64 else 128) == part

@@ -1,5 +1,5 @@
-"""What pyproject.toml claims, what README's table says is tested, what is installed; `python tests/versions.py image`
-prints a row of that table for an installer."""
+"""What pyproject.toml claims, what README's table says is tested, what is installed; `python
+tests/versions.py image` prints a row of that table for an installer."""
 
 from __future__ import annotations
 
@@ -35,17 +35,29 @@ def claims() -> dict[str, SpecifierSet]:
 
 def oldest() -> dict[str, Version]:
     """The lower bounds."""
-    lower = {name: [Version(s.version) for s in asked if s.operator == ">="] for name, asked in claims().items()}
-    assert all(lower.values()), f"no lower bound: {[name for name, bounds in lower.items() if not bounds]}"
+    lower = {
+        name: [Version(s.version) for s in asked if s.operator == ">="]
+        for name, asked in claims().items()
+    }
+    assert all(lower.values()), (
+        f"no lower bound: {[name for name, bounds in lower.items() if not bounds]}"
+    )
     return {name: max(bounds) for name, bounds in lower.items()}
 
 
 def table() -> dict[str, dict[str, Version]]:
     """README's rows: the version of each package that heads a column."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, _, *lines = text.split("<!-- versions:begin -->\n")[1].split("\n<!-- versions:end -->")[0].splitlines()
-    names, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines))
-    return {row[0]: {n: Version(v) for n, v in zip(names, row, strict=True) if re.match(r"\d", v)} for row in rows}
+    head, _, *lines = (
+        text.split("<!-- versions:begin -->\n")[1].split("\n<!-- versions:end -->")[0].splitlines()
+    )
+    names, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)
+    )
+    return {
+        row[0]: {n: Version(v) for n, v in zip(names, row, strict=True) if re.match(r"\d", v)}
+        for row in rows
+    }
 
 
 def installed(name: str) -> Version | None:
@@ -57,11 +69,15 @@ def installed(name: str) -> Version | None:
 
 
 def differences(row: str) -> list[str]:
-    """Where what is installed is not what a row of the table says, and for the oldest one not a lower bound."""
+    """Where what is installed is not what a row of the table says, and for the oldest one not a
+    lower bound."""
     wanted = table()[row]
     if row == "oldest":
         wanted = {**wanted, **oldest()}
-    exact = row in ("oldest", "image")  # of the others there may be newer releases than when the table was written
+    exact = row in (
+        "oldest",
+        "image",
+    )  # of the others there may be newer releases than when the table was written
     found = {name: installed(name) for name in wanted}
     return [
         f"{name} {found[name]}, want {version}{'' if exact else ' or newer'}"

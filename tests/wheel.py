@@ -2,8 +2,9 @@
 
     python tests/wheel.py       writes dist/*.whl and prints its hash
 
-Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a zip file can hold) and
-the permissions of a checkout under umask 022, because a wheel keeps those too.
+Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a
+zip file can hold) and the permissions of a checkout under umask 022, because a wheel keeps those
+too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def epoch() -> str:
         return given
     command = ["git", "log", "-1", "--format=%ct"]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return EARLIEST
 
@@ -38,7 +41,9 @@ def copy(folder: Path, time: float) -> None:
     folder.mkdir(parents=True)
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
     for path in folder.rglob("*"):
@@ -51,7 +56,13 @@ def build(source: Path, out: Path, more: list[str]) -> Path:
     environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), *more, str(source)]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, umask=0o022
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        umask=0o022,
     )
     if done.returncode:
         sys.exit(done.stdout)
@@ -60,9 +71,13 @@ def build(source: Path, out: Path, more: list[str]) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    parser.add_argument("--no-isolation", action="store_true", help="with the environment's own setuptools")
+    parser.add_argument(
+        "--no-isolation", action="store_true", help="with the environment's own setuptools"
+    )
     given = parser.parse_args()
     more = ["--no-isolation"] if given.no_isolation else []
     shutil.rmtree(given.out, ignore_errors=True)

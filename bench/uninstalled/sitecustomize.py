@@ -1,5 +1,6 @@
-"""On PYTHONPATH, this makes a checkout that is not installed importable like the installed package: Python runs it at
-start, in child processes too. It adds one finder, asked last, that knows where `pre_kernels.integrations` lies."""
+"""On PYTHONPATH, this makes a checkout that is not installed importable like the installed package:
+Python runs it at start, in child processes too. It adds one finder, asked last, that knows where
+`pre_kernels.integrations` lies."""
 
 import importlib.abc
 import importlib.machinery

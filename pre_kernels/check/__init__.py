@@ -1,1 +1,2 @@
-"""Whether the loss is right and fast on this machine: `pre-kernels check`, and what it shares with the benchmark."""
+"""Whether the loss is right and fast on this machine: `pre-kernels check`, and what it shares with
+the benchmark."""

@@ -1,4 +1,5 @@
-"""The calls that are measured: their sizes and inputs, a step of them, and what each is held against."""
+"""The calls that are measured: their sizes and inputs, a step of them, and what each is held
+against."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Shape:
-    """`batch` sequences of `tokens` tokens, of which `visual` in a row are visual; widths d → m → z."""
+    """`batch` sequences of `tokens` tokens, of which `visual` in a row are visual; widths d → m →
+    z."""
 
     name: str
     batch: int
@@ -52,8 +54,11 @@ class Shape:
         return f"{self.selected:,} of {self.rows:,} · {self.d}→{self.m}→{self.z}"
 
 
-def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0) -> Case:
-    """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream gradient is not 1.
+def case(
+    shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0
+) -> Case:
+    """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream
+    gradient is not 1.
 
     rows: "index" for int64 indices, or "mask" for the same rows as a mask.
     """
@@ -78,7 +83,8 @@ def case(shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "in
 
 
 def step(function: Callable[..., Tensor], case: Case) -> Step:
-    """One forward and backward of `function` on `case`, with every gradient wanted and an upstream other than 1."""
+    """One forward and backward of `function` on `case`, with every gradient wanted and an upstream
+    other than 1."""
     tensors = {name: x.detach().requires_grad_(name in LEAVES) for name, x in case.tensors.items()}
     leaves = [tensors[name] for name in LEAVES]
     dtype = torch.promote_types(case.product_dtype, torch.float32)
@@ -92,7 +98,8 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """The six products that no implementation avoids: contiguous inputs, outputs allocated beforehand."""
+    """The six products that no implementation avoids: contiguous inputs, outputs allocated
+    beforehand."""
     w1, w2, rows = case.tensors["w1"], case.tensors["w2"], case.rows
     assert rows is not None
     x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
@@ -113,15 +120,18 @@ def floor(case: Case) -> Step:
 
 
 def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: the workspace, a compact dH, and float32 sums of dW
-    where there are several chunks; one chunk's products, and sums of float32, are what is returned. With "torch" dH is
-    what is returned too, but for float16, and half-precision weights may be copied to float32."""
+    """Bytes at the peak beyond the gradients returned, as designed: the workspace, a compact dH,
+    and float32 sums of dW where there are several chunks; one chunk's products, and sums of
+    float32, are what is returned. With "torch" dH is what is returned too, but for float16, and
+    half-precision weights may be copied to float32."""
     d, m, z, n = shape.d, shape.m, shape.z, shape.selected
     products = fastest_dtype(dtype, device) if impl == "torch" else dtype
     precision = "fp8" if impl == "fp8" else None
     options = Options("cosine", "gelu", "mean", products, True, False, None, None, None, precision)
     like = torch.empty((), dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
-    hidden, anchor, w1, w2 = (like.expand(size) for size in ((shape.rows, d), (n, z), (m, d), (z, m)))
+    hidden, anchor, w1, w2 = (
+        like.expand(size) for size in ((shape.rows, d), (n, z), (m, d), (z, m))
+    )
     rows = like.long().expand(n)
     problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
     layout, weights = _steps(impl).layout(problem), 4 * m * (d + z)
@@ -139,13 +149,18 @@ def _steps(impl: str) -> Any:
 
 
 def workspace(impl: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that an implementation takes by default for a chunk's buffers, with products in `dtype`."""
+    """Bytes that an implementation takes by default for a chunk's buffers, with products in
+    `dtype`."""
     default = _steps(impl).workspace
     return default(device, dtype) if callable(default) else default
 
 
 def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes for inputs, gradients and what eager keeps of a call between its forward and backward: a little more than
-    was measured."""
-    elements = shape.rows * max(shape.d, shape.z) + shape.selected * shape.m + shape.m * max(shape.d, shape.z)
+    """Bytes for inputs, gradients and what eager keeps of a call between its forward and backward:
+    a little more than was measured."""
+    elements = (
+        shape.rows * max(shape.d, shape.z)
+        + shape.selected * shape.m
+        + shape.m * max(shape.d, shape.z)
+    )
     return 6 * elements * dtype.itemsize + workspace

@@ -1,4 +1,5 @@
-"""`pre-kernels check`: a process for each implementation, a line for each check, all of it in check.json."""
+"""`pre-kernels check`: a process for each implementation, a line for each check, all of it in
+check.json."""
 
 from __future__ import annotations
 
@@ -67,10 +68,20 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
         metavar="IMPL",
         help=f"of {', '.join(IMPLEMENTATIONS)}",
     )
-    show.add_argument("--width", type=width, metavar="D", help="of the real size (default: 4096; 512 on a CPU)")
-    show.add_argument("--rows", type=rows, metavar="N", help="selected rows (default: 9216; 1024 on a CPU)")
+    show.add_argument(
+        "--width", type=width, metavar="D", help="of the real size (default: 4096; 512 on a CPU)"
+    )
+    show.add_argument(
+        "--rows", type=rows, metavar="N", help="selected rows (default: 9216; 1024 on a CPU)"
+    )
     show.add_argument("--dtype", choices=DTYPES, help="default: bf16; fp32 on a CPU")
-    show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for check.json (default: this folder)")
+    show.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="for check.json (default: this folder)",
+    )
 
 
 def rows(text: str) -> int:
@@ -81,16 +92,27 @@ def rows(text: str) -> int:
 
 
 class Plan:
-    """What is to be checked, with what was not given filled in. `left_out`: why, by implementation."""
+    """What is to be checked, with what was not given filled in. `left_out`: why, by
+    implementation."""
 
     def __init__(self, options: argparse.Namespace, device: Cpu | Cuda) -> None:
         width, rows, dtype = DEFAULTS[device.kind]
-        self.width, self.rows, self.dtype = options.width or width, options.rows or rows, options.dtype or dtype
+        self.width, self.rows, self.dtype = (
+            options.width or width,
+            options.rows or rows,
+            options.dtype or dtype,
+        )
         place = device.torch_device
-        reasons = {name: one.unfit(name, place, DTYPES[self.dtype], self.width) for name in IMPLEMENTATIONS}
+        reasons = {
+            name: one.unfit(name, place, DTYPES[self.dtype], self.width) for name in IMPLEMENTATIONS
+        }
         fit = [name for name, reason in reasons.items() if reason is None]
         if options.impl:
-            wrong = [f"{name}, which cannot run here: {reasons[name]}" for name in options.impl if reasons[name]]
+            wrong = [
+                f"{name}, which cannot run here: {reasons[name]}"
+                for name in options.impl
+                if reasons[name]
+            ]
             if wrong:
                 raise ValueError(f"--impl: got {'; '.join(wrong)}; want of {', '.join(fit)}")
             self.impls, self.left_out = list(dict.fromkeys(options.impl)), {}
@@ -102,14 +124,26 @@ class Plan:
 
 
 class Child:
-    """The process of an implementation. What it tells goes to `heard`, with the child; at its end None."""
+    """The process of an implementation. What it tells goes to `heard`, with the child; at its end
+    None."""
 
-    def __init__(self, impl: str, plan: Plan, heard: queue.Queue[tuple[Child, dict[str, Any] | None]]) -> None:
+    def __init__(
+        self, impl: str, plan: Plan, heard: queue.Queue[tuple[Child, dict[str, Any] | None]]
+    ) -> None:
         self.impl, self.current, self.ready, self.finished = impl, "start", False, False
         self.deadline = time.monotonic() + LIMIT
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", "pre_kernels.check.one", impl, str(plan.width), str(plan.rows), plan.dtype]
-        # threads that wait for each other by spinning would take the cores from other processes on a busy machine
+        command = [
+            sys.executable,
+            "-m",
+            "pre_kernels.check.one",
+            impl,
+            str(plan.width),
+            str(plan.rows),
+            plan.dtype,
+        ]
+        # threads that wait for each other by spinning would take the cores from other processes on
+        # a busy machine
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self.process = subprocess.Popen(
             command,
@@ -133,7 +167,9 @@ class Child:
         """Let it have the device for itself."""
         assert self.process.stdin is not None
         self.ready, self.deadline = False, time.monotonic() + LIMIT
-        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile: the end of its output says so
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it has died meanwhile: the end of its output says so
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
@@ -145,7 +181,8 @@ class Child:
         return alive
 
     def obituary(self) -> dict[str, Any] | None:
-        """The record of a process that did not come to its end, by itself or ended here; None of one that did."""
+        """The record of a process that did not come to its end, by itself or ended here; None of
+        one that did."""
         hung = False
         try:
             status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
@@ -159,9 +196,16 @@ class Child:
         if hung:
             how = f"no answer for {LIMIT:.0f} s, ended"
         else:
-            how = f"died of {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            how = (
+                f"died of {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            )
         last = (said.splitlines() or ["nothing on stderr"])[-1][:200]
-        return {"check": self.current, "outcome": "fail", "says": f"{how}: {last}", "traceback": said}
+        return {
+            "check": self.current,
+            "outcome": "fail",
+            "says": f"{how}: {last}",
+            "traceback": said,
+        }
 
     def late(self) -> bool:
         return not self.ready and time.monotonic() > self.deadline
@@ -174,12 +218,17 @@ class Report:
         self.path, self.about = path, about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        self.save(finished=False)  # in the place of an earlier one: what comes now may be ended before a line
+        self.save(
+            finished=False
+        )  # in the place of an earlier one: what comes now may be ended before a line
 
     def add(self, impl: str, record: dict[str, Any]) -> None:
         self.results.append({"impl": impl, **record})
         self.counts[record["outcome"]] += 1
-        print(f"{MARKS[record['outcome']]:<4}  {impl:<6}  {record['check']:<25} {record['says']}", flush=True)
+        print(
+            f"{MARKS[record['outcome']]:<4}  {impl:<6}  {record['check']:<25} {record['says']}",
+            flush=True,
+        )
         self.save(finished=False)
 
     def save(self, finished: bool) -> None:
@@ -190,7 +239,8 @@ class Report:
 
 
 def strict(value: Any) -> Any:
-    """`value` as JSON can say it, which has no nan and no infinity: None and "inf" in their places."""
+    """`value` as JSON can say it, which has no nan and no infinity: None and "inf" in their
+    places."""
     if isinstance(value, dict):
         return {name: strict(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -201,8 +251,8 @@ def strict(value: Any) -> Any:
 
 
 def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
-    """Run the checks; returns the exit status. `facts`: what a bug report says of the machine. Raises ValueError for
-    arguments that cannot be met here."""
+    """Run the checks; returns the exit status. `facts`: what a bug report says of the machine.
+    Raises ValueError for arguments that cannot be met here."""
     began, device = time.monotonic(), current()
     plan = Plan(options, device)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -210,12 +260,18 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     about = {"date": now, "argv": options.arguments, "settings": settings, "versions": facts}
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the children would go on
+    handler = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # else the children would go on
     try:
         for impl in plan.impls:
             children.append(Child(impl, plan, heard))
         report = Report(options.out / "check.json", {**about, "device": device.describe()})
-        said = f"; products of {half_precision()}" if device.kind == "cpu" and plan.dtype in ("bf16", "fp16") else ""
+        said = (
+            f"; products of {half_precision()}"
+            if device.kind == "cpu" and plan.dtype in ("bf16", "fp16")
+            else ""
+        )
         name = report.about["device"]["device"]
         print(f"{name}: {plan.rows} rows of width {plan.width}, {plan.dtype}{said}", flush=True)
         for impl, reason in plan.left_out.items():
@@ -232,9 +288,14 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     return 1 if count["fail"] or not count["pass"] else 0
 
 
-def _follow(children: Sequence[Child], heard: queue.Queue[tuple[Child, dict[str, Any] | None]], report: Report) -> None:
-    """Take down what the children tell, until all have ended. Small checks run side by side, since most of their time
-    is imports and compilation; what is timed runs when all others wait or have ended."""
+def _follow(
+    children: Sequence[Child],
+    heard: queue.Queue[tuple[Child, dict[str, Any] | None]],
+    report: Report,
+) -> None:
+    """Take down what the children tell, until all have ended. Small checks run side by side, since
+    most of their time is imports and compilation; what is timed runs when all others wait or have
+    ended."""
     living = list(children)
     while living:
         if all(child.ready for child in living):

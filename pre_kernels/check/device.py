@@ -1,4 +1,5 @@
-"""The two kinds of device behind one face: how a step is timed, what a run on it must say about the machine."""
+"""The two kinds of device behind one face: how a step is timed, what a run on it must say about the
+machine."""
 
 from __future__ import annotations
 
@@ -65,9 +66,13 @@ class Cuda:
         return torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
     def describe(self) -> dict[str, Any]:
-        """The clocks are those of this moment, just after work: no setting of the card is touched. What cannot be had,
-        as after a kernel's illegal access, is missing or None."""
-        said: dict[str, Any] = {"device": "a GPU", "cuda": torch.version.cuda or torch.version.hip, **_card()}
+        """The clocks are those of this moment, just after work: no setting of the card is touched.
+        What cannot be had, as after a kernel's illegal access, is missing or None."""
+        said: dict[str, Any] = {
+            "device": "a GPU",
+            "cuda": torch.version.cuda or torch.version.hip,
+            **_card(),
+        }
         with contextlib.suppress(RuntimeError):
             said["device"] = torch.cuda.get_device_name()
             said["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -82,10 +87,11 @@ class Cuda:
         return torch.cuda.mem_get_info()[0]
 
     def sample(self, step: Callable[[], Any]) -> float:
-        """Milliseconds of one step between two events, from a cold L2 cache and with its launches queued ahead.
+        """Milliseconds of one step between two events, from a cold L2 cache and with its launches
+        queued ahead.
 
-        A step that makes the host wait (a mask's count, say) loses its head start there, and pays for it as it would
-        in training.
+        A step that makes the host wait (a mask's count, say) loses its head start there, and pays
+        for it as it would in training.
         """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.scratch.zero_()
@@ -97,8 +103,8 @@ class Cuda:
         return start.elapsed_time(end)
 
     def enqueue_us(self, step: Callable[[], Any]) -> float | None:
-        """Microseconds in which the host queues a step, while the GPU is busy with something else; the median of a few.
-        A step that makes the host wait counts the wait too."""
+        """Microseconds in which the host queues a step, while the GPU is busy with something else;
+        the median of a few. A step that makes the host wait counts the wait too."""
         samples = []
         for _ in range(5):
             torch.cuda.synchronize()
@@ -110,7 +116,8 @@ class Cuda:
         return statistics.median(samples)
 
     def peak(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[float, float]:
-        """MiB allocated at the peak of a step beyond what was there before it, and MiB of the gradients returned."""
+        """MiB allocated at the peak of a step beyond what was there before it, and MiB of the
+        gradients returned."""
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -146,12 +153,28 @@ def _spin() -> None:
 
 def _card() -> dict[str, str | None]:
     """What nvidia-smi says of the first card; None where it says nothing, or not in time."""
-    names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+    names = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "power.draw",
+        "temperature.gpu",
+    )
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         silent = SILENT in os.environ
-        out = "" if silent else subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.CalledProcessError):  # of the latter the output is no answer, but why there is none
+        out = (
+            ""
+            if silent
+            else subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+        )
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+    ):  # of the latter the output is no answer, but why there is none
         out = ""
     except subprocess.TimeoutExpired:
         out, os.environ[SILENT] = "", "1"

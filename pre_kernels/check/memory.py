@@ -27,7 +27,9 @@ def _resident(field: str) -> float:
 def _trim() -> None:
     """Give freed memory back to the system: else the second step would reuse it unseen."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another libc: small blocks may hide, large ones are mapped
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # another libc: small blocks may hide, large ones are mapped
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -37,7 +39,8 @@ def missing() -> str | None:
 
 
 def second(step: Callable[[], Any]) -> tuple[float, Any]:
-    """How far resident memory rose during the second of two steps, in MiB, and what that step returned."""
+    """How far resident memory rose during the second of two steps, in MiB, and what that step
+    returned."""
     step()
     _trim()
     before = _resident("VmRSS")
@@ -47,12 +50,15 @@ def second(step: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str, Any]:
-    """What a module prints last, as JSON, run in `folder` in a process of its own, which maps large blocks one by one:
-    what is counted is in use then. By default glibc keeps some that are free, a seventh more or less from run to run.
+    """What a module prints last, as JSON, run in `folder` in a process of its own, which maps large
+    blocks one by one: what is counted is in use then. By default glibc keeps some that are free, a
+    seventh more or less from run to run.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,9 @@
-"""The checks of one implementation, in a process of their own: `python -m pre_kernels.check.one IMPL WIDTH ROWS DTYPE`.
+"""The checks of one implementation, in a process of their own: `python -m pre_kernels.check.one
+IMPL WIDTH ROWS DTYPE`.
 
-Prints a JSON object a line: {"begin": check}, then what was found; {"ready": true} where the small checks are done and
-it waits for a line of input, because what follows wants the device for itself; {"done": true} at the end.
+Prints a JSON object a line: {"begin": check}, then what was found; {"ready": true} where the small
+checks are done and it waits for a line of input, because what follows wants the device for itself;
+{"done": true} at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from .device import FLUSH, MIB, Cpu, Cuda, current
 from .rule import Case, Judge
 from .timing import interleaved, spread
 
-GATES = {"fp8": 0.1}  # of an implementation that no error rule can hold: relative rms error let through
+GATES = {
+    "fp8": 0.1
+}  # of an implementation that no error rule can hold: relative rms error let through
 SECONDS = {"cpu": 3.0, "cuda": 2.0}  # of sampling
 NAMES = (
     "error, small case",
@@ -64,21 +68,28 @@ def unfit(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> st
         return "float8 products want a GPU"
     if dtype != torch.bfloat16:
         return "float8 products go with --dtype bf16 alone"
-    return fp8_unavailable(device) or (f"--width: got {width}, want at most 8192" if width > 8192 else None)
+    return fp8_unavailable(device) or (
+        f"--width: got {width}, want at most 8192" if width > 8192 else None
+    )
 
 
 class Checks:
-    """What is checked of an implementation; every method is one check and returns what it found, or raises."""
+    """What is checked of an implementation; every method is one check and returns what it found, or
+    raises."""
 
     def __init__(self, impl: str, width: int, rows: int, dtype: str) -> None:
         self.impl, self.device, self.dtype = impl, current(), DTYPES[dtype]
         self.argv = (impl, str(width), str(rows), dtype)
-        options: dict[str, Any] = {"impl": "blas", "precision": "fp8"} if impl == "fp8" else {"impl": impl}
+        options: dict[str, Any] = (
+            {"impl": "blas", "precision": "fp8"} if impl == "fp8" else {"impl": impl}
+        )
         self.function = partial(fused_pre_loss, **options)
         self.timed = impl == "torch" or not interpreted()
         # one width, so that both sizes share their compiled kernels
         self.small = Shape("small", 3, 101, 67, width, width, width, "ragged")
-        self.real = Shape("real", 1, -(-rows * 16 // 9), rows, width, width, width, "9 of 16 rows, as of images")
+        self.real = Shape(
+            "real", 1, -(-rows * 16 // 9), rows, width, width, width, "9 of 16 rows, as of images"
+        )
         if not self.timed:
             self.small = Shape("tiny", 2, 21, 13, 64, 64, 64, "for the interpreter")
         self.failed = False
@@ -89,12 +100,18 @@ class Checks:
         calls = {"integer rows": case(self.small, self.dtype, place)}
         if self.impl != "torch":  # which waits for the count of any mask
             weighted = case(self.small, self.dtype, place, "mask")
-            weighted.options = {"row_weight": torch.rand(self.small.batch, self.small.tokens, device=place)}
-            calls |= {"mask": case(self.small, self.dtype, place, "mask"), "mask and weights": weighted}
+            weighted.options = {
+                "row_weight": torch.rand(self.small.batch, self.small.tokens, device=place)
+            }
+            calls |= {
+                "mask": case(self.small, self.dtype, place, "mask"),
+                "mask and weights": weighted,
+            }
         return calls
 
     def small_error(self) -> Found:
-        """Rows as they come: a mask with gaps, with weights and without, and indices in any order."""
+        """Rows as they come: a mask with gaps, with weights and without, and indices in any
+        order."""
         if short := self._short(self.small, torch.float64):
             return short
         place = self.device.torch_device
@@ -112,7 +129,10 @@ class Checks:
             given = case(self.small, self.dtype, place)
             given.rows, given.options = rows.to(place), options
             found.append(self._error(given, f"{name}: "))
-        return next((one for one in found if one.outcome == "fail"), max(found, key=lambda one: one.values["share"]))
+        return next(
+            (one for one in found if one.outcome == "fail"),
+            max(found, key=lambda one: one.values["share"]),
+        )
 
     def real_error(self) -> Found:
         if short := self._short(self.real, torch.float64):
@@ -143,14 +163,16 @@ class Checks:
             return short
         calls = self.calls()
         for name, given in calls.items():
-            outcome, _ = _named(name, promises.graph, self.device, step(self.function, given), given)
+            outcome, _ = _named(
+                name, promises.graph, self.device, step(self.function, given), given
+            )
             if outcome != promises.HELD:
                 return Found("fail", f"{name}: {outcome}")
         return Found("pass", ", ".join(calls))
 
     def fullgraph(self) -> Found:
-        """By a backend that compiles nothing: what is promised is that there is no break. Of the calls, which take
-        seconds each, the one with most arguments."""
+        """By a backend that compiles nothing: what is promised is that there is no break. Of the
+        calls, which take seconds each, the one with most arguments."""
         if short := self._short(self.small, self.dtype):
             return short
         name, given = list(self.calls().items())[-1]
@@ -172,7 +194,12 @@ class Checks:
         designed = formula(self.real, self.dtype, self.impl, self.device.torch_device) / MIB
         ratio = (peak - returned) / designed
         says = f"{ratio:.2f} × the formula: {peak - returned:,.0f} of {designed:,.0f} MiB beside the gradients"
-        values = {"peak_mib": peak, "returned_mib": returned, "formula_mib": designed, "ratio": ratio}
+        values = {
+            "peak_mib": peak,
+            "returned_mib": returned,
+            "formula_mib": designed,
+            "ratio": ratio,
+        }
         return Found("pass" if ratio <= 1 else "fail", says, values)
 
     def time(self) -> Found:
@@ -181,7 +208,11 @@ class Checks:
         if short := self._short(self.real, self.dtype):
             return short
         given = case(self.real, self.dtype, self.device.torch_device)
-        steps = {"ours": self._step(), "eager": step(reference.pre_loss, given), "floor": floor(given)}
+        steps = {
+            "ours": self._step(),
+            "eager": step(reference.pre_loss, given),
+            "floor": floor(given),
+        }
         sampled = interleaved(self.device, steps, SECONDS[self.device.kind])
         times = {name: spread(samples) for name, samples in sampled.items()}
         ours = times["ours"]["median_ms"]
@@ -201,13 +232,19 @@ class Checks:
 
     def _short(self, shape: Shape, dtype: torch.dtype) -> Found | None:
         """Where a size does not fit; `dtype`: of the arithmetic."""
-        want, free = needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype)), self.device.free()
+        want, free = (
+            needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype)),
+            self.device.free(),
+        )
         if isinstance(self.device, Cuda):
             want += FLUSH
         if free is None or want <= free:
             return None
         size = f"{shape.selected} rows of width {shape.d} take {want / 2**30:.1f} GiB"
-        return Found("skip", f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer --rows")
+        return Found(
+            "skip",
+            f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer --rows",
+        )
 
 
 def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:
@@ -222,9 +259,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def report(checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Callable[[], object]) -> None:
-    """Run them in order and `tell` of each; `wait` returns when the device is free for what is large or timed, and
-    something false where nobody listens any more."""
+def report(
+    checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Callable[[], object]
+) -> None:
+    """Run them in order and `tell` of each; `wait` returns when the device is free for what is
+    large or timed, and something false where nobody listens any more."""
     small = (checks.small_error, checks.sync, checks.graph, checks.fullgraph)
     large = (checks.real_error, checks.peak, checks.time) if checks.timed else ()
     for number, check in enumerate(small + large):
@@ -241,21 +280,36 @@ def report(checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Calla
         try:
             checks.device.synchronize()  # an error of a kernel may show only here
         except Exception as error:
-            found, lost = Found("fail", f"{first_line(error)}; no more checks on a device in this state"), True
+            found, lost = (
+                Found("fail", f"{first_line(error)}; no more checks on a device in this state"),
+                True,
+            )
             trace = trace or traceback.format_exc()
-        checks.failed |= found.outcome == "fail" and check in (checks.small_error, checks.real_error)
+        checks.failed |= found.outcome == "fail" and check in (
+            checks.small_error,
+            checks.real_error,
+        )
         seconds = round(time.monotonic() - began, 3)
         tell({"check": NAMES[number], **found._asdict(), "traceback": trace, "seconds": seconds})
         if lost:
             break
     if not large:
         says = "an interpreter's size, memory and time say nothing"
-        tell({"check": "real size, memory, time", **Found("skip", says)._asdict(), "traceback": None, "seconds": 0.0})
+        tell(
+            {
+                "check": "real size, memory, time",
+                **Found("skip", says)._asdict(),
+                "traceback": None,
+                "seconds": 0.0,
+            }
+        )
     tell({"done": True})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("impl")
     parser.add_argument("width", type=int)
     parser.add_argument("rows", type=int)

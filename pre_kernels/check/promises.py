@@ -1,4 +1,5 @@
-"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile finds no break.
+"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile
+finds no break.
 
 Each check returns what it found, or raises.
 """
@@ -15,7 +16,10 @@ from .cases import Step, step
 from .device import Cpu, Cuda
 from .rule import Case
 
-HELD, WHOLE = "captured, same gradients", "no break"  # what `graph` and `fullgraph` say where all is well
+HELD, WHOLE = (
+    "captured, same gradients",
+    "no break",
+)  # what `graph` and `fullgraph` say where all is well
 
 
 def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str:
@@ -35,15 +39,17 @@ def fullgraph(function: Callable[..., Tensor], case: Case, backend: str = "induc
     """The whole call in one graph of torch.compile, and the gradients that it gives without."""
     torch.compiler.reset()
     wanted = step(function, case)()
-    whole = torch.compile(lambda **arguments: function(**arguments), fullgraph=True, backend=backend)
+    whole = torch.compile(
+        lambda **arguments: function(**arguments), fullgraph=True, backend=backend
+    )
     return WHOLE if same(step(whole, case)(), wanted) else "no break, but its gradients differ"
 
 
 def graph(
     device: Cpu | Cuda, step: Step, case: Case, capture: Callable[..., Any] | None = None
 ) -> tuple[str, Callable[[], Any]]:
-    """Replayed on the rows it was captured with, and on others in the same tensor: a mask of another N. What was found,
-    and what replays it."""
+    """Replayed on the rows it was captured with, and on others in the same tensor: a mask of
+    another N. What was found, and what replays it."""
     rows = case.rows
     assert rows is not None
     given = rows.clone()
@@ -87,7 +93,8 @@ def captured(step: Step) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
 
 
 def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
-    """Within a few roundings: the order of sums is free, and what is compiled may round less often."""
+    """Within a few roundings: the order of sums is free, and what is compiled may round less
+    often."""
     return all(
         bool((a.double() - b.double()).norm() <= 8 * torch.finfo(b.dtype).eps * b.double().norm())
         for a, b in zip(got, wanted, strict=True)

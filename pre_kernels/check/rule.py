@@ -1,4 +1,5 @@
-"""The error rule: how far from float64 the loss and gradients of an implementation may be, judged beside eager's."""
+"""The error rule: how far from float64 the loss and gradients of an implementation may be, judged
+beside eager's."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from torch import Tensor
 from pre_kernels import reference
 
 LEAVES = ("hidden", "w1", "b1", "w2", "b2")
-WRONG = {2: 5.0, 4: 100.0}  # × eager's error, by bytes of an element, is no rounding: float32 sums may be poor ones
+WRONG = {
+    2: 5.0,
+    4: 100.0,
+}  # × eager's error, by bytes of an element, is no rounding: float32 sums may be poor ones
 
 
 @dataclass
@@ -36,7 +40,8 @@ class Case:
 def run(
     function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
 ) -> dict[str, Tensor]:
-    """Loss and gradients of `function`, the inputs cast to `dtype` if given (float64: the oracle)."""
+    """Loss and gradients of `function`, the inputs cast to `dtype` if given (float64: the
+    oracle)."""
     tensors: dict[str, Any] = {
         name: None if x is None else (x.detach() if dtype is None else x.detach().to(dtype))
         for name, x in case.tensors.items()
@@ -49,7 +54,11 @@ def run(
     if dtype is not None and options.get("row_weight") is not None:
         options["row_weight"] = options["row_weight"].to(dtype)
     device = tensors["hidden"].device.type
-    autocast = contextlib.nullcontext() if dtype or not case.autocast else torch.autocast(device, case.autocast)
+    autocast = (
+        contextlib.nullcontext()
+        if dtype or not case.autocast
+        else torch.autocast(device, case.autocast)
+    )
     with autocast:
         loss = function(**tensors, rows=case.rows, **options, **extra)
     out = {"loss": loss.detach()}
@@ -59,9 +68,14 @@ def run(
         upstream = (case.upstream * factor).to(loss.dtype)
         grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-            _require(grad.dtype == leaf.dtype, f"gradient of {name} came in {grad.dtype}, not in {leaf.dtype}")
+            _require(
+                grad.dtype == leaf.dtype,
+                f"gradient of {name} came in {grad.dtype}, not in {leaf.dtype}",
+            )
             want = f"want {tuple(leaf.shape)}"
-            _require(grad.shape == leaf.shape, f"gradient of {name}: shape {tuple(grad.shape)}, {want}")
+            _require(
+                grad.shape == leaf.shape, f"gradient of {name}: shape {tuple(grad.shape)}, {want}"
+            )
             out[name] = grad
     return out
 
@@ -87,7 +101,8 @@ class Comparison(NamedTuple):
         return ~self.ours.isfinite() & (self.ours == self.oracle.to(self.ours.dtype))
 
     def errors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ours, eager's, and what they are of: float64, flat, where eager is finite and what it should be is."""
+        """Ours, eager's, and what they are of: float64, flat, where eager is finite and what it
+        should be is."""
         finite = self.eager.isfinite() & ~self.overflowed()
         rest = self.rest[finite] if isinstance(self.rest, Tensor) else self.rest
         ours, eager, oracle = (x.double()[finite] for x in (self.ours, self.eager, self.oracle))
@@ -95,10 +110,12 @@ class Comparison(NamedTuple):
 
 
 def judge(one: Comparison) -> float:
-    """The error rule, of a call's tensor: the share of it that was used up. Raises AssertionError beyond 1, also under
-    `python -O`."""
+    """The error rule, of a call's tensor: the share of it that was used up. Raises AssertionError
+    beyond 1, also under `python -O`."""
     name, ours, eager, oracle, eps, few, _ = one
-    _require(ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}")
+    _require(
+        ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}"
+    )
     bad = eager.isfinite() & ~ours.isfinite() & ~one.overflowed()
     _require(not bad.any(), f"{name}: not finite where eager is")
     _overflow(one)
@@ -106,19 +123,28 @@ def judge(one: Comparison) -> float:
 
 
 def _overflow(one: Comparison) -> None:
-    """Where eager is not finite: neither is ours, or it is the oracle's value, as eager's products alone were too
-    narrow for it."""
+    """Where eager is not finite: neither is ours, or it is the oracle's value, as eager's products
+    alone were too narrow for it."""
     name, ours, eager, oracle, eps, *_ = one
     where = ours.isfinite() & ~eager.isfinite()
     if where.any():
-        error, scale = (ours.double() - oracle)[where].abs().max().item(), oracle[where].abs().max().item()
-        _require(error <= 8 * eps * scale, f"{name}: finite where eager is not, and off by {error:.3e} of {scale:.3e}")
+        error, scale = (
+            (ours.double() - oracle)[where].abs().max().item(),
+            oracle[where].abs().max().item(),
+        )
+        _require(
+            error <= 8 * eps * scale,
+            f"{name}: finite where eager is not, and off by {error:.3e} of {scale:.3e}",
+        )
 
 
-def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None) -> float:
-    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of the RMS, and twice
-    eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2 eps alone are too little for eager
-    itself: the scale knows nothing of cancellation inside a row)."""
+def judge_errors(
+    name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None
+) -> float:
+    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of
+    the RMS, and twice eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2
+    eps alone are too little for eager itself: the scale knows nothing of cancellation inside a
+    row)."""
     if ours.numel() == 0:
         return 0.0
     largest, baseline = ours.abs().max().item(), eager.abs().max().item()
@@ -129,7 +155,9 @@ def judge_errors(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: fl
     else:
         bounds = [("max", largest, baseline + 2 * eps * few, baseline)]
     for kind, error, bound, of_eager in bounds:
-        _require(error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} (eager {of_eager:.3e})")
+        _require(
+            error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} (eager {of_eager:.3e})"
+        )
     return max((error / bound if bound else 0.0) for _, error, bound, _ in bounds)
 
 
@@ -140,14 +168,17 @@ def _require(holds: bool, otherwise: str) -> None:
 
 class Verdict(NamedTuple):
     failure: str | None  # what was outside the rule; None = nothing
-    error_ratio: float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
+    error_ratio: (
+        float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
+    )
     relative: float  # the largest rms error over the gradients, each ÷ that gradient's own rms
     share: float  # of the rule, or of the gate, used up by the worst tensor; nan beyond the rule
     wrong: bool  # and not merely rounded worse than the rule allows, which is a finding and no reason to hide a peer
 
 
 class Judge:
-    """Holds eager's result and the float64 one of a case; calling it judges a function on that case."""
+    """Holds eager's result and the float64 one of a case; calling it judges a function on that
+    case."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -155,16 +186,24 @@ class Judge:
         self.truth = run(reference.pre_loss, case, torch.float64)
         wide = {name: x.double() for name, x in case.tensors.items()}
         with torch.no_grad():
-            losses = reference.pre_loss(**wide, rows=case.rows, **case.options | {"reduction": "none"})
+            losses = reference.pre_loss(
+                **wide, rows=case.rows, **case.options | {"reduction": "none"}
+            )
         self.scale = losses.abs().mean().item()  # on which the rounding of the summed loss acts
 
     def __call__(self, function: Callable[..., Tensor], gate: float | None = None) -> Verdict:
-        """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each gradient."""
+        """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each
+        gradient."""
         result = run(function, self.case)
         eps = torch.finfo(self.case.product_dtype).eps
         many = {name: value for name, value in result.items() if value.numel() >= 64}
-        ratio = _largest(self._rms(name, value) / self._rms(name, self.eager[name]) for name, value in many.items())
-        relative = _largest(self._rms(name, value) / _rms(self.truth[name]) for name, value in many.items())
+        ratio = _largest(
+            self._rms(name, value) / self._rms(name, self.eager[name])
+            for name, value in many.items()
+        )
+        relative = _largest(
+            self._rms(name, value) / _rms(self.truth[name]) for name, value in many.items()
+        )
         if gate is not None:
             loss = self._rms("loss", result["loss"]) / self.scale
             share = _largest((relative / gate, loss / gate))

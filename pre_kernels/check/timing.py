@@ -1,4 +1,5 @@
-"""Samples of several steps, interleaved so that a change of clocks or neighbours falls on all of them."""
+"""Samples of several steps, interleaved so that a change of clocks or neighbours falls on all of
+them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def interleaved(
     warmup: int = 1,
     least: int | None = None,
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each step, round by round, the order rotating; for `seconds` and at least that many rounds."""
+    """Milliseconds of each step, round by round, the order rotating; for `seconds` and at least
+    that many rounds."""
     for step in steps.values():
         for _ in range(warmup):
             step()
@@ -39,5 +41,7 @@ def interleaved(
 
 def spread(samples: list[float]) -> dict[str, float]:
     """Median and quartiles in ms, and how many samples they are of."""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    low, middle, high = (
+        statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    )
     return {"median_ms": middle, "q1_ms": low, "q3_ms": high, "samples": len(samples)}

@@ -1,4 +1,5 @@
-"""The experiment: one vision tower and one LLM per seed, then LLaVA's two stages from them, without and with PRe."""
+"""The experiment: one vision tower and one LLM per seed, then LLaVA's two stages from them, without
+and with PRe."""
 
 from __future__ import annotations
 
@@ -32,8 +33,11 @@ SCENES = 12  # of each digit that are written as files
 PROJECTOR, LLM, HEAD = ("multi_modal_projector",), ("language_model", "lm_head"), ("pre_head",)
 
 
-def compare(settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None) -> dict[str, Any]:
-    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without" and "with".
+def compare(
+    settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None
+) -> dict[str, Any]:
+    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without"
+    and "with".
 
     Seed 0's models and scenes that they have not seen are written into `keep`.
     """
@@ -65,8 +69,11 @@ def commit() -> str | None:
         return None
 
 
-def run_seed(seed: int, settings: Settings, device: str, keep: Path | None, bar: Bar) -> dict[str, Any]:
-    """Both arms of one seed. They share the digits, the scenes, the pre-trained parts and the order of the batches."""
+def run_seed(
+    seed: int, settings: Settings, device: str, keep: Path | None, bar: Bar
+) -> dict[str, Any]:
+    """Both arms of one seed. They share the digits, the scenes, the pre-trained parts and the order
+    of the batches."""
     digits = split_digits(seed)
     sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
@@ -80,14 +87,19 @@ def run_seed(seed: int, settings: Settings, device: str, keep: Path | None, bar:
     for arm in ARMS:
         options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
         model = copy.deepcopy(before)
-        found[arm] = run_arm(f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar)
+        found[arm] = run_arm(
+            f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar
+        )
         if models is not None:
             save_model(model, models / arm)
     return found
 
 
-def pretrained(scenes: Scenes, settings: Settings, seed: int, device: str, bar: Bar) -> LlavaForConditionalGeneration:
-    """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so they never met."""
+def pretrained(
+    scenes: Scenes, settings: Settings, seed: int, device: str, bar: Bar
+) -> LlavaForConditionalGeneration:
+    """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so
+    they never met."""
     torch.manual_seed(seed)
     model = build(settings).to(device)  # type: ignore[arg-type]
     language = LlamaForCausalLM(model.config.text_config).to(device)  # type: ignore[arg-type]
@@ -111,7 +123,8 @@ def run_arm(
     seed: int,
     bar: Bar,
 ) -> dict[str, Any]:
-    """Train `model` by LLaVA's two stages, alone or with PRe (`options` of `apply_pre`), and measure it."""
+    """Train `model` by LLaVA's two stages, alone or with PRe (`options` of `apply_pre`), and
+    measure it."""
     torch.manual_seed(seed)
     handle = None if options is None else apply_pre(model, **options)
     head = None if handle is None else handle.head

@@ -1,4 +1,5 @@
-"""What the demo trained and looks at, as files: models with their processors, and images for `pre-kernels diagnose`."""
+"""What the demo trained and looks at, as files: models with their processors, and images for
+`pre-kernels diagnose`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from .text import BEGIN, IMAGE
 
 
 def processor() -> LlavaProcessor:
-    """The model's: a token for each byte, images as they are in 0..1, the demo's question as chat."""
+    """The model's: a token for each byte, images as they are in 0..1, the demo's question as
+    chat."""
     characters = pre_tokenizers.ByteLevel.alphabet()  # what stands for each byte
     names = {_byte(c): c for c in characters}
     tokenizer = Tokenizer(models.BPE(vocab={names[i]: i for i in range(256)}, merges=[]))
@@ -26,14 +28,21 @@ def processor() -> LlavaProcessor:
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in added])
     assert {name: tokenizer.token_to_id(name) for name in added} == added
     fast: Any = PreTrainedTokenizerFast
-    from transformers import CLIPImageProcessor  # says when it is imported that torchvision would be faster
+    from transformers import (
+        CLIPImageProcessor,
+    )  # says when it is imported that torchvision would be faster
 
     images: Any = CLIPImageProcessor
     return LlavaProcessor(
         image_processor=images(
-            size={"height": SIDE, "width": SIDE}, do_center_crop=False, do_normalize=False, do_convert_rgb=True
+            size={"height": SIDE, "width": SIDE},
+            do_center_crop=False,
+            do_normalize=False,
+            do_convert_rgb=True,
         ),
-        tokenizer=fast(tokenizer_object=tokenizer, bos_token="<s>", additional_special_tokens=["<image>"]),
+        tokenizer=fast(
+            tokenizer_object=tokenizer, bos_token="<s>", additional_special_tokens=["<image>"]
+        ),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -51,7 +60,8 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None:
-    """`each` scenes for each digit, in images/<digit>/*.png and masks/ alike; it fills the middle and four more cells.
+    """`each` scenes for each digit, in images/<digit>/*.png and masks/ alike; it fills the middle
+    and four more cells.
 
     Args:
         sources: the digit images to draw from, as numbers in scikit-learn's set.
@@ -63,9 +73,14 @@ def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None
     for digit in range(10):
         chosen = generator.choice(sources, (each, OBJECTS))
         for scene in chosen:
-            cells = [MIDDLE, *generator.choice([c for c in range(OBJECTS) if c != MIDDLE], 4, replace=False)]
+            cells = [
+                MIDDLE,
+                *generator.choice([c for c in range(OBJECTS) if c != MIDDLE], 4, replace=False),
+            ]
             scene[cells] = generator.choice(sources[target[sources] == digit], 5)
-        for number, pixels in enumerate((drawn(chosen)[:, 0] * 255).round().to(torch.uint8).numpy()):
+        for number, pixels in enumerate(
+            (drawn(chosen)[:, 0] * 255).round().to(torch.uint8).numpy()
+        ):
             for kind, content in (("images", pixels), ("masks", _objects())):
                 path = folder / kind / str(digit) / f"{number:03}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +89,15 @@ def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None
 
 def _objects() -> np.ndarray:
     """The number of the object at each pixel, from 1."""
-    number = (masks() * torch.arange(1, OBJECTS + 1)[:, None]).sum(0).view(SIDE // PATCH, SIDE // PATCH)
+    number = (
+        (masks() * torch.arange(1, OBJECTS + 1)[:, None]).sum(0).view(SIDE // PATCH, SIDE // PATCH)
+    )
     return number.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).to(torch.uint8).numpy()
 
 
 def _byte(character: str) -> int:
-    """The byte that a character of the byte-level alphabet stands for: printable ones are themselves."""
+    """The byte that a character of the byte-level alphabet stands for: printable ones are
+    themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     code = ord(character)

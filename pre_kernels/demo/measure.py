@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from pre_kernels import PreHead
-from pre_kernels.diagnostics import Spectrum, SpectrumSummary, contrast_ratio, linear_probe, mean_cosine
+from pre_kernels.diagnostics import (
+    Spectrum,
+    SpectrumSummary,
+    contrast_ratio,
+    linear_probe,
+    mean_cosine,
+)
 from pre_kernels.integrations import Reader
 
 from .model import fit
@@ -21,7 +27,8 @@ from .text import visual_batch
 
 @dataclass(frozen=True)
 class States:
-    """`hidden` (L + 1, S, PATCHES, d): visual tokens as they enter the LLM (0) and after each layer; `correct` (S,)."""
+    """`hidden` (L + 1, S, PATCHES, d): visual tokens as they enter the LLM (0) and after each
+    layer; `correct` (S,)."""
 
     hidden: Tensor
     correct: Tensor
@@ -33,26 +40,40 @@ class States:
 
 
 def states(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 250) -> States:
-    """Hidden states of every layer on `scenes`, and whether the model's next token is the answer."""
+    """Hidden states of every layer on `scenes`, and whether the model's next token is the
+    answer."""
     hidden: list[Tensor] = []
     correct: list[Tensor] = []
     with Reader(model) as reader:
         for index in torch.arange(len(scenes)).split(batch):
-            inputs = {name: value.to(model.device) for name, value in visual_batch(scenes, index).items()}
+            inputs = {
+                name: value.to(model.device) for name, value in visual_batch(scenes, index).items()
+            }
             images, output = reader.read_with_output(inputs)
-            hidden.append(torch.stack([torch.stack([i.hidden[n] for i in images]) for n in reader.layers]).cpu())
+            hidden.append(
+                torch.stack(
+                    [torch.stack([i.hidden[n] for i in images]) for n in reader.layers]
+                ).cpu()
+            )
             # the answer is the last token, so the one before it predicts it
             correct.append((output.logits[:, -2].argmax(-1) == inputs["labels"][:, -1]).cpu())
     return States(torch.cat(hidden, dim=1), torch.cat(correct))
 
 
 def measure(
-    model: LlavaForConditionalGeneration, fitting: Scenes, test: Scenes, settings: Settings, head: nn.Module | None
+    model: LlavaForConditionalGeneration,
+    fitting: Scenes,
+    test: Scenes,
+    settings: Settings,
+    head: nn.Module | None,
 ) -> dict[str, Any]:
-    """All figures of one model: probes and a fresh predictor are fitted on `fitting`, everything is read on `test`."""
+    """All figures of one model: probes and a fresh predictor are fitted on `fitting`, everything is
+    read on `test`."""
     before, after = states(model, fitting), states(model, test)
     layers = range(len(after.hidden))
-    contrasts = [contrast_ratio(after.hidden[layer], masks().expand(len(test), -1, -1)) for layer in layers]
+    contrasts = [
+        contrast_ratio(after.hidden[layer], masks().expand(len(test), -1, -1)) for layer in layers
+    ]
     spectra = [spectrum(after.hidden[layer]) for layer in layers]
     tokens = after.hidden.flatten(1, 2)
     found = {
@@ -60,7 +81,9 @@ def measure(
         "pre_loss": fresh_pre_loss(before, after, settings),
         "pre_loss_constant": constant_pre_loss(before, after),
         "probe": [
-            linear_probe(before.objects(n), fitting.digits.flatten(), after.objects(n), test.digits.flatten())
+            linear_probe(
+                before.objects(n), fitting.digits.flatten(), after.objects(n), test.digits.flatten()
+            )
             for n in layers
         ],
         "cohesion": [c.cohesion for c in contrasts],
@@ -86,7 +109,8 @@ def spectrum(hidden: Tensor) -> SpectrumSummary:
 
 
 def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
-    """L_PRe on test scenes of a predictor fitted after training, on frozen states: the same reading for every model."""
+    """L_PRe on test scenes of a predictor fitted after training, on frozen states: the same reading
+    for every model."""
     layer = settings.pre_layer
     with torch.random.fork_rng():
         torch.manual_seed(0)

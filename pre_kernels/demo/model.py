@@ -1,4 +1,5 @@
-"""The tiny LLaVA: a CLIP vision tower, a projector and a Llama, each learned here before they meet."""
+"""The tiny LLaVA: a CLIP vision tower, a projector and a Llama, each learned here before they
+meet."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from .scenes import PATCH, SIDE, Scenes, regions
 from .settings import Settings
@@ -52,30 +59,48 @@ def build(settings: Settings) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def learn_to_see(tower: nn.Module, scenes: Scenes, settings: Settings, seed: int, advance: Advance) -> None:
-    """Train the vision tower to name the digit under each patch, as a stand-in for CLIP's pre-training."""
+def learn_to_see(
+    tower: nn.Module, scenes: Scenes, settings: Settings, seed: int, advance: Advance
+) -> None:
+    """Train the vision tower to name the digit under each patch, as a stand-in for CLIP's
+    pre-training."""
     device = next(tower.parameters()).device
     classify = nn.Linear(settings.width, 10).to(device)
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:
         index = torch.randint(len(scenes), (2 * settings.batch,), generator=generator)
-        seen = tower(pixel_values=scenes.images[index].to(device), output_hidden_states=True).hidden_states[-1][:, 1:]
-        return F.cross_entropy(classify(seen).flatten(0, 1), scenes.digits[index][:, regions()].flatten().to(device))
+        seen = tower(
+            pixel_values=scenes.images[index].to(device), output_hidden_states=True
+        ).hidden_states[-1][:, 1:]
+        return F.cross_entropy(
+            classify(seen).flatten(0, 1), scenes.digits[index][:, regions()].flatten().to(device)
+        )
 
     parameters = [*tower.parameters(), *classify.parameters()]
     fit(parameters, loss, settings.vision_steps, settings.vision_rate, advance)
 
 
-def learn_to_read(language: LlamaForCausalLM, corpus: Tensor, settings: Settings, seed: int, advance: Advance) -> None:
+def learn_to_read(
+    language: LlamaForCausalLM, corpus: Tensor, settings: Settings, seed: int, advance: Advance
+) -> None:
     """Train the LLM to continue source code."""
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:
-        ids = text_batch(corpus, settings.batch, settings.text_length, generator).to(language.device)
+        ids = text_batch(corpus, settings.batch, settings.text_length, generator).to(
+            language.device
+        )
         return language(input_ids=ids, labels=ids).loss
 
-    fit([*language.parameters()], loss, settings.text_steps, settings.text_rate, advance, weight_decay=0.1)
+    fit(
+        [*language.parameters()],
+        loss,
+        settings.text_steps,
+        settings.text_rate,
+        advance,
+        weight_decay=0.1,
+    )
 
 
 def fit(

@@ -1,4 +1,5 @@
-"""One process per seed: a seed computes in one thread, so several of them share a machine's cores."""
+"""One process per seed: a seed computes in one thread, so several of them share a machine's
+cores."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ Bar = Callable[[str, int], AbstractContextManager[Advance]]
 _events: Any = None
 
 
-def each_seed(run: Callable[..., Any], seeds: int, arguments: tuple[Any, ...], bar: Bar, jobs: int) -> list[Any]:
-    """`[run(seed, *arguments, bar) for seed in range(seeds)]`, in `jobs` processes; the bars stay in this one."""
+def each_seed(
+    run: Callable[..., Any], seeds: int, arguments: tuple[Any, ...], bar: Bar, jobs: int
+) -> list[Any]:
+    """`[run(seed, *arguments, bar) for seed in range(seeds)]`, in `jobs` processes; the bars stay
+    in this one."""
     if jobs == 1:
         return [run(seed, *arguments, bar) for seed in range(seeds)]
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit thread pools without their threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked child would inherit thread pools without their threads
     events = context.SimpleQueue()  # writes at once, so what a seed tells comes before its end
     shown: dict[int, tuple[AbstractContextManager[Advance], Advance]] = {}
     with ProcessPoolExecutor(jobs, context, _begin, (events,)) as pool:
@@ -52,7 +58,9 @@ def quiet() -> Callable[[], None]:
     """One thread and no chatter in this process; returns what puts both back."""
     verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # more gain nothing at this width, and take several times as long on a busy machine
+    torch.set_num_threads(
+        1
+    )  # more gain nothing at this width, and take several times as long on a busy machine
     limits = threadpool_limits(1)  # the same for scikit-learn's probes
 
     def restore() -> None:

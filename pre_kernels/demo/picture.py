@@ -9,13 +9,16 @@ from pre_kernels.diagnostics import figures
 from pre_kernels.diagnostics.measures import MEASURES
 
 PANELS = (
-    MEASURES["linear_probe"]._replace(title="Linear probe: which digit?", axis="accuracy on unseen digits"),
+    MEASURES["linear_probe"]._replace(
+        title="Linear probe: which digit?", axis="accuracy on unseen digits"
+    ),
     MEASURES["contrast"],
 )
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write the picture of a `report.document`: thin lines are seeds, bands ± one standard deviation over them."""
+    """Write the picture of a `report.document`: thin lines are seeds, bands ± one standard
+    deviation over them."""
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
     figure, axes = figures.grid(len(PANELS) + 1)
     for one, panel in zip(axes, PANELS, strict=False):

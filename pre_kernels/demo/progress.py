@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .model import Advance
 from .parallel import Bar
@@ -39,6 +46,8 @@ def bars(console: Console) -> Iterator[Bar]:
             yield advance
             if not console.is_terminal:
                 seconds = time.monotonic() - start
-                console.print(f"{name}: {steps} steps, loss {shown or '–'}, {seconds:.0f} s", highlight=False)
+                console.print(
+                    f"{name}: {steps} steps, loss {shown or '–'}, {seconds:.0f} s", highlight=False
+                )
 
         yield bar

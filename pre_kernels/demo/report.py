@@ -1,4 +1,5 @@
-"""What was measured, as a table, a picture and sentences; every number in them comes from the runs."""
+"""What was measured, as a table, a picture and sentences; every number in them comes from the
+runs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ARMS = {  # how each is named and drawn
     "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
 }
 COLUMNS = {"probe": "linear_probe"} | {  # of a report, by the name of a list over layers
-    name: name for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
+    name: name
+    for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
 }
 Rows = list[tuple[str, list[float] | None, list[float] | None]]
 
@@ -26,10 +28,17 @@ def table_rows(found: dict[str, Any]) -> Rows:
     """(name, a value per seed without PRe, and with it)."""
     depth = found["settings"]["layers"]
 
-    def row(name: str, key: str, index: int | None = None) -> tuple[str, list[float] | None, list[float] | None]:
+    def row(
+        name: str, key: str, index: int | None = None
+    ) -> tuple[str, list[float] | None, list[float] | None]:
         values = [
-            [arm[key] if index is None else arm[key][index] for arm in runs] if key in runs[0] else None
-            for runs in ([seed["without"] for seed in found["seeds"]], [seed["with"] for seed in found["seeds"]])
+            [arm[key] if index is None else arm[key][index] for arm in runs]
+            if key in runs[0]
+            else None
+            for runs in (
+                [seed["without"] for seed in found["seeds"]],
+                [seed["with"] for seed in found["seeds"]],
+            )
         ]
         return name, values[0], values[1]
 
@@ -52,7 +61,10 @@ def difference(without: list[float] | None, with_: list[float] | None) -> list[f
 
 
 def cells(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    return [(name, spread(a), spread(b), spread(difference(a, b), "+")) for name, a, b in table_rows(found)]
+    return [
+        (name, spread(a), spread(b), spread(difference(a, b), "+"))
+        for name, a, b in table_rows(found)
+    ]
 
 
 HEADER = ("", "without PRe", "with PRe", "difference")
@@ -91,7 +103,11 @@ def conclusion(found: dict[str, Any]) -> list[str]:
         f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, {fall[1]:.3f} after training "
         f"without PRe and {fall[2]:.3f} with it.",
         *training(found),
-        effect(f"Linear probe, mean of layers {layer} to {depth}", deep("without", "probe"), deep("with", "probe")),
+        effect(
+            f"Linear probe, mean of layers {layer} to {depth}",
+            deep("without", "probe"),
+            deep("with", "probe"),
+        ),
         effect(
             f"Semantic contrast ratio, mean of layers {layer} to {depth}",
             deep("without", "contrast"),
@@ -109,7 +125,11 @@ def training(found: dict[str, Any]) -> list[str]:
     verb = "fell" if last < first else "did not fall"
     return [
         f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
-        effect("Task accuracy", [r["without"]["accuracy"] for r in runs], [r["with"]["accuracy"] for r in runs]),
+        effect(
+            "Task accuracy",
+            [r["without"]["accuracy"] for r in runs],
+            [r["with"]["accuracy"] for r in runs],
+        ),
     ]
 
 
@@ -120,12 +140,20 @@ def document(found: dict[str, Any]) -> dict[str, Any]:
 
     def rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
         names = {name: column for name, column in COLUMNS.items() if name in figures}
-        return [{"layer": n} | {column: figures[name][n] for name, column in names.items()} for n in layers]
+        return [
+            {"layer": n} | {column: figures[name][n] for name, column in names.items()}
+            for n in layers
+        ]
 
     return {
         "title": "A tiny LLaVA on scenes of handwritten digits, without and with PRe",
         "models": [
-            {"name": name, "style": style, "depth": settings["layers"], "runs": [rows(seed[arm]) for seed in seeds]}
+            {
+                "name": name,
+                "style": style,
+                "depth": settings["layers"],
+                "runs": [rows(seed[arm]) for seed in seeds],
+            }
             for arm, (name, style) in ARMS.items()
         ],
         "marked": [settings["layer"]],

@@ -16,7 +16,9 @@ from .report import HEADER, caption, cells, conclusion, save
 from .settings import Settings
 
 
-def run(settings: Settings, device: str, out: Path, console: Console | None = None, jobs: int = 1) -> dict[str, Any]:
+def run(
+    settings: Settings, device: str, out: Path, console: Console | None = None, jobs: int = 1
+) -> dict[str, Any]:
     """Train, measure, print the table, write the files into `out`; returns what was measured.
 
     On a CPU `jobs` seeds run at once, each in a thread of its own.
@@ -38,11 +40,20 @@ def run(settings: Settings, device: str, out: Path, console: Console | None = No
     for sentence in conclusion(found):
         console.print(f"• {sentence}")
     console.print()
-    for path, what in zip(save(found, out), ("all numbers", "the table", "the curves", "the report"), strict=True):
+    for path, what in zip(
+        save(found, out), ("all numbers", "the table", "the curves", "the report"), strict=True
+    ):
         console.print(f"{what}: {path}", soft_wrap=True)
     models, scenes = out / "models", out / "scenes"
     console.print("more of seed 0's models, layer by layer:")
-    more = [models / "without", scenes / "images", "--masks", scenes / "masks", "--compare", models / "with"]
+    more = [
+        models / "without",
+        scenes / "images",
+        "--masks",
+        scenes / "masks",
+        "--compare",
+        models / "with",
+    ]
     command = shlex.join(map(str, ["pre-kernels", "diagnose", *more, "--out", out / "diagnosis"]))
     console.print(f"  {command}", soft_wrap=True, markup=False)
     return found

@@ -20,8 +20,8 @@ MIDDLE = OBJECTS // 2
 
 @dataclass(frozen=True)
 class Scenes:
-    """`images` (S, 3, SIDE, SIDE) in 0..1; of each digit, in reading order, its class 0..9 in `digits` (S, OBJECTS) and
-    its number in scikit-learn's set in `sources` (S, OBJECTS)."""
+    """`images` (S, 3, SIDE, SIDE) in 0..1; of each digit, in reading order, its class 0..9 in
+    `digits` (S, OBJECTS) and its number in scikit-learn's set in `sources` (S, OBJECTS)."""
 
     images: Tensor
     digits: Tensor
@@ -32,7 +32,8 @@ class Scenes:
 
 
 def split_digits(seed: int, shares: tuple[float, ...] = (0.55, 0.225, 0.225)) -> list[np.ndarray]:
-    """Disjoint sets of digit images, as numbers in scikit-learn's set: to train on, to fit probes on, to test on."""
+    """Disjoint sets of digit images, as numbers in scikit-learn's set: to train on, to fit probes
+    on, to test on."""
     from sklearn.datasets import load_digits
 
     order = np.random.default_rng(seed).permutation(len(load_digits().target))
@@ -49,7 +50,8 @@ def compose(sources: np.ndarray, count: int, seed: int) -> Scenes:
 
 
 def drawn(chosen: np.ndarray) -> Tensor:
-    """The pictures (S, 3, SIDE, SIDE) in 0..1 of digits by their number in scikit-learn's set, (S, OBJECTS)."""
+    """The pictures (S, 3, SIDE, SIDE) in 0..1 of digits by their number in scikit-learn's set, (S,
+    OBJECTS)."""
     from sklearn.datasets import load_digits
 
     pixels = torch.from_numpy(load_digits().images).float() / 16

@@ -25,7 +25,9 @@ class Settings:
     text_bytes: int = 2_000_000
     vision_rate: float = 2e-3
     text_rate: float = 3e-3
-    align_rate: float = 3e-4  # a tenth of the text's, as LLaVA also tunes gently: what the LLM knows is to stay
+    align_rate: float = (
+        3e-4  # a tenth of the text's, as LLaVA also tunes gently: what the LLM knows is to stay
+    )
     tune_rate: float = 3e-4
     train_scenes: int = 4000
     test_scenes: int = 500  # as many again to fit probes and predictors on

@@ -1,4 +1,5 @@
-"""Text as bytes: the standard library's own source, and the question about a scene with its answer."""
+"""Text as bytes: the standard library's own source, and the question about a scene with its
+answer."""
 
 from __future__ import annotations
 
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from .scenes import MIDDLE, PATCHES, Scenes
 
-IMAGE, BEGIN, VOCABULARY = 256, 257, 258  # ids after those of the 256 bytes, and how many ids there are
+IMAGE, BEGIN, VOCABULARY = (
+    256,
+    257,
+    258,
+)  # ids after those of the 256 bytes, and how many ids there are
 QUESTION = b" middle odd? "
 IGNORED = -100  # label of tokens without a loss
 
 
 def library_source(limit: int) -> Tensor:
-    """The first `limit` bytes of the standard library's modules in alphabetical order, as token ids."""
+    """The first `limit` bytes of the standard library's modules in alphabetical order, as token
+    ids."""
     content = bytearray()
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         content += file.read_bytes()

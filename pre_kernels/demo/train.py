@@ -6,7 +6,13 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlavaForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .model import Advance
 from .scenes import Scenes

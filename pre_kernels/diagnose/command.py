@@ -47,28 +47,92 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         epilog=DIAGNOSE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    show.add_argument("model", metavar="MODEL", help="folder of save_pretrained (an adapter's too), or name on the hub")
-    show.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, or of a folder for each class")
-    show.add_argument("--compare", action="append", default=[], metavar="MODEL", help="another model; may be repeated")
-    show.add_argument("--masks", type=Path, metavar="PATH", help="folder of PNGs, or COCO annotations (*.json)")
     show.add_argument(
-        "--background", type=integers, default=(0, 255), metavar="A,B", help="values of PNGs that are no object (0,255)"
+        "model",
+        metavar="MODEL",
+        help="folder of save_pretrained (an adapter's too), or name on the hub",
     )
-    show.add_argument("--labels", type=Path, metavar="CSV", help="columns image and label, instead of class folders")
-    show.add_argument("--layers", type=integers, metavar="A,B", help="0 is what enters the LLM (default: all)")
     show.add_argument(
-        "--metrics", type=some_metrics, default=METRICS, metavar="A,B", help=f"of {', '.join(METRICS)} (default: all)"
+        "images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder of images, or of a folder for each class",
+    )
+    show.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model; may be repeated",
+    )
+    show.add_argument(
+        "--masks", type=Path, metavar="PATH", help="folder of PNGs, or COCO annotations (*.json)"
+    )
+    show.add_argument(
+        "--background",
+        type=integers,
+        default=(0, 255),
+        metavar="A,B",
+        help="values of PNGs that are no object (0,255)",
+    )
+    show.add_argument(
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="columns image and label, instead of class folders",
+    )
+    show.add_argument(
+        "--layers", type=integers, metavar="A,B", help="0 is what enters the LLM (default: all)"
+    )
+    show.add_argument(
+        "--metrics",
+        type=some_metrics,
+        default=METRICS,
+        metavar="A,B",
+        help=f"of {', '.join(METRICS)} (default: all)",
     )
     show.add_argument("--no-lens", action="store_true", help="leave the logit lens out")
-    show.add_argument("--limit", type=whole, metavar="N", help="images at most, classes in turn (default: all)")
-    show.add_argument("--maps", type=int, default=3, metavar="N", help="images with heat maps (default: %(default)s)")
-    show.add_argument("--prompt", default=None, metavar="TEXT", help='after the image (default: "Describe the image.")')
-    show.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved")
-    show.add_argument("--device", default="auto", metavar="NAME", help="auto: a GPU if there is one; spread: over all")
-    show.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of images and the probes' split")
-    show.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     show.add_argument(
-        "--out", type=Path, default=Path("diagnose-out"), metavar="DIR", help="for the files (default: %(default)s)"
+        "--limit", type=whole, metavar="N", help="images at most, classes in turn (default: all)"
+    )
+    show.add_argument(
+        "--maps",
+        type=int,
+        default=3,
+        metavar="N",
+        help="images with heat maps (default: %(default)s)",
+    )
+    show.add_argument(
+        "--prompt",
+        default=None,
+        metavar="TEXT",
+        help='after the image (default: "Describe the image.")',
+    )
+    show.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved"
+    )
+    show.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto: a GPU if there is one; spread: over all",
+    )
+    show.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order of images and the probes' split",
+    )
+    show.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+    show.add_argument(
+        "--out",
+        type=Path,
+        default=Path("diagnose-out"),
+        metavar="DIR",
+        help="for the files (default: %(default)s)",
     )
 
     trace = commands.add_parser(
@@ -79,19 +143,44 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         epilog=TRACE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    trace.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="trainer_state.json, or a folder that has one")
-    trace.add_argument("--layer", type=int, metavar="L", help="(default: the middle one of those logged)")
-    trace.add_argument("--figure", default="linear_probe", metavar="NAME", help="of the layer (default: %(default)s)")
-    trace.add_argument("--score", default="score", metavar="NAME", help="in the log (default: %(default)s)")
-    trace.add_argument("--scores", type=Path, nargs="+", metavar="CSV", help="columns step and score, one for each LOG")
-    trace.add_argument("--out", type=Path, default=Path("trace.png"), metavar="FILE", help="png, svg or pdf")
+    trace.add_argument(
+        "logs",
+        type=Path,
+        nargs="+",
+        metavar="LOG",
+        help="trainer_state.json, or a folder that has one",
+    )
+    trace.add_argument(
+        "--layer", type=int, metavar="L", help="(default: the middle one of those logged)"
+    )
+    trace.add_argument(
+        "--figure",
+        default="linear_probe",
+        metavar="NAME",
+        help="of the layer (default: %(default)s)",
+    )
+    trace.add_argument(
+        "--score", default="score", metavar="NAME", help="in the log (default: %(default)s)"
+    )
+    trace.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="columns step and score, one for each LOG",
+    )
+    trace.add_argument(
+        "--out", type=Path, default=Path("trace.png"), metavar="FILE", help="png, svg or pdf"
+    )
 
 
 def integers(text: str) -> tuple[int, ...]:
     """Whole numbers from 0, separated by commas."""
     parts = text.split(",")
     if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want whole numbers separated by commas, such as 0,8,16")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want whole numbers separated by commas, such as 0,8,16"
+        )
     return tuple(map(int, parts))
 
 
@@ -99,7 +188,9 @@ def some_metrics(text: str) -> tuple[str, ...]:
     """Names out of `METRICS`."""
     parts = tuple(text.split(","))
     if not set(parts) <= set(METRICS):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want some of {', '.join(METRICS)}, separated by commas")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want some of {', '.join(METRICS)}, separated by commas"
+        )
     return parts
 
 
@@ -151,12 +242,18 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()  # "meta" has tensors, but no values
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def trace(options: argparse.Namespace) -> None:
     """Draw it; ValueError and OSError say what is wrong."""
     from .trace import draw
 
-    print(draw(options.logs, options.layer, options.figure, options.score, options.scores, options.out))
+    print(
+        draw(
+            options.logs, options.layer, options.figure, options.score, options.scores, options.out
+        )
+    )
     print(f"the figure: {options.out}", file=sys.stdout)

@@ -1,4 +1,5 @@
-"""The images of a report, their classes, and the masks of the objects in them; the names of its models."""
+"""The images of a report, their classes, and the masks of the objects in them; the names of its
+models."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ INSTALL = "pip install 'pre-kernels[diagnose]'"
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is, its path in the folder with forward slashes, and its class as an index, if known."""
+    """One image: where it is, its path in the folder with forward slashes, and its class as an
+    index, if known."""
 
     path: Path
     name: str
@@ -35,43 +37,52 @@ class Item:
 
 @dataclass(frozen=True)
 class Images:
-    """What `find_images` found; `classes` names the labels, in order of their index, and is empty without any."""
+    """What `find_images` found; `classes` names the labels, in order of their index, and is empty
+    without any."""
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
     folder: Path
 
 
-def find_images(folder: Path, labels: Path | None = None, limit: int | None = None, seed: int = 0) -> Images:
+def find_images(
+    folder: Path, labels: Path | None = None, limit: int | None = None, seed: int = 0
+) -> Images:
     """The images in `folder`, in an order that `seed` draws, and their classes.
 
-    Without `labels`: images directly in `folder` have no class; if there are none, each subfolder with images directly
-    in it is a class. An image is a file whose name ends in one of `EXTENSIONS`, whatever the case, and begins with no
-    dot, nor does a class.
+    Without `labels`: images directly in `folder` have no class; if there are none, each subfolder
+    with images directly in it is a class. An image is a file whose name ends in one of
+    `EXTENSIONS`, whatever the case, and begins with no dot, nor does a class.
 
-    The order is drawn within each class, and then classes take turns, so that the first n images are a sample that is
-    balanced as far as the classes' sizes allow: that is what `limit` gives, and what an interrupted run has seen. A
-    larger `limit` only adds images at the end. Only the set of names and the seed decide on the order.
+    The order is drawn within each class, and then classes take turns, so that the first n images
+    are a sample that is balanced as far as the classes' sizes allow: that is what `limit` gives,
+    and what an interrupted run has seen. A larger `limit` only adds images at the end. Only the set
+    of names and the seed decide on the order.
 
     Args:
-        labels: a CSV file in UTF-8 with a header, of which two columns count: the image's path in `folder`, with
-            forward slashes, under one of `IMAGE_COLUMNS`, and the name of its class under one of `CLASS_COLUMNS` (in
-            any case). It may name images in any subfolder. Images that it does not name are left out.
+        labels: a CSV file in UTF-8 with a header, of which two columns count: the image's path in
+            `folder`, with forward slashes, under one of `IMAGE_COLUMNS`, and the name of its class
+            under one of `CLASS_COLUMNS` (in any case). It may name images in any subfolder. Images
+            that it does not name are left out.
         limit: how many images at most; None: all.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted. One class without `labels` is no error, though
-            no probe can be trained on it.
+        ValueError: naming the argument, what came and what is wanted. One class without `labels` is
+            no error, though no probe can be trained on it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"images: {folder} is {'no folder' if folder.exists() else 'not there'}, want a folder")
+        raise ValueError(
+            f"images: {folder} is {'no folder' if folder.exists() else 'not there'}, want a folder"
+        )
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: got {limit!r}, want a positive integer")
     named = _by_folder(folder) if labels is None else _by_table(folder, Path(labels))
     classes = tuple(sorted(name for name in named if name is not None))
     if limit is not None and limit < len(classes):
-        raise ValueError(f"limit: got {limit} for {len(classes)} classes, want at least one image of each")
+        raise ValueError(
+            f"limit: got {limit} for {len(classes)} classes, want at least one image of each"
+        )
 
     draw = random.Random(seed)
     turns: list[tuple[int, int, Item]] = []
@@ -79,7 +90,9 @@ def find_images(folder: Path, labels: Path | None = None, limit: int | None = No
         names = sorted(named[key])
         draw.shuffle(names)
         label = None if key is None else number
-        turns += [(turn, number, Item(folder / name, name, label)) for turn, name in enumerate(names)]
+        turns += [
+            (turn, number, Item(folder / name, name, label)) for turn, name in enumerate(names)
+        ]
     items = [item for *_, item in sorted(turns, key=lambda turn: turn[:2])]
     return Images(tuple(items[:limit]), classes, folder)
 
@@ -90,7 +103,9 @@ def _by_folder(folder: Path) -> dict[str | None, list[str]]:
     named: dict[str | None, list[str]] = {}
     for path, number in zip(map(Path, found.filenames), found.target, strict=True):
         if _is_image(path) and not path.parent.name.startswith("."):
-            named.setdefault(found.target_names[number], []).append(path.relative_to(folder).as_posix())
+            named.setdefault(found.target_names[number], []).append(
+                path.relative_to(folder).as_posix()
+            )
     direct = [path.name for path in folder.iterdir() if _is_image(path)]
     if direct and named:
         raise ValueError(
@@ -120,13 +135,19 @@ def _by_table(folder: Path, labels: Path) -> dict[str | None, list[str]]:
         if not name or not label:
             raise ValueError(f"{where} has image {name!r} and class {label!r}, want both")
         if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
-            raise ValueError(f"{where} names {name!r}, want the path of an image in {folder}, with forward slashes")
+            raise ValueError(
+                f"{where} names {name!r}, want the path of an image in {folder}, with forward slashes"
+            )
         if (first := seen.setdefault(path.as_posix(), line)) != line:
-            raise ValueError(f"{where} names {name!r} again, after line {first}, want one row for an image")
+            raise ValueError(
+                f"{where} names {name!r} again, after line {first}, want one row for an image"
+            )
         named.setdefault(label, []).append(path.as_posix())
     if len(named) < 2:
         got = ", ".join(map(repr, named)) if named else "no rows"
-        raise ValueError(f"labels: {labels} has {got}, want images of at least two classes, for a probe to tell apart")
+        raise ValueError(
+            f"labels: {labels} has {got}, want images of at least two classes, for a probe to tell apart"
+        )
     return named
 
 
@@ -137,11 +158,15 @@ def _rows(labels: Path) -> Iterator[tuple[int, str, str]]:
             reader = csv.DictReader(file, strict=True)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
-            image, label = (_column(labels, header, names) for names in (IMAGE_COLUMNS, CLASS_COLUMNS))
+            image, label = (
+                _column(labels, header, names) for names in (IMAGE_COLUMNS, CLASS_COLUMNS)
+            )
             for row in reader:
                 yield reader.line_num, (row[image] or "").strip(), (row[label] or "").strip()
     except (OSError, UnicodeError, csv.Error) as error:
-        raise ValueError(f"labels: cannot read {labels}, want a CSV file in UTF-8: {error}") from error
+        raise ValueError(
+            f"labels: cannot read {labels}, want a CSV file in UTF-8: {error}"
+        ) from error
 
 
 def _column(labels: Path, header: list[str], names: tuple[str, ...]) -> str:
@@ -158,7 +183,8 @@ def open_image(path: Path) -> Image.Image:
     """The image in RGB, turned upright as its EXIF orientation says; of several frames the first.
 
     Raises:
-        ValueError: naming the file, if it is unreadable, truncated, empty, or of 16 or 32 bits a channel.
+        ValueError: naming the file, if it is unreadable, truncated, empty, or of 16 or 32 bits a
+            channel.
     """
     turned = _optional("PIL.ImageOps").exif_transpose
     with _opened("images", path) as image:
@@ -181,13 +207,16 @@ class MaskSource(Protocol):
     """Where the objects of images are known from."""
 
     def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
-        """The number of the object at each pixel, uint8 (height, width): 1..k, 0 for none; None without a mask.
+        """The number of the object at each pixel, uint8 (height, width): 1..k, 0 for none; None
+        without a mask.
 
         Args:
-            size: (width, height) of the image as `open_image` gives it. Masks belong to the image upright.
+            size: (width, height) of the image as `open_image` gives it. Masks belong to the image
+                upright.
 
         Raises:
-            ValueError: if the mask has another size, cannot be read, or has more than `MOST_OBJECTS` objects.
+            ValueError: if the mask has another size, cannot be read, or has more than
+                `MOST_OBJECTS` objects.
         """
         ...
 
@@ -195,14 +224,15 @@ class MaskSource(Protocol):
 def open_masks(path: Path, background: Collection[int] = (0, 255)) -> MaskSource:
     """The masks in a folder, or in a file of COCO annotations.
 
-    A folder has a PNG file for each image, at the image's own path with the ending .png ("cats/1.jpg" → "cats/1.png"),
-    with one channel of 1, 8 or 16 bits, or a palette. Each value but those of `background` is an object, wherever its
-    pixels lie. The default is right for Pascal VOC. COCO-Stuff's pixel maps, where 0 is a person, want (255,); masks of
-    0 and 255, where 255 is the object, want (0,).
+    A folder has a PNG file for each image, at the image's own path with the ending .png
+    ("cats/1.jpg" → "cats/1.png"), with one channel of 1, 8 or 16 bits, or a palette. Each value but
+    those of `background` is an object, wherever its pixels lie. The default is right for Pascal
+    VOC. COCO-Stuff's pixel maps, where 0 is a person, want (255,); masks of 0 and 255, where 255 is
+    the object, want (0,).
 
-    A file, *.json, has instances as COCO and COCO-Stuff write them; `file_name` is the image's path in its folder. Each
-    annotation is an object, but for crowds; where objects overlap, the smaller one is in front. An image in the file
-    without annotations has no objects.
+    A file, *.json, has instances as COCO and COCO-Stuff write them; `file_name` is the image's path
+    in its folder. Each annotation is an object, but for crowds; where objects overlap, the smaller
+    one is in front. An image in the file without annotations has no objects.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -229,7 +259,9 @@ class _Folder:
         with _opened("masks", path) as image:
             values = np.asarray(image)
         if values.ndim != 2:
-            raise ValueError(f"masks: {path} has {values.shape[-1]} channels, want one, or a palette")
+            raise ValueError(
+                f"masks: {path} has {values.shape[-1]} channels, want one, or a palette"
+            )
         _check_size(str(path), (values.shape[1], values.shape[0]), size)
         values = values.astype(np.int64)
         return _numbered(np.where(np.isin(values, self.background), -1, values), -1, str(path))
@@ -241,7 +273,9 @@ class _Coco:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
                 self.coco = coco(str(path))
-            self.images: dict[str, Any] = {image["file_name"]: image for image in self.coco.dataset["images"]}
+            self.images: dict[str, Any] = {
+                image["file_name"]: image for image in self.coco.dataset["images"]
+            }
             self.coco.dataset["annotations"]
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ValueError(
@@ -271,7 +305,9 @@ class _Coco:
                 f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can be read, want "
                 f"polygons or RLE: {error!r}"
             ) from error
-        _check_size(f"annotation {annotation['id']} in {self.path}", (mask.shape[1], mask.shape[0]), size)
+        _check_size(
+            f"annotation {annotation['id']} in {self.path}", (mask.shape[1], mask.shape[0]), size
+        )
         return mask
 
 

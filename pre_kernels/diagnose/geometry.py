@@ -27,12 +27,14 @@ MARK = 200
 
 @dataclass(frozen=True)
 class Packing:
-    """How a model like LLaVA-NeXT makes an image's tokens of those of its tiles: it takes out what is padding, and ends
-    each line with a token of its own; LLaVA-OneVision also scales what is left.
+    """How a model like LLaVA-NeXT makes an image's tokens of those of its tiles: it takes out what
+    is padding, and ends each line with a token of its own; LLaVA-OneVision also scales what is
+    left.
 
     Attributes:
         per_tile: tokens of each tile.
-        pack: (tiles, per_tile, width), `image_sizes` → (tokens, width); zeros for what shows no place.
+        pack: (tiles, per_tile, width), `image_sizes` → (tokens, width); zeros for what shows no
+            place.
     """
 
     per_tile: int
@@ -44,11 +46,14 @@ def find_packing(model: nn.Module) -> Packing | None:
     found = [module for module in model.modules() if hasattr(type(module), "pack_image_features")]
     if not found:
         return None
-    # the innermost: LLaVA-OneVision's outer model hands on an argument that the inner one does not take
+    # the innermost: LLaVA-OneVision's outer model hands on an argument that the inner one does not
+    # take
     make: Any = found[-1].pack_image_features
     config: Any = found[-1].config
     names = ("vision_feature_select_strategy", "vision_aspect_ratio")
-    options = {name: getattr(config, name) for name in names if name in inspect.signature(make).parameters}
+    options = {
+        name: getattr(config, name) for name in names if name in inspect.signature(make).parameters
+    }
 
     def pack(tiles: Tensor, sizes: Tensor) -> Tensor:
         packed, _ = make([tiles], sizes, image_newline=tiles.new_zeros(tiles.shape[-1]), **options)
@@ -57,8 +62,11 @@ def find_packing(model: nn.Module) -> Packing | None:
     return Packing((config.vision_config.image_size // config.vision_config.patch_size) ** 2, pack)
 
 
-def token_grid(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[int, int] | None:
-    """(rows, columns) of an image's visual tokens, for `LayerReport`; None where they are not one grid.
+def token_grid(
+    pixel_inputs: Mapping[str, Any], tokens: int, model_type: str
+) -> tuple[int, int] | None:
+    """(rows, columns) of an image's visual tokens, for `LayerReport`; None where they are not one
+    grid.
 
     Args: as for `token_objects`.
     """
@@ -78,32 +86,47 @@ def token_objects(
     share: float = 0.5,
     packing: Packing | None = None,
 ) -> Tensor:
-    """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for `LayerReport`.
+    """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for
+    `LayerReport`.
 
-    The map of objects goes the way of the image: it is drawn as images, two bits of the numbers in each, that
-    `process` resizes, crops, pads and tiles, and each token looks at its own pixels. It belongs to the object that
-    covers most of them, if that is at least `share`, else to none; padding belongs to none. Where an image is cut into
-    tiles beside a thumbnail of the whole, an object has tokens in both. An object without tokens has a row of False.
+    The map of objects goes the way of the image: it is drawn as images, two bits of the numbers in
+    each, that `process` resizes, crops, pads and tiles, and each token looks at its own pixels. It
+    belongs to the object that covers most of them, if that is at least `share`, else to none;
+    padding belongs to none. Where an image is cut into tiles beside a thumbnail of the whole, an
+    object has tokens in both. An object without tokens has a row of False.
 
-    Layouts: (tiles, 3, height, width), each tile a grid of square tokens in reading order; the same of one sample,
-    (1, tiles, 3, height, width); rows of patches with `image_grid_thw`, of which merge_size² make a token.
+    Layouts: (tiles, 3, height, width), each tile a grid of square tokens in reading order; the same
+    of one sample, (1, tiles, 3, height, width); rows of patches with `image_grid_thw`, of which
+    merge_size² make a token.
 
     Args:
-        process: the model's image processor, or a function that calls its processor as the image's was called; called
-            as process(image, return_tensors="pt", do_rescale=False, do_normalize=False).
+        process: the model's image processor, or a function that calls its processor as the image's
+            was called; called as process(image, return_tensors="pt", do_rescale=False,
+            do_normalize=False).
         objects: uint8 (height, width) of the image upright: 1..k for its objects, 0 elsewhere.
-        pixel_inputs: what the processor made of the image, `pixel_values` and, where there are, `image_grid_thw` and
-            `image_sizes`; of one image.
+        pixel_inputs: what the processor made of the image, `pixel_values` and, where there are,
+            `image_grid_thw` and `image_sizes`; of one image.
         tokens: how many visual tokens the image has in the model.
         model_type: of the model's config.
         share: above 0, at most 1.
-        packing: `find_packing(model)`; without it LLaVA-NeXT's and LLaVA-OneVision's tokens are in no layout above.
+        packing: `find_packing(model)`; without it LLaVA-NeXT's and LLaVA-OneVision's tokens are in
+            no layout above.
 
     Raises:
-        ValueError: naming the argument; for a model whose tokens are no places of the image, or not in a layout above.
+        ValueError: naming the argument; for a model whose tokens are no places of the image, or not
+            in a layout above.
     """
-    if not isinstance(objects, np.ndarray) or objects.dtype != np.uint8 or objects.ndim != 2 or not objects.size:
-        got = f"{objects.dtype} {objects.shape}" if isinstance(objects, np.ndarray) else type(objects).__name__
+    if (
+        not isinstance(objects, np.ndarray)
+        or objects.dtype != np.uint8
+        or objects.ndim != 2
+        or not objects.size
+    ):
+        got = (
+            f"{objects.dtype} {objects.shape}"
+            if isinstance(objects, np.ndarray)
+            else type(objects).__name__
+        )
         raise ValueError(f"objects: got {got}, want an array of uint8 (height, width), not empty")
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, want a number above 0, at most 1")
@@ -113,7 +136,9 @@ def token_objects(
     else:
         covered = _packed(process, objects, pixel_inputs, model_type, count, packing)
         if len(covered) != tokens:
-            raise ValueError(f"tokens: got {tokens}, want {len(covered)}, which the model makes of such an image")
+            raise ValueError(
+                f"tokens: got {tokens}, want {len(covered)}, which the model makes of such an image"
+            )
     first = torch.arange(count) == covered.argmax(1, keepdim=True)
     return (first & (covered >= share)).mT[: int(objects.max())]
 
@@ -133,11 +158,15 @@ def _packed(
 
     sizes = pixel_inputs.get("image_sizes")
     if sizes is None:
-        raise ValueError(f"pixel_inputs: got {', '.join(pixel_inputs)}, want image_sizes too, to pack tokens by")
+        raise ValueError(
+            f"pixel_inputs: got {', '.join(pixel_inputs)}, want image_sizes too, to pack tokens by"
+        )
     whole = tiles(pixel_inputs)
     number = len(whole["pixel_values"])
     tokens = number * packing.per_tile
-    covered = _covered(lambda *a, **o: tiles(process(*a, **o)), objects, whole, tokens, model_type, count)
+    covered = _covered(
+        lambda *a, **o: tiles(process(*a, **o)), objects, whole, tokens, model_type, count
+    )
     return packing.pack(covered.unflatten(0, (number, packing.per_tile)), sizes.cpu())
 
 
@@ -152,12 +181,18 @@ def _covered(
     """The share of each token that each object covers, (tokens, count), float64."""
     numbers = _numbers(process, objects, pixel_inputs, tokens, model_type)
     place = torch.arange(tokens)[:, None] * (count + 1)
-    votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(tokens, count + 1)
+    votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(
+        tokens, count + 1
+    )
     return votes[:, 1:].double() / numbers.shape[1]
 
 
 def _numbers(
-    process: Process, objects: np.ndarray, pixel_inputs: Mapping[str, Any], tokens: int, model_type: str
+    process: Process,
+    objects: np.ndarray,
+    pixel_inputs: Mapping[str, Any],
+    tokens: int,
+    model_type: str,
 ) -> Tensor:
     """The object's number at each token's pixels, (tokens, pixels), 0 in padding."""
     from PIL import Image
@@ -166,8 +201,13 @@ def _numbers(
     count = int(objects.max())
     numbers = torch.zeros((), dtype=torch.long)
     for bit in range(0, max(count.bit_length(), 1), 2):
-        # halfway between two objects all their bits change at once, so that interpolation makes up no third one
-        planes = [(objects >> bit & 1) * 255, (objects >> bit + 1 & 1) * 255, np.full_like(objects, MARK)]
+        # halfway between two objects all their bits change at once, so that interpolation makes up
+        # no third one
+        planes = [
+            (objects >> bit & 1) * 255,
+            (objects >> bit + 1 & 1) * 255,
+            np.full_like(objects, MARK),
+        ]
         drawn = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
         processed = process(drawn, return_tensors="pt", do_rescale=False, do_normalize=False)
         want, got = _pixels(pixel_inputs).shape, _pixels(processed).shape
@@ -188,21 +228,28 @@ def _numbers(
 
 
 def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor:
-    """The pixels of each token, (tokens, 3, pixels); arguments and errors as for `token_objects`."""
+    """The pixels of each token, (tokens, 3, pixels); arguments and errors as for
+    `token_objects`."""
     _, (rows, columns) = _layout(pixel_inputs, tokens, model_type)
     pixels = _pixels(pixel_inputs)
     if "image_grid_thw" in pixel_inputs:
-        return rearrange(pixels, "(tokens patches) (c n) -> tokens c (patches n)", tokens=tokens, c=3)
+        return rearrange(
+            pixels, "(tokens patches) (c n) -> tokens c (patches n)", tokens=tokens, c=3
+        )
     tiles = pixels.flatten(0, -4)
     side = _side(tiles, tokens // len(tiles))
-    tiles = tiles[..., : rows * side, : columns * side]  # what is left over at the edges enters no patch
+    tiles = tiles[
+        ..., : rows * side, : columns * side
+    ]  # what is left over at the edges enters no patch
     return rearrange(tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side)
 
 
 def _pixels(inputs: Mapping[str, Any]) -> Tensor:
     pixels = next((inputs[name] for name in PIXELS if torch.is_tensor(inputs.get(name))), None)
     if pixels is None:
-        raise ValueError(f"pixel_inputs: got {', '.join(inputs) or 'nothing'}, want {PIXELS[0]}; {NO_MASKS}")
+        raise ValueError(
+            f"pixel_inputs: got {', '.join(inputs) or 'nothing'}, want {PIXELS[0]}; {NO_MASKS}"
+        )
     return pixels.cpu()
 
 
@@ -226,7 +273,8 @@ def _layout(inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[in
         return 1, (height // side, width // side)
 
     channels = pixels.dim() in (4, 5) and pixels.shape[-3] == 3
-    # of one sample, and not LLaVA-NeXT's tiles, from whose tokens those of padding are taken and among which lines end
+    # of one sample, and not LLaVA-NeXT's tiles, from whose tokens those of padding are taken and
+    # among which lines end
     if not channels or (pixels.dim() == 5 and (len(pixels) != 1 or "image_sizes" in inputs)):
         raise ValueError(f"tokens: {what}, want tiles that all have the same tokens: {NO_MASKS}")
     tiles = pixels.flatten(0, -4)

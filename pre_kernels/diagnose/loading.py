@@ -1,4 +1,5 @@
-"""A vision-language model and its processor, from a folder or a hub, by transformers' own classes."""
+"""A vision-language model and its processor, from a folder or a hub, by transformers' own
+classes."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ class Loaded:
 
 
 def load(
-    source: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", trust_remote_code: bool = False
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """The model in a folder that `save_pretrained` wrote (a PEFT adapter's too), or of that name on the hub.
+    """The model in a folder that `save_pretrained` wrote (a PEFT adapter's too), or of that name on
+    the hub.
 
     Weights are read from safetensors alone.
 
@@ -32,7 +37,8 @@ def load(
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: naming the argument, if it is no vision-language model or has no processor of images and text.
+        ValueError: naming the argument, if it is no vision-language model or has no processor of
+            images and text.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import cached_file, find_adapter_config_file
@@ -41,7 +47,9 @@ def load(
     placed: dict[str, Any] = {"device_map": "auto"} if device == SPREAD else {}
     where = f"model: {source}"
     if Path(source).exists() and not Path(source).is_dir():
-        raise ValueError(f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub")
+        raise ValueError(
+            f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub"
+        )
     try:
         if find_adapter_config_file(source) is None:
             AutoConfig.from_pretrained(source, **more)

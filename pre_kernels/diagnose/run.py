@@ -1,4 +1,5 @@
-"""`pre-kernels diagnose`: images through each model, its layers measured, the report; an interrupted run goes on."""
+"""`pre-kernels diagnose`: images through each model, its layers measured, the report; an
+interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 import pre_kernels
@@ -31,7 +39,11 @@ PARTS = "parts"  # the folder of what each model gave, and of how far an interru
 PARTIAL = ".partial"  # ends the name of a file while it is being written
 THUMBNAIL = 336  # pixels
 SAVING = 0.05  # share of the time that may go into saving how far a run is
-FILES = {"diagnosis.json": "all numbers", "layers.csv": "a line for each layer", "report.html": "the report"}
+FILES = {
+    "diagnosis.json": "all numbers",
+    "layers.csv": "a line for each layer",
+    "report.html": "the report",
+}
 
 
 @dataclass(frozen=True)
@@ -55,15 +67,20 @@ class Settings:
     trust_remote_code: bool = False
 
 
-def diagnose(settings: Settings, out: Path, console: Console | None = None, command: str = "") -> dict[str, Any]:
-    """Measure every model on every image, write `FILES` into `out`; returns what diagnosis.json holds.
+def diagnose(
+    settings: Settings, out: Path, console: Console | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Measure every model on every image, write `FILES` into `out`; returns what diagnosis.json
+    holds.
 
-    What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name made of all that it
-    depends on: the settings, the model's files and the images. A run with the same goes on from there, or from the last
-    save, half a minute or more before, where it was stopped while an image was being added.
+    What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name
+    made of all that it depends on: the settings, the model's files and the images. A run with the
+    same goes on from there, or from the last save, half a minute or more before, where it was
+    stopped while an image was being added.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted; before any work where that is possible.
+        ValueError: naming the argument, what came and what is wanted; before any work where that is
+            possible.
         OSError: if `out` cannot be written.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
@@ -80,7 +97,11 @@ def diagnose(settings: Settings, out: Path, console: Console | None = None, comm
             console.print(f"{name}: measured before ({part.path.name})")
         found.append(result | {"name": name})
     document = described(settings, images, found, command)
-    texts = (json.dumps(document, indent=1) + "\n", report.csv_text(document), report.html(document))
+    texts = (
+        json.dumps(document, indent=1) + "\n",
+        report.csv_text(document),
+        report.html(document),
+    )
     for name, text in zip(FILES, texts, strict=True):
         write(out / name, text)
     return document
@@ -95,7 +116,11 @@ class Part:
     @classmethod
     def of(cls, settings: Settings, source: str, images: Images, folder: Path) -> Part:
         """Named by everything that the result depends on."""
-        settled = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name != "models"}
+        settled = {
+            name: str(value)
+            for name, value in dataclasses.asdict(settings).items()
+            if name != "models"
+        }
         files = sorted(Path(source).rglob("*")) if Path(source).is_dir() else []
         files += [item.path for item in images.items]
         files += [path for path in (settings.masks, settings.labels) if path is not None]
@@ -108,7 +133,9 @@ class Part:
             if (stat := file.stat()) and file.is_file() and not written(file.resolve(), parts)
         ]
         key = json.dumps([settled, source, stamps, pre_kernels.__version__, torch.__version__])
-        return cls(folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
+        return cls(
+            folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        )
 
     @property
     def state(self) -> Path:
@@ -121,7 +148,9 @@ class Part:
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"out: {self.path} is broken: {error}; delete it to measure again") from error
+            raise ValueError(
+                f"out: {self.path} is broken: {error}; delete it to measure again"
+            ) from error
 
     def keep(self, result: dict[str, Any]) -> None:
         write(self.path, json.dumps(result) + "\n")
@@ -154,7 +183,9 @@ def examine(
             task = bar.add_task(name, total=len(images.items), completed=more["done"])
             for sample, item in usable(loaded, images, masks, settings, more, console):
                 try:
-                    (hidden,) = measure(reader, [sample], layers, lens=settings.lens, device=loaded.model.device)
+                    (hidden,) = measure(
+                        reader, [sample], layers, lens=settings.lens, device=loaded.model.device
+                    )
                 except ValueError as error:
                     raise ValueError(f"{name}, {item.name}: {error}") from error
                 if len(more["maps"]) < settings.maps and sample.grid is not None:
@@ -164,7 +195,8 @@ def examine(
                 bar.update(task, completed=more["done"])
                 saver.now_and_then()
     finally:
-        # an image that was stopped in is added in part, and not done: it would be added again; the last save stands
+        # an image that was stopped in is added in part, and not done: it would be added again; the
+        # last save stands
         if more["done"] and more["done"] == layers.images + len(more["left_out"]):
             more["seconds"] += saver.elapsed()
             saver.save()
@@ -197,7 +229,8 @@ def usable(
 
 
 def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -> dict[str, Any]:
-    """The similarity of one patch with all of its image, at five layers: a patch of the largest object, or the middle.
+    """The similarity of one patch with all of its image, at five layers: a patch of the largest
+    object, or the middle.
 
     As in a document for `report.html`, but for the model's name.
     """
@@ -220,25 +253,43 @@ def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -
         "grid": [rows, columns],
         "patch": [patch // columns, patch % columns],
         "layers": chosen,
-        "similarity": [[round(v, 4) for v in similarity_map(hidden[n], patch).tolist()] for n in chosen],
+        "similarity": [
+            [round(v, 4) for v in similarity_map(hidden[n], patch).tolist()] for n in chosen
+        ],
     }
 
 
-def described(settings: Settings, images: Images, found: list[dict[str, Any]], command: str) -> dict[str, Any]:
+def described(
+    settings: Settings, images: Images, found: list[dict[str, Any]], command: str
+) -> dict[str, Any]:
     """The document that `report.html` draws."""
     labelled = sum(item.label is not None for item in images.items)
     maps: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in found:
         for one in result["maps"]:
-            key = (one["image"], *one["grid"], *one["patch"], *one["layers"])  # models may cut an image differently
-            maps.setdefault(key, one | {"similarity": {}})["similarity"][result["name"]] = one["similarity"]
+            key = (
+                one["image"],
+                *one["grid"],
+                *one["patch"],
+                *one["layers"],
+            )  # models may cut an image differently
+            maps.setdefault(key, one | {"similarity": {}})["similarity"][result["name"]] = one[
+                "similarity"
+            ]
     models = []
     for result in found:
         notes = counted(result["left_out"])
         if settings.masks is not None and not result["masked"]:
             notes.append(f"{settings.masks} has no mask of any of these images")
         notes += sorted({row["notes"] for row in result["rows"] if row["notes"]})
-        models.append({"name": result["name"], "depth": result["depth"], "runs": [result["rows"]], "notes": notes})
+        models.append(
+            {
+                "name": result["name"],
+                "depth": result["depth"],
+                "runs": [result["rows"]],
+                "notes": notes,
+            }
+        )
     masked = max(result["masked"] for result in found)
     return {
         "title": "Visual tokens, layer by layer: " + ", ".join(result["name"] for result in found),
@@ -282,12 +333,20 @@ class Saver:
 
 
 def progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
 
 
 def sums_device(device: str) -> str:
-    """Where sums that were saved go on: with layers on several GPUs, what each adds is moved to the first."""
+    """Where sums that were saved go on: with layers on several GPUs, what each adds is moved to the
+    first."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == SPREAD else device
 
 
@@ -295,7 +354,11 @@ def device_name(device: str) -> str:
     if not sums_device(device).startswith("cuda"):
         return f"CPU, {torch.get_num_threads()} threads"
     count = torch.cuda.device_count() if device == SPREAD else 1
-    return f"{count} × {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name(sums_device(device))
+    return (
+        f"{count} × {torch.cuda.get_device_name()}"
+        if count > 1
+        else torch.cuda.get_device_name(sums_device(device))
+    )
 
 
 def versions() -> dict[str, str]:
@@ -309,8 +372,11 @@ def versions() -> dict[str, str]:
 
 
 def written(file: Path, parts: Path) -> bool:
-    """Whether a run with these parts wrote the file, both resolved: --out may lie in the model's folder."""
-    return parts in file.parents or (file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES)
+    """Whether a run with these parts wrote the file, both resolved: --out may lie in the model's
+    folder."""
+    return parts in file.parents or (
+        file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES
+    )
 
 
 def write(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
-"""From an image file to the arguments of a model's forward, and what is known of the image's patches."""
+"""From an image file to the arguments of a model's forward, and what is known of the image's
+patches."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the m
 class Preparation:
     """Makes a `Sample` of an image file for one model.
 
-    The text is the model's chat template with the image and then `prompt`; without a template the image's placeholder
-    and the prompt. In a causal decoder what comes after the image does not reach its tokens.
+    The text is the model's chat template with the image and then `prompt`; without a template the
+    image's placeholder and the prompt. In a causal decoder what comes after the image does not
+    reach its tokens.
 
     Args:
         model, processor: of transformers.
@@ -33,7 +35,9 @@ class Preparation:
         prompt: what is asked.
     """
 
-    def __init__(self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT) -> None:
+    def __init__(
+        self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT
+    ) -> None:
         self.config, self.dtype, self.packing = model.config, model.dtype, find_packing(model)
         self.processor, self.masks = processor, masks
         self.text = _text(processor, prompt)
@@ -42,8 +46,8 @@ class Preparation:
         """The image as a batch of one, on the CPU.
 
         Raises:
-            ValueError: naming the file: an image that cannot be read or that the processor refuses (`Unusable`), or a
-                mask that does not fit.
+            ValueError: naming the file: an image that cannot be read or that the processor refuses
+                (`Unusable`), or a mask that does not fit.
         """
         try:
             image = open_image(item.path)
@@ -51,9 +55,16 @@ class Preparation:
             raise Unusable("unreadable", str(error)) from error
         try:
             inputs = dict(self._process(image, return_tensors="pt"))
-        except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:  # what sizes and pixels may lead to
+        except (
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # what sizes and pixels may lead to
             name = type(self.processor).__name__
-            raise Unusable("refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}") from error
+            raise Unusable(
+                "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
+            ) from error
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
@@ -66,9 +77,13 @@ class Preparation:
         if self.masks is not None:
             objects = self.masks.objects(item, image.size)
             if objects is not None:
-                masks = token_objects(self._process, objects, inputs, tokens, kind, packing=self.packing)
+                masks = token_objects(
+                    self._process, objects, inputs, tokens, kind, packing=self.packing
+                )
         inputs = {
-            name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            name: value.to(self.dtype)
+            if torch.is_tensor(value) and value.is_floating_point()
+            else value
             for name, value in inputs.items()
         }
         return Sample(inputs, item.label, masks, token_grid(inputs, tokens, kind))
@@ -99,8 +114,9 @@ def load_samples(
 ) -> list[Sample]:
     """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
 
-    Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the callback's figures.
-    Images that cannot be read, or that the processor refuses, are left out, and a warning names each of them.
+    Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the
+    callback's figures. Images that cannot be read, or that the processor refuses, are left out, and
+    a warning names each of them.
 
     ```python
     samples = load_samples(model, processor, "held-out/", limit=256)
@@ -140,8 +156,11 @@ def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
     return found
 
 
-def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[tuple[Item, Sample | Unusable]]:
-    """Each item with its sample, or with why its image is left out, in order; some are prepared ahead in threads."""
+def ahead(
+    prepare: Callable[[Item], Sample], items: Iterable[Item]
+) -> Iterator[tuple[Item, Sample | Unusable]]:
+    """Each item with its sample, or with why its image is left out, in order; some are prepared
+    ahead in threads."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: list[tuple[Item, Future[Sample]]] = []
         rest = iter(items)
@@ -164,7 +183,9 @@ def ahead(prepare: Callable[[Item], Sample], items: Iterable[Item]) -> Iterator[
 def _text(processor: Any, prompt: str) -> str:
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
     token = getattr(processor, "image_token", None)
     if token is None:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""What the paper measures on hidden states of visual tokens, as pure functions of tensors (arXiv 2603.20808)."""
+"""What the paper measures on hidden states of visual tokens, as pure functions of tensors (arXiv
+2603.20808)."""
 
 from .contrast import Contrast, ContrastRatio, contrast_ratio
 from .fidelity import cka_of_moments, cknna, linear_cka, mean_cosine

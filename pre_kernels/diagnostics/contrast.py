@@ -1,4 +1,5 @@
-"""Semantic contrast ratio: how much more alike the patches of one object are than patches of different objects."""
+"""Semantic contrast ratio: how much more alike the patches of one object are than patches of
+different objects."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from . import inputs
 
 
 class ContrastRatio(NamedTuple):
-    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
+    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to
+    average."""
 
     cohesion: float
     """Within objects."""
@@ -23,7 +25,8 @@ class ContrastRatio(NamedTuple):
 
 
 def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
-    """Intra-object cohesion, inter-object coupling and their ratio, the semantic contrast ratio (arXiv 2603.20808).
+    """Intra-object cohesion, inter-object coupling and their ratio, the semantic contrast ratio
+    (arXiv 2603.20808).
 
     With s(i, j) the cosine similarity of patches i and j of one image and O an object's patches:
 
@@ -31,10 +34,11 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
         coupling(O, Q) = mean of s(i, j) over i in O, j in Q             pairs of different objects of one image
         ratio          = mean cohesion / mean coupling
 
-    The means run over all objects, and all pairs of objects, of all images, each counting once whatever its size. No
-    unit; 1 means that object borders leave no trace, larger is better. The ratio is nan unless the mean coupling is
-    positive. Scaling a patch, rotating the feature space and reordering the patches (with their masks) change nothing;
-    moving the origin does. A patch of zeros has similarity 0 to all.
+    The means run over all objects, and all pairs of objects, of all images, each counting once
+    whatever its size. No unit; 1 means that object borders leave no trace, larger is better. The
+    ratio is nan unless the mean coupling is positive. Scaling a patch, rotating the feature space
+    and reordering the patches (with their masks) change nothing; moving the origin does. A patch of
+    zeros has similarity 0 to all.
 
     ```python
     >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
@@ -45,9 +49,11 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
     ```
 
     Args:
-        features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
-        masks: (images, objects, patches), or (objects, patches); bool, no patch in two objects, patches in none are
-            background. Objects without patches are padding, so images may have different numbers of objects.
+        features: (images, patches, width), or (patches, width) for one image; floating point,
+            computed in float64.
+        masks: (images, objects, patches), or (objects, patches); bool, no patch in two objects,
+            patches in none are background. Objects without patches are padding, so images may have
+            different numbers of objects.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
@@ -76,10 +82,12 @@ class Contrast:
             self.add(inputs.unit(part), member)
 
     def add(self, unit: Tensor, masks: Tensor) -> None:
-        """The same for checked input: `inputs.unit` of (images, patches, width), and (images, objects, patches)."""
+        """The same for checked input: `inputs.unit` of (images, patches, width), and (images,
+        objects, patches)."""
         member = masks.to(unit.device, unit.dtype)
         size = member.sum(-1)  # (images, objects)
-        # a sum of similarities over pairs is the product of the sums of unit vectors: no patch-by-patch matrix
+        # a sum of similarities over pairs is the product of the sums of unit vectors: no
+        # patch-by-patch matrix
         total = member @ unit
         length = torch.linalg.vector_norm(unit, dim=-1)  # 1, or 0 of a patch of zeros
         itself = (member @ length.square()[..., None]).squeeze(-1)
@@ -89,7 +97,9 @@ class Contrast:
         within = (pairs.diagonal(dim1=1, dim2=2) - itself) / (size * (size - 1))
         both = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
         between = pairs / (size[:, :, None] * size[:, None, :])
-        sums = torch.stack([within[several].sum(), several.sum(), between[both].sum(), both.sum()]).tolist()
+        sums = torch.stack(
+            [within[several].sum(), several.sum(), between[both].sum(), both.sum()]
+        ).tolist()
         self._within, self._objects = self._within + sums[0], self._objects + int(sums[1])
         self._between, self._pairs = self._between + sums[2], self._pairs + int(sums[3])
 

@@ -16,8 +16,12 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    # a sum is the cheaper look: whatever is not finite shows in it, though it may overflow by itself
-    if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite() and not value.isfinite().all():
+    # a sum is the cheaper look: whatever is not finite shows in it, though it may overflow by
+    # itself
+    if (
+        not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
+        and not value.isfinite().all()
+    ):
         raise ValueError(f"{name}: got nan or infinite values, want finite ones")
 
 
@@ -32,7 +36,9 @@ def check_rows(name: str, value: object, want: str = "(N, width)") -> None:
 
 def check_aligned(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if len(value) != len(other):
-        raise ValueError(f"{name}: got {len(value)} rows, want as many as {other_name} has, {len(other)}")
+        raise ValueError(
+            f"{name}: got {len(value)} rows, want as many as {other_name} has, {len(other)}"
+        )
 
 
 def check_positive(name: str, value: object) -> None:
@@ -47,7 +53,9 @@ def images(features: object, name: str = "features") -> Tensor:
     if features.dim() == 2:
         features = features[None]
     if features.dim() != 3 or features.numel() == 0:
-        raise ValueError(f"{name}: got shape {tuple(features.shape)}, want (images, patches, width), not empty")
+        raise ValueError(
+            f"{name}: got shape {tuple(features.shape)}, want (images, patches, width), not empty"
+        )
     check_finite(name, features)
     return features
 
@@ -56,7 +64,9 @@ def unit(features: Tensor) -> Tensor:
     """Rows over their lengths, in float64 and in memory of their own; a row of zeros stays one."""
     x = features.detach().to(torch.float64, copy=True)
     tiny = torch.finfo(x.dtype).tiny
-    if features.dtype == x.dtype:  # squares of the narrower types neither over- nor underflow in float64
+    if (
+        features.dtype == x.dtype
+    ):  # squares of the narrower types neither over- nor underflow in float64
         x /= x.abs().amax(-1, keepdim=True).clamp(min=tiny)
     return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=tiny))
 

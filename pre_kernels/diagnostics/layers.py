@@ -26,7 +26,8 @@ METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
 
 
 class LayerReport:
-    """The measures of this package for each layer, over a stream of images whose hidden states come one at a time.
+    """The measures of this package for each layer, over a stream of images whose hidden states come
+    one at a time.
 
     ```python
     report = LayerReport()
@@ -49,13 +50,14 @@ class LayerReport:
     | probe     | linear_probe, knn_probe on the mean over each image     | `label`                        |
     | (always)  | lens_share, lens_tokens (`LogitLens`)                   | `logits`                       |
 
-    Each also has layer, images, tokens, and notes: why a figure that its input was given for is missing. None is what
-    could not be measured.
+    Each also has layer, images, tokens, and notes: why a figure that its input was given for is
+    missing. None is what could not be measured.
 
-    Memory is flat in the number of images. Per layer of width d with an anchor of width z, in float64 on the layer's
-    device: 8·d² bytes for spectrum or cka and 8·d·z more for cka, 8.3 GiB for 33 layers 4,096 wide; and 2·d² and 2·d·z
-    operations a token. In float32 on the CPU, per layer: `tokens`·d for cknna and `labelled`·d for the probes. During
-    training take the cheap ones, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
+    Memory is flat in the number of images. Per layer of width d with an anchor of width z, in
+    float64 on the layer's device: 8·d² bytes for spectrum or cka and 8·d·z more for cka, 8.3 GiB
+    for 33 layers 4,096 wide; and 2·d² and 2·d·z operations a token. In float32 on the CPU, per
+    layer: `tokens`·d for cknna and `labelled`·d for the probes. During training take the cheap
+    ones, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
 
     Args:
         metrics: some of `METRICS`.
@@ -81,7 +83,9 @@ class LayerReport:
         if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
             raise ValueError(f"metrics: got {metrics!r}, want some of {', '.join(METRICS)}")
         counts = {"tokens": tokens, "neighbours": neighbours, "labelled": labelled, "top": top}
-        for name, value in counts.items() if radius is None else {**counts, "radius": radius}.items():
+        for name, value in (
+            counts.items() if radius is None else {**counts, "radius": radius}.items()
+        ):
             inputs.check_positive(name, value)
         self.metrics = tuple(name for name in METRICS if name in metrics)
         self.radius, self.neighbours, self.top, self.seed = radius, neighbours, top, seed
@@ -102,11 +106,14 @@ class LayerReport:
         label: int | None = None,
         logits: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Add one image. If anything is wrong with it, TypeError or ValueError, and the report is as it was.
+        """Add one image. If anything is wrong with it, TypeError or ValueError, and the report is
+        as it was.
 
         Args:
-            hidden: by layer number, (patches, width) each, floating point, finite; the same layers for every image.
-            anchor: (patches, z), what the layers are compared with; pass it as a layer too for its own figures.
+            hidden: by layer number, (patches, width) each, floating point, finite; the same layers
+                for every image.
+            anchor: (patches, z), what the layers are compared with; pass it as a layer too for its
+                own figures.
             masks: (objects, patches) bool, as for `contrast_ratio`.
             grid: (rows, columns) of the patches, as for `spatial_contrast`.
             label: the image's class.
@@ -119,7 +126,9 @@ class LayerReport:
             grid = check_grid(grid, len(anchor))
         if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
             raise TypeError(f"label: got {type(label).__name__}, want an integer class")
-        decoded = {} if logits is None else {number: decode(h, logits) for number, h in hidden.items()}
+        decoded = (
+            {} if logits is None else {number: decode(h, logits) for number, h in hidden.items()}
+        )
         layers = self._layers or {number: _Layer(self.radius) for number in sorted(hidden)}
         for number, counts in decoded.items():
             layers[number].lens.check(counts)
@@ -154,13 +163,18 @@ class LayerReport:
             self._labelled.offer(1, lambda _: [(label, _means(hidden))])
 
     def merge(self, other: LayerReport) -> None:
-        """Add the images that another one saw, a process's for example; its settings but the seed have to be these."""
+        """Add the images that another one saw, a process's for example; its settings but the seed
+        have to be these."""
         if self._settings() != other._settings():
-            raise ValueError(f"other: got settings {other._settings()}, want those here, {self._settings()}")
+            raise ValueError(
+                f"other: got settings {other._settings()}, want those here, {self._settings()}"
+            )
         if not other.images:
             return
         if self._widths and self._widths != other._widths:
-            raise ValueError(f"other: got layers of widths {other._widths}, want those here, {self._widths}")
+            raise ValueError(
+                f"other: got layers of widths {other._widths}, want those here, {self._widths}"
+            )
         for number, layer in other._layers.items():
             if layer.lens.total and (mine := self._layers.get(number)):
                 mine.lens.check(layer.lens.counts)
@@ -174,29 +188,37 @@ class LayerReport:
         self._labelled.merge(other._labelled)
 
     def save(self, path: str | os.PathLike[str], **more: Any) -> None:
-        """Write all that was seen so far to `path`, a safetensors file, whole or not at all; `more`: what JSON holds.
+        """Write all that was seen so far to `path`, a safetensors file, whole or not at all;
+        `more`: what JSON holds.
 
         A report that `load` returns goes on as this one would.
         """
         state.save(Path(path), {"report": self, "more": more}, CLASSES)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[LayerReport, dict[str, Any]]:
-        """What `save` wrote, and its `more`; the sums that were not on the CPU are then on `device`.
+    def load(
+        path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> tuple[LayerReport, dict[str, Any]]:
+        """What `save` wrote, and its `more`; the sums that were not on the CPU are then on
+        `device`.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file, if it is not there, is broken, or of another version.
+            FileNotFoundError, ValueError: naming the file, if it is not there, is broken, or of
+                another version.
         """
         found = state.load(Path(path), CLASSES, device)
         return found["report"], found["more"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for each layer, in order, all with the same keys; ValueError before the first image."""
+        """A dict for each layer, in order, all with the same keys; ValueError before the first
+        image."""
         if not self.images:
             raise ValueError("images: got none so far, want at least one before the rows")
         sample = self._sample.items()
         labelled = self._labelled.items()
-        return [self._row(number, layer, sample, labelled) for number, layer in self._layers.items()]
+        return [
+            self._row(number, layer, sample, labelled) for number, layer in self._layers.items()
+        ]
 
     def _row(
         self, number: int, layer: _Layer, sample: list[dict[int | str, Tensor]], labelled: list[Any]
@@ -221,7 +243,9 @@ class LayerReport:
 
         def probe(function: Callable[..., float]) -> float:
             features = torch.stack([means[number] for _, means in labelled])
-            return function(features, torch.tensor([label for label, _ in labelled]), seed=self.seed)
+            return function(
+                features, torch.tensor([label for label, _ in labelled]), seed=self.seed
+            )
 
         row: dict[str, Any] = {
             "layer": number,
@@ -234,18 +258,28 @@ class LayerReport:
             "far": spatial.far,
             "spatial_contrast": spatial.ratio,
             "cosine": layer.cosine / self.tokens if cosine else math.nan,
-            **(layer.spectrum.result()._asdict() if spectrum else dict.fromkeys(SpectrumSummary._fields)),
+            **(
+                layer.spectrum.result()._asdict()
+                if spectrum
+                else dict.fromkeys(SpectrumSummary._fields)
+            ),
             "cka": attempt("cka" in self.metrics, lambda: cka_of_moments(*moments)),
-            "cka_debiased": attempt("cka" in self.metrics, lambda: cka_of_moments(*moments, debiased=True)),
+            "cka_debiased": attempt(
+                "cka" in self.metrics, lambda: cka_of_moments(*moments, debiased=True)
+            ),
             "cknna": attempt(
-                "cknna" in self.metrics, lambda: cknna(stacked(number), stacked("anchor"), self.neighbours)
+                "cknna" in self.metrics,
+                lambda: cknna(stacked(number), stacked("anchor"), self.neighbours),
             ),
             "lens_share": lens.share if lens else None,
             "lens_tokens": lens.tokens if lens else None,
             "linear_probe": attempt(bool(labelled), lambda: probe(linear_probe)),
             "knn_probe": attempt(bool(labelled), lambda: probe(knn_probe)),
         }
-        row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        row = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in row.items()
+        }
         return row | {"notes": "; ".join(dict.fromkeys(notes))}
 
     def _settings(self) -> dict[str, Any]:
@@ -255,14 +289,20 @@ class LayerReport:
 
     def _check(self, hidden: object, anchor: Tensor) -> dict[int | str, int]:
         """The width of each layer and of the anchor, everything about them checked."""
-        if not isinstance(hidden, Mapping) or not hidden or not all(isinstance(number, int) for number in hidden):
+        if (
+            not isinstance(hidden, Mapping)
+            or not hidden
+            or not all(isinstance(number, int) for number in hidden)
+        ):
             got = sorted(map(str, hidden)) if isinstance(hidden, Mapping) else type(hidden).__name__
             raise TypeError(f"hidden: got {got}, want tensors by layer number, at least one")
         inputs.check_rows("anchor", anchor, "(patches, width)")
         for number, h in hidden.items():
             inputs.check_rows(f"hidden[{number}]", h, "(patches, width)")
             inputs.check_aligned(f"hidden[{number}]", h, "anchor", anchor)
-        widths: dict[int | str, int] = {number: hidden[number].shape[1] for number in sorted(hidden)}
+        widths: dict[int | str, int] = {
+            number: hidden[number].shape[1] for number in sorted(hidden)
+        }
         widths["anchor"] = anchor.shape[1]
         if self._widths and widths != self._widths:
             raise ValueError(
@@ -286,11 +326,23 @@ class _Layer:
         self.cosine += other.cosine
 
 
-CLASSES = (LayerReport, _Layer, Contrast, Spatial, Spectrum, Moments, LogitLens, Reservoir)  # what a file may hold
+CLASSES = (
+    LayerReport,
+    _Layer,
+    Contrast,
+    Spatial,
+    Spectrum,
+    Moments,
+    LogitLens,
+    Reservoir,
+)  # what a file may hold
 
 
-def _taken(tensors: Mapping[int | str, Tensor], chosen: Sequence[int]) -> list[dict[int | str, Tensor]]:
-    """Rows as items of a sample; each has memory of its own, so that one kept row does not keep its neighbours."""
+def _taken(
+    tensors: Mapping[int | str, Tensor], chosen: Sequence[int]
+) -> list[dict[int | str, Tensor]]:
+    """Rows as items of a sample; each has memory of its own, so that one kept row does not keep its
+    neighbours."""
     found: list[dict[int | str, Tensor]] = [{} for _ in chosen]
     for name, tensor in tensors.items():
         rows = tensor.detach()[torch.tensor(chosen, device=tensor.device)].float().cpu()

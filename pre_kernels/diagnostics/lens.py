@@ -21,17 +21,20 @@ class LensSummary(NamedTuple):
 
 
 class LogitLens:
-    """The share of hidden states decoded to the few most frequent tokens (logit lens: nostalgebraist 2020).
+    """The share of hidden states decoded to the few most frequent tokens (logit lens:
+    nostalgebraist 2020).
 
         token(h) = argmax over the vocabulary of logits(h)
         share    = rows whose token is among the `top` most frequent / all rows
 
-    with logits(h) = unembedding(norm(h)), given by the caller: nothing here knows a model. Visual tokens that have lost
-    their content decode to the same few meaningless tokens, so the share rises to 1; the least is about top / number of
-    distinct tokens. No unit. Unchanged by the order of rows; scaling a row changes nothing where the norm undoes it;
-    rotating the feature space means nothing here, the vocabulary fixes the axes.
+    with logits(h) = unembedding(norm(h)), given by the caller: nothing here knows a model. Visual
+    tokens that have lost their content decode to the same few meaningless tokens, so the share
+    rises to 1; the least is about top / number of distinct tokens. No unit. Unchanged by the order
+    of rows; scaling a row changes nothing where the norm undoes it; rotating the feature space
+    means nothing here, the vocabulary fixes the axes.
 
-    Memory: 8 bytes for each id of the vocabulary and chunk · vocabulary logits at a time, whatever the number of rows.
+    Memory: 8 bytes for each id of the vocabulary and chunk · vocabulary logits at a time, whatever
+    the number of rows.
     """
 
     def __init__(self) -> None:
@@ -48,10 +51,12 @@ class LogitLens:
 
         Args:
             hidden: (N, width), floating point and finite, N > 0.
-            logits: (n, width) -> (n, vocabulary), called on at most `chunk` rows, in hidden's dtype.
+            logits: (n, width) -> (n, vocabulary), called on at most `chunk` rows, in hidden's
+                dtype.
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what is wanted; then no row of `hidden` counts.
+            ValueError, TypeError: naming the argument, what came and what is wanted; then no row of
+                `hidden` counts.
         """
         inputs.check_rows("hidden", hidden)
         inputs.check_positive("chunk", chunk)
@@ -60,7 +65,9 @@ class LogitLens:
     def check(self, counts: Tensor) -> None:
         """ValueError unless the counts are of the vocabulary of those before."""
         if self.total and len(counts) != len(self.counts):
-            raise ValueError(f"logits: got a vocabulary of {len(counts)}, want that of before, {len(self.counts)}")
+            raise ValueError(
+                f"logits: got a vocabulary of {len(counts)}, want that of before, {len(self.counts)}"
+            )
 
     def count(self, counts: Tensor) -> None:
         """Add what `decode` counted."""
@@ -73,7 +80,8 @@ class LogitLens:
             self.count(other.counts)
 
     def result(self, top: int = 5) -> LensSummary:
-        """Of all rows so far; ValueError before the first. Equally frequent tokens: the smaller id first."""
+        """Of all rows so far; ValueError before the first. Equally frequent tokens: the smaller id
+        first."""
         inputs.check_positive("top", top)
         total = self.total
         if not total:
@@ -91,7 +99,9 @@ def decode(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 256)
         scores = logits(rows)
         if not torch.is_tensor(scores) or scores.dim() != 2 or len(scores) != len(rows):
             got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-            raise ValueError(f"logits: returned {got}, want a tensor of shape ({len(rows)}, vocabulary)")
+            raise ValueError(
+                f"logits: returned {got}, want a tensor of shape ({len(rows)}, vocabulary)"
+            )
         largest, token = scores.max(1)
         if largest.isnan().any():
             raise ValueError("logits: returned nan, want numbers")

@@ -1,4 +1,5 @@
-"""The columns of a report that are shown: what each is called, how it is defined and what input it takes."""
+"""The columns of a report that are shown: what each is called, how it is defined and what input it
+takes."""
 
 from __future__ import annotations
 
@@ -144,7 +145,8 @@ MEASURES: dict[str, Measure] = {measure.column: measure for measure in _ALL}
 
 
 def by_layer(runs: Iterable[Iterable[Row]], column: str) -> dict[int, list[float]]:
-    """The figures of each layer, in order; a value for each run that has one. Layers without any are left out."""
+    """The figures of each layer, in order; a value for each run that has one. Layers without any
+    are left out."""
     found: dict[int, list[float]] = {}
     for run in runs:
         for row in run:
@@ -175,16 +177,20 @@ def effect(
     names: tuple[str, str] = ("without", "with PRe"),
     digits: int = 3,
 ) -> str:
-    """One difference and, of several seeds, whether it is larger than chance over them explains (paired t-test).
+    """One difference and, of several seeds, whether it is larger than chance over them explains
+    (paired t-test).
 
     Args:
         name: what is compared.
-        before, after: a value for each seed, of the same seeds in the same order; ValueError if their numbers differ.
+        before, after: a value for each seed, of the same seeds in the same order; ValueError if
+            their numbers differ.
         names: what follows each of the two means.
         digits: after the point.
     """
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    means = ", ".join(f"{mean(v):.{digits}f} {n}" for v, n in zip((before, after), names, strict=True))
+    means = ", ".join(
+        f"{mean(v):.{digits}f} {n}" for v, n in zip((before, after), names, strict=True)
+    )
     text = f"{name}: {means}, difference {spread(changes, '+', digits)}"
     if len(changes) < 2:
         return f"{text}."

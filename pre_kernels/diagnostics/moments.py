@@ -1,4 +1,5 @@
-"""Centred sums over the rows of two feature matrices, kept up to date row by row: what spectrum and CKA are made of."""
+"""Centred sums over the rows of two feature matrices, kept up to date row by row: what spectrum and
+CKA are made of."""
 
 from __future__ import annotations
 
@@ -14,17 +15,19 @@ CONSTANT = 1e-12
 
 
 class Moments:
-    """Sums over aligned rows x (width d) and y (width z), centred on the means of all rows seen so far; float64.
+    """Sums over aligned rows x (width d) and y (width z), centred on the means of all rows seen so
+    far; float64.
 
         product = Σ x yᵀ                         (d, z)
         square_x = Σ |x|²,  square_y = Σ |y|²
         cubic_x = Σ |y|² x,  cubic_y = Σ |x|² y  (d,), (z,)
         quartic = Σ |x|² |y|²
 
-    product / rows is the covariance; the others are what the debiased HSIC needs beside it. Memory: 8·d·z bytes,
-    whatever the number of rows. The centre moves with each update, and the sums with it by the exact formulas (for the
-    product that of Chan, Golub and LeVeque 1983): no large mean is ever subtracted from a large sum, so a constant
-    offset in a feature costs no accuracy. The sums live where the first rows do.
+    product / rows is the covariance; the others are what the debiased HSIC needs beside it. Memory:
+    8·d·z bytes, whatever the number of rows. The centre moves with each update, and the sums with
+    it by the exact formulas (for the product that of Chan, Golub and LeVeque 1983): no large mean
+    is ever subtracted from a large sum, so a constant offset in a feature costs no accuracy. The
+    sums live where the first rows do.
     """
 
     product: Tensor
@@ -40,7 +43,8 @@ class Moments:
         self.rows = 0
 
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add rows x (N, d) and y (N, z), N > 0; y = None is y = x, whose product is the covariance's sum."""
+        """Add rows x (N, d) and y (N, z), N > 0; y = None is y = x, whose product is the
+        covariance's sum."""
         inputs.check_rows("x", x)
         if y is not None:
             inputs.check_rows("y", y)
@@ -93,12 +97,17 @@ class Moments:
     def varies(self) -> tuple[Tensor, Tensor]:
         """Whether x and y vary at all, beyond rounding; two 0-d bool tensors."""
         noise = CONSTANT**2 * self.rows
-        return self.square_x > noise * self.mean_x.square().sum(), self.square_y > noise * self.mean_y.square().sum()
+        return (
+            self.square_x > noise * self.mean_x.square().sum(),
+            self.square_y > noise * self.mean_y.square().sum(),
+        )
 
     def hsic(self, debiased: bool = False) -> float:
-        """The Hilbert-Schmidt independence criterion of the linear kernels x xᵀ and y yᵀ, up to a constant factor.
+        """The Hilbert-Schmidt independence criterion of the linear kernels x xᵀ and y yᵀ, up to a
+        constant factor.
 
-        |product|²_F, or unbiased (Song et al. 2012), here for centred rows, whose kernels sum to 0 along each row:
+        |product|²_F, or unbiased (Song et al. 2012), here for centred rows, whose kernels sum to 0
+        along each row:
 
             |product|²_F - quartic·n / (n - 2) + square_x·square_y / ((n - 1)(n - 2))
 
@@ -109,7 +118,11 @@ class Moments:
             return biased.item()
         if n < 4:
             return float("nan")
-        unbiased = biased - self.quartic * (n / (n - 2)) + self.square_x * self.square_y / ((n - 1) * (n - 2))
+        unbiased = (
+            biased
+            - self.quartic * (n / (n - 2))
+            + self.square_x * self.square_y / ((n - 1) * (n - 2))
+        )
         return unbiased.item()
 
     def _check_widths(self, d: int, z: int) -> None:
@@ -119,9 +132,13 @@ class Moments:
             )
 
     def _move_to(self, mean_x: Tensor, mean_y: Tensor, rows: int) -> None:
-        """Centre the sums where the mean will be once `rows` rows with these means have come, and count those in."""
+        """Centre the sums where the mean will be once `rows` rows with these means have come, and
+        count those in."""
         n, self.rows = self.rows, self.rows + rows
-        towards_x, towards_y = (mean_x - self.mean_x) * (rows / self.rows), (mean_y - self.mean_y) * (rows / self.rows)
+        towards_x, towards_y = (
+            (mean_x - self.mean_x) * (rows / self.rows),
+            (mean_y - self.mean_y) * (rows / self.rows),
+        )
         self.mean_x, self.mean_y = self.mean_x + towards_x, self.mean_y + towards_y
         if not n:
             return

@@ -1,4 +1,5 @@
-"""Probing: how much of a label a linear classifier, or the nearest neighbours, read from features."""
+"""Probing: how much of a label a linear classifier, or the nearest neighbours, read from
+features."""
 
 from __future__ import annotations
 
@@ -21,17 +22,20 @@ def linear_probe(
     inverse_penalty: float = 1.0,
     max_iter: int = 300,
 ) -> float:
-    """Test accuracy in 0..1 of a logistic regression on `features` (the linear probe of arXiv 2603.20808).
+    """Test accuracy in 0..1 of a logistic regression on `features` (the linear probe of arXiv
+    2603.20808).
 
-    The paper probes the mean over an image's visual tokens, layer by layer; pass such means, or those over objects.
-    Features are standardised with the training part's mean and standard deviation, then
+    The paper probes the mean over an image's visual tokens, layer by layer; pass such means, or
+    those over objects. Features are standardised with the training part's mean and standard
+    deviation, then
 
         minimise  inverse_penalty · Σ -log softmax(W x + b)[label] + ½ |W|²
 
-    by L-BFGS in float64 on the device of `features`. Two classes: W and b of the first are 0. This is the objective of
-    scikit-learn's StandardScaler and LogisticRegression, whose accuracy it gives (tested to 0.5 points). Scaling and
-    moving single features and reordering them change nothing (up to the solver's tolerance); a rotation does, because
-    of the standardisation. A test label that is not among the training labels counts as an error.
+    by L-BFGS in float64 on the device of `features`. Two classes: W and b of the first are 0. This
+    is the objective of scikit-learn's StandardScaler and LogisticRegression, whose accuracy it
+    gives (tested to 0.5 points). Scaling and moving single features and reordering them change
+    nothing (up to the solver's tolerance); a rotation does, because of the standardisation. A test
+    label that is not among the training labels counts as an error.
 
     ```python
     >>> labels = torch.arange(40) % 2
@@ -43,9 +47,11 @@ def linear_probe(
     Args:
         features: (N, width), floating point.
         labels: (N,), integer classes.
-        test_features, test_labels: (M, width), (M,): what accuracy is measured on, and `features` is all trained on.
-            Pass them where rows are related (one object in two scenes). None: a part of `features`, split by class.
-        test_size: that part of each class, between 0 and 1; at least one row of a class is in either part.
+        test_features, test_labels: (M, width), (M,): what accuracy is measured on, and `features`
+            is all trained on. Pass them where rows are related (one object in two scenes). None: a
+            part of `features`, split by class.
+        test_size: that part of each class, between 0 and 1; at least one row of a class is in
+            either part.
         seed: of the split; nothing else is random.
         inverse_penalty: scikit-learn's C.
         max_iter: of the solver.
@@ -58,7 +64,9 @@ def linear_probe(
     inputs.check_positive("max_iter", max_iter)
     x, y, test_x, test_y = _parts(features, labels, test_features, test_labels, test_size, seed)
     mean, scale = x.mean(0), x.std(0, correction=0)
-    scale = scale.where(scale > 1e-12 * mean.abs(), 1.0)  # else a constant feature, but for rounding
+    scale = scale.where(
+        scale > 1e-12 * mean.abs(), 1.0
+    )  # else a constant feature, but for rounding
     classes, y = y.unique(return_inverse=True)
     weight = _fit((x - mean) / scale, y, len(classes), inverse_penalty, max_iter)
     found = classes[_scores(weight, (test_x - mean) / scale).argmax(1)]
@@ -76,16 +84,18 @@ def knn_probe(
     test_size: float = TEST_SIZE,
     seed: int = 0,
 ) -> float:
-    """Test accuracy in 0..1 of the weighted k nearest neighbours by cosine similarity (Wu et al. 2018).
+    """Test accuracy in 0..1 of the weighted k nearest neighbours by cosine similarity (Wu et al.
+    2018).
 
     Each of a test row's `neighbours` most similar training rows votes for its class with weight
-    exp(similarity / temperature); the class with the most votes is the answer. Nothing is fitted, so unlike the linear
-    probe it asks whether classes lie together as the features are. Scaling a row and rotating the feature space change
-    nothing; moving the origin, or scaling single features, does.
+    exp(similarity / temperature); the class with the most votes is the answer. Nothing is fitted,
+    so unlike the linear probe it asks whether classes lie together as the features are. Scaling a
+    row and rotating the feature space change nothing; moving the origin, or scaling single
+    features, does.
 
     Args:
-        features, labels, test_features, test_labels, test_size, seed: as in `linear_probe`; computed in float64, with
-            at most 1,024 test rows' similarities at a time.
+        features, labels, test_features, test_labels, test_size, seed: as in `linear_probe`;
+            computed in float64, with at most 1,024 test rows' similarities at a time.
         neighbours: all training rows vote where there are fewer.
         temperature: the smaller, the more the nearest counts.
 
@@ -102,7 +112,9 @@ def knn_probe(
     for part in inputs.unit(test_x).split(1024):
         similarity, nearest = (part @ x.T).topk(min(neighbours, len(x)), dim=1)
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        found.append(votes.new_zeros(len(part), len(classes)).scatter_add_(1, y[nearest], votes).argmax(1))
+        found.append(
+            votes.new_zeros(len(part), len(classes)).scatter_add_(1, y[nearest], votes).argmax(1)
+        )
     return (classes[torch.cat(found)] == test_y).double().mean().item()
 
 
@@ -126,16 +138,21 @@ def _parts(
     if test_features is not None:
         test_x, test_y = _check("test_features", test_features, "test_labels", test_labels, x)
         if test_x.shape[1] != x.shape[1]:
-            raise ValueError(f"test_features: got width {test_x.shape[1]}, want that of features, {x.shape[1]}")
+            raise ValueError(
+                f"test_features: got width {test_x.shape[1]}, want that of features, {x.shape[1]}"
+            )
         return x, y, test_x, test_y
     if counts.min() < 2:
-        raise ValueError("labels: got a class with a single row, want at least two to split each class")
+        raise ValueError(
+            "labels: got a class with a single row, want at least two to split each class"
+        )
     test = _split(number.cpu(), counts.cpu(), test_size, seed).to(x.device)
     return x[~test], y[~test], x[test], y[test]
 
 
 def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tensor:
-    """Which rows are for testing, (N,) bool; `number` is a row's class, `counts` has the rows of each."""
+    """Which rows are for testing, (N,) bool; `number` is a row's class, `counts` has the rows of
+    each."""
     order = torch.randperm(len(number), generator=torch.Generator().manual_seed(seed))
     order = order[number[order].argsort(stable=True)]  # class by class, at random within
     place = torch.empty_like(order)
@@ -146,7 +163,8 @@ def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tenso
 
 
 def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: int) -> Tensor:
-    """(outputs, width + 1), biases last; two classes have one output, the score of the second over the first's."""
+    """(outputs, width + 1), biases last; two classes have one output, the score of the second over
+    the first's."""
     each, penalty = torch.arange(len(x), device=x.device), 1 / (inverse_penalty * len(x))
     weight = x.new_zeros(classes if classes > 2 else 1, x.shape[1] + 1)
     solver = torch.optim.LBFGS(
@@ -166,7 +184,9 @@ def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: i
         excess[each, y] -= 1
         excess = excess[:, -len(weight) :]
         linear = weight[:, :-1]
-        weight.grad = torch.cat([excess.T @ x / len(x) + penalty * linear, excess.mean(0)[:, None]], dim=1)
+        weight.grad = torch.cat(
+            [excess.T @ x / len(x) + penalty * linear, excess.mean(0)[:, None]], dim=1
+        )
         return -logarithms[each, y].mean() + penalty / 2 * linear.square().sum()
 
     solver.step(loss)
@@ -178,12 +198,18 @@ def _scores(weight: Tensor, x: Tensor) -> Tensor:
     return scores if len(weight) > 1 else torch.cat([torch.zeros_like(scores), scores], dim=1)
 
 
-def _check(name: str, features: object, label_name: str, labels: object, like: Tensor) -> tuple[Tensor, Tensor]:
+def _check(
+    name: str, features: object, label_name: str, labels: object, like: Tensor
+) -> tuple[Tensor, Tensor]:
     inputs.check_floating(name, features)
     if not torch.is_tensor(labels) or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{label_name}: got {inputs.describe(labels)}, want an integer tensor")
     inputs.check_rows(name, features)
     assert torch.is_tensor(features)
     if labels.shape != features.shape[:1]:
-        raise ValueError(f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},) as {name} has rows")
-    return features.detach().to(like.device, torch.float64), labels.detach().to(like.device, torch.int64)
+        raise ValueError(
+            f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},) as {name} has rows"
+        )
+    return features.detach().to(like.device, torch.float64), labels.detach().to(
+        like.device, torch.int64
+    )

@@ -1,4 +1,5 @@
-"""What `LayerReport` found for one or more models, in words, as CSV, and as a page that needs nothing but itself."""
+"""What `LayerReport` found for one or more models, in words, as CSV, and as a page that needs
+nothing but itself."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ CLASSES = 30  # of the data that the page names
 
 
 def html(document: Document) -> str:
-    """A page of everything in `document`: no script, nothing to load, light and dark; every name in it is escaped.
+    """A page of everything in `document`: no script, nothing to load, light and dark; every name in
+    it is escaped.
 
     Needs jinja2 and matplotlib.
 
@@ -29,34 +31,50 @@ def html(document: Document) -> str:
         document: what `pre-kernels diagnose` writes as JSON:
 
             title: str
-            models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], rows as of
-                `LayerReport.rows()`, a run for each seed, the runs of two models in the same order; "style" as for
-                `figures.depth`
+            models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], rows as
+                of `LayerReport.rows()`, a run for each seed, the runs of two models in the same
+                order; "style" as for `figures.depth`
             marked: [layer, ...] that PRe reads
-            maps: [{"image", "picture", "grid", "patch", "layers", "similarity"}] as for `figures.heat_maps`
-            curves: [{"name", "label", "values"}] as for `figures.steps`; those of one label share a plot
+            maps: [{"image", "picture", "grid", "patch", "layers", "similarity"}] as for
+                `figures.heat_maps`
+            curves: [{"name", "label", "values"}] as for `figures.steps`; those of one label share a
+                plot
             findings, notes: [str], said before what `sentences` says, and of how it was measured
             command, date, device: str
             versions: {name: version}
-            data: {"images": int, "labelled": int, "classes": [str, ...], "masks": str, "folder": str, "prompt": str}
+            data: {"images": int, "labelled": int, "classes": [str, ...], "masks": str, "folder":
+                str, "prompt": str}
 
-            All but title and models may be missing, as may the depth and notes of a model; None is as good as missing.
+            All but title and models may be missing, as may the depth and notes of a model; None is
+            as good as missing.
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
     models, data = document["models"], document.get("data") or {}
     return template.render(
         title=document["title"],
-        meta=[text for text in (document.get("date"), _images(data), document.get("device")) if text],
+        meta=[
+            text for text in (document.get("date"), _images(data), document.get("device")) if text
+        ],
         said=document.get("findings") or [],
         findings=findings(document),
         legend=list(_legend(models)),
-        panels=[(p, _depth_image(document, p), " ".join(_course(m, p) for m in models)) for p in measured(models)],
+        panels=[
+            (p, _depth_image(document, p), " ".join(_course(m, p) for m in models))
+            for p in measured(models)
+        ],
         marked=document.get("marked") or [],
         curves=list(_curve_images(document.get("curves") or [])),
-        maps=[(found, _map_image(found), len(found["layers"]) + 1) for found in document.get("maps") or []],
+        maps=[
+            (found, _map_image(found), len(found["layers"]) + 1)
+            for found in document.get("maps") or []
+        ],
         tables=[(model["name"], *_table(model["runs"])) for model in models],
         notes=[*(document.get("notes") or []), *_notes(models)],
         facts=list(_facts(document, data)),
@@ -69,10 +87,12 @@ def sentences(document: Document) -> list[str]:
 
 
 def findings(document: Document) -> dict[str, list[str]]:
-    """By measure: how it goes through the depth of each model, and how each model differs from the one before it.
+    """By measure: how it goes through the depth of each model, and how each model differs from the
+    one before it.
 
-    Differences are those of the mean over the deep half, layers from L/2, and of the last layer measured. Without
-    masks spatial contrast stands in for the semantic contrast ratio. What was not measured says what would measure it.
+    Differences are those of the mean over the deep half, layers from L/2, and of the last layer
+    measured. Without masks spatial contrast stands in for the semantic contrast ratio. What was not
+    measured says what would measure it.
     """
     models = document["models"]
     available = measured(models)
@@ -85,14 +105,17 @@ def findings(document: Document) -> dict[str, list[str]]:
             measure = MEASURES[STAND_INS.get(name, name)]
         if measure in available:
             texts = [_course(model, measure) for model in models]
-            found[measure.title] = texts + [text for a, b in pairwise(models) for text in _differences(a, b, measure)]
+            found[measure.title] = texts + [
+                text for a, b in pairwise(models) for text in _differences(a, b, measure)
+            ]
     if len(models) > 1 and any(len(model["runs"]) < 2 for model in models):
         unknown.append("Noise between seeds: it takes several runs of each model.")
     return found | ({"Not measured": unknown} if unknown else {})
 
 
 def csv_text(document: Document) -> str:
-    """A line for each model, run (numbered from 0) and layer, with all columns of all rows; what is None is empty."""
+    """A line for each model, run (numbered from 0) and layer, with all columns of all rows; what is
+    None is empty."""
     lines = [
         {"model": model["name"], "run": number, **row}
         for model in document["models"]
@@ -119,16 +142,16 @@ def _course(model: Mapping[str, Any], measure: Measure) -> str:
         for layer in sorted({first, least, last})
     ]
     if first == last:
-        return (
-            f"{model['name']}: {spread(found[first], digits=measure.digits)} at layer {first}, the only one measured."
-        )
+        return f"{model['name']}: {spread(found[first], digits=measure.digits)} at layer {first}, the only one measured."
     runs = [by_layer([run], measure.column) for run in model["runs"]]
     changes = [run[last][0] - run[first][0] for run in runs if first in run and last in run]
     change = f"; {spread(changes, '+', measure.digits)} from first to last" if changes else ""
     return f"{model['name']}: {', '.join(points)}{change}."
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], measure: Measure) -> list[str]:
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], measure: Measure
+) -> list[str]:
     """Of the deep half, and of its last layer."""
     deep = [_deep(model, measure) for model in (before, after)]
     if not all(deep):
@@ -136,14 +159,21 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], measure: M
     found: dict[str, str] = {}
     for start in (0, -1):
         layers = [[*runs[0]][start:] for runs in deep]
-        old, new = ([mean(run[n] for n in chosen) for run in runs] for runs, chosen in zip(deep, layers, strict=True))
+        old, new = (
+            [mean(run[n] for n in chosen) for run in runs]
+            for runs, chosen in zip(deep, layers, strict=True)
+        )
         where = " and ".join(dict.fromkeys(map(_ranges, layers)))
         name = ("mean of " if len(layers[0]) > 1 else "") + where
-        found[where] = _effect(name, old, new, (f"({before['name']})", f"({after['name']})"), measure.digits)
+        found[where] = _effect(
+            name, old, new, (f"({before['name']})", f"({after['name']})"), measure.digits
+        )
     return [*found.values()]
 
 
-def _effect(name: str, before: list[float], after: list[float], names: tuple[str, str], digits: int) -> str:
+def _effect(
+    name: str, before: list[float], after: list[float], names: tuple[str, str], digits: int
+) -> str:
     if len(before) == len(after):
         return effect(name, before, after, names, digits)
     return (
@@ -153,11 +183,20 @@ def _effect(name: str, before: list[float], after: list[float], names: tuple[str
 
 
 def _deep(model: Mapping[str, Any], measure: Measure) -> list[dict[int, float]]:
-    """For each run its figures of layers from L/2 on, those that every run has; empty if there are none."""
+    """For each run its figures of layers from L/2 on, those that every run has; empty if there are
+    none."""
     found = by_layer(model["runs"], measure.column)
     depth = model.get("depth") or max(found, default=0)
-    layers = [layer for layer, values in found.items() if layer >= depth // 2 and len(values) == len(model["runs"])]
-    return [{layer: found[layer][run] for layer in layers} for run in range(len(model["runs"]))] if layers else []
+    layers = [
+        layer
+        for layer, values in found.items()
+        if layer >= depth // 2 and len(values) == len(model["runs"])
+    ]
+    return (
+        [{layer: found[layer][run] for layer in layers} for run in range(len(model["runs"]))]
+        if layers
+        else []
+    )
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -217,7 +256,11 @@ def _source(figure: Any) -> str:
 
 def _table(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and their cells line by line; the notes are said elsewhere."""
-    lines = [({"run": number} if len(runs) > 1 else {}) | dict(row) for number, run in enumerate(runs) for row in run]
+    lines = [
+        ({"run": number} if len(runs) > 1 else {}) | dict(row)
+        for number, run in enumerate(runs)
+        for row in run
+    ]
     names = dict.fromkeys(name for line in lines for name in line if name != "notes")
     columns = [name for name in names if any(line.get(name) is not None for line in lines)]
     return columns, [[_cell(line.get(name)) for name in columns] for line in lines]
@@ -259,7 +302,9 @@ def _facts(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str, s
         "Masks": data.get("masks"),
         "Prompt": data.get("prompt"),
         "Device": document.get("device"),
-        "Versions": ", ".join(f"{name} {version}" for name, version in (document.get("versions") or {}).items()),
+        "Versions": ", ".join(
+            f"{name} {version}" for name, version in (document.get("versions") or {}).items()
+        ),
         "Date": document.get("date"),
         "Command": document.get("command"),
     }

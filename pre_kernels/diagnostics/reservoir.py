@@ -11,21 +11,25 @@ from . import inputs
 
 
 class Reservoir:
-    """Keeps those of the items offered that drew the largest random numbers, at most `limit` of them.
+    """Keeps those of the items offered that drew the largest random numbers, at most `limit` of
+    them.
 
-    Every subset is equally likely, however the stream is cut; the same seed keeps the same places of it. Samples of
-    several processes merge into one of the whole: give each its own seed.
+    Every subset is equally likely, however the stream is cut; the same seed keeps the same places
+    of it. Samples of several processes merge into one of the whole: give each its own seed.
     """
 
     def __init__(self, limit: int, seed: int = 0) -> None:
         inputs.check_positive("limit", limit)
         self.limit = limit
         self._random = random.Random(seed)
-        self._kept: list[tuple[float, int, Any]] = []  # a heap; the count is there so that items are never compared
+        self._kept: list[
+            tuple[float, int, Any]
+        ] = []  # a heap; the count is there so that items are never compared
         self._seen = 0
 
     def offer(self, count: int, take: Callable[[Sequence[int]], Sequence[Any]]) -> None:
-        """Offer items 0..count - 1; `take` is asked once, for those to be kept if any, and returns them in order."""
+        """Offer items 0..count - 1; `take` is asked once, for those to be kept if any, and returns
+        them in order."""
         drawn = [self._random.random() for _ in range(count)]
         best = heapq.nlargest(self.limit, range(count), key=drawn.__getitem__)
         least = self._kept[0][0] if len(self._kept) == self.limit else -1.0
@@ -35,7 +39,8 @@ class Reservoir:
                 self._keep(drawn[place], item)
 
     def merge(self, other: Reservoir) -> None:
-        """Add what another one kept; the result is a sample of both streams if both have this limit."""
+        """Add what another one kept; the result is a sample of both streams if both have this
+        limit."""
         for draw, _, item in sorted(other._kept, key=lambda kept: kept[1]):
             self._keep(draw, item)
 

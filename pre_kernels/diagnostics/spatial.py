@@ -1,4 +1,5 @@
-"""Patch structure where no masks are known: does similarity still fall with distance; and the map of one patch."""
+"""Patch structure where no masks are known: does similarity still fall with distance; and the map
+of one patch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from . import inputs
 
 
 class SpatialContrast(NamedTuple):
-    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to average."""
+    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to
+    average."""
 
     near: float
     """Of neighbours."""
@@ -22,34 +24,40 @@ class SpatialContrast(NamedTuple):
     """Of the two."""
 
 
-def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None = None) -> SpatialContrast:
-    """How much more alike neighbouring patches are than distant ones: the contrast ratio's stand-in without masks.
+def spatial_contrast(
+    features: Tensor, grid: tuple[int, int], radius: int | None = None
+) -> SpatialContrast:
+    """How much more alike neighbouring patches are than distant ones: the contrast ratio's stand-in
+    without masks.
 
-    With s(i, j) the cosine similarity of patches i and j of one image, on a grid of rows and columns:
+    With s(i, j) the cosine similarity of patches i and j of one image, on a grid of rows and
+    columns:
 
         near  = mean of s(i, j) over i, j that share a side (4-neighbours)
         far   = mean of s(i, j) over i, j more than `radius` rows or more than `radius` columns apart
         ratio = mean near / mean far                                      means over images, each counting once
 
-    No unit; 1 means that place leaves no trace in similarity, larger is more structure. The ratio is nan unless the
-    mean of far is positive.
+    No unit; 1 means that place leaves no trace in similarity, larger is more structure. The ratio
+    is nan unless the mean of far is positive.
 
-    Why it can stand in: two patches that share a side mostly show one object, patches far apart mostly do not, so near
-    follows cohesion and far follows coupling, and similarity that spills over borders (arXiv 2603.20808) pulls the
-    ratio to 1. Objects found by clustering the anchor would come closer to the definition, but would favour layer 0 by
-    construction and depend on a seed and a number of clusters. It is a proxy all the same: it compares layers and
-    models on the same images and the same radius, and its value is not a contrast ratio. Similarity that comes with
-    position alone, as of position embeddings, counts as structure.
+    Why it can stand in: two patches that share a side mostly show one object, patches far apart
+    mostly do not, so near follows cohesion and far follows coupling, and similarity that spills
+    over borders (arXiv 2603.20808) pulls the ratio to 1. Objects found by clustering the anchor
+    would come closer to the definition, but would favour layer 0 by construction and depend on a
+    seed and a number of clusters. It is a proxy all the same: it compares layers and models on the
+    same images and the same radius, and its value is not a contrast ratio. Similarity that comes
+    with position alone, as of position embeddings, counts as structure.
 
-    Scaling a patch, rotating the feature space and turning or mirroring the image change nothing. Reordering the
-    patches does: it breaks the neighbourhood. Moving the origin does too.
+    Scaling a patch, rotating the feature space and turning or mirroring the image change nothing.
+    Reordering the patches does: it breaks the neighbourhood. Moving the origin does too.
 
-    Costs O(patches · width · columns), whatever the radius, and one row of patches in memory: products of neighbours
-    for near; for far, the square of the sum of all unit vectors less the product of each with the sum over its window,
-    from running sums of rows.
+    Costs O(patches · width · columns), whatever the radius, and one row of patches in memory:
+    products of neighbours for near; for far, the square of the sum of all unit vectors less the
+    product of each with the sum over its window, from running sums of rows.
 
     Args:
-        features: (images, patches, width), or (patches, width) for one image; floating point, computed in float64.
+        features: (images, patches, width), or (patches, width) for one image; floating point,
+            computed in float64.
         grid: (rows, columns); patches = rows · columns, row by row.
         radius: None: a quarter of the shorter side, at least 1.
 
@@ -62,7 +70,8 @@ def spatial_contrast(features: Tensor, grid: tuple[int, int], radius: int | None
 
 
 class Spatial:
-    """`spatial_contrast` over a stream of images, of any grids: four numbers, whatever the number of images.
+    """`spatial_contrast` over a stream of images, of any grids: four numbers, whatever the number
+    of images.
 
     `update` takes what the function takes, and leaves the sums alone if it raises.
     """
@@ -103,7 +112,9 @@ class Spatial:
         far = unit.sum(1).square().sum() - close
 
         sides = rows * (columns - 1) + (rows - 1) * columns
-        pairs = (rows * columns) ** 2 - int(_band(rows, radius).sum() * _band(columns, radius).sum())  # each twice
+        pairs = (rows * columns) ** 2 - int(
+            _band(rows, radius).sum() * _band(columns, radius).sum()
+        )  # each twice
         sums = torch.stack([near, far]).tolist()
         if sides:
             self._near, self._with_near = self._near + sums[0] / sides, self._with_near + len(x)
@@ -123,11 +134,12 @@ class Spatial:
 
 
 def similarity_map(features: Tensor, patch: int, grid: tuple[int, int] | None = None) -> Tensor:
-    """Cosine similarity of one patch with all patches of its image: the heat map of arXiv 2603.20808.
+    """Cosine similarity of one patch with all patches of its image: the heat map of arXiv
+    2603.20808.
 
-    In -1..1, float32 (float64 for float64 features), computed in float64; 1 at the patch itself, and 0 everywhere if
-    that is a patch of zeros. Scaling a patch and rotating the feature space change nothing; reordering the patches
-    reorders the map.
+    In -1..1, float32 (float64 for float64 features), computed in float64; 1 at the patch itself,
+    and 0 everywhere if that is a patch of zeros. Scaling a patch and rotating the feature space
+    change nothing; reordering the patches reorders the map.
 
     Args:
         features: (..., patches, width), floating point: one image, images, layers.
@@ -139,7 +151,9 @@ def similarity_map(features: Tensor, patch: int, grid: tuple[int, int] | None = 
     """
     inputs.check_floating("features", features)
     if features.dim() < 2 or features.numel() == 0:
-        raise ValueError(f"features: got shape {tuple(features.shape)}, want (..., patches, width), not empty")
+        raise ValueError(
+            f"features: got shape {tuple(features.shape)}, want (..., patches, width), not empty"
+        )
     patches = features.shape[-2]
     if isinstance(patch, bool) or not isinstance(patch, int) or not 0 <= patch < patches:
         raise ValueError(f"patch: got {patch!r}, want an integer in 0..{patches - 1}")
@@ -159,7 +173,9 @@ def check_grid(grid: object, patches: int) -> tuple[int, int]:
         or not all(isinstance(side, int) and side > 0 for side in grid)
         or grid[0] * grid[1] != patches
     ):
-        raise ValueError(f"grid: got {grid!r}, want (rows, columns), two positive integers whose product is {patches}")
+        raise ValueError(
+            f"grid: got {grid!r}, want (rows, columns), two positive integers whose product is {patches}"
+        )
     return grid[0], grid[1]
 
 

@@ -1,4 +1,5 @@
-"""How many directions the features use, how alike the features are, and how large they get; over a stream of rows."""
+"""How many directions the features use, how alike the features are, and how large they get; over a
+stream of rows."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class SpectrumSummary(NamedTuple):
 
 
 class Spectrum:
-    """PCA effective dimension, mean feature correlation (arXiv 2603.20808), norms and massive activations of rows.
+    """PCA effective dimension, mean feature correlation (arXiv 2603.20808), norms and massive
+    activations of rows.
 
     With C the covariance of all rows seen, λ its eigenvalues and i ≠ j two features that vary:
 
@@ -45,9 +47,10 @@ class Spectrum:
         massive_activations = share of numbers a of a row h with |a| > `above` and |a| ≥ `times` · median |h|
         massive_tokens      = share of rows that have any
 
-    The last two follow Sun et al. 2024 (Massive Activations in Large Language Models: magnitude above 100 and about
-    1,000 times the median of the hidden state); the median is that of the row itself, so the figure does not depend on
-    which rows came together. A covariance of n rows has at most n - 1 directions: compare figures of as many rows.
+    The last two follow Sun et al. 2024 (Massive Activations in Large Language Models: magnitude
+    above 100 and about 1,000 times the median of the hidden state); the median is that of the row
+    itself, so the figure does not depend on which rows came together. A covariance of n rows has at
+    most n - 1 directions: compare figures of as many rows.
 
     | unchanged by        | effective_dimension, components_90 | correlation | norms | massive |
     |---------------------|------------------------------------|-------------|-------|---------|
@@ -57,8 +60,9 @@ class Spectrum:
     | one scale for all   | yes                                | yes         | scale with it | no |
     | a scale per feature | no                                 | yes         | no    | no      |
 
-    Memory: 8·width² bytes (128 MiB at 4,096) on the device of the first rows, whatever their number. Time: a float64
-    product of 2·rows·width² operations, and one eigenvalue decomposition in `result`.
+    Memory: 8·width² bytes (128 MiB at 4,096) on the device of the first rows, whatever their
+    number. Time: a float64 product of 2·rows·width² operations, and one eigenvalue decomposition in
+    `result`.
     """
 
     BINS = 64  # of the histogram of norms, per doubling
@@ -76,7 +80,8 @@ class Spectrum:
         self._histogram = torch.zeros(2 * self.OCTAVES * self.BINS, dtype=torch.int64)
 
     def update(self, rows: Tensor) -> None:
-        """Add rows (N, width), floating point and finite, N > 0; TypeError or ValueError changes nothing."""
+        """Add rows (N, width), floating point and finite, N > 0; TypeError or ValueError changes
+        nothing."""
         inputs.check_rows("rows", rows)
         if self.moments.rows and rows.shape[1] != len(self.moments.mean_x):
             raise ValueError(
@@ -90,20 +95,27 @@ class Spectrum:
         norms = torch.linalg.vector_norm(x, dim=1)
         self._norm_sum += norms.sum().item()
         self._norm_max = max(self._norm_max, norms.max().item())
-        bins = (norms.log2() * self.BINS).floor().clamp(-self.OCTAVES * self.BINS, self.OCTAVES * self.BINS - 1)
+        bins = (
+            (norms.log2() * self.BINS)
+            .floor()
+            .clamp(-self.OCTAVES * self.BINS, self.OCTAVES * self.BINS - 1)
+        )
         bins = bins.long() + self.OCTAVES * self.BINS
         self._histogram += torch.bincount(bins, minlength=len(self._histogram)).cpu()
 
         large = x.abs().amax(1) > self.above  # few rows, if any, need their median
         if large.any():
             size = x[large].abs()
-            massive = (size > self.above) & (size >= self.times * size.median(dim=1, keepdim=True).values)
+            massive = (size > self.above) & (
+                size >= self.times * size.median(dim=1, keepdim=True).values
+            )
             self._massive += int(massive.sum())
             self._with_massive += int(massive.any(1).sum())
         self.moments.add(x)
 
     def merge(self, other: Spectrum) -> None:
-        """Add the rows that another one saw; it has to have the same `above` and `times`, and is left alone."""
+        """Add the rows that another one saw; it has to have the same `above` and `times`, and is
+        left alone."""
         if (self.above, self.times) != (other.above, other.times):
             raise ValueError(
                 f"other: got above {other.above}, times {other.times}, want {self.above} and {self.times} as here"
@@ -137,7 +149,9 @@ class Spectrum:
         if not self.moments.varies()[0]:
             return math.nan, math.nan, math.nan
         variance = c.diagonal()
-        relative = c / variance.sum()  # eigenvalues that sum to 1: no power of the features' unit over- or underflows
+        relative = (
+            c / variance.sum()
+        )  # eigenvalues that sum to 1: no power of the features' unit over- or underflows
         dimension = 1 / relative.square().sum().item()
         shares = torch.linalg.eigvalsh(relative).flip(0).cumsum(0)
         components = int((shares < 0.9 * (1 - 1e-9)).sum()) + 1
@@ -148,10 +162,15 @@ class Spectrum:
             return dimension, float(components), math.nan
         scale = variance.rsqrt().where(varies, 0.0)
         correlation = (c.abs() * scale).T @ scale  # Σ over i of |C_ij| / √C_ii, over √C_jj
-        return dimension, float(components), ((correlation.sum() - features) / (features * (features - 1))).item()
+        return (
+            dimension,
+            float(components),
+            ((correlation.sum() - features) / (features * (features - 1))).item(),
+        )
 
     def _median_norm(self) -> float:
-        """The middle, on the scale of the logarithm, of the bin that holds the median (the lower of two)."""
+        """The middle, on the scale of the logarithm, of the bin that holds the median (the lower of
+        two)."""
         if self._norm_max == 0:
             return 0.0
         place = int((self._histogram.cumsum(0) < (self.moments.rows + 1) // 2).sum())

@@ -1,4 +1,5 @@
-"""What a stream of measurements has come to, in a safetensors file: numbers and tensors, nothing that is unpickled."""
+"""What a stream of measurements has come to, in a safetensors file: numbers and tensors, nothing
+that is unpickled."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ KIND = "__kind__"
 def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
     """Write `value` to `path`, whole or not at all.
 
-    It may be made of None, bool, int, float, str, list, tuple, dict, tensors, random.Random and objects of `classes`,
-    whose attributes are made of the same. What shares memory is written twice.
+    It may be made of None, bool, int, float, str, list, tuple, dict, tensors, random.Random and
+    objects of `classes`, whose attributes are made of the same. What shares memory is written
+    twice.
     """
     from safetensors.torch import save_file
 
@@ -48,9 +50,13 @@ def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cp
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.get("version") != str(VERSION):
             raise ValueError(f"has version {about.get('version')}, want {VERSION}")
-        return _restore(json.loads(about["value"]), {kind.__name__: kind for kind in classes}, tensors)
+        return _restore(
+            json.loads(about["value"]), {kind.__name__: kind for kind in classes}, tensors
+        )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read, so it cannot be gone on with: {error}") from error
+        raise ValueError(
+            f"{path}: cannot be read, so it cannot be gone on with: {error}"
+        ) from error
 
 
 def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor]) -> Any:
@@ -73,7 +79,10 @@ def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor
     if isinstance(value, random.Random):
         return {KIND: "random", "state": within(value.getstate())}
     if type(value) in classes:
-        return {KIND: classes[type(value)], "fields": {name: within(item) for name, item in vars(value).items()}}
+        return {
+            KIND: classes[type(value)],
+            "fields": {name: within(item) for name, item in vars(value).items()},
+        }
     raise TypeError(
         f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or {classes}"
     )

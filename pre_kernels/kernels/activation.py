@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, WARPS, RowShape, add_column_sum, cdiv, live_rows, narrow, on_device, widen
+from .launch import (
+    OPTIONS,
+    WARPS,
+    RowShape,
+    add_column_sum,
+    cdiv,
+    live_rows,
+    narrow,
+    on_device,
+    widen,
+)
 from .quantize import Quantized, store_quantized
 
 
@@ -169,7 +179,8 @@ def apply_activation(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """g = act(z) over the rows i with start + i < count; z, g: (n, M) contiguous; quantized: the same rows of g."""
+    """g = act(z) over the rows i with start + i < count; z, g: (n, M) contiguous; quantized: the
+    same rows of g."""
     n, M = z.shape
     shape = RowShape.of(M)
     q, scales = quantized or (None, None)
@@ -203,11 +214,11 @@ def apply_activation_grad(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """z becomes dz = dg · act'(z), over the rows i with start + i < count; with `sums` its column sums are stored there
-    (`first`) or added.
+    """z becomes dz = dg · act'(z), over the rows i with start + i < count; with `sums` its column
+    sums are stored there (`first`) or added.
 
-    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs share the work;
-    quantized: the rows of dz.
+    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs
+    share the work; quantized: the rows of dz.
     """
     n, M = z.shape
     shape = RowShape.of(M)

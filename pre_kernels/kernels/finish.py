@@ -1,4 +1,5 @@
-"""What goes before all chunks and after them: the divisor of a mean, the loss, the scaled gradients; a launch each."""
+"""What goes before all chunks and after them: the divisor of a mean, the loss, the scaled
+gradients; a launch each."""
 
 from __future__ import annotations
 
@@ -85,14 +86,20 @@ def scale_matrix(x_ptr, out_ptr, pid, size, scale, IN_PLACE: tl.constexpr, ELEME
 
 
 @triton.jit
-def scale_sums(sums_ptr, out_ptr, pid, slots, columns, scale, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
+def scale_sums(
+    sums_ptr, out_ptr, pid, slots, columns, scale, SLOTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     o_c = pid * COLUMNS + tl.arange(0, COLUMNS)
     b_sum = tl.zeros((SLOTS, COLUMNS), tl.float32)
     for first in range(0, slots, SLOTS):
         o_s = first + tl.arange(0, SLOTS)
         mask = (o_s < slots)[:, None] & (o_c < columns)[None, :]
         b_sum += tl.load(sums_ptr + o_s[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + o_c, narrow(tl.sum(b_sum, 0) * scale, out_ptr.dtype.element_ty), mask=o_c < columns)
+    tl.store(
+        out_ptr + o_c,
+        narrow(tl.sum(b_sum, 0) * scale, out_ptr.dtype.element_ty),
+        mask=o_c < columns,
+    )
 
 
 @triton.jit(do_not_specialize=["blocks_w1", "blocks_w2", "blocks_b1", "slots_b1", "slots_b2"])
@@ -121,7 +128,8 @@ def scale_kernel(
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One grid over four tensors, one after the other: at small N a launch each would take longer than the work."""
+    """One grid over four tensors, one after the other: at small N a launch each would take longer
+    than the work."""
     scale = load_scale(upstream_ptr, None)
     pid = tl.program_id(0)
     if pid < blocks_w1:
@@ -129,7 +137,9 @@ def scale_kernel(
             scale_matrix(dw1_ptr, out_w1_ptr, pid, size_w1, scale, IN_PLACE_W1, ELEMENTS)
     elif pid < blocks_w1 + blocks_w2:
         if dw2_ptr is not None:
-            scale_matrix(dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS)
+            scale_matrix(
+                dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS
+            )
     elif pid < blocks_w1 + blocks_w2 + blocks_b1:
         if db1_ptr is not None:
             i_b = pid - blocks_w1 - blocks_w2
@@ -150,10 +160,11 @@ def mean_divisor(
     index: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """0-d float32 D on `like`'s device: of a mean `normalizer`, else `number`, else Σ weight, else the count; else 1.
+    """0-d float32 D on `like`'s device: of a mean `normalizer`, else `number`, else Σ weight, else
+    the count; else 1.
 
-    1 if the count is 0, otherwise nan if D = 0, or if the count exceeds the capacity. weight: (·,) float32, at index[i]
-    if there is an index, else at i; count: 0-d int32, None = the capacity.
+    1 if the count is 0, otherwise nan if D = 0, or if the count exceeds the capacity. weight: (·,)
+    float32, at index[i] if there is an index, else at i; count: 0-d int32, None = the capacity.
     """
     divisor = like.new_empty((), dtype=torch.float32)
     with on_device(like):
@@ -176,8 +187,8 @@ def mean_divisor(
 
 
 def reduce_loss(losses: Tensor, divisor: Tensor, count: Tensor | None = None) -> Tensor:
-    """0-d float32: Σ losses ÷ divisor. losses: (capacity,) float32; divisor: 0-d float32; count: of the losses that
-    take part, 0-d int32, None = all."""
+    """0-d float32: Σ losses ÷ divisor. losses: (capacity,) float32; divisor: 0-d float32; count: of
+    the losses that take part, 0-d int32, None = all."""
     loss = losses.new_empty(())
     with on_device(losses):
         reduce_kernel[(1,)](
@@ -203,13 +214,16 @@ def scale_gradients(
 ) -> tuple[Tensor | None, ...]:
     """upstream · (dW1, dW2, db1, db2) in their dtypes, in one launch.
 
-    matrices: contiguous, any floating dtype; one that has its dtype already is returned as it is if there is no
-    upstream, and with `in_place` scaled where it lies: read and written only if upstream is not 1. sums: (S, columns)
-    float32, to be added up; upstream: 0-d, None = 1; None is passed over.
+    matrices: contiguous, any floating dtype; one that has its dtype already is returned as it is if
+    there is no upstream, and with `in_place` scaled where it lies: read and written only if
+    upstream is not 1. sums: (S, columns) float32, to be added up; upstream: 0-d, None = 1; None is
+    passed over.
     """
     (w1, w2), (b1, b2) = matrices, sums
     w1_out, w2_out = (
-        x if x is None or (x.dtype == dtype and (in_place or upstream is None)) else torch.empty_like(x, dtype=dtype)
+        x
+        if x is None or (x.dtype == dtype and (in_place or upstream is None))
+        else torch.empty_like(x, dtype=dtype)
         for x, dtype in ((w1, dtypes[0]), (w2, dtypes[1]))
     )
     if upstream is None:
@@ -217,11 +231,17 @@ def scale_gradients(
     some = next((x for x in (b1, b2, w1, w2) if x is not None), None)
     if some is None:
         return w1_out, w2_out, None, None
-    (slots_b1, columns_b1), (slots_b2, columns_b2) = ((0, 0) if x is None else x.shape for x in (b1, b2))
+    (slots_b1, columns_b1), (slots_b2, columns_b2) = (
+        (0, 0) if x is None else x.shape for x in (b1, b2)
+    )
     b1_out = None if b1 is None else b1.new_empty(columns_b1, dtype=dtypes[2])
     b2_out = None if b2 is None else b2.new_empty(columns_b2, dtype=dtypes[3])
     size_w1, size_w2 = 0 if w1 is None else w1.numel(), 0 if w2 is None else w2.numel()
-    blocks_w1, blocks_w2, blocks_b1 = cdiv(size_w1, ELEMENTS), cdiv(size_w2, ELEMENTS), cdiv(columns_b1, COLUMNS)
+    blocks_w1, blocks_w2, blocks_b1 = (
+        cdiv(size_w1, ELEMENTS),
+        cdiv(size_w2, ELEMENTS),
+        cdiv(columns_b1, COLUMNS),
+    )
     with on_device(some):
         scale_kernel[(blocks_w1 + blocks_w2 + blocks_b1 + cdiv(columns_b2, COLUMNS),)](
             w1,

@@ -1,4 +1,5 @@
-"""What every launcher needs: the device's class, the tensor's own device, the options that hold for all kernels."""
+"""What every launcher needs: the device's class, the tensor's own device, the options that hold for
+all kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton's interpreter computes a bfloat16 dot from raw bits, truncates where a GPU rounds to bfloat16, and reads a
-# bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN: there, and only there, conversions are done by
-# hand
+# Triton's interpreter computes a bfloat16 dot from raw bits, truncates where a GPU rounds to
+# bfloat16, and reads a bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN:
+# there, and only there, conversions are done by hand
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on
@@ -21,12 +22,17 @@ OPTIONS = {"enable_fp_fusion": True}
 
 TILE = 4096  # elements that a program of a row kernel holds at a time: many short rows, or one of up to LONGEST
 LONGEST = 8192  # columns; a longer row is read in blocks of TILE
-WARPS = 16  # of a row kernel: 8 elements a thread, 16 bytes of a half-precision row; AMD takes no more
-PROGRAMS = 264  # of a row kernel at most, two for each SM of an H200; each keeps a column sum of its own
+WARPS = (
+    16  # of a row kernel: 8 elements a thread, 16 bytes of a half-precision row; AMD takes no more
+)
+PROGRAMS = (
+    264  # of a row kernel at most, two for each SM of an H200; each keeps a column sum of its own
+)
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. `triton.cdiv` is made for kernels as well, and takes sixty times as long on the host."""
+    """⌈a / b⌉. `triton.cdiv` is made for kernels as well, and takes sixty times as long on the
+    host."""
     return -(-a // b)
 
 
@@ -57,11 +63,14 @@ def _arch(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx"
     # consumer Blackwell (sm_120) has the shared memory of its Ampere kin
-    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(torch.cuda.get_device_capability(index)[0], "sm80")
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(
+        torch.cuda.get_device_capability(index)[0], "sm80"
+    )
 
 
 def arch(tensor: Tensor) -> str:
-    """The class of device that the shape tables are keyed by: "sm80", "sm90", "sm100" or "gfx" (AMD)."""
+    """The class of device that the shape tables are keyed by: "sm80", "sm90", "sm100" or "gfx"
+    (AMD)."""
     return _arch(tensor.device.index) if tensor.is_cuda else "sm90"
 
 
@@ -69,7 +78,8 @@ HERE = nullcontext()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's (`device_map="auto"`)."""
+    """Triton launches on the current device, which need not be the tensor's
+    (`device_map="auto"`)."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return HERE
     return torch.cuda.device(tensor.device)
@@ -92,7 +102,9 @@ def narrow(x, DTYPE: tl.constexpr):
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     if INTERPRET and tl.float8e4nv == DTYPE:
         quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.abs(x))), -6.0) - 3.0)
-        rounded = (x / quantum + 12582912.0 - 12582912.0) * quantum  # adding 1.5 · 2^23 rounds to an integer
+        rounded = (
+            x / quantum + 12582912.0 - 12582912.0
+        ) * quantum  # adding 1.5 · 2^23 rounds to an integer
         bits = rounded.to(DTYPE).to(tl.uint8, bitcast=True)
         return tl.where(x == x, bits, 0x7F).to(tl.uint8).to(DTYPE, bitcast=True)
     return x.to(DTYPE)
@@ -116,8 +128,8 @@ def live_rows(count_ptr, start, n, COUNT: tl.constexpr):
 
 @triton.jit
 def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
-    """Store the column sums of b_sum (rows, block) in this program's row of sums (programs, stride), or add them to
-    what is there: no atomics, so the order is fixed."""
+    """Store the column sums of b_sum (rows, block) in this program's row of sums (programs,
+    stride), or add them to what is there: no atomics, so the order is fixed."""
     b_total = tl.sum(b_sum, 0)
     p_sums = sums_ptr + tl.program_id(0).to(tl.int64) * stride + o_b
     if not FIRST:

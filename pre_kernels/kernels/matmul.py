@@ -13,7 +13,8 @@ from .tiles import halves, swizzle
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """ "ieee" unless the user let float32 products be tf32; a plain `tl.dot` would be tf32 without asking."""
+    """ "ieee" unless the user let float32 products be tf32; a plain `tl.dot` would be tf32 without
+    asking."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -48,7 +49,11 @@ def matmul_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     # rows and columns beyond the edge repeat others instead of taking a mask; they are not stored
-    p_x = x_ptr + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm + o_k[None, :] * stride_xk  # (M, K)
+    p_x = (
+        x_ptr
+        + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm
+        + o_k[None, :] * stride_xk
+    )  # (M, K)
     p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N).to(tl.int64)[None, :] * stride_wn  # (K, N)
 
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -62,7 +67,9 @@ def matmul_kernel(
     if bias_ptr is not None:
         b_y += widen(tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0))[None, :]
     p_y = y_ptr + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-    tl.store(p_y, narrow(b_y, y_ptr.dtype.element_ty), mask=(o_m < live)[:, None] & (o_n < N)[None, :])
+    tl.store(
+        p_y, narrow(b_y, y_ptr.dtype.element_ty), mask=(o_m < live)[:, None] & (o_n < N)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["start", "n"])
@@ -97,8 +104,8 @@ def matmul_descriptor_kernel(
                 b_w = w.load([i_k * BLOCK_K, i_n * BLOCK_N])
             b_y = dot(b_x, b_w, b_y, w.dtype, "ieee")
 
-        # Rows from the count on are computed from whatever x holds there, and stored as far as y reaches. By halves: a
-        # whole tile on its way out would take the memory of a stage.
+        # Rows from the count on are computed from whatever x holds there, and stored as far as y
+        # reaches. By halves: a whole tile on its way out would take the memory of a stage.
         parts = halves(b_y)
         HALF: tl.constexpr = BLOCK_N // 2
         for i in tl.static_range(2):
@@ -141,7 +148,9 @@ def matmul(
             tile = tile or found
             matmul_descriptor_kernel[(tiles.programs(tile, n, N, x),)](
                 tiles.describe(x, tile.m, tile.k),
-                tiles.describe(w_rows, tile.n, tile.k) if transposed else tiles.describe(w_rows, tile.k, tile.n),
+                tiles.describe(w_rows, tile.n, tile.k)
+                if transposed
+                else tiles.describe(w_rows, tile.k, tile.n),
                 bias,
                 tiles.describe(y, tile.m, tile.n // 2),
                 count,

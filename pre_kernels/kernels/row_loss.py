@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, RowShape, add_column_sum, live_rows, narrow, on_device, sum_three, sum_two, widen
+from .launch import (
+    OPTIONS,
+    RowShape,
+    add_column_sum,
+    live_rows,
+    narrow,
+    on_device,
+    sum_three,
+    sum_two,
+    widen,
+)
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
@@ -71,7 +81,9 @@ def row_loss_kernel(
         p_a += o_b.to(tl.int64)[None, :] * stride_az
         weight = tl.full((ROWS,), 1.0, tl.float32)
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0)
+            weight = tl.load(
+                weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0
+            )
         if WHOLE:
             mask = m_n[:, None] & (o_b < Z)[None, :]
             b_p = widen(tl.load(p_p, mask=mask, other=0.0))
@@ -83,25 +95,32 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
                 b_pp += b_p * b_p
                 b_aa += b_a * b_a
                 b_pa += b_p * b_a
             pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
-            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is not
+            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's
+            # norm is not
             norm = tl.sqrt_rn(pp)
             p_norm = clamp_min(norm, 1e-8)
-            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep it
+            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep
+            # it
             p_inverse = tl.div_rn(1.0, p_norm)
             a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
-            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of r, not of 1
+            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the
+            # rounding of r, not of 1
             near = pa * p_inverse * a_inverse
             b_pr, b_uu = b_nothing, b_nothing
             for z in range(0, stop, BLOCK):
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
                 b_u = b_p * p_inverse[:, None]
                 b_pr += b_u * (b_a * a_inverse[:, None] - near[:, None] * b_u)
                 b_uu += b_u * b_u
@@ -116,7 +135,9 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
                 b_d = b_p - b_a
                 if LOSS == "mse":
                     b_loss += b_d * b_d
@@ -138,7 +159,9 @@ def row_loss_kernel(
                 if not WHOLE:
                     mask = m_n[:, None] & (z + o_b < Z)[None, :]
                     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
                 if LOSS == "cosine":
                     # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
                     b_u = b_p * p_inverse[:, None]
@@ -192,14 +215,16 @@ def row_loss(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad` p becomes dP =
-    upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored there (`first`) or added.
+    """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad`
+    p becomes dP = upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored
+    there (`first`) or added.
 
-    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if `gather_anchor`, else
-    start + i; weight likewise (·,) float32, None = 1; losses: (capacity,) float32; upstream: (capacity,) or 0-d, None =
-    1; divisor: 0-d float32, None = 1; sums: (S, Z) float32, whose S rows add up to the sum: as many programs share the
-    work; count: 0-d int32, None = all; clear: dP of rows beyond the count is 0, else they are left alone;
-    quantized: the rows of dP.
+    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if
+    `gather_anchor`, else start + i; weight likewise (·,) float32, None = 1; losses: (capacity,)
+    float32; upstream: (capacity,) or 0-d, None = 1; divisor: 0-d float32, None = 1; sums: (S, Z)
+    float32, whose S rows add up to the sum: as many programs share the work; count: 0-d int32, None
+    = all; clear: dP of rows beyond the count is 0, else they are left alone; quantized: the rows of
+    dP.
     """
     n, Z = p.shape
     shape = RowShape.of(Z)

@@ -1,4 +1,5 @@
-"""Row selection: mask → indices and their count, indices → inverse; the gather, and the scatter of gradients."""
+"""Row selection: mask → indices and their count, indices → inverse; the gather, and the scatter of
+gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def count_kernel(mask_ptr, counts_ptr, R, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["R", "capacity"])
-def select_kernel(mask_ptr, counts_ptr, index_ptr, inverse_ptr, count_ptr, R, capacity, BLOCK: tl.constexpr):
+def select_kernel(
+    mask_ptr, counts_ptr, index_ptr, inverse_ptr, count_ptr, R, capacity, BLOCK: tl.constexpr
+):
     pid = tl.program_id(0)
     before = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, pid, BLOCK):
@@ -80,7 +83,11 @@ def gather_kernel(
     b_x = widen(tl.load(p_x, mask=m_x, other=0.0))
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-        tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=(o_n < last)[:, None] & (o_d < D)[None, :])
+        tl.store(
+            p_out,
+            narrow(b_x, out_ptr.dtype.element_ty),
+            mask=(o_n < last)[:, None] & (o_d < D)[None, :],
+        )
     if q_ptr is not None:
         store_quantized(q_ptr, scales_ptr, b_x, o_n, o_d, last, D)
 
@@ -128,9 +135,9 @@ def load_scale(upstream_ptr, divisor_ptr):
 
 
 def select(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a (R,) bool mask with R > 0: (capacity,) int32 indices of its first true rows in order, undefined from the
-    count on; their (R,) int32 inverse, -1 where there is none; and the 0-d int32 count, which may exceed the capacity.
-    Reads nothing back to the host."""
+    """Of a (R,) bool mask with R > 0: (capacity,) int32 indices of its first true rows in order,
+    undefined from the count on; their (R,) int32 inverse, -1 where there is none; and the 0-d int32
+    count, which may exceed the capacity. Reads nothing back to the host."""
     R = mask.numel()
     blocks = cdiv(R, BLOCK)
     index, inverse, count, counts = (
@@ -166,8 +173,9 @@ def gather(
 ) -> None:
     """out[i] = x[index[start + i]] in out's dtype, over the rows i of `out` with start + i < count.
 
-    x: (·, D), any strides; out: (n, D) contiguous; index: (capacity,), None = row start + i; count: 0-d int32, None =
-    all; clear: rows from the count on are 0, else they are left alone; quantized: the same rows.
+    x: (·, D), any strides; out: (n, D) contiguous; index: (capacity,), None = row start + i; count:
+    0-d int32, None = all; clear: rows from the count on are 0, else they are left alone; quantized:
+    the same rows.
     """
     q, scales = quantized or (None, None)
     n, D = next(given for given in (out, q) if given is not None).shape
@@ -201,9 +209,10 @@ def scatter(
     inverse: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> None:
-    """out[r] = upstream · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D), both contiguous, any
-    floating dtypes; inverse: (R,), None = the identity; upstream: 0-d, None = 1. Without an inverse `out` may be `x`,
-    which is then read and written only if upstream is not 1."""
+    """out[r] = upstream · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D),
+    both contiguous, any floating dtypes; inverse: (R,), None = the identity; upstream: 0-d, None =
+    1. Without an inverse `out` may be `x`, which is then read and written only if upstream is not
+    1."""
     R, D = out.shape
     if not R:
         return

@@ -1,4 +1,5 @@
-"""Which part of a product a program computes: shapes of tiles, the choice among them, their order, their epilogue."""
+"""Which part of a product a program computes: shapes of tiles, the choice among them, their order,
+their epilogue."""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ class Tile(NamedTuple):
     blocks: int = 1  # persistent programs that share a multiprocessor
 
 
-# By architecture and width of an element; of a row's tiles `choose` takes the one that fills the device best. Shared
-# memory of a block: 227 KiB on sm90 and sm100, 163 KiB on sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE
-# float32 has no tensor cores and needs its accumulators' registers for operands.
+# By architecture and width of an element; of a row's tiles `choose` takes the one that fills the
+# device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on sm80 (99 KiB on its
+# consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores and needs its accumulators'
+# registers for operands.
 POINTER_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("sm100", 4): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -41,9 +43,11 @@ POINTER_TILES = {
     ("gfx", 2): (Tile(128, 128, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("gfx", 4): (Tile(128, 128, 16, 8, 2), Tile(64, 64, 16, 4, 2)),
 }
-# Where rows do not start at multiples of 16 elements, loads are an element wide and pass through registers.
+# Where rows do not start at multiples of 16 elements, loads are an element wide and pass through
+# registers.
 UNALIGNED = Tile(64, 64, 16, 4, 2)
-# Operands that come by tensor descriptor take no registers: a stage more fits beside 32 KiB for the epilogue.
+# Operands that come by tensor descriptor take no registers: a stage more fits beside 32 KiB for the
+# epilogue.
 DESCRIPTOR_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
     ("sm90", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
@@ -53,7 +57,9 @@ GROUP_M = 8  # row tiles that share a column tile of the weight while it is in t
 
 @lru_cache
 def _multiprocessors(index: int | None) -> int:
-    return 132 if index is None else int(torch.cuda.get_device_properties(index).multi_processor_count)
+    return (
+        132 if index is None else int(torch.cuda.get_device_properties(index).multi_processor_count)
+    )
 
 
 def multiprocessors(tensor: Tensor) -> int:
@@ -62,8 +68,12 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def cache_file() -> Path:
-    """Where `pre-kernels tune` keeps what it found: $PRE_KERNELS_CACHE, else ~/.cache/pre_kernels."""
-    return Path(os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels") / "tiles.json"
+    """Where `pre-kernels tune` keeps what it found: $PRE_KERNELS_CACHE, else
+    ~/.cache/pre_kernels."""
+    return (
+        Path(os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels")
+        / "tiles.json"
+    )
 
 
 @lru_cache
@@ -94,8 +104,8 @@ def _device_name(index: int | None) -> str:
 
 
 def key(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> str:
-    """Of a tuned tile. kind: "descriptor" | "pointer"; role: "rows" of a chunk by a weight | "weight", its gradient;
-    rows, columns: of the output."""
+    """Of a tuned tile. kind: "descriptor" | "pointer"; role: "rows" of a chunk by a weight |
+    "weight", its gradient; rows, columns: of the output."""
     device = _device_name(operand.device.index if operand.is_cuda else None)
     size, rows_of = operand.element_size(), rows_class(rows)
     return f"{device}, triton {triton.__version__}: {role} by {kind}, {size} bytes, {columns} columns, {rows_of} rows"
@@ -127,8 +137,9 @@ def choose(candidates: tuple[Tile, ...], rows: int, columns: int, tensor: Tensor
 
 @lru_cache(4096)  # N is ragged
 def _fastest(candidates: tuple[Tile, ...], rows: int, columns: int, multiprocessors: int) -> Tile:
-    """What takes turns on a multiprocessor takes time for its products (m · n) and for what it loads (m + n, which
-    weighs 64 times as much: a 128 × 128 tile then reaches 7/8 of the rate of 128 × 256)."""
+    """What takes turns on a multiprocessor takes time for its products (m · n) and for what it
+    loads (m + n, which weighs 64 times as much: a 128 × 128 tile then reaches 7/8 of the rate of
+    128 × 256)."""
 
     def cost(tile: Tile) -> int:
         tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
@@ -143,18 +154,20 @@ def largest(tensor: Tensor, dtype: torch.dtype) -> Tile:
     return table("descriptor" if has_descriptors(tensor, dtype) else "pointer", tensor, dtype)[0]
 
 
-# What another chunk costs, in turns: its part of the weights' gradients is added to sums in float32,
-# and ten launches begin and end
+# What another chunk costs, in turns: its part of the weights' gradients is added to sums in
+# float32, and ten launches begin and end
 CHUNK_TURNS = 2
 
 
 @lru_cache
-def whole_turns(rows: int, most: int, part: int, columns: tuple[int, ...], tile: Tile, multiprocessors: int) -> int:
+def whole_turns(
+    rows: int, most: int, part: int, columns: tuple[int, ...], tile: Tile, multiprocessors: int
+) -> int:
     """How many of `rows` rows a chunk should have: at most `most`, and the last chunk what is left.
 
-    The multiprocessors take turns at the tiles of a product; what counts is the turns of all products of the
-    rows, whose outputs have so many `columns`. Tried are `part`, and the rows whose tiles fill whole turns
-    in the widest of them.
+    The multiprocessors take turns at the tiles of a product; what counts is the turns of all
+    products of the rows, whose outputs have so many `columns`. Tried are `part`, and the rows whose
+    tiles fill whole turns in the widest of them.
     """
     across = [cdiv(width, tile.n) for width in columns]
 
@@ -168,12 +181,15 @@ def whole_turns(rows: int, most: int, part: int, columns: tuple[int, ...], tile:
 
     widest = max(across)
     most_turns = most // tile.m * widest // multiprocessors
-    filling = dict.fromkeys(multiprocessors * turn // widest * tile.m for turn in range(most_turns, 0, -1))
+    filling = dict.fromkeys(
+        multiprocessors * turn // widest * tile.m for turn in range(most_turns, 0, -1)
+    )
     return min([*filter(None, filling), part], key=cost)
 
 
 def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Tile:
-    """The tile for a product of `x` with `w`, whose dtype it is taken in, with loads through pointers."""
+    """The tile for a product of `x` with `w`, whose dtype it is taken in, with loads through
+    pointers."""
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x.stride(), *w.stride()))
     return best("pointer", role, rows, columns, w) if aligned else UNALIGNED
 
@@ -181,15 +197,21 @@ def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Ti
 def descriptor_tile(
     x: Tensor, w: Tensor, others: Sequence[Tensor | None], role: str, rows: int, columns: int
 ) -> Tile | None:
-    """The tile for the same product with loads through tensor descriptors, or None where there can be none: on other
-    architectures, in float32, with a cast, and where rows are not contiguous, not apart, or not aligned to 16 bytes."""
+    """The tile for the same product with loads through tensor descriptors, or None where there can
+    be none: on other architectures, in float32, with a cast, and where rows are not contiguous, not
+    apart, or not aligned to 16 bytes."""
     if not has_descriptors(x, w.dtype) or x.dtype != w.dtype:
         return None
     for tensor in (x, w, *others):
         if tensor is not None:
             stride, one = tensor.stride()
             overlapping = stride < tensor.shape[1]  # as expanded rows are
-            if one != 1 or overlapping or stride * tensor.element_size() % 16 or tensor.data_ptr() % 16:
+            if (
+                one != 1
+                or overlapping
+                or stride * tensor.element_size() % 16
+                or tensor.data_ptr() % 16
+            ):
                 return None
     return best("descriptor", role, rows, columns, w)
 
@@ -207,7 +229,8 @@ def programs(tile: Tile, rows: int, columns: int, tensor: Tensor) -> int:
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The tensor in blocks of (rows, columns); made on the host, so that kernels need no scratch memory."""
+    """The tensor in blocks of (rows, columns); made on the host, so that kernels need no scratch
+    memory."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 

@@ -1,4 +1,5 @@
-"""Opt-in tuning: the candidate tiles of each product timed on this device, the best kept in a file for later calls."""
+"""Opt-in tuning: the candidate tiles of each product timed on this device, the best kept in a file
+for later calls."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ CANDIDATES = {
 
 
 class Tuned(NamedTuple):
-    """Of one role and size: milliseconds of each tile that ran, the shipped one first; and its key in the file."""
+    """Of one role and size: milliseconds of each tile that ran, the shipped one first; and its key
+    in the file."""
 
     name: str
     times: dict[Tile, float]
@@ -61,7 +63,8 @@ def tune(
     device: torch.device | str = "cuda",
     time: Callable[[Callable[[], Any]], float] = triton.testing.do_bench,
 ) -> Iterator[Tuned]:
-    """Time the candidates for square weights of each width, a result as it comes; the best is kept at once."""
+    """Time the candidates for square weights of each width, a result as it comes; the best is kept
+    at once."""
     for width in widths:
         for n in ROWS:
             x, y, w = (torch.randn(rows, width, device=device).to(dtype) for rows in (n, n, width))
@@ -88,7 +91,9 @@ def tune(
                     except Exception:  # too much shared memory, or registers
                         continue
                 if times:
-                    found = Tuned(f"{role}, n = {n}, width {width}", times, tiles.key(kind, role, *size, w))
+                    found = Tuned(
+                        f"{role}, n = {n}, width {width}", times, tiles.key(kind, role, *size, w)
+                    )
                     remember(found.key, found.best)
                     yield found
 

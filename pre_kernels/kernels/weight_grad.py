@@ -59,7 +59,10 @@ def weight_grad_kernel(
         first = i_n * BLOCK_N + i * QUARTER
         base = (i_m * BLOCK_M).to(tl.int64) * N + first
         o_q = tl.arange(0, QUARTER)[None, :]
-        p_total, m_total = total_ptr + base + m * N + o_q, (i_m * BLOCK_M + m < M) & (first + o_q < N)
+        p_total, m_total = (
+            total_ptr + base + m * N + o_q,
+            (i_m * BLOCK_M + m < M) & (first + o_q < N),
+        )
         b_part = parts[i]
         if not FIRST:
             b_part += tl.load(p_total, mask=m_total, other=0.0)
@@ -90,8 +93,8 @@ def weight_grad_descriptor_kernel(
     stop = tiles_m * tiles_n
     if not FIRST:
         stop = tl.where(live > 0, stop, 0)
-    # The blocks of rows end at the count, and the first one begins above row 0, where loads give zeros: what lies
-    # beyond the count, NaN perhaps, is never read, and nothing needs a mask.
+    # The blocks of rows end at the count, and the first one begins above row 0, where loads give
+    # zeros: what lies beyond the count, NaN perhaps, is never read, and nothing needs a mask.
     blocks = tl.cdiv(live, BLOCK_K)
     top = live - blocks * BLOCK_K
     for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0), flatten=FLATTEN):
@@ -125,10 +128,10 @@ def add_weight_grad(
 ) -> None:
     """total += Σ_i dy[i]ᵀ · x[i], over the rows i of `dy` with start + i < count.
 
-    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (n, N), any strides, cast to dy's dtype;
-    count: 0-d int32 on the device, None = all; first: total = instead of total +=, zeros where there is no row. Each
-    element is summed by one program in a fixed order: deterministic. Rows from the count on may hold anything. tile: as
-    in `matmul`.
+    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (n, N), any strides,
+    cast to dy's dtype; count: 0-d int32 on the device, None = all; first: total = instead of total
+    +=, zeros where there is no row. Each element is summed by one program in a fixed order:
+    deterministic. Rows from the count on may hold anything. tile: as in `matmul`.
     """
     (n, M), N = dy.shape, x.shape[1]
     found = tiles.descriptor_tile(x, dy, (total,), "weight", M, N)

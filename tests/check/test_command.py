@@ -1,4 +1,5 @@
-"""`pre-kernels check` from its arguments to its file, with implementations that are broken, crash and hang."""
+"""`pre-kernels check` from its arguments to its file, with implementations that are broken, crash
+and hang."""
 
 import json
 import os
@@ -50,7 +51,8 @@ def on_a_cpu(monkeypatch):
 
 @pytest.fixture
 def children(monkeypatch):
-    """In the place of the processes of implementations: scripts, by name, which begin in no time."""
+    """In the place of the processes of implementations: scripts, by name, which begin in no
+    time."""
 
     def put(**scripts):
         real = command.subprocess.Popen
@@ -58,11 +60,18 @@ def children(monkeypatch):
         def popen(arguments, **options):
             if "pre_kernels.check.one" in arguments:  # else it is not ours
                 script = "import json, os, sys, time\ntell = lambda **line: print(json.dumps(line), flush=True)\n"
-                arguments = [sys.executable, "-S", "-c", script + textwrap.dedent(scripts[arguments[3]])]
+                arguments = [
+                    sys.executable,
+                    "-S",
+                    "-c",
+                    script + textwrap.dedent(scripts[arguments[3]]),
+                ]
             return real(arguments, **options)
 
         monkeypatch.setattr(command.subprocess, "Popen", popen)
-        monkeypatch.setattr(one, "unfit", lambda impl, *where: None if impl in scripts else "not in this test")
+        monkeypatch.setattr(
+            one, "unfit", lambda impl, *where: None if impl in scripts else "not in this test"
+        )
 
     return put
 
@@ -77,7 +86,10 @@ FINE = """
 @NEEDS_TRITON
 @pytest.mark.usefixtures("on_a_cpu")
 def test_all_of_a_cpu(tmp_path, capsys):
-    assert status("--impl", "torch", "blas", "--width", 64, "--rows", 64, "--out", tmp_path / "new") == 0
+    assert (
+        status("--impl", "torch", "blas", "--width", 64, "--rows", 64, "--out", tmp_path / "new")
+        == 0
+    )
     kept, lines = written(tmp_path / "new"), capsys.readouterr().out.splitlines()
     assert kept["finished"]
     assert kept["argv"][:2] == ["check", "--impl"]
@@ -92,10 +104,15 @@ def test_all_of_a_cpu(tmp_path, capsys):
     assert found.pop(("blas", "real size, memory, time")) == "skip"
     peak = found.pop(("torch", "peak memory"))
     assert peak in ("pass", "skip")  # /proc allows it, or not
-    wanted = {(impl, name): outcome for impl in ("torch", "blas") for name, outcome in small.items()}
+    wanted = {
+        (impl, name): outcome for impl in ("torch", "blas") for name, outcome in small.items()
+    }
     assert found == wanted | {("torch", "error, real size"): "pass", ("torch", "time"): "info"}
     assert len(lines) == len(kept["results"]) + 2
-    assert any(line.startswith("PASS  blas    error, small case") and "× the rule" in line for line in lines)
+    assert any(
+        line.startswith("PASS  blas    error, small case") and "× the rule" in line
+        for line in lines
+    )
     assert any("× six bare matmuls" in line and line.startswith(" ") for line in lines)
     assert lines[-1].startswith(f"{5 + (peak == 'pass')} passed, 0 failed, ")
     assert not list((tmp_path / "new").glob("*.part"))
@@ -131,7 +148,10 @@ def test_what_is_wrong_and_what_crashes(tmp_path, capsys, monkeypatch):
     wrong, *others = (line for line in kept["results"] if line["impl"] == "triton")
     assert wrong["outcome"] == "fail"
     assert "error" in wrong["says"]
-    assert [line["check"] for line in others[-2:]] == ["torch.compile, fullgraph", "real size, memory, time"]
+    assert [line["check"] for line in others[-2:]] == [
+        "torch.compile, fullgraph",
+        "real size, memory, time",
+    ]
     assert kept["finished"]
 
 
@@ -143,7 +163,9 @@ def test_a_hang_at_the_very_end(tmp_path, capsys, monkeypatch, children):
 
 
 def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, children):
-    hangs = 'tell(begin="no host sync"); sys.stderr.write("busy"); sys.stderr.flush(); time.sleep(600)'
+    hangs = (
+        'tell(begin="no host sync"); sys.stderr.write("busy"); sys.stderr.flush(); time.sleep(600)'
+    )
     children(blas=hangs, torch=FINE)
     monkeypatch.setattr(command, "LIMIT", 3.0)
     began = time.monotonic()
@@ -160,9 +182,18 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
     [
         ("sys.exit(3)", "start: exit status 3: nothing on stderr"),
         ("1 / 0", "start: exit status 1: ZeroDivisionError: division by zero"),
-        ('tell(begin="time"); os._exit(0)', "time: exit status 0: nothing on stderr"),  # before its end
-        ('tell(begin="time"); print(\'{"check": "ti\', end=""); sys.exit(4)', "time: exit status 4: nothing on stderr"),
-        ('tell(begin="time"); tell(done=True); sys.exit(5)', "time: exit status 5: nothing on stderr"),
+        (
+            'tell(begin="time"); os._exit(0)',
+            "time: exit status 0: nothing on stderr",
+        ),  # before its end
+        (
+            'tell(begin="time"); print(\'{"check": "ti\', end=""); sys.exit(4)',
+            "time: exit status 4: nothing on stderr",
+        ),
+        (
+            'tell(begin="time"); tell(done=True); sys.exit(5)',
+            "time: exit status 5: nothing on stderr",
+        ),
     ],
 )
 def test_an_end_that_is_none(tmp_path, children, script, says):
@@ -205,7 +236,11 @@ def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command.Report, "add", add)
-    monkeypatch.setattr(command.Child, "kill", lambda self, kill=command.Child.kill: started.append(self) or kill(self))
+    monkeypatch.setattr(
+        command.Child,
+        "kill",
+        lambda self, kill=command.Child.kill: started.append(self) or kill(self),
+    )
     assert status("--impl", "torch", "--out", tmp_path) == 130
     kept = written(tmp_path)
     assert not kept["finished"]
@@ -217,7 +252,9 @@ def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
     """Before the first line: what is kept is not that of an earlier run."""
     (tmp_path / "check.json").write_text('{"finished": true}')
     file, before = tmp_path / "pid", signal.getsignal(signal.SIGTERM)
-    stop = "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
+    stop = (
+        "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
+    )
     children(torch=f"open({str(file)!r}, 'w').write(str(os.getpid())); {stop}")
     assert status("--impl", "torch", "--out", tmp_path) == 130
     assert gone(int(file.read_text()))
@@ -285,7 +322,9 @@ def test_what_is_checked_where(monkeypatch):
     plan = planned(monkeypatch, Card(), {})
     assert plan.impls == ["blas", "triton", "fp8"]
     assert (plan.width, plan.rows, plan.dtype) == (4096, 9216, "bf16")
-    plan = planned(monkeypatch, Card(), dict.fromkeys(("blas", "triton", "fp8"), "triton is not installed"))
+    plan = planned(
+        monkeypatch, Card(), dict.fromkeys(("blas", "triton", "fp8"), "triton is not installed")
+    )
     assert plan.impls == ["torch"]
     assert set(plan.left_out) == {"blas", "triton", "fp8"}
     assert planned(monkeypatch, Card(), {"fp8": "old"}).impls == ["blas", "triton"]

@@ -17,7 +17,9 @@ def answers(monkeypatch):
     monkeypatch.delenv(device.SILENT)
 
 
-@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("nvidia-smi", 20), FileNotFoundError("nvidia-smi")])
+@pytest.mark.parametrize(
+    "error", [subprocess.TimeoutExpired("nvidia-smi", 20), FileNotFoundError("nvidia-smi")]
+)
 def test_what_nvidia_smi_does_not_say_is_missing(monkeypatch, error):
     def run(*arguments, **options):
         raise error
@@ -74,10 +76,13 @@ def test_what_nvidia_smi_says(monkeypatch):
 
 
 def test_the_host_queues_a_step_while_the_gpu_is_busy(monkeypatch):
-    """The clock stands still but within a step: the wait for the device before it is not counted."""
+    """The clock stands still but within a step: the wait for the device before it is not
+    counted."""
     order, now = [], [0.0]
     for name in ("synchronize", "_sleep"):
-        monkeypatch.setattr(torch.cuda, name, lambda *a, name=name: order.append((name, *a)), raising=False)
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *a, name=name: order.append((name, *a)), raising=False
+        )
     monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
 
     def step():

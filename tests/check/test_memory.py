@@ -21,7 +21,8 @@ def test_the_formula_of_the_peak_knows_each_implementation(impl):
 
 @pytest.mark.parametrize("units", [None, "AMX"])
 def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
-    """dH is in what is returned; float32 products want copies of half-precision weights, and sums of gradients."""
+    """dH is in what is returned; float32 products want copies of half-precision weights, and sums
+    of gradients."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
     place = torch.device("cpu")
     few, some, many = (cases.Shape("tiny", 2, 2**17, n, 128, 96, 64, "") for n in (50, 500, 2**16))
@@ -29,7 +30,10 @@ def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
     size, more = (2, 0) if units else (4, 2 * weights)
     assert cases.formula(few, torch.bfloat16, "torch", place) == 100 * row * size + more + passes
     assert cases.formula(few, torch.float32, "torch", place) == 100 * row * 4 + passes
-    assert cases.formula(few, torch.float16, "torch", place) == 100 * row * 4 + 2 * weights + 2**18 * 128 * 4 + passes
+    assert (
+        cases.formula(few, torch.float16, "torch", place)
+        == 100 * row * 4 + 2 * weights + 2**18 * 128 * 4 + passes
+    )
     assert cases.formula(some, torch.float32, "torch", place) == 500 * row * 4 + passes
     chunk = -(-(2**17) // 7)  # of 32 MiB, in equal parts
     assert cases.formula(many, torch.float32, "torch", place) == chunk * row * 4 + passes
@@ -37,7 +41,9 @@ def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
         assert cases.formula(many, torch.bfloat16, "torch", place) == 2**17 * row * 2 + passes
 
 
-@pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")
+@pytest.mark.skipif(
+    memory.missing() is not None, reason="the peak of a process can be reset on Linux alone"
+)
 def test_peak_of_the_process():
     torch.ones(1 << 20, dtype=torch.uint8)
     before = memory._resident("VmRSS")

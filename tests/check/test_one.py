@@ -50,7 +50,9 @@ def checks(monkeypatch):
     monkeypatch.setattr(one, "current", StandIn)
     monkeypatch.setattr(one, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(promises, "captured", captured)
-    monkeypatch.setattr(promises, "fullgraph", lambda *arguments: promises.WHOLE)  # seconds; test_promises.py has it
+    monkeypatch.setattr(
+        promises, "fullgraph", lambda *arguments: promises.WHOLE
+    )  # seconds; test_promises.py has it
     return one.Checks("torch", 64, 64, "fp32")
 
 
@@ -75,7 +77,11 @@ def test_every_check_of_a_gpu(checks):
 
 
 def test_masks_are_among_the_calls_of_the_others(monkeypatch):
-    assert list(one.Checks("blas", 64, 64, "bf16").calls()) == ["integer rows", "mask", "mask and weights"]
+    assert list(one.Checks("blas", 64, 64, "bf16").calls()) == [
+        "integer rows",
+        "mask",
+        "mask and weights",
+    ]
 
 
 def test_wrong_results_are_not_timed(checks):
@@ -89,13 +95,17 @@ def test_wrong_results_are_not_timed(checks):
     assert results["peak memory"]["outcome"] == "pass"
 
 
-@pytest.mark.parametrize(("off", "outcome"), [(1.02, "pass"), (1.2, "fail"), (float("nan"), "fail")])
+@pytest.mark.parametrize(
+    ("off", "outcome"), [(1.02, "pass"), (1.2, "fail"), (float("nan"), "fail")]
+)
 def test_float8_has_a_gate_of_its_own(checks, off, outcome):
     checks.impl = "fp8"
     checks.function = lambda **arguments: off * reference.pre_loss(**arguments)
     results, _ = told(checks, wait=lambda: False)
     assert results["error, small case"]["outcome"] == outcome
-    assert ("0.20 × a relative rms error of 0.1" in results["error, small case"]["says"]) == (outcome == "pass")
+    assert ("0.20 × a relative rms error of 0.1" in results["error, small case"]["says"]) == (
+        outcome == "pass"
+    )
 
 
 def test_what_is_raised_names_the_call_and_keeps_its_traceback(checks):
@@ -113,11 +123,18 @@ def test_what_is_raised_names_the_call_and_keeps_its_traceback(checks):
 
 
 def test_a_graph_and_a_break_that_are_not_as_promised(checks, monkeypatch):
-    monkeypatch.setattr(promises, "captured", lambda step: (lambda: None, tuple(2 * x for x in step())))
-    monkeypatch.setattr(promises, "fullgraph", lambda *arguments: "no break, but its gradients differ")
+    monkeypatch.setattr(
+        promises, "captured", lambda step: (lambda: None, tuple(2 * x for x in step()))
+    )
+    monkeypatch.setattr(
+        promises, "fullgraph", lambda *arguments: "no break, but its gradients differ"
+    )
     results, _ = told(checks, wait=lambda: False)
     assert results["CUDA graph, other rows"]["outcome"] == "fail"
-    assert results["CUDA graph, other rows"]["says"] == "integer rows: captured, but its gradients differ"
+    assert (
+        results["CUDA graph, other rows"]["says"]
+        == "integer rows: captured, but its gradients differ"
+    )
     assert results["torch.compile, fullgraph"]["outcome"] == "fail"
 
 
@@ -151,13 +168,18 @@ def test_nobody_listens(checks):
 def test_what_does_not_fit_is_left_out_and_the_rest_measured():
     checks = one.Checks("torch", 64, 1024, "fp32")
     large = (
-        one.needed(checks.real, torch.float64, one.workspace("torch", torch.device("cpu"), torch.float64)) + one.FLUSH
+        one.needed(
+            checks.real, torch.float64, one.workspace("torch", torch.device("cpu"), torch.float64)
+        )
+        + one.FLUSH
     )
     checks.device.room = large - 1
     results, _ = told(checks)
     assert results["error, small case"]["outcome"] == "pass"
     assert results["error, real size"]["outcome"] == "skip"
-    want = f"1024 rows of width 64 take {large / 2**30:.1f} GiB, of which {large / 2**30:.1f} are free"
+    want = (
+        f"1024 rows of width 64 take {large / 2**30:.1f} GiB, of which {large / 2**30:.1f} are free"
+    )
     assert results["error, real size"]["says"].startswith(want)
     assert results["peak memory"]["outcome"] == "pass"
     assert results["time"]["outcome"] == "info"
@@ -167,7 +189,9 @@ def test_what_does_not_fit_is_left_out_and_the_rest_measured():
     assert all("are free; want a smaller --width" in line["says"] for line in results.values())
 
 
-@pytest.mark.skipif(memory.missing() is not None, reason="the peak of a process can be reset on Linux alone")
+@pytest.mark.skipif(
+    memory.missing() is not None, reason="the peak of a process can be reset on Linux alone"
+)
 def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
     code = """if True:
         import torch
@@ -177,7 +201,9 @@ def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
         print(rise + sum(x.nbytes for x in given.tensors.values()) / 2**20)
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     shape = one.Checks("torch", 512, 2048, "fp32").real
     estimate = one.needed(shape, torch.float64, 0) / 2**20
     assert 0.6 * estimate < float(done.stdout) < estimate
@@ -214,6 +240,9 @@ def test_what_runs_on_a_cpu(monkeypatch):
 
 
 def test_an_implementation_is_what_its_name_says():
-    assert one.Checks("fp8", 64, 64, "bf16").function.keywords == {"impl": "blas", "precision": "fp8"}
+    assert one.Checks("fp8", 64, 64, "bf16").function.keywords == {
+        "impl": "blas",
+        "precision": "fp8",
+    }
     assert one.Checks("triton", 64, 64, "bf16").function.keywords == {"impl": "triton"}
     assert one.Checks("torch", 64, 64, "bf16").function.func is fused_pre_loss

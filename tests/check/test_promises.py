@@ -20,7 +20,8 @@ def tiny(rows="index"):
 @pytest.mark.parametrize("rows", ["index", "mask"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 def test_a_graph_is_replayed_on_other_rows(rows, frozen):
-    """A stand-in for a CUDA graph: what it replays reads the rows anew, or wrongly those of its capture."""
+    """A stand-in for a CUDA graph: what it replays reads the rows anew, or wrongly those of its
+    capture."""
     case = tiny(rows)
     step = cases.step(fused_pre_loss, case)
     then = Case(case.tensors, case.rows.clone(), upstream=case.upstream)
@@ -36,7 +37,9 @@ def test_a_graph_is_replayed_on_other_rows(rows, frozen):
         return replay, got
 
     outcome, _ = promises.graph(Cpu(), step, case, capture)
-    assert outcome == ("captured, but its gradients differ once the rows have changed" if frozen else promises.HELD)
+    assert outcome == (
+        "captured, but its gradients differ once the rows have changed" if frozen else promises.HELD
+    )
     assert torch.equal(case.rows, then.rows)
     if rows == "mask":
         assert 0 < promises.others(case.rows).sum() < case.rows.sum()

@@ -63,7 +63,9 @@ def test_classes_take_turns(folder):
     found = find_images(folder, seed=3)
     assert [item.label for item in found.items] == [0, 1, 2, 0, 1, 2, 0, 1, 0, 0]
     assert found == find_images(folder, seed=3)
-    orders = {tuple(item.name for item in find_images(folder, seed=seed).items) for seed in range(5)}
+    orders = {
+        tuple(item.name for item in find_images(folder, seed=seed).items) for seed in range(5)
+    }
     assert len(orders) == 5
 
 
@@ -85,7 +87,9 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     found = find_images(tmp_path)
     assert found.classes == ()
     assert {item.label for item in found.items} == {None}
-    assert sorted(item.name for item in found.items) == sorted(f"a{ending.upper()}" for ending in EXTENSIONS)
+    assert sorted(item.name for item in found.items) == sorted(
+        f"a{ending.upper()}" for ending in EXTENSIONS
+    )
 
 
 def test_one_class_is_no_error(tmp_path):
@@ -101,7 +105,9 @@ def test_folders_that_hold_no_images(tmp_path):
     with pytest.raises(ValueError, match=r"images: .*a\.png is no folder"):
         find_images(picture(tmp_path / "one" / "a.png"))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"images: .*none has no images.* want files that end in .bmp"):
+    with pytest.raises(
+        ValueError, match=r"images: .*none has no images.* want files that end in .bmp"
+    ):
         find_images(tmp_path / "none")
     picture(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"has 1 images beside 1 subfolders with images \('one'\)"):
@@ -127,16 +133,34 @@ def test_a_table_of_classes(folder, image, label):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"has columns \(none\), want a header with exactly one of image, file, filename, file_name"),
+        (
+            "",
+            r"has columns \(none\), want a header with exactly one of image, file, filename, file_name",
+        ),
         ("image,label\n", "has no rows, want images of at least two classes"),
-        ("image,label\ncat/0 é.png,a\ncat/1 é.png,a\n", "has 'a', want images of at least two classes"),
+        (
+            "image,label\ncat/0 é.png,a\ncat/1 é.png,a\n",
+            "has 'a', want images of at least two classes",
+        ),
         ("cat/0 é.png,a\n", "has columns 'cat/0 é.png', 'a', want a header"),
-        ("image,kind\ncat/0 é.png,a\n", "has columns 'image', 'kind', want a header with exactly one of label, class"),
+        (
+            "image,kind\ncat/0 é.png,a\n",
+            "has columns 'image', 'kind', want a header with exactly one of label, class",
+        ),
         ("image,label,class\ncat/0 é.png,a,b\n", "exactly one of label, class"),
-        ("image,label\ncat/9.png,a\n", r"line 2 of .*labels.csv names 'cat/9.png', want the path of an image in"),
+        (
+            "image,label\ncat/9.png,a\n",
+            r"line 2 of .*labels.csv names 'cat/9.png', want the path of an image in",
+        ),
         ("image,label\n../labels.csv,a\n", "line 2 .* want the path of an image in"),
-        ("image,label\ncat/0 é.png,a\n\n./cat/0 é.png,b\n", r"line 4 .* names './cat/0 é.png' again, after line 2"),
-        ("image,label\ncat/0 é.png,\n", "line 2 .* has image 'cat/0 é.png' and class '', want both"),
+        (
+            "image,label\ncat/0 é.png,a\n\n./cat/0 é.png,b\n",
+            r"line 4 .* names './cat/0 é.png' again, after line 2",
+        ),
+        (
+            "image,label\ncat/0 é.png,\n",
+            "line 2 .* has image 'cat/0 é.png' and class '', want both",
+        ),
         ("image,label\ncat/0 é.png\n", "line 2 .* and class '', want both"),
         ('image,label\n"cat/0 é.png,a\n', "cannot read .*labels.csv, want a CSV file in UTF-8"),
     ],
@@ -172,7 +196,11 @@ def test_an_image_comes_upright_and_in_colour(tmp_path):
 def test_images_that_cannot_be_read(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
-    for name, content in (("cut.jpg", whole.read_bytes()[:900]), ("none.jpg", b""), ("text.jpg", b"text" * 99)):
+    for name, content in (
+        ("cut.jpg", whole.read_bytes()[:900]),
+        ("none.jpg", b""),
+        ("text.jpg", b"text" * 99),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"images: cannot read .*{name} as an image"):
             open_image(tmp_path / name)
@@ -204,9 +232,14 @@ def test_a_folder_of_masks(tmp_path, kind):
     found = open_masks(tmp_path).objects(ITEM, (4, 2))
     assert found.dtype == np.uint8
     assert found.tolist() == OBJECTS
-    assert open_masks(tmp_path, background=(255,)).objects(ITEM, (4, 2)).tolist() == [[1, 3, 3, 0], [2, 2, 1, 4]]
+    assert open_masks(tmp_path, background=(255,)).objects(ITEM, (4, 2)).tolist() == [
+        [1, 3, 3, 0],
+        [2, 2, 1, 4],
+    ]
     assert open_masks(tmp_path).objects(Item(None, "a b.jpg", None), (4, 2)) is None
-    with pytest.raises(ValueError, match=r"a b\.png is 4 x 2 pixels .*want those of its image upright, 2 x 4"):
+    with pytest.raises(
+        ValueError, match=r"a b\.png is 4 x 2 pixels .*want those of its image upright, 2 x 4"
+    ):
         open_masks(tmp_path).objects(ITEM, (2, 4))
 
 
@@ -222,7 +255,9 @@ def test_masks_of_one_object_and_of_none(tmp_path):
 def test_as_many_objects_as_can_be_numbered(tmp_path):
     item = Item(None, "a.png", None)
     Image.fromarray(np.arange(256, dtype=np.uint16)[None]).save(tmp_path / "a.png")
-    assert open_masks(tmp_path, background=(0,)).objects(item, (256, 1)).tolist() == [list(range(256))]
+    assert open_masks(tmp_path, background=(0,)).objects(item, (256, 1)).tolist() == [
+        list(range(256))
+    ]
     with pytest.raises(ValueError, match=r"masks: .*a\.png has 256 objects, want at most 255"):
         open_masks(tmp_path, background=()).objects(item, (256, 1))
 
@@ -237,7 +272,9 @@ def test_masks_that_cannot_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"masks: cannot read .*a\.png as an image"):
         open_masks(tmp_path).objects(item, (6, 4))
-    with pytest.raises(ValueError, match=r"masks: .*nowhere is not there, want a folder of PNG files or a COCO"):
+    with pytest.raises(
+        ValueError, match=r"masks: .*nowhere is not there, want a folder of PNG files or a COCO"
+    ):
         open_masks(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"masks: .*a\.png is neither"):
         open_masks(tmp_path / "a.png")
@@ -278,14 +315,18 @@ def test_coco_annotations(tmp_path, capsys):
     assert found.tolist() == want.tolist()
     assert open_masks(path).objects(Item(None, "bare.jpg", None), (3, 2)).tolist() == [[0] * 3] * 2
     assert open_masks(path).objects(Item(None, "a b.jpg", None), (8, 6)) is None
-    with pytest.raises(ValueError, match=r"'rooms/a b\.jpg' in .*a\.json is 8 x 6 pixels .*want .* 6 x 8"):
+    with pytest.raises(
+        ValueError, match=r"'rooms/a b\.jpg' in .*a\.json is 8 x 6 pixels .*want .* 6 x 8"
+    ):
         open_masks(path).objects(ITEM, (6, 8))
 
 
 def test_crowds_and_hidden_objects_are_left_out(tmp_path):
     crowd = {"id": 9, "image_id": 5, "category_id": 1, "iscrowd": 1}
     crowd["segmentation"] = {"size": [6, 8], "counts": [0, 48]}
-    path = annotations(tmp_path / "a.json", rectangle(0, 0, 2, 2), rectangle(0, 0, 2, 2), rectangle(4, 0, 6, 2))
+    path = annotations(
+        tmp_path / "a.json", rectangle(0, 0, 2, 2), rectangle(0, 0, 2, 2), rectangle(4, 0, 6, 2)
+    )
     content = json.loads(path.read_text())
     content["annotations"].append(crowd)
     path.write_text(json.dumps(content))
@@ -297,17 +338,23 @@ def test_crowds_and_hidden_objects_are_left_out(tmp_path):
 @pytest.mark.parametrize("segmentation", [[], [[1, 2]], {}, {"size": [6, 8]}, None, "mask"])
 def test_annotations_without_an_outline(tmp_path, segmentation):
     path = annotations(tmp_path / "a.json", rectangle(0, 0, 2, 2), segmentation)
-    with pytest.raises(ValueError, match=r"masks: annotation 2 in .*a\.json has no segmentation that can be read"):
+    with pytest.raises(
+        ValueError, match=r"masks: annotation 2 in .*a\.json has no segmentation that can be read"
+    ):
         open_masks(path).objects(ITEM, (8, 6))
 
 
 def test_an_annotation_of_another_size(tmp_path):
     path = annotations(tmp_path / "a.json", {"size": [6, 9], "counts": [42, 12]})
-    with pytest.raises(ValueError, match=r"masks: annotation 1 in .*a\.json is 9 x 6 pixels .*, 8 x 6"):
+    with pytest.raises(
+        ValueError, match=r"masks: annotation 1 in .*a\.json is 9 x 6 pixels .*, 8 x 6"
+    ):
         open_masks(path).objects(ITEM, (8, 6))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}']
+)
 def test_files_that_are_no_annotations(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"masks: cannot read .*a\.json as COCO annotations"):

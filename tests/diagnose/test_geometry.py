@@ -10,12 +10,15 @@ WIDE, TALL = (300, 200), (200, 300)  # width, height
 
 
 def scene(size, left=0.13, top=0.22):
-    """Four quarters, 1 to 4 in reading order, behind an off-centre rectangle, 5, and a frame without objects."""
+    """Four quarters, 1 to 4 in reading order, behind an off-centre rectangle, 5, and a frame
+    without objects."""
     width, height = size
     found = np.zeros((height, width), np.uint8)
     middle, centre = height // 2, width // 2
     for number, (rows, columns) in enumerate(
-        (r, c) for r in ((3, middle), (middle, height - 3)) for c in ((3, centre), (centre, width - 3))
+        (r, c)
+        for r in ((3, middle), (middle, height - 3))
+        for c in ((3, centre), (centre, width - 3))
     ):
         found[slice(*rows), slice(*columns)] = number + 1
     x, y = int(left * width), int(top * height)
@@ -24,7 +27,8 @@ def scene(size, left=0.13, top=0.22):
 
 
 def shares(objects, box, grid, points=24):
-    """How much of each token each object covers (objects, tokens), if the grid lies over `box` of the picture."""
+    """How much of each token each object covers (objects, tokens), if the grid lies over `box` of
+    the picture."""
     left, top, right, bottom = box
     rows, columns = grid
     y = top + (bottom - top) * (np.arange(rows * points) + 0.5) / (rows * points)
@@ -47,7 +51,9 @@ def processor(name, **options):
 
 
 def patched(name, patch, size, box, grid):
-    return pytest.param(processor(name, **patch), size, [box], grid, id=f"{name}-{size[0]}x{size[1]}")
+    return pytest.param(
+        processor(name, **patch), size, [box], grid, id=f"{name}-{size[0]}x{size[1]}"
+    )
 
 
 CASES = [
@@ -56,8 +62,16 @@ CASES = [
     patched("CLIPImageProcessor", {}, TALL, (0, 50, 200, 250), (16, 16)),
     patched("SiglipImageProcessor", {}, WIDE, whole(WIDE), (16, 16)),
     # 27 patches of 14 pixels leave 6 of 384 pixels over, right and below
-    patched("SiglipImageProcessor", {"size": {"height": 384, "width": 384}}, TALL, (0, 0, 196.9, 295.3), (27, 27)),
-    patched("Gemma3ImageProcessor", {"size": {"height": 896, "width": 896}}, TALL, whole(TALL), (16, 16)),
+    patched(
+        "SiglipImageProcessor",
+        {"size": {"height": 384, "width": 384}},
+        TALL,
+        (0, 0, 196.9, 295.3),
+        (27, 27),
+    ),
+    patched(
+        "Gemma3ImageProcessor", {"size": {"height": 896, "width": 896}}, TALL, whole(TALL), (16, 16)
+    ),
     # padded to a square, with a mean colour
     patched("LlavaImageProcessor", {"do_pad": True}, WIDE, (0, -50, 300, 250), (16, 16)),
     patched("JanusImageProcessor", {}, TALL, (-50, 0, 250, 300), (24, 24)),
@@ -110,11 +124,20 @@ PINPOINTS = [[224, 448], [448, 224], [448, 448]]
     [
         ("LlavaNext", {}, (8, 12)),
         ("LlavaOnevision", {"vision_feature_select_strategy": "full"}, (8, 12)),
-        ("LlavaOnevision", {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_1"}, (6, 9)),
+        (
+            "LlavaOnevision",
+            {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_1"},
+            (6, 9),
+        ),
     ],
 )
 def test_tiles_whose_tokens_are_packed(name, more, grid):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+    }
     config = getattr(hf, f"{name}Config")(
         vision_config=hf.CLIPVisionConfig(image_size=224, patch_size=28, **sizes),
         text_config=hf.Qwen2Config(vocab_size=9, num_key_value_heads=1, **sizes),
@@ -140,7 +163,9 @@ def test_tiles_whose_tokens_are_packed(name, more, grid):
     assert clear.double().mean() > 0.8
     assert torch.equal(found[clear], (covered >= 0.5)[clear])
     assert found.any(1).all()
-    assert token_objects(process, 0 * objects, inputs, tokens, config.model_type, packing=packing).shape == (0, tokens)
+    assert token_objects(
+        process, 0 * objects, inputs, tokens, config.model_type, packing=packing
+    ).shape == (0, tokens)
     with pytest.raises(ValueError, match=f"tokens: got 99, want {tokens}, which the model makes"):
         token_objects(process, objects, inputs, 99, config.model_type, packing=packing)
     del inputs["image_sizes"]
@@ -155,7 +180,9 @@ def same(image, **options):
 
 def found_in(objects, tokens, share=0.5, process=same):
     objects = np.array(objects, np.uint8)
-    return token_objects(process, objects, process(Image.fromarray(objects).convert("RGB")), tokens, "", share).int()
+    return token_objects(
+        process, objects, process(Image.fromarray(objects).convert("RGB")), tokens, "", share
+    ).int()
 
 
 def test_share():
@@ -177,7 +204,11 @@ def test_every_number():
 def test_a_mixture_of_two_objects_is_the_larger_part():
     def mixed(image, **options):
         pixels = same(image)["pixel_values"].float()
-        return {"pixel_values": torch.cat([0.6 * pixels[..., :1] + 0.4 * pixels[..., 1:], pixels[..., 1:]], dim=-1)}
+        return {
+            "pixel_values": torch.cat(
+                [0.6 * pixels[..., :1] + 0.4 * pixels[..., 1:], pixels[..., 1:]], dim=-1
+            )
+        }
 
     for pair in ([5, 10], [10, 5], [0, 7], [7, 0], [1, 255]):
         found = found_in([pair], 2, process=mixed)
@@ -211,13 +242,17 @@ def test_an_object_that_is_cropped_away_keeps_its_row():
     process = processor("CLIPImageProcessor")
     objects = np.zeros((200, 300), np.uint8)
     objects[:, :40], objects[:, 100:200] = 1, 2
-    found = token_objects(process, objects, process(Image.new("RGB", WIDE), return_tensors="pt"), 256, "")
+    found = token_objects(
+        process, objects, process(Image.new("RGB", WIDE), return_tensors="pt"), 256, ""
+    )
     assert found.sum(1).tolist() == [0, 128]
 
 
 def test_by_way_of_the_whole_processor():
     tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<image>": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<image>": 0, "[UNK]": 1}, unk_token="[UNK]")
+    )
     words.add_special_tokens(["<image>"])
     whole = hf.LlavaProcessor(
         hf.CLIPImageProcessor(),
@@ -249,7 +284,10 @@ def test_a_processor_that_changes_all_pixels():
 def test_objects_that_are_not_of_the_image():
     process = processor("PixtralImageProcessor")
     inputs = process(Image.new("RGB", WIDE), return_tensors="pt")
-    with pytest.raises(ValueError, match=r"process: made pixels of shape \(1, 3, 304, 208\) of the objects and \(1, 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"process: made pixels of shape \(1, 3, 304, 208\) of the objects and \(1, 3",
+    ):
         token_objects(process, scene(TALL), inputs, 13 * 19, "pixtral")
     process = processor("Qwen2VLImageProcessor")
     inputs = process(Image.new("RGB", WIDE), return_tensors="pt")
@@ -270,18 +308,48 @@ PATCHES = {"pixel_values": torch.zeros(308, 1176), "image_grid_thw": torch.tenso
             r"tokens: got 5 for pixels of shape \(1, 3, 8, 8\), want",
         ),
         ({"pixel_values": torch.zeros(1, 3, 8, 8)}, 0, "llava", "tokens: got 0 for pixels"),
-        ({"pixel_values": torch.zeros(2, 3, 8, 8)}, 5, "internvl", "tokens: got 5 .*, want 2 grids of squares"),
-        ({"pixel_values": torch.zeros(2, 2, 3, 8, 8)}, 16, "idefics3", "tokens: .*want tiles that all have the same"),
-        ({"pixel_values": torch.zeros(1, 16, 12)}, 4, "lfm2_vl", "tokens: .*want tiles that all have the same"),
+        (
+            {"pixel_values": torch.zeros(2, 3, 8, 8)},
+            5,
+            "internvl",
+            "tokens: got 5 .*, want 2 grids of squares",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 2, 3, 8, 8)},
+            16,
+            "idefics3",
+            "tokens: .*want tiles that all have the same",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 16, 12)},
+            4,
+            "lfm2_vl",
+            "tokens: .*want tiles that all have the same",
+        ),
         (
             {"pixel_values": torch.zeros(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])},
             8,
             "llava_next",
             "tokens: .*want tiles that all have the same tokens: masks cannot be used with this model",
         ),
-        ({"pixel_values": torch.zeros(1, 1, 3, 8, 8)}, 64, "idefics2", "model_type: got 'idefics2', and a resampler"),
-        ({"input_ids": torch.zeros(1, 1)}, 4, "llava", "pixel_inputs: got input_ids, want pixel_values"),
-        (PATCHES, 76, "qwen2_vl", r"tokens: got 76 .*image_grid_thw \[\[1, 14, 22\]\], want those of one image"),
+        (
+            {"pixel_values": torch.zeros(1, 1, 3, 8, 8)},
+            64,
+            "idefics2",
+            "model_type: got 'idefics2', and a resampler",
+        ),
+        (
+            {"input_ids": torch.zeros(1, 1)},
+            4,
+            "llava",
+            "pixel_inputs: got input_ids, want pixel_values",
+        ),
+        (
+            PATCHES,
+            76,
+            "qwen2_vl",
+            r"tokens: got 76 .*image_grid_thw \[\[1, 14, 22\]\], want those of one image",
+        ),
         (PATCHES, 0, "qwen2_vl", "tokens: got 0 "),
         (
             {**PATCHES, "image_grid_thw": torch.tensor([[2, 14, 11]])},

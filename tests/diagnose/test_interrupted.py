@@ -35,15 +35,22 @@ def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
     assert len(done) == 10 * EACH - 7 - 5
     assert re.search(r"a: goes on after 1[3-7] of 25 images", capsys.readouterr().out)
     whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
-    for one, other in zip(whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True):
+    for one, other in zip(
+        whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True
+    ):
         assert close(one, other)
     assert whole["maps"] == parted["maps"]
 
 
 @pytest.mark.parametrize("saved", [0, 4])
-@pytest.mark.parametrize(("place", "name", "call"), [(Moments, "add", 7 * 4 + 4), (run, "heat_map", 5)])
-def test_an_image_that_was_half_added_is_not_added_twice(there, tmp_path, monkeypatch, place, name, call, saved):
-    """Interrupted in the fifth image: in its second layer's sums, and when all are there but it is not counted."""
+@pytest.mark.parametrize(
+    ("place", "name", "call"), [(Moments, "add", 7 * 4 + 4), (run, "heat_map", 5)]
+)
+def test_an_image_that_was_half_added_is_not_added_twice(
+    there, tmp_path, monkeypatch, place, name, call, saved
+):
+    """Interrupted in the fifth image: in its second layer's sums, and when all are there but it is
+    not counted."""
     settings = (there / "a", there / "images", "--maps", 5)
     assert diagnose(*settings, "--out", tmp_path / "whole") == 0
     real, calls = getattr(place, name), []
@@ -63,7 +70,9 @@ def test_an_image_that_was_half_added_is_not_added_twice(there, tmp_path, monkey
     assert diagnose(*settings, "--out", tmp_path / "parted") == 0
     assert len(done) == 10 * EACH - saved
     whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
-    for one, other in zip(whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True):
+    for one, other in zip(
+        whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True
+    ):
         assert close(one, other)
     assert whole["maps"] == parted["maps"]
 

@@ -44,7 +44,9 @@ def document(out):
 
 
 def close(row, wanted):
-    return row == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()}
+    return row == {
+        k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()
+    }
 
 
 def images(folder, count, kind="L"):
@@ -60,12 +62,24 @@ def images(folder, count, kind="L"):
 def test_end_to_end(there, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
-        diagnose(there / "a", there / "images", "--masks", there / "masks", "--compare", there / "b", "--out", out) == 0
+        diagnose(
+            there / "a",
+            there / "images",
+            "--masks",
+            there / "masks",
+            "--compare",
+            there / "b",
+            "--out",
+            out,
+        )
+        == 0
     )
     found = document(out)
     assert [model["name"] for model in found["models"]] == ["a", "b"]
     for model, seed in zip(found["models"], (0, 1), strict=True):
-        loaded = samples.load_samples(tiny(seed), processor(), there / "images", masks=there / "masks")
+        loaded = samples.load_samples(
+            tiny(seed), processor(), there / "images", masks=there / "masks"
+        )
         assert len(loaded) == 10 * EACH
         layers = LayerReport()
         with Reader(tiny(seed)) as reader:
@@ -91,7 +105,9 @@ def test_end_to_end(there, tmp_path, capsys):
         row, column = one["patch"]
         assert one["similarity"]["b"][2][row * 6 + column] == 1.0
     rows = list(csv.DictReader((out / "layers.csv").open(encoding="utf-8")))
-    assert [(row["model"], row["layer"]) for row in rows] == [(m, str(n)) for m in "ab" for n in range(3)]
+    assert [(row["model"], row["layer"]) for row in rows] == [
+        (m, str(n)) for m in "ab" for n in range(3)
+    ]
     assert float(rows[1]["contrast"]) == pytest.approx(found["models"][0]["runs"][0][1]["contrast"])
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<html" in page
@@ -136,7 +152,8 @@ def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("folder", ["out", "."])
 def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
-    """That what is written lies around the model is no reason to take the model for a part of it."""
+    """That what is written lies around the model is no reason to take the model for a part of
+    it."""
     save_model(tiny(0), tmp_path / "a")
     pictures, out = images(tmp_path / "images", 3), tmp_path / folder
     assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
@@ -147,7 +164,9 @@ def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
 
 
 @pytest.mark.parametrize("out", ["diagnose-out", "."])
-def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(there, tmp_path, monkeypatch, out):
+def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(
+    there, tmp_path, monkeypatch, out
+):
     shutil.copytree(there / "a", tmp_path / "a")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     monkeypatch.chdir(tmp_path / "a")
@@ -176,7 +195,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, caps
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The processors refuse what is long and thin, as that of Qwen2-VL does, and stumble over what is too small."""
+    """The processors refuse what is long and thin, as that of Qwen2-VL does, and stumble over what
+    is too small."""
     process = samples.Preparation._process
 
     def limited(self, image, **options):
@@ -217,7 +237,9 @@ def test_images_that_the_processor_refuses_are_left_out_and_named(there, tmp_pat
     assert "20.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert said.count("left out: images: ") == 2 * 4
-    assert f"LlavaProcessor refuses {pictures / '20.png'}: ValueError: absolute aspect ratio" in said
+    assert (
+        f"LlavaProcessor refuses {pictures / '20.png'}: ValueError: absolute aspect ratio" in said
+    )
     assert f"LlavaProcessor refuses {pictures / '99.png'}: ZeroDivisionError: " in said
 
     for path in pictures.glob("?.png"):
@@ -247,7 +269,11 @@ def test_samples_leave_out_what_cannot_be_used(tmp_path, narrow):
         found = samples.load_samples(tiny(), processor(), pictures)
     assert len(found) == 4
     texts = sorted(str(w.message) for w in said if str(w.message).startswith("left out"))
-    assert [name for name in ("00.png", "20.png", "99.png", "broken.png") if any(name in text for text in texts)]
+    assert [
+        name
+        for name in ("00.png", "20.png", "99.png", "broken.png")
+        if any(name in text for text in texts)
+    ]
     assert len(texts) == 4
     for path in pictures.glob("?.png"):
         path.unlink()
@@ -256,7 +282,9 @@ def test_samples_leave_out_what_cannot_be_used(tmp_path, narrow):
         samples.load_samples(tiny(), processor(), pictures)
 
 
-@pytest.mark.parametrize("error", [ImportError("torchvision"), TypeError("got an unexpected keyword")])
+@pytest.mark.parametrize(
+    "error", [ImportError("torchvision"), TypeError("got an unexpected keyword")]
+)
 def test_what_is_wrong_with_every_image_ends_the_run(there, tmp_path, monkeypatch, error):
     def broken(*args, **options):
         raise error
@@ -277,7 +305,9 @@ def test_nan_is_named(tmp_path, capsys):
 
 def test_masks_of_other_images_are_missed(there, tmp_path, capsys):
     pictures = images(tmp_path / "images", 3)
-    assert diagnose(there / "a", pictures, "--masks", there / "masks", "--out", tmp_path / "out") == 0
+    assert (
+        diagnose(there / "a", pictures, "--masks", there / "masks", "--out", tmp_path / "out") == 0
+    )
     (model,) = document(tmp_path / "out")["models"]
     assert any("has no mask of any of these images" in note for note in model["notes"])
     assert "has none of these images" in capsys.readouterr().out
@@ -300,7 +330,10 @@ def test_a_mask_of_another_size_is_named(there, tmp_path, capsys):
     pictures = images(tmp_path / "images", 1)
     (tmp_path / "masks").mkdir()
     Image.new("L", (12, 24), 1).save(tmp_path / "masks" / "0.png")
-    assert diagnose(there / "a", pictures, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
+    assert (
+        diagnose(there / "a", pictures, "--masks", tmp_path / "masks", "--out", tmp_path / "out")
+        == 2
+    )
     said = capsys.readouterr().err
     assert "masks: " in said
     assert "12 x 24 pixels" in said
@@ -314,7 +347,9 @@ def test_a_dtype_can_be_asked_for(there, tmp_path):
     pictures = images(tmp_path / "images", 3, "RGB")
     for dtype in ("auto", "bfloat16"):
         assert diagnose(there / "a", pictures, "--dtype", dtype, "--out", tmp_path / dtype) == 0
-    exact, rounded = (document(tmp_path / dtype)["models"][0]["runs"][0][2] for dtype in ("auto", "bfloat16"))
+    exact, rounded = (
+        document(tmp_path / dtype)["models"][0]["runs"][0][2] for dtype in ("auto", "bfloat16")
+    )
     assert exact["norm_mean"] == pytest.approx(rounded["norm_mean"], rel=0.05)
     assert exact["norm_mean"] != rounded["norm_mean"]
 
@@ -323,7 +358,9 @@ def test_a_model_that_accelerate_places(there, tmp_path):
     pictures = images(tmp_path / "images", 3)
     for device in ("cpu", "spread"):
         assert diagnose(there / "a", pictures, "--device", device, "--out", tmp_path / device) == 0
-    one, other = (document(tmp_path / device)["models"][0]["runs"][0] for device in ("cpu", "spread"))
+    one, other = (
+        document(tmp_path / device)["models"][0]["runs"][0] for device in ("cpu", "spread")
+    )
     assert all(close(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -335,9 +372,15 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "images: " in error(there / "a", tmp_path / "nowhere")
-    assert "cannot be loaded as a vision-language model" in error(tmp_path / "nowhere-model", pictures)
-    assert "is no folder, want one that save_pretrained wrote" in error(there / "a" / "config.json", pictures)
-    assert "layers: got 9 among them, want integers in 0..2" in error(there / "a", pictures, "--layers", "0,9")
+    assert "cannot be loaded as a vision-language model" in error(
+        tmp_path / "nowhere-model", pictures
+    )
+    assert "is no folder, want one that save_pretrained wrote" in error(
+        there / "a" / "config.json", pictures
+    )
+    assert "layers: got 9 among them, want integers in 0..2" in error(
+        there / "a", pictures, "--layers", "0,9"
+    )
     assert "masks: " in error(there / "a", pictures, "--masks", tmp_path / "nothing")
     assert "--device: got 'warp'" in error(there / "a", pictures, "--device", "warp")
 
@@ -345,7 +388,13 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
     assert "bare has no processor that can be loaded" in error(tmp_path / "bare", pictures)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+    small = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=16,
+    )
     LlamaForCausalLM(small).save_pretrained(tmp_path / "text")
     assert "cannot be loaded as a vision-language model" in error(tmp_path / "text", pictures)
 

@@ -1,4 +1,5 @@
-"""Training with LayerCallback: its log agrees with `pre-kernels diagnose` on the checkpoints, and `trace` draws it."""
+"""Training with LayerCallback: its log agrees with `pre-kernels diagnose` on the checkpoints, and
+`trace` draws it."""
 
 import json
 import shutil
@@ -46,7 +47,14 @@ def training(tmp_path_factory):
     samples = load_samples(model, processor(), held_out / "images", masks=held_out / "masks")
     scores = iter([0.1, 0.3, 0.5])
     trainer.add_callback(
-        LayerCallback(trainer, samples, every=2, layers=(0, 1, 2), max_share=None, score=lambda model: next(scores))
+        LayerCallback(
+            trainer,
+            samples,
+            every=2,
+            layers=(0, 1, 2),
+            max_share=None,
+            score=lambda model: next(scores),
+        )
     )
     with patch_trainer():
         trainer.train()
@@ -64,11 +72,27 @@ def test_the_log_is_what_diagnose_finds_in_the_checkpoints(training, tmp_path):
     for step in (2, 4):
         checkpoint = folder / f"checkpoint-{step}"
         out = tmp_path / str(step)
-        assert diagnose(checkpoint, held_out / "images", "--masks", held_out / "masks", "--out", out) == 0
+        assert (
+            diagnose(checkpoint, held_out / "images", "--masks", held_out / "masks", "--out", out)
+            == 0
+        )
         for row in document(out)["models"][0]["runs"][0]:
-            for name in ("linear_probe", "knn_probe", "contrast", "cohesion", "coupling", "near", "far", "cosine"):
-                assert measured[step][f"layer_{row['layer']}/{name}"] == pytest.approx(row[name], rel=1e-5)
-    assert measured[2]["layer_2/contrast"] != pytest.approx(measured[4]["layer_2/contrast"], rel=1e-4)
+            for name in (
+                "linear_probe",
+                "knn_probe",
+                "contrast",
+                "cohesion",
+                "coupling",
+                "near",
+                "far",
+                "cosine",
+            ):
+                assert measured[step][f"layer_{row['layer']}/{name}"] == pytest.approx(
+                    row[name], rel=1e-5
+                )
+    assert measured[2]["layer_2/contrast"] != pytest.approx(
+        measured[4]["layer_2/contrast"], rel=1e-4
+    )
 
 
 def drawn(*arguments):
@@ -101,27 +125,52 @@ def test_what_is_drawn(training):
 
 def test_what_is_no_number_is_left_out(tmp_path, capsys):
     def log(**change):
-        entries = [{"step": step, "layer_1/linear_probe": step / 10, "score": step / 5} for step in (0, 1, 2, 3)]
-        entries = [entries[0] | change, *entries[1:3], entries[3] | change, {"layer_1/linear_probe": 0.9, "score": 0.9}]
+        entries = [
+            {"step": step, "layer_1/linear_probe": step / 10, "score": step / 5}
+            for step in (0, 1, 2, 3)
+        ]
+        entries = [
+            entries[0] | change,
+            *entries[1:3],
+            entries[3] | change,
+            {"layer_1/linear_probe": 0.9, "score": 0.9},
+        ]
         (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
         status = drawn(tmp_path, "--out", tmp_path / "figure.png")
         return status, "".join(capsys.readouterr())
 
-    for change in ({"score": None}, {"score": "high"}, {"layer_1/linear_probe": float("nan")}, {"step": "last"}):
+    for change in (
+        {"score": None},
+        {"score": "high"},
+        {"layer_1/linear_probe": float("nan")},
+        {"step": "last"},
+    ):
         status, said = log(**change)
-        assert (status, said.count("2 steps, linear probe, layer 1 0.100 → 0.200, score 0.200 → 0.400")) == (0, 1)
-    assert "4 steps, linear probe, layer 1" in log(**{"layer_x/linear_probe": 1, "layer_/linear_probe": 1})[1]
+        assert (
+            status,
+            said.count("2 steps, linear probe, layer 1 0.100 → 0.200, score 0.200 → 0.400"),
+        ) == (0, 1)
+    assert (
+        "4 steps, linear probe, layer 1"
+        in log(**{"layer_x/linear_probe": 1, "layer_/linear_probe": 1})[1]
+    )
 
     for entries in ({"a": 1}, ["a"], None):
         (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
         assert drawn(tmp_path) == 2
-        assert f"log: cannot read {tmp_path / 'trainer_state.json'}, want the" in capsys.readouterr().err
+        assert (
+            f"log: cannot read {tmp_path / 'trainer_state.json'}, want the"
+            in capsys.readouterr().err
+        )
     (tmp_path / "trainer_state.json").write_text(
         json.dumps({"log_history": [{"step": 1, "layer_1/linear_probe": 0.5, "score": "high"}]})
     )
     assert drawn(tmp_path) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) as numbers" in said
+    assert (
+        f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) as numbers"
+        in said
+    )
 
 
 def test_the_last_checkpoint_of_a_folder_is_read(training, tmp_path):
@@ -133,11 +182,16 @@ def test_the_last_checkpoint_of_a_folder_is_read(training, tmp_path):
 
 def test_two_runs_with_scores_from_elsewhere(training, tmp_path, capsys):
     for name, rise in (("a", 0.1), ("b", 0.2)):
-        (tmp_path / f"{name}.csv").write_text("step,score\n" + "".join(f"{s},{s * rise}\n" for s in (0, 2, 4)))
+        (tmp_path / f"{name}.csv").write_text(
+            "step,score\n" + "".join(f"{s},{s * rise}\n" for s in (0, 2, 4))
+        )
         (tmp_path / name).mkdir()
         shutil.copy(training[0] / "trainer_state.json", tmp_path / name)
     scores = ("--scores", tmp_path / "a.csv", tmp_path / "b.csv")
-    assert drawn(tmp_path / "a", tmp_path / "b", "--layer", 2, *scores, "--out", tmp_path / "both.svg") == 0
+    assert (
+        drawn(tmp_path / "a", tmp_path / "b", "--layer", 2, *scores, "--out", tmp_path / "both.svg")
+        == 0
+    )
     assert "b: 3 steps" in capsys.readouterr().out
 
 
@@ -150,15 +204,21 @@ def test_bad_input(training, tmp_path, capsys):
     assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "figure.jpeg")
     assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "figure.png")
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0, "step": 1}]}')
-    assert "has no figure 'linear_probe' of a layer" in error(tmp_path, "--out", tmp_path / "figure.png")
+    assert "has no figure 'linear_probe' of a layer" in error(
+        tmp_path, "--out", tmp_path / "figure.png"
+    )
     (tmp_path / "trainer_state.json").write_text("[]")
     assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "figure.png")
-    assert "layer: got 7, want one of those" in error(folder, "--layer", 7, "--out", tmp_path / "figure.png")
+    assert "layer: got 7, want one of those" in error(
+        folder, "--layer", 7, "--out", tmp_path / "figure.png"
+    )
     assert "no step with both 'layer_1/linear_probe' (3 steps) and 'eval_x' (0)" in error(
         folder, "--score", "eval_x", "--out", tmp_path / "figure.png"
     )
     assert "scores: got 1 files for 2 logs" in error(folder, folder, "--scores", tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("step,score\n1,none\n")
-    assert "scores: cannot read" in error(folder, "--scores", tmp_path / "a.csv", "--out", tmp_path / "figure.png")
+    assert "scores: cannot read" in error(
+        folder, "--scores", tmp_path / "a.csv", "--out", tmp_path / "figure.png"
+    )
     assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "figure.png")
     assert not list(tmp_path.glob("figure*"))

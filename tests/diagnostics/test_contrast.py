@@ -55,7 +55,9 @@ def test_known_answers():
     # all patches alike: borders leave no trace
     assert contrast_ratio(torch.ones(4, 3), masks) == pytest.approx((1.0, 1.0, 1.0))
     # the patches of one object at right angles, one of them shared by the other object
-    assert contrast_ratio(torch.stack([a, torch.tensor([0.0, 1.0]), a, a]), masks) == pytest.approx((0.5, 0.5, 1.0))
+    assert contrast_ratio(torch.stack([a, torch.tensor([0.0, 1.0]), a, a]), masks) == pytest.approx(
+        (0.5, 0.5, 1.0)
+    )
 
 
 def test_objects_count_alike_whatever_their_size():
@@ -74,9 +76,13 @@ def test_invariances():
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=g, dtype=torch.double)).Q
     assert contrast_ratio(features.double() @ rotation, masks) == pytest.approx(expected, rel=1e-9)
     order = torch.randperm(features.shape[1], generator=g)
-    assert contrast_ratio(features[:, order], masks[:, :, order]) == pytest.approx(expected, rel=1e-9)
+    assert contrast_ratio(features[:, order], masks[:, :, order]) == pytest.approx(
+        expected, rel=1e-9
+    )
     objects, images = torch.randperm(4, generator=g), torch.randperm(4, generator=g)
-    assert contrast_ratio(features[images], masks[images][:, objects]) == pytest.approx(expected, rel=1e-9)
+    assert contrast_ratio(features[images], masks[images][:, objects]) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_background_and_padding_change_nothing():
@@ -85,7 +91,9 @@ def test_background_and_padding_change_nothing():
     changed = features.clone()
     changed[~masks.any(1)] = 100.0
     assert contrast_ratio(changed, masks) == pytest.approx(expected, rel=1e-12)
-    assert contrast_ratio(features, F.pad(masks, (0, 0, 0, 3))) == pytest.approx(expected, rel=1e-12)
+    assert contrast_ratio(features, F.pad(masks, (0, 0, 0, 3))) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_a_stream_of_images():
@@ -105,13 +113,17 @@ def test_a_stream_of_images():
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_extreme_sizes(size):
     features, masks = scene()
-    assert contrast_ratio(features * size, masks) == pytest.approx(contrast_ratio(features, masks), rel=1e-5)
+    assert contrast_ratio(features * size, masks) == pytest.approx(
+        contrast_ratio(features, masks), rel=1e-5
+    )
     assert contrast_ratio(features.double() * size**10, masks) == pytest.approx(
         contrast_ratio(features, masks), rel=1e-5
     )
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1e308)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1e308)]
+)
 def test_finite_features_whose_sum_is_not(dtype, size):
     masks = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
     features = torch.full((3, 40), size, dtype=dtype)
@@ -127,7 +139,9 @@ def test_finite_features_whose_sum_is_not(dtype, size):
 
 def test_zero_patches_are_similar_to_nothing():
     masks = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
-    assert contrast_ratio(torch.tensor([[1.0, 0], [0, 0], [1, 0]]), masks) == pytest.approx((0.0, 0.5, 0.0))
+    assert contrast_ratio(torch.tensor([[1.0, 0], [0, 0], [1, 0]]), masks) == pytest.approx(
+        (0.0, 0.5, 0.0)
+    )
 
 
 def test_nothing_to_average_is_nan():
@@ -146,13 +160,38 @@ def test_nothing_to_average_is_nan():
     ("features", "masks", "error", "message"),
     [
         ([[1.0]], torch.ones(1, 1, dtype=torch.bool), TypeError, "features: got list"),
-        (torch.ones(3, 2).long(), torch.ones(1, 3, dtype=torch.bool), TypeError, "features: got torch.int64"),
+        (
+            torch.ones(3, 2).long(),
+            torch.ones(1, 3, dtype=torch.bool),
+            TypeError,
+            "features: got torch.int64",
+        ),
         (torch.ones(3, 2), torch.ones(1, 3), TypeError, "masks: got torch.float32"),
         (torch.ones(3), torch.ones(1, 3, dtype=torch.bool), ValueError, "features: got shape"),
-        (torch.ones(3, 2), torch.ones(1, 4, dtype=torch.bool), ValueError, r"masks: got shape \(1, 1, 4\)"),
-        (torch.ones(2, 3, 2), torch.ones(1, 1, 3, dtype=torch.bool), ValueError, "masks: got shape"),
-        (torch.ones(3, 2), torch.ones(2, 3, dtype=torch.bool), ValueError, "masks: some patches belong to more"),
-        (torch.full((3, 2), math.nan), torch.ones(1, 3, dtype=torch.bool), ValueError, "features: got nan"),
+        (
+            torch.ones(3, 2),
+            torch.ones(1, 4, dtype=torch.bool),
+            ValueError,
+            r"masks: got shape \(1, 1, 4\)",
+        ),
+        (
+            torch.ones(2, 3, 2),
+            torch.ones(1, 1, 3, dtype=torch.bool),
+            ValueError,
+            "masks: got shape",
+        ),
+        (
+            torch.ones(3, 2),
+            torch.ones(2, 3, dtype=torch.bool),
+            ValueError,
+            "masks: some patches belong to more",
+        ),
+        (
+            torch.full((3, 2), math.nan),
+            torch.ones(1, 3, dtype=torch.bool),
+            ValueError,
+            "features: got nan",
+        ),
         (torch.ones(0, 2), torch.ones(1, 0, dtype=torch.bool), ValueError, "features: got shape"),
     ],
 )

@@ -9,10 +9,13 @@ from pre_kernels.diagnostics import Moments, cka_of_moments, cknna, linear_cka, 
 
 
 def pair(rows=40, d=7, z=5, seed=0):
-    """Two feature matrices of which one is a noisy linear image of the other; neither is centred."""
+    """Two feature matrices of which one is a noisy linear image of the other; neither is
+    centred."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d, generator=g, dtype=torch.double)
-    y = x @ torch.randn(d, z, generator=g, dtype=torch.double) + torch.randn(rows, z, generator=g, dtype=torch.double)
+    y = x @ torch.randn(d, z, generator=g, dtype=torch.double) + torch.randn(
+        rows, z, generator=g, dtype=torch.double
+    )
     return x + 2, y - 3
 
 
@@ -37,7 +40,9 @@ def gram_cka_debiased(x, y):
         n = len(a)
         k, l = ((side @ side.T).fill_diagonal_(0) for side in (a, b))  # noqa: E741
         return (
-            (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()
+            (k * l).sum()
+            + k.sum() * l.sum() / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()
         ).item()
 
     return hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y))
@@ -48,12 +53,20 @@ def cknna_by_numpy(x, y, neighbours):
     n, sides = len(x), []
     for side in (x.numpy(), y.numpy()):
         rows = side / np.sqrt((side**2).sum(1))[:, None]
-        near = [set(sorted(set(range(n)) - {i}, key=lambda j: -(rows[i] @ rows[j]))[:neighbours]) for i in range(n)]
+        near = [
+            set(sorted(set(range(n)) - {i}, key=lambda j: -(rows[i] @ rows[j]))[:neighbours])
+            for i in range(n)
+        ]
         sides.append((rows, near))
 
     def align(a, b):
         k, l = (  # noqa: E741
-            np.array([[rows[i] @ rows[j] if j in a[1][i] & b[1][i] else 0.0 for j in range(n)] for i in range(n)])
+            np.array(
+                [
+                    [rows[i] @ rows[j] if j in a[1][i] & b[1][i] else 0.0 for j in range(n)]
+                    for i in range(n)
+                ]
+            )
             for rows, _ in (a, b)
         )
         ones = np.ones(n)
@@ -100,13 +113,19 @@ def test_moments_merge_and_stay_exact_under_offsets():
     for part in parts:
         merged.merge(part)
     for name in ("product", "square_x", "square_y", "quartic", "cubic_x", "cubic_y", "mean_y"):
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(
+            getattr(merged, name), getattr(whole, name), rtol=1e-9, atol=1e-8
+        )
     p, q = ((side - side.mean(0)).square().sum(1) for side in (x, y))
     torch.testing.assert_close(whole.quartic, p @ q)
     torch.testing.assert_close(whole.cubic_x, q @ (x - x.mean(0)))
-    torch.testing.assert_close(whole.product / 40, torch.cov(torch.cat([x, y], 1).T, correction=0)[:7, 7:])
+    torch.testing.assert_close(
+        whole.product / 40, torch.cov(torch.cat([x, y], 1).T, correction=0)[:7, 7:]
+    )
     for debiased in (False, True):
-        assert streamed(x + offset, y, 3, debiased) == pytest.approx(ORACLES[debiased](x, y), rel=1e-8)
+        assert streamed(x + offset, y, 3, debiased) == pytest.approx(
+            ORACLES[debiased](x, y), rel=1e-8
+        )
 
 
 def test_cka_known_answers():
@@ -147,8 +166,14 @@ def test_mean_cosine():
     assert mean_cosine(x, -3 * x) == pytest.approx(-1)
     assert mean_cosine(torch.eye(3), torch.eye(3).roll(1, 0)) == 0
     assert mean_cosine(torch.tensor([[0.0, 0], [1, 1]]), torch.ones(2, 2)) == pytest.approx(0.5)
-    turn, scale, order = rotation(6).float(), torch.rand(20, 1, generator=g) + 0.1, torch.randperm(20)
-    assert mean_cosine((x * scale @ turn)[order], (y @ turn)[order]) == pytest.approx(expected, rel=1e-4)
+    turn, scale, order = (
+        rotation(6).float(),
+        torch.rand(20, 1, generator=g) + 0.1,
+        torch.randperm(20),
+    )
+    assert mean_cosine((x * scale @ turn)[order], (y @ turn)[order]) == pytest.approx(
+        expected, rel=1e-4
+    )
     assert mean_cosine(x @ turn, x) < 0.9
 
 
@@ -162,8 +187,11 @@ def wave(rows, width, step):
     return torch.sin(step * torch.arange(rows * width, dtype=torch.double).reshape(rows, width))
 
 
-# of the authors' code, github.com/minyoungg/platonic-rep at dcd76ba, on the unit rows; it adds 1e-6 to the denominator
-@pytest.mark.parametrize(("neighbours", "published"), [(5, 0.221277), (10, 0.628267), (59, 0.905121)])
+# of the authors' code, github.com/minyoungg/platonic-rep at dcd76ba, on the unit rows; it adds 1e-6
+# to the denominator
+@pytest.mark.parametrize(
+    ("neighbours", "published"), [(5, 0.221277), (10, 0.628267), (59, 0.905121)]
+)
 def test_cknna_is_what_its_authors_publish(neighbours, published):
     x = wave(60, 9, 1.7) + 0.5
     y = x[:, :6] + 0.6 * wave(60, 6, 0.9)
@@ -181,7 +209,9 @@ def test_cknna_known_answers_and_invariances():
     expected = cknna(x, y, 4)
     assert cknna(x, 2 * x @ rotation(7), 4) == pytest.approx(1)
     order, scale = torch.randperm(40), torch.rand(40, 1, dtype=torch.double) + 0.1
-    assert cknna((x * scale @ rotation(7))[order], (y @ rotation(5))[order], 4) == pytest.approx(expected, rel=1e-9)
+    assert cknna((x * scale @ rotation(7))[order], (y @ rotation(5))[order], 4) == pytest.approx(
+        expected, rel=1e-9
+    )
     assert cknna(y, x, 4) == pytest.approx(expected, abs=0.01)  # neighbours are not mutual
     assert cknna(x + 5, y, 4) != pytest.approx(expected, rel=0.01)
     # in pairs, and the pairs are others on each side: no neighbour is shared
@@ -209,14 +239,22 @@ ONE, TWO = torch.ones(3, 2), torch.ones(3, 4)
     [
         (lambda: mean_cosine(ONE, TWO), ValueError, "anchor: got width 4, want that of hidden, 2"),
         (lambda: mean_cosine([1.0], TWO), TypeError, "hidden: got list"),
-        (lambda: mean_cosine(ONE, ONE[:2]), ValueError, "anchor: got 2 rows, want as many as hidden has, 3"),
+        (
+            lambda: mean_cosine(ONE, ONE[:2]),
+            ValueError,
+            "anchor: got 2 rows, want as many as hidden has, 3",
+        ),
         (lambda: linear_cka(ONE.long(), TWO), TypeError, "x: got torch.int64"),
         (lambda: linear_cka(ONE, TWO[:0]), ValueError, r"y: got shape \(0, 4\)"),
         (lambda: linear_cka(ONE, TWO * math.nan), ValueError, "y: got nan"),
         (lambda: linear_cka(ONE, TWO[:1]), ValueError, "y: got 1 rows"),
         (lambda: cknna(ONE, TWO, 3), ValueError, "neighbours: got 3, want fewer than the 3 rows"),
         (lambda: cknna(ONE, TWO, 0), ValueError, "neighbours: got 0"),
-        (lambda: cka_of_moments(Moments(), Moments(), Moments()), ValueError, "xx, xy, yy: got 0, 0 and 0 rows"),
+        (
+            lambda: cka_of_moments(Moments(), Moments(), Moments()),
+            ValueError,
+            "xx, xy, yy: got 0, 0 and 0 rows",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

@@ -57,7 +57,11 @@ def test_every_column_that_is_shown_is_one_of_a_report():
 
 
 def test_figures_by_layer_leave_out_what_was_not_measured():
-    runs = [[{"layer": 8, "x": 1.0}, {"layer": 0, "x": None}], [{"layer": 8, "x": 3}, {"layer": 4}], []]
+    runs = [
+        [{"layer": 8, "x": 1.0}, {"layer": 0, "x": None}],
+        [{"layer": 8, "x": 3}, {"layer": 4}],
+        [],
+    ]
     assert by_layer(runs, "x") == {8: [1.0, 3]}
     assert by_layer([[{"layer": 0, "x": math.nan}, {"layer": 2, "x": 0.5}]], "x") == {2: [0.5]}
     assert by_layer(runs, "y") == {}
@@ -91,7 +95,9 @@ def test_several_runs_are_thin_lines_and_a_band_around_their_mean():
     assert ([0, 4], [0.7, 0.8]) in lines(axes)
     corners = {(x, round(y, 6)) for x, y in axes.collections[0].get_paths()[0].vertices.tolist()}
     half = [0.2 / math.sqrt(2), 0.4 / math.sqrt(2), 0]  # standard deviation of two values
-    expected = [(x, m + sign * h) for sign in (-1, 1) for x, m, h in zip(layers, mean, half, strict=True)]
+    expected = [
+        (x, m + sign * h) for sign in (-1, 1) for x, m, h in zip(layers, mean, half, strict=True)
+    ]
     assert {(x, round(y, 6)) for x, y in expected} <= corners
 
 
@@ -123,7 +129,14 @@ def test_names_are_drawn_as_they_are(name):
     assert legend_of(figure) == [name]
     assert "<b>" not in figures.svg(figure)
     figures.svg(figures.heat_maps(heat_map(similarity={name: [[0.0] * 6] * 2})))
-    trace = {"name": name, "steps": [1], "probe": [0.5], "score": [0.5], "probe_name": name, "score_name": name}
+    trace = {
+        "name": name,
+        "steps": [1],
+        "probe": [0.5],
+        "score": [0.5],
+        "probe_name": name,
+        "score_name": name,
+    }
     figures.svg(figures.trajectory([trace]))
     figure, [axes] = figures.grid(1)
     figures.steps(axes, [{"name": name, "values": [1, 2]}], name)
@@ -156,7 +169,12 @@ def test_values_over_steps():
 
 
 def test_trajectory_joins_the_points_that_have_both_in_the_order_of_steps():
-    trace = {"name": "a", "steps": [20, 0, 10, 30], "probe": [0.7, 0.9, 0.8, None], "score": [0.3, 0.1, 0.2, 0.4]}
+    trace = {
+        "name": "a",
+        "steps": [20, 0, 10, 30],
+        "probe": [0.7, 0.9, 0.8, None],
+        "score": [0.3, 0.1, 0.2, 0.4],
+    }
     figure = figures.trajectory([trace | {"probe_name": "probe, layer 4", "score_name": "VQA"}])
     score, both, probe = figure.axes[:3]
     assert (score.get_ylabel(), probe.get_ylabel()) == ("VQA", "probe, layer 4")
@@ -171,7 +189,10 @@ def test_trajectory_joins_the_points_that_have_both_in_the_order_of_steps():
 
 @pytest.mark.parametrize(
     ("traces", "message"),
-    [([], "got none"), ([{"name": "a", "steps": [1, 2], "probe": [0.1], "score": [0.2, 0.3]}], "lists of lengths")],
+    [
+        ([], "got none"),
+        ([{"name": "a", "steps": [1, 2], "probe": [0.1], "score": [0.2, 0.3]}], "lists of lengths"),
+    ],
 )
 def test_trajectory_rejects(traces, message):
     with pytest.raises(ValueError, match=message):
@@ -188,7 +209,10 @@ def test_heat_maps_share_a_scale_and_outline_the_patch():
     assert {image.get_clim() for image in shown} == {(-0.5, 1.0)}
     assert shown[0].get_array().flatten().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     for axes in panels:  # 12 × 8 pixels on a grid of 2 × 3: patches of 4 × 4
-        corner, size = axes.patches[-1].get_xy(), (axes.patches[-1].get_width(), axes.patches[-1].get_height())
+        corner, size = (
+            axes.patches[-1].get_xy(),
+            (axes.patches[-1].get_width(), axes.patches[-1].get_height()),
+        )
         assert (corner, size) == ((8.0, 4.0), (4.0, 4.0))
         assert axes.images[0].get_extent() == [0, 12, 8, 0]
     assert bar.get_ylabel() == "cosine similarity"

@@ -35,11 +35,15 @@ def data(images=12, seed=0):
     for image in range(images):
         label = image % CLASSES
         anchor = torch.randn(20, ANCHOR, generator=g) + label
-        hidden = {layer: anchor @ mix[layer] + torch.randn(20, WIDTH, generator=g) for layer in LAYERS[1:]}
+        hidden = {
+            layer: anchor @ mix[layer] + torch.randn(20, WIDTH, generator=g) for layer in LAYERS[1:]
+        }
         masks = torch.zeros(4, 20, dtype=torch.bool)
         masks[torch.randint(4, (20,), generator=g), torch.arange(20)] = True
         masks[:, torch.rand(20, generator=g) < 0.2] = False
-        found.append({"hidden": {0: anchor, **hidden}, "anchor": anchor, "masks": masks, "label": label})
+        found.append(
+            {"hidden": {0: anchor, **hidden}, "anchor": anchor, "masks": masks, "label": label}
+        )
     return found
 
 
@@ -56,7 +60,9 @@ def report(images, **options):
 
 def assert_rows_equal(found, expected):
     for one, other in zip(found, expected, strict=True):
-        assert one == {k: pytest.approx(v, rel=1e-9) if isinstance(v, float) else v for k, v in other.items()}
+        assert one == {
+            k: pytest.approx(v, rel=1e-9) if isinstance(v, float) else v for k, v in other.items()
+        }
 
 
 def test_every_figure_is_its_functions():
@@ -99,7 +105,13 @@ def test_rows_are_ready_for_json_and_csv():
     writer.writeheader()
     writer.writerows(rows)
     assert len(text.getvalue().splitlines()) == 4
-    assert rows[1]["cka"] is rows[1]["effective_dimension"] is rows[1]["linear_probe"] is rows[1]["cosine"] is None
+    assert (
+        rows[1]["cka"]
+        is rows[1]["effective_dimension"]
+        is rows[1]["linear_probe"]
+        is rows[1]["cosine"]
+        is None
+    )
     assert rows[1]["contrast"] > 0
 
 
@@ -172,7 +184,11 @@ def good():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden": torch.ones(3, 20, WIDTH)}, TypeError, "hidden: got Tensor, want tensors by layer number"),
+        (
+            {"hidden": torch.ones(3, 20, WIDTH)},
+            TypeError,
+            "hidden: got Tensor, want tensors by layer number",
+        ),
         ({"hidden": {}}, TypeError, r"hidden: got \[\]"),
         ({"hidden": {"layer 1": torch.ones(20, WIDTH)}}, TypeError, r"hidden: got \['layer 1'\]"),
         (
@@ -185,15 +201,35 @@ def good():
             ValueError,
             "hidden, anchor: got layers of widths {0: 3",
         ),
-        ({"hidden": dict.fromkeys(LAYERS, torch.ones(19, WIDTH))}, ValueError, r"hidden\[0\]: got 19 rows"),
-        ({"hidden": dict.fromkeys(LAYERS, torch.full((20, WIDTH), math.nan))}, ValueError, r"hidden\[0\]: got nan"),
-        ({"anchor": torch.ones(0, ANCHOR)}, ValueError, r"anchor: got shape \(0, 6\), want \(patches, width\)"),
-        ({"masks": torch.ones(2, 7, dtype=torch.bool)}, ValueError, r"masks: got shape \(1, 2, 7\)"),
+        (
+            {"hidden": dict.fromkeys(LAYERS, torch.ones(19, WIDTH))},
+            ValueError,
+            r"hidden\[0\]: got 19 rows",
+        ),
+        (
+            {"hidden": dict.fromkeys(LAYERS, torch.full((20, WIDTH), math.nan))},
+            ValueError,
+            r"hidden\[0\]: got nan",
+        ),
+        (
+            {"anchor": torch.ones(0, ANCHOR)},
+            ValueError,
+            r"anchor: got shape \(0, 6\), want \(patches, width\)",
+        ),
+        (
+            {"masks": torch.ones(2, 7, dtype=torch.bool)},
+            ValueError,
+            r"masks: got shape \(1, 2, 7\)",
+        ),
         ({"masks": torch.ones(2, 20)}, TypeError, "masks: got torch.float32"),
         ({"grid": (2, 2)}, ValueError, r"grid: got \(2, 2\)"),
         ({"label": "cat"}, TypeError, "label: got str, want an integer class"),
         ({"logits": lambda h: h[:, 0]}, ValueError, "logits: returned"),
-        ({"logits": lambda h: h}, ValueError, "logits: got a vocabulary of 6, want that of before, 40"),
+        (
+            {"logits": lambda h: h},
+            ValueError,
+            "logits: got a vocabulary of 6, want that of before, 40",
+        ),
     ],
 )
 def test_a_bad_image_names_the_argument_and_changes_nothing(change, error, message):
@@ -241,7 +277,11 @@ def test_a_reservoir_is_a_uniform_sample_however_the_stream_is_cut():
     assert len(times) == 10
     assert all(count == pytest.approx(900, abs=120) for count in times.values())
     for seed in range(20):
-        assert sample([10], seed).items() == sample([1] * 10, seed).items() == sample([2, 7, 1], seed).items()
+        assert (
+            sample([10], seed).items()
+            == sample([1] * 10, seed).items()
+            == sample([2, 7, 1], seed).items()
+        )
     merged = Counter()
     for seed in range(3000):
         one, other = sample([6], seed), sample([4], seed + 10_000)

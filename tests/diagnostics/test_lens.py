@@ -66,10 +66,20 @@ def test_bad_input_names_the_argument_and_counts_nothing():
         ([1.0], lambda h: h, TypeError, "hidden: got list"),
         (torch.ones(0, 50), lambda h: h, ValueError, r"hidden: got shape \(0, 50\)"),
         (torch.full((2, 50), math.nan), lambda h: h, ValueError, "hidden: got nan"),
-        (torch.ones(2, 50), lambda h: h[0], ValueError, r"logits: returned \(50,\), want .*\(2, vocabulary\)"),
+        (
+            torch.ones(2, 50),
+            lambda h: h[0],
+            ValueError,
+            r"logits: returned \(50,\), want .*\(2, vocabulary\)",
+        ),
         (torch.ones(2, 50), lambda h: None, ValueError, "logits: returned NoneType"),
         (torch.ones(2, 50), lambda h: h / 0 - h / 0, ValueError, "logits: returned nan"),
-        (torch.ones(2, 50), lambda h: h[:, :9], ValueError, "logits: got a vocabulary of 9, want that of before, 50"),
+        (
+            torch.ones(2, 50),
+            lambda h: h[:, :9],
+            ValueError,
+            "logits: got a vocabulary of 9, want that of before, 50",
+        ),
     ):
         with pytest.raises(error, match=message):
             seen.update(hidden, logits)

@@ -8,7 +8,8 @@ from pre_kernels.diagnostics.probe import _fit
 
 
 def blobs(count=300, width=6, classes=3, gap=8.0, seed=0):
-    """Gaussian blobs whose centres lie `gap` standard deviations from the origin, along one axis each."""
+    """Gaussian blobs whose centres lie `gap` standard deviations from the origin, along one axis
+    each."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     return torch.randn(count, width, generator=g) + gap * torch.eye(classes, width)[labels], labels
@@ -38,16 +39,18 @@ def test_accuracy_of_two_gaussians_is_the_known_one():
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(40_000) % 2
     x = torch.randn(40_000, 1, generator=g) + (2.0 * labels - 1)[:, None]
-    assert linear_probe(x, labels) == pytest.approx(0.5 * (1 + math.erf(1 / math.sqrt(2))), abs=0.01)
+    assert linear_probe(x, labels) == pytest.approx(
+        0.5 * (1 + math.erf(1 / math.sqrt(2))), abs=0.01
+    )
 
 
 def test_invariances():
     features, labels = blobs(gap=1.0)
     expected = linear_probe(features, labels)
     assert 0.4 < expected < 0.95
-    assert linear_probe(features * torch.tensor([1e-3, 1e3, 1, 5, 7, 9]) + 3, labels) == pytest.approx(
-        expected, abs=0.02
-    )
+    assert linear_probe(
+        features * torch.tensor([1e-3, 1e3, 1, 5, 7, 9]) + 3, labels
+    ) == pytest.approx(expected, abs=0.02)
     assert linear_probe(features[:, torch.randperm(6)], labels) == pytest.approx(expected, abs=0.02)
     assert linear_probe(features.bfloat16(), labels) == pytest.approx(expected, abs=0.03)
 
@@ -77,17 +80,22 @@ def test_does_not_need_gradients_or_change_its_input():
 
 
 def clouds(count, width, classes, gap, seed=0):
-    """Overlapping classes; one feature is constant, others differ in scale and lie off the origin."""
+    """Overlapping classes; one feature is constant, others differ in scale and lie off the
+    origin."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
-    features = torch.randn(count, width, generator=g) + gap * torch.randn(classes, width, generator=g)[labels]
+    features = (
+        torch.randn(count, width, generator=g)
+        + gap * torch.randn(classes, width, generator=g)[labels]
+    )
     features *= torch.logspace(-3, 3, width)
     features[:, 1] = 0.1
     return features + 5, labels * 3 - 7  # labels are names, not numbers
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "classes", "gap"), [(600, 32, 2, 0.1), (600, 32, 10, 0.5), (300, 200, 3, 0.2), (90, 300, 4, 0.15)]
+    ("rows", "width", "classes", "gap"),
+    [(600, 32, 2, 0.1), (600, 32, 10, 0.5), (300, 200, 3, 0.2), (90, 300, 4, 0.15)],
 )
 @pytest.mark.parametrize("inverse_penalty", [0.01, 1.0])
 def test_it_is_scikit_learns(rows, width, classes, gap, inverse_penalty):
@@ -112,8 +120,13 @@ def test_it_is_scikit_learns(rows, width, classes, gap, inverse_penalty):
 def test_its_weights_are_scikit_learns(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(100, 5, generator=g, dtype=torch.double), torch.randint(classes, (100,), generator=g)
-    model = linear_model.LogisticRegression(C=0.1, tol=1e-9, max_iter=1000).fit(x.numpy(), y.numpy())
+    x, y = (
+        torch.randn(100, 5, generator=g, dtype=torch.double),
+        torch.randint(classes, (100,), generator=g),
+    )
+    model = linear_model.LogisticRegression(C=0.1, tol=1e-9, max_iter=1000).fit(
+        x.numpy(), y.numpy()
+    )
     weight = _fit(x, y, classes, inverse_penalty=0.1, max_iter=300)
     torch.testing.assert_close(weight[:, :-1], torch.from_numpy(model.coef_), rtol=1e-4, atol=1e-5)
     bias = torch.from_numpy(model.intercept_)  # several classes: unique up to a constant
@@ -134,7 +147,9 @@ def test_the_split_takes_a_part_of_every_class():
     for seed in range(5):
         for test_size in (0.1, 0.25, 0.9):
             options = {"test_size": test_size, "seed": seed}
-            assert linear_probe(torch.eye(3)[labels], labels, inverse_penalty=100.0, **options) == 1.0
+            assert (
+                linear_probe(torch.eye(3)[labels], labels, inverse_penalty=100.0, **options) == 1.0
+            )
             assert knn_probe(torch.eye(3)[labels], labels, neighbours=1, **options) == 1.0
 
 
@@ -142,7 +157,9 @@ def knn_per_pair(x, y, test_x, test_y, neighbours, temperature):
     """The definition, one test row at a time."""
     right = 0
     for row, label in zip(test_x.double(), test_y.tolist(), strict=True):
-        similarity = [torch.nn.functional.cosine_similarity(row, other, dim=0).item() for other in x.double()]
+        similarity = [
+            torch.nn.functional.cosine_similarity(row, other, dim=0).item() for other in x.double()
+        ]
         nearest = sorted(range(len(x)), key=lambda i: -similarity[i])[:neighbours]
         votes = {}
         for i in nearest:
@@ -151,13 +168,17 @@ def knn_per_pair(x, y, test_x, test_y, neighbours, temperature):
     return right / len(test_y)
 
 
-@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.07), (5, 0.07), (5, 10.0), (1000, 0.2)])
+@pytest.mark.parametrize(
+    ("neighbours", "temperature"), [(1, 0.07), (5, 0.07), (5, 10.0), (1000, 0.2)]
+)
 def test_knn_equals_the_definition(neighbours, temperature):
     x, y = blobs(count=60, gap=1.0)
     test_x, test_y = blobs(count=50, gap=1.0, seed=1)
     expected = knn_per_pair(x, y, test_x, test_y, neighbours, temperature)
     assert 0.34 < expected < 0.95
-    assert knn_probe(x, y, test_x, test_y, neighbours=neighbours, temperature=temperature) == expected
+    assert (
+        knn_probe(x, y, test_x, test_y, neighbours=neighbours, temperature=temperature) == expected
+    )
 
 
 def test_knn_known_answers():
@@ -176,8 +197,12 @@ def test_knn_invariances():
     x, y = blobs(gap=1.0)
     expected = knn_probe(x, y)
     g = torch.Generator().manual_seed(1)
-    assert knn_probe(x * (torch.rand(300, 1, generator=g) + 0.1), y) == pytest.approx(expected, abs=0.01)
-    assert knn_probe(x @ torch.linalg.qr(torch.randn(6, 6, generator=g)).Q, y) == pytest.approx(expected, abs=0.01)
+    assert knn_probe(x * (torch.rand(300, 1, generator=g) + 0.1), y) == pytest.approx(
+        expected, abs=0.01
+    )
+    assert knn_probe(x @ torch.linalg.qr(torch.randn(6, 6, generator=g)).Q, y) == pytest.approx(
+        expected, abs=0.01
+    )
     assert abs(knn_probe(x + 50 * torch.eye(6)[5], y) - expected) > 0.1
 
 
@@ -205,8 +230,16 @@ def test_knn_bad_input_names_the_argument():
         ({"labels": torch.ones(300)}, TypeError, "labels: got torch.float32"),
         ({"labels": torch.ones(7).long()}, ValueError, r"labels: got shape \(7,\), want \(300,\)"),
         ({"labels": torch.ones(300).long()}, ValueError, "labels: got a single class"),
-        ({"labels": torch.arange(300).clamp(max=5)}, ValueError, "labels: got a class with a single row"),
-        ({"test_features": torch.ones(3, 6)}, ValueError, "test_features, test_labels: got only one"),
+        (
+            {"labels": torch.arange(300).clamp(max=5)},
+            ValueError,
+            "labels: got a class with a single row",
+        ),
+        (
+            {"test_features": torch.ones(3, 6)},
+            ValueError,
+            "test_features, test_labels: got only one",
+        ),
         (
             {"test_features": torch.ones(3, 5), "test_labels": torch.ones(3).long()},
             ValueError,

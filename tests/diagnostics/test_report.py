@@ -50,15 +50,26 @@ class Page(HTMLParser):
 
 def rows(probe, **columns):
     columns = {"linear_probe": probe} | columns
-    return [{"layer": 4 * n} | {name: values[n] for name, values in columns.items()} for n in range(len(probe))]
+    return [
+        {"layer": 4 * n} | {name: values[n] for name, values in columns.items()}
+        for n in range(len(probe))
+    ]
 
 
 def document(*models, **more):
-    return {"title": "a title", "models": [{"name": n, "depth": 8, "runs": runs} for n, runs in models]} | more
+    return {
+        "title": "a title",
+        "models": [{"name": n, "depth": 8, "runs": runs} for n, runs in models],
+    } | more
 
 
 def full():
-    before = rows([0.9, 0.5, 0.6], contrast=[2.0, 1.5, 1.0], lens_tokens=[[1, 2], [3], None], notes=["", "few", "few"])
+    before = rows(
+        [0.9, 0.5, 0.6],
+        contrast=[2.0, 1.5, 1.0],
+        lens_tokens=[[1, 2], [3], None],
+        notes=["", "few", "few"],
+    )
     similarity = {"before": [[0.5] * 4], "after": [[0.25] * 4]}
     heat_map = {
         "image": EVIL,
@@ -81,7 +92,13 @@ def full():
         date="2026-01-02",
         device="CPU",
         versions={"torch": "2.13"},
-        data={"images": 1, "labelled": 1, "classes": [EVIL, *map(str, range(40))], "masks": None, "folder": EVIL},
+        data={
+            "images": 1,
+            "labelled": 1,
+            "classes": [EVIL, *map(str, range(40))],
+            "masks": None,
+            "folder": EVIL,
+        },
     )
 
 
@@ -101,14 +118,26 @@ def test_names_are_escaped():
     assert EVIL not in text
     assert "<script" not in text
     said = "".join(Page(text).text)
-    for place in (f"before{EVIL}", f"It was {EVIL}.", f"diagnose {EVIL}", f"L_PRe{EVIL}", f"{EVIL}, 0, 1, 2"):
+    for place in (
+        f"before{EVIL}",
+        f"It was {EVIL}.",
+        f"diagnose {EVIL}",
+        f"L_PRe{EVIL}",
+        f"{EVIL}, 0, 1, 2",
+    ):
         assert place in said
 
 
 def test_a_page_shows_everything_it_was_given():
     page = Page(report.html(full()))
     said = " ".join(" ".join(page.text).split())
-    for text in ("a title", "2026-01-02 · 1 image · CPU", "layer 4: where PRe reads", "How.", "torch 2.13"):
+    for text in (
+        "a title",
+        "2026-01-02 · 1 image · CPU",
+        "layer 4: where PRe reads",
+        "How.",
+        "torch 2.13",
+    ):
         assert text in said
     assert "Classes (41)" in said
     assert "and 11 more" in said
@@ -126,7 +155,18 @@ def test_the_least_document_has_a_page():
         said = "".join(Page(report.html(document(("a", runs)))).text)
         assert "a title" in said
         assert "Semantic contrast ratio: it takes masks, the patches of each object." in said
-    optional = ("marked", "maps", "curves", "findings", "notes", "command", "date", "device", "versions", "data")
+    optional = (
+        "marked",
+        "maps",
+        "curves",
+        "findings",
+        "notes",
+        "command",
+        "date",
+        "device",
+        "versions",
+        "data",
+    )
     nothing = dict.fromkeys(optional)
     assert report.html(document(("a", []), **nothing)) == report.html(document(("a", [])))
 
@@ -137,7 +177,9 @@ def test_a_model_says_where_it_starts_is_least_and_ends():
         "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first to last."
     ]
     found = report.findings(document(("a", [rows([0.5, 0.7, None])])))
-    assert found["Linear probe"] == ["a: 0.500 at layer 0 (the minimum), 0.700 at layer 4; +0.200 from first to last."]
+    assert found["Linear probe"] == [
+        "a: 0.500 at layer 0 (the minimum), 0.700 at layer 4; +0.200 from first to last."
+    ]
     found = report.findings(document(("a", [rows([None, 0.7, None])])))
     assert found["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
     found = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
@@ -147,13 +189,17 @@ def test_a_model_says_where_it_starts_is_least_and_ends():
 
 
 def test_two_models_differ_in_the_deep_half_and_at_the_last_layer():
-    found = report.findings(document(("a", [rows([0.9, 0.5, 0.6])]), ("b", [rows([0.9, 0.8, 0.85])])))
+    found = report.findings(
+        document(("a", [rows([0.9, 0.5, 0.6])]), ("b", [rows([0.9, 0.8, 0.85])]))
+    )
     assert found["Linear probe"][2:] == [
         "mean of layers 4, 8: 0.550 (a), 0.825 (b), difference +0.275.",
         "layer 8: 0.600 (a), 0.850 (b), difference +0.250.",
     ]
     assert "Noise between seeds: it takes several runs of each model." in found["Not measured"]
-    last = report.findings(document(("a", [rows([0.9, None, 0.6])]), ("b", [rows([0.9, None, 0.85])])))
+    last = report.findings(
+        document(("a", [rows([0.9, None, 0.6])]), ("b", [rows([0.9, None, 0.85])]))
+    )
     assert last["Linear probe"][2:] == ["layer 8: 0.600 (a), 0.850 (b), difference +0.250."]
     none = report.findings(document(("a", [rows([0.9, 0.5, 0.6])]), ("b", [rows([None] * 3)])))
     assert none["Linear probe"][1:] == ["b: not measured."]
@@ -176,15 +222,23 @@ def test_models_of_other_depths_are_compared_in_their_own_deep_halves():
         {"name": "b", "depth": 8, "runs": [[{"layer": n, "cosine": 0.75} for n in range(9)]]},
     ]
     found = report.findings({"title": "", "models": models})["Cosine with the anchor"]
-    assert found[2] == "mean of layers 2 to 4 and layers 4 to 8: 0.500 (a), 0.750 (b), difference +0.250."
+    assert (
+        found[2]
+        == "mean of layers 2 to 4 and layers 4 to 8: 0.500 (a), 0.750 (b), difference +0.250."
+    )
     assert found[3] == "layer 4 and layer 8: 0.500 (a), 0.750 (b), difference +0.250."
 
 
 def test_without_masks_spatial_contrast_stands_in():
-    found = report.findings(document(("a", [rows([0.9, 0.5, 0.6], spatial_contrast=[1.5, 1.25, 1.0])])))
+    found = report.findings(
+        document(("a", [rows([0.9, 0.5, 0.6], spatial_contrast=[1.5, 1.25, 1.0])]))
+    )
     assert "Semantic contrast ratio" not in found
     assert found["Spatial contrast"][0].startswith("a: 1.500 at layer 0")
-    assert "Semantic contrast ratio: it takes masks, the patches of each object." in found["Not measured"]
+    assert (
+        "Semantic contrast ratio: it takes masks, the patches of each object."
+        in found["Not measured"]
+    )
     with_masks = rows([0.9, 0.5, 0.6], spatial_contrast=[1.5, 1.25, 1.0], contrast=[2.0, 1.5, 1.0])
     assert "Spatial contrast" not in report.findings(document(("a", [with_masks])))
 
@@ -194,16 +248,22 @@ def test_sentences_name_their_measure():
     found = report.sentences(one)
     assert found[0].startswith("Linear probe – a: 0.900 at layer 0")
     assert found[1].startswith("Effective dimension – a: 3.0 at layer 0, 2.0 at layer 8")
-    assert "Not measured – Cosine with the anchor: it takes an anchor as wide as the layer." in found
+    assert (
+        "Not measured – Cosine with the anchor: it takes an anchor as wide as the layer." in found
+    )
     assert len(found) == sum(map(len, report.findings(one).values()))
 
 
 def test_csv_has_a_line_for_each_model_run_and_layer():
     a = [rows([0.9, None, 0.6], lens_tokens=[[1, 2], [3], None]), rows([0.8, 0.7, 0.6])]
-    text = report.csv_text(document(("a, b\n", a), ("c", [rows([0.5] * 3, cosine=[1.0, 0.5, 0.1])])))
+    text = report.csv_text(
+        document(("a, b\n", a), ("c", [rows([0.5] * 3, cosine=[1.0, 0.5, 0.1])]))
+    )
     lines = list(csv.DictReader(io.StringIO(text)))
     assert [(line["model"], line["run"], line["layer"]) for line in lines] == [
-        (model, run, layer) for model, run in (("a, b\n", "0"), ("a, b\n", "1"), ("c", "0")) for layer in "048"
+        (model, run, layer)
+        for model, run in (("a, b\n", "0"), ("a, b\n", "1"), ("c", "0"))
+        for layer in "048"
     ]
     assert [line["linear_probe"] for line in lines[:3]] == ["0.9", "", "0.6"]
     assert lines[0]["lens_tokens"] == "1 2"
@@ -221,8 +281,15 @@ def test_sentences_of_a_difference_follow_the_numbers():
     noisy = effect("x", [0.5, 0.6], [0.9, 0.3])
     assert "positive in 1 of 2 seeds, within the noise" in noisy
     assert effect("x", [0.5], [0.6]) == "x: 0.500 without, 0.600 with PRe, difference +0.100."
-    assert effect("x", [5.0], [6.0], ("(a)", "(b)"), digits=1) == "x: 5.0 (a), 6.0 (b), difference +1.0."
-    assert (spread(None), spread([0.5]), spread([0.5, 0.7], "+")) == ("–", "0.500", "+0.600 ± 0.141")
+    assert (
+        effect("x", [5.0], [6.0], ("(a)", "(b)"), digits=1)
+        == "x: 5.0 (a), 6.0 (b), difference +1.0."
+    )
+    assert (spread(None), spread([0.5]), spread([0.5, 0.7], "+")) == (
+        "–",
+        "0.500",
+        "+0.600 ± 0.141",
+    )
 
 
 def test_the_interval_is_the_paired_t_test():

@@ -35,7 +35,9 @@ def per_pair(features, grid, radius):
 @pytest.mark.parametrize("radius", [1, 2, 5])
 def test_equals_the_definition_pair_by_pair(radius):
     features, grid = picture()
-    assert spatial_contrast(features, grid, radius) == pytest.approx(per_pair(features, grid, radius), abs=1e-12)
+    assert spatial_contrast(features, grid, radius) == pytest.approx(
+        per_pair(features, grid, radius), abs=1e-12
+    )
 
 
 def test_default_radius_is_a_quarter_of_the_shorter_side():
@@ -49,8 +51,9 @@ def test_known_answers():
     # two halves, each of equal patches, 60 degrees apart
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 3**0.5 / 2])
     halves = torch.stack([a, a, b, b]).expand(4, 4, 2).reshape(16, 2)
-    # 24 pairs share a side, 4 of them over the border; at radius 2 what is far is one half against the other, or rows
-    # 0 and 3: 16 pairs of columns of which 8 are in one half; columns 0 and 3 in any rows: 16 pairs, 2 of them counted
+    # 24 pairs share a side, 4 of them over the border; at radius 2 what is far is one half against
+    # the other, or rows 0 and 3: 16 pairs of columns of which 8 are in one half; columns 0 and 3 in
+    # any rows: 16 pairs, 2 of them counted
     near, far, ratio = spatial_contrast(halves, (4, 4), 2)
     assert near == pytest.approx((20 + 4 * 0.5) / 24)
     assert far == pytest.approx((8 + 8 * 0.5 + 14 * 0.5) / 30)
@@ -64,21 +67,31 @@ def test_it_follows_structure():
     label = torch.arange(4).view(2, 2).repeat_interleave(6, 0).repeat_interleave(6, 1).flatten()
     clean = objects[label] + 0.3 * torch.randn(144, 32, generator=g)
     spilled = clean + 2 * objects.mean(0)
-    assert spatial_contrast(clean, (12, 12)).ratio > 1.3 * spatial_contrast(spilled, (12, 12)).ratio > 1.3
+    assert (
+        spatial_contrast(clean, (12, 12)).ratio
+        > 1.3 * spatial_contrast(spilled, (12, 12)).ratio
+        > 1.3
+    )
 
 
 def test_invariances():
     features, grid = picture()
     expected = spatial_contrast(features, grid, 2)
     g = torch.Generator().manual_seed(1)
-    assert spatial_contrast(features * (torch.rand(3, 35, 1, generator=g) + 0.1), grid, 2) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert spatial_contrast(
+        features * (torch.rand(3, 35, 1, generator=g) + 0.1), grid, 2
+    ) == pytest.approx(expected, rel=1e-5)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.double)).Q
-    assert spatial_contrast(features.double() @ rotation, grid, 2) == pytest.approx(expected, rel=1e-9)
+    assert spatial_contrast(features.double() @ rotation, grid, 2) == pytest.approx(
+        expected, rel=1e-9
+    )
     images = features.unflatten(1, grid)
-    assert spatial_contrast(images.flip(1).flatten(1, 2), grid, 2) == pytest.approx(expected, rel=1e-9)
-    assert spatial_contrast(images.transpose(1, 2).flatten(1, 2), (7, 5), 2) == pytest.approx(expected, rel=1e-9)
+    assert spatial_contrast(images.flip(1).flatten(1, 2), grid, 2) == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert spatial_contrast(images.transpose(1, 2).flatten(1, 2), (7, 5), 2) == pytest.approx(
+        expected, rel=1e-9
+    )
     assert spatial_contrast(features.flip(0), grid, 2) == pytest.approx(expected, rel=1e-9)
     # but not to the order of patches: neighbourhood is what it looks at
     angle = torch.linspace(0, math.pi / 2, 35)
@@ -120,7 +133,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_patch_by_patch_matrix_is_made():
-    features, masks = torch.randn(2, 400, 5), torch.eye(4).bool().repeat_interleave(100, 1).expand(2, -1, -1)
+    features, masks = (
+        torch.randn(2, 400, 5),
+        torch.eye(4).bool().repeat_interleave(100, 1).expand(2, -1, -1),
+    )
     with Largest() as largest:
         contrast_ratio(features, masks)
         spatial_contrast(features, (20, 20))
@@ -137,7 +153,9 @@ def test_similarity_map():
     torch.testing.assert_close(similarity_map(features[1], 9, grid), expected[1].view(grid))
     torch.testing.assert_close(similarity_map(torch.stack([features, -features]), 9)[1], expected)
     order = torch.randperm(35)
-    torch.testing.assert_close(similarity_map(features[:, order], order.tolist().index(9)), expected[:, order])
+    torch.testing.assert_close(
+        similarity_map(features[:, order], order.tolist().index(9)), expected[:, order]
+    )
     rotation = torch.linalg.qr(torch.randn(6, 6)).Q
     torch.testing.assert_close(similarity_map(features @ rotation, 9), expected)
     assert similarity_map(torch.tensor([[0.0, 0], [1, 0]]), 0).tolist() == [0, 0]
@@ -151,9 +169,17 @@ ONE = torch.ones(6, 2)
     ("call", "error", "message"),
     [
         (lambda: spatial_contrast([[1.0]], (1, 1)), TypeError, "features: got list"),
-        (lambda: spatial_contrast(torch.ones(0, 2), (1, 1)), ValueError, r"features: got shape \(1, 0, 2\)"),
+        (
+            lambda: spatial_contrast(torch.ones(0, 2), (1, 1)),
+            ValueError,
+            r"features: got shape \(1, 0, 2\)",
+        ),
         (lambda: spatial_contrast(ONE * math.nan, (2, 3)), ValueError, "features: got nan"),
-        (lambda: spatial_contrast(ONE, (2, 4)), ValueError, r"grid: got \(2, 4\), want .* product is 6"),
+        (
+            lambda: spatial_contrast(ONE, (2, 4)),
+            ValueError,
+            r"grid: got \(2, 4\), want .* product is 6",
+        ),
         (lambda: spatial_contrast(ONE, 6), ValueError, "grid: got 6"),
         (lambda: spatial_contrast(ONE, (-2, -3)), ValueError, r"grid: got \(-2, -3\)"),
         (lambda: spatial_contrast(ONE, (2, 3), 0), ValueError, "radius: got 0"),

@@ -29,7 +29,8 @@ def by_definition(x, above=100.0, times=1000.0):
     correlation = torch.corrcoef(x.T).abs()
     apart = ~torch.eye(x.shape[1], dtype=torch.bool)
     massive = [
-        [abs(a) > above and abs(a) >= times * row.abs().median().item() for a in row.tolist()] for row in x.double()
+        [abs(a) > above and abs(a) >= times * row.abs().median().item() for a in row.tolist()]
+        for row in x.double()
     ]
     return (
         (values.sum() ** 2 / values.square().sum()).item(),
@@ -45,7 +46,9 @@ def by_definition(x, above=100.0, times=1000.0):
 
 def assert_equal(found, expected, rel=1e-9, median=0.006):
     assert found.norm_median == pytest.approx(expected[4], rel=median)
-    assert found._replace(norm_median=0) == pytest.approx((*expected[:4], 0, *expected[5:]), rel=rel)
+    assert found._replace(norm_median=0) == pytest.approx(
+        (*expected[:4], 0, *expected[5:]), rel=rel
+    )
 
 
 def test_equals_the_definition():
@@ -103,7 +106,11 @@ def test_massive_activations():
     found = measured(x)
     assert found.massive_activations == 3 / 32
     assert found.massive_tokens == 2 / 4
-    assert measured(x, above=99).massive_activations == measured(x, above=99, times=1600).massive_activations == 4 / 32
+    assert (
+        measured(x, above=99).massive_activations
+        == measured(x, above=99, times=1600).massive_activations
+        == 4 / 32
+    )
     assert measured(x, times=1).massive_activations == 11 / 32
     assert found.norm_max == pytest.approx(1e6)
 
@@ -113,11 +120,16 @@ def test_offsets_of_massive_activations_cost_no_accuracy():
     expected = by_definition(x)
     offset = torch.zeros(9, dtype=torch.double)
     offset[2], offset[7] = 1e4, -1e8
-    for size, found in ((64, measured(*(x + offset).split(64))), (1, measured(*(x + offset).split(1)))):
+    for size, found in (
+        (64, measured(*(x + offset).split(64))),
+        (1, measured(*(x + offset).split(1))),
+    ):
         # what remains is the rounding of the input at 1e8
         assert found[:3] == pytest.approx(expected[:3], rel=1e-6), size
     single = (x + offset.clamp(-1e4, 1e4)).float()
-    assert measured(*single.split(10))[:3] == pytest.approx(by_definition(single.double())[:3], rel=1e-7)
+    assert measured(*single.split(10))[:3] == pytest.approx(
+        by_definition(single.double())[:3], rel=1e-7
+    )
 
 
 def test_massive_variance_does_not_hide_the_rest():
@@ -153,7 +165,9 @@ def test_what_does_not_vary():
     assert all(math.isnan(value) for value in measured(torch.ones(1, 3))[:3])
     x = rows()
     with_constant = torch.cat([x, torch.full((200, 1), 1e4 / 3, dtype=torch.double)], dim=1)
-    assert measured(*with_constant.split(9)).correlation == pytest.approx(measured(x).correlation, rel=1e-9)
+    assert measured(*with_constant.split(9)).correlation == pytest.approx(
+        measured(x).correlation, rel=1e-9
+    )
     zeros = measured(torch.zeros(4, 3))
     assert (zeros.norm_mean, zeros.norm_median, zeros.norm_max) == (0, 0, 0)
 

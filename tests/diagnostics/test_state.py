@@ -9,7 +9,10 @@ from pre_kernels.diagnostics import LayerReport, state
 
 def test_a_loaded_report_goes_on_as_the_saved_one(tmp_path):
     images = data(40)
-    options = {"tokens": 64, "labelled": 16}  # fewer than there are: the samples' draws have to go on too
+    options = {
+        "tokens": 64,
+        "labelled": 16,
+    }  # fewer than there are: the samples' draws have to go on too
     whole = report(images, **options)
     first = report(images[:23], **options)
     first.save(tmp_path / "state", done=23, classes=["a", "b"])
@@ -34,7 +37,11 @@ def test_values_come_back_as_they_were(tmp_path):
     generator = random.Random(3)
     generator.random()
     base = torch.arange(12.0).view(3, 4)
-    value = {1: (True, None, 1.5, "é"), "two": [base.T, base[1], torch.zeros(0)], "random": generator}
+    value = {
+        1: (True, None, 1.5, "é"),
+        "two": [base.T, base[1], torch.zeros(0)],
+        "random": generator,
+    }
     state.save(tmp_path / "state", value, ())
     found = state.load(tmp_path / "state", ())
     assert found[1] == value[1]

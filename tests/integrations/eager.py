@@ -1,4 +1,5 @@
-"""PRe computed the plain way: hooks on a model without checkpointing, autograd, `reference.pre_loss`."""
+"""PRe computed the plain way: hooks on a model without checkpointing, autograd,
+`reference.pre_loss`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from pre_kernels import reference
 
 
 def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
-    """Hooks that keep the last forward's embeddings ("embeds"), the projector's input and what l layers made (l)."""
+    """Hooks that keep the last forward's embeddings ("embeds"), the projector's input and what l
+    layers made (l)."""
     seen: dict[Any, Tensor] = {}
     tiny = FAMILIES[family]
     text = model.get_submodule(base + tiny.text)
@@ -29,7 +31,9 @@ def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
     text.register_forward_pre_hook(keep_embeds, with_kwargs=True)
     for number in range(1, len(layers)):
 
-        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> None:
+        def keep(
+            module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number
+        ) -> None:
             seen[number] = tiny.hidden(args[0] if args else kwargs["hidden_states"])
 
         layers[number].register_forward_pre_hook(keep, with_kwargs=True)
@@ -48,13 +52,16 @@ def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
 
 
 def projector_rows(family: str, data: Batch) -> Tensor:
-    """(N, z): for each visual token the projector's input rows that became its embedding, found by comparing outputs.
+    """(N, z): for each visual token the projector's input rows that became its embedding, found by
+    comparing outputs.
 
     Rows that the projector merges are concatenated.
     """
     model, tiny = build(family), FAMILIES[family]
     entered, left = [], []
-    model.get_submodule(tiny.projector).register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model.get_submodule(tiny.projector).register_forward_pre_hook(
+        lambda module, args: entered.append(args[0])
+    )
     made_by = model.get_submodule(tiny.made_by or tiny.projector)
     made_by.register_forward_hook(lambda module, args, output: left.append(output.flatten(0, -2)))
     seen = watch(model, family)
@@ -63,12 +70,15 @@ def projector_rows(family: str, data: Batch) -> Tensor:
     del left[len(entered) :]
     # directions alone: some families scale what the projector returns
     embedded, made = (
-        nn.functional.normalize(rows.double(), dim=-1) for rows in (seen["embeds"][data.visual], torch.cat(left))
+        nn.functional.normalize(rows.double(), dim=-1)
+        for rows in (seen["embeds"][data.visual], torch.cat(left))
     )
     distance, row = torch.cdist(embedded, made).min(1)
     assert distance.max() < 1e-5
     assert len(row.unique()) == len(row) == len(made)
-    return torch.cat([given.reshape(len(rows), -1) for given, rows in zip(entered, left, strict=True)])[row]
+    return torch.cat(
+        [given.reshape(len(rows), -1) for given, rows in zip(entered, left, strict=True)]
+    )[row]
 
 
 def copy_of(head: nn.Module) -> dict[str, Tensor]:
@@ -94,9 +104,11 @@ def pre_loss(
     chosen: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for several.
+    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for
+    several.
 
-    `chosen` is a bool mask of the terms that were drawn, whose sum is divided by their share of the whole divisor.
+    `chosen` is a bool mask of the terms that were drawn, whose sum is divided by their share of the
+    whole divisor.
     """
     losses = []
     for index, layer in enumerate(layers):
@@ -120,11 +132,16 @@ def pre_loss(
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """Every gradient by parameter name; the head's are named `pre_head...`."""
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
 
 
 def assert_same_gradients(
-    found: dict[str, Tensor | None], wanted: dict[str, Tensor | None], rtol: float = 1e-4, atol: float = 2e-6
+    found: dict[str, Tensor | None],
+    wanted: dict[str, Tensor | None],
+    rtol: float = 1e-4,
+    atol: float = 2e-6,
 ) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -133,13 +150,22 @@ def assert_same_gradients(
             assert gradient is None, f"{name}: no gradient, want one"
             assert other is None, f"{name}: a gradient, want none"
             continue
-        torch.testing.assert_close(other, gradient, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            other, gradient, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def expected_gradients(
-    model: nn.Module, family: str, batch: Batch, head: nn.Module, layers: list[int], weight: float = 0.5, **options: Any
+    model: nn.Module,
+    family: str,
+    batch: Batch,
+    head: nn.Module,
+    layers: list[int],
+    weight: float = 0.5,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Loss and gradients of the plain `model` with PRe added by hand; the head's gradients as `pre_head.<name>`."""
+    """Loss and gradients of the plain `model` with PRe added by hand; the head's gradients as
+    `pre_head.<name>`."""
     seen = watch(model, family)
     parameters = copy_of(head)
     output = model(**batch.inputs)

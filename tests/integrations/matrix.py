@@ -1,4 +1,5 @@
-"""One optimizer step of a family under a loop, checkpointing, LoRA, and in one process or two: its gradients."""
+"""One optimizer step of a family under a loop, checkpointing, LoRA, and in one process or two: its
+gradients."""
 
 from __future__ import annotations
 
@@ -29,10 +30,15 @@ AXES: dict[str, list[Any]] = {
 
 MAJOR = transformers.__version__.split(".")[0]
 
-# what does not work without PRe either: (transformers' major version, the values that make a case fail)
+# what does not work without PRe either: (transformers' major version, the values that make a case
+# fail)
 UPSTREAM: dict[tuple[Any, ...], str] = {
     **{
-        ("4", family, "Trainer"): "takes num_items_in_batch and ignores it: its own loss is GA times too large"
+        (
+            "4",
+            family,
+            "Trainer",
+        ): "takes num_items_in_batch and ignores it: its own loss is GA times too large"
         for family in ("vipllava", "llama4", "gemma3n")
     },
     ("4", "paligemma", "TRL"): "attends by whether there are labels, which TRL keeps back",
@@ -56,7 +62,9 @@ UPSTREAM: dict[tuple[Any, ...], str] = {
 
 def upstream(case: dict[str, Any]) -> str | None:
     """Why a case does not work without PRe either, if so."""
-    return next((reason for key, reason in UPSTREAM.items() if set(key) <= {MAJOR, *case.values()}), None)
+    return next(
+        (reason for key, reason in UPSTREAM.items() if set(key) <= {MAJOR, *case.values()}), None
+    )
 
 
 def allowed(case: dict[str, Any]) -> bool:
@@ -64,7 +72,8 @@ def allowed(case: dict[str, Any]) -> bool:
 
 
 LAYER, WEIGHT = DEPTH // 2, 0.5
-# unequal numbers of images, but equal numbers of labels: so all rules for the scale of the model's own loss agree
+# unequal numbers of images, but equal numbers of labels: so all rules for the scale of the model's
+# own loss agree
 SAMPLES: list[Any] = [
     [("text", 3), ("image", 8, 8), ("text", 5)],
     [("text", 2), ("image", 8, 8), ("text", 2), ("image", 8, 8), ("text", 4)],
@@ -89,7 +98,8 @@ def sample(family: str, index: int) -> Batch:
 
 
 def make(case: Case) -> nn.Module:
-    """The model: only its decoder is trained, as DDP wants no parameter without a gradient under checkpointing."""
+    """The model: only its decoder is trained, as DDP wants no parameter without a gradient under
+    checkpointing."""
     model = build(case.family)
     model.requires_grad_(False)
     text = model.get_submodule(FAMILIES[case.family].text)
@@ -99,7 +109,9 @@ def make(case: Case) -> nn.Module:
     if case.tuning == "full":
         return model
     text = FAMILIES[case.family].text.replace(".", r"\.")
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=rf"{text}\..*\.(q_proj|k_proj|v_proj|o_proj)"))
+    peft = get_peft_model(
+        model, LoraConfig(r=2, target_modules=rf"{text}\..*\.(q_proj|k_proj|v_proj|o_proj)")
+    )
     torch.manual_seed(3)
     with torch.no_grad():  # B starts at 0, which would hide A's gradient
         for name, parameter in peft.named_parameters():
@@ -109,7 +121,8 @@ def make(case: Case) -> nn.Module:
 
 
 def unused(case: Case) -> bool:
-    """Whether DDP has to find parameters without a gradient: GLM-4V's experts without tokens, one module each in 4.57.
+    """Whether DDP has to find parameters without a gradient: GLM-4V's experts without tokens, one
+    module each in 4.57.
 
     Elsewhere False: reentrant checkpointing wants that, and True is PEFT's default in a Trainer.
     """
@@ -117,7 +130,8 @@ def unused(case: Case) -> bool:
 
 
 def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tensor]:
-    """What a step over SAMPLES, one a micro-batch, leaves in `.grad`; with two processes, each calls this."""
+    """What a step over SAMPLES, one a micro-batch, leaves in `.grad`; with two processes, each
+    calls this."""
     model = make(case)
     torch.manual_seed(0)
     if attached:
@@ -126,10 +140,16 @@ def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tenso
     if reentrant is not None:
         if case.tuning == "LoRA":
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     with warnings.catch_warnings():  # a training that is right is told nothing
         warnings.filterwarnings("error", message="PRe: ")
-        return plain(case, model) if case.loop == "plain" else trainer(case, model, Path(folder), attached)
+        return (
+            plain(case, model)
+            if case.loop == "plain"
+            else trainer(case, model, Path(folder), attached)
+        )
 
 
 def plain(case: Case, model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +206,9 @@ def of_trl() -> Any:
 
     words = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>"])}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="</s>"
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="</s>",
     )
     skip = {"skip_prepare_dataset": True}  # the collator makes whole batches
 
@@ -202,7 +224,8 @@ TRAINERS: dict[str, Any] = {"Trainer": of_transformers, "TRL": of_trl}
 
 
 def wanted(case: Case, folder: str) -> dict[str, Tensor]:
-    """The same gradients by hand, in one process, without checkpointing; TRL's own loss is left to TRL."""
+    """The same gradients by hand, in one process, without checkpointing; TRL's own loss is left to
+    TRL."""
     model = make(case)
     torch.manual_seed(0)
     with apply_pre(model, LAYER, WEIGHT) as handle:
@@ -212,9 +235,12 @@ def wanted(case: Case, folder: str) -> dict[str, Tensor]:
     for index, count in enumerate(counts):
         data = sample(case.family, index)
         own = model(**data.inputs).loss / len(SAMPLES)
-        # a loop that knows nothing of PRe takes the mean over micro-batches, patch_trainer that over tokens
+        # a loop that knows nothing of PRe takes the mean over micro-batches, patch_trainer that
+        # over tokens
         share = 1 / len(SAMPLES) if case.loop == "plain" else count / sum(counts)
-        (own * (case.loop != "TRL") + WEIGHT * share * pre_loss(seen, data, [LAYER], head)).backward()
+        (
+            own * (case.loop != "TRL") + WEIGHT * share * pre_loss(seen, data, [LAYER], head)
+        ).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if case.loop == "TRL":
         own = gradients(case._replace(processes=1), folder, attached=False)

@@ -1,8 +1,10 @@
-"""A stand-in for the models of the original LLaVA code bases: their interface, with a merge of its own.
+"""A stand-in for the models of the original LLaVA code bases: their interface, with a merge of its
+own.
 
-The image token is -200 in `input_ids`; `images` are a tensor (images, 3, S, S) or a list of (crops, 3, S, S), one entry
-for each image token, and one unused entry for a sample without any. `truth` keeps where the last merge put what.
-`TinyLlava` has the interface of TinyLLaVA, whose parts are modules of the model itself and have other names.
+The image token is -200 in `input_ids`; `images` are a tensor (images, 3, S, S) or a list of (crops,
+3, S, S), one entry for each image token, and one unused entry for a sample without any. `truth`
+keeps where the last merge put what. `TinyLlava` has the interface of TinyLLaVA, whose parts are
+modules of the model itself and have other names.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from typing import Any
 import torch
 from tiny_models import WORDS, text_config
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 PLACE, SIDE, PATCH, SEEN = -200, 8, 4, 24
 
@@ -36,7 +44,9 @@ class Body(LlamaModel):
         super().__init__(config)
         self.vision_tower = Tower()
         self.mm_projector = nn.Sequential(
-            nn.Linear(SEEN, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+            nn.Linear(SEEN, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
         )
         self.image_newline = nn.Parameter(torch.randn(config.hidden_size))
 
@@ -55,17 +65,25 @@ class Merging:
         found = []
         for crops in self.encode_images(torch.cat(images)).split([len(image) for image in images]):
             if len(crops) > 1:
-                line = self.model.image_newline[None, None].expand(len(crops), 1, -1).to(crops.device)
+                line = (
+                    self.model.image_newline[None, None].expand(len(crops), 1, -1).to(crops.device)
+                )
                 crops = torch.cat([crops, line], 1)
             found.append(crops.flatten(0, 1))
         return found
 
-    def merge(self: Any, ids: Tensor, mask: Tensor | None, labels: Tensor | None, images: Any) -> tuple[Any, ...]:
-        """(attention mask, embeddings, labels), padded; whether masks and labels come back is as they came."""
+    def merge(
+        self: Any, ids: Tensor, mask: Tensor | None, labels: Tensor | None, images: Any
+    ) -> tuple[Any, ...]:
+        """(attention mask, embeddings, labels), padded; whether masks and labels come back is as
+        they came."""
         features, rows = iter(enumerate(self.features(images), 1)), []
         for i, sample in enumerate(ids):
             kept = torch.ones_like(sample, dtype=torch.bool) if mask is None else mask[i].bool()
-            words, targets = sample[kept], (torch.full_like(sample, -100) if labels is None else labels[i])[kept]
+            words, targets = (
+                sample[kept],
+                (torch.full_like(sample, -100) if labels is None else labels[i])[kept],
+            )
             number, unused = (None, None) if (words == PLACE).any() else next(features)
             embeds, out, owner = [] if number is None else [unused[:0]], [], []
             places = (words == PLACE).nonzero()[:, 0].tolist()
@@ -123,7 +141,14 @@ class OldLlava(LlamaForCausalLM, Meta):
         return self.model
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        image_sizes=None,
     ):
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -145,7 +170,13 @@ class OldLlava(LlamaForCausalLM, Meta):
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    past_key_values,
+                    labels,
+                    images,
+                    image_sizes,
                 )
             )
         return super().forward(
@@ -158,11 +189,15 @@ class OldLlava(LlamaForCausalLM, Meta):
 
 
 class OldLlavaNext(OldLlava):
-    """The interface of LLaVA-NeXT: `modalities` comes before `image_sizes`, and videos' features are pooled."""
+    """The interface of LLaVA-NeXT: `modalities` comes before `image_sizes`, and videos' features
+    are pooled."""
 
     def features(self, images: Any) -> list[Tensor]:
         found = super().features(images)
-        return [self.pooled(x) if m == "video" else x for x, m in zip(found, self.modalities, strict=False)]
+        return [
+            self.pooled(x) if m == "video" else x
+            for x, m in zip(found, self.modalities, strict=False)
+        ]
 
     def pooled(self, rows: Tensor) -> Tensor:
         return nn.functional.avg_pool1d(rows.T[None], 2)[0].T
@@ -183,16 +218,36 @@ class OldLlavaNext(OldLlava):
             input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
         )
 
-    def forward(self, input_ids=None, labels=None, attention_mask=None, images=None, modalities=("image",), **more):
-        _, position_ids, attention_mask, _, inputs_embeds, labels = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, attention_mask, None, labels, images, list(modalities), more.pop("image_sizes", None)
+    def forward(
+        self,
+        input_ids=None,
+        labels=None,
+        attention_mask=None,
+        images=None,
+        modalities=("image",),
+        **more,
+    ):
+        _, position_ids, attention_mask, _, inputs_embeds, labels = (
+            self.prepare_inputs_labels_for_multimodal(
+                input_ids,
+                None,
+                attention_mask,
+                None,
+                labels,
+                images,
+                list(modalities),
+                more.pop("image_sizes", None),
+            )
         )
         ids = input_ids if inputs_embeds is None else None
-        return super().forward(ids, attention_mask, position_ids, None, inputs_embeds, labels, **more)
+        return super().forward(
+            ids, attention_mask, position_ids, None, inputs_embeds, labels, **more
+        )
 
 
 class Connector(nn.Module):
-    """What stands in the place of `mm_projector`; `queries` > 0 mixes the rows of an image to so many."""
+    """What stands in the place of `mm_projector`; `queries` > 0 mixes the rows of an image to so
+    many."""
 
     def __init__(self, width: int, queries: int) -> None:
         super().__init__()
@@ -208,13 +263,18 @@ class TinyConfig(PretrainedConfig):
     model_type = "tinyllava"
 
     def __init__(self, queries: int = 0, **more: Any) -> None:
-        self.text_config, self.image_token_index, self.queries = LlamaConfig(**text_config()), PLACE, queries
+        self.text_config, self.image_token_index, self.queries = (
+            LlamaConfig(**text_config()),
+            PLACE,
+            queries,
+        )
         self.hidden_size = self.text_config.hidden_size
         super().__init__(**more)
 
 
 class TinyLlava(PreTrainedModel, Merging):
-    """The interface of TinyLLaVA: a whole language model inside, whose `forward` is called past its hooks."""
+    """The interface of TinyLLaVA: a whole language model inside, whose `forward` is called past its
+    hooks."""
 
     config_class = TinyConfig
 
@@ -238,7 +298,14 @@ class TinyLlava(PreTrainedModel, Merging):
         return self.language_model.get_input_embeddings()(words).to(self.device)
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        image_sizes=None,
     ):
         if self.vision_tower is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -246,14 +313,25 @@ class TinyLlava(PreTrainedModel, Merging):
         return None, position_ids, attended, past_key_values, embeds, labels
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, images=None, image_sizes=None
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        images=None,
+        image_sizes=None,
     ):
         if inputs_embeds is None:
-            input_ids, _, attention_mask, _, inputs_embeds, labels = self.prepare_inputs_labels_for_multimodal(
-                input_ids, None, attention_mask, None, labels, images, image_sizes
+            input_ids, _, attention_mask, _, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, None, attention_mask, None, labels, images, image_sizes
+                )
             )
         return self.language_model.forward(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
         )
 
 
@@ -268,7 +346,9 @@ def build_original(kind: type = OldLlava, seed: int = 0, **config: Any) -> Any:
     """A model in float32, in training mode, with weights large enough that layers differ."""
     torch.manual_seed(seed)
     queries = config.pop("queries", 0)
-    model = kind(TinyConfig(queries) if issubclass(kind, TinyLlava) else LlamaConfig(**text_config()))
+    model = kind(
+        TinyConfig(queries) if issubclass(kind, TinyLlava) else LlamaConfig(**text_config())
+    )
     vars(model.config).update(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -301,4 +381,10 @@ def original_batch(
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     labels = ids.masked_fill((ids < 3) | (ids == PLACE), -100)
     given = torch.cat([image[:1] for image in images]) if square else images
-    return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": labels, "images": given, **more}
+    return {
+        "input_ids": ids,
+        "attention_mask": ids.ne(0),
+        "labels": labels,
+        "images": given,
+        **more,
+    }

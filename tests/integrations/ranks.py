@@ -1,4 +1,5 @@
-"""What the tests of two processes share: samples for each rank, the model, its loss and gradients by hand, engines."""
+"""What the tests of two processes share: samples for each rank, the model, its loss and gradients
+by hand, engines."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ from tiny_models import Batch, batch, build
 from tiny_training import one_image
 from torch import Tensor, nn
 
-PLAIN, TWO_IMAGES = one_image(3), [("text", 4), ("image", 8, 8), ("text", 1), ("image", 8, 8), ("text", 8)]
+PLAIN, TWO_IMAGES = (
+    one_image(3),
+    [("text", 4), ("image", 8, 8), ("text", 1), ("image", 8, 8), ("text", 8)],
+)
 TEXT = [("text", 7)]
-MASKED = [("image", 8, 8), ("text", 7)]  # a dummy image under the attention mask, as some data pipelines add
+MASKED = [
+    ("image", 8, 8),
+    ("text", 7),
+]  # a dummy image under the attention mask, as some data pipelines add
 # the samples of each rank, one forward each
 UNEVEN = [[TWO_IMAGES, PLAIN], [PLAIN, TWO_IMAGES]]
 TEXT_ONLY = [[TWO_IMAGES, PLAIN], [TEXT, TWO_IMAGES]]
@@ -37,7 +44,8 @@ def batches(samples: list[Any], rank: int) -> list[Batch]:
 
 
 def made(frozen: bool = False, **options: Any) -> tuple[nn.Module, Any]:
-    """A model, without its vision part's gradients if `frozen`, and its handle; alike wherever it is called."""
+    """A model, without its vision part's gradients if `frozen`, and its handle; alike wherever it
+    is called."""
     model = build("llava")
     if frozen:
         model.model.vision_tower.requires_grad_(False)
@@ -46,9 +54,14 @@ def made(frozen: bool = False, **options: Any) -> tuple[nn.Module, Any]:
 
 
 def by_hand(
-    samples: list[Any], group: bool = True, frozen: bool = False, level: str = "patch", forwards: int = 2
+    samples: list[Any],
+    group: bool = True,
+    frozen: bool = False,
+    level: str = "patch",
+    forwards: int = 2,
 ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """The mean over the ranks of each forward's loss, and of the gradients accumulated over them."""
+    """The mean over the ranks of each forward's loss, and of the gradients accumulated over
+    them."""
     model, handle = made(frozen)
     head = copy_of(handle.head)
     handle.remove()
@@ -82,13 +95,22 @@ def check(found: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]
         torch.testing.assert_close((zero + one) / 2, loss)
     for _, gradient in found:
         # a parameter that no rank used has no gradient, or zeros
-        seen = {n: gradient[n] for n in wanted[1]} if gradient.keys() >= wanted[1].keys() else gradient
-        zeros = {n: g for n, g in seen.items() if g is not None and wanted[1].get(n) is None and not g.any()}
+        seen = (
+            {n: gradient[n] for n in wanted[1]} if gradient.keys() >= wanted[1].keys() else gradient
+        )
+        zeros = {
+            n: g
+            for n, g in seen.items()
+            if g is not None and wanted[1].get(n) is None and not g.any()
+        }
         assert_same_gradients({n: None if n in zeros else g for n, g in seen.items()}, wanted[1])
 
 
-def steps(model: nn.Module, samples: list[Any], no_sync: Any = None, backward: Any = None) -> list[Tensor]:
-    """The losses of this rank's forwards, their gradients accumulated; the last backward synchronises."""
+def steps(
+    model: nn.Module, samples: list[Any], no_sync: Any = None, backward: Any = None
+) -> list[Tensor]:
+    """The losses of this rank's forwards, their gradients accumulated; the last backward
+    synchronises."""
     data = batches(samples, torch.distributed.get_rank())
     losses = []
     for number, d in enumerate(data):
@@ -106,7 +128,9 @@ def shard(model: nn.Module, own: bool) -> nn.Module:
     for layer in model.model.language_model.layers:
         fully_shard(layer)
     if own:
-        for head in model.pre_head if isinstance(model.pre_head, nn.ModuleList) else [model.pre_head]:
+        for head in (
+            model.pre_head if isinstance(model.pre_head, nn.ModuleList) else [model.pre_head]
+        ):
             fully_shard(head)
     return fully_shard(model)
 
@@ -147,6 +171,14 @@ def config(stage: int, accumulation: int = 2, **more: Any) -> dict[str, Any]:
     }
 
 
-def engine(model: nn.Module, stage: int, kind: Any = torch.optim.Adam, rate: float = 0.1, accumulation: int = 2) -> Any:
+def engine(
+    model: nn.Module,
+    stage: int,
+    kind: Any = torch.optim.Adam,
+    rate: float = 0.1,
+    accumulation: int = 2,
+) -> Any:
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)
-    return deepspeed().initialize(model=model, optimizer=optimizer, config=config(stage, accumulation))[0]
+    return deepspeed().initialize(
+        model=model, optimizer=optimizer, config=config(stage, accumulation)
+    )[0]

@@ -15,7 +15,10 @@ from tiny_models import FAMILIES, batch, build
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-IMAGES = [[("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)], [("image", 16, 12), ("text", 5)]]
+IMAGES = [
+    [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],
+    [("image", 16, 12), ("text", 5)],
+]
 CLIP = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.25, 0.27]}
 SAME = {"image_mean": None, "image_std": None}
 
@@ -23,13 +26,19 @@ SAME = {"image_mean": None, "image_std": None}
 def dino() -> nn.Module:
     torch.manual_seed(5)
     config = Dinov2Config(
-        hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=12, patch_size=4
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=12,
+        patch_size=4,
     )
     return Dinov2Model(config)
 
 
 class Pooled(nn.Module):
-    """An encoder without parameters: each patch's mean colour, after a class token of a large value."""
+    """An encoder without parameters: each patch's mean colour, after a class token of a large
+    value."""
 
     def __init__(self, patch: int = 2) -> None:
         super().__init__()
@@ -41,7 +50,8 @@ class Pooled(nn.Module):
 
 
 def patchify(image: torch.Tensor) -> torch.Tensor:
-    """(patches, 24) as Qwen-VL's processor cuts an image (3, H, W): patches of 2², in blocks of 2², twice in time."""
+    """(patches, 24) as Qwen-VL's processor cuts an image (3, H, W): patches of 2², in blocks of 2²,
+    twice in time."""
     rows = []
     for top in range(0, image.shape[1], 4):
         for left in range(0, image.shape[2], 4):
@@ -71,16 +81,19 @@ def test_training_towards_an_encoder(family: str) -> None:
     target = []
     for image, length in zip(images, data.lengths, strict=True):
         colors = (
-            image * torch.tensor(CLIP["image_std"])[:, None, None] + torch.tensor(CLIP["image_mean"])[:, None, None]
+            image * torch.tensor(CLIP["image_std"])[:, None, None]
+            + torch.tensor(CLIP["image_mean"])[:, None, None]
         )
-        colors = (colors - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
-            :, None, None
-        ]
+        colors = (colors - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )[:, None, None]
         colors = F.interpolate(colors[None], (12, 12), mode="bilinear", antialias=True)
         with torch.no_grad():
             features = encoder(colors).last_hidden_state[0, 1:].T.reshape(1, 20, 3, 3)
         height = 2 if family == "llava" else image.shape[1] // 4
-        tokens = F.interpolate(features, (height, length // height), mode="bilinear", antialias=True)
+        tokens = F.interpolate(
+            features, (height, length // height), mode="bilinear", antialias=True
+        )
         target += [tokens[0, :, y, x] for y in range(height) for x in range(length // height)]
 
     model = build(family)
@@ -89,7 +102,9 @@ def test_training_towards_an_encoder(family: str) -> None:
     loss = model(**data.inputs).loss
     loss.backward()
     plain = build(family)
-    wanted_loss, wanted = expected_gradients(plain, family, data, handle.head, [2], anchor=torch.stack(target))
+    wanted_loss, wanted = expected_gradients(
+        plain, family, data, handle.head, [2], anchor=torch.stack(target)
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
@@ -118,22 +133,31 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
         for y in range(place.shape[1] // 4)
         for x in range(place.shape[2] // 4)
     ]
-    torch.testing.assert_close(found, torch.tensor(wanted), atol=0.13, rtol=0)  # the borders repeat their pixels
+    torch.testing.assert_close(
+        found, torch.tensor(wanted), atol=0.13, rtol=0
+    )  # the borders repeat their pixels
 
 
-@pytest.mark.parametrize("family", [f for f in ("vipllava", "internvl", "gemma3", "paligemma") if f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f for f in ("vipllava", "internvl", "gemma3", "paligemma") if f in FAMILIES]
+)
 def test_square_images_of_other_families(family: str) -> None:
     """Colours are the places: (row, column, number of the image or tile)."""
     data = batch(family)
     height, width = data.inputs["pixel_values"].shape[2:]
     y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
     images = len(data.inputs["pixel_values"])
-    data.inputs["pixel_values"] = torch.stack([torch.stack([y, x, torch.full_like(y, n)]) for n in range(images)])
+    data.inputs["pixel_values"] = torch.stack(
+        [torch.stack([y, x, torch.full_like(y, n)]) for n in range(images)]
+    )
     anchor = EncoderAnchor(Pooled(1), build(family), **SAME, size=height, mode="area", anchor_dim=3)
     found = anchor(data.inputs, data.visual).view(images, -1, 3)
     side = int(found.shape[1] ** 0.5)
     half = (height / side - 1) / 2 / height  # from a token's first pixel to its middle
-    wanted = [[[i / side + half, j / side + half, n] for i in range(side) for j in range(side)] for n in range(images)]
+    wanted = [
+        [[i / side + half, j / side + half, n] for i in range(side) for j in range(side)]
+        for n in range(images)
+    ]
     torch.testing.assert_close(found, torch.tensor(wanted))
 
 
@@ -150,7 +174,9 @@ def test_images_for_the_encoder_alone() -> None:
     """Another argument of the forward, with images of the encoder's own size and normalisation."""
     data = batch("qwen2_5_vl", IMAGES)
     images = torch.randn(3, 3, 16, 16)
-    anchor = EncoderAnchor(Pooled(), build("qwen2_5_vl"), **SAME, size=16, pixels="own", mode="area", anchor_dim=3)
+    anchor = EncoderAnchor(
+        Pooled(), build("qwen2_5_vl"), **SAME, size=16, pixels="own", mode="area", anchor_dim=3
+    )
     found = anchor({**data.inputs, "own": images}, data.visual)
     wanted = F.adaptive_avg_pool2d(images[:1], (2, 4)).flatten(2)[0].T
     torch.testing.assert_close(found[:8], wanted)
@@ -218,19 +244,48 @@ def test_tiles_with_newline_rows(family: str) -> None:
 
 
 UNFIT = [
-    ("llava", {"pixel_values": None}, TypeError, "pixel_values is NoneType, want a floating point tensor"),
-    ("llava", {"pixel_values": torch.zeros(2, 3, 8, 8)}, ValueError, "12 visual tokens are no squares of 2 images"),
-    ("llava", {"pixel_values": torch.zeros(1, 3, 3, 8, 8)}, ValueError, r"has shape \(1, 3, 3, 8, 8\), want images"),
+    (
+        "llava",
+        {"pixel_values": None},
+        TypeError,
+        "pixel_values is NoneType, want a floating point tensor",
+    ),
+    (
+        "llava",
+        {"pixel_values": torch.zeros(2, 3, 8, 8)},
+        ValueError,
+        "12 visual tokens are no squares of 2 images",
+    ),
+    (
+        "llava",
+        {"pixel_values": torch.zeros(1, 3, 3, 8, 8)},
+        ValueError,
+        r"has shape \(1, 3, 3, 8, 8\), want images",
+    ),
     ("llava", {"image_sizes": torch.ones(3, 2)}, ValueError, "the batch has image_sizes"),
     ("llava", {"pixel_values_videos": torch.ones(1)}, ValueError, "the batch has videos"),
-    ("qwen2_vl", {"image_grid_thw": torch.tensor([[1, 4, 4]])}, ValueError, "does not make the batch's 20 visual"),
+    (
+        "qwen2_vl",
+        {"image_grid_thw": torch.tensor([[1, 4, 4]])},
+        ValueError,
+        "does not make the batch's 20 visual",
+    ),
     ("qwen2_vl", {"image_merge_sizes": torch.ones(3)}, ValueError, "merged each in its own way"),
-    ("qwen2_vl", {"pixel_values": torch.zeros(80, 23)}, ValueError, "a patch has 23 values, want 3 · 2 · 2²"),
+    (
+        "qwen2_vl",
+        {"pixel_values": torch.zeros(80, 23)},
+        ValueError,
+        "a patch has 23 values, want 3 · 2 · 2²",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("family", "inputs", "error", "message"), UNFIT, ids=[m for *_, m in UNFIT])
-def test_unfit_batch(family: str, inputs: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "inputs", "error", "message"), UNFIT, ids=[m for *_, m in UNFIT]
+)
+def test_unfit_batch(
+    family: str, inputs: dict[str, Any], error: type[Exception], message: str
+) -> None:
     data = batch(family)
     anchor = EncoderAnchor(dino(), build(family), **CLIP)
     with pytest.raises(error, match=message):
@@ -240,7 +295,10 @@ def test_unfit_batch(family: str, inputs: dict[str, Any], error: type[Exception]
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (torch.zeros(3, 10, 21), r"encoder: returned shape \(3, 10, 21\) for 3 images, want \(3, tokens, 20\)"),
+        (
+            torch.zeros(3, 10, 21),
+            r"encoder: returned shape \(3, 10, 21\) for 3 images, want \(3, tokens, 20\)",
+        ),
         (torch.zeros(3, 20), r"encoder: returned shape \(3, 20\)"),
         (SimpleNamespace(logits=1), "encoder: returned SimpleNamespace"),
     ],

@@ -1,4 +1,5 @@
-"""apply_pre: the loss and every gradient are those of the equation on the true input of the layer, everywhere."""
+"""apply_pre: the loss and every gradient are those of the equation on the true input of the layer,
+everywhere."""
 
 from __future__ import annotations
 
@@ -18,11 +19,15 @@ from pre_kernels import reference
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def run(family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any) -> Any:
+def run(
+    family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any
+) -> Any:
     """(loss, gradients, handle, model) of one step of a fresh model with PRe."""
     model = build(family)
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": checkpointing}
+        )
     handle = apply_pre(model, **options)
     loss = model(**(data or batch(family)).inputs).loss
     loss.backward()
@@ -46,7 +51,9 @@ class Calls:
 def test_loss_and_gradients(family: str, layer: Any) -> None:
     loss, found, handle, _ = run(family, layer=layer)
     layers = [DEPTH // 2] if layer is None else [layer] if isinstance(layer, int) else layer
-    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, layers)
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, batch(family), handle.head, layers
+    )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
 
@@ -57,10 +64,14 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     layers = [1, 2, DEPTH]
     loss, found, handle, model = run(family, checkpointing=reentrant, layer=layers)
     calls = Calls(handle)
-    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, layers)
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, batch(family), handle.head, layers
+    )
     torch.testing.assert_close(loss, wanted_loss)
     if reentrant:
-        wanted |= dict.fromkeys((name for name in wanted if name.startswith(FAMILIES[family].lost)), None)
+        wanted |= dict.fromkeys(
+            (name for name in wanted if name.startswith(FAMILIES[family].lost)), None
+        )
     assert_same_gradients(found, wanted)
     model(**batch(family).inputs).loss.backward()  # the recomputation fires the layers' hooks again
     assert calls.number == len(layers)
@@ -68,7 +79,9 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
 
 def routed(family: str) -> bool:
     """Whether the loss may have a router's term (not so GLM-4V's in 4.57)."""
-    return family.endswith("_moe") and hasattr(CONFIG_MAPPING[family]().get_text_config(), "router_aux_loss_coef")
+    return family.endswith("_moe") and hasattr(
+        CONFIG_MAPPING[family]().get_text_config(), "router_aux_loss_coef"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "non-reentrant"])
@@ -85,12 +98,16 @@ def test_router_loss(family: str, checkpointing: bool | None) -> None:
     assert_same_gradients(found, wanted)
 
 
-@pytest.mark.parametrize("options", [{"loss": "mse"}, {"loss": "smooth_l1"}, {"activation": "silu"}, {"bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"loss": "mse"}, {"loss": "smooth_l1"}, {"activation": "silu"}, {"bias": False}]
+)
 def test_head_options(options: dict[str, Any]) -> None:
     loss, found, handle, _ = run("llava", hidden_dim=20, weight=2, **options)
     assert handle.head.w1.shape == (20, WIDTH)
     plain = {name: value for name, value in options.items() if name != "bias"}
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", batch("llava"), handle.head, [2], 2, **plain)
+    wanted_loss, wanted = expected_gradients(
+        build("llava"), "llava", batch("llava"), handle.head, [2], 2, **plain
+    )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
 
@@ -98,7 +115,9 @@ def test_head_options(options: dict[str, Any]) -> None:
 @every_family
 def test_image_level_is_the_mean_over_each_image(family: str) -> None:
     loss, found, handle, _ = run(family, level="image", layer=3)
-    wanted_loss, wanted = expected_gradients(build(family), family, batch(family), handle.head, [3], level="image")
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, batch(family), handle.head, [3], level="image"
+    )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
     assert handle.metrics()["pre_rows"] == len(batch(family).lengths) == 3
@@ -110,7 +129,9 @@ TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
 NEED_GAPS = (families.runs, families.runs_or_parts)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].images not in NEED_GAPS])
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if families.FAMILIES[f].images not in NEED_GAPS]
+)
 def test_image_level_with_images_that_touch(family: str) -> None:
     data = batch(family, TOUCHING)
     loss, _, handle, _ = run(family, data, level="image")
@@ -152,7 +173,9 @@ def test_image_level_with_videos_that_touch(family: str) -> None:
 def test_videos_beside_images(family: str, level: str) -> None:
     data = batch(family, FAMILIES[family].clips or VIDEOS)
     loss, found, handle, _ = run(family, data, level=level)
-    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], level=level)
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, data, handle.head, [2], level=level
+    )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
     assert handle.metrics()["pre_rows"] == (3 if level == "image" else int(data.visual.sum()))
@@ -184,7 +207,9 @@ def test_visual_tokens_under_the_attention_mask_do_not_count(level: str, anchor:
     if level == "image":
         h, a = means(h, [4]), means(a, [4])
     w = handle.head
-    torch.testing.assert_close(loss, (base + 0.5 * reference.pre_loss(h, a, w.w1, w.b1, w.w2, w.b2)).detach())
+    torch.testing.assert_close(
+        loss, (base + 0.5 * reference.pre_loss(h, a, w.w1, w.b1, w.w2, w.b2)).detach()
+    )
 
 
 @pytest.mark.parametrize("level", ["patch", "image"])
@@ -277,12 +302,15 @@ def test_positional_arguments() -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].projector])
 def test_pre_projector_anchor(family: str) -> None:
-    """With images and, where the family has them, videos; the model projects all images before all videos."""
+    """With images and, where the family has them, videos; the model projects all images before all
+    videos."""
     tiny = FAMILIES[family]
     data = batch(family, tiny.clips or VIDEOS if tiny.videos else PLAIN)
     loss, found, handle, _ = run(family, data, anchor="pre_projector")
     anchor = projector_rows(family, data)
-    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, [2], anchor=anchor)
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, data, handle.head, [2], anchor=anchor
+    )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
 
@@ -353,15 +381,25 @@ def test_metrics() -> None:
     model(**batch("llava", TEXT).inputs)
     found = handle.metrics()
     assert found["pre_loss"] == pytest.approx(float(losses[0]), abs=1e-5)
-    assert found["pre_loss"] == pytest.approx((found["pre_loss/layer_1"] + found["pre_loss/layer_3"]) / 2)
+    assert found["pre_loss"] == pytest.approx(
+        (found["pre_loss/layer_1"] + found["pre_loss/layer_3"]) / 2
+    )
     assert (found["pre_rows"], found["pre_forwards"]) == (2 * 12, 3)
     assert handle.metrics()["pre_forwards"] == 0
 
 
 def fingerprint(model: nn.Module) -> Any:
     """State-dict keys, hooks, attributes and submodules of every module."""
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-    modules = {name: (sorted(vars(m)), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()}
+    hooks = (
+        "_forward_pre_hooks",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    )
+    modules = {
+        name: (sorted(vars(m)), [len(getattr(m, h)) for h in hooks])
+        for name, m in model.named_modules()
+    }
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     return list(model.state_dict()), modules, None if ignored is None else sorted(ignored)
 
@@ -391,7 +429,9 @@ def test_save_pretrained_is_unchanged(family: str, tmp_path: Any) -> None:
     model.save_pretrained(tmp_path / "plain")
     apply_pre(model, [1, 2])
     model.save_pretrained(tmp_path / "attached")
-    plain, attached = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "attached"))
+    plain, attached = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "attached")
+    )
     assert plain.keys() == attached.keys()
     assert all(torch.equal(tensor, attached[name]) for name, tensor in plain.items())
     loaded, info = type(model).from_pretrained(tmp_path / "attached", output_loading_info=True)

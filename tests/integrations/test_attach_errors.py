@@ -1,4 +1,5 @@
-"""A wrong argument, model or batch: an error that names the argument, what came and what is wanted."""
+"""A wrong argument, model or batch: an error that names the argument, what came and what is
+wanted."""
 
 from __future__ import annotations
 
@@ -38,7 +39,11 @@ BAD = [
     ({"loss": "cos"}, ValueError, "loss: got 'cos'"),
     ({"activation": "tanh"}, ValueError, "activation: got 'tanh'"),
     ({"hidden_dim": 0}, ValueError, "hidden_dim: got 0"),
-    ({"anchor": "post_llm"}, ValueError, "anchor: got 'post_llm', want one of 'pre_llm', 'pre_projector'"),
+    (
+        {"anchor": "post_llm"},
+        ValueError,
+        "anchor: got 'post_llm', want one of 'pre_llm', 'pre_projector'",
+    ),
     ({"anchor": 3}, ValueError, "anchor: got 3"),
     ({"anchor_dim": 8}, ValueError, "anchor_dim: got 8 with anchor='pre_llm'"),
     ({"level": "token"}, ValueError, "level: got 'token', want one of 'patch', 'image'"),
@@ -84,7 +89,11 @@ def test_model_without_config() -> None:
 
 def test_model_without_visual_tokens(tmp_path: Path) -> None:
     config = LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=32,
     )
     with pytest.raises(
         ValueError,
@@ -98,12 +107,25 @@ def test_model_without_visual_tokens(tmp_path: Path) -> None:
 
 
 def mllama() -> nn.Module:
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_global_layers": 1}
-    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+    }
+    vision |= {
+        "attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "max_num_tiles": 1,
+        "vision_output_dim": 32,
+    }
     vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
     config = transformers.MllamaConfig(
         vision_config=vision,
-        text_config=text_config(rope_scaling={"rope_type": "default"}, cross_attention_layers=[1], pad_token_id=0),
+        text_config=text_config(
+            rope_scaling={"rope_type": "default"}, cross_attention_layers=[1], pad_token_id=0
+        ),
         image_token_index=IMAGE,
     )
     return transformers.MllamaForConditionalGeneration(config)
@@ -113,7 +135,8 @@ def test_images_that_enter_by_cross_attention() -> None:
     model = mllama()
     for attach in (apply_pre, Reader):
         with pytest.raises(
-            ValueError, match=r"model: the images of Mllama.* cross_attention_layers \[1\].*pass mask_fn="
+            ValueError,
+            match=r"model: the images of Mllama.* cross_attention_layers \[1\].*pass mask_fn=",
         ):
             attach(model)
     assert not hasattr(model, "pre_head")
@@ -122,12 +145,19 @@ def test_images_that_enter_by_cross_attention() -> None:
 
 def fuyu() -> nn.Module:
     text = text_config(model_type="persimmon", pad_token_id=0)
-    sizes = {name: text[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    config = transformers.FuyuConfig(**sizes, patch_size=4, image_token_id=IMAGE, text_config=text, pad_token_id=0)
+    sizes = {
+        name: text[name]
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
+    config = transformers.FuyuConfig(
+        **sizes, patch_size=4, image_token_id=IMAGE, text_config=text, pad_token_id=0
+    )
     return transformers.FuyuForCausalLM(config).train()
 
 
-def test_image_tokens_without_an_image_in_an_unlisted_family(recwarn: pytest.WarningsRecorder) -> None:
+def test_image_tokens_without_an_image_in_an_unlisted_family(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     warnings.simplefilter("always")
     model = fuyu()
     handle = apply_pre(model)
@@ -135,11 +165,17 @@ def test_image_tokens_without_an_image_in_an_unlisted_family(recwarn: pytest.War
     model(input_ids=text, labels=text)
     assert not [w for w in recwarn if "PRe" in str(w.message)]
     ids = torch.tensor([[1, IMAGE, IMAGE, 5, 6]])
-    patches = {"image_patches": torch.randn(1, 2, 48), "image_patches_indices": torch.tensor([[-1, 0, 1, -1, -1]])}
+    patches = {
+        "image_patches": torch.randn(1, 2, 48),
+        "image_patches_indices": torch.tensor([[-1, 0, 1, -1, -1]]),
+    }
     for _ in range(2):
         model(input_ids=ids, labels=text, **patches)
     (warning,) = [str(w.message) for w in recwarn if "PRe" in str(w.message)]
-    assert re.search("2 image tokens, .* none of pixel_values, image_embeds, .*image_patches.*pass mask_fn=", warning)
+    assert re.search(
+        "2 image tokens, .* none of pixel_values, image_embeds, .*image_patches.*pass mask_fn=",
+        warning,
+    )
     assert handle.metrics()["pre_rows"] == 0
     handle.remove()
     handle = apply_pre(model, mask_fn=lambda inputs: inputs["input_ids"] == IMAGE)
@@ -150,7 +186,10 @@ def test_image_tokens_without_an_image_in_an_unlisted_family(recwarn: pytest.War
 def test_model_without_decoder_layers() -> None:
     model = build("llava")
     del model.model.language_model.layers
-    with pytest.raises(ValueError, match=r"no decoder layers in Llava.*looked for .*`\.layers` of 4 modules in Llama"):
+    with pytest.raises(
+        ValueError,
+        match=r"no decoder layers in Llava.*looked for .*`\.layers` of 4 modules in Llama",
+    ):
         apply_pre(model)
 
 
@@ -165,7 +204,8 @@ def test_attached_twice() -> None:
 
 
 def test_weights_loaded_after_attaching() -> None:
-    """A strict load says that the head is missing; any other loads the model and leaves the head."""
+    """A strict load says that the head is missing; any other loads the model and leaves the
+    head."""
     plain, model = build("llava", seed=1), build("llava")
     handle = apply_pre(model)
     head = {name: p.clone() for name, p in handle.head.named_parameters()}
@@ -196,7 +236,10 @@ def test_data_parallel() -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].projector is None])
 def test_pre_projector_where_rows_do_not_correspond(family: str) -> None:
-    with pytest.raises(ValueError, match=r'anchor: got "pre_projector", but no projector is known .*pass a callable'):
+    with pytest.raises(
+        ValueError,
+        match=r'anchor: got "pre_projector", but no projector is known .*pass a callable',
+    ):
         apply_pre(build(family), anchor="pre_projector")
 
 
@@ -205,8 +248,12 @@ def test_pre_projector_with_other_rows_than_tokens() -> None:
     apply_pre(model, anchor="pre_projector")
     projector = model.model.multi_modal_projector
     projector.register_forward_pre_hook(lambda module, args: (args[0][:, :3],), prepend=True)
-    projector.register_forward_hook(lambda module, args, output: torch.cat([output, output[:, :1]], 1))
-    with pytest.raises(ValueError, match=r"anchor: 9 rows entered the projector for 12 visual tokens"):
+    projector.register_forward_hook(
+        lambda module, args, output: torch.cat([output, output[:, :1]], 1)
+    )
+    with pytest.raises(
+        ValueError, match=r"anchor: 9 rows entered the projector for 12 visual tokens"
+    ):
         model(**data.inputs)
 
 
@@ -215,9 +262,17 @@ def test_pre_projector_with_other_rows_than_tokens() -> None:
     [
         (torch.zeros(11, 5), ValueError, r"anchor: got shape \(11, 5\) for 12 visual tokens"),
         (torch.zeros(12), ValueError, r"anchor: got shape \(12,\)"),
-        (torch.zeros(12, 6), ValueError, r"anchor: got shape \(12, 6\), want width 5 \(anchor_dim\)"),
+        (
+            torch.zeros(12, 6),
+            ValueError,
+            r"anchor: got shape \(12, 6\), want width 5 \(anchor_dim\)",
+        ),
         ([1.0], TypeError, "anchor: the callable returned list"),
-        (torch.zeros(12, 5, dtype=torch.long), TypeError, "anchor: the callable returned torch.int64, want a floating"),
+        (
+            torch.zeros(12, 5, dtype=torch.long),
+            TypeError,
+            "anchor: the callable returned torch.int64, want a floating",
+        ),
     ],
 )
 def test_bad_callable_anchor(returned: Any, error: type[Exception], message: str) -> None:
@@ -238,7 +293,11 @@ def test_no_input_ids() -> None:
 @pytest.mark.parametrize(
     ("returned", "error", "message"),
     [
-        (torch.ones(2, 3, dtype=torch.bool), ValueError, r"rows: the visual mask has shape \(2, 3\)"),
+        (
+            torch.ones(2, 3, dtype=torch.bool),
+            ValueError,
+            r"rows: the visual mask has shape \(2, 3\)",
+        ),
         (torch.ones(2, 3), TypeError, "mask_fn: returned torch.float32"),
         (None, TypeError, "mask_fn: returned NoneType"),
     ],
@@ -271,7 +330,9 @@ def test_grid_that_means_other_tokens(family: str) -> None:
     model, data = build(family), batch(family)
     handle = apply_pre(model, level="image")
     data.inputs["input_ids"][0, 3] = IMAGE
-    with pytest.raises(ValueError, match=r"image_grid_thw: means 20 image tokens, input_ids has 21"):
+    with pytest.raises(
+        ValueError, match=r"image_grid_thw: means 20 image tokens, input_ids has 21"
+    ):
         handle.count(data.inputs)
 
 
@@ -279,7 +340,9 @@ def test_grid_that_means_other_tokens(family: str) -> None:
 def mesh(tmp_path: Any) -> Iterator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
 
@@ -293,13 +356,18 @@ def test_sharded_before(mesh: Any) -> None:
     for whole in (False, True):
         if whole:
             fully_shard(model, mesh=mesh)
-        with pytest.raises(TypeError, match=r"with FSDPModule around or inside; want the plain model: call apply_pre"):
+        with pytest.raises(
+            TypeError,
+            match=r"with FSDPModule around or inside; want the plain model: call apply_pre",
+        ):
             apply_pre(model)
 
 
 def test_compiled_before() -> None:
     model = build("llava")
-    with pytest.raises(TypeError, match=r"model: got OptimizedModule.*call apply_pre first and torch.compile then"):
+    with pytest.raises(
+        TypeError, match=r"model: got OptimizedModule.*call apply_pre first and torch.compile then"
+    ):
         apply_pre(torch.compile(model, backend="eager"))
     assert not hasattr(model, "pre_head")
     layers = model.model.language_model.layers
@@ -322,7 +390,9 @@ def test_dtensor_hidden(mesh: Any) -> None:
 def test_text_model_called_around_the_attached_one() -> None:
     model = build("llava")
     apply_pre(model)
-    with pytest.warns(UserWarning, match=r"the text model ran in training outside a call of LlavaFor"):
+    with pytest.warns(
+        UserWarning, match=r"the text model ran in training outside a call of LlavaFor"
+    ):
         model.model.language_model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 

@@ -1,4 +1,5 @@
-"""The callback logs what the diagnostics give on the same weights, and leaves the training as it is without it."""
+"""The callback logs what the diagnostics give on the same weights, and leaves the training as it is
+without it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def held_out(count: int = 12) -> list[Sample]:
     """Images of two classes that differ in their pixels."""
     found = []
     for index in range(count):
-        inputs = batch("llava", [[("text", 2), ("image", 8, 8), ("text", 3)]], seed=100 + index).inputs
+        inputs = batch(
+            "llava", [[("text", 2), ("image", 8, 8), ("text", 3)]], seed=100 + index
+        ).inputs
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         inputs["pixel_values"] = inputs["pixel_values"] + 2 * (index % 2)
         found.append(Sample(inputs, label=index % 2, masks=MASKS, grid=(2, 2)))
@@ -79,13 +82,20 @@ def test_the_log_is_what_the_checkpoints_give(tmp_path: Path) -> None:
     entries = measured(trainer)
     assert [entry["step"] for entry in entries] == [0, 2, 4, 5]
     assert figures(entries[0]) == pytest.approx(first)
-    assert {"layer_0/linear_probe", "layer_2/contrast", f"layer_{DEPTH}/cosine", "layer_2/near"} <= first.keys()
+    assert {
+        "layer_0/linear_probe",
+        "layer_2/contrast",
+        f"layer_{DEPTH}/cosine",
+        "layer_2/near",
+    } <= first.keys()
     assert figures(entries[1]) != pytest.approx(first)
     for entry in entries[1:3]:
         saved = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{entry['step']}")
         assert figures(entry) == pytest.approx(offline(saved), rel=1e-5)
     assert all(0 < entry["layers_share"] <= 1 for entry in entries)
-    assert [e for e in trainer.state.log_history if "pre_loss" in e]  # the training's own logs are still PRe's
+    assert [
+        e for e in trainer.state.log_history if "pre_loss" in e
+    ]  # the training's own logs are still PRe's
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -95,7 +105,9 @@ def test_training_goes_on_bit_for_bit(attached: bool, tmp_path: Path) -> None:
         torch.manual_seed(0)
         trainer = trainer_of(tmp_path, attached)
         if watched:
-            scored = LayerCallback(trainer, held_out(), 1, max_share=None, score=lambda model: float(torch.rand(())))
+            scored = LayerCallback(
+                trainer, held_out(), 1, max_share=None, score=lambda model: float(torch.rand(()))
+            )
             trainer.add_callback(scored)
         with patch_trainer() if attached else contextlib.nullcontext():
             trainer.train()
@@ -130,7 +142,9 @@ def test_scores(tmp_path: Path) -> None:
         modes.append(model.training or torch.is_grad_enabled())
         return {"vqa": 0.25}
 
-    trainer.add_callback(LayerCallback(trainer, held_out(), 1, layers=(2,), metrics=("probe",), score=score))
+    trainer.add_callback(
+        LayerCallback(trainer, held_out(), 1, layers=(2,), metrics=("probe",), score=score)
+    )
     trainer.train()
     assert [entry["vqa"] for entry in measured(trainer)] == [0.25, 0.25]
     assert modes == [False, False]
@@ -140,7 +154,11 @@ def test_scores(tmp_path: Path) -> None:
     assert LayerCallback(other, held_out(), 1, score=lambda model: 1).measure()["score"] == 1
     with pytest.raises(ValueError, match="score: returned nan for 'score', want a finite number"):
         LayerCallback(other, held_out(), 1, score=lambda model: float("nan")).measure()
-    assert not any(type(hook).__name__ == "Reader" for m in other.model.modules() for hook in m._forward_hooks.values())
+    assert not any(
+        type(hook).__name__ == "Reader"
+        for m in other.model.modules()
+        for hook in m._forward_hooks.values()
+    )
 
 
 def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
@@ -161,7 +179,9 @@ class Watched(InOrder):
 
 def in_two_processes(how: str, folder: str) -> Any:
     trainers: list[Any] = []
-    with mock.patch.object(pair, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]):
+    with mock.patch.object(
+        pair, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]
+    ):
         run, *settings = pair.RUNS[how]
         run(*settings, folder, 2, None)
     return [(entry["step"], figures(entry)) for entry in measured(trainers[0])]

@@ -1,4 +1,5 @@
-"""The one hook mechanism: what a forward captures, when another hook, a second call or an error comes between."""
+"""The one hook mechanism: what a forward captures, when another hook, a second call or an error
+comes between."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> N
         features = model.get_image_features(pixels)
         features = torch.cat(list(getattr(features, "pooler_output", features)))
         embeds = model.get_input_embeddings()(ids)
-        return args, kwargs | {"inputs_embeds": embeds.masked_scatter((ids == IMAGE)[..., None], features)}
+        return args, kwargs | {
+            "inputs_embeds": embeds.masked_scatter((ids == IMAGE)[..., None], features)
+        }
 
     model = build("llava")
     if first:
@@ -32,7 +35,9 @@ def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> N
         model.register_forward_pre_hook(replace, with_kwargs=True)
     loss = model(**batch("llava").inputs).loss
     loss.backward()
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", batch("llava"), handle.head, [DEPTH // 2])
+    wanted_loss, wanted = expected_gradients(
+        build("llava"), "llava", batch("llava"), handle.head, [DEPTH // 2]
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
@@ -52,7 +57,8 @@ def test_an_exception_in_the_forward_leaves_nothing() -> None:
 
 
 def test_what_an_interrupt_leaves_is_dropped() -> None:
-    """No hook is called after a KeyboardInterrupt, so the next forward begins with what this one captured."""
+    """No hook is called after a KeyboardInterrupt, so the next forward begins with what this one
+    captured."""
     model, inputs = build("llava"), batch("llava").inputs
     plain = model.eval()(**inputs).loss
     apply_pre(model)

@@ -21,14 +21,23 @@ DATA = Path(__file__).parents[1] / "data"
 @pytest.mark.parametrize("layer", [2, [1, 3]], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_roundtrip(tmp_path: Path, layer: Any, bias: bool) -> None:
-    first = apply_pre(build("llava"), layer, hidden_dim=20, loss="mse", activation="relu", bias=bias)
+    first = apply_pre(
+        build("llava"), layer, hidden_dim=20, loss="mse", activation="relu", bias=bias
+    )
     first.save(tmp_path / "new" / "folder")
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [CONFIG, WEIGHTS]
-    second = apply_pre(build("llava", seed=1), layer, hidden_dim=20, loss="mse", activation="relu", bias=bias)
+    second = apply_pre(
+        build("llava", seed=1), layer, hidden_dim=20, loss="mse", activation="relu", bias=bias
+    )
     before = dict(second.head.named_parameters())
     second.load(tmp_path / "new" / "folder")
-    assert all(p is before[name] for name, p in second.head.named_parameters())  # an optimizer keeps hold of them
-    assert all(torch.equal(p, q) for p, q in zip(first.head.parameters(), second.head.parameters(), strict=True))
+    assert all(
+        p is before[name] for name, p in second.head.named_parameters()
+    )  # an optimizer keeps hold of them
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(first.head.parameters(), second.head.parameters(), strict=True)
+    )
 
 
 def test_load_casts(tmp_path: Path) -> None:
@@ -80,9 +89,12 @@ def test_another_head(tmp_path: Path, options: dict[str, Any], message: str) -> 
 
 
 def test_what_need_not_agree(tmp_path: Path) -> None:
-    """How many terms are drawn, how images weigh where they weigh the same anyway, what earlier files do not say."""
+    """How many terms are drawn, how images weigh where they weigh the same anyway, what earlier
+    files do not say."""
     apply_pre(build("llava"), level="image").save(tmp_path)
-    apply_pre(build("llava"), level="image", weighting="image", fraction=0.5, weight=0.1).load(tmp_path)
+    apply_pre(build("llava"), level="image", weighting="image", fraction=0.5, weight=0.1).load(
+        tmp_path
+    )
     apply_pre(build("llava"), weighting="image").save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config.pop("weighting") == "image"
@@ -137,17 +149,32 @@ def cut(name: str, share: float) -> Callable[[Path], None]:
 
 
 BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
-    *[(WEIGHTS, cut(WEIGHTS, share), "no valid safetensors file") for share in (0, 0.0005, 0.01, 0.3, 0.6, 0.9999)],
+    *[
+        (WEIGHTS, cut(WEIGHTS, share), "no valid safetensors file")
+        for share in (0, 0.0005, 0.01, 0.3, 0.6, 0.9999)
+    ],
     *[(CONFIG, cut(CONFIG, share), "no valid JSON") for share in (0.2, 0.9)],
     (CONFIG, changed_config(format=0), "format 0, want 1"),
     (CONFIG, changed_config(format=2), "format 2, want 1"),
     (CONFIG, changed_config(format="1"), "format '1', want 1"),
     (CONFIG, changed_config(format=...), "format None, want 1"),
     (CONFIG, changed_config(activation=...), "says None, this handle has 'gelu'"),
-    (WEIGHTS, changed_weights(lambda t: t.pop("0.b2")), r"holds .*'0.b1', '0.w1'.*this head has .*'0.b2'"),
+    (
+        WEIGHTS,
+        changed_weights(lambda t: t.pop("0.b2")),
+        r"holds .*'0.b1', '0.w1'.*this head has .*'0.b2'",
+    ),
     (WEIGHTS, changed_weights(lambda t: t.update(w3=torch.ones(2))), r"holds .*'w3'"),
-    (WEIGHTS, changed_weights(lambda t: t.update({"1.w2": torch.ones(32, 8)})), r"`1.w2` has shape \(32, 8\)"),
-    (WEIGHTS, changed_weights(lambda t: t.update({"1.b2": torch.ones(32).int()})), r"`1.b2` has dtype torch.int32"),
+    (
+        WEIGHTS,
+        changed_weights(lambda t: t.update({"1.w2": torch.ones(32, 8)})),
+        r"`1.w2` has shape \(32, 8\)",
+    ),
+    (
+        WEIGHTS,
+        changed_weights(lambda t: t.update({"1.b2": torch.ones(32).int()})),
+        r"`1.b2` has dtype torch.int32",
+    ),
 ]
 
 
@@ -165,12 +192,16 @@ def test_a_broken_checkpoint_is_named_and_loads_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(p, before[n]) for n, p in handle.head.named_parameters())
         for name, content in good.items():
             (tmp_path / name).write_bytes(content)
-    changed_config(pre_kernels="99.0", later="?")(tmp_path)  # a later version of the same format may say more
+    changed_config(pre_kernels="99.0", later="?")(
+        tmp_path
+    )  # a later version of the same format may say more
     handle.load(tmp_path)
     assert not torch.equal(handle.head[0].w1, before["0.w1"])
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = apply_pre(build("llava"))
     handle.save(tmp_path)
     before = [(tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)]
@@ -191,7 +222,9 @@ def test_weights_that_are_not_what_the_config_says(tmp_path: Path) -> None:
     small.save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"hidden_dim": 32}))
-    with pytest.raises(ValueError, match=r"`w1` has shape \(8, 32\), this head's \(32, 32\)|`b1` has shape \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"`w1` has shape \(8, 32\), this head's \(32, 32\)|`b1` has shape \(8,\)"
+    ):
         handle.load(tmp_path)
     assert torch.equal(handle.head.w1, before)
 

@@ -1,6 +1,8 @@
-"""Terms counted ahead of a step, where the forwards have others, where they cannot be counted, where nobody asks.
+"""Terms counted ahead of a step, where the forwards have others, where they cannot be counted,
+where nobody asks.
 
-The values are those by hand: the mean over the step's visual tokens, or that of the micro-batches' own means.
+The values are those by hand: the mean over the step's visual tokens, or that of the micro-batches'
+own means.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def run(
         warnings.simplefilter("always")
         trainer = trainer_class(
             model=model,
-            args=arguments(folder, accumulation, 4 // accumulation, max_steps=steps, learning_rate=0.0, **more),
+            args=arguments(
+                folder, accumulation, 4 // accumulation, max_steps=steps, learning_rate=0.0, **more
+            ),
             train_dataset=Samples(samples),
             data_collator=collator or collate("llava", samples),
             callbacks=[recorder],
@@ -67,7 +71,9 @@ def run(
     return recorder.steps, handle, said
 
 
-def of_the_step(handle: Any, samples: Any = UNEQUAL_IMAGES, times: float = 1.0) -> dict[str, torch.Tensor]:
+def of_the_step(
+    handle: Any, samples: Any = UNEQUAL_IMAGES, times: float = 1.0
+) -> dict[str, torch.Tensor]:
     """λ · ∇(Σℓ ÷ the visual tokens of the whole step)."""
     tokens = sum(TOKENS)
     return by_hand("llava", samples, handle, [times / tokens] * 4, "sum")
@@ -77,7 +83,13 @@ def own_means(handle: Any, micro_batches: int = 2, times: float = 1.0) -> dict[s
     """The mean of the micro-batches' own means, each of two samples."""
     size = 4 // micro_batches
     counts = [sum(TOKENS[i - i % size :][:size]) for i in range(4)]
-    return by_hand("llava", UNEQUAL_IMAGES, handle, [times / (c * micro_batches) if c else 0 for c in counts], "sum")
+    return by_hand(
+        "llava",
+        UNEQUAL_IMAGES,
+        handle,
+        [times / (c * micro_batches) if c else 0 for c in counts],
+        "sum",
+    )
 
 
 def only(said: list[str], start: str) -> None:
@@ -86,7 +98,8 @@ def only(said: list[str], start: str) -> None:
 
 
 class PixelsLater(InOrder):
-    """Its batches have no pixels until `compute_loss`, as where images are read or encoded there."""
+    """Its batches have no pixels until `compute_loss`, as where images are read or encoded
+    there."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -105,7 +118,10 @@ def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
     steps, handle, said = run(PixelsLater, tmp_path)
     for step in steps:
         assert_head(step, own_means(handle))
-    only(said, r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ")
+    only(
+        said,
+        r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ",
+    )
 
 
 def test_inputs_that_are_made_after_counting_before_a_log_that_comes_late(tmp_path: Path) -> None:
@@ -134,9 +150,12 @@ class Adversarial(InOrder):
         return loss
 
 
-@pytest.mark.parametrize(("kind", "times"), [(Twice, 1.0), (Adversarial, 2.0)], ids=["in one loss", "in two"])
+@pytest.mark.parametrize(
+    ("kind", "times"), [(Twice, 1.0), (Adversarial, 2.0)], ids=["in one loss", "in two"]
+)
 def test_two_forwards_of_a_batch(kind: type, times: float, tmp_path: Path) -> None:
-    """One backward pass has the mean over its forwards; each of two has its own, as the model's loss is added twice."""
+    """One backward pass has the mean over its forwards; each of two has its own, as the model's
+    loss is added twice."""
     steps, handle, said = run(kind, tmp_path)
     assert_head(steps[1], own_means(handle, times=times))
     assert_head(steps[2], own_means(handle, times=times))
@@ -149,7 +168,9 @@ class Halves(InOrder):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         parts = [collate("llava", UNEQUAL_IMAGES)([i]) for i in self.indices.pop(0)]
-        return sum(super(Halves, self).training_step(model, part, *args, **kwargs) for part in parts)
+        return sum(
+            super(Halves, self).training_step(model, part, *args, **kwargs) for part in parts
+        )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.indices = [[0, 1], [2, 3]]
@@ -197,7 +218,9 @@ def test_turned_on_and_off_between_steps(on: tuple[bool, ...], tmp_path: Path) -
 
         trainer.callback_handler.callbacks[-1].on_step_begin = begin
 
-    steps, handle, said = run(InOrder, tmp_path, prepare=prepare, samples=UNEQUAL_IMAGES, logged=on[0])
+    steps, handle, said = run(
+        InOrder, tmp_path, prepare=prepare, samples=UNEQUAL_IMAGES, logged=on[0]
+    )
     for step, wanted in zip(steps, on, strict=True):
         if wanted:
             assert_head(step, of_the_step(handle))
@@ -244,14 +267,19 @@ def prompts(indices: list[int]) -> dict[str, torch.Tensor]:
 class Prompts(InOrder):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
-        return super().compute_loss(model, inputs | {"input_ids": inputs.pop("prompt_input_ids")}, *args, **kwargs)
+        return super().compute_loss(
+            model, inputs | {"input_ids": inputs.pop("prompt_input_ids")}, *args, **kwargs
+        )
 
 
 def test_a_mapping_without_input_ids(tmp_path: Path) -> None:
     steps, handle, said = run(Prompts, tmp_path, collator=prompts)
     for step in steps:
         assert_head(step, own_means(handle))
-    only(said, r"the batches of Prompts cannot be counted before their forwards \(ValueError: input_ids: the forward")
+    only(
+        said,
+        r"the batches of Prompts cannot be counted before their forwards \(ValueError: input_ids: the forward",
+    )
 
 
 def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
@@ -260,11 +288,15 @@ def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
     steps, handle, said = run(Prompts, tmp_path, collator=prompts, **mask)
     for step in steps:
         assert_head(step, own_means(handle))
-    only(said, r"the batches of Prompts cannot be counted before their forwards \(KeyError: 'input_ids'\)")
+    only(
+        said,
+        r"the batches of Prompts cannot be counted before their forwards \(KeyError: 'input_ids'\)",
+    )
 
 
 def nothing_left_out(name: str, trainer: Any) -> None:
-    """Another patch in the place of a method, on the class, without a word to the one that was there."""
+    """Another patch in the place of a method, on the class, without a word to the one that was
+    there."""
     plain = vars(Trainer)[name].__wrapped__
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -278,11 +310,15 @@ METHODS = ["training_step", "get_batch_samples", "_inner_training_loop", "train"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_that_others_replace_later(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_others_replace_later(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Unsloth does after the launcher."""
     before = {method: vars(Trainer)[method] for method in METHODS}
     try:
-        steps, handle, said = run(InOrder, tmp_path, prepare=lambda trainer: nothing_left_out(name, trainer))
+        steps, handle, said = run(
+            InOrder, tmp_path, prepare=lambda trainer: nothing_left_out(name, trainer)
+        )
         assert vars(Trainer)[name] is not before[name]  # it is theirs, and stays
     finally:
         for method, function in before.items():
@@ -342,7 +378,8 @@ def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    """What is counted, compared and warned of reads no more on the host than a training without PRe.
+    """What is counted, compared and warned of reads no more on the host than a training without
+    PRe.
 
     But once: whether the first images have visual tokens.
     """

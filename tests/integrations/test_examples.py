@@ -1,4 +1,5 @@
-"""The README's Python and the examples in docstrings run, against tiny stand-ins where they name a model or data."""
+"""The README's Python and the examples in docstrings run, against tiny stand-ins where they name a
+model or data."""
 
 from __future__ import annotations
 
@@ -58,12 +59,16 @@ def of_the_readme() -> Iterator[Any]:
 
 
 def of_docstrings() -> Iterator[Any]:
-    for file in sorted([*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]):
+    for file in sorted(
+        [*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
+    ):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 name = getattr(node, "name", "module")
                 for number, code in enumerate(FENCED.findall(ast.get_docstring(node) or "")):
-                    yield pytest.param(code, id=f"{file.stem}.{name}" + (f"-{number}" if number else ""))
+                    yield pytest.param(
+                        code, id=f"{file.stem}.{name}" + (f"-{number}" if number else "")
+                    )
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +90,40 @@ class Given:
         self.folder = str(out)
         self.checkpoint = "checkpoint"
         self.scenes = compose(split_digits(0)[0], 4, 0)
-        self.hidden, self.anchor = torch.randn(1, 3, 4096, requires_grad=True), torch.randn(1, 3, 4096)
+        self.hidden, self.anchor = (
+            torch.randn(1, 3, 4096, requires_grad=True),
+            torch.randn(1, 3, 4096),
+        )
         self.visual_mask = torch.tensor([[True, False, True]])
         self.masks = torch.arange(PATCHES) % 2 == torch.arange(2)[:, None]
 
     def names(self, code: str) -> dict[str, Any]:
-        public = {name: getattr(module, name) for module in MODULES for name in getattr(module, "__all__", ())}
+        public = {
+            name: getattr(module, name)
+            for module in MODULES
+            for name in getattr(module, "__all__", ())
+        }
         public |= {"LayerCallback": callback.LayerCallback, "load_samples": samples.load_samples}
-        public |= {"PreCallback": pre_callback.PreCallback, "PreLightningCallback": of_lightning.PreLightningCallback}
+        public |= {
+            "PreCallback": pre_callback.PreCallback,
+            "PreLightningCallback": of_lightning.PreLightningCallback,
+        }
         named = set(re.findall(r"\w+", code)) - {"scenes", "names"}
         found = {name: getattr(self, name) for name in named if hasattr(self, name)}
         if "decoder.blocks" in code:  # a model that is not Hugging Face's
             model, inputs = small()
-            found |= {"model": model, "batches": [inputs], "param_groups": [{"params": [*model.parameters()]}]}
-        return {"torch": torch, "lightning": lightning, "AutoModel": transformers.AutoModel, **public, **found}
+            found |= {
+                "model": model,
+                "batches": [inputs],
+                "param_groups": [{"params": [*model.parameters()]}],
+            }
+        return {
+            "torch": torch,
+            "lightning": lightning,
+            "AutoModel": transformers.AutoModel,
+            **public,
+            **found,
+        }
 
     @functools.cached_property
     def model(self) -> Any:
@@ -201,9 +226,15 @@ def test_example(code: str, given: Given) -> None:
 
 def test_the_readme_trains_with_pre(given: Given) -> None:
     """The stand-ins are no excuse: the head is there before the training, and was trained."""
-    code = next(code for code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "train()" in code)
+    code = next(
+        code
+        for code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        if "train()" in code
+    )
     head = "before = handle.head.w1.detach().clone()\n"
-    code = code.replace("trainer.train()", f"{head}trainer.train()\nmoved = not torch.equal(before, handle.head.w1)")
+    code = code.replace(
+        "trainer.train()", f"{head}trainer.train()\nmoved = not torch.equal(before, handle.head.w1)"
+    )
     names = given.names(code)
     exec(code, names)
     assert names["moved"]
@@ -212,7 +243,9 @@ def test_the_readme_trains_with_pre(given: Given) -> None:
 
 def members(module: Any) -> Iterator[tuple[str, Any]]:
     """The public names of a documented module and the public methods of its classes."""
-    names = getattr(module, "__all__", None) or [n for n, v in vars(module).items() if _own(module, n, v)]
+    names = getattr(module, "__all__", None) or [
+        n for n, v in vars(module).items() if _own(module, n, v)
+    ]
     for name in names:
         value = getattr(module, name)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
@@ -220,7 +253,9 @@ def members(module: Any) -> Iterator[tuple[str, Any]]:
         yield f"{module.__name__}.{name}", value
         for key, member in vars(value).items() if inspect.isclass(value) else ():
             plain = inspect.unwrap(getattr(member, "__func__", member))
-            if not key.startswith("_") and (inspect.isfunction(plain) or isinstance(member, property)):
+            if not key.startswith("_") and (
+                inspect.isfunction(plain) or isinstance(member, property)
+            ):
                 yield f"{module.__name__}.{name}.{key}", member
 
 
@@ -238,11 +273,15 @@ def test_everything_public_has_a_docstring() -> None:
 
 def test_arguments_in_docstrings_are_those_of_the_function() -> None:
     for name, value in dict(pair for module in MODULES for pair in members(module)).items():
-        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(value.__doc__ or ""), re.MULTILINE)
+        section = re.search(
+            r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(value.__doc__ or ""), re.MULTILINE
+        )
         if section is None or isinstance(value, property):
             continue
         lines = textwrap.dedent(section[1]).splitlines()
-        listed = [n for line in lines if line[:1].strip() for n in line.partition(":")[0].split(", ")]
+        listed = [
+            n for line in lines if line[:1].strip() for n in line.partition(":")[0].split(", ")
+        ]
         taken = inspect.signature(getattr(value, "__func__", value)).parameters
         var_keyword = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         unknown = [n for n in listed if n not in taken and not var_keyword]
@@ -253,4 +292,6 @@ def test_make_docs_has_these_modules() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     named = re.search(r"^API := (.*)$", makefile, re.MULTILINE)[1].split()
     # pdoc documents what a listed module's __all__ names, modules too
-    assert sorted([*named, "pre_kernels.reference"]) == sorted(module.__name__ for module in MODULES)
+    assert sorted([*named, "pre_kernels.reference"]) == sorted(
+        module.__name__ for module in MODULES
+    )

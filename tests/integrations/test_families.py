@@ -32,8 +32,12 @@ def test_tests_and_table_agree() -> None:
     """A row that no test builds on this transformers, or a version that is wrong here, is found."""
     assert families.FAMILIES.keys() == ALL.keys()
     here = Version(transformers.__version__)
-    assert {name for name, row in families.FAMILIES.items() if Version(row.since) <= here} == FAMILIES.keys()
-    assert {name for name, row in families.FAMILIES.items() if row.videos} == {n for n, t in ALL.items() if t.videos}
+    assert {
+        name for name, row in families.FAMILIES.items() if Version(row.since) <= here
+    } == FAMILIES.keys()
+    assert {name for name, row in families.FAMILIES.items() if row.videos} == {
+        n for n, t in ALL.items() if t.videos
+    }
     for name in FAMILIES:
         parts = families.find_parts(build(name))
         assert parts.config.model_type.replace("-", "_") == name
@@ -53,11 +57,15 @@ def test_text_model_can_be_passed(by: str) -> None:
 
 def unlist(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     rest = {name: row for name, row in families.FAMILIES.items() if name != family}
-    monkeypatch.setattr(families, "FAMILIES", rest)  # deleted from the table itself it would come back at its end
+    monkeypatch.setattr(
+        families, "FAMILIES", rest
+    )  # deleted from the table itself it would come back at its end
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].text is None])
-def test_the_generic_rule_finds_the_layers_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_generic_rule_finds_the_layers_of_every_family(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unlist(monkeypatch, family)
     model = build(family)
     parts = families.find_parts(model)
@@ -71,14 +79,18 @@ def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = apply_pre(model, 3, level="image")
     loss = model(**data.inputs).loss
     loss.backward()
-    wanted_loss, wanted = expected_gradients(build("internvl"), "internvl", data, handle.head, [3], level="image")
+    wanted_loss, wanted = expected_gradients(
+        build("internvl"), "internvl", data, handle.head, [3], level="image"
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
 
 def test_a_row_that_names_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", {"llava": families.Family(text="model.trunk")})
-    with pytest.raises(ValueError, match=r"text_model: got 'model.trunk', which is no module of the model"):
+    with pytest.raises(
+        ValueError, match=r"text_model: got 'model.trunk', which is no module of the model"
+    ):
         apply_pre(build("llava"))
 
 
@@ -93,7 +105,8 @@ class Block(nn.Module):
 
 
 class HomeMade(nn.Module):
-    """A VLM that has nothing of transformers: blocks at a place of their own, images merged before the first."""
+    """A VLM that has nothing of transformers: blocks at a place of their own, images merged before
+    the first."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -115,7 +128,9 @@ class HomeMade(nn.Module):
         for block in self.trunk.blocks:
             x = block(x)
         logits = self.out(x)
-        return {"logits": logits} | ({} if labels is None else {"loss": F.cross_entropy(logits.flatten(0, 1), labels)})
+        return {"logits": logits} | (
+            {} if labels is None else {"loss": F.cross_entropy(logits.flatten(0, 1), labels)}
+        )
 
 
 def home_made(**config: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -142,7 +157,9 @@ def by_text_model(model: Any) -> dict[str, Any]:
 def test_home_made_model(given: Any) -> None:
     model, inputs = home_made()
     # `trunk` itself is never called, so the anchor is the first block's input
-    handle = apply_pre(model, [1, DEPTH], mask_fn=lambda kwargs: kwargs["ids"] == IMAGE, **given(model))
+    handle = apply_pre(
+        model, [1, DEPTH], mask_fn=lambda kwargs: kwargs["ids"] == IMAGE, **given(model)
+    )
     loss = model(**inputs)["loss"]
     loss.backward()
     found = gradients(model)
@@ -151,7 +168,9 @@ def test_home_made_model(given: Any) -> None:
     given(plain)
     hidden = {}
     for number, block in enumerate(plain.trunk.blocks, 1):
-        block.register_forward_hook(lambda _, args, output, number=number: hidden.update({number: (args[0], output)}))
+        block.register_forward_hook(
+            lambda _, args, output, number=number: hidden.update({number: (args[0], output)})
+        )
     heads = copy_of(handle.head)
     wanted = plain(**inputs)["loss"]
     visual = inputs["ids"] == IMAGE
@@ -161,11 +180,14 @@ def test_home_made_model(given: Any) -> None:
         wanted = wanted + 0.25 * reference.pre_loss(hidden[number][1][visual], anchor, *parameters)
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    assert_same_gradients(found, gradients(plain) | {f"pre_head.{name}": p.grad for name, p in heads.items()})
+    assert_same_gradients(
+        found, gradients(plain) | {f"pre_head.{name}": p.grad for name, p in heads.items()}
+    )
 
 
 def test_layers_of_the_model_itself() -> None:
-    """Then `inputs_embeds` of the whole model are not the anchor: the images are not in them yet."""
+    """Then `inputs_embeds` of the whole model are not the anchor: the images are not in them
+    yet."""
     model, inputs = home_made()
     model.blocks = model.trunk.blocks
     parts = families.find_parts(model, layers="blocks")
@@ -192,16 +214,30 @@ def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
             r"no decoder layers in HomeMade: looked for a ModuleList `\.layers` .* pass text_model= .* layers=",
         ),
         ({"layers": "trunk"}, TypeError, "layers: got a Module, want the ModuleList"),
-        ({"layers": "trunk.nothing"}, ValueError, "layers: got 'trunk.nothing', which is no module"),
+        (
+            {"layers": "trunk.nothing"},
+            ValueError,
+            "layers: got 'trunk.nothing', which is no module",
+        ),
         ({"layers": [1, 2]}, TypeError, "layers: got list, .*go into layer="),
-        ({"layers": nn.ModuleList()}, ValueError, "layers: the ModuleList that was given is no part"),
+        (
+            {"layers": nn.ModuleList()},
+            ValueError,
+            "layers: the ModuleList that was given is no part",
+        ),
         ({"layers": "empty"}, ValueError, "layers: got an empty ModuleList"),
         ({"text_model": 3}, TypeError, "text_model: got int"),
-        ({"text_model": nn.Linear(1, 1)}, ValueError, "text_model: the Linear that was given is no part"),
+        (
+            {"text_model": nn.Linear(1, 1)},
+            ValueError,
+            "text_model: the Linear that was given is no part",
+        ),
         ({"layers": "trunk.blocks"}, ValueError, "names no visual tokens .*pass mask_fn="),
     ],
 )
-def test_what_to_pass_for_a_home_made_model(arguments: Any, error: type[Exception], message: str) -> None:
+def test_what_to_pass_for_a_home_made_model(
+    arguments: Any, error: type[Exception], message: str
+) -> None:
     model, _ = home_made()
     model.empty = nn.ModuleList()
     with pytest.raises(error, match=message):
@@ -220,15 +256,24 @@ def test_layers_that_take_their_hidden_states_by_another_name() -> None:
     model, inputs = home_made()
     apply_pre(model, layers="trunk.blocks", mask_fn=lambda kwargs: kwargs["ids"] == IMAGE)
     for block in model.trunk.blocks:
-        block.register_forward_pre_hook(lambda _, args, kwargs: ((), {"x": args[0]}), with_kwargs=True, prepend=True)
-    with pytest.raises(RuntimeError, match=r"layers: .*hidden states as the first positional .*got x"):
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: ((), {"x": args[0]}), with_kwargs=True, prepend=True
+        )
+    with pytest.raises(
+        RuntimeError, match=r"layers: .*hidden states as the first positional .*got x"
+    ):
         model(**inputs)
 
 
 def pixtral() -> nn.Module:
     """LLaVA's class around Pixtral's tower, as Pixtral-12B has it: images of any size."""
     torch.manual_seed(0)
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlavaConfig(
         vision_config=transformers.PixtralVisionConfig(**vision, image_size=32, patch_size=4),
         text_config=transformers.LlamaConfig(**text_config()),
@@ -255,7 +300,10 @@ def test_llava_around_pixtral(options: dict[str, Any]) -> None:
     wanted = wanted + 0.5 * pre_loss(seen, data, [2], heads, options.get("level", "patch"), anchor)
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    assert_same_gradients(gradients(model), gradients(twin) | {f"pre_head.{name}": p.grad for name, p in heads.items()})
+    assert_same_gradients(
+        gradients(model),
+        gradients(twin) | {f"pre_head.{name}": p.grad for name, p in heads.items()},
+    )
 
 
 def test_videos_count_only_with_a_video() -> None:
@@ -263,7 +311,9 @@ def test_videos_count_only_with_a_video() -> None:
     parts = families.find_parts(model)
     ids = torch.tensor([[5, 60, 61, 61, 6]])
     found = rows.placeholders(parts, {"input_ids": ids, "pixel_values_videos": torch.ones(1)})
-    assert {kind: mask.tolist() for kind, mask in found.items()} == {"video": [[False, False, True, True, False]]}
+    assert {kind: mask.tolist() for kind, mask in found.items()} == {
+        "video": [[False, False, True, True, False]]
+    }
     both = rows.placeholders(parts, {"input_ids": ids, "pixel_values": 1, "pixel_values_videos": 1})
     assert sorted(both) == ["image", "video"]
     assert rows.placeholders(parts, {"input_ids": ids, "pixel_values": None}) == {}
@@ -274,7 +324,13 @@ def test_runs_and_grids_number_the_images() -> None:
     assert families.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
     config = build("qwen2_vl").config
     grid = torch.tensor([[1, 2, 4], [1, 2, 2], [2, 2, 2]])
-    assert families.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [0, 0, 1, 2, 2]
+    assert families.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [
+        0,
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_merge_sizes_and_dropped_video_tokens() -> None:
@@ -291,10 +347,25 @@ def test_merge_sizes_and_dropped_video_tokens() -> None:
 def test_equal_parts_of_pixels() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
     parts = families.equal_parts
-    assert parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None).tolist() == [0, 0, 1, 1]
-    assert parts(mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None).tolist() == [0, 1, 2, 3]
-    assert parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None).tolist() == [0, 0, 1, 2]  # runs
-    with pytest.raises(ValueError, match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many"):
+    assert parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None).tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
+    assert parts(
+        mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None
+    ).tolist() == [0, 1, 2, 3]
+    assert parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None).tolist() == [
+        0,
+        0,
+        1,
+        2,
+    ]  # runs
+    with pytest.raises(
+        ValueError,
+        match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many",
+    ):
         parts(mask, "image", {"pixel_values": torch.zeros(3, 3, 8, 8)}, None)
 
 
@@ -302,10 +373,28 @@ def test_tiles_of_zeros_are_padding() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     pixels = torch.zeros(2, 2, 3, 8, 8)
     pixels[0, 0], pixels[1, :, 0, 0, 0] = 1, -1  # one pixel is enough
-    assert families.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [0, 0, 1, 1, 2, 2]
-    assert families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6  # a black image
-    assert families.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [0, 0, 1, 1, 1, 1]  # runs
-    with pytest.raises(ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"):
+    assert families.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert (
+        families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
+    )  # a black image
+    assert families.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]  # runs
+    with pytest.raises(
+        ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"
+    ):
         families.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
 
 
@@ -313,7 +402,13 @@ def test_spatial_shapes_count_the_patches() -> None:
     config = build("lfm2_vl").config
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
     shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
-    assert families.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [0, 0, 1, 1, 2]
+    assert families.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
     assert families.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
     with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
         families.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)

@@ -119,7 +119,8 @@ def fails(call: Callable[[], Any], error: type[BaseException]) -> None:
 def test_the_step_after(
     place: Any, error: Any, after: int, options: Any, counted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the broken step is kept, and the next one is that of a model where nothing happened."""
+    """Nothing of the broken step is kept, and the next one is that of a model where nothing
+    happened."""
     undisturbed = build("llava")
     apply_pre(undisturbed, [2, 3], **options)
     wanted = step(undisturbed)
@@ -132,7 +133,9 @@ def test_the_step_after(
         place(model, handle, Fault(error(), after), patch)
         fails(lambda: step(model), type(error()))
     interrupted = error is KeyboardInterrupt and not counted
-    if interrupted:  # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go
+    if (
+        interrupted
+    ):  # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go
         with torch.no_grad():
             model(**batch("llava").inputs)
     gc.collect()
@@ -181,7 +184,9 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
     model, undisturbed = build("llava"), build("llava")
     handle = apply_pre(model)
     apply_pre(undisturbed).head.load_state_dict(handle.head.state_dict())
-    model.model.language_model.layers[3].register_forward_pre_hook(Fault(error(), 1))  # of the step's two forwards
+    model.model.language_model.layers[3].register_forward_pre_hook(
+        Fault(error(), 1)
+    )  # of the step's two forwards
     with patch_trainer():
         trainer = make(tmp_path, model)
         fails(trainer.train, type(error()))
@@ -196,7 +201,8 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
 
 
 def ranks_that_die(folder: str, how: str) -> None:
-    """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time limit.
+    """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time
+    limit.
 
     "save": from its beginning, "gather": when the parts of the head are put together.
     """
@@ -234,10 +240,14 @@ def ranks_that_die(folder: str, how: str) -> None:
     Path(f"{folder}/over").touch()
     assert not os.path.exists(f"{folder}/half/{WEIGHTS}")
     torch.distributed.destroy_process_group()
-    if call is None:  # it goes on alone: both ranks had the same batch, so the mean over them is its own
+    if (
+        call is None
+    ):  # it goes on alone: both ranks had the same batch, so the mean over them is its own
         assert handle._capture.seen is None
         alone = step(model)
-        assert wanted is None or all(g is None or torch.equal(alone[n], g) for n, g in wanted.items())
+        assert wanted is None or all(
+            g is None or torch.equal(alone[n], g) for n, g in wanted.items()
+        )
         assert handle.metrics()["pre_forwards"] == (2 if how == "forward" else 1)
 
 
@@ -272,7 +282,11 @@ def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:
     model(**inputs).loss.backward()
     optimizer.step()
     assert "pre_head_grad_norm" not in handle.metrics()
-    for needs in (lambda: handle.save(tmp_path), lambda: handle.load(tmp_path), handle.param_groups):
+    for needs in (
+        lambda: handle.save(tmp_path),
+        lambda: handle.load(tmp_path),
+        handle.param_groups,
+    ):
         with pytest.raises(RuntimeError, match=r"handle: it was removed"):
             needs()
 

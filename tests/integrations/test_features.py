@@ -1,4 +1,5 @@
-"""What may be used beside PRe: loss scaling, EMA, compilers, packing, quantised bases, LoRA, resuming, export."""
+"""What may be used beside PRe: loss scaling, EMA, compilers, packing, quantised bases, LoRA,
+resuming, export."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def same_head(handle: Any) -> None:
 
 
 def test_fp16_with_a_gradient_scaler() -> None:
-    """Unscaled gradients are float32's within float16's error; a step with infinities is skipped."""
+    """Unscaled gradients are float32's within float16's error; a step with infinities is
+    skipped."""
     data = batch("llava")
     wanted_model = build("llava")
     same_head(apply_pre(wanted_model))
@@ -66,7 +68,9 @@ def test_fp16_with_a_gradient_scaler() -> None:
         found = handle.metrics()
         assert ("pre_head_grad_norm" in found) != skipped  # no step was taken
         if not skipped:
-            norm = torch.nn.utils.get_total_norm([g for n, g in wanted.items() if n.startswith("pre_head")])
+            norm = torch.nn.utils.get_total_norm(
+                [g for n, g in wanted.items() if n.startswith("pre_head")]
+            )
             assert found["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
         hook.remove()
 
@@ -180,7 +184,8 @@ def test_compilation_has_not_one_graph_more(run: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter here")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one kernel of its that the interpreter runs; they replace functions and forwards, which the hooks are not."""
+    """The one kernel of its that the interpreter runs; they replace functions and forwards, which
+    the hooks are not."""
     liger = pytest.importorskip("liger_kernel.transformers")
     if transformers.__version__.startswith("4."):
         pytest.skip("Liger wants transformers 5")
@@ -188,7 +193,12 @@ def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     model, data = build("llava"), batch("llava", [[("image", 8, 8), ("text", 2)]])
-    switches = {"rms_norm": False, "swiglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    switches = {
+        "rms_norm": False,
+        "swiglu": False,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+    }
     if order == "before":
         liger.apply_liger_kernel_to_llama(rope=True, **switches)
     handle = apply_pre(model)
@@ -207,7 +217,8 @@ def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Samples one after the other in a row (1, total) without padding; positions begin anew, first labels are none."""
+    """Samples one after the other in a row (1, total) without padding; positions begin anew, first
+    labels are none."""
     ids = torch.cat([p["input_ids"] for p in parts], 1)
     for part in parts:
         part["labels"][:, 0] = -100
@@ -221,7 +232,10 @@ def packed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("level", ["patch", "image"])
 def test_a_packed_row_is_its_samples(level: str) -> None:
-    samples = [[("text", 2), ("image", 8, 8), ("text", 5)], [("image", 8, 8), ("text", 3), ("image", 8, 8)]]
+    samples = [
+        [("text", 2), ("image", 8, 8), ("text", 5)],
+        [("image", 8, 8), ("text", 3), ("image", 8, 8)],
+    ]
     parts = [batch("llava", [sample], seed=i).inputs for i, sample in enumerate(samples)]
     model = build("llava")
     handle = apply_pre(model, level=level)
@@ -244,7 +258,8 @@ def test_a_packed_row_is_its_samples(level: str) -> None:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer with int8 weights and a scale per row; stands for bitsandbytes where that is missing."""
+    """A frozen linear layer with int8 weights and a scale per row; stands for bitsandbytes where
+    that is missing."""
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
@@ -260,13 +275,16 @@ class Int8Linear(nn.Module):
 def nf4(like: nn.Linear) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(like.in_features, like.out_features, bias=False, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(like.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        like.weight.data.clone(), requires_grad=False, quant_type="nf4"
+    )
     return layer.to("cpu")
 
 
 @pytest.mark.parametrize("quantise", [Int8Linear, nf4])
 def test_a_quantised_base(quantise: Any) -> None:
-    """The head has the dtype of the layer's norms, the gradient passes the frozen integers to the adapters below."""
+    """The head has the dtype of the layer's norms, the gradient passes the frozen integers to the
+    adapters below."""
     model, data = build("llava"), batch("llava")
     for layer in model.model.language_model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -284,7 +302,9 @@ def test_a_quantised_base(quantise: Any) -> None:
     peft.zero_grad()
     handle.enabled = False
     peft(**data.inputs).loss.backward()
-    changed = {n for n, g in gradients(peft).items() if g is not None and not torch.equal(g, both[n])}
+    changed = {
+        n for n, g in gradients(peft).items() if g is not None and not torch.equal(g, both[n])
+    }
     below = {n for n in both if "lora" in n and any(f"layers.{i}." in n for i in (0, 1))}
     assert changed == below
     trained = {n for n, g in both.items() if g is not None}
@@ -293,7 +313,8 @@ def test_a_quantised_base(quantise: Any) -> None:
 
 @pytest.mark.parametrize("how", ["after", "modules_to_save"])
 def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
-    """Adapter and head are saved beside each other, merge back into a plain model, and resume together."""
+    """Adapter and head are saved beside each other, merge back into a plain model, and resume
+    together."""
     saving = {"save_strategy": "steps", "save_steps": 2}
 
     def fresh() -> Any:
@@ -341,13 +362,22 @@ def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
-    """Bit by bit, losses and weights, although `save_pretrained` renames keys, which the Trainer does not undo."""
+    """Bit by bit, losses and weights, although `save_pretrained` renames keys, which the Trainer
+    does not undo."""
     samples = [one_image(n) for n in (5, 4, 3, 6, 2, 5, 3, 4)] * 2
-    more = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-2}
+    more = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 8,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+    }
     more |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     curves, ends = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        model = build(family, seed=0 if resume is None else 7)  # as somebody who only has the checkpoint
+        model = build(
+            family, seed=0 if resume is None else 7
+        )  # as somebody who only has the checkpoint
         apply_pre(model, schedule="cosine")
         with patch_trainer():
             trainer = InOrder(
@@ -371,7 +401,8 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
 
 
 def test_what_the_trainer_saves(tmp_path: Path) -> None:
-    """The model's files are those of a training without PRe, and load without a missing or an unexpected key."""
+    """The model's files are those of a training without PRe, and load without a missing or an
+    unexpected key."""
     from safetensors.torch import load_file
 
     saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0}
@@ -390,7 +421,9 @@ def test_what_the_trainer_saves(tmp_path: Path) -> None:
         trainer.save_model(tmp_path / "saved")
     wanted = load_file(tmp_path / "plain" / "model.safetensors")
     for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-1"):
-        assert (folder / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+        assert (folder / "config.json").read_bytes() == (
+            tmp_path / "plain" / "config.json"
+        ).read_bytes()
         found = load_file(folder / "model.safetensors")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
@@ -407,16 +440,21 @@ def test_what_the_trainer_saves(tmp_path: Path) -> None:
 PICKLES = "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrained).parameters
 
 
-@pytest.mark.parametrize("options", [{"safe_serialization": False}] if PICKLES else [{"max_shard_size": "20KB"}])
+@pytest.mark.parametrize(
+    "options", [{"safe_serialization": False}] if PICKLES else [{"max_shard_size": "20KB"}]
+)
 def test_other_ways_of_saving(options: dict[str, Any], tmp_path: Path) -> None:
-    """transformers 4 can still write its own pickles; later ones write safetensors, here in several files."""
+    """transformers 4 can still write its own pickles; later ones write safetensors, here in several
+    files."""
     model, names = build("llava"), []
     for folder in (tmp_path / "plain", tmp_path / "attached"):
         model.save_pretrained(folder, **options)
         if PICKLES:
             names.append(set(torch.load(folder / "pytorch_model.bin", weights_only=True)))
         else:
-            names.append(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]))
+            names.append(
+                set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+            )
         if len(names) == 1:
             apply_pre(model)
     assert names[0] == names[1]

@@ -1,4 +1,5 @@
-"""The launcher follows a script into the processes it starts, and says in time what it cannot reach."""
+"""The launcher follows a script into the processes it starts, and says in time what it cannot
+reach."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Following:
     (tmp_path / "sub" / "other.py").write_text("")
     (tmp_path / "bin").mkdir()
     # deepspeed's command is such a file, no entry point; the other two are somebody else's
-    lines = {"a-command": f"#!{PY}", "env-command": "#!/usr/bin/env python", "binary": "\x7fELF", "python": ""}
+    lines = {
+        "a-command": f"#!{PY}",
+        "env-command": "#!/usr/bin/env python",
+        "binary": "\x7fELF",
+        "python": "",
+    }
     lines |= {"numactl": "#!/bin/sh", "foreign": "#!/elsewhere/bin/python"}
     for name, first in lines.items():
         path = tmp_path / "bin" / name
@@ -52,8 +58,14 @@ def package(name: str) -> str:
     ("command", "wanted"),
     [
         ([PY, "train.py", "-m", "a"], [PY, *RUN, "train.py", "-m", "a"]),
-        ((PY, "-u", "-X", "dev", "-Wd", "train.py"), [PY, "-u", "-X", "dev", "-Wd", *RUN, "train.py"]),
-        (["python", "-m", "mine.train", "run.yaml"], ["python", *RUN, "-m", "mine.train", "run.yaml"]),
+        (
+            (PY, "-u", "-X", "dev", "-Wd", "train.py"),
+            [PY, "-u", "-X", "dev", "-Wd", *RUN, "train.py"],
+        ),
+        (
+            ["python", "-m", "mine.train", "run.yaml"],
+            ["python", *RUN, "-m", "mine.train", "run.yaml"],
+        ),
         (
             [PY, "-u", "-m", "torch.distributed.run", "train.py"],
             [PY, "-u", *RUN, "-m", "torch.distributed.run", "train.py"],
@@ -72,8 +84,14 @@ def package(name: str) -> str:
         (["a-command", "x"], [PY, *RUN, "{bin}/a-command", "x"]),
         (["env-command", "x"], [PY, *RUN, "{bin}/env-command", "x"]),
         (["{bin}/a-command", "x"], [PY, *RUN, "{bin}/a-command", "x"]),
-        (["numactl", "-C", "0-3", PY, "-u", "train.py"], ["numactl", "-C", "0-3", PY, "-u", *RUN, "train.py"]),
-        ([PY, f"{package('trl')}/scripts/sft.py", "--a"], [PY, *RUN, f"{package('trl')}/scripts/sft.py", "--a"]),
+        (
+            ["numactl", "-C", "0-3", PY, "-u", "train.py"],
+            ["numactl", "-C", "0-3", PY, "-u", *RUN, "train.py"],
+        ),
+        (
+            [PY, f"{package('trl')}/scripts/sft.py", "--a"],
+            [PY, *RUN, f"{package('trl')}/scripts/sft.py", "--a"],
+        ),
         # left alone
         ([PY, "-c", "print(1)"], None),
         ([PY, "-"], None),
@@ -98,7 +116,9 @@ def package(name: str) -> str:
 )
 def test_commands(command: Any, wanted: Any, following: Following, tmp_path: Path) -> None:
     def placed(words: Any) -> Any:
-        return type(words)(w.replace("{bin}", str(tmp_path / "bin")) if isinstance(w, str) else w for w in words)
+        return type(words)(
+            w.replace("{bin}", str(tmp_path / "bin")) if isinstance(w, str) else w for w in words
+        )
 
     command = command if isinstance(command, str) else placed(command)
     found = following.changed(command)
@@ -135,7 +155,9 @@ def test_commands_elsewhere(following: Following, tmp_path: Path) -> None:
     assert following.followed == 4
 
 
-def test_a_program_that_may_be_run_and_not_read(following: Following, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_may_be_run_and_not_read(
+    following: Following, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuses(*_: Any) -> Any:
         raise PermissionError
 
@@ -150,13 +172,17 @@ def test_processes_start_as_before_and_what_others_replace_stays(
     show = tmp_path / "show.py"
     show.write_text("import sys; print(sys.argv[1:], flush=True)")
     with Following([]) as following:
-        monkeypatch.setattr(following, "changed", lambda words, *_, **__: [*words[:1], str(show), *words[1:]])
+        monkeypatch.setattr(
+            following, "changed", lambda words, *_, **__: [*words[:1], str(show), *words[1:]]
+        )
         done = subprocess.run([PY, "a"], capture_output=True, text=True, check=True)
         assert done.stdout == "['a']\n"
         assert done.args == [PY, "a"]  # as its caller knows it
         with pytest.raises(TypeError, match="args"):
             subprocess.Popen()  # type: ignore[call-overload]
-        named = subprocess.run(["a"], executable=PY, input="print(1)", capture_output=True, text=True, check=True)
+        named = subprocess.run(
+            ["a"], executable=PY, input="print(1)", capture_output=True, text=True, check=True
+        )
         assert named.stdout == "1\n"
     assert (subprocess.Popen.__init__, os.execv, os.execve, os.system) == before
 
@@ -168,7 +194,10 @@ def test_processes_start_as_before_and_what_others_replace_stays(
         subprocess.Popen.__init__ = theirs  # type: ignore[method-assign]
     try:
         assert subprocess.Popen.__init__ is theirs
-        assert subprocess.run([PY, str(show), "b"], capture_output=True, text=True, check=True).stdout == "['b']\n"
+        assert (
+            subprocess.run([PY, str(show), "b"], capture_output=True, text=True, check=True).stdout
+            == "['b']\n"
+        )
         assert following.followed == 0
     finally:
         subprocess.Popen.__init__ = before[0]  # type: ignore[method-assign]
@@ -184,7 +213,9 @@ def script(tmp_path: Path, body: str) -> str:
 def launched(tmp_path: Path, *words: str, options: list[str] | None = None, **more: Any) -> Any:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     command = [*START_LAUNCHER, *(options or []), "--", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **more)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, **more
+    )
 
 
 MAIN = """
@@ -208,7 +239,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("command", ["torchrun", "accelerate", "exec"])
 def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: Path) -> None:
-    """Settings from a file beside the caller, not beside the script; the gradients are those by hand."""
+    """Settings from a file beside the caller, not beside the script; the gradients are those by
+    hand."""
     train = script(tmp_path, MAIN)
     words = {
         "torchrun": ["torchrun", "--nproc-per-node", "2", "--standalone", train],
@@ -229,7 +261,8 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
     assert "WARNING: " not in done.stderr.replace("[W", "")
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     assert_head(
-        torch.load(tmp_path / "out" / "found"), by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum")
+        torch.load(tmp_path / "out" / "found"),
+        by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"),
     )
     apply_pre(build("llava")).load(tmp_path / "out")
 
@@ -241,9 +274,7 @@ def test_trl_sft(tmp_path: Path) -> None:
     processor().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     conversations([1] * 4).to_parquet(tmp_path / "data" / "train.parquet")
-    words = (
-        "sft --model_name_or_path model --dataset_name data --output_dir out --max_steps 2 --logging_steps 1 --use_cpu"
-    )
+    words = "sft --model_name_or_path model --dataset_name data --output_dir out --max_steps 2 --logging_steps 1 --use_cpu"
     words += " --per_device_train_batch_size 2 --bf16 False --report_to none --max_length none --save_strategy no"
     done = launched(tmp_path, "trl", *words.split(), options=["--layer", "2"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -282,13 +313,26 @@ for _ in range(3):
             "import sys; sys.exit(0)",
             "nothing was trained with PRe",
         ),
-        ("loop.py", "os.system(f'{sys.executable} {here}/loop.py') or ['true']", LOOP, "the first optimizer step was"),
-        ("loop.py", "[sys.executable, here / 'loop.py']", LOOP, "the first optimizer step was outside of a"),
+        (
+            "loop.py",
+            "os.system(f'{sys.executable} {here}/loop.py') or ['true']",
+            LOOP,
+            "the first optimizer step was",
+        ),
+        (
+            "loop.py",
+            "[sys.executable, here / 'loop.py']",
+            LOOP,
+            "the first optimizer step was outside of a",
+        ),
         ("run.sh", "['sh', here / 'run.sh']", "exit 0", "nothing was trained with PRe"),
     ],
 )
-def test_each_process_reports_for_itself(child: str, command: str, body: str, said: str | None, tmp_path: Path) -> None:
-    """One that starts others leaves it to them; of a command that cannot be followed, the line that works."""
+def test_each_process_reports_for_itself(
+    child: str, command: str, body: str, said: str | None, tmp_path: Path
+) -> None:
+    """One that starts others leaves it to them; of a command that cannot be followed, the line that
+    works."""
     starts = tmp_path / "starts.py"
     starts.write_text(STARTS.format(child=child, body=body, command=command))
     done = launched(tmp_path, str(starts), options=["--weight", "0.25", "--set", "loss=mse"])
@@ -301,18 +345,24 @@ def test_each_process_reports_for_itself(child: str, command: str, body: str, sa
         assert lines[1:] == ["STEP"] * (3 if child == "loop.py" else 0)
     if child == "run.sh":
         assert f"that the launcher cannot follow (`sh {tmp_path}/run.sh`)" in lines[0]
-        assert f"start those by `python -m {LAUNCHER} --weight=0.25 --set=loss=mse -- train.py`" in lines[0]
+        assert (
+            f"start those by `python -m {LAUNCHER} --weight=0.25 --set=loss=mse -- train.py`"
+            in lines[0]
+        )
 
 
 def test_a_module_named_in_a_setting_is_found_from_the_callers_folder(tmp_path: Path) -> None:
-    """Beside the script that starts the others, and not beside the one that it starts, which sees python's own path."""
+    """Beside the script that starts the others, and not beside the one that it starts, which sees
+    python's own path."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "masks_of_follow.py").write_text("def mine(inputs): ...")
     starts = tmp_path / "starts.py"
     command = "[sys.executable, here / 'sub' / 'child.py']"
     body = "import sys; print(sys.path[0]); print(sys.path[-1])"
     starts.write_text(STARTS.format(child="sub/child.py", body=body, command=command))
-    done = launched(tmp_path, "starts.py", options=["--set", "mask_fn=masks_of_follow:mine"], cwd=tmp_path)
+    done = launched(
+        tmp_path, "starts.py", options=["--set", "mask_fn=masks_of_follow:mine"], cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.split()
     assert first == str(tmp_path / "sub")

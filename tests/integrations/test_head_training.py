@@ -1,4 +1,5 @@
-"""How the head is trained: optimizer groups, master weights, λ's schedule, what is logged, freezing; in any loop."""
+"""How the head is trained: optimizer groups, master weights, λ's schedule, what is logged,
+freezing; in any loop."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from pre_kernels import PreHead, reference
 OPTIONS = {"head_lr": 0.3, "head_weight_decay": 0.02}
 
 
-def make(folder: Path, model: Any, trainer_class: type = InOrder, samples: Any = EQUAL, **more: Any) -> Any:
+def make(
+    folder: Path, model: Any, trainer_class: type = InOrder, samples: Any = EQUAL, **more: Any
+) -> Any:
     callbacks = more.pop("callbacks", None)
     accumulation = more.pop("accumulation", 2)
     size = more.pop("size", len(samples) // accumulation)
@@ -47,10 +50,19 @@ class Groups(TrainerCallback):
         self.steps: list[list[tuple[float, float, set[str]]]] = []
 
     def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         names = {id(p): n for n, p in model.named_parameters()}
-        groups = [(g["lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.param_groups]
+        groups = [
+            (g["lr"], g["weight_decay"], {names[id(p)] for p in g["params"]})
+            for g in optimizer.param_groups
+        ]
         self.steps.append([group for group in groups if group[2]])
 
 
@@ -70,7 +82,9 @@ class LeavesOut(OwnOptimizer):
     """Knows only the names that it expects, as LLaVA's trainers do."""
 
     def create_optimizer(self, *_: Any) -> Any:
-        parameters = [p for n, p in self.model.named_parameters() if n.startswith(("model.", "lm_head."))]
+        parameters = [
+            p for n, p in self.model.named_parameters() if n.startswith(("model.", "lm_head."))
+        ]
         self.optimizer = torch.optim.AdamW(parameters, lr=self.args.learning_rate, weight_decay=0.1)
         return self.optimizer
 
@@ -81,7 +95,9 @@ def test_the_head_has_groups_of_its_own(trainer_class: type, tmp_path: Path) -> 
     apply_pre(model, **OPTIONS)
     more = {"optim": "adamw_torch", "learning_rate": 0.1, "weight_decay": 0.1, "max_steps": 3}
     with patch_trainer():
-        trainer = make(tmp_path, model, trainer_class, callbacks=[groups], lr_scheduler_type="linear", **more)
+        trainer = make(
+            tmp_path, model, trainer_class, callbacks=[groups], lr_scheduler_type="linear", **more
+        )
         trainer.train()
         assert "create_optimizer" not in vars(trainer)
     for step, (*others, weights, biases) in enumerate(groups.steps):
@@ -90,7 +106,9 @@ def test_the_head_has_groups_of_its_own(trainer_class: type, tmp_path: Path) -> 
         assert biases == (pytest.approx(0.3 * share), 0.0, BIASES)
         assert all(lr == pytest.approx(0.1 * share) for lr, _, _ in others)
         assert not any(name.startswith("pre_head") for _, _, names in others for name in names)
-        assert {n for *_, names in groups.steps[step] for n in names} == {n for n, _ in model.named_parameters()}
+        assert {n for *_, names in groups.steps[step] for n in names} == {
+            n for n, _ in model.named_parameters()
+        }
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
@@ -117,7 +135,10 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = apply_pre(model, **OPTIONS)
     before = handle.head.w1.detach().clone()
-    with patch_trainer(), pytest.warns(UserWarning, match=r"lacks parameters of the head") as caught:
+    with (
+        patch_trainer(),
+        pytest.warns(UserWarning, match=r"lacks parameters of the head") as caught,
+    ):
         make(tmp_path, model, optimizers=(early, None)).train()
     assert len([w for w in caught if str(w.message).startswith("PRe: ")]) == 1
     assert torch.equal(before, handle.head.w1)
@@ -125,7 +146,9 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
     rest = [p for n, p in model.named_parameters() if not n.startswith("pre_head")]
     late = torch.optim.SGD([{"params": rest}, *handle.param_groups()], lr=0.1)
     with patch_trainer(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="PRe: ")  # the first training is no matter of the second
+        warnings.filterwarnings(
+            "error", message="PRe: "
+        )  # the first training is no matter of the second
         make(tmp_path, model, optimizers=(late, None)).train()
     assert not torch.equal(before, handle.head.w1)
     assert [g["lr"] for g in late.param_groups] == [0.1, 0.3, 0.3]
@@ -169,9 +192,13 @@ def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
         handle = apply_pre(model, head_dtype=head_dtype)
         with torch.no_grad():  # alike in both dtypes
             for parameter in handle.head.parameters():
-                parameter.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter).sin().to(dtype))
+                parameter.copy_(
+                    torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter).sin().to(dtype)
+                )
         dtypes = []
-        handle.head.register_forward_pre_hook(lambda *_, d=dtypes: d.append(torch.is_autocast_enabled("cpu")))
+        handle.head.register_forward_pre_hook(
+            lambda *_, d=dtypes: d.append(torch.is_autocast_enabled("cpu"))
+        )
         model(**data.inputs).loss.backward()
         assert dtypes == [head_dtype is not None]
         assert {p.dtype for p in handle.head.parameters()} == {head_dtype or dtype}
@@ -179,14 +206,20 @@ def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
     for name, gradient in found[None].items():
         other = found[torch.float32][name]
         assert other.dtype == (torch.float32 if name.startswith("pre_head") else dtype)
-        torch.testing.assert_close(other.to(dtype), gradient, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(
+            other.to(dtype), gradient, rtol=4 * torch.finfo(dtype).eps, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
         ({"head_dtype": "float32"}, TypeError, r"head_dtype: got 'float32', want a torch.dtype"),
-        ({"head_dtype": torch.bfloat16}, ValueError, r"head_dtype: got torch.bfloat16 over a layer in torch.float32"),
+        (
+            {"head_dtype": torch.bfloat16},
+            ValueError,
+            r"head_dtype: got torch.bfloat16 over a layer in torch.float32",
+        ),
         ({"head_dtype": torch.float64}, ValueError, r"head_dtype: got torch.float64"),
         ({"head_lr": -1}, ValueError, r"head_lr: got -1, want a finite number"),
         ({"head_lr": "1e-3"}, TypeError, r"head_lr: got str, want a number"),
@@ -242,7 +275,8 @@ def test_wrong_progress(value: float) -> None:
 
 
 def test_the_trainer_moves_along_the_schedule(tmp_path: Path) -> None:
-    """Every step has a λ above 0 (DDP wants the head in each graph) and a resumed training the same ones."""
+    """Every step has a λ above 0 (DDP wants the head in each graph) and a resumed training the same
+    ones."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     logs = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
@@ -252,7 +286,11 @@ def test_the_trainer_moves_along_the_schedule(tmp_path: Path) -> None:
             trainer = make(tmp_path, model, **saving)
             trainer.train(resume_from_checkpoint=resume)
         logs.append([e["pre_weight"] for e in trainer.state.log_history if "pre_weight" in e])
-    wanted = [0.125, 0.375, *(0.25 * (1 + math.cos(math.pi * (s - 0.4) / 0.6)) for s in (0.5, 0.7, 0.9))]
+    wanted = [
+        0.125,
+        0.375,
+        *(0.25 * (1 + math.cos(math.pi * (s - 0.4) / 0.6)) for s in (0.5, 0.7, 0.9)),
+    ]
     assert logs[0] == logs[1] == pytest.approx(wanted)
     assert handle.progress == pytest.approx(0.9)
 
@@ -298,12 +336,16 @@ def test_logs(loss: str, level: str, tmp_path: Path) -> None:
         data = batch("llava", [sample], seed=index)
         plain(**data.inputs)
         for kind in sums:
-            sums[kind] += float(pre_loss(watched, data, [2], head, level, loss=kind, reduction="sum").detach())
+            sums[kind] += float(
+                pre_loss(watched, data, [2], head, level, loss=kind, reduction="sum").detach()
+            )
         count += int(data.visual.sum()) if level == "patch" else len(data.lengths)
     assert log["pre_loss"] == pytest.approx(sums[loss] / count, rel=1e-5)
     assert log["pre_cosine"] == pytest.approx(-sums["cosine"] / count, rel=1e-5)
     gradients = [g for n, g in recorder.steps[-1].items() if n.startswith("pre_head")]
-    assert log["pre_head_grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()))
+    assert log["pre_head_grad_norm"] == pytest.approx(
+        float(torch.cat([g.flatten() for g in gradients]).norm())
+    )
     assert log["pre_head_grad_norm"] < 0.05  # as the optimizer takes it
 
 
@@ -318,10 +360,17 @@ def test_sampled_cosines(kind: str) -> None:
         mask = torch.rand(2, rows, generator=generator) < (0 if kind == "none" else 0.4)
         given, chosen = (anchor, mask) if kind in ("mask", "none") else (anchor[mask], mask)
         if kind == "all":
-            hidden, given, chosen, mask = hidden[0], anchor[0], None, torch.ones(rows, dtype=torch.bool)
+            hidden, given, chosen, mask = (
+                hidden[0],
+                anchor[0],
+                None,
+                torch.ones(rows, dtype=torch.bool),
+            )
             anchor = given
         total, number = sample_cosine(head, hidden, given, chosen, "torch").tolist()
-        every = -reference.pre_loss(hidden, anchor, head.w1, head.b1, head.w2, head.b2, mask, reduction="none").detach()
+        every = -reference.pre_loss(
+            hidden, anchor, head.w1, head.b1, head.w2, head.b2, mask, reduction="none"
+        ).detach()
         assert number == min(len(every), SAMPLE)
         if len(every) <= SAMPLE:
             assert total == pytest.approx(float(every.sum()), abs=1e-4)
@@ -356,7 +405,9 @@ def test_the_last_accumulation_is_incomplete(tmp_path: Path) -> None:
             plain(**each.inputs)
             (0.5 / tokens * pre_loss(seen, each, [2], head, reduction="sum")).backward()
         for name, parameter in head.items():
-            torch.testing.assert_close(step[f"pre_head.{name}"], parameter.grad, rtol=2e-4, atol=1e-7)
+            torch.testing.assert_close(
+                step[f"pre_head.{name}"], parameter.grad, rtol=2e-4, atol=1e-7
+            )
 
 
 def test_evaluation_in_the_middle_changes_nothing(tmp_path: Path) -> None:
@@ -406,7 +457,10 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path) -> None:
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     flat = outputs.logits[:, :-1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+    return (
+        torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+        / num_items_in_batch
+    )
 
 
 def test_compute_loss_func(tmp_path: Path) -> None:
@@ -416,7 +470,13 @@ def test_compute_loss_func(tmp_path: Path) -> None:
         model, recorder = build("llava"), Recorder()
         apply_pre(model)
         with patch_trainer():
-            make(tmp_path, model, samples=UNEQUAL_IMAGES, callbacks=[recorder], compute_loss_func=func).train()
+            make(
+                tmp_path,
+                model,
+                samples=UNEQUAL_IMAGES,
+                callbacks=[recorder],
+                compute_loss_func=func,
+            ).train()
         found.append(recorder.steps[0])
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
@@ -428,15 +488,26 @@ def test_freezing_and_unfreezing_in_the_middle(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.moved: list[tuple[bool, bool]] = []
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            head, rest = [(True, True), (False, True), (True, False), (True, True)][state.global_step]
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
+            head, rest = [(True, True), (False, True), (True, False), (True, True)][
+                state.global_step
+            ]
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(head if name.startswith("pre_head") else rest)
-            self.before = (model.pre_head.w1.detach().clone(), model.lm_head.weight.detach().clone())
+            self.before = (
+                model.pre_head.w1.detach().clone(),
+                model.lm_head.weight.detach().clone(),
+            )
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
             now = (model.pre_head.w1, model.lm_head.weight)
-            self.moved.append(tuple(not torch.equal(a, b) for a, b in zip(self.before, now, strict=True)))
+            self.moved.append(
+                tuple(not torch.equal(a, b) for a, b in zip(self.before, now, strict=True))
+            )
 
     model, toggles = build("llava"), Toggles()
     apply_pre(model)

@@ -1,4 +1,5 @@
-"""Settings are data, whatever they say; models bring code or pickles in vain; paths may have spaces and any letters."""
+"""Settings are data, whatever they say; models bring code or pickles in vain; paths may have spaces
+and any letters."""
 
 from __future__ import annotations
 
@@ -61,12 +62,20 @@ def test_settings_of_the_launcher_are_not_evaluated(
     text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
-    named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]  # module:name, by design
+    named = [
+        name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)
+    ]  # module:name, by design
     for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
         (folder / "pre.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
         # as YAML, and as a string in it
-        for options in (["--config", "pre.yaml"], ["--set", f"{name}={text}"], ["--set", f"{name}={json.dumps(text)}"]):
-            assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), options  # 2: refused
+        for options in (
+            ["--config", "pre.yaml"],
+            ["--set", f"{name}={text}"],
+            ["--set", f"{name}={json.dumps(text)}"],
+        ):
+            assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), (
+                options
+            )  # 2: refused
             assert "Traceback" not in capsys.readouterr().err
             assert not (folder / "pwned").exists()
 
@@ -101,9 +110,15 @@ def test_options_of_the_command_line_are_not_evaluated(
 
 
 def test_a_model_that_brings_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "cache")
+    )
     (folder / "model").mkdir()
-    classes = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoProcessor": "evil.P"}
+    classes = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForImageTextToText": "evil.Model",
+        "AutoProcessor": "evil.P",
+    }
     config = {"model_type": "evil", "auto_map": classes, "architectures": ["Model"]}
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (folder / "model" / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
@@ -140,7 +155,9 @@ def test_an_adapter_that_brings_a_pickle(folder: Path) -> None:
     save_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), folder / "adapter")
     assert load("adapter").model is not None
     weights = folder / "adapter" / "adapter_model.safetensors"
-    torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))  # peft would take it
+    torch.save(
+        safetensors.torch.load_file(weights), weights.with_suffix(".bin")
+    )  # peft would take it
     weights.unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         load("adapter")
@@ -166,10 +183,14 @@ def test_paths_with_spaces_and_any_letters(
         before = handle.head.w1.detach().clone()
     script = folder / "träin 1.py"
     script.write_text("import sys\nprint(sys.argv, sys.path[0])", encoding="utf-8")
-    (folder / "häkchen.py").write_text("def mask(inputs): ...", encoding="utf-8")  # a setting in the file names it
+    (folder / "häkchen.py").write_text(
+        "def mask(inputs): ...", encoding="utf-8"
+    )  # a setting in the file names it
     (folder / "pre ä.yaml").write_text("layer: 2  # λ\nmask_fn: häkchen:mask\n", encoding="utf-8")
     for script_name in (script.name, str(script)):
-        launch.main(["--config", "pre ä.yaml", "--head", "kopf ü", "--", script_name, "an argument"])
+        launch.main(
+            ["--config", "pre ä.yaml", "--head", "kopf ü", "--", script_name, "an argument"]
+        )
         assert f"{[script_name, 'an argument']} {folder}" in capsys.readouterr().out
     with apply_pre(build("llava"), layer=2) as handle:
         torch.nn.init.zeros_(handle.head.w1)

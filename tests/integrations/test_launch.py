@@ -118,7 +118,9 @@ def test_what_the_script_draws_is_what_it_draws_alone(
     plain, nothing = torch.load(tmp_path / "out" / "drawn")
     assert nothing is None
     assert torch.equal(plain, drawn[1][0])
-    assert torch.equal(drawn[0][1], drawn[1][1])  # the ranks' heads are equal, whatever they drew before
+    assert torch.equal(
+        drawn[0][1], drawn[1][1]
+    )  # the ranks' heads are equal, whatever they drew before
 
 
 def test_the_script_sees_what_python_gives_it(tmp_path: Path) -> None:
@@ -133,7 +135,14 @@ def test_the_script_sees_what_python_gives_it(tmp_path: Path) -> None:
         "def fails():\n    raise KeyError('mine')\n"
         "sys.exit(7) if sys.argv[1:] == ['exit'] else fails()\n"
     )
-    start = [sys.executable, "-m", "pre_kernels.integrations.launch", "--local_rank=1", "--", "project/train.py"]
+    start = [
+        sys.executable,
+        "-m",
+        "pre_kernels.integrations.launch",
+        "--local_rank=1",
+        "--",
+        "project/train.py",
+    ]
     done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path, check=False)
     argv = ["project/train.py", "--local_rank=1"]
     assert done.stdout.strip() == str(["__main__", "project/train.py", argv, str(folder), False])
@@ -141,7 +150,9 @@ def test_the_script_sees_what_python_gives_it(tmp_path: Path) -> None:
     assert "in fails\n    raise KeyError('mine')\nKeyError: 'mine'" in done.stderr
 
 
-def test_exit_status_and_exceptions_come_through(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status_and_exceptions_come_through(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = dict(vars(Trainer))
     with pytest.raises(SystemExit) as left:
         run("sys.exit(7)")
@@ -160,14 +171,18 @@ def test_targets(
     name = f"target_of_launch_{kind}"
     (tmp_path / name).mkdir()
     for file in ("__init__", "__main__", "train"):
-        (tmp_path / name / f"{file}.py").write_text(f"import sys\nprint({file!r}, __name__, sys.argv[1:])")
+        (tmp_path / name / f"{file}.py").write_text(
+            f"import sys\nprint({file!r}, __name__, sys.argv[1:])"
+        )
     monkeypatch.syspath_prepend(str(tmp_path))
     if kind == "command":
         info = tmp_path / f"{name}-1.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: {name}\nVersion: 1\n")
         (info / "entry_points.txt").write_text(f"[console_scripts]\n{name}-cli = {name}:main\n")
-        (tmp_path / name / "__init__.py").write_text("import sys\ndef main():\n    print(sys.argv)\n    return 5")
+        (tmp_path / name / "__init__.py").write_text(
+            "import sys\ndef main():\n    print(sys.argv)\n    return 5"
+        )
         with pytest.raises(SystemExit) as left:
             launch.main(["--", f"{name}-cli", "a"])
         assert left.value.code == 5
@@ -186,15 +201,24 @@ def test_targets(
         ([], "nothing to run: want `-- script.py"),
         (["--"], "nothing to run"),
         (["--", "-m"], "nothing to run"),
-        (["--", "missing.py"], "script: 'missing.py' is neither a file nor an installed console command"),
+        (
+            ["--", "missing.py"],
+            "script: 'missing.py' is neither a file nor an installed console command",
+        ),
         (["--", "-m", "missing.module"], "no module named 'missing.module' can be run"),
         (["--", "-m", "json"], "no module named 'json' can be run"),
         (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer"),
         (["--set", "lyer=2", "--", "ok.py"], "--set: unknown setting 'lyer'; did you mean layer"),
-        (["--set", "qqq=2", "--", "ok.py"], "--set: unknown setting 'qqq'; want one of layer, weight"),
+        (
+            ["--set", "qqq=2", "--", "ok.py"],
+            "--set: unknown setting 'qqq'; want one of layer, weight",
+        ),
         (["--set", "layer", "--", "ok.py"], "--set: got 'layer', want key=value"),
         (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is no valid YAML value"),
-        (["--set", "layer=!!python/object/apply:os.getcwd []", "--", "ok.py"], "is no valid YAML value"),
+        (
+            ["--set", "layer=!!python/object/apply:os.getcwd []", "--", "ok.py"],
+            "is no valid YAML value",
+        ),
         (["--layer", "middle", "--", "ok.py"], "layer: got 'middle', want an int"),
         (["--layer", "0", "--", "ok.py"], "layer: got 0, want 1"),
         (["--weight", "-1", "--", "ok.py"], "weight: got -1"),
@@ -202,25 +226,49 @@ def test_targets(
         (["--set", "loss=l3", "--", "ok.py"], "loss: got 'l3'"),
         (["--set", "hidden_dim=0", "--", "ok.py"], "hidden_dim: got 0"),
         (["--set", "anchor=json:nothing", "--", "ok.py"], "anchor: cannot import 'json:nothing'"),
-        (["--set", "mask_fn=no.module:f", "--", "ok.py"], "mask_fn: cannot import 'no.module:f': No module named 'no'"),
+        (
+            ["--set", "mask_fn=no.module:f", "--", "ok.py"],
+            "mask_fn: cannot import 'no.module:f': No module named 'no'",
+        ),
         (["--config", "missing.yaml", "--", "ok.py"], "No such file or directory: 'missing.yaml'"),
         (["--config", ".", "--", "ok.py"], "Is a directory"),
-        (["--config", "list.yaml", "--", "ok.py"], "--config: 'list.yaml' holds list, want a mapping of settings"),
+        (
+            ["--config", "list.yaml", "--", "ok.py"],
+            "--config: 'list.yaml' holds list, want a mapping of settings",
+        ),
         (["--config", "broken.yaml", "--", "ok.py"], "--config: 'broken.yaml' is no valid YAML"),
         (["--config", "binary.yaml", "--", "ok.py"], "--config: 'binary.yaml' is no valid YAML"),
-        (["--config", "typo.yaml", "--", "ok.py"], "--config typo.yaml: unknown setting 'wieght'; did you mean weight"),
+        (
+            ["--config", "typo.yaml", "--", "ok.py"],
+            "--config typo.yaml: unknown setting 'wieght'; did you mean weight",
+        ),
         (["--head", "nowhere", "--", "ok.py"], "--head: 'nowhere/pre_head.json' is missing"),
         (
             ["--", "bash", "run.sh"],
             "script: 'bash' is a shell's, which cannot be followed; write `python -m pre_kernels",
         ),
         (["--", "./run.sh"], "script: './run.sh' is a shell's, which cannot be followed"),
-        (["--", "ray", "job"], "script: 'ray' runs its command elsewhere, where it cannot be followed; let that"),
-        (["--", "env", "A=1", "ok.py"], "script: 'env' is no python program; put it in front: `env … python -m pre_"),
-        (["--", "python", "-c", "x"], "script: got 'python -c x', want a script or -m module; python's own flags go"),
-        (["--", "python", "-X", "dev", "ok.py"], "script: got 'python -X dev', want a script or -m module"),
+        (
+            ["--", "ray", "job"],
+            "script: 'ray' runs its command elsewhere, where it cannot be followed; let that",
+        ),
+        (
+            ["--", "env", "A=1", "ok.py"],
+            "script: 'env' is no python program; put it in front: `env … python -m pre_",
+        ),
+        (
+            ["--", "python", "-c", "x"],
+            "script: got 'python -c x', want a script or -m module; python's own flags go",
+        ),
+        (
+            ["--", "python", "-X", "dev", "ok.py"],
+            "script: got 'python -X dev', want a script or -m module",
+        ),
         (["--", "python"], "script: got 'python', want a script or -m module"),
-        (["--", "python", "missing.py"], "script: 'missing.py' is neither a file nor an installed console command"),
+        (
+            ["--", "python", "missing.py"],
+            "script: 'missing.py' is neither a file nor an installed console command",
+        ),
     ],
 )
 def test_errors_before_any_work(
@@ -230,7 +278,12 @@ def test_errors_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    files = {"list": b"- layer", "broken": b"layer: [2", "binary": b"\xff\xfe\x00\xd8", "typo": b"wieght: 1"}
+    files = {
+        "list": b"- layer",
+        "broken": b"layer: [2",
+        "binary": b"\xff\xfe\x00\xd8",
+        "typo": b"wieght: 1",
+    }
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_bytes(content)
     (tmp_path / "ok.py").write_text("raise AssertionError('it ran')")
@@ -243,18 +296,38 @@ def test_errors_before_any_work(
     assert sys.argv is argv
 
 
-def test_settings_come_from_the_file_and_options_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_file_and_options_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ok.py").write_text("")
     (tmp_path / "anchors_of_launch.py").write_text("def dino(inputs, rows): ...")
-    (tmp_path / "pre.yaml").write_text("layer: [1, 3]\nweight: 1e-3\nloss: mse\nlevel: image\nhidden_dim: 64\n")
+    (tmp_path / "pre.yaml").write_text(
+        "layer: [1, 3]\nweight: 1e-3\nloss: mse\nlevel: image\nhidden_dim: 64\n"
+    )
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
     monkeypatch.setattr(launch.Launch, "__enter__", lambda self: seen.append(self.settings))
-    more = ["--set", "loss=smooth_l1", "--set", "anchor=anchors_of_launch:dino", "--set", "anchor_dim=768"]
-    launch.main(["--config", "pre.yaml", "--layer", "2", "--set", "hidden_dim=null", *more, "--", "ok.py"])
+    more = [
+        "--set",
+        "loss=smooth_l1",
+        "--set",
+        "anchor=anchors_of_launch:dino",
+        "--set",
+        "anchor_dim=768",
+    ]
+    launch.main(
+        ["--config", "pre.yaml", "--layer", "2", "--set", "hidden_dim=null", *more, "--", "ok.py"]
+    )
     anchor = seen[0].pop("anchor")  # a module beside the script
     assert (anchor.__module__, anchor.__name__) == ("anchors_of_launch", "dino")
-    wanted = {"layer": 2, "weight": 1e-3, "loss": "smooth_l1", "level": "image", "hidden_dim": None, "anchor_dim": 768}
+    wanted = {
+        "layer": 2,
+        "weight": 1e-3,
+        "loss": "smooth_l1",
+        "level": "image",
+        "hidden_dim": None,
+        "anchor_dim": 768,
+    }
     assert seen[0] == wanted
 
 
@@ -265,7 +338,9 @@ def test_every_setting_of_apply_pre_is_taken_and_shown(capsys: pytest.CaptureFix
     assert all(f"  {name} " in shown for name in launch.PARAMETERS)
 
 
-def test_models_that_are_left_alone_and_models_that_come_late(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_are_left_alone_and_models_that_come_late(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(
         """
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -286,7 +361,9 @@ def test_models_that_are_left_alone_and_models_that_come_late(run: Any, capsys: 
     assert "PRe: not attached to LlamaForCausalLM: it is no vision-language model" in said
     assert said.count("PRe: attached") == 3
     assert said.count("WARNING") == 1  # of the first training, before its second step
-    assert "PRe: WARNING: InOrder trains LlamaForCausalLM, which is no vision-language model" in said
+    assert (
+        "PRe: WARNING: InOrder trains LlamaForCausalLM, which is no vision-language model" in said
+    )
 
 
 def test_peft_model(run: Any) -> None:
@@ -306,7 +383,10 @@ def test_warnings_when_pre_does_nothing(run: Any, capsys: pytest.CaptureFixture[
     assert "PRe: WARNING: nothing was trained with PRe" in capsys.readouterr().err
     run("trainer(build('llava'), samples=[[('text', 4)]] * 4).train()")
     said = capsys.readouterr().err
-    assert "PRe: WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe" in said
+    assert (
+        "PRe: WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe"
+        in said
+    )
     run("trainer(build('llava')).train()", "--weight", "0")
     assert "WARNING" not in capsys.readouterr().err
 
@@ -330,7 +410,9 @@ def test_errors_at_the_model_leave_nothing_behind(run: Any, tmp_path: Path) -> N
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer(model, optimizers=(optimizer, None)).train()
     """
-    with pytest.raises(RuntimeError, match=r"optimizer: InOrder's does not hold the parameters of `pre_head`"):
+    with pytest.raises(
+        RuntimeError, match=r"optimizer: InOrder's does not hold the parameters of `pre_head`"
+    ):
         run(body)
     assert dict(vars(Trainer)) == before
 
@@ -339,7 +421,9 @@ def test_a_trainer_without_batch_samples(monkeypatch: pytest.MonkeyPatch) -> Non
     """Before transformers 4.46; the original LLaVA's 4.37 was trained with it."""
     monkeypatch.delattr(Trainer, "get_batch_samples")
     before = dict(vars(Trainer))
-    with pytest.warns(UserWarning, match=r"no Trainer.get_batch_samples, .* its micro-batches weigh the same"):
+    with pytest.warns(
+        UserWarning, match=r"no Trainer.get_batch_samples, .* its micro-batches weigh the same"
+    ):
         patch = patch_trainer()
     assert vars(Trainer)["training_step"] is not before["training_step"]
     patch.remove()
@@ -365,8 +449,18 @@ def test_two_processes(tmp_path: Path) -> None:
     handle = apply_pre(build("llava"))
     handle.save(tmp_path / "head")
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    start += ["-m", "pre_kernels.integrations.launch", "--layer", "2", "--head", str(tmp_path / "head"), "--"]
-    done = subprocess.run([*start, str(script), str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    start += [
+        "-m",
+        "pre_kernels.integrations.launch",
+        "--layer",
+        "2",
+        "--head",
+        str(tmp_path / "head"),
+        "--",
+    ]
+    done = subprocess.run(
+        [*start, str(script), str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("PRe: attached") == 1
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)

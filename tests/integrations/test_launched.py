@@ -1,4 +1,5 @@
-"""What the launcher says and when: reports, the first step of a training without PRe, methods that others replace."""
+"""What the launcher says and when: reports, the first step of a training without PRe, methods that
+others replace."""
 
 from __future__ import annotations
 
@@ -47,14 +48,20 @@ def loop(model, steps=3):
 def test_the_report_comes_however_the_script_ends(
     ending: str, code: Any, reports: bool, run: Any, capsys: Captured
 ) -> None:
-    """Where it failed, "nothing was trained" would only follow from that; a training without terms is said anyhow."""
+    """Where it failed, "nothing was trained" would only follow from that; a training without terms
+    is said anyhow."""
     for training in ("", f"trainer(build('llava'), samples={TEXT}).train()"):
         with pytest.raises(BaseException) as left:
             run(f"def main(): pass\n{training}\n{ending}")
         assert left.value.args[:1] == code
         said = capsys.readouterr().err
         if training:
-            assert said.count("WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe") == 1
+            assert (
+                said.count(
+                    "WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe"
+                )
+                == 1
+            )
         assert (NOTHING in said) is (reports and not training)
 
 
@@ -76,7 +83,10 @@ def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: C
 @pytest.mark.parametrize(
     ("training", "warning"),
     [
-        (f"{LOOP}\nloop(build('llava'))", "the first optimizer step was outside of a transformers.Trainer"),
+        (
+            f"{LOOP}\nloop(build('llava'))",
+            "the first optimizer step was outside of a transformers.Trainer",
+        ),
         (
             f"t = trainer(plain(), samples={TEXT}, steps=3)\nt.add_callback(Says())\nt.train()",
             "InOrder trains LlamaForCausalLM, which is no vision-language model as far as its config says",
@@ -92,7 +102,9 @@ class Says(TrainerCallback):
     def on_optimizer_step(self, *_, **__): print("STEP", file=sys.stderr)
 """
     run(f"{PLAIN}\nfrom transformers import TrainerCallback\n{says}\n{training}")
-    lines = [line for line in capsys.readouterr().err.splitlines() if line == "STEP" or "WARNING" in line]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line == "STEP" or "WARNING" in line
+    ]
     assert lines[1:] == ["STEP"] * 3
     assert lines[0].startswith(f"PRe: WARNING: {warning}")
     assert not [w for w in recwarn if "PRe: " in str(w.message)]  # nor in patch_trainer's words
@@ -129,7 +141,8 @@ def plainly(name):  # as one who makes a method anew from its source
 
 
 def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Captured) -> None:
-    """PRe comes when `train()` begins, with the head of a training in which nothing was replaced."""
+    """PRe comes when `train()` begins, with the head of a training in which nothing was
+    replaced."""
     run(test_launch.TRAIN)
     wanted = torch.load(tmp_path / "out" / "found")
     before = dict(vars(Trainer))
@@ -139,7 +152,9 @@ def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Ca
         after = dict(vars(Trainer))
     finally:
         Trainer.__init__ = before["__init__"]  # type: ignore[method-assign]
-    assert {name for name in before if after[name] is not before[name]} == {"__init__"}  # theirs stays
+    assert {name for name in before if after[name] is not before[name]} == {
+        "__init__"
+    }  # theirs stays
     found = torch.load(tmp_path / "out" / "found")
     for name, gradient in wanted[0].items():
         torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0)
@@ -152,16 +167,23 @@ def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Ca
 def test_all_methods_replaced_is_said_at_the_first_step(run: Any, capsys: Captured) -> None:
     before = dict(vars(Trainer))
     try:
-        run(f"{REPLACES}\nplainly('__init__')\nplainly('train')\ntrainer(build('llava'), steps=2).train()")
+        run(
+            f"{REPLACES}\nplainly('__init__')\nplainly('train')\ntrainer(build('llava'), steps=2).train()"
+        )
     finally:
         for name in ("__init__", "train"):
             setattr(Trainer, name, before[name])
     said = capsys.readouterr().err
     assert said.count("WARNING") == 1
-    assert "PRe: WARNING: InOrder trains LlavaForConditionalGeneration without PRe, because Trainer.__init__" in said
+    assert (
+        "PRe: WARNING: InOrder trains LlavaForConditionalGeneration without PRe, because Trainer.__init__"
+        in said
+    )
 
 
-def test_a_method_that_others_put_around_ours_passes_through_afterwards(tmp_path: Path, capsys: Captured) -> None:
+def test_a_method_that_others_put_around_ours_passes_through_afterwards(
+    tmp_path: Path, capsys: Captured
+) -> None:
     from tiny_models import build
     from tiny_training import arguments
 
@@ -184,7 +206,9 @@ def test_a_method_that_others_put_around_ours_passes_through_afterwards(tmp_path
     assert capsys.readouterr().err == ""
 
 
-def test_a_module_that_is_run_after_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_is_run_after_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pre_kernels.integrations.launched import _Importing
 
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,5 @@
-"""The original LLaVA code bases: visual rows behind a merge that loses them, counted ahead, trained in two stages."""
+"""The original LLaVA code bases: visual rows behind a merge that loses them, counted ahead, trained
+in two stages."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from eager import assert_same_gradients, copy_of, gradients, means
-from original_llava import SAMPLES, OldLlava, OldLlavaNext, TinyLlava, build_original, original_batch, parts
+from original_llava import (
+    SAMPLES,
+    OldLlava,
+    OldLlavaNext,
+    TinyLlava,
+    build_original,
+    original_batch,
+    parts,
+)
 from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.handle import find_handle
 from pre_kernels.integrations.launch import Launch
@@ -32,12 +41,16 @@ CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def by_hand(model: Any, inputs: dict[str, Any], head: Any, level: str = "patch", anchor: str = "pre_llm") -> Any:
+def by_hand(
+    model: Any, inputs: dict[str, Any], head: Any, level: str = "patch", anchor: str = "pre_llm"
+) -> Any:
     """(loss, gradients, truth (B, T)) of the plain model with PRe added by hand at layer 2."""
     seen: dict[str, Any] = {}
     body, projector, _ = parts(model)
     hooks = [
-        body.register_forward_pre_hook(lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True),
+        body.register_forward_pre_hook(
+            lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True
+        ),
         body.layers[2].register_forward_pre_hook(
             lambda m, a, k: seen.update(hidden=a[0] if a else k["hidden_states"]), with_kwargs=True
         ),
@@ -48,7 +61,9 @@ def by_hand(model: Any, inputs: dict[str, Any], head: Any, level: str = "patch",
     visual = model.truth > 0
     hidden, target = seen["hidden"][visual], seen["embeds"][visual]
     if anchor == "pre_projector":
-        target = torch.cat([seen["projector"][i - 1] for i in model.truth[visual].unique_consecutive().tolist()])
+        target = torch.cat(
+            [seen["projector"][i - 1] for i in model.truth[visual].unique_consecutive().tolist()]
+        )
     if level == "image":
         lengths = model.truth[visual].unique_consecutive(return_counts=True)[1].tolist()
         hidden, target = means(hidden, lengths), means(target, lengths)
@@ -56,7 +71,11 @@ def by_hand(model: Any, inputs: dict[str, Any], head: Any, level: str = "patch",
     loss.backward()
     for hook in hooks:
         hook.remove()
-    return loss.detach(), gradients(model) | {f"pre_head.{n}": p.grad for n, p in parameters.items()}, model.truth
+    return (
+        loss.detach(),
+        gradients(model) | {f"pre_head.{n}": p.grad for n, p in parameters.items()},
+        model.truth,
+    )
 
 
 def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
@@ -64,7 +83,9 @@ def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
     handle = apply_pre(model, 2, **options)
     wanted, expected, truth = by_hand(twin, inputs, handle.head, **options)
     tower, merge = parts(model)[2], handle._objective.parts.merge
-    assert merge.tokens == {(3, 8, 8): len(copy.deepcopy(model).encode_images(torch.zeros(1, 3, 8, 8))[0])}
+    assert merge.tokens == {
+        (3, 8, 8): len(copy.deepcopy(model).encode_images(torch.zeros(1, 3, 8, 8))[0])
+    }
     runs = tower.runs
     count = handle.count(inputs)
     assert tower.runs == runs
@@ -93,11 +114,16 @@ def test_anchor_before_the_projector() -> None:
         check(tiny, original_batch(samples, square=True), anchor="pre_projector", level=level)
     model = build_original()
     apply_pre(model, anchor="pre_projector")
-    with pytest.raises(ValueError, match=r"anchor: visual tokens that come from no row of the projector's input"):
+    with pytest.raises(
+        ValueError, match=r"anchor: visual tokens that come from no row of the projector's input"
+    ):
         model(**original_batch())
     mixed = build_original(TinyLlava, queries=3)  # 3 tokens from the 4 rows of each image
     apply_pre(mixed, anchor="pre_projector")
-    with pytest.raises(ValueError, match="anchor: 16 rows entered the projector, which made 12 visual tokens of them"):
+    with pytest.raises(
+        ValueError,
+        match="anchor: 16 rows entered the projector, which made 12 visual tokens of them",
+    ):
         mixed(**original_batch(samples, square=True))
     several = build_original(TinyLlava)  # features of two towers, as a tuple
     several.connector.forward = lambda both, forward=several.connector.forward: forward(both[0])
@@ -124,9 +150,14 @@ def test_a_model_without_what_the_merge_needs() -> None:
     for kind, missing in (
         (Encodes, r"a method encode_images\(images\), without"),
         (Takes, "an argument labels of prepare_inputs_labels_for_multimodal, without"),
-        (Gives, "an argument input_ids of .* and an argument labels of .* and an argument attention_mask of"),
+        (
+            Gives,
+            "an argument input_ids of .* and an argument labels of .* and an argument attention_mask of",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"model: {kind.__name__} merges text and images in .*lacks {missing}"):
+        with pytest.raises(
+            ValueError, match=f"model: {kind.__name__} merges text and images in .*lacks {missing}"
+        ):
             apply_pre(build_original(kind))
         apply_pre(build_original(kind), mask_fn=lambda inputs: inputs["input_ids"] < 0)
 
@@ -136,7 +167,9 @@ def test_a_model_without_what_the_merge_needs() -> None:
 
     model = build_original(Short)
     handle = apply_pre(model)
-    with pytest.raises(RuntimeError, match=r"prepare_inputs_labels_for_multimodal: returned 2 values, want .* 6"):
+    with pytest.raises(
+        RuntimeError, match=r"prepare_inputs_labels_for_multimodal: returned 2 values, want .* 6"
+    ):
         handle.count(original_batch(square=True))
 
 
@@ -160,7 +193,8 @@ def test_text_only(kind: type) -> None:
 
 
 def test_labels_and_attention_reach_the_text_model_as_without() -> None:
-    """Row by row what the merge returns is what it returned, and it is followed in captured forwards alone."""
+    """Row by row what the merge returns is what it returned, and it is followed in captured
+    forwards alone."""
     model = build_original()
     seen: list[Any] = []
     original = model.prepare_inputs_labels_for_multimodal
@@ -170,7 +204,14 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
         return seen[-1]
 
     inputs = original_batch()
-    arguments = [inputs["input_ids"], None, inputs["attention_mask"], None, inputs["labels"], inputs["images"]]
+    arguments = [
+        inputs["input_ids"],
+        None,
+        inputs["attention_mask"],
+        None,
+        inputs["labels"],
+        inputs["images"],
+    ]
     plain = original(*arguments)
     handle = apply_pre(model)
     before = dict(vars(model))
@@ -182,10 +223,14 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
     assert dict(vars(model)) == before | {"truth": model.truth}
 
-    with pytest.raises(RuntimeError, match="to have 3 channels"):  # a forward that fails leaves nothing behind
+    with pytest.raises(
+        RuntimeError, match="to have 3 channels"
+    ):  # a forward that fails leaves nothing behind
         model(**inputs | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
     assert "prepare_inputs_labels_for_multimodal" not in vars(model)
-    vars(model)["prepare_inputs_labels_for_multimodal"] = recorded  # somebody else's patch is kept, and called
+    vars(model)["prepare_inputs_labels_for_multimodal"] = (
+        recorded  # somebody else's patch is kept, and called
+    )
     model(**inputs).loss.backward()
     assert len(seen) == 1
     assert vars(model)["prepare_inputs_labels_for_multimodal"] is recorded
@@ -194,7 +239,8 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
 @pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path) -> None:
-    """The step's gradient is that of the sum over its visual tokens; the vision tower does not run for the count."""
+    """The step's gradient is that of the sum over its visual tokens; the vision tower does not run
+    for the count."""
     model, recorder, square = build_original(kind), Recorder(), kind is TinyLlava
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2)
@@ -204,7 +250,9 @@ def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path)
             model=model,
             args=arguments(tmp_path, accumulation, 4 // accumulation),
             train_dataset=Samples(SAMPLES),
-            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], min(indices), square),
+            data_collator=lambda indices: original_batch(
+                [SAMPLES[i] for i in indices], min(indices), square
+            ),
             callbacks=[recorder],
         )
         trainer.train()
@@ -224,7 +272,9 @@ def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path)
 
 def test_an_image_size_that_the_model_cannot_take() -> None:
     handle = apply_pre(build_original())
-    with pytest.raises(RuntimeError, match=r"images: cannot tell how many tokens OldLlava makes of .* \(5, 8, 8\)"):
+    with pytest.raises(
+        RuntimeError, match=r"images: cannot tell how many tokens OldLlava makes of .* \(5, 8, 8\)"
+    ):
         handle.count(original_batch() | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
 
 
@@ -242,8 +292,13 @@ class ByName(InOrder):
 
     def create_optimizer(self, *_: Any) -> Any:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [[p for n, p in named if ("mm_projector" in n) is projector] for projector in (True, False)]
-        self.optimizer = torch.optim.SGD([{"params": g} for g in groups if g], lr=self.args.learning_rate)
+        groups = [
+            [p for n, p in named if ("mm_projector" in n) is projector]
+            for projector in (True, False)
+        ]
+        self.optimizer = torch.optim.SGD(
+            [{"params": g} for g in groups if g], lr=self.args.learning_rate
+        )
         return self.optimizer
 
     def _save_checkpoint(self, *args: Any) -> None:
@@ -251,11 +306,15 @@ class ByName(InOrder):
             return super()._save_checkpoint(*args)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         folder.mkdir()
-        torch.save({n: p for n, p in self.model.named_parameters() if "mm_projector" in n}, folder / "mm_projector.bin")
+        torch.save(
+            {n: p for n, p in self.model.named_parameters() if "mm_projector" in n},
+            folder / "mm_projector.bin",
+        )
 
 
 def test_two_stages(tmp_path: Path) -> None:
-    """Stage 1 trains the head beside the projector, stage 2 goes on with both; the model's own files hold no head."""
+    """Stage 1 trains the head beside the projector, stage 2 goes on with both; the model's own
+    files hold no head."""
 
     def stage(number: int, model: Any, head: Path | None) -> Any:
         more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -301,7 +360,9 @@ def test_tinyllava_by_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture
             model=model,
             args=arguments(tmp_path, 1, 4, max_steps=3),
             train_dataset=Samples(SAMPLES),
-            data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices], square=True),
+            data_collator=lambda indices: original_batch(
+                [SAMPLES[i] for i in indices], square=True
+            ),
         )
         handle, start = find_handle(model), model.pre_head.w1.clone()
         trainer.train()
@@ -326,10 +387,14 @@ def test_lora(kind: type) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     handle = apply_pre(wrapped, 2)
     inputs = original_batch(square=kind is TinyLlava)
-    wanted, expected, truth = by_hand(twin, inputs, handle.head)  # LoRA starts as the model it is put on
+    wanted, expected, truth = by_hand(
+        twin, inputs, handle.head
+    )  # LoRA starts as the model it is put on
     assert int(handle.count(inputs)) == int((truth > 0).sum())
     loss = wrapped(**inputs).loss
     loss.backward()
     torch.testing.assert_close(loss.detach(), wanted)
     for name, parameter in handle.head.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[f"pre_head.{name}"], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(
+            parameter.grad, expected[f"pre_head.{name}"], rtol=1e-4, atol=2e-6
+        )

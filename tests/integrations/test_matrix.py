@@ -1,6 +1,8 @@
-"""Every pair of values of family, checkpointing, loop, tuning and processes; `--full-matrix` runs every combination.
+"""Every pair of values of family, checkpointing, loop, tuning and processes; `--full-matrix` runs
+every combination.
 
-`make test-oldest` runs the same on transformers 4.57, so every value is also paired with both versions.
+`make test-oldest` runs the same on transformers 4.57, so every value is also paired with both
+versions.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from two import both
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        full = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+        full = [
+            dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())
+        ]
         cases = full if metafunc.config.getoption("--full-matrix") else pairs(AXES, allowed)
         metafunc.parametrize("case", [Case(**case) for case in cases], ids=str)
 
@@ -25,7 +29,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_gradients_of_a_step(case: Case, tmp_path: Path) -> None:
     if reason := upstream(case._asdict()):
         pytest.skip(reason)
-    found = [gradients(case, str(tmp_path))] if case.processes == 1 else both(gradients, case, str(tmp_path))
+    found = (
+        [gradients(case, str(tmp_path))]
+        if case.processes == 1
+        else both(gradients, case, str(tmp_path))
+    )
     expected = wanted(case, str(tmp_path))
     for one in found:
         assert_same_gradients(one, expected)

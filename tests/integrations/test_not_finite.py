@@ -1,4 +1,5 @@
-"""Rows of hidden states or anchors that are not finite: the loss says so, or leaves them out where asked."""
+"""Rows of hidden states or anchors that are not finite: the loss says so, or leaves them out where
+asked."""
 
 from __future__ import annotations
 
@@ -35,8 +36,11 @@ def without(data: Batch, bad: Tensor) -> Batch:
     return Batch(data.inputs, data.visual & ~bad, [n for n in lengths if n])
 
 
-def attach_poisoned(family: str, bad: dict[Any, Tensor], value: float, **options: Any) -> tuple[nn.Module, Any]:
-    """PRe is shown `value` at `bad[l]` after l layers and at `bad["embeds"]`, what the model computes with is left."""
+def attach_poisoned(
+    family: str, bad: dict[Any, Tensor], value: float, **options: Any
+) -> tuple[nn.Module, Any]:
+    """PRe is shown `value` at `bad[l]` after l layers and at `bad["embeds"]`, what the model
+    computes with is left."""
     model = build(family)
     text = model.get_submodule(FAMILIES[family].text)
     modules = [(text if at == "embeds" else text.layers[at], places) for at, places in bad.items()]
@@ -70,7 +74,9 @@ SKIPS: list[tuple[str, float, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "value", "options"), SKIPS, ids=str)
-def test_skip_is_the_batch_without_these_rows(family: str, value: float, options: dict[str, Any]) -> None:
+def test_skip_is_the_batch_without_these_rows(
+    family: str, value: float, options: dict[str, Any]
+) -> None:
     """Loss and every gradient; one image of llava loses all its tokens."""
     data = batch(family)
     hidden, embeds = bad_places(data, 1, 4, 5), bad_places(data, 5, 6, 7)
@@ -83,7 +89,9 @@ def test_skip_is_the_batch_without_these_rows(family: str, value: float, options
     more = {name: given for name, given in options.items() if name not in ("layer", "impl")}
     layers = [layer] if isinstance(layer, int) else layer
     rest = without(data, hidden | embeds)
-    wanted_loss, wanted = expected_gradients(build(family), family, rest, handle.head, layers, **more)
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, rest, handle.head, layers, **more
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
@@ -109,7 +117,9 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     found = handle.metrics()
     assert not math.isfinite(found["pre_loss"])
     assert "pre_skipped" not in found
-    model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)  # a token of text alone
+    model, handle = attach_poisoned(
+        "llava", {where: bad_places(data)}, value
+    )  # a token of text alone
     assert model(**data.inputs).loss.isfinite()
     assert math.isfinite(handle.metrics()["pre_loss"])
 
@@ -134,7 +144,9 @@ def test_skip_in_the_anchors_of_a_callable(debug: str, monkeypatch: pytest.Monke
     loss.backward()
     rest = without(data, bad_places(data, -1, -2))
     anchor = bad_anchor(2)({}, data.visual)[:-2]
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", rest, handle.head, [2], anchor=anchor)
+    wanted_loss, wanted = expected_gradients(
+        build("llava"), "llava", rest, handle.head, [2], anchor=anchor
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
@@ -149,7 +161,9 @@ def test_a_count_made_ahead_keeps_skipped_rows_as_terms_of_0() -> None:
     assert float(deferred.take().detach()) == pytest.approx(mean * 8 / 12, abs=1e-6)
 
 
-@pytest.mark.parametrize("more", [{}, {"loss": "mse"}, {"level": "image"}, {"weighting": "image"}, {"fraction": 0.5}])
+@pytest.mark.parametrize(
+    "more", [{}, {"loss": "mse"}, {"level": "image"}, {"weighting": "image"}, {"fraction": 0.5}]
+)
 def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
     model, data = build("llava"), batch("llava")
     handle = apply_pre(model, anchor=bad_anchor(12), anchor_dim=7, nonfinite="skip", **more)
@@ -162,7 +176,9 @@ def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
     assert math.isnan(found["pre_loss"])
 
 
-def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     waits, calls = Waits(), []
     terms, finite = objective.Objective._terms, objective.finite
 
@@ -197,4 +213,6 @@ def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
     handle = apply_pre(build("llava"), loss="mse")
     hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
     hidden[2:] = NAN
-    assert cosine.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
+    assert (
+        cosine.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
+    )

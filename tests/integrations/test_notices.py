@@ -1,4 +1,5 @@
-"""What is wrong about a training from its start is said, once: in loops of one's own and under the Trainer."""
+"""What is wrong about a training from its start is said, once: in loops of one's own and under the
+Trainer."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def said(do: Callable[[], Any]) -> list[str]:
     return [text for w in caught if (text := str(w.message)).startswith("PRe: ")]
 
 
-def steps(model: nn.Module, optimizer: Any, number: int = 4, accumulation: int = 2, progress: Any = None) -> None:
+def steps(
+    model: nn.Module, optimizer: Any, number: int = 4, accumulation: int = 2, progress: Any = None
+) -> None:
     inputs = batch("llava").inputs
     for step in range(number):
         if progress is not None:
@@ -114,7 +117,8 @@ def one(model: nn.Module) -> Any:
 
 
 class Two:
-    """Two optimizers, of which one has the head's weights and the other all else, as Muon beside AdamW."""
+    """Two optimizers, of which one has the head's weights and the other all else, as Muon beside
+    AdamW."""
 
     def __init__(self, model: nn.Module) -> None:
         head = apply_pre(model).head
@@ -178,7 +182,9 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
 # --- λ
 
 
-@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"warmup": 0.5}, {"schedule": "cosine", "warmup": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"schedule": "cosine"}, {"warmup": 0.5}, {"schedule": "cosine", "warmup": 0.1}]
+)
 def test_a_schedule_without_progress(options: dict[str, Any], tmp_path: Path) -> None:
     def loop(progress: bool) -> None:
         model = build("llava")
@@ -187,7 +193,9 @@ def test_a_schedule_without_progress(options: dict[str, Any], tmp_path: Path) ->
         steps(
             model,
             optimizer,
-            progress=(lambda step: setattr(handle, "progress", (step + 0.5) / 4)) if progress else None,
+            progress=(lambda step: setattr(handle, "progress", (step + 0.5) / 4))
+            if progress
+            else None,
         )
         weights.append(handle.scheduled_weight)
 
@@ -227,7 +235,11 @@ def test_nothing_below_the_layer_trains(trained: str) -> None:
         for _ in range(3):
             model.zero_grad()
             model(**batch("llava").inputs).loss.backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "pre_head" not in n}
+        return {
+            n: p.grad
+            for n, p in model.named_parameters()
+            if p.grad is not None and "pre_head" not in n
+        }
 
     texts = said(lambda: gradients(True))
     assert len(texts) == 1
@@ -248,7 +260,8 @@ def test_a_projector_below_the_layer_is_enough() -> None:
 
 
 def test_the_handle_is_on_another_model(tmp_path: Path) -> None:
-    """`model_init` makes a new one in train(); a notebook makes its own again; apply_pre was forgotten."""
+    """`model_init` makes a new one in train(); a notebook makes its own again; apply_pre was
+    forgotten."""
 
     def init() -> None:
         trainer = make(tmp_path, None, model_init=lambda: build("llava"))
@@ -264,7 +277,10 @@ def test_the_handle_is_on_another_model(tmp_path: Path) -> None:
     for training in (init, forgotten):
         texts = said(training)
         assert len(texts) == 1
-        assert "this training has no PRe: patch_trainer() is in use, but the model of InOrder, a Llava" in texts[0]
+        assert (
+            "this training has no PRe: patch_trainer() is in use, but the model of InOrder, a Llava"
+            in texts[0]
+        )
 
 
 def test_the_handle_is_on_a_part_of_the_model(tmp_path: Path) -> None:
@@ -276,7 +292,10 @@ def test_the_handle_is_on_a_part_of_the_model(tmp_path: Path) -> None:
 
     texts = said(inside)
     assert len(texts) == 1
-    assert "the handle is on a LlavaModel inside the LlavaForConditionalGeneration that is trained" in texts[0]
+    assert (
+        "the handle is on a LlavaModel inside the LlavaForConditionalGeneration that is trained"
+        in texts[0]
+    )
 
 
 def test_lora_around_the_handles_model_is_no_other_model(tmp_path: Path) -> None:
@@ -305,7 +324,10 @@ def test_training_forwards_without_labels(inner: bool) -> None:
 
     texts = said(loop)
     assert len(texts) == 1
-    assert "the last 2 backward passes were of training forwards without `labels`, which have no L_PRe" in texts[0]
+    assert (
+        "the last 2 backward passes were of training forwards without `labels`, which have no L_PRe"
+        in texts[0]
+    )
     assert handle.metrics()["pre_forwards"] == 0
 
 
@@ -363,7 +385,11 @@ def test_the_head_of_a_quantised_layer_has_the_layers_dtype() -> None:
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.data.to(torch.int8), requires_grad=False)
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*_proj"))
-    adapter = peft.base_model.model.model.language_model.layers[2].self_attn.q_proj.lora_A["default"].weight
+    adapter = (
+        peft.base_model.model.model.language_model.layers[2]
+        .self_attn.q_proj.lora_A["default"]
+        .weight
+    )
     adapter.data = adapter.data.float()
     assert apply_pre(peft).head.w1.dtype == torch.bfloat16
 

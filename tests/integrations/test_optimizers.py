@@ -1,4 +1,5 @@
-"""The Trainer's optimizers: those that do not step by groups, those that refuse some, states of other trainings."""
+"""The Trainer's optimizers: those that do not step by groups, those that refuse some, states of
+other trainings."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from two import both
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 
 
-def train(folder: Path, model: Any, kind: type = InOrder, resume: Any = None, **more: Any) -> tuple[Any, list[str]]:
+def train(
+    folder: Path, model: Any, kind: type = InOrder, resume: Any = None, **more: Any
+) -> tuple[Any, list[str]]:
     """(the trainer, PRe's warnings)."""
     with warnings.catch_warnings(record=True) as caught, patch_trainer():
         warnings.simplefilter("always")
@@ -39,7 +42,8 @@ def train(folder: Path, model: Any, kind: type = InOrder, resume: Any = None, **
 
 
 class Layerwise(InOrder):
-    """As the Trainer makes it for galore_adamw_layerwise: an optimizer for each parameter, stepped in its backward."""
+    """As the Trainer makes it for galore_adamw_layerwise: an optimizer for each parameter, stepped
+    in its backward."""
 
     def create_optimizer(self, *_: Any) -> Any:
         each = {p: torch.optim.SGD([p], lr=0.1) for p in self.model.parameters() if p.requires_grad}
@@ -101,7 +105,9 @@ class Matrices(InOrder):
 
     def create_optimizer(self, *_: Any) -> Any:
         named = dict(self.model.named_parameters())
-        matrices = [p for n, p in named.items() if p.dim() == 2 and (self.with_head or "pre_head" not in n)]
+        matrices = [
+            p for n, p in named.items() if p.dim() == 2 and (self.with_head or "pre_head" not in n)
+        ]
         self.optimizer = torch.optim.Muon(matrices, lr=0.01)
         return self.optimizer
 
@@ -113,7 +119,9 @@ def test_an_optimizer_of_matrices(with_head: bool, tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in handle.head.named_parameters()}
     kind = type("Matrices", (Matrices,), {"with_head": with_head})
     _, said = train(tmp_path, model, kind, max_steps=2)
-    changed = {name for name, p in handle.head.named_parameters() if not torch.equal(p, before[name])}
+    changed = {
+        name for name, p in handle.head.named_parameters() if not torch.equal(p, before[name])
+    }
     assert changed == {"w1", "w2"}
     assert len(said) == 1
     assert "Muon takes no parameters like b1, b2 of the head (Muon only supports 2D" in said[0]
@@ -132,7 +140,9 @@ class LoraLike(InOrder):
     """An optimizer of matrices that takes vectors too."""
 
     def create_optimizer(self, *_: Any) -> Any:
-        chosen = [p for n, p in self.model.named_parameters() if p.dim() == 2 and "pre_head" not in n]
+        chosen = [
+            p for n, p in self.model.named_parameters() if p.dim() == 2 and "pre_head" not in n
+        ]
         self.optimizer = torch.optim.AdamW(chosen, lr=0.01)
         return self.optimizer
 
@@ -171,7 +181,9 @@ def moments(trainer: Any, own: bool) -> list[Any]:
     """Adam's averages of the parameters that are the head's, or of the others, by their order."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     groups = [group for group in optimizer.param_groups if bool(group.get(MARK)) is own]
-    states = [optimizer.state[p] for group in groups for p in group["params"] if p in optimizer.state]
+    states = [
+        optimizer.state[p] for group in groups for p in group["params"] if p in optimizer.state
+    ]
     return [state["exp_avg"].clone() for state in states if "exp_avg" in state]
 
 
@@ -220,8 +232,14 @@ def test_resuming_across_pre(
     expected = {
         (False, False): ["this training has no PRe"],
         (True, True): [],
-        (False, True): ["holds no head", "is of a training without PRe; the other parameters' was taken"],
-        (True, False): ["this training has no PRe", "is of a training with PRe; the other parameters' was taken"],
+        (False, True): [
+            "holds no head",
+            "is of a training without PRe; the other parameters' was taken",
+        ],
+        (True, False): [
+            "this training has no PRe",
+            "is of a training with PRe; the other parameters' was taken",
+        ],
     }[saved_with, resumed_with]
     assert len(said) == len(expected)
     assert all(any(part in text for text in said) for part in expected)
@@ -240,14 +258,17 @@ def test_groups_of_another_number_are_torchs_to_judge(tmp_path: Path) -> None:
 
 
 def prepared_by_accelerate() -> list[str]:
-    """In a process of two: an accelerate loop under DeepSpeed that watches what `prepare` gave back."""
+    """In a process of two: an accelerate loop under DeepSpeed that watches what `prepare` gave
+    back."""
     deepspeed()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     settings = config(2, 1) | {"train_batch_size": 2}
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
     handle = apply_pre(build("llava"))
     assert accelerator.distributed_type == "DEEPSPEED"
-    model, optimizer = accelerator.prepare(handle.model, torch.optim.SGD(handle.model.parameters(), lr=0.1))
+    model, optimizer = accelerator.prepare(
+        handle.model, torch.optim.SGD(handle.model.parameters(), lr=0.1)
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watching = handle.watch(optimizer)

@@ -1,4 +1,5 @@
-"""What the paper ablates, as options of apply_pre: every pair of their values, and what each promises."""
+"""What the paper ablates, as options of apply_pre: every pair of their values, and what each
+promises."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import steps_torch, steps_triton
 
-SIZES = [[("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)], [("image", 16, 16), ("text", 5)]]
+SIZES = [
+    [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],
+    [("image", 16, 16), ("text", 5)],
+]
 
 
 @pytest.fixture
@@ -51,7 +55,9 @@ CASES = pairs(AXES)
 
 @pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, c.values())) for c in CASES])
 def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) -> None:
-    family, layer, level, fraction = (case[name] for name in ("family", "layer", "level", "fraction"))
+    family, layer, level, fraction = (
+        case[name] for name in ("family", "layer", "level", "fraction")
+    )
     data = batch(family, SIZES)
     options = {name: case[name] for name in ("loss", "level", "weighting", "fraction", "impl")}
     target = None
@@ -66,7 +72,9 @@ def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) 
 
     model = build(family)
     if case["checkpointing"] is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": case["checkpointing"]})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": case["checkpointing"]}
+        )
     handle = apply_pre(model, layer, **options)
     loss = model(**data.inputs).loss
     loss.backward()
@@ -78,18 +86,34 @@ def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) 
         chosen = mask if level == "image" else mask[data.visual]
         assert int(mask.sum()) == int(chosen.sum()) == round(fraction * terms)
     layers = [DEPTH // 2] if layer is None else [layer] if isinstance(layer, int) else layer
-    plain = {"loss": case["loss"], "level": level, "weighting": case["weighting"], "anchor": target, "chosen": chosen}
-    wanted_loss, wanted = expected_gradients(build(family), family, data, handle.head, layers, **plain)
+    plain = {
+        "loss": case["loss"],
+        "level": level,
+        "weighting": case["weighting"],
+        "anchor": target,
+        "chosen": chosen,
+    }
+    wanted_loss, wanted = expected_gradients(
+        build(family), family, data, handle.head, layers, **plain
+    )
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
     by_image = "image" in (level, case["weighting"])
-    assert handle.metrics()["pre_rows"] == handle.count(data.inputs) == (len(data.lengths) if by_image else terms)
+    assert (
+        handle.metrics()["pre_rows"]
+        == handle.count(data.inputs)
+        == (len(data.lengths) if by_image else terms)
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_pre_projector_rows_of_a_merger(family: str) -> None:
-    """Images of which a window is cut off at the border; the projector maps each anchor to its token's embedding."""
-    data = batch(family, [[("image", 12, 20), ("text", 2), ("image", 4, 12), ("text", 3)], [("image", 20, 8)]])
+    """Images of which a window is cut off at the border; the projector maps each anchor to its
+    token's embedding."""
+    data = batch(
+        family,
+        [[("image", 12, 20), ("text", 2), ("image", 4, 12), ("text", 3)], [("image", 20, 8)]],
+    )
     model = build(family)
     handle = apply_pre(model, anchor="pre_projector")
     anchors = []
@@ -106,8 +130,12 @@ def test_window_order_of_videos() -> None:
     grid = torch.tensor([[2, 3, 5], [1, 4, 4], [3, 1, 7]])
     wanted, offset = [], 0
     for frames, height, width in grid.tolist():
-        for frame, top, left in itertools.product(range(frames), range(0, height, 2), range(0, width, 2)):
-            for y, x in itertools.product(range(top, min(top + 2, height)), range(left, min(left + 2, width))):
+        for frame, top, left in itertools.product(
+            range(frames), range(0, height, 2), range(0, width, 2)
+        ):
+            for y, x in itertools.product(
+                range(top, min(top + 2, height)), range(left, min(left + 2, width))
+            ):
                 wanted.append(offset + (frame * height + y) * width + x)
         offset += frames * height * width
     assert window_order(grid, 2, offset).tolist() == wanted
@@ -129,7 +157,8 @@ def test_sample_draws_every_subset_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "fraction", "size"), [(7, 0.3, 2), (7, 0.01, 1), (7, 0.99, 7), (1, 0.5, 1), (0, 0.5, 0)]
+    ("rows", "fraction", "size"),
+    [(7, 0.3, 2), (7, 0.01, 1), (7, 0.99, 7), (1, 0.5, 1), (0, 0.5, 0)],
 )
 def test_sample_sizes(rows: int, fraction: float, size: int) -> None:
     mask = torch.arange(9) < rows
@@ -139,8 +168,12 @@ def test_sample_sizes(rows: int, fraction: float, size: int) -> None:
     assert share == (size / rows if rows else 1)
 
 
-@pytest.mark.parametrize(("level", "weighting"), [("patch", "token"), ("patch", "image"), ("image", "token")])
-def test_the_mean_over_all_draws_is_the_whole(level: str, weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("level", "weighting"), [("patch", "token"), ("patch", "image"), ("image", "token")]
+)
+def test_the_mean_over_all_draws_is_the_whole(
+    level: str, weighting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every subset that can be drawn, alike: loss and every gradient."""
     data = batch("qwen2_vl", [[("image", 4, 12), ("text", 3), ("image", 4, 8), ("text", 2)]])
     state = apply_pre(build("qwen2_vl")).head.state_dict()
@@ -151,7 +184,9 @@ def test_the_mean_over_all_draws_is_the_whole(level: str, weighting: str, monkey
         handle.head.load_state_dict(state)
         loss = model(**data.inputs).loss
         loss.backward()
-        return {"loss": loss.detach()} | {k: v for k, v in gradients(model).items() if v is not None}
+        return {"loss": loss.detach()} | {
+            k: v for k, v in gradients(model).items() if v is not None
+        }
 
     terms, size = (2, 1) if level == "image" else (5, 2)
     sums: dict[str, torch.Tensor] = {}
@@ -195,16 +230,25 @@ def test_the_whole_draws_no_random_number() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("impl", "whole", "third"), [("torch", 12, 4), ("blas", 40, 14), ("triton", 12, 4)])
-def test_the_head_computes_the_share_alone(impl: str, whole: int, third: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of the products: those there are, for "blas" a bound of them (of the batch's 40 tokens without one)."""
+@pytest.mark.parametrize(
+    ("impl", "whole", "third"), [("torch", 12, 4), ("blas", 40, 14), ("triton", 12, 4)]
+)
+def test_the_head_computes_the_share_alone(
+    impl: str, whole: int, third: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of the products: those there are, for "blas" a bound of them (of the batch's 40
+    tokens without one)."""
     computed = []
     for steps in (steps_torch.TorchSteps, steps_triton.TritonSteps):
         select = steps.select
 
         def kept(problem: Any, select: Any = select) -> Any:
             selection = select(problem)
-            computed.append(selection.capacity if impl == "blas" or selection.count is None else int(selection.count))
+            computed.append(
+                selection.capacity
+                if impl == "blas" or selection.count is None
+                else int(selection.count)
+            )
             return selection
 
         monkeypatch.setattr(steps, "select", staticmethod(kept))
@@ -239,7 +283,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(
-            word in str(func) for word in ("item", "local_scalar", "nonzero", "masked_select", "unique", "aten.equal")
+            word in str(func)
+            for word in ("item", "local_scalar", "nonzero", "masked_select", "unique", "aten.equal")
         ):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -290,7 +335,9 @@ def test_weighting_counts_tokens_that_are_not_masked() -> None:
     loss = model(**data.inputs).loss
     data.visual[1, :3] = False
     data.lengths = [4, 2]
-    wanted, _ = expected_gradients(build("llava"), "llava", data, handle.head, [2], weighting="image")
+    wanted, _ = expected_gradients(
+        build("llava"), "llava", data, handle.head, [2], weighting="image"
+    )
     torch.testing.assert_close(loss.detach(), wanted)
 
 
@@ -343,5 +390,7 @@ def test_debugging_finds_anchors_that_are_not_finite(flat: bool, debug: None) ->
         if name == "good":
             assert model(**data.inputs).loss.isfinite()
         else:
-            with pytest.raises(ValueError, match=r"anchor: got nan or inf in 2 of 12 visual tokens"):
+            with pytest.raises(
+                ValueError, match=r"anchor: got nan or inf in 2 of 12 visual tokens"
+            ):
                 model(**data.inputs)

@@ -1,4 +1,5 @@
-"""Models that are not Hugging Face's: other names for labels, a loss that the user adds, other ways of saving."""
+"""Models that are not Hugging Face's: other names for labels, a loss that the user adds, other ways
+of saving."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) ->
         )
     loss = model(**inputs)[1]
     visual = inputs["input_ids"] == IMAGE
-    return loss + 0.5 * reference.pre_loss(seen[2][visual], seen[0][visual].detach(), *head.values())
+    return loss + 0.5 * reference.pre_loss(
+        seen[2][visual], seen[0][visual].detach(), *head.values()
+    )
 
 
 @pytest.mark.parametrize("way", ["targets", "loss()"])
@@ -36,7 +39,10 @@ def test_loss_and_gradients(way: str) -> None:
     model, inputs = small()
     plain = copy.deepcopy(model)
     handle = apply_pre(model, labels="targets" if way == "targets" else None, **OPTIONS)
-    head = {name: getattr(handle.head, name).detach().clone().requires_grad_() for name in ("w1", "b1", "w2", "b2")}
+    head = {
+        name: getattr(handle.head, name).detach().clone().requires_grad_()
+        for name in ("w1", "b1", "w2", "b2")
+    }
     loss = model(**inputs)[1]
     if way == "loss()":
         loss = loss + handle.loss()
@@ -94,7 +100,9 @@ def test_other_targets_than_labels_are_said() -> None:
 
 def test_errors() -> None:
     model, _ = small()
-    with pytest.raises(ValueError, match=r"Small has no .config; want a Hugging Face .*, or pass layers="):
+    with pytest.raises(
+        ValueError, match=r"Small has no .config; want a Hugging Face .*, or pass layers="
+    ):
         apply_pre(model)
     with pytest.raises(ValueError, match=r"config names no visual tokens"):
         apply_pre(model, layers="decoder.blocks")
@@ -104,12 +112,15 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match=r"labels: got int, want the name"):
         apply_pre(model, labels=3, **OPTIONS)
     handle = apply_pre(model, labels="targets", **OPTIONS)
-    with pytest.raises(RuntimeError, match=r"labels: is 'targets', so L_PRe is added to output.loss"):
+    with pytest.raises(
+        RuntimeError, match=r"labels: is 'targets', so L_PRe is added to output.loss"
+    ):
         handle.loss()
 
 
 def test_a_loss_that_nobody_asked_for_is_gone() -> None:
-    """A later forward, in eval mode or with PRe off, has none, and the graph of the earlier one is not kept."""
+    """A later forward, in eval mode or with PRe off, has none, and the graph of the earlier one is
+    not kept."""
     model, inputs = small()
     handle = apply_pre(model, labels=None, **OPTIONS)
     for off in ("eval", "enabled"):

@@ -7,15 +7,29 @@ from typing import Any
 
 from pairs import pairs
 
-AXES: dict[str, Any] = {"a": range(30), "b": [None, "x"], "c": [[1], [2], [1, 2]], "d": "pqr", "e": [False, True]}
+AXES: dict[str, Any] = {
+    "a": range(30),
+    "b": [None, "x"],
+    "c": [[1], [2], [1, 2]],
+    "d": "pqr",
+    "e": [False, True],
+}
 
 
 def taken(cases: list[dict[str, Any]]) -> set[Any]:
-    return {pair for case in cases for pair in itertools.combinations([(k, repr(v)) for k, v in case.items()], 2)}
+    return {
+        pair
+        for case in cases
+        for pair in itertools.combinations([(k, repr(v)) for k, v in case.items()], 2)
+    }
 
 
 def product(allowed: Any = lambda case: True) -> list[dict[str, Any]]:
-    return [c for v in itertools.product(*AXES.values()) if allowed(c := dict(zip(AXES, v, strict=True)))]
+    return [
+        c
+        for v in itertools.product(*AXES.values())
+        if allowed(c := dict(zip(AXES, v, strict=True)))
+    ]
 
 
 def test_every_pair_is_there_and_few_cases_are_needed() -> None:

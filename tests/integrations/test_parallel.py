@@ -1,4 +1,5 @@
-"""DDP in two processes, and groups: loss and every averaged gradient are what one process computes by hand."""
+"""DDP in two processes, and groups: loss and every averaged gradient are what one process computes
+by hand."""
 
 from __future__ import annotations
 
@@ -19,14 +20,18 @@ from two import both
 def ddp(samples: list[Any], apply: dict[str, Any], frozen: bool, **options: Any) -> Any:
     model, _ = made(frozen, **apply)
     wrapped = nn.parallel.DistributedDataParallel(model, **options)
-    return steps(wrapped, samples, None if options.get("static_graph") else wrapped.no_sync), gradients(model)
+    return steps(
+        wrapped, samples, None if options.get("static_graph") else wrapped.no_sync
+    ), gradients(model)
 
 
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 @pytest.mark.parametrize("level", ["patch", "image"])
 def test_ddp_with_group(samples: list[Any], level: str) -> None:
     """Accumulation under no_sync; every parameter may be unused on a rank."""
-    found = both(ddp, samples, {"group": "world", "level": level}, False, find_unused_parameters=True)
+    found = both(
+        ddp, samples, {"group": "world", "level": level}, False, find_unused_parameters=True
+    )
     check(found, by_hand(samples, level=level))
 
 
@@ -35,9 +40,12 @@ def test_ddp_without_group_is_the_mean_of_the_ranks_means() -> None:
     check(found, by_hand(TEXT_ONLY, group=False))
 
 
-@pytest.mark.parametrize(("forwards", "options"), [(2, {}), (1, {}), (1, {"static_graph": True})], ids=str)
+@pytest.mark.parametrize(
+    ("forwards", "options"), [(2, {}), (1, {}), (1, {"static_graph": True})], ids=str
+)
 def test_ddp_finds_the_head_on_a_text_only_rank(forwards: int, options: dict[str, Any]) -> None:
-    """DDP waits for every trainable parameter of each rank, in the forward after which it averages."""
+    """DDP waits for every trainable parameter of each rank, in the forward after which it
+    averages."""
     samples = [r[:forwards] for r in TEXT_ONLY]
     found = both(ddp, samples, {"group": "world"}, True, timeout=60, **options)
     check(found, by_hand(samples, frozen=True, forwards=forwards))
@@ -51,7 +59,9 @@ def subgroups() -> Any:
     data = batches(UNEVEN, torch.distributed.get_rank())[0]
     assert model(**data.inputs).loss == alone(**data.inputs).loss
     copy.deepcopy(model)(**data.inputs)  # as EMA does
-    with pytest.raises(TypeError, match=r"group: got .*, want a ProcessGroup that this process is in"):
+    with pytest.raises(
+        TypeError, match=r"group: got .*, want a ProcessGroup that this process is in"
+    ):
         made(group=groups[1 - torch.distributed.get_rank()])
     return handle.metrics()
 
@@ -62,7 +72,8 @@ def test_a_process_group() -> None:
 
 
 def test_group_of_one_process() -> None:
-    """ "world" where torch.distributed is not initialised, as when the same script runs without a launcher."""
+    """ "world" where torch.distributed is not initialised, as when the same script runs without a
+    launcher."""
     data = batches(UNEVEN, 0)[0]
     assert made(group="world")[0](**data.inputs).loss == made()[0](**data.inputs).loss
 
@@ -90,10 +101,13 @@ def test_group_does_not_change_the_metrics() -> None:
 
 
 def item_shares() -> Any:
-    """A trainer's num_items_in_batch over all processes: loss times world size, gradients averaged."""
+    """A trainer's num_items_in_batch over all processes: loss times world size, gradients
+    averaged."""
     rank = torch.distributed.get_rank()
     data = [batches(UNEVEN, r)[0] for r in range(2)]
-    items = 2 * sum(int(d.inputs["labels"][:, 1:].ne(-100).sum()) for d in data)  # of two micro-batches, say
+    items = 2 * sum(
+        int(d.inputs["labels"][:, 1:].ne(-100).sum()) for d in data
+    )  # of two micro-batches, say
     model, _ = made(group="world")
     (2 * model(**data[rank].inputs, num_items_in_batch=torch.tensor(items)).loss).backward()
     gradient = model.pre_head.w1.grad
@@ -108,10 +122,15 @@ def test_group_and_the_share_of_a_trainers_items() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dict", "object", "tuple", "no logits"])
-def test_the_term_is_kept_in_the_graph_of_the_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_term_is_kept_in_the_graph_of_the_logits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the output has no loss; without a copy, and with the gradients as they were."""
     monkeypatch.setattr(output, "initialized", lambda: True)
-    source, term = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True), torch.ones((), requires_grad=True)
+    source, term = (
+        torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True),
+        torch.ones((), requires_grad=True),
+    )
     logits = source * 2
     kinds: dict[str, Any] = {
         "dict": {"logits": logits},

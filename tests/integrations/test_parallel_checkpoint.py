@@ -1,4 +1,5 @@
-"""save and load under every strategy: what two processes trained is one file, which any number of processes reads."""
+"""save and load under every strategy: what two processes trained is one file, which any number of
+processes reads."""
 
 from __future__ import annotations
 
@@ -36,14 +37,19 @@ def wrap(how: str, model: nn.Module) -> Any:
 
         from pre_kernels import PreHead
 
-        policy = ModuleWrapPolicy({type(model.model.language_model.layers[0]), *([PreHead] if "own" in how else [])})
-        wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+        policy = ModuleWrapPolicy(
+            {type(model.model.language_model.layers[0]), *([PreHead] if "own" in how else [])}
+        )
+        wrapped = FSDP(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     return wrapped, torch.Tensor.backward, optimizer.step, optimizer
 
 
 def roundtrip(how: str, folder: str) -> None:
-    """A step, save to "trained", load "given", save to "loaded", a step of rate 0, save to "kept"."""
+    """A step, save to "trained", load "given", save to "loaded", a step of rate 0, save to
+    "kept"."""
     model, handle = made(group="world")
     wrapped, backward, step, optimizer = wrap(how, model)
     model_argument = {"model": wrapped} if "fsdp1" in how else {}
@@ -71,7 +77,9 @@ def roundtrip(how: str, folder: str) -> None:
 
 def quiet_roundtrip(how: str, folder: str) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="PRe: ")  # nothing is wrong, whatever splits the parameters
+        warnings.filterwarnings(
+            "error", message="PRe: "
+        )  # nothing is wrong, whatever splits the parameters
         roundtrip(how, folder)
 
 
@@ -120,7 +128,9 @@ def errors_everywhere(folder: str) -> None:
     rank = torch.distributed.get_rank()
     model, handle = made()
     shard(model, False)
-    with pytest.raises(FileExistsError):  # where rank 0 cannot make the directory, no rank waits for it
+    with pytest.raises(
+        FileExistsError
+    ):  # where rank 0 cannot make the directory, no rank waits for it
         handle.save(f"{folder}/file")
     handle.save(f"{folder}/good")
     before = handle.head.w1.full_tensor()
@@ -143,9 +153,13 @@ def test_an_error_on_one_rank_is_raised_on_both(tmp_path: Path) -> None:
 def fsdp1_without_its_wrapper(folder: str) -> None:
     model, handle = made()
     wrap("fsdp1", model)
-    with pytest.raises(RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="):
+    with pytest.raises(
+        RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="
+    ):
         handle.save(folder)
-    with pytest.raises(RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="):
+    with pytest.raises(
+        RuntimeError, match=r"head: `w1` is sharded .*under FSDP1 pass its wrapper as model="
+    ):
         handle.load(folder)
 
 
@@ -174,7 +188,9 @@ def unequal_seeds() -> None:
     model = build("llava")
     torch.manual_seed(rank)
     os.environ["PRE_KERNELS_DEBUG"] = "1"
-    with pytest.raises(ValueError, match=r"head: its initial weights on ranks \[1\] differ from rank 0's"):
+    with pytest.raises(
+        ValueError, match=r"head: its initial weights on ranks \[1\] differ from rank 0's"
+    ):
         apply_pre(model)
     assert not hasattr(model, "pre_head")
     torch.manual_seed(0)

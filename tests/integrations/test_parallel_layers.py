@@ -1,4 +1,5 @@
-"""Sequence and tensor parallelism in two processes, and device_map: loss and every gradient are those of one."""
+"""Sequence and tensor parallelism in two processes, and device_map: loss and every gradient are
+those of one."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
     key, value = Gathered.apply(key), Gathered.apply(value)
     mine, total = query.shape[2], key.shape[2]
     place = torch.arange(mine)[:, None] + torch.distributed.get_rank() * mine
-    found = nn.functional.scaled_dot_product_attention(query, key, value, place >= torch.arange(total))
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, place >= torch.arange(total)
+    )
     return found.transpose(1, 2).contiguous(), None
 
 
@@ -55,7 +58,9 @@ def sequence_parallel(sample: Any, level: str) -> Any:
         more = {"inputs_embeds": kwargs["inputs_embeds"][:, mine], "position_ids": places[:, mine]}
         return args, kwargs | more | {"attention_mask": None}
 
-    text.register_forward_pre_hook(split, with_kwargs=True)  # before apply_pre, so that it sees the half
+    text.register_forward_pre_hook(
+        split, with_kwargs=True
+    )  # before apply_pre, so that it sees the half
     apply_pre(model, group="world", level=level, mask_fn=lambda inputs: data.visual[:, mine])
     shifted = nn.functional.pad(data.inputs["labels"][:, 1:], (0, 1), value=-100)
     items = shifted.ne(-100).sum()
@@ -70,7 +75,13 @@ def sequence_parallel(sample: Any, level: str) -> Any:
 
 
 HALVES = {
-    "an image on each rank": [("text", 2), ("image", 8, 8), ("text", 3), ("image", 8, 8), ("text", 6)],
+    "an image on each rank": [
+        ("text", 2),
+        ("image", 8, 8),
+        ("text", 3),
+        ("image", 8, 8),
+        ("text", 6),
+    ],
     "none on the second": [("text", 2), ("image", 8, 8), ("text", 13)],
     "one across the cut": [("text", 5), ("image", 8, 8), ("text", 2), ("image", 8, 8), ("text", 2)],
 }
@@ -81,7 +92,8 @@ HALVES = {
     [*((name, "patch") for name in HALVES), ("an image on each rank", "image")],
 )
 def test_sequence_parallel(sample: str, level: str) -> None:
-    """Two halves of one sequence: what the ranks add up to is the whole sequence's loss and gradients."""
+    """Two halves of one sequence: what the ranks add up to is the whole sequence's loss and
+    gradients."""
     found = both(sequence_parallel, HALVES[sample], level)
     data = batch("llava", [HALVES[sample]])
     loss, wanted = plainly(data, level)
@@ -93,7 +105,13 @@ def test_sequence_parallel(sample: str, level: str) -> None:
 def column_row() -> dict[str, Any]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    column = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    column = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    )
     return {n: ColwiseParallel() for n in column} | {
         n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")
     }
@@ -114,13 +132,16 @@ def tensor_parallel(before: bool) -> Any:
     data = batches(UNEVEN, 0)[0]
     loss = model(**data.inputs).loss
     loss.backward()
-    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients(model).items()}
+    whole = {
+        n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients(model).items()
+    }
     return [loss.detach()], whole
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
 def test_tensor_parallel(before: bool) -> None:
-    """Whole hidden states between layers whose weights are split: the same on both ranks as on one."""
+    """Whole hidden states between layers whose weights are split: the same on both ranks as on
+    one."""
     loss, wanted = plainly(batches(UNEVEN, 0)[0])
     check(both(tensor_parallel, before), ([loss], wanted))
 
@@ -140,7 +161,8 @@ def split_hidden() -> None:
     model, handle = made()
     text = model.model.language_model
     whole = PrepareModuleInput(
-        input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+        input_kwarg_layouts={"hidden_states": Shard(1)},
+        desired_input_kwarg_layouts={"hidden_states": Replicate()},
     )
     back = {
         n: RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
@@ -149,13 +171,22 @@ def split_hidden() -> None:
     norms = {n: SequenceParallel() for n in ("input_layernorm", "post_attention_layernorm")}
     mlp = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
     for layer in text.layers:
-        parallelize_module(layer, mesh, column_row() | back | norms | {"self_attn": whole, "mlp": mlp})
-    first = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False)
+        parallelize_module(
+            layer, mesh, column_row() | back | norms | {"self_attn": whole, "mlp": mlp}
+        )
+    first = PrepareModuleInput(
+        input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False
+    )
     parallelize_module(text, mesh, {"layers.0": first, "norm": SequenceParallel()})
-    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())})
+    parallelize_module(
+        model,
+        mesh,
+        {"lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())},
+    )
     data = batch("llava", [[("text", 3), ("image", 8, 8), ("text", 4)]])
     with pytest.raises(
-        TypeError, match=r"hidden: got a DTensor with placements \(Shard\(dim=1\),\), want plain tensors"
+        TypeError,
+        match=r"hidden: got a DTensor with placements \(Shard\(dim=1\),\), want plain tensors",
     ):
         model(**data.inputs)
     handle.enabled = False
@@ -174,7 +205,11 @@ def test_dispatched_model() -> None:
 
     model = build("llava")
     text = model.model.language_model
-    parts = ["vision_tower", "multi_modal_projector", *(f"language_model.{name}" for name, _ in text.named_children())]
+    parts = [
+        "vision_tower",
+        "multi_modal_projector",
+        *(f"language_model.{name}" for name, _ in text.named_children()),
+    ]
     parts.remove("language_model.layers")
     parts += [f"language_model.layers.{number}" for number in range(len(text.layers))]
     devices = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name in parts}
@@ -191,7 +226,8 @@ def test_dispatched_model() -> None:
 
 
 def test_offloaded_model() -> None:
-    """Frozen weights that are on "meta" between forwards: the head is made where the layer computes, and trains."""
+    """Frozen weights that are on "meta" between forwards: the head is made where the layer
+    computes, and trains."""
     from accelerate import cpu_offload
 
     model, plain = build("llava").requires_grad_(False), build("llava").requires_grad_(False)

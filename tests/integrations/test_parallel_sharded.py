@@ -1,4 +1,5 @@
-"""FSDP1, FSDP2 and ZeRO in two processes: loss and every gradient are what one process computes by hand."""
+"""FSDP1, FSDP2 and ZeRO in two processes: loss and every gradient are what one process computes by
+hand."""
 
 from __future__ import annotations
 
@@ -38,18 +39,23 @@ def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
     model, _ = made(frozen, group="world")
     shard(model, own)
     losses = steps(model, samples)
-    return losses, {n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()}
+    return losses, {
+        n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 def test_fsdp2(own: bool, samples: list[Any]) -> None:
-    frozen = samples is TEXT_ONLY  # FSDP2 reduces unequal sets of gradients otherwise, with PRe or without
+    frozen = (
+        samples is TEXT_ONLY
+    )  # FSDP2 reduces unequal sets of gradients otherwise, with PRe or without
     check(both(fsdp2, samples, own, frozen), by_hand(samples, frozen=frozen))
 
 
 def fsdp2_from_meta() -> Any:
-    """Made on the meta device, sharded, then materialised: head.reset_parameters() under a common seed."""
+    """Made on the meta device, sharded, then materialised: head.reset_parameters() under a common
+    seed."""
     source, _ = made()
     with torch.device("meta"):
         model = type(source)(source.config)
@@ -114,7 +120,9 @@ def fully_sharded(model: nn.Module, own: bool) -> nn.Module:
 
     from pre_kernels import PreHead
 
-    policy = ModuleWrapPolicy({type(model.model.language_model.layers[0]), *([PreHead] if own else [])})
+    policy = ModuleWrapPolicy(
+        {type(model.model.language_model.layers[0]), *([PreHead] if own else [])}
+    )
     return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
@@ -134,7 +142,8 @@ def test_fsdp1(own: bool) -> None:
 
 
 def fsdp1_training(own: bool) -> Any:
-    """(the names in each of the head's groups, made after sharding, and the norm of its gradient at the step)."""
+    """(the names in each of the head's groups, made after sharding, and the norm of its gradient at
+    the step)."""
     model, handle = made(group="world", head_weight_decay=0.1)
     wrapped = fully_sharded(model, own)
     names = {id(p): n for n, p in handle.head.named_parameters()}
@@ -157,7 +166,9 @@ def summed(totals: torch.Tensor) -> torch.Tensor:
 def test_fsdp1_groups_and_norm(own: bool) -> None:
     """Each process has flat parts of the parameters, or none of them."""
     _, wanted = by_hand(UNEVEN)
-    norm = float(torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm())
+    norm = float(
+        torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm()
+    )
     for groups, found, alone in both(fsdp1_training, own):
         assert [({n.split(".")[-1] for n in names}, decay) for names, decay in groups] == [
             ({"w1", "w2"}, 0.1),
@@ -176,7 +187,8 @@ def attach_late(how: str) -> None:
     else:
         model = nn.parallel.DistributedDataParallel(model)
     with pytest.raises(
-        TypeError, match=rf"model: got .* with {how} around or inside; want the plain model: call apply"
+        TypeError,
+        match=rf"model: got .* with {how} around or inside; want the plain model: call apply",
     ):
         apply_pre(model)
     assert not hasattr(model, "pre_head")
@@ -195,7 +207,9 @@ def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
     head = model.pre_head
     whole = {n: p.shape for n, p in head.named_parameters()}
     inside = []
-    head.register_forward_pre_hook(lambda *_: inside.append({n: p.shape for n, p in head.named_parameters()}))
+    head.register_forward_pre_hook(
+        lambda *_: inside.append({n: p.shape for n, p in head.named_parameters()})
+    )
     from deepspeed.utils import safe_get_full_grad
 
     losses, found = [], {}
@@ -218,7 +232,9 @@ def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:
     return zero_steps(made(frozen, group="world")[0], samples, stage)
 
 
-@pytest.mark.parametrize(("stage", "samples"), [(2, UNEVEN), (2, TEXT_ONLY), (3, UNEVEN), (3, DUMMY)])
+@pytest.mark.parametrize(
+    ("stage", "samples"), [(2, UNEVEN), (2, TEXT_ONLY), (3, UNEVEN), (3, DUMMY)]
+)
 def test_zero(stage: int, samples: list[Any]) -> None:
     need_deepspeed()
     frozen = samples is TEXT_ONLY  # ZeRO-2 also reduces unequal sets of gradients otherwise
@@ -226,14 +242,16 @@ def test_zero(stage: int, samples: list[Any]) -> None:
 
 
 def test_zero3_text_only() -> None:
-    """On both ranks: a rank that skips the vision tower alone makes ZeRO-3 wait for ever, with PRe or without."""
+    """On both ranks: a rank that skips the vision tower alone makes ZeRO-3 wait for ever, with PRe
+    or without."""
     need_deepspeed()
     samples = [[TEXT], [TEXT]]
     check(both(zero, samples, 3), by_hand(samples, forwards=1))
 
 
 def zero_init(folder: str, samples: list[Any]) -> Any:
-    """The model is loaded under zero.Init, as from_pretrained does under the Trainer; the head comes afterwards."""
+    """The model is loaded under zero.Init, as from_pretrained does under the Trainer; the head
+    comes afterwards."""
     deepspeed()
     from transformers import LlavaForConditionalGeneration
     from transformers.integrations import HfDeepSpeedConfig
@@ -266,10 +284,16 @@ def test_zero3_init(tmp_path: Path) -> None:
     for number in range(2):
         data = [batches(UNEVEN, rank)[number] for rank in range(2)]
         count = sum(int(d.visual.sum()) for d in data)
-        parts = [model(**d.inputs).loss / 2 + 0.5 * pre_loss(seen, d, [2], head, reduction="sum") / count for d in data]
+        parts = [
+            model(**d.inputs).loss / 2 + 0.5 * pre_loss(seen, d, [2], head, reduction="sum") / count
+            for d in data
+        ]
         (sum(parts) / 2).backward()
         losses.append(sum(parts).detach())
-    check([zero[0], one[0]], (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}))
+    check(
+        [zero[0], one[0]],
+        (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}),
+    )
 
 
 def towards(encoder: nn.Module, model: nn.Module) -> nn.Module:
@@ -296,7 +320,13 @@ def test_an_encoder_that_zero3_has_split(tmp_path: Path) -> None:
     need_zero_init()
     from transformers import Dinov2Config, Dinov2Model
 
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     encoder = Dinov2Model(Dinov2Config(num_hidden_layers=2, **sizes))
     encoder.save_pretrained(tmp_path)
     found = both(zero_encoder, str(tmp_path))

@@ -1,4 +1,5 @@
-"""PEFT: attach to the PeftModel; a base that is wrapped after attaching is an error, not a head that never trains."""
+"""PEFT: attach to the PeftModel; a base that is wrapped after attaching is an error, not a head
+that never trains."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ BASE = "base_model.model."
 
 def lora(model: Any, **more: Any) -> Any:
     torch.manual_seed(3)
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj", **more))
+    peft = get_peft_model(
+        model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj", **more)
+    )
     with torch.no_grad():  # B starts at 0, which would hide A's gradient
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
@@ -30,7 +33,9 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
     model, data = lora(build(family)), batch(family)
     if reentrant is not None:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     handle = apply_pre(model)
     assert handle.head is model.pre_head
     loss = model(**data.inputs).loss
@@ -46,7 +51,8 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
 
 
 def test_a_base_whose_hooks_are_passed_by() -> None:
-    """Up to 0.20 a PeftModel calls its base's `forward`, so hooks on the base itself would not be called."""
+    """Up to 0.20 a PeftModel calls its base's `forward`, so hooks on the base itself would not be
+    called."""
     wanted = lora(build("llava"))
     apply_pre(wanted)
     model, inputs = lora(build("llava")), batch("llava").inputs
@@ -63,19 +69,25 @@ def test_saved_adapter_has_no_head(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path / "plain")
     handle = apply_pre(model)
     model.save_pretrained(tmp_path / "attached")
-    plain, attached = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "attached"))
+    plain, attached = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "attached")
+    )
     assert plain.keys() == attached.keys()
     handle.remove()
     assert find_handle(model) is None
     assert not hasattr(model, "pre_head")
 
 
-@pytest.mark.parametrize(("layer", "other"), [(2, ', or put "pre_head" in modules_to_save'), ([1, 2], "")])
+@pytest.mark.parametrize(
+    ("layer", "other"), [(2, ', or put "pre_head" in modules_to_save'), ([1, 2], "")]
+)
 def test_wrapped_after_attaching(layer: Any, other: str) -> None:
     model, data = build("llava"), batch("llava")
     apply_pre(model, layer)
     peft = lora(model)
-    with pytest.raises(RuntimeError, match=rf"wrapped in PEFT after apply_pre.*on the PeftModel instead{other}$"):
+    with pytest.raises(
+        RuntimeError, match=rf"wrapped in PEFT after apply_pre.*on the PeftModel instead{other}$"
+    ):
         peft(**data.inputs)
 
 
@@ -84,7 +96,9 @@ def test_wrapped_after_attaching_with_modules_to_save(tmp_path: Any) -> None:
     handle = apply_pre(model)
     peft = lora(model, modules_to_save=["pre_head"])
     peft(**data.inputs).loss.backward()
-    trained = [name for name, p in peft.named_parameters() if p.grad is not None and "pre_head" in name]
+    trained = [
+        name for name, p in peft.named_parameters() if p.grad is not None and "pre_head" in name
+    ]
     assert len(trained) == 4
     assert all("modules_to_save" in name for name in trained)
     handle.save(tmp_path)
@@ -96,9 +110,19 @@ def test_wrapped_after_attaching_with_modules_to_save(tmp_path: Any) -> None:
 def test_the_head_is_nothing_that_all_linear_wraps() -> None:
     model = build("llava")
     apply_pre(model)
-    names = [n for n, _ in get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).named_parameters()]
+    names = [
+        n
+        for n, _ in get_peft_model(
+            model, LoraConfig(r=2, target_modules="all-linear")
+        ).named_parameters()
+    ]
     assert any("lora" in name for name in names)
-    assert [name.rpartition(".")[2] for name in names if "pre_head" in name] == ["w1", "b1", "w2", "b2"]
+    assert [name.rpartition(".")[2] for name in names if "pre_head" in name] == [
+        "w1",
+        "b1",
+        "w2",
+        "b2",
+    ]
 
 
 def test_a_head_frozen_on_purpose_is_fine() -> None:

@@ -20,10 +20,17 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 @pytest.mark.parametrize("later", [False, True], ids=["callbacks=", "add_callback"])
 def test_a_training(later: bool, tmp_path: Path) -> None:
-    """Gradients as by hand, the metrics in the log, the head beside the checkpoint; the class is untouched."""
+    """Gradients as by hand, the metrics in the log, the head beside the checkpoint; the class is
+    untouched."""
     before = dict(vars(Trainer))
     model, callback, recorder = build("llava"), PreCallback(layer=2, weight=0.5), Recorder()
-    trainer = make(tmp_path, model, max_steps=4, callbacks=[recorder] if later else [recorder, callback], **SAVING)
+    trainer = make(
+        tmp_path,
+        model,
+        max_steps=4,
+        callbacks=[recorder] if later else [recorder, callback],
+        **SAVING,
+    )
     if later:
         trainer.add_callback(callback)
     assert (find_handle(model) is None) is later
@@ -63,7 +70,9 @@ def test_the_schedule_moves(tmp_path: Path) -> None:
 class Starts(TrainerCallback):
     """Keeps the head as it is when training begins."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         self.w1 = model.pre_head.w1.detach().clone()
 
 
@@ -72,7 +81,9 @@ def test_resuming(tmp_path: Path) -> None:
     make(tmp_path, build("llava"), max_steps=2, callbacks=[callback], **SAVING).train()
     torch.manual_seed(9)
     starts = Starts()
-    trainer = make(tmp_path, build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING)
+    trainer = make(
+        tmp_path, build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING
+    )
     trainer.train(resume_from_checkpoint=True)
     assert torch.equal(starts.w1, callback.handle.head.w1)
     (tmp_path / "checkpoint-4" / "pre_head.json").unlink()
@@ -82,12 +93,17 @@ def test_resuming(tmp_path: Path) -> None:
 
 
 def test_resuming_from_elsewhere(tmp_path: Path) -> None:
-    """`train()` tells its folder to no callback; that of the same step in `output_dir` is another training's."""
+    """`train()` tells its folder to no callback; that of the same step in `output_dir` is another
+    training's."""
     callback, other = PreCallback(), PreCallback()
     make(tmp_path / "a", build("llava"), max_steps=2, callbacks=[callback], **SAVING).train()
-    make(tmp_path / "b", build("llava"), max_steps=2, learning_rate=0.3, callbacks=[other], **SAVING).train()
+    make(
+        tmp_path / "b", build("llava"), max_steps=2, learning_rate=0.3, callbacks=[other], **SAVING
+    ).train()
     starts = Starts()
-    trainer = make(tmp_path / "b", build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING)
+    trainer = make(
+        tmp_path / "b", build("llava"), max_steps=4, callbacks=[PreCallback(), starts], **SAVING
+    )
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert torch.equal(starts.w1, callback.handle.head.w1)
     assert not torch.equal(starts.w1, other.handle.head.w1)
@@ -95,7 +111,12 @@ def test_resuming_from_elsewhere(tmp_path: Path) -> None:
 
 def test_the_best_model_has_its_head(tmp_path: Path) -> None:
     callback = PreCallback()
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 5.0}
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 5.0,
+    }
     options = SAVING | best | {"save_steps": 1, "max_steps": 3, "eval_dataset": Samples(EQUAL)}
     trainer = make(tmp_path, build("llava"), callbacks=[callback], **options)
     trainer.train()
@@ -123,7 +144,9 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_wrong_settings() -> None:
-    with pytest.raises(ValueError, match=r"head_lr: got 0.1, but a callback makes no optimizer groups"):
+    with pytest.raises(
+        ValueError, match=r"head_lr: got 0.1, but a callback makes no optimizer groups"
+    ):
         PreCallback(head_lr=0.1)
 
 
@@ -182,7 +205,9 @@ def test_lightning(tmp_path: Path) -> None:
     straight = Module()
     for name, parameter in straight.model.pre_head.named_parameters():
         parameter.data.copy_(saved["pre_head"][f"model.pre_head.{name}"])
-    assert not torch.equal(again.model.pre_head.w1, straight.model.pre_head.w1)  # it went on from there
+    assert not torch.equal(
+        again.model.pre_head.w1, straight.model.pre_head.w1
+    )  # it went on from there
     Module(attached=False).load_state_dict(saved["state_dict"])
     with pytest.raises(RuntimeError, match=r"PreLightningCallback: Module has no PRe"):
         fit(tmp_path, Module(attached=False), 1)

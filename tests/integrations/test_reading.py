@@ -63,7 +63,9 @@ def test_the_model_is_left_as_it_was() -> None:
         model(**one_image().inputs)
         assert reader._seen is None  # other forwards keep nothing alive
         with pytest.raises(RuntimeError, match="boom"):
-            reader.read(one_image().inputs, call=lambda **_: (_ for _ in ()).throw(RuntimeError("boom")))
+            reader.read(
+                one_image().inputs, call=lambda **_: (_ for _ in ()).throw(RuntimeError("boom"))
+            )
         assert [module.training for module in model.modules()] == modes
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
 
@@ -100,7 +102,8 @@ def test_peft() -> None:
     torch.testing.assert_close(found[0].hidden[DEPTH], wanted[0].hidden[DEPTH])
 
 
-# Chameleon forbids the tokens of images, others scale or bound their logits: the order of the rest is what counts
+# Chameleon forbids the tokens of images, others scale or bound their logits: the order of the rest
+# is what counts
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_logits_of_the_last_layer_are_the_models(family: str) -> None:
@@ -110,7 +113,9 @@ def test_logits_of_the_last_layer_are_the_models(family: str) -> None:
         assert (logits is None) == (family == "gemma3n")
         if logits is None:
             return
-        images, output = reader.read_with_output({k: v for k, v in data.inputs.items() if k != "labels"})
+        images, output = reader.read_with_output(
+            {k: v for k, v in data.inputs.items() if k != "labels"}
+        )
         found = logits(torch.cat([image.hidden[DEPTH] for image in images]))
     wanted = output.logits[data.visual]
     allowed = wanted[0] > torch.finfo(wanted.dtype).min
@@ -137,7 +142,10 @@ def test_measure_feeds_the_report() -> None:
 
 
 def test_tiles_are_one_image_without_a_grid() -> None:
-    model, data = build("idefics3"), batch("idefics3", [[("text", 2), ("image", 8, 8), ("image", 8, 8), ("text", 3)]])
+    model, data = (
+        build("idefics3"),
+        batch("idefics3", [[("text", 2), ("image", 8, 8), ("image", 8, 8), ("text", 3)]]),
+    )
     report = LayerReport(metrics=("structure",))
     with Reader(model) as reader:
         list(measure(reader, [Sample(data.inputs, grid=(2, 2))], report))
@@ -150,7 +158,9 @@ def test_bad_input() -> None:
     model = build("llava")
     with pytest.raises(TypeError, match="model: got int"):
         Reader(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"layers: got {DEPTH + 1} among them, want integers in 0..{DEPTH}"):
+    with pytest.raises(
+        ValueError, match=f"layers: got {DEPTH + 1} among them, want integers in 0..{DEPTH}"
+    ):
         Reader(model, layers=(0, DEPTH + 1))
     with pytest.raises(TypeError, match="layers: got 'all'"):
         Reader(model, layers="all")  # type: ignore[arg-type]
@@ -162,9 +172,13 @@ def test_bad_input() -> None:
     with Reader(model) as reader:
         with pytest.raises(ValueError, match="inputs: got no visual tokens"):
             reader.read({"input_ids": torch.tensor([[1, 5, 6]])})
-        with pytest.raises(ValueError, match="inputs: got no visual tokens"):  # a literal token is not an image
+        with pytest.raises(
+            ValueError, match="inputs: got no visual tokens"
+        ):  # a literal token is not an image
             reader.read({"input_ids": torch.tensor([[1, IMAGE, 6]])})
-        with pytest.raises(RuntimeError, match="call: it never called the LlavaForConditionalGeneration"):
+        with pytest.raises(
+            RuntimeError, match="call: it never called the LlavaForConditionalGeneration"
+        ):
             reader.read(one_image().inputs, call=lambda **_: None)
 
 
@@ -172,6 +186,10 @@ def text_only() -> nn.Module:
     import transformers as hf
 
     config = hf.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=16
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=16,
     )
     return hf.LlamaForCausalLM(config)

@@ -1,4 +1,5 @@
-"""The recipes: their settings are ones the launcher takes, and their commands are ones it can read."""
+"""The recipes: their settings are ones the launcher takes, and their commands are ones it can
+read."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ COMMAND = re.compile(r"pre_kernels\.integrations\.launch\s(.*?)\s--\s", re.DOTAL
 
 
 def blocks(readme: Path) -> list[str]:
-    return [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*\n|\n))+", readme.read_text(), re.MULTILINE)]
+    return [
+        textwrap.dedent(block)
+        for block in re.findall(r"(?:^(?: {4}.*\n|\n))+", readme.read_text(), re.MULTILINE)
+    ]
 
 
 def commands(readme: Path) -> list[str]:
@@ -43,10 +47,14 @@ def test_commands(readme: Path) -> None:
 @pytest.mark.parametrize("name", sorted(IN_CODE))
 def test_code(name: str) -> None:
     code = next(block for block in blocks(ROOT / name / "README.md") if block.strip())
-    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    called = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+    }
     assert {"apply_pre", "PreLightningCallback"} <= called
 
 
 def test_every_folder_is_listed() -> None:
     listed = re.findall(r"^\| \[(\S+)\]\((\S+)\)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted((folder.name, folder.name) for folder in ROOT.iterdir() if folder.is_dir())
+    assert sorted(listed) == sorted(
+        (folder.name, folder.name) for folder in ROOT.iterdir() if folder.is_dir()
+    )

@@ -18,7 +18,9 @@ from transformers import TrainerCallback
 class Starts(TrainerCallback):
     """Keeps the head as it is when training begins."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
 
 
@@ -84,10 +86,21 @@ def test_best_model_comes_with_its_head(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.items())
 
 
-def resumable(model: Any, folder: Path, steps: int, trainer_class: type = InOrder, **more: Any) -> Any:
+def resumable(
+    model: Any, folder: Path, steps: int, trainer_class: type = InOrder, **more: Any
+) -> Any:
     return trainer_class(
         model=model,
-        args=arguments(folder, 1, 1, save_strategy="steps", save_steps=1, max_steps=steps, learning_rate=0.0, **more),
+        args=arguments(
+            folder,
+            1,
+            1,
+            save_strategy="steps",
+            save_steps=1,
+            max_steps=steps,
+            learning_rate=0.0,
+            **more,
+        ),
         train_dataset=Samples(EQUAL),
         data_collator=collate("llava", EQUAL),
     )
@@ -102,7 +115,10 @@ class SavesTheProjector(InOrder):
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         found = self.model.state_dict()
-        super()._save(output_dir, {n: t for n, t in found.items() if "multi_modal_projector" in n or "extra" in n})
+        super()._save(
+            output_dir,
+            {n: t for n, t in found.items() if "multi_modal_projector" in n or "extra" in n},
+        )
 
 
 @pytest.mark.parametrize("extra", [False, True])
@@ -132,7 +148,9 @@ def test_resume_with_a_module_of_the_users(tmp_path: Path) -> None:
         model.extra = torch.nn.Linear(2, 2)
         apply_pre(model)
         with patch_trainer():
-            resumable(model, tmp_path, 1 if resume is None else 2).train(resume_from_checkpoint=resume)
+            resumable(model, tmp_path, 1 if resume is None else 2).train(
+                resume_from_checkpoint=resume
+            )
         saved.append(tensors(model))
     assert all(torch.equal(tensor, saved[0][name]) for name, tensor in saved[1].items())
 
@@ -150,7 +168,8 @@ def test_resume_of_another_model_is_an_error(tmp_path: Path) -> None:
                 trainer.train()
                 continue
             with pytest.raises(
-                RuntimeError, match=r"not loaded into this model: .*layers\.0\.self_attn\.q_proj\.0\.weight"
+                RuntimeError,
+                match=r"not loaded into this model: .*layers\.0\.self_attn\.q_proj\.0\.weight",
             ):
                 trainer.train(resume_from_checkpoint=resume)
 
@@ -158,7 +177,8 @@ def test_resume_of_another_model_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("names", ["saved", "own", "more"])
 def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) -> None:
-    """They are the Trainer's to load: an error where it would go on without them, none where it loads them."""
+    """They are the Trainer's to load: an error where it would go on without them, none where it
+    loads them."""
     model = build("llava")
     apply_pre(model)
     folder = tmp_path / "checkpoint-1"
@@ -175,7 +195,9 @@ def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) 
             index[name] = f"pytorch_model-{number % 2}.bin"
         for file in set(index.values()):
             torch.save({n: t for n, t in found.items() if index[n] == file}, folder / file)
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index})
+        )
     else:
         torch.save(found, folder / "pytorch_model.bin")
 

@@ -1,4 +1,5 @@
-"""The ids of visual tokens are the config's at each forward, and images without any are said, for one look at most."""
+"""The ids of visual tokens are the config's at each forward, and images without any are said, for
+one look at most."""
 
 from __future__ import annotations
 
@@ -32,9 +33,11 @@ def said(recwarn: pytest.WarningsRecorder) -> list[str]:
 
 
 def without_pixels(model: nn.Module) -> nn.Module:
-    """Takes images without a place for them, as models do whose code has the token's id elsewhere."""
+    """Takes images without a place for them, as models do whose code has the token's id
+    elsewhere."""
     model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "pixel_values"}), with_kwargs=True
+        lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "pixel_values"}),
+        with_kwargs=True,
     )
     return model
 
@@ -72,7 +75,9 @@ def test_a_reader_takes_the_config_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
-def test_images_without_a_visual_token_are_said_once(family: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_images_without_a_visual_token_are_said_once(
+    family: str, recwarn: pytest.WarningsRecorder
+) -> None:
     warnings.simplefilter("always")
     model, data = without_pixels(build(family)), batch(family)
     handle = apply_pre(model)
@@ -89,7 +94,9 @@ def test_images_without_a_visual_token_are_said_once(family: str, recwarn: pytes
     assert re.search(FOUND_NONE, first)
 
 
-def test_a_trainer_that_finds_no_visual_token_says_it(tmp_path: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_trainer_that_finds_no_visual_token_says_it(
+    tmp_path: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     model = without_pixels(build("llava"))
     apply_pre(model)
     model.config.image_token_id = NEW
@@ -99,7 +106,8 @@ def test_a_trainer_that_finds_no_visual_token_says_it(tmp_path: Any, recwarn: py
 
 @pytest.mark.parametrize("case", ["masked", "dummies first", "no images", "image_flags"])
 def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.WarningsRecorder) -> None:
-    """Dummy images: under the attention mask; before the first real one; as an empty tensor; flagged as dummies."""
+    """Dummy images: under the attention mask; before the first real one; as an empty tensor;
+    flagged as dummies."""
     model, data = without_pixels(build("llava")), batch("llava")
     text = batch("llava", [[("text", 6)], [("text", 9)]]).inputs
     apply_pre(model)
@@ -111,7 +119,13 @@ def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.Warnin
     elif case == "no images":
         inputs = [{**text, "pixel_values": torch.zeros(0, 3, 8, 8)}] * 6
     else:
-        inputs = [{**text, "pixel_values": torch.zeros(1, 3, 8, 8), "image_flags": torch.zeros(1, 1).long()}] * 6
+        inputs = [
+            {
+                **text,
+                "pixel_values": torch.zeros(1, 3, 8, 8),
+                "image_flags": torch.zeros(1, 1).long(),
+            }
+        ] * 6
     for one in inputs:
         model(**one).loss.backward()
     assert said(recwarn) == []
@@ -197,4 +211,6 @@ def test_a_config_without_the_token_says_where_to_set_it() -> None:
     model.config.image_token_id = IMAGE
     handle = apply_pre(model, layers="trunk.blocks")
     ids = inputs["ids"]
-    assert handle.count({"input_ids": ids, "pixel_values": torch.ones(1)}) == (ids == IMAGE).sum() > 0
+    assert (
+        handle.count({"input_ids": ids, "pixel_values": torch.ones(1)}) == (ids == IMAGE).sum() > 0
+    )

@@ -21,7 +21,10 @@ def test_every_row_has_a_name_and_stands_in_the_table_once() -> None:
     assert all(row.name for row in families.FAMILIES.values())
     *listed, original, other = support.supported()
     assert sorted(name for line in listed for name in line.types) == sorted(families.FAMILIES)
-    assert (original.row, original.cells()[2:4]) == (families.ORIGINAL, ("", "their order in images"))
+    assert (original.row, original.cells()[2:4]) == (
+        families.ORIGINAL,
+        ("", "their order in images"),
+    )
     assert other.row is families.GENERIC
 
 
@@ -38,7 +41,12 @@ def test_model_types_of_one_name_share_a_line() -> None:
 
 @pytest.mark.parametrize(
     ("installed", "llava", "qwen"),
-    [("4.57.6", "yes", "no"), ("5.1.0", "yes", "no"), ("5.2.0", "yes", "yes"), ("5.24.0.dev0", "yes", "yes")],
+    [
+        ("4.57.6", "yes", "no"),
+        ("5.1.0", "yes", "no"),
+        ("5.2.0", "yes", "yes"),
+        ("5.24.0.dev0", "yes", "yes"),
+    ],
 )
 def test_text_says_what_is_installed(installed: str, llava: str, qwen: str) -> None:
     lines = support.text(installed).splitlines()

@@ -15,7 +15,8 @@ from pre_kernels.diagnose.geometry import UNMAPPED, cut, find_packing, token_gri
 
 # ends of the names of the parameters through which a patch of a vision tower sees other patches
 MIXING = ("out_proj", "o_proj", "attn.proj", "projection_layer")
-# convolutions reach over a patch's border; chameleon's tokens are codes, which small changes leave alone
+# convolutions reach over a patch's border; chameleon's tokens are codes, which small changes leave
+# alone
 OVERLAPPING = {"got_ocr2"}
 NOT_SEEN = {"chameleon", *UNMAPPED}
 PACKED = {"llava_next", "llava_next_video", "llava_onevision"}
@@ -28,7 +29,9 @@ def local(family: str) -> nn.Module:
     model = build(family).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("vision", "visual", "encoder")) and any(end in name for end in MIXING):
+            if any(part in name for part in ("vision", "visual", "encoder")) and any(
+                end in name for end in MIXING
+            ):
                 parameter.zero_()
     return model
 
@@ -36,8 +39,15 @@ def local(family: str) -> nn.Module:
 def one_image(family: str, size: tuple[int, int]) -> tuple[Batch, str]:
     data = batch(family, [[("text", 2), ("image", *size), ("text", 3)]])
     name = next(name for name in ("pixel_values", "pixel_values_images") if name in data.inputs)
-    if family in ("idefics3", "smolvlm"):  # the second tile is padding, which an image alone has not
-        data.inputs |= {key: data.inputs[key][:, :1] for key in (name, "pixel_attention_mask") if key in data.inputs}
+    if family in (
+        "idefics3",
+        "smolvlm",
+    ):  # the second tile is padding, which an image alone has not
+        data.inputs |= {
+            key: data.inputs[key][:, :1]
+            for key in (name, "pixel_attention_mask")
+            if key in data.inputs
+        }
     return data, name
 
 
@@ -47,7 +57,11 @@ def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def finish(output: Any, seen: Any) -> Any:
-        found.append(parts.family.hidden(seen.anchor(), parts.config) if seen.anchor().dim() == 4 else seen.anchor())
+        found.append(
+            parts.family.hidden(seen.anchor(), parts.config)
+            if seen.anchor().dim() == 4
+            else seen.anchor()
+        )
         return output
 
     capture = Capture(model, parts, (), lambda *_: True, finish)
@@ -64,7 +78,9 @@ def changes(model: nn.Module, data: Batch, name: str, places: Tensor) -> Tensor:
     for seed, place in enumerate(places):
         other = pixels.clone().flatten()
         other[place] = 2 * torch.randn(len(place), generator=torch.Generator().manual_seed(seed))
-        rows.append((embeddings(model, data, **{name: other.view(pixels.shape)}) - before).norm(dim=-1))
+        rows.append(
+            (embeddings(model, data, **{name: other.view(pixels.shape)}) - before).norm(dim=-1)
+        )
     return torch.stack(rows)
 
 
@@ -90,7 +106,9 @@ def test_a_token_depends_on_its_own_pixels(family: str, size: tuple[int, int]) -
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() & PACKED))
-def test_a_packed_token_depends_on_the_tile_tokens_it_is_made_of(family: str, size: tuple[int, int]) -> None:
+def test_a_packed_token_depends_on_the_tile_tokens_it_is_made_of(
+    family: str, size: tuple[int, int]
+) -> None:
     model = local(family)
     data, name = one_image(family, size)
     packing = find_packing(model)
@@ -99,7 +117,9 @@ def test_a_packed_token_depends_on_the_tile_tokens_it_is_made_of(family: str, si
     number = len(tiles[name])
     total = number * packing.per_tile
     found = changes(model, data, name, cut(tiles, total, family).flatten(1))
-    made = packing.pack(torch.eye(total).view(number, packing.per_tile, total), data.inputs["image_sizes"])
+    made = packing.pack(
+        torch.eye(total).view(number, packing.per_tile, total), data.inputs["image_sizes"]
+    )
     assert torch.equal(found > 1e-4, made.mT > 0)
     assert (made.sum(1) == 0).sum() >= 2  # the ends of lines
 

@@ -1,6 +1,8 @@
-"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without patch_trainer; logs.
+"""transformers.Trainer: the auxiliary gradient of an optimizer step, with and without
+patch_trainer; logs.
 
-The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with the whole loss.
+The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with
+the whole loss.
 """
 
 from __future__ import annotations
@@ -38,19 +40,26 @@ from tiny_training import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer
 
-both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # the first is given num_items_in_batch
+both = pytest.mark.parametrize(
+    "family", ["llava", "qwen2_5_vl"]
+)  # the first is given num_items_in_batch
 
 
 @both
 @pytest.mark.parametrize("patched", [False, True])
-def test_accumulation_changes_nothing_where_counts_are_equal(family: str, patched: bool, tmp_path: Path) -> None:
+def test_accumulation_changes_nothing_where_counts_are_equal(
+    family: str, patched: bool, tmp_path: Path
+) -> None:
     once, handle, _ = train(family, EQUAL, tmp_path, 1, patched)
     wanted = by_hand(family, EQUAL, handle, [0.25] * 4, "mean")
     assert_head(once, wanted)
     for accumulation in (2, 4):
         several, _, _ = train(family, EQUAL, tmp_path, accumulation, patched)
         assert_head(several, wanted)
-        for name, gradient in once.items():  # the model's gradients are equal too, as the labels are
+        for (
+            name,
+            gradient,
+        ) in once.items():  # the model's gradients are equal too, as the labels are
             torch.testing.assert_close(several[name], gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -75,7 +84,9 @@ def test_with_the_patch_every_visual_token_weighs_the_same(
     wanted = by_hand(family, samples, handle, [1 / count] * 4, "sum", level)
     assert_head(once, wanted)
     for accumulation in (2, 4):
-        several, _, trainer = train(family, samples, tmp_path, accumulation, patched=True, level=level)
+        several, _, trainer = train(
+            family, samples, tmp_path, accumulation, patched=True, level=level
+        )
         assert_head(several, wanted)
     assert "backward" not in vars(trainer.accelerator)
 
@@ -101,7 +112,9 @@ def test_with_the_patch_every_image_weighs_the_same(level: str, tmp_path: Path) 
 
 
 @both
-def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(family: str, tmp_path: Path) -> None:
+def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(
+    family: str, tmp_path: Path
+) -> None:
     found, handle, _ = train(family, UNEQUAL_IMAGES, tmp_path, 4, patched=True)
     model = build(family)
     recorder = Recorder()
@@ -117,7 +130,9 @@ def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(family: str,
     auxiliary = by_hand(family, UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum")
     for name, gradient in recorder.steps[0].items():
         wanted = gradient + auxiliary.get(name, 0)
-        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 class OwnBackward(InOrder):
@@ -140,7 +155,9 @@ def test_after_training_the_model_adds_its_own_mean_again(tmp_path: Path) -> Non
     whole = trainer.model.train()(**inputs).loss
     handle.enabled = False
     plain = trainer.model(**inputs).loss
-    assert float((whole - plain).detach()) == pytest.approx(0.5 * handle.metrics()["pre_loss"], abs=1e-5)
+    assert float((whole - plain).detach()) == pytest.approx(
+        0.5 * handle.metrics()["pre_loss"], abs=1e-5
+    )
 
 
 class OwnLoss(InOrder):
@@ -155,19 +172,24 @@ class OwnLoss(InOrder):
 
 
 def test_the_patch_reaches_trainers_with_a_loss_of_their_own(tmp_path: Path) -> None:
-    found, handle, _ = train("llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, trainer_class=OwnLoss)
+    found, handle, _ = train(
+        "llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, trainer_class=OwnLoss
+    )
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
 
 
 def test_the_patch_reaches_trainers_that_take_the_labels(tmp_path: Path) -> None:
-    found, handle, _ = train("llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, label_smoothing_factor=0.1)
+    found, handle, _ = train(
+        "llava", UNEQUAL_IMAGES, tmp_path, 2, patched=True, label_smoothing_factor=0.1
+    )
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
 
 
 class Rows(InOrder):
-    """Its batches are lists of rows, of which it makes the model's inputs later, as trainers that generate do."""
+    """Its batches are lists of rows, of which it makes the model's inputs later, as trainers that
+    generate do."""
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return super()._prepare_inputs(self.merge([row["index"] for row in inputs]))
@@ -205,12 +227,16 @@ class NoBackward(InOrder):
 
 
 def test_a_training_step_without_the_accelerator(tmp_path: Path) -> None:
-    """The first micro-batch is lost, and said to be; from then on its forwards add their own mean to the loss."""
+    """The first micro-batch is lost, and said to be; from then on its forwards add their own mean
+    to the loss."""
     recorder = Recorder()
     model = build("llava")
     handle = apply_pre(model)
     head = copy_of(handle.head)
-    with patch_trainer(), pytest.warns(UserWarning, match=r"NoBackward.training_step never called") as caught:
+    with (
+        patch_trainer(),
+        pytest.warns(UserWarning, match=r"NoBackward.training_step never called") as caught,
+    ):
         NoBackward(
             model=model,
             args=arguments(tmp_path, 1, 4, max_steps=3, learning_rate=0.0),
@@ -226,7 +252,8 @@ def test_a_training_step_without_the_accelerator(tmp_path: Path) -> None:
 
 
 def test_the_head_is_on_another_gpu_than_the_loss() -> None:
-    """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need no GPU."""
+    """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need
+    no GPU."""
     handle = apply_pre(build("llava"))
     with FakeTensorMode():
         loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
@@ -248,10 +275,15 @@ def test_the_head_is_on_another_gpu_than_the_loss() -> None:
 
 @pytest.mark.parametrize("mode", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("patched", [False, True])
-def test_training_lowers_the_loss_and_logs_it(mode: bool | None, patched: bool, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_logs_it(
+    mode: bool | None, patched: bool, tmp_path: Path
+) -> None:
     more: dict[str, Any] = {"max_steps": 8, "eval_strategy": "no"}
     if mode is not None:
-        more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": mode}}
+        more |= {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": mode},
+        }
     samples = [one_image(5), one_image(4)] * 2
     _, handle, trainer = train("llava", samples, tmp_path, 2, patched, **more)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -268,7 +300,9 @@ def test_training_lowers_the_loss_and_logs_it(mode: bool | None, patched: bool, 
 def test_autocast_training(patched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {}
     for precision in ("bf16", "no"):
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 sets it and leaves it
+        monkeypatch.setenv(
+            "ACCELERATE_MIXED_PRECISION", "no"
+        )  # transformers 4 sets it and leaves it
         AcceleratorState._reset_state(reset_partial_state=True)
         found, _, trainer = train("llava", EQUAL, tmp_path, 2, patched, bf16=precision == "bf16")
         assert trainer.accelerator.mixed_precision == precision
@@ -325,7 +359,9 @@ def test_signatures_are_those_before(tmp_path: Path) -> None:
             apply_pre(model)
         with patch_trainer():
             assert {name: inspect.signature(getattr(Trainer, name)) for name in methods} == before
-            trainer = InOrder(model=model, args=arguments(tmp_path, 1, 1, remove_unused_columns=True))
+            trainer = InOrder(
+                model=model, args=arguments(tmp_path, 1, 1, remove_unused_columns=True)
+            )
             trainer._set_signature_columns_if_needed()
         kept.append(trainer._signature_columns)
     assert kept[0] == kept[1]

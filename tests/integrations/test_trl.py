@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer computes its own loss: with patch_trainer the auxiliary gradient is exact, without it is 0."""
+"""TRL's SFTTrainer computes its own loss: with patch_trainer the auxiliary gradient is exact,
+without it is 0."""
 
 from __future__ import annotations
 
@@ -16,18 +17,25 @@ from tiny_models import IMAGE, Batch, build
 from tiny_trl import batches, train
 
 needs_5_18 = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18), reason="TRL wants transformers 5.18 for it"
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),
+    reason="TRL wants transformers 5.18 for it",
 )
 COUNTS = [1, 0, 2, 1]  # images in each conversation
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     flat = outputs.logits[:, :-1].flatten(0, 1)
-    return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+    return (
+        torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+        / num_items_in_batch
+    )
 
 
-def auxiliary(data: list[dict[str, torch.Tensor]], like: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients of 0.5 · Σℓ ÷ the number of visual tokens of all `data`, on a fresh model with this head."""
+def auxiliary(
+    data: list[dict[str, torch.Tensor]], like: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """The gradients of 0.5 · Σℓ ÷ the number of visual tokens of all `data`, on a fresh model with
+    this head."""
     model, head = build("llava"), copy_of(like)
     seen = watch(model, "llava")
     tokens = sum(int((inputs["input_ids"] == IMAGE).sum()) for inputs in data)
@@ -54,16 +62,22 @@ def auxiliary(data: list[dict[str, torch.Tensor]], like: torch.nn.Module) -> dic
         (2, {"gradient_checkpointing": True}),
         (2, {"average_tokens_across_devices": False}),
     ],
-    ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",  # alike in each process
+    ids=lambda value: (
+        str(value) if isinstance(value, int) else "-".join(value) or "plain"
+    ),  # alike in each process
 )
-def test_exactly_the_auxiliary_gradient_is_added(accumulation: int, options: dict[str, Any], tmp_path: Path) -> None:
+def test_exactly_the_auxiliary_gradient_is_added(
+    accumulation: int, options: dict[str, Any], tmp_path: Path
+) -> None:
     found, handle, trainer = train(COUNTS, tmp_path, accumulation, **options)
     plain, _, _ = train(COUNTS, tmp_path, accumulation, attached=False, **options)
     added = auxiliary(batches(trainer, COUNTS), handle.head)
     assert found.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
     for name, gradient in found.items():
         wanted = plain.get(name, 0) + added.get(name, 0)
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     log = trainer.state.log_history[0]
     assert log["pre_tokens"] == 16
     assert log["pre_cosine"] == -log["pre_loss"]
@@ -72,13 +86,19 @@ def test_exactly_the_auxiliary_gradient_is_added(accumulation: int, options: dic
 def test_lora(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
     found, handle, trainer = train(COUNTS, tmp_path, 2, peft_config=config)
-    added = auxiliary(batches(trainer, COUNTS), handle.head)  # B is 0 at first, so the model is the plain one
+    added = auxiliary(
+        batches(trainer, COUNTS), handle.head
+    )  # B is 0 at first, so the model is the plain one
     for name in ("w1", "b1", "w2", "b2"):
-        torch.testing.assert_close(found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7
+        )
 
 
 def test_without_the_patch_the_watchdog_warns_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"computed but never back-propagated.*use patch_trainer") as caught:
+    with pytest.warns(
+        UserWarning, match=r"computed but never back-propagated.*use patch_trainer"
+    ) as caught:
         found, handle, _ = train(COUNTS, tmp_path, 4, patched=False, max_steps=3)
     assert sum("back-propagated" in str(w.message) for w in caught) == 1
     assert not any(name.startswith("pre_head") for name in found)

@@ -1,4 +1,5 @@
-"""TRL's preference and RL trainers make a loss of their own: with patch_trainer exactly L_PRe's gradient is added."""
+"""TRL's preference and RL trainers make a loss of their own: with patch_trainer exactly L_PRe's
+gradient is added."""
 
 from __future__ import annotations
 
@@ -13,13 +14,20 @@ from safetensors.torch import load_file
 from tiny_models import IMAGE
 from tiny_preference import auxiliary, train
 
-AHEAD = {"DPO": True, "KTO": True, "GRPO": False, "RLOO": False}  # batches of rows cannot be counted ahead
+AHEAD = {
+    "DPO": True,
+    "KTO": True,
+    "GRPO": False,
+    "RLOO": False,
+}  # batches of rows cannot be counted ahead
 
 
 @pytest.mark.filterwarnings("default:.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", AHEAD)
 def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> None:
-    found, handle, trainer, forwards, told = train(kind, tmp_path, save_strategy="steps", save_steps=1)
+    found, handle, trainer, forwards, told = train(
+        kind, tmp_path, save_strategy="steps", save_steps=1
+    )
     plain, _, _, again, _ = train(kind, tmp_path / "plain", attached=False)
     assert len(forwards) == len(again) == (2 if AHEAD[kind] else 4)
     for one, other in zip(forwards, again, strict=True):  # what GRPO and RLOO generate too
@@ -29,7 +37,9 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
     assert found.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
     for name, gradient in found.items():
         wanted = plain.get(name, 0) + added.get(name, 0)
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
     log = trainer.state.log_history[0]
     tokens = [int((inputs["input_ids"] == IMAGE).sum()) for inputs in forwards]
@@ -41,7 +51,9 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
     saved = load_file(tmp_path / "checkpoint-1" / "pre_head.safetensors")
     assert json.loads((tmp_path / "checkpoint-1" / "pre_head.json").read_text())
     assert len(saved) == 4
-    assert not any("pre_head" in name for name in load_file(tmp_path / "checkpoint-1" / "model.safetensors"))
+    assert not any(
+        "pre_head" in name for name in load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    )
     assert len(told) == (0 if AHEAD[kind] else 1)
     assert all("counted" in message for message in told)
 
@@ -50,8 +62,14 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
 def test_lora(kind: str, tmp_path: Path) -> None:
     """The reference is the model itself, without its adapter or with a copy of it."""
     found, handle, trainer, forwards, told = train(kind, tmp_path, lora=True)
-    added = auxiliary(forwards, handle.head, AHEAD[kind])  # B is 0 at first, so the model is the plain one
+    added = auxiliary(
+        forwards, handle.head, AHEAD[kind]
+    )  # B is 0 at first, so the model is the plain one
     for name in ("w1", "b1", "w2", "b2"):
-        torch.testing.assert_close(found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7)
-    assert trainer.state.log_history[0]["pre_tokens"] == sum(int((i["input_ids"] == IMAGE).sum()) for i in forwards)
+        torch.testing.assert_close(
+            found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7
+        )
+    assert trainer.state.log_history[0]["pre_tokens"] == sum(
+        int((i["input_ids"] == IMAGE).sum()) for i in forwards
+    )
     assert len(told) == (0 if AHEAD[kind] else 1)

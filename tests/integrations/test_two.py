@@ -1,4 +1,5 @@
-"""The two-process helper itself: results by rank, both tracebacks, a time limit, nothing left behind."""
+"""The two-process helper itself: results by rank, both tracebacks, a time limit, nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -77,7 +78,10 @@ def test_a_group_is_joined_by_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (one_raises, r"(?s)test_two.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*KeyError: 'only here'"),
+        (
+            one_raises,
+            r"(?s)test_two.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*KeyError: 'only here'",
+        ),
         (one_waits, r"(?s)rank 0: exit code 1\n.*Timeout.*in one_waits.*rank 1: returned"),
         (one_dies, r"(?s)rank 0: exit code 3\n.*rank 1: returned"),
     ],

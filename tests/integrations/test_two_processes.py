@@ -1,4 +1,5 @@
-"""transformers.Trainer in two processes: DDP, DeepSpeed; the head in every checkpoint, and resume."""
+"""transformers.Trainer in two processes: DDP, DeepSpeed; the head in every checkpoint, and
+resume."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class LossFunc(InOrder):
 def ddp(family: str, folder: str, trainer_class: type = InOrder, **options: Any) -> Any:
     """The Trainer's default is to find unused parameters."""
     options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
-    found, _, trainer = train(family, UNEQUAL_IMAGES, Path(folder), 2, True, trainer_class, **options)
+    found, _, trainer = train(
+        family, UNEQUAL_IMAGES, Path(folder), 2, True, trainer_class, **options
+    )
     assert trainer.model_wrapped.find_unused_parameters
     return found
 
@@ -58,7 +61,8 @@ def ddp(family: str, folder: str, trainer_class: type = InOrder, **options: Any)
     ],
 )
 def test_ddp(family: str, how: str, tmp_path: Path) -> None:
-    """The step's tokens are counted over both processes, one of which has a micro-batch without images.
+    """The step's tokens are counted over both processes, one of which has a micro-batch without
+    images.
 
     Also where the model is not given the labels, so that its output has no loss.
     """
@@ -73,18 +77,28 @@ def test_ddp(family: str, how: str, tmp_path: Path) -> None:
 def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
     """Saves after each of `steps` and at the end; returns the head's `w1` at the beginning."""
     model, starts = build("llava"), Starts()
-    model.model.vision_tower.requires_grad_(False)  # its last layer is not used, which FSDP's optimizer states miss
+    model.model.vision_tower.requires_grad_(
+        False
+    )  # its last layer is not used, which FSDP's optimizer states miss
     torch.manual_seed(99 if resume else 3)
     apply_pre(model)
-    options = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": True, "save_steps": 1}
+    options = {
+        "per_device_train_batch_size": 1,
+        "ddp_find_unused_parameters": True,
+        "save_steps": 1,
+    }
     options |= {"save_strategy": "steps", "max_steps": steps, "max_grad_norm": 1.0} | more
     args = arguments(Path(folder), 1, 1, **options)
     if "fsdp" in options:
         assert args.device.type == "cpu"  # which also sets accelerate up
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # it does not shard on CPUs
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.MULTI_XPU
+        )  # it does not shard on CPUs
         PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 does not take "cpu:0"
     with patch_trainer(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="PRe: ")  # nothing is wrong, whatever splits the parameters
+        warnings.filterwarnings(
+            "error", message="PRe: "
+        )  # nothing is wrong, whatever splits the parameters
         trainer = InOrder(
             model=model,
             args=args,
@@ -114,10 +128,18 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "state_dict_type": kind,
     }
-    plugin |= {"sync_module_states": False, "cpu_ram_efficient_loading": False}  # which look for an accelerator
+    plugin |= {
+        "sync_module_states": False,
+        "cpu_ram_efficient_loading": False,
+    }  # which look for an accelerator
     # as `accelerate launch` says it, which is the way of transformers 4
     os.environ |= {"FSDP_VERSION": str(version), "FSDP_STATE_DICT_TYPE": kind}
-    options = {"fsdp": "full_shard auto_wrap", "fsdp_config": plugin, "max_grad_norm": 0.0, "ddp_backend": "gloo"}
+    options = {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": plugin,
+        "max_grad_norm": 0.0,
+        "ddp_backend": "gloo",
+    }
     # accelerate does not load the state of an optimizer in shards of FSDP1, and SGD has none
     options |= {"optim": "adamw_torch" if version == 2 else "sgd", "learning_rate": 0.01}
     w1: Any = trained(folder, steps, resume, **options)
@@ -134,7 +156,9 @@ def heads(folder: Path, *names: str) -> list[dict[str, torch.Tensor]]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(t, second[n]) for n, t in first.items()
+    )
 
 
 RUNS = {

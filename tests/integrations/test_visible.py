@@ -1,4 +1,5 @@
-"""Padding and dummy images, by whatever mask they are known: the same visual tokens as by the plain (B, T) one."""
+"""Padding and dummy images, by whatever mask they are known: the same visual tokens as by the plain
+(B, T) one."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def square(valid: torch.Tensor, attends: torch.Tensor | None = None) -> torch.Te
 
 
 def to_all(attends: torch.Tensor) -> torch.Tensor:
-    """Queries without any key attend to all, as transformers has it where kernels would make nan of them."""
+    """Queries without any key attend to all, as transformers has it where kernels would make nan of
+    them."""
     return attends | ~attends.any(-1, keepdim=True)
 
 
@@ -71,7 +73,12 @@ def of_heads(attends: torch.Tensor) -> torch.Tensor:
 def sloped(attends: torch.Tensor) -> torch.Tensor:
     """With a bias for the distance beside the padding."""
     place = torch.arange(attends.shape[-1])
-    return (place - place[:, None]).abs().mul(-8.0).masked_fill(~attends, torch.finfo(torch.float32).min)
+    return (
+        (place - place[:, None])
+        .abs()
+        .mul(-8.0)
+        .masked_fill(~attends, torch.finfo(torch.float32).min)
+    )
 
 
 FORMS = {
@@ -91,7 +98,8 @@ FORMS = {
 def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
     data, valid = padded(where)
     mask = FORMS[form](square(valid))
-    # in float32 gradients through queries whose scores have all gone down to the lowest number are noisy
+    # in float32 gradients through queries whose scores have all gone down to the lowest number are
+    # noisy
     data.inputs["attention_mask"] = mask if mask.dtype == torch.bool else mask.double()
     data.inputs["pixel_values"] = data.inputs["pixel_values"].double()
     model, plain = build("llava").double(), build("llava").double()
@@ -111,23 +119,32 @@ def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
 def test_padding_under_a_square_mask(form: str, where: str) -> None:
     _, valid = padded(where)
     mask = FORMS[form](square(valid))
-    if where == "all" and "to all" in form:  # nothing tells it from a sample that attends in both directions
+    if (
+        where == "all" and "to all" in form
+    ):  # nothing tells it from a sample that attends in both directions
         valid[1] = True
-    if where in ("right", "last") and "to itself" in form:  # nor its last token from that of a whole sample
+    if (
+        where in ("right", "last") and "to itself" in form
+    ):  # nor its last token from that of a whole sample
         valid[1, -1] = True
     assert torch.equal(look(mask), valid)
 
 
 def test_minus_infinity_and_half_precision() -> None:
     _, valid = padded("right")
-    for low, dtype in ((float("-inf"), torch.float32), (-65504.0, torch.float16), (float("-inf"), torch.bfloat16)):
+    for low, dtype in (
+        (float("-inf"), torch.float32),
+        (-65504.0, torch.float16),
+        (float("-inf"), torch.bfloat16),
+    ):
         assert torch.equal(look(additive(low, dtype)(square(valid))), valid)
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_masks_that_models_make_of_the_plain_one(family: str, impl: str) -> None:
-    """Causal ones, sliding windows, and those in which images or a prefix attend in both directions."""
+    """Causal ones, sliding windows, and those in which images or a prefix attend in both
+    directions."""
     model = build(family)
     try:
         model.set_attn_implementation(impl)
@@ -135,7 +152,9 @@ def test_the_masks_that_models_make_of_the_plain_one(family: str, impl: str) -> 
         pytest.skip(str(error))
     made: list[Any] = []
     for layer in model.get_submodule(FAMILIES[family].text).layers:
-        layer.register_forward_pre_hook(lambda _, args, kwargs: made.append(kwargs["attention_mask"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: made.append(kwargs["attention_mask"]), with_kwargs=True
+        )
     for side in ("left", "right"):
         made.clear()
         data = batch(family, side=side)
@@ -151,7 +170,9 @@ def test_masks_without_padding() -> None:
     every = torch.ones(1, 1, TOKENS, TOKENS).bool()
     causal = every.tril()
     block = causal.clone()
-    block[..., 6:11, 6:11] = block[..., -3:, -3:] = True  # two images that attend in both directions, one at the end
+    block[..., 6:11, 6:11] = block[..., -3:, -3:] = (
+        True  # two images that attend in both directions, one at the end
+    )
     prefix = causal.clone()
     prefix[..., :9, :9] = True
     window = causal & ~every.tril(-WINDOW)
@@ -161,7 +182,18 @@ def test_masks_without_padding() -> None:
     apart[..., 6:11, 6:11] = True
     apart[..., 6:11, :6] = False  # an image that sees itself alone, and the last query all
     others = every & ~torch.eye(TOKENS).bool()
-    masks = every, causal, block, prefix, window, packed, apart, others, every[:, :, :1], causal.expand(2, 3, -1, -1)
+    masks = (
+        every,
+        causal,
+        block,
+        prefix,
+        window,
+        packed,
+        apart,
+        others,
+        every[:, :, :1],
+        causal.expand(2, 3, -1, -1),
+    )
     for mask in masks:
         assert look(mask).all()
         assert look(additive(-1e9)(mask)).all()
@@ -170,7 +202,8 @@ def test_masks_without_padding() -> None:
 
 
 def test_packed_sequences_in_a_square_mask() -> None:
-    """Three of them and padding behind: to which nothing attends; which attends to all; each to itself alone."""
+    """Three of them and padding behind: to which nothing attends; which attends to all; each to
+    itself alone."""
     sequence = torch.tensor([0] * 6 + [1] * 7 + [2] * 4 + [3] * 3)
     blocks = (sequence[:, None] == sequence) & torch.ones(TOKENS, TOKENS).bool().tril()
     real = sequence < 3
@@ -195,7 +228,9 @@ def test_keys_before_the_tokens() -> None:
 def check_gradients(family: str, data: Batch, valid: torch.Tensor) -> None:
     model, plain = build(family), build(family)
     for one in (model, plain):
-        one.config.get_text_config().use_cache = False  # a cache keeps models from seeing packed sequences
+        one.config.get_text_config().use_cache = (
+            False  # a cache keeps models from seeing packed sequences
+        )
     handle = apply_pre(model)
     assert 0 < handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
     data.visual = data.visual & valid
@@ -240,7 +275,9 @@ PACKED = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]  # two seq
 
 def packed(family: str) -> tuple[Batch, torch.Tensor]:
     """A row of two sequences and an image as padding."""
-    data = batch(family, [[("text", 2), ("image", 8, 8), ("text", 7), ("image", 8, 8), ("text", 1)]])
+    data = batch(
+        family, [[("text", 2), ("image", 8, 8), ("text", 7), ("image", 8, 8), ("text", 1)]]
+    )
     del data.inputs["attention_mask"]
     valid = torch.ones(data.visual.shape).bool()
     valid[0, 14:] = False
@@ -274,9 +311,13 @@ def test_position_ids_that_tell_nothing() -> None:
     assert torch.equal(look(None, position_ids=left), wanted.flip(1))
     for ids in (torch.stack([row] * 3), row.float(), row[:, :9], row[None], None, PACKED):
         assert look(None, position_ids=ids) is None
-    assert look(None, (2, 1), position_ids=torch.zeros(2, 1).long()) is None  # a token is all there is
+    assert (
+        look(None, (2, 1), position_ids=torch.zeros(2, 1).long()) is None
+    )  # a token is all there is
     assert look(None, (6,), position_ids=torch.zeros(1, 6).long()) is None
-    assert look(torch.ones(2, TOKENS), position_ids=row).all()  # transformers then does not look at them either
+    assert look(
+        torch.ones(2, TOKENS), position_ids=row
+    ).all()  # transformers then does not look at them either
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -288,7 +329,9 @@ def test_padding_by_cumulative_lengths(dtype: torch.dtype) -> None:
     check_gradients("llava", data, valid)
 
     def found(*lengths: int, shape: tuple[int, int] = (2, 5)) -> Any:
-        return look(None, shape, cu_seq_lens_q=torch.tensor([0, *lengths], dtype=dtype)).int().tolist()
+        return (
+            look(None, shape, cu_seq_lens_q=torch.tensor([0, *lengths], dtype=dtype)).int().tolist()
+        )
 
     assert found(5, 10) == [[1] * 5, [1] * 5]
     assert found(3, 8) == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -335,7 +378,9 @@ class BlockMask:
 )
 def test_a_mask_of_another_form_is_said_once(mask: Any, what: str) -> None:
     notices = Notices()
-    with pytest.warns(UserWarning, match=rf"PRe: attention_mask is {what}, .* pass mask_fn= to apply_pre"):
+    with pytest.warns(
+        UserWarning, match=rf"PRe: attention_mask is {what}, .* pass mask_fn= to apply_pre"
+    ):
         assert visible({"attention_mask": mask}, torch.Size((2, TOKENS)), notices) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -20,7 +20,9 @@ def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn
     (first + model(**data.inputs).loss).backward()  # two forwards, one backward
     del first
     for _ in range(3):
-        model(**data.inputs)  # one that is only looked at, one whose gradient is, and one that is trained
+        model(
+            **data.inputs
+        )  # one that is only looked at, one whose gradient is, and one that is trained
         model(**data.inputs).logits.float().mean().backward()
         model(**data.inputs).loss.backward()
     make(tmp_path, model).train()
@@ -33,7 +35,10 @@ def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: A
     model, data = build("llava"), batch("llava")
     handle = apply_pre(model)
     for _ in range(3):
-        with contextlib.suppress(torch.OutOfMemoryError), handle.defer(12.0) if deferred else contextlib.nullcontext():
+        with (
+            contextlib.suppress(torch.OutOfMemoryError),
+            handle.defer(12.0) if deferred else contextlib.nullcontext(),
+        ):
             model(**data.inputs)
             raise torch.OutOfMemoryError("CUDA out of memory")
     model(**data.inputs).loss.backward()
@@ -49,9 +54,13 @@ def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple
         parameter.requires_grad_(trained in f".{name}")
     apply_pre(model)
     for number in range(4):
-        expected = pytest.warns(UserWarning, match="last 2 L_PRe were computed but never back-propagated")
+        expected = pytest.warns(
+            UserWarning, match="last 2 L_PRe were computed but never back-propagated"
+        )
         with expected if number == 2 else contextlib.nullcontext():
-            model(**data.inputs, return_dict=not as_tuple)[1].float().logsumexp(-1).mean().backward()
+            model(**data.inputs, return_dict=not as_tuple)[1].float().logsumexp(
+                -1
+            ).mean().backward()
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "own loss"])
@@ -60,13 +69,17 @@ def test_the_watchdog_warns_of_a_training_in_eval_mode(labelled: bool) -> None:
     model, data = build("llava").eval(), batch("llava")
     handle = apply_pre(model)
     for number in range(4):
-        expected = pytest.warns(UserWarning, match=r"last 2 backward passes were of forwards in eval mode")
+        expected = pytest.warns(
+            UserWarning, match=r"last 2 backward passes were of forwards in eval mode"
+        )
         with expected if number == 2 else contextlib.nullcontext():
             if labelled:
                 model(**data.inputs).loss.backward()
             else:
                 with handle.defer(12.0):
-                    model(**{k: v for k, v in data.inputs.items() if k != "labels"}).logits.mean().backward()
+                    model(
+                        **{k: v for k, v in data.inputs.items() if k != "labels"}
+                    ).logits.mean().backward()
 
 
 def test_the_watchdog_is_quiet_in_evaluation(recwarn: Any) -> None:

@@ -1,4 +1,5 @@
-"""Tiny random vision-language models, one per family, and batches for them; for every transformers version."""
+"""Tiny random vision-language models, one per family, and batches for them; for every transformers
+version."""
 
 from __future__ import annotations
 
@@ -33,25 +34,43 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 def clip(kind: type) -> Any:
     return kind(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
 
 
 PINPOINTS = [[8, 8], [8, 16], [16, 8]]
-MROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+MROPE = {
+    "rope_type": "default",
+    "type": "default",
+    "mrope_section": [2, 3, 3],
+    "rope_theta": 10000.0,
+}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
-QWEN_VISION = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": 2, "temporal_patch_size": 2}
+QWEN_VISION = {
+    "depth": 2,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 2,
+    "temporal_patch_size": 2,
+}
 QWEN_VISION |= {"spatial_merge_size": 2}
 
 
 def llava() -> nn.Module:
     text = hf.LlamaConfig(**text_config())
-    config = hf.LlavaConfig(vision_config=clip(hf.CLIPVisionConfig), text_config=text, image_token_index=IMAGE)
+    config = hf.LlavaConfig(
+        vision_config=clip(hf.CLIPVisionConfig), text_config=text, image_token_index=IMAGE
+    )
     return hf.LlavaForConditionalGeneration(config)
 
 
@@ -79,14 +98,18 @@ def llava_onevision() -> nn.Module:
 
 def qwen2_vl() -> nn.Module:
     vision = {**QWEN_VISION, "embed_dim": 24, "hidden_size": WIDTH, "mlp_ratio": 2}
-    config = hf.Qwen2VLConfig(vision_config=vision, text_config=text_config(rope_scaling=MROPE), **QWEN_TOKENS)
+    config = hf.Qwen2VLConfig(
+        vision_config=vision, text_config=text_config(rope_scaling=MROPE), **QWEN_TOKENS
+    )
     return hf.Qwen2VLForConditionalGeneration(config)
 
 
 def qwen2_5_vl() -> nn.Module:
     vision = {**QWEN_VISION, "hidden_size": 24, "out_hidden_size": WIDTH, "intermediate_size": 32}
     vision |= {"window_size": 8, "fullatt_block_indexes": [1]}
-    config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text_config(rope_scaling=MROPE), **QWEN_TOKENS)
+    config = hf.Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text_config(rope_scaling=MROPE), **QWEN_TOKENS
+    )
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -105,7 +128,9 @@ LINEAR_ATTENTION |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 def qwen3_vl() -> nn.Module:
     vision = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
     text = text_config(rope_scaling=MROPE, head_dim=16)
-    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS))
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    )
 
 
 def qwen3_vl_moe() -> nn.Module:
@@ -122,7 +147,9 @@ def qwen3_5() -> nn.Module:
 
 
 def qwen3_5_moe() -> nn.Module:
-    text = text_config(rope_parameters=MROPE, shared_expert_intermediate_size=16, **LINEAR_ATTENTION, **EXPERTS)
+    text = text_config(
+        rope_parameters=MROPE, shared_expert_intermediate_size=16, **LINEAR_ATTENTION, **EXPERTS
+    )
     config = hf.Qwen3_5MoeConfig(vision_config=QWEN3_VISION, text_config=text, **QWEN_TOKENS)
     return hf.Qwen3_5MoeForConditionalGeneration(config)
 
@@ -159,7 +186,12 @@ def video_llava() -> nn.Module:
 
 
 def video_llama_3() -> nn.Module:
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = hf.VideoLlama3Config(
         vision_config={**vision, "patch_size": 2},
         text_config=hf.Qwen2Config(**text_config()),
@@ -170,7 +202,12 @@ def video_llama_3() -> nn.Module:
 
 
 def internvl() -> nn.Module:
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = hf.InternVLConfig(
         vision_config={**vision, "image_size": [8, 8], "patch_size": [2, 2]},
         text_config=hf.Qwen2Config(**text_config()),
@@ -180,7 +217,9 @@ def internvl() -> nn.Module:
 
 
 def gemma3() -> nn.Module:
-    text = text_config(head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    text = text_config(
+        head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
+    )
     config = hf.Gemma3Config(
         vision_config={**clip(hf.SiglipVisionConfig).to_dict(), "patch_size": 2},
         text_config=hf.Gemma3TextConfig(**text),
@@ -204,7 +243,12 @@ def paligemma() -> nn.Module:
 
 
 def mistral3() -> nn.Module:
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = hf.Mistral3Config(
         vision_config=hf.PixtralVisionConfig(**vision, image_size=32, patch_size=2),
         text_config=hf.MistralConfig(**text_config(head_dim=16)),
@@ -256,7 +300,10 @@ def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed:
 
     def pad(lists: list[list[int]], value: int) -> torch.Tensor:
         filled = [
-            [*r, *[value] * (width - len(r))] if side == "right" else [*[value] * (width - len(r)), *r] for r in lists
+            [*r, *[value] * (width - len(r))]
+            if side == "right"
+            else [*[value] * (width - len(r)), *r]
+            for r in lists
         ]
         return torch.tensor(filled)
 
@@ -281,7 +328,9 @@ def video_llava_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str
 def square_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
     frames = {frames for frames, *_ in sizes}
     assert len(frames) == 1, "videos of one batch have the same number of frames"
-    return {"pixel_values_videos": torch.randn(len(sizes), frames.pop(), 3, 8, 8, generator=generator)}
+    return {
+        "pixel_values_videos": torch.randn(len(sizes), frames.pop(), 3, 8, 8, generator=generator)
+    }
 
 
 def tiles(height: int, width: int) -> int:
@@ -295,11 +344,15 @@ def tiled_image(height: int, width: int) -> list[int]:
 
 
 def tiled_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(sum(tiles(*s) for s in sizes), 3, 8, 8, generator=generator)}
+    return {
+        "pixel_values": torch.randn(sum(tiles(*s) for s in sizes), 3, 8, 8, generator=generator)
+    }
 
 
 def anyres_image(height: int, width: int) -> list[int]:
-    return [IMAGE] * (4 + (height // 4) * (width // 4 + 1))  # every size here is a pinpoint, so nothing is padded
+    return [IMAGE] * (
+        4 + (height // 4) * (width // 4 + 1)
+    )  # every size here is a pinpoint, so nothing is padded
 
 
 def anyres_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -309,7 +362,8 @@ def anyres_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
 
 
 def broken_image(height: int, width: int) -> list[int]:
-    """Pixtral: each row of the image ends with a break token, the last one with an end token; neither is visual."""
+    """Pixtral: each row of the image ends with a break token, the last one with an end token;
+    neither is visual."""
     lines, columns = height // 4, width // 4
     ids = [*[IMAGE] * columns, START] * lines
     return [*ids[:-1], END]
@@ -334,7 +388,11 @@ def merged_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
     """VideoLLaMA3: images are not merged, so that a token is a patch."""
     grid = torch.tensor([[1, h // 4, w // 4] for h, w in sizes])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2, generator=generator)
-    return {"pixel_values": pixels, "image_grid_thw": grid, "image_merge_sizes": torch.ones(len(sizes)).long()}
+    return {
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+        "image_merge_sizes": torch.ones(len(sizes)).long(),
+    }
 
 
 def merged_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -25,7 +25,10 @@ class Block(nn.Module):
 class Language(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.embed, self.blocks = nn.Embedding(10, width), nn.ModuleList(Block(width) for _ in range(depth))
+        self.embed, self.blocks = (
+            nn.Embedding(10, width),
+            nn.ModuleList(Block(width) for _ in range(depth)),
+        )
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +38,8 @@ class Language(nn.Module):
 
 
 class Small(nn.Module):
-    """A vision-language model without a config, whose targets are no labels, and which returns (logits, loss)."""
+    """A vision-language model without a config, whose targets are no labels, and which returns
+    (logits, loss)."""
 
     def __init__(self, width: int = 12, depth: int = 4) -> None:
         super().__init__()
@@ -46,7 +50,11 @@ class Small(nn.Module):
         x = self.decoder.embed(input_ids)
         x = x.masked_scatter((input_ids == IMAGE)[..., None], self.vision(images))
         logits = self.decoder(x)
-        loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = (
+            None
+            if targets is None
+            else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        )
         return logits, loss
 
     def save_pretrained(self, folder: Path) -> None:
@@ -56,7 +64,15 @@ class Small(nn.Module):
 def small() -> tuple[Small, dict[str, Tensor]]:
     torch.manual_seed(0)
     ids = torch.tensor([[1, IMAGE, IMAGE, 4, 5], [IMAGE, 2, 3, 6, 7]])
-    return Small(), {"input_ids": ids, "images": torch.randn(3, 6), "targets": torch.randint(0, 9, (2, 5))}
+    return Small(), {
+        "input_ids": ids,
+        "images": torch.randn(3, 6),
+        "targets": torch.randint(0, 9, (2, 5)),
+    }
 
 
-OPTIONS = {"layer": 2, "layers": "decoder.blocks", "mask_fn": lambda inputs: inputs["input_ids"] == IMAGE}
+OPTIONS = {
+    "layer": 2,
+    "layers": "decoder.blocks",
+    "mask_fn": lambda inputs: inputs["input_ids"] == IMAGE,
+}

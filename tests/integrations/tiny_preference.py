@@ -1,4 +1,5 @@
-"""TRL's preference and RL trainers on a tiny LLaVA: real images, real conversations, a reward for length."""
+"""TRL's preference and RL trainers on a tiny LLaVA: real images, real conversations, a reward for
+length."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ def rows(kind: str) -> Dataset:
         pixels = generator.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
         row = {"images": [Image.fromarray(image) for image in pixels], "prompt": said("user", 4, 3)}
         if kind == "DPO":
-            row |= {"chosen": said("assistant", 10 + index, 2 + index), "rejected": said("assistant", 20, 3)}
+            row |= {
+                "chosen": said("assistant", 10 + index, 2 + index),
+                "rejected": said("assistant", 20, 3),
+            }
         elif kind == "KTO":
             row |= {"completion": said("assistant", 10 + index, 2 + index), "label": index % 2 == 0}
         found.append(row)
@@ -71,11 +75,14 @@ def trl(kind: str) -> tuple[Any, Any]:
 def train(
     kind: str, folder: Path, attached: bool = True, lora: bool = False, **more: Any
 ) -> tuple[Any, Any, Any, list[Any], list[str]]:
-    """A step of 4 rows: (gradients, the handle or None, the trainer, its forwards' arguments, warnings of PRe)."""
+    """A step of 4 rows: (gradients, the handle or None, the trainer, its forwards' arguments,
+    warnings of PRe)."""
     trainer_class, config = trl(kind)
     model = build("llava")
     if lora:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj"))
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
+        )
     handle = apply_pre(model) if attached else None
     recorder, forwards = Recorder(), Forwards(model)
     options = {
@@ -91,16 +98,26 @@ def train(
         "gradient_checkpointing": False,
         **QUIET,
     }
-    given: dict[str, Any] = {"args": None, "train_dataset": rows(kind), "processing_class": processor()}
+    given: dict[str, Any] = {
+        "args": None,
+        "train_dataset": rows(kind),
+        "processing_class": processor(),
+    }
     if kind in ("DPO", "KTO"):
         options["max_length"] = None
         given["ref_model"] = None if lora else build("llava", seed=1).eval()
     else:
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
-        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}  # rows are shuffled
+        options |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+        }  # rows are shuffled
         given["reward_funcs"] = length
     given["args"] = config(**(options | more))
-    with warnings.catch_warnings(record=True) as caught, patch_trainer() if attached else contextlib.nullcontext():
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        patch_trainer() if attached else contextlib.nullcontext(),
+    ):
         warnings.simplefilter("always")
         trainer = trainer_class(model=model, callbacks=[recorder], **given)
         trainer.train()
@@ -108,10 +125,13 @@ def train(
     return recorder.steps[0], handle, trainer, forwards.seen, told
 
 
-def auxiliary(forwards: list[dict[str, torch.Tensor]], like: torch.nn.Module, ahead: bool) -> dict[str, torch.Tensor]:
+def auxiliary(
+    forwards: list[dict[str, torch.Tensor]], like: torch.nn.Module, ahead: bool
+) -> dict[str, torch.Tensor]:
     """The gradients of 0.5 · L_PRe on a fresh model with this head.
 
-    With `ahead` L_PRe is the mean over the visual tokens of all forwards, else that of the forwards' own means.
+    With `ahead` L_PRe is the mean over the visual tokens of all forwards, else that of the
+    forwards' own means.
     """
     model, head = build("llava"), copy_of(like)
     seen = watch(model, "llava")

@@ -61,7 +61,10 @@ def grid_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch
 
 def token_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the processors of Qwen add from transformers 5 on."""
-    if "mm_token_type_ids" not in inspect.signature(hf.Qwen2VLForConditionalGeneration.forward).parameters:
+    if (
+        "mm_token_type_ids"
+        not in inspect.signature(hf.Qwen2VLForConditionalGeneration.forward).parameters
+    ):
         return {}
     return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
@@ -83,16 +86,20 @@ class Tiny:
     """One family: how its model is made and its batches are written.
 
     Attributes:
-        image: (height, width) → the ids that such an image puts into a sample; those equal to IMAGE are visual tokens.
+        image: (height, width) → the ids that such an image puts into a sample; those equal to IMAGE
+            are visual tokens.
         pixels: (sizes of the batch's images, generator) → the forward's arguments for them.
-        video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are visual tokens.
+        video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are
+            visual tokens.
         extra: input_ids (B, T) → further arguments, for batches without images too.
-        made_by: path of the module that makes a visual token's embedding of each row of the projector's, if another.
-        text, projector: paths, written down here so that the tests do not rely on the library's search; no projector
-            where no module's input rows are the visual tokens.
+        made_by: path of the module that makes a visual token's embedding of each row of the
+            projector's, if another.
+        text, projector: paths, written down here so that the tests do not rely on the library's
+            search; no projector where no module's input rows are the visual tokens.
         clips: samples with videos, if the family takes no videos beside images.
         hidden: what a layer is given → the states (B, T, d) that it works on.
-        lost: prefixes of the parameters that get no gradient under reentrant checkpointing, with or without PRe.
+        lost: prefixes of the parameters that get no gradient under reentrant checkpointing, with or
+            without PRe.
         silent: whether the model takes fewer image tokens than features without an error.
     """
 

@@ -1,4 +1,5 @@
-"""Trainings of a step or a few on tiny models and batches, and the gradients they should have by hand."""
+"""Trainings of a step or a few on tiny models and batches, and the gradients they should have by
+hand."""
 
 from __future__ import annotations
 
@@ -55,8 +56,12 @@ class Recorder(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.steps.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
 
 
 def collate(family: str, samples: list[Any]) -> Any:
@@ -79,7 +84,9 @@ def merge(family: str, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.
             "mm_token_type_ids",
         ):
             fill = -100 if name == "labels" else 0
-            tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors]
+            tensors = [
+                torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors
+            ]
         whole[name] = torch.cat(tensors)
     return whole
 
@@ -137,7 +144,8 @@ def by_hand(
     level: str = "patch",
     weighting: str = "token",
 ) -> dict[str, torch.Tensor]:
-    """The head's gradient of 0.5 · Σ_i weights[i] · L_PRe(sample i), on a fresh model with the fresh head."""
+    """The head's gradient of 0.5 · Σ_i weights[i] · L_PRe(sample i), on a fresh model with the
+    fresh head."""
     model = build(family)
     fresh = apply_pre(model, level=level)
     head = copy_of(fresh.head)
@@ -146,7 +154,11 @@ def by_hand(
     for index, (sample, weight) in enumerate(zip(samples, weights, strict=True)):
         data = batch(family, [sample], seed=index)
         model(**data.inputs)
-        (0.5 * weight * pre_loss(seen, data, [2], head, level, weighting=weighting, reduction=reduction)).backward()
+        (
+            0.5
+            * weight
+            * pre_loss(seen, data, [2], head, level, weighting=weighting, reduction=reduction)
+        ).backward()
     return {f"pre_head.{n}": p.grad for n, p in head.items()} | {
         n: p.grad for n, p in model.named_parameters() if p.grad is not None
     }
@@ -156,7 +168,9 @@ def assert_head(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     names = [n for n in wanted if n.startswith("pre_head")]
     assert len(names) == 4
     for name in names:
-        torch.testing.assert_close(found[name], wanted[name], rtol=2e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=2e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def labels_of(family: str, sample: Any, index: int) -> int:

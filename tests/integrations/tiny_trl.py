@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer on a tiny LLaVA: a real processor with a vocabulary of 64 words, real images, real conversations."""
+"""TRL's SFTTrainer on a tiny LLaVA: a real processor with a vocabulary of 64 words, real images,
+real conversations."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def processor() -> LlavaProcessor:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model,
         additional_special_tokens=["<image>"],
-        model_input_names=["input_ids", "attention_mask"],  # generate() refuses transformers 4's token_type_ids
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # generate() refuses transformers 4's token_type_ids
         **special,
     )
     images = CLIPImageProcessor(do_resize=False, do_center_crop=False)
@@ -66,7 +70,12 @@ class InOrder(SFTTrainer):
 
 
 def train(
-    counts: list[int], folder: Path, accumulation: int, patched: bool = True, attached: bool = True, **more: Any
+    counts: list[int],
+    folder: Path,
+    accumulation: int,
+    patched: bool = True,
+    attached: bool = True,
+    **more: Any,
 ) -> Any:
     """(gradients of the first step, the handle or None, the trainer)."""
     extra = {name: more.pop(name) for name in ("compute_loss_func", "peft_config") if name in more}

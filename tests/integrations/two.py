@@ -1,4 +1,5 @@
-"""Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once, returns both results.
+"""Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once,
+returns both results.
 
     def gradient_of(rank_seed):                  # a module-level function of the test module
         rank = torch.distributed.get_rank()      # world size 2, gloo, in torch.distributed and in accelerate
@@ -8,13 +9,15 @@
     def test_it():
         zero, one = both(gradient_of, 3)         # [result of rank 0, of rank 1]
 
-- The pair starts with the first call (about 6 s) and serves all later ones of this pytest process; each worker of
-  `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
-- Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no accelerate state;
-  what it changed in `os.environ` is undone. The default gloo group stays unless the call destroyed it: then it is made
-  anew. `transformers.Trainer` sees both processes with `use_cpu=True` in its arguments.
-- An exception on a rank, or `timeout` seconds, is one AssertionError with what both ranks last did; the pair is ended
-  and the next call starts a new one. Errors that a test wants are caught inside the function (`pytest.raises`).
+- The pair starts with the first call (about 6 s) and serves all later ones of this pytest process;
+  each worker of `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
+- Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
+  accelerate state; what it changed in `os.environ` is undone. The default gloo group stays unless
+  the call destroyed it: then it is made anew. `transformers.Trainer` sees both processes with
+  `use_cpu=True` in its arguments.
+- An exception on a rank, or `timeout` seconds, is one AssertionError with what both ranks last did;
+  the pair is ended and the next call starts a new one. Errors that a test wants are caught inside
+  the function (`pytest.raises`).
 - The processes end with the one that started them, whatever way that one ends.
 """
 
@@ -42,11 +45,14 @@ GRACE = 5.0  # seconds that the other rank gets after an error, and a process to
 _pair: Pair | None = None
 
 
-def both(function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+def both(
+    function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+) -> list[Any]:
     """[result on rank 0, on rank 1] of `function(*args, **kwargs)`, called in two processes.
 
     Raises:
-        AssertionError: with both tracebacks, if a rank raised, died, or took longer than `timeout` seconds.
+        AssertionError: with both tracebacks, if a rank raised, died, or took longer than `timeout`
+            seconds.
     """
     global _pair
     if _pair is None:
@@ -80,15 +86,29 @@ class Pair:
         for rank in range(2):
             mine, theirs = os.pipe(), os.pipe()
             with open(self.folder / f"{rank}.log", "wb") as log:
-                command = [sys.executable, __file__, str(rank), str(theirs[0]), str(mine[1]), str(self.folder)]
-                process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(theirs[0], mine[1]))
+                command = [
+                    sys.executable,
+                    __file__,
+                    str(rank),
+                    str(theirs[0]),
+                    str(mine[1]),
+                    str(self.folder),
+                ]
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=log, pass_fds=(theirs[0], mine[1])
+                )
             os.close(theirs[0])
             os.close(mine[1])
             self.processes.append(process)
-            self.pipes += [Connection(mine[0], writable=False), Connection(theirs[1], readable=False)]
+            self.pipes += [
+                Connection(mine[0], writable=False),
+                Connection(theirs[1], readable=False),
+            ]
         self.answers, self.questions = self.pipes[::2], self.pipes[1::2]
 
-    def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
+    def call(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float
+    ) -> list[Any]:
         question = pickle.dumps((sys.path, timeout, pickle.dumps((function, args, kwargs))))
         found: dict[int, Any] = {}
         failed: dict[int, str] = {}
@@ -97,10 +117,13 @@ class Pair:
                 pipe.send_bytes(question)
             except OSError:
                 failed[rank] = self._end(rank)
-        # a worker that takes too long ends itself and says where it was; this is for one that cannot
+        # a worker that takes too long ends itself and says where it was; this is for one that
+        # cannot
         end = time.monotonic() + timeout + 60
         while len(found) + len(failed) < 2:
-            left = [a for rank, a in enumerate(self.answers) if rank not in found and rank not in failed]
+            left = [
+                a for rank, a in enumerate(self.answers) if rank not in found and rank not in failed
+            ]
             ready = wait(left, max(end - time.monotonic(), 0))
             if not ready:
                 break
@@ -121,7 +144,9 @@ class Pair:
             self.processes[rank].send_signal(SIGABRT)  # faulthandler writes where it is
             failed[rank] = "did not answer\n" + self._end(rank)
         said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
-        raise AssertionError("\n".join([f"{function.__module__}.{function.__qualname__} in two processes", *said]))
+        raise AssertionError(
+            "\n".join([f"{function.__module__}.{function.__qualname__} in two processes", *said])
+        )
 
     def _end(self, rank: int) -> str:
         """Wait for a process that is ending; how it ended and what it wrote last."""
@@ -146,8 +171,8 @@ class Pair:
 def join(store: Any, rank: int, **options: Any) -> None:
     """Make the default group of the two, and wait until the other has it too.
 
-    gloo lets a rank go on as soon as its own side of the connection stands: if it then ends the group at once, the
-    other, still connecting, fails with "connection closed by peer".
+    gloo lets a rank go on as soon as its own side of the connection stands: if it then ends the
+    group at once, the other, still connecting, fails with "connection closed by peer".
     """
     import torch
 
@@ -206,7 +231,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         _forget()
         answers.send_bytes(answer)
     if torch.distributed.is_initialized():
-        # left to the interpreter's exit, gloo's threads may be ended while they run: the process aborts
+        # left to the interpreter's exit, gloo's threads may be ended while they run: the process
+        # aborts
         torch.distributed.destroy_process_group()
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # pytest-xdist's workers end without atexit
@@ -224,4 +250,9 @@ def _forget() -> None:
 
 if __name__ == "__main__":
     _rank, _in, _out, _folder = sys.argv[1:]
-    _work(int(_rank), Connection(int(_in), writable=False), Connection(int(_out), readable=False), _folder)
+    _work(
+        int(_rank),
+        Connection(int(_in), writable=False),
+        Connection(int(_out), readable=False),
+        _folder,
+    )
