@@ -9,14 +9,14 @@ OTHERS := oldest image newest
 # the newest datasets does not go with the huggingface_hub of transformers 4.57, the newest pyarrow not with numpy 1.26
 PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
 # numpy 2.4 refuses what the interpreter of triton 3.6 does; some image processors of transformers 5.17 want torchvision
-PINS_image = $$($(BIN)/python tests/versions.py image) 'numpy<2.4' torchvision
+PINS_image = $$($(BIN)/python -m verify.versions image) 'numpy<2.4' torchvision
 # of the core, what versions may change, and of the integrations all but the starting of processes; `make test-versions` runs
 # the rest
 CORE := loss kernels row_kernels rounding ops head reference checks versions
 ARGS ?=
-API := pre_kernels pre_kernels.integrations pre_kernels.integrations.callback \
+API := pre_kernels pre_kernels.integrations pre_kernels.diagnostics.run.callback \
 	pre_kernels.integrations.pre_callback pre_kernels.integrations.lightning \
-	pre_kernels.diagnostics pre_kernels.diagnose.samples
+	pre_kernels.diagnostics pre_kernels.diagnostics.run.samples
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo matrix test test-full test-oldest test-versions compile bench fuzz mutate bench-report peers gpu lint format docs wheel clean
@@ -40,10 +40,10 @@ test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time
 	$(PYTEST) $(ARGS)
 
 test-oldest: .deps/oldest/.installed .deps/triton  ## kernels and integrations on every oldest version claimed, compilation on triton 3.6
-	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(CORE:%=tests/test_%.py) tests/integrations tests/diagnose \
+	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(CORE:%=tests/test_%.py) tests/integrations tests/diagnostics/run \
 	  --ignore tests/integrations/test_follow.py
-	.deps/oldest/bin/python tests/aot.py --targets sm90
-	PYTHONPATH=.deps/triton $(BIN)/python tests/aot.py --targets sm90
+	.deps/oldest/bin/python -m verify.compile --targets sm90
+	PYTHONPATH=.deps/triton $(BIN)/python -m verify.compile --targets sm90
 
 test-versions: $(OTHERS:%=.deps/%/.installed)  ## all tests on the other versions of the README's table
 	$(foreach row,$(OTHERS),$(subst $(BIN),.deps/$(row)/bin,$(PYTEST)) --versions $(row) &&) true
@@ -67,7 +67,7 @@ test-full: test test-oldest test-versions matrix  ## everything that runs withou
 	$(BIN)/pre-kernels demo --quick --out build/demo
 
 compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructions of every kernel, without a GPU
-	$(BIN)/python tests/aot.py $(ARGS)
+	$(BIN)/python -m verify.compile $(ARGS)
 
 bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
@@ -76,7 +76,7 @@ fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 mutate: $(INSTALLED)  ## small errors in the kernels and the Function, which the tests have to see (ARGS="--sample 100 --seed 1")
-	$(BIN)/python tests/mutate.py $(ARGS)
+	$(BIN)/python -m bench.mutate $(ARGS)
 
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
 	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png --workspace bench/results/workspace.png
@@ -102,7 +102,7 @@ docs: $(INSTALLED)  ## the API reference, build/docs/index.html, from the docstr
 
 wheel: $(INSTALLED)  ## build the wheel twice, to one hash; install it into a fresh environment and import it
 	rm -rf build/wheel
-	$(BIN)/python tests/wheel.py
+	$(BIN)/python -m verify.wheel
 	$(BIN)/python -m zipfile -l dist/*.whl | awk 'NR > 1 { split($$1, path, "/"); print path[1] }' | sort -u
 	$(PYTHON) -m venv build/wheel
 	nvidia-smi -L >/dev/null 2>&1 || build/wheel/bin/pip install --quiet torch==2.13.0

@@ -10,7 +10,7 @@ import pytest
 
 from pre_kernels.check.device import current
 
-from . import goals, peers, record, report, shapes, suite
+from . import baselines, goals, record, report, shapes, suite
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--rows", action="append", choices=shapes.ROWS, help="with --shape; else index")
     group.addoption(
-        "--peer", action="append", default=[], choices=list(peers.BY_NAME), help="only this"
+        "--peer", action="append", default=[], choices=list(baselines.BY_NAME), help="only this"
     )
     group.addoption("--seconds", type=float, help="of sampling each shape")
     group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         pytest.param(shape, dtype, rows, name, id=f"{shape.name}-{dtype}-{rows}-{name}")
         for number, (shape, dtype, rows) in enumerate(plan)
-        for name in wanted or peers.planned(number)
+        for name in wanted or baselines.planned(number)
     ]
     metafunc.parametrize(("shape", "dtype", "rows", "peer"), cases)
 

@@ -24,12 +24,12 @@ from rich.console import Console
 
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm
-from pre_kernels.demo.measure import measure
-from pre_kernels.demo.parallel import Bar, each_seed, quiet
+from pre_kernels.demo.evaluate import measure
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
-from pre_kernels.diagnostics.measures import interval, spread
+from pre_kernels.demo.workers import Bar, each_seed, quiet
+from pre_kernels.diagnostics.report.columns import interval, spread
 
 from . import record
 from .report import into_readme, markdown, provenance

@@ -58,7 +58,8 @@ def blocks(cases: int) -> list[tuple[str, int]]:
 def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, Any]]:
     """`size` cases and their outcomes."""
     import hypothesis
-    from fuzz_draw import specs
+
+    from verify.fuzz.draw import specs
 
     found: list[dict[str, Any]] = []
 
@@ -82,7 +83,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
 def run_case(spec: Any) -> dict[str, Any]:
     """A case as `numerics.aggregate` wants it; an exception is a violation."""
-    from fuzz_rule import run
+    from verify.fuzz.rule import run
 
     try:
         outcomes: list[Sequence[Any]] = list(run(spec, current().torch_device))
@@ -127,7 +128,6 @@ def distinct(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _prepare() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
     torch.set_num_threads(1)  # a case is too small for more
     warnings.simplefilter("ignore")  # numpy's on nan and infinity, which some cases want
     if not torch.cuda.is_available():
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     _prepare()
     if options.case is not None:
-        from fuzz_cases import Spec
+        from verify.fuzz.cases import Spec
 
         found = run_case(Spec.of(options.case))["outcomes"]
         names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")

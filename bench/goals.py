@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from pre_kernels.check.promises import HELD, WHOLE
+from pre_kernels.check.guarantees import HELD, WHOLE
 
 from . import shapes
 from .report import over_floor

@@ -43,7 +43,6 @@ from . import ROOT
 LIMIT = 500.0  # seconds from the start of the command
 GRACE = 3.0  # between asking a part to stop and ending it
 LOG_FILE, LOG = "log.txt", 1 << 20  # bytes kept of what a part prints
-UNINSTALLED = Path(__file__).with_name("uninstalled")
 PEERS = (
     ROOT / ".deps" / "peers"
 )  # `make peers` puts there what a machine without a network may lack
@@ -105,7 +104,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     few = ["-k", "scatter and 130 or choose"] if dry else []
     yield Part("kernel tests", _pytest(*files, *few, workers=cores), 55)
     few = "torch and no_rows_with_zero" if dry else "not random_options"
-    yield Part("loss tests", _pytest("tests/test_loss.py", "-k", few, workers=cores), 56)
+    yield Part("loss tests", _pytest("tests/core/test_loss.py", "-k", few, workers=cores), 56)
     yield Part("guarantees", _module("bench.profiling", "syncs", *size), 40)
     peers = ["floor", "ours-torch"] if dry else ["floor", "ours-blas", "ours-triton", "ours-fp8"]
     yield Part("kernel times", _module("bench.profiling", "kernels", *size, "--peers", *peers), 22)
@@ -117,7 +116,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     for role in ("project", "weight_grad"):
         yield Part(
             f"tiles: {role}",
-            _module("bench.sweep", "tiles", "--role", role, *tile, "--most", "5"),
+            _module("bench.tile_sweep", "tiles", "--role", role, *tile, "--most", "5"),
             24,
         )
     yield suite("compile", 45, main, ["floor", "eager", "ours-blas", "viral" if dry else "compile"])
@@ -131,7 +130,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     )
     yield Part("fullgraph", _module("bench.profiling", "fullgraph", *size), 12)
     few = "torch and random_options and 119" if dry else "random_options"
-    yield Part("random options", _pytest("tests/test_loss.py", "-k", few, workers=cores), 8)
+    yield Part("random options", _pytest("tests/core/test_loss.py", "-k", few, workers=cores), 8)
     yield from _ncu(size, 8)
 
 
@@ -160,11 +159,13 @@ def _ncu(size: list[str], limit: float) -> Iterator[Part]:
 def tests(dry: bool, out: Path) -> Iterator[Part]:
     """The loss first, then what runs models."""
     if dry:
-        yield Part("loss", _pytest("tests/test_loss.py", "-k", "torch and no_rows_with_zero"), 60)
+        yield Part(
+            "loss", _pytest("tests/core/test_loss.py", "-k", "torch and no_rows_with_zero"), 60
+        )
         return
-    yield Part("loss", _pytest("tests/test_loss.py", workers=12), 400)
+    yield Part("loss", _pytest("tests/core/test_loss.py", workers=12), 400)
     # compiling ahead of time and the benchmark's own tests say nothing new on a GPU
-    done = ["tests/test_loss.py", "tests/test_compile.py", "tests/test_bench*.py"]
+    done = ["tests/core/test_loss.py", "tests/core/test_compile.py", "tests/test_bench*.py"]
     yield Part(
         "others", _pytest("tests", *(f"--ignore-glob={name}" for name in done), workers=12), 400
     )
@@ -189,7 +190,7 @@ def sanitize(dry: bool, out: Path) -> Iterator[Part]:
             "== compute-sanitizer is missing: neither on PATH nor in CUDA_HOME; no memcheck, no racecheck",
             flush=True,
         )
-    command = _pytest("tests/test_memory_safety.py", "-k")
+    command = _pytest("tests/core/test_memory_safety.py", "-k")
     if dry:
         yield Part("fences", [*command, "between_fences and scatters and 130"], 60)
         return
@@ -202,14 +203,14 @@ def sanitize(dry: bool, out: Path) -> Iterator[Part]:
 def bench(dry: bool, out: Path) -> Iterator[Part]:
     from pre_kernels.check.device import current
 
-    from . import peers, shapes
+    from . import baselines, shapes
 
     if dry:
         peer = ["--rows", *shapes.ROWS, "--peers", "ours-torch", "floor"]
         yield Part("tiny", _module("bench.suite", "tiny", "fp32", *peer), 60)
         return
     for number, (shape, dtype, rows) in enumerate(shapes.plan(current().torch_device)):
-        names = peers.planned(max(number, peers.COSTLY))
+        names = baselines.planned(max(number, baselines.COSTLY))
         command = _module("bench.suite", shape.name, dtype, "--rows", rows, "--peers", *names)
         yield Part(f"{shape.name} {dtype} {rows}", command, 100)
 
@@ -218,7 +219,7 @@ def costly(dry: bool, out: Path) -> Iterator[Part]:
     """All peers side by side: what this finds replaces what `bench` found for these shapes."""
     from pre_kernels.check.device import current
 
-    from . import peers, shapes
+    from . import baselines, shapes
 
     if dry:
         yield Part(
@@ -226,10 +227,10 @@ def costly(dry: bool, out: Path) -> Iterator[Part]:
         )
         return
     for number, (shape, dtype, rows) in enumerate(
-        shapes.plan(current().torch_device)[: peers.COSTLY]
+        shapes.plan(current().torch_device)[: baselines.COSTLY]
     ):
         command = _module(
-            "bench.suite", shape.name, dtype, "--rows", rows, "--peers", *peers.planned(number)
+            "bench.suite", shape.name, dtype, "--rows", rows, "--peers", *baselines.planned(number)
         )
         yield Part(f"{shape.name} {dtype} {rows}", command, 245)
 
@@ -248,14 +249,16 @@ def profile(dry: bool, out: Path) -> Iterator[Part]:
 
 
 def sweep(dry: bool, out: Path) -> Iterator[Part]:
-    from .sweep import NS, ROLES
+    from .tile_sweep import NS, ROLES
 
     small = ["--d", "64", "--dtype", "fp32"] if dry else []
     for role in ROLES:
         size = [*small, *(["--n", "80", "--m", "96"] * dry)]
-        yield Part(f"tiles: {role}", _module("bench.sweep", "tiles", "--role", role, *size), 110)
+        yield Part(
+            f"tiles: {role}", _module("bench.tile_sweep", "tiles", "--role", role, *size), 110
+        )
     for n in (80,) if dry else NS:
-        yield Part(f"N = {n}", _module("bench.sweep", "sizes", "--n", str(n), *small), 60)
+        yield Part(f"N = {n}", _module("bench.tile_sweep", "sizes", "--n", str(n), *small), 60)
 
 
 STAGES = {
@@ -270,9 +273,9 @@ STAGES = {
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
-    """For the parts: this checkout importable as if installed, results to `out`, their records
+    """For the parts: this checkout importable, results to `out`, their records
     those of one run."""
-    paths = [str(UNINSTALLED), str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(PEERS)]
     extra = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GPU_OUT": str(out),

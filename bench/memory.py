@@ -41,16 +41,20 @@ def main() -> None:
 
     import torch
 
-    from . import peers, shapes
+    from . import baselines, shapes
 
     shape, dtype, peer = (
         shapes.BY_NAME[arguments.shape],
         shapes.DTYPES[arguments.dtype],
-        peers.BY_NAME[arguments.peer],
+        baselines.BY_NAME[arguments.peer],
     )
-    case = peers.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
+    case = baselines.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
     options = {} if arguments.workspace is None else {"workspace": arguments.workspace << 20}
-    step = peers.step(partial(peer.build(), **options), case) if peer.build else peers.floor(case)
+    step = (
+        baselines.step(partial(peer.build(), **options), case)
+        if peer.build
+        else baselines.floor(case)
+    )
     rise, returned = second(step)
     print(json.dumps({"peak_mib": rise, "returned_mib": sum(x.nbytes for x in returned) / 2**20}))
 

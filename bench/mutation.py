@@ -1,4 +1,4 @@
-"""What mutation testing found (`tests/mutate.py`), as result lines and as the README's table."""
+"""What mutation testing found (`bench/mutate.py`), as result lines and as the README's table."""
 
 from __future__ import annotations
 

@@ -273,9 +273,9 @@ def _names(runs: list[dict[str, Record]]) -> list[str]:
 
 def _color(name: str) -> Any:
     """The same in every panel and in the bars."""
-    from . import peers
+    from . import baselines
 
-    order = list(peers.BY_NAME)
+    order = list(baselines.BY_NAME)
     return _pyplot().get_cmap("tab20")(order.index(name) if name in order else len(order))
 
 

@@ -31,9 +31,9 @@ from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import ROOT, peers, record, report, shapes, suite
+from . import ROOT, baselines, record, report, shapes, suite
 from .goals import KEPT
-from .promises import impls, promises
+from .guarantees import impls, promises
 
 MIBS = {
     "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
@@ -76,7 +76,7 @@ def _no_launch(device: Cpu | Cuda) -> str | None:
     if device.kind == "cpu":
         return None
     try:
-        from pre_kernels.kernels.rows import invert
+        from pre_kernels.fused.kernels.rows import invert
 
         invert(torch.arange(4, device=device.torch_device), 4)
         device.synchronize()
@@ -95,15 +95,15 @@ def kernels(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for name in names or [peer.name for peer in peers.PEERS if peer.first > peers.COMPILED]:
-        peer = peers.BY_NAME[name]
+    for name in names or [peer.name for peer in baselines.PEERS if peer.first > baselines.COMPILED]:
+        peer = baselines.BY_NAME[name]
         if peer.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
         try:
             step = (
-                peers.step(peer.build(), peers.own_case(peer, case))
+                baselines.step(peer.build(), baselines.own_case(peer, case))
                 if peer.build
-                else peers.floor(case)
+                else baselines.floor(case)
             )
             for _ in range(2):
                 step()
@@ -160,7 +160,7 @@ def workspace(
         for place in plan + [(name, None) for name in BESIDE[device.kind]]
         if not names or place[0] in names
     ]
-    steps: dict[tuple[str, int | None], peers.Step] = {}
+    steps: dict[tuple[str, int | None], baselines.Step] = {}
     known: dict[tuple[str, int | None], dict[str, Any]] = {("floor", None): {}}
 
     def told(name: str, mib: int | None) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def workspace(
         return {**about, **({} if mib is None else {"item": mib}), **known[name, mib]}
 
     for name, mib in plan:
-        peer = peers.BY_NAME[name]
+        peer = baselines.BY_NAME[name]
         if mib is not None and peer.build is not None:
             peer = replace(peer, build=partial(partial, peer.build(), workspace=mib << 20))
         known[name, mib], step = suite.judged(peer, case, judges)
@@ -178,7 +178,7 @@ def workspace(
             steps[name, mib] = step
     judges.clear()  # float64 gradients
     peaks = False
-    for times in suite.staged(device, {**steps, ("floor", None): peers.floor(case)}, 20.0):
+    for times in suite.staged(device, {**steps, ("floor", None): baselines.floor(case)}, 20.0):
         for place, samples in times.items():
             known[place] |= suite.timed(samples, times["floor", None])
             known[place]["over_floor"] = known[place]["median_ms"] / known[place]["floor_ms"]
@@ -218,7 +218,7 @@ def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     """What `firstcall` runs in a process of its own."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
-    step = peers.step(partial(fused_pre_loss, impl=os.environ["BENCH_IMPL"]), case)
+    step = baselines.step(partial(fused_pre_loss, impl=os.environ["BENCH_IMPL"]), case)
     device.synchronize()
     seconds = []
     for _ in range(2):
@@ -232,7 +232,7 @@ def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     case: Case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
-    step = peers.step(fused_pre_loss, case)
+    step = baselines.step(fused_pre_loss, case)
     for _ in range(2):
         step()
     device.synchronize()
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
     parser.add_argument(
-        "--peers", nargs="+", choices=peers.BY_NAME, help="of kernels and workspace; else all"
+        "--peers", nargs="+", choices=baselines.BY_NAME, help="of kernels and workspace; else all"
     )
     parser.add_argument(
         "--mib", nargs="+", type=int, help=f"of workspace; else, by the device, {MIBS}"

@@ -20,7 +20,7 @@ from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import memory, peers, record, report, shapes
+from . import baselines, memory, record, report, shapes
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
 
@@ -48,7 +48,7 @@ def measure(
     earlier one: what ends this early leaves what was known. A peer that is unavailable or fails its
     check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
     before left it; such records are of a kind of their own."""
-    chosen = [peers.BY_NAME[name] for name in names] or peers.PEERS
+    chosen = [baselines.BY_NAME[name] for name in names] or baselines.PEERS
     torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
@@ -75,7 +75,7 @@ def measure(
             yield told(name)
         return
     case = shapes.case(shape, torch_dtype, place, rows)
-    steps: dict[str, peers.Step] = {}
+    steps: dict[str, baselines.Step] = {}
     judges: dict[str, Judge] = {}
     if (
         "torch._dynamo" in sys.modules
@@ -107,15 +107,15 @@ def measure(
 
 
 def judged(
-    peer: peers.Peer, case: Case, judges: dict[str, Judge]
-) -> tuple[dict[str, Any], peers.Step | None]:
+    peer: baselines.Peer, case: Case, judges: dict[str, Judge]
+) -> tuple[dict[str, Any], baselines.Step | None]:
     """What is to be said of a peer before it is timed, and its step if it is to be."""
     place, dtype = case.tensors["hidden"].device, case.product_dtype
     if missing := peer.missing(place, dtype):
         return {"unavailable": missing}, None
     if peer.build is None:
-        return {}, peers.floor(case)
-    own, options = peers.own_case(peer, case), str(peer.options)
+        return {}, baselines.floor(case)
+    own, options = baselines.own_case(peer, case), str(peer.options)
     if options not in judges:
         judges[options] = Judge(own)
     try:
@@ -129,11 +129,11 @@ def judged(
     if peer.gate is not None:
         rule = f"relative rms error {verdict.relative:.3f} ≤ {peer.gate}"
         result |= {"own_rule": rule, "outside_rule": f"judged by a rule of its own: {rule}"}
-    return result, peers.step(function, own)
+    return result, baselines.step(function, own)
 
 
 def staged(
-    device: Cpu | Cuda, steps: Mapping[Any, peers.Step], seconds: float
+    device: Cpu | Cuda, steps: Mapping[Any, baselines.Step], seconds: float
 ) -> Iterator[dict[Any, list[float]]]:
     """Interleaved samples of each step: those of the least of rounds, then all that `seconds`
     give."""
@@ -164,24 +164,24 @@ def _beside(
     dtype: str,
     name: str,
     rows: str,
-    step: peers.Step,
+    step: baselines.Step,
     with_memory: bool,
 ) -> dict[str, Any]:
     """What is read of a step but its time: peak memory and the designed one, what it costs the
     host."""
     enqueue = device.enqueue_us(step)
     result = {} if enqueue is None else {"enqueue_us": enqueue}
-    if peers.BY_NAME[name].ours:
+    if baselines.BY_NAME[name].ours:
         designed = formula(
             shape, shapes.DTYPES[dtype], name.removeprefix("ours-"), device.torch_device
         )
         result["formula_mib"] = designed / MIB
-    if not with_memory or peers.BY_NAME[name].build is None:
+    if not with_memory or baselines.BY_NAME[name].build is None:
         return result
     return result | peak(device, step, shape.name, dtype, name, rows)
 
 
-def peak(device: Cpu | Cuda, step: peers.Step, *named: Any) -> dict[str, Any]:
+def peak(device: Cpu | Cuda, step: baselines.Step, *named: Any) -> dict[str, Any]:
     """Peak and returned MiB of a step, which a process of its own finds by the arguments of
     `memory.peak` on a CPU; or why they are not known."""
     try:
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given"
     )
     parser.add_argument(
-        "--peers", nargs="+", choices=peers.BY_NAME, default=[], help="in this order; else all"
+        "--peers", nargs="+", choices=baselines.BY_NAME, default=[], help="in this order; else all"
     )
     parser.add_argument("--seconds", type=float, help="of sampling")
     parser.add_argument(
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.markdown(report.loss_table(records)))
     for line in report.refusals(records):
         print(line)
-    return any("failed" in line and peers.BY_NAME[line["peer"]].ours for line in records)
+    return any("failed" in line and baselines.BY_NAME[line["peer"]].ours for line in records)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ the same run."""
 
 import pytest
 
-from . import peers
+from . import baselines
 
 
 class Samples:
@@ -30,7 +30,7 @@ def test_loss(shape, dtype, rows, peer, measured, benchmark):
     if "unavailable" in result:
         pytest.skip(result["unavailable"])
     if "failed" in result:
-        if peers.BY_NAME[peer].ours:
+        if baselines.BY_NAME[peer].ours:
             pytest.fail(f"not timed: {result['failed']}")
         pytest.skip(f"not timed, its own check failed: {result['failed']}")
     samples = result["all_ms"]

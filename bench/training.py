@@ -28,12 +28,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pre_kernels.integrations import PreHandle, apply_pre
 from torch import Tensor, nn
 
 from pre_kernels.check import memory
 from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
+from pre_kernels.integrations import PreHandle, apply_pre
 
 from . import ROOT, record, report
 from .shapes import DTYPES

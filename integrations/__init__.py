@@ -1,10 +1,12 @@
 """Predictive Regularization attached to vision-language models and their trainers; imports torch
 only."""
 
+from pre_kernels._moved import moved
+
 from .anchors import EncoderAnchor
 from .attach import apply_pre
 from .handle import PreHandle, find_handle
-from .reading import ImageStates, Reader, Sample, measure
+from .reader import ImageStates, Reader
 from .trainer import TrainerPatch, patch_trainer
 
 __all__ = [
@@ -12,10 +14,10 @@ __all__ = [
     "ImageStates",
     "PreHandle",
     "Reader",
-    "Sample",
     "TrainerPatch",
     "apply_pre",
     "find_handle",
-    "measure",
     "patch_trainer",
 ]
+
+__getattr__ = moved(__name__, dict.fromkeys(("Sample", "measure"), "pre_kernels.diagnostics"))

@@ -14,11 +14,11 @@ from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
 from .capture import like
+from .distributed import Group, check_not_wrapped, check_same_everywhere
 from .families import Parts, check_tokens, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
+from .head_options import Training
 from .objective import Objective
-from .parallel import Group, check_not_wrapped, check_same_everywhere
-from .training import Training
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .parallel import Whole, rank, together, unwrapped
+from .distributed import Whole, rank, together, unwrapped
 
 if TYPE_CHECKING:
     from .handle import PreHandle

@@ -14,11 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from .capture import Capture, Seen, like
 from .deferred import Deferred
 from .gradient import GradientNorm
+from .head_options import Training, number
 from .objective import Losses, Objective
 from .optimizers import Steps, ignore, listen, parameters, split, unwrapped
 from .output import add_to_loss, keep_in_graph, logits, share, tensors
 from .saved_keys import SavedKeys
-from .training import Training, number
 from .watchdog import Watchdog
 
 ATTRIBUTE = "pre_head"

@@ -21,11 +21,11 @@ from . import checkpoint
 from .attach import apply_pre
 from .follow import Following, put
 from .handle import PreHandle, find_handle
+from .head_options import NO_GROUPS
 from .llava import is_original
 from .notices import WARNINGS
 from .optimizers import parameters, unwrapped
 from .trainer import patch_trainer, sharded
-from .training import NO_GROUPS
 
 
 class Launch:

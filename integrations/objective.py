@@ -17,9 +17,9 @@ from pre_kernels.head import Uncast
 
 from .capture import Seen
 from .cosine import sample_cosine
+from .distributed import Group
 from .families import Parts
-from .parallel import Group
-from .rows import Rows, find_rows, finite, image_weights, pool, sample, warn_of_images
+from .tokens import Rows, find_rows, finite, image_weights, pool, sample, warn_of_images
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parallel import Group, initialized
+from .distributed import Group, initialized
 
 
 def share(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from .attach import apply_pre
+from .distributed import initialized
 from .handle import PreHandle, find_handle
 from .optimizers import parameters, unwrapped
-from .parallel import initialized
 
 REFUSED = ("head_lr", "head_weight_decay")  # groups of the optimizer, which a callback cannot make
 

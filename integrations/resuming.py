@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from .handle import ATTRIBUTE, PreHandle
+from .head_options import MARK
 from .notices import Notices
 from .optimizers import unwrapped
-from .training import MARK
 
 OF_GROUPS = (
     "base_lrs",

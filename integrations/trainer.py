@@ -16,10 +16,10 @@ from . import checkpoint
 from .counting import counting_of
 from .deferred import Deferred
 from .handle import PreHandle, find_handle
+from .head_options import NO_GROUPS, as_asked, own_groups
 from .notices import Notices
 from .optimizers import parameters, unwrapped
 from .resuming import model_loaded, optimizer_loaded, sharded
-from .training import NO_GROUPS, as_asked, own_groups
 
 _MARK = "_pre_patch"
 

@@ -20,9 +20,9 @@ import torch
 
 from . import __version__
 from .check import command as checking
-from .diagnose import command
+from .diagnostics.run import command
+from .fused.products import half_precision
 from .loss import unavailable
-from .products import half_precision
 
 EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
@@ -276,8 +276,8 @@ def tune(options: argparse.Namespace) -> int:
     if reason := unavailable(device, dtype):
         return fail(f"tune: {reason}")
 
-    from .kernels import tiles
-    from .kernels.tune import tune
+    from .fused.kernels import tiles
+    from .fused.kernels.tune import tune
 
     if problem := unwritable(tiles.cache_file().parent, "PRE_KERNELS_CACHE"):
         return fail(problem)
@@ -295,9 +295,13 @@ def tune(options: argparse.Namespace) -> int:
 def env(options: argparse.Namespace) -> int:
     """Print what a bug report needs, or the table of models."""
     if options.models:
-        from .integrations import support
+        from .integrations import family_table
 
-        print(support.markdown() if options.markdown else support.text(installed("transformers")))
+        print(
+            family_table.markdown()
+            if options.markdown
+            else family_table.text(installed("transformers"))
+        )
         return 0
     if options.markdown:
         return fail("--markdown: want --models with it")

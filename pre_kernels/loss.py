@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import checks
 from .checks import Problem
-from .function import pre_loss
-from .products import fastest_dtype
+from .fused.function import pre_loss
+from .fused.products import fastest_dtype
 
 # looked up once: Dynamo of torch 2.9 cannot trace it
 HAS_TRITON = importlib.util.find_spec("triton") is not None

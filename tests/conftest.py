@@ -4,11 +4,11 @@ imported."""
 import os
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-import versions
+
+from verify import versions
 
 
 def old_interpreter() -> None:
@@ -67,13 +67,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """What is deprecated is called neither by the library nor by its tests; what they call may do
     as it likes."""
-    own = "|".join(
-        [
-            "pre_kernels",
-            "bench",
-            *sorted({path.stem for path in Path(__file__).parent.rglob("*.py")}),
-        ]
-    )
+    own = "pre_kernels|bench|verify|tests"
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", rf"error::{category}:({own})(\.|$)")
     # deprecated too, though torch does not say so by the category: an `out=` of another shape

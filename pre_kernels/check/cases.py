@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pre_kernels.checks import Options, Problem
-from pre_kernels.ops import steps_of
-from pre_kernels.products import fastest_dtype
-from pre_kernels.steps_torch import IN_CACHE
+from pre_kernels.fused.ops import steps_of
+from pre_kernels.fused.products import fastest_dtype
+from pre_kernels.fused.steps_torch import IN_CACHE
 
 from .rule import LEAVES, Case
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pre_kernels.products import half_precision
+from pre_kernels.fused.products import half_precision
 
 from . import one
 from .cases import DTYPES

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pre_kernels.products import HALF_UNITS
+from pre_kernels.fused.products import HALF_UNITS
 
 MIB = 2**20
 FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far

@@ -24,7 +24,7 @@ from torch import Tensor
 from pre_kernels import fused_pre_loss, reference
 from pre_kernels.loss import fp8_unavailable, unavailable
 
-from . import memory, promises
+from . import guarantees, memory
 from .cases import DTYPES, Shape, case, floor, formula, needed, step, workspace
 from .device import FLUSH, MIB, Cpu, Cuda, current
 from .rule import Case, Judge
@@ -153,7 +153,7 @@ class Checks:
             return short
         calls = self.calls()
         for name, given in calls.items():
-            _named(name, promises.sync, self.device, self.function, given)
+            _named(name, guarantees.sync, self.device, self.function, given)
         return Found("pass", ", ".join(calls))
 
     def graph(self) -> Found:
@@ -164,9 +164,9 @@ class Checks:
         calls = self.calls()
         for name, given in calls.items():
             outcome, _ = _named(
-                name, promises.graph, self.device, step(self.function, given), given
+                name, guarantees.graph, self.device, step(self.function, given), given
             )
-            if outcome != promises.HELD:
+            if outcome != guarantees.HELD:
                 return Found("fail", f"{name}: {outcome}")
         return Found("pass", ", ".join(calls))
 
@@ -176,8 +176,8 @@ class Checks:
         if short := self._short(self.small, self.dtype):
             return short
         name, given = list(self.calls().items())[-1]
-        outcome = promises.fullgraph(self.function, given, "aot_eager")
-        return Found("pass" if outcome == promises.WHOLE else "fail", f"{name}: {outcome}")
+        outcome = guarantees.fullgraph(self.function, given, "aot_eager")
+        return Found("pass" if outcome == guarantees.WHOLE else "fail", f"{name}: {outcome}")
 
     def peak(self) -> Found:
         if short := self._short(self.real, self.dtype):

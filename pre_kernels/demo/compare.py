@@ -19,14 +19,14 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 import pre_kernels
 from pre_kernels.integrations import apply_pre
 
+from .evaluate import measure
 from .export import save_model, save_scenes
-from .measure import measure
 from .model import Advance, build, learn_to_read, learn_to_see
-from .parallel import Bar, each_seed
 from .scenes import Scenes, compose, split_digits
 from .settings import Settings
 from .text import library_source
 from .train import train_stage
+from .workers import Bar, each_seed
 
 ARMS = ("without", "with")
 SCENES = 12  # of each digit that are written as files

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pre_kernels.diagnostics import figures
-from pre_kernels.diagnostics.measures import MEASURES
+from pre_kernels.diagnostics.report import plots
+from pre_kernels.diagnostics.report.columns import MEASURES
 
 PANELS = (
     MEASURES["linear_probe"]._replace(
@@ -20,9 +20,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Write the picture of a `report.document`: thin lines are seeds, bands ± one standard
     deviation over them."""
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
-    figure, axes = figures.grid(len(PANELS) + 1)
+    figure, axes = plots.grid(len(PANELS) + 1)
     for one, panel in zip(axes, PANELS, strict=False):
-        figures.over_depth(one, models, panel, marked)
-    figures.steps(axes[-1], curves, curves[0]["label"])
-    figures.legend(figure, models)
+        plots.over_depth(one, models, panel, marked)
+    plots.steps(axes[-1], curves, curves[0]["label"])
+    plots.legend(figure, models)
     figure.savefig(path, dpi=120)

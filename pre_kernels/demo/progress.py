@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from .model import Advance
-from .parallel import Bar
+from .workers import Bar
 
 
 @contextmanager

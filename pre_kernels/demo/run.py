@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .compare import compare
-from .parallel import quiet
 from .progress import bars
-from .report import HEADER, caption, cells, conclusion, save
+from .results import HEADER, caption, cells, conclusion, save
 from .settings import Settings
+from .workers import quiet
 
 
 def run(

@@ -1,2 +1,1 @@
-"""`pre-kernels diagnose`: images in, a report on the visual tokens of a vision-language model
-out."""
+"""The old place of `pre_kernels.diagnostics.run`, for one version."""

@@ -1,23 +1,37 @@
-"""What the paper measures on hidden states of visual tokens, as pure functions of tensors (arXiv
-2603.20808)."""
+"""What the paper measures on hidden states of visual tokens (arXiv 2603.20808): pure functions of
+tensors, a model's images through them, along a training too.
 
-from .contrast import Contrast, ContrastRatio, contrast_ratio
-from .fidelity import cka_of_moments, cknna, linear_cka, mean_cosine
-from .layers import METRICS, LayerReport
-from .lens import LensSummary, LogitLens
-from .moments import Moments
-from .probe import knn_probe, linear_probe
-from .spatial import Spatial, SpatialContrast, similarity_map, spatial_contrast
-from .spectrum import Spectrum, SpectrumSummary
+`measures` knows no model. What `run` has is imported when it is asked for: `load_samples`, `Sample`,
+`measure` and `LayerCallback`, which needs transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .measures.contrast import Contrast, ContrastRatio, contrast_ratio
+from .measures.fidelity import cka_of_moments, cknna, linear_cka, mean_cosine
+from .measures.layers import METRICS, LayerReport
+from .measures.lens import LensSummary, LogitLens
+from .measures.moments import Moments
+from .measures.probe import knn_probe, linear_probe
+from .measures.spatial import Spatial, SpatialContrast, similarity_map, spatial_contrast
+from .measures.spectrum import Spectrum, SpectrumSummary
+
+if TYPE_CHECKING:
+    from .run.callback import LayerCallback
+    from .run.measure import Sample, measure
+    from .run.samples import load_samples
 
 __all__ = [
     "METRICS",
     "Contrast",
     "ContrastRatio",
+    "LayerCallback",
     "LayerReport",
     "LensSummary",
     "LogitLens",
     "Moments",
+    "Sample",
     "Spatial",
     "SpatialContrast",
     "Spectrum",
@@ -28,7 +42,22 @@ __all__ = [
     "knn_probe",
     "linear_cka",
     "linear_probe",
+    "load_samples",
     "mean_cosine",
+    "measure",
     "similarity_map",
     "spatial_contrast",
 ]
+
+_RUN = {
+    "LayerCallback": "callback",
+    "Sample": "measure",
+    "measure": "measure",
+    "load_samples": "samples",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RUN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".run.{_RUN[name]}", __name__), name)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pre_kernels import checks, products, steps_torch
+from pre_kernels import checks
 from pre_kernels.check import cases, memory
+from pre_kernels.fused import products, steps_torch
 
 
 @pytest.mark.parametrize("impl", [*sorted(set(checks.IMPLEMENTATIONS) - {"auto", "torch"}), "fp8"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pre_kernels import fused_pre_loss, loss, reference
-from pre_kernels.check import memory, one, promises
+from pre_kernels.check import guarantees, memory, one
 from pre_kernels.check.device import Cpu, Cuda
 
 
@@ -49,9 +49,9 @@ def captured(step):
 def checks(monkeypatch):
     monkeypatch.setattr(one, "current", StandIn)
     monkeypatch.setattr(one, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
-    monkeypatch.setattr(promises, "captured", captured)
+    monkeypatch.setattr(guarantees, "captured", captured)
     monkeypatch.setattr(
-        promises, "fullgraph", lambda *arguments: promises.WHOLE
+        guarantees, "fullgraph", lambda *arguments: guarantees.WHOLE
     )  # seconds; test_promises.py has it
     return one.Checks("torch", 64, 64, "fp32")
 
@@ -124,10 +124,10 @@ def test_what_is_raised_names_the_call_and_keeps_its_traceback(checks):
 
 def test_a_graph_and_a_break_that_are_not_as_promised(checks, monkeypatch):
     monkeypatch.setattr(
-        promises, "captured", lambda step: (lambda: None, tuple(2 * x for x in step()))
+        guarantees, "captured", lambda step: (lambda: None, tuple(2 * x for x in step()))
     )
     monkeypatch.setattr(
-        promises, "fullgraph", lambda *arguments: "no break, but its gradients differ"
+        guarantees, "fullgraph", lambda *arguments: "no break, but its gradients differ"
     )
     results, _ = told(checks, wait=lambda: False)
     assert results["CUDA graph, other rows"]["outcome"] == "fail"

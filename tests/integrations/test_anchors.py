@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from eager import assert_same_gradients, expected_gradients, gradients
-from pre_kernels.integrations import EncoderAnchor, apply_pre
-from tiny_models import FAMILIES, batch, build
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
+
+from pre_kernels.integrations import EncoderAnchor, apply_pre
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import FAMILIES, batch, build
 
 IMAGES = [
     [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],

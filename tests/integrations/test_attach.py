@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients, means, projector_rows, watch
-from pre_kernels.integrations import apply_pre, families, find_handle
-from tiny_models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEOS, WIDTH, Batch, batch, build
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from pre_kernels import reference
+from pre_kernels.integrations import apply_pre, families, find_handle
+
+from .support.by_hand import (
+    assert_same_gradients,
+    expected_gradients,
+    gradients,
+    means,
+    projector_rows,
+    watch,
+)
+from .support.tiny.models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEOS, WIDTH, Batch, batch, build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

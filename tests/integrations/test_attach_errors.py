@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pre_kernels.integrations import Reader, apply_pre, families
-from tiny_models import DEPTH, FAMILIES, IMAGE, batch, build, text_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from pre_kernels.integrations import Reader, apply_pre, families
+
+from .support.tiny.models import DEPTH, FAMILIES, IMAGE, batch, build, text_config
 
 BAD = [
     ({"layer": 0}, ValueError, r"layer: got 0, want 1\.\.4"),

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients
-from pre_kernels.integrations import apply_pre
-from tiny_models import DEPTH, IMAGE, batch, build
 from torch import nn
+
+from pre_kernels.integrations import apply_pre
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import DEPTH, IMAGE, batch, build
 
 
 @pytest.mark.parametrize("first", [False, True])

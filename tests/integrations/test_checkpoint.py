@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre
-from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
 from safetensors.torch import load_file, save_file
-from tiny_models import build
 from torch import Tensor, nn
 
-DATA = Path(__file__).parents[1] / "data"
+from pre_kernels.integrations import apply_pre
+from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
+from verify import ROOT
+
+from .support.tiny.models import build
+
+DATA = ROOT / "tests" / "data"
 
 
 @pytest.mark.parametrize("layer", [2, [1, 3]], ids=str)

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from eager import copy_of
+from transformers import Trainer
+
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
-from test_options import Waits
-from tiny_models import IMAGE, batch, build
-from tiny_training import (
+
+from .support.by_hand import copy_of
+from .support.tiny.models import IMAGE, batch, build
+from .support.tiny.training import (
     UNEQUAL_IMAGES,
     InOrder,
     Recorder,
@@ -29,8 +31,8 @@ from tiny_training import (
     by_hand,
     collate,
 )
-from transformers import Trainer
-from two import both
+from .support.two_ranks import both
+from .test_options import Waits
 
 TOKENS = [int(batch("llava", [sample]).visual.sum()) for sample in UNEQUAL_IMAGES]
 

@@ -18,27 +18,28 @@ from unittest import mock
 import pytest
 import torch
 
+from verify import ROOT
+
 pytest.importorskip("sklearn")
 pytest.importorskip("lightning")
 
 import lightning
-import pre_kernels.integrations.callback as callback
-import pre_kernels.integrations.lightning as of_lightning
-import pre_kernels.integrations.pre_callback as pre_callback
 import transformers
-from tiny_other import small
-from tiny_training import InOrder, arguments
 
 import pre_kernels
+import pre_kernels.integrations.lightning as of_lightning
+import pre_kernels.integrations.pre_callback as pre_callback
 from pre_kernels import diagnostics, integrations
 from pre_kernels.demo.export import processor, save_scenes
 from pre_kernels.demo.model import build
 from pre_kernels.demo.scenes import PATCHES, compose, split_digits
 from pre_kernels.demo.settings import Settings
 from pre_kernels.demo.text import visual_batch
-from pre_kernels.diagnose import samples
+from pre_kernels.diagnostics.run import callback, samples
 
-ROOT = Path(__file__).parents[2]
+from .support.tiny.other import small
+from .support.tiny.training import InOrder, arguments
+
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MODULES = (
     pre_kernels,

@@ -8,14 +8,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from eager import assert_same_gradients, copy_of, expected_gradients, gradients, pre_loss, watch
 from packaging.version import Version
-from pre_kernels.integrations import apply_pre, families, rows
-from tiny_models import ALL, DEPTH, FAMILIES, IMAGE, VIDEO, batch, build, text_config
 from torch import nn
 from torch.nn import functional as F
 
 from pre_kernels import reference
+from pre_kernels.integrations import apply_pre, families
+from pre_kernels.integrations import tokens as rows
+
+from .support.by_hand import (
+    assert_same_gradients,
+    copy_of,
+    expected_gradients,
+    gradients,
+    pre_loss,
+    watch,
+)
+from .support.tiny.models import ALL, DEPTH, FAMILIES, IMAGE, VIDEO, batch, build, text_config
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,20 +18,22 @@ from unittest import mock
 
 import pytest
 import torch
-from eager import gradients
-from original_llava import build_original, original_batch
-from pre_kernels.integrations import apply_pre, patch_trainer
-from pre_kernels.integrations.checkpoint import WEIGHTS
-from pre_kernels.integrations.llava import PREPARE
-from pre_kernels.integrations.parallel import Whole
-from ranks import made, shard
 from safetensors.torch import load_file
-from test_head_training import make
-from test_two_processes import ddp_resumes, trained
-from tiny_models import batch, build
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from two import both, join
+
+from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.checkpoint import WEIGHTS
+from pre_kernels.integrations.distributed import Whole
+from pre_kernels.integrations.llava import PREPARE
+
+from .support.by_hand import gradients
+from .support.original_llava import build_original, original_batch
+from .support.ranks import made, shard
+from .support.tiny.models import batch, build
+from .support.two_ranks import both, join
+from .test_head_training import make
+from .test_two_processes import ddp_resumes, trained
 
 # --- what ends a step in its midst
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from eager import assert_same_gradients, expected_gradients, gradients
 from peft import LoraConfig, get_peft_model
-from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
-from tiny_models import batch, build
-from tiny_training import EQUAL, InOrder, Samples, arguments, collate, one_image, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
+
+from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import batch, build
+from .support.tiny.training import EQUAL, InOrder, Samples, arguments, collate, one_image, train
 
 LORA = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
 

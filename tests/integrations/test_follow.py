@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.follow import LAUNCHER, Following
-from test_launch import START
-from tiny_models import batch, build
-from tiny_training import UNEQUAL_IMAGES, assert_head, by_hand
+
+from .support.tiny.models import batch, build
+from .support.tiny.training import UNEQUAL_IMAGES, assert_head, by_hand
+from .test_launch import START
 
 PY = sys.executable
 RUN = ["-m", LAUNCHER, "--layer=2", "--"]
@@ -268,7 +270,7 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
 
 
 def test_trl_sft(tmp_path: Path) -> None:
-    from tiny_trl import conversations, processor
+    from .support.tiny.trl import conversations, processor
 
     build("llava").save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")

@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from eager import copy_of, pre_loss, watch
-from pre_kernels.integrations import apply_pre, patch_trainer
-from pre_kernels.integrations.cosine import SAMPLE, sample_cosine
-from tiny_models import batch, build
-from tiny_training import EQUAL, UNEQUAL_IMAGES, InOrder, Recorder, Samples, arguments, collate
 from transformers import Trainer, TrainerCallback
 
 from pre_kernels import PreHead, reference
+from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.cosine import SAMPLE, sample_cosine
+
+from .support.by_hand import copy_of, pre_loss, watch
+from .support.tiny.models import batch, build
+from .support.tiny.training import (
+    EQUAL,
+    UNEQUAL_IMAGES,
+    InOrder,
+    Recorder,
+    Samples,
+    arguments,
+    collate,
+)
 
 OPTIONS = {"head_lr": 0.3, "head_weight_decay": 0.02}
 

@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 import transformers
 import transformers.dynamic_module_utils
-from pre_kernels.integrations import apply_pre, launch
-from tiny_models import build
 
 from pre_kernels import cli
 from pre_kernels.demo.export import save_model
-from pre_kernels.diagnose.loading import load
+from pre_kernels.diagnostics.run.loading import load
+from pre_kernels.integrations import apply_pre, launch
+
+from .support.tiny.models import build
 
 TOUCH = "__import__('pathlib').Path('pwned').touch()"
 HOSTILE = [

@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre, launch, patch_trainer
-from tiny_models import batch, build
-from tiny_training import UNEQUAL_IMAGES, assert_head, by_hand
 from transformers import Trainer
 
-HERE = str(Path(__file__).parent)
+from pre_kernels.integrations import apply_pre, launch, patch_trainer
+from verify import ROOT
+
+from .support.tiny.models import batch, build
+from .support.tiny.training import UNEQUAL_IMAGES, assert_head, by_hand
+
 START = f"""
 import json, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {HERE!r})
-from tiny_models import build
-from tiny_training import *
+sys.path.append({str(ROOT)!r})
+from tests.integrations.support.tiny.models import build
+from tests.integrations.support.tiny.training import *
 out = Path(sys.argv[1])
 def trainer(model, samples=UNEQUAL_IMAGES, steps=1, size=2, **more):
     given = {{k: more.pop(k) for k in ("optimizers", "model_init") if k in more}}
@@ -345,7 +347,7 @@ def test_models_that_are_left_alone_and_models_that_come_late(
         """
         from transformers import LlamaConfig, LlamaForCausalLM
         from pre_kernels.integrations import find_handle
-        from tiny_models import text_config
+        from tests.integrations.support.tiny.models import text_config
         plain = trainer(LlamaForCausalLM(LlamaConfig(**text_config())), samples=[[("text", 4)]] * 4)
         plain.train()
         assert find_handle(plain.model) is None

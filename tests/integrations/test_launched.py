@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_launch
 import torch
+from transformers import Trainer
+
 from pre_kernels.integrations import launch
 from pre_kernels.integrations.launched import Launch
-from transformers import Trainer
+
+from . import test_launch
 
 run = test_launch.run
 NOTHING = "PRe: WARNING: nothing was trained with PRe"
@@ -21,7 +23,7 @@ Captured = pytest.CaptureFixture[str]
 TEXT = "[[('text', 4)]] * 4"
 PLAIN = """
 from transformers import LlamaConfig, LlamaForCausalLM
-from tiny_models import batch, text_config
+from tests.integrations.support.tiny.models import batch, text_config
 def plain(): return LlamaForCausalLM(LlamaConfig(**text_config()))
 """
 LOOP = """
@@ -184,8 +186,8 @@ def test_all_methods_replaced_is_said_at_the_first_step(run: Any, capsys: Captur
 def test_a_method_that_others_put_around_ours_passes_through_afterwards(
     tmp_path: Path, capsys: Captured
 ) -> None:
-    from tiny_models import build
-    from tiny_training import arguments
+    from .support.tiny.models import build
+    from .support.tiny.training import arguments
 
     before = dict(vars(Trainer))
     with Launch({}):

@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, copy_of, gradients, means
-from original_llava import (
+from safetensors import safe_open
+
+from pre_kernels import reference
+from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations.handle import find_handle
+from pre_kernels.integrations.launch import Launch
+
+from .support.by_hand import assert_same_gradients, copy_of, gradients, means
+from .support.original_llava import (
     SAMPLES,
     OldLlava,
     OldLlavaNext,
@@ -19,13 +26,7 @@ from original_llava import (
     original_batch,
     parts,
 )
-from pre_kernels.integrations import apply_pre, patch_trainer
-from pre_kernels.integrations.handle import find_handle
-from pre_kernels.integrations.launch import Launch
-from safetensors import safe_open
-from tiny_training import InOrder, Recorder, Samples, arguments
-
-from pre_kernels import reference
+from .support.tiny.training import InOrder, Recorder, Samples, arguments
 
 CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "crops": (OldLlava, {}, {}),

@@ -11,10 +11,11 @@ import itertools
 from pathlib import Path
 
 import pytest
-from eager import assert_same_gradients
-from matrix import AXES, Case, allowed, gradients, upstream, wanted
-from pairs import pairs
-from two import both
+
+from .support.by_hand import assert_same_gradients
+from .support.matrix import AXES, Case, allowed, gradients, upstream, wanted
+from .support.pairs import pairs
+from .support.two_ranks import both
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients
-from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
-from test_head_training import make
-from test_options import Waits
-from tiny_models import FAMILIES, Batch, batch, build
 from torch import Tensor, nn
+
+from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import FAMILIES, Batch, batch, build
+from .test_head_training import make
+from .test_options import Waits
 
 NAN, INF = float("nan"), float("inf")
 

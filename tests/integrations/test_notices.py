@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from eager import copy_of
 from peft import LoraConfig, get_peft_model
-from pre_kernels.integrations import apply_pre, find_handle, optimizers, patch_trainer
-from pre_kernels.integrations.notices import WARNINGS, Notices
-from test_head_training import make
-from tiny_models import batch, build
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+
+from pre_kernels.integrations import apply_pre, find_handle, optimizers, patch_trainer
+from pre_kernels.integrations.notices import WARNINGS, Notices
+
+from .support.by_hand import copy_of
+from .support.tiny.models import batch, build
+from .test_head_training import make
 
 
 def said(do: Callable[[], Any]) -> list[str]:

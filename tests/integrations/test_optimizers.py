@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
+from pre_kernels.integrations.head_options import MARK
 from pre_kernels.integrations.launched import Launch
 from pre_kernels.integrations.trainer import _create_optimizer
-from pre_kernels.integrations.training import MARK
-from ranks import config, deepspeed, need_deepspeed
-from test_head_training import make
-from tiny_models import batch, build
-from tiny_training import InOrder
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from two import both
+
+from .support.ranks import config, deepspeed, need_deepspeed
+from .support.tiny.models import batch, build
+from .support.tiny.training import InOrder
+from .support.two_ranks import both
+from .test_head_training import make
 
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 

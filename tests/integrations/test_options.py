@@ -9,15 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, expected_gradients, gradients, projector_rows, watch
-from pairs import pairs
-from pre_kernels.integrations import apply_pre, objective
-from pre_kernels.integrations.families import window_order
-from pre_kernels.integrations.rows import sample
-from tiny_models import DEPTH, FAMILIES, batch, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pre_kernels import steps_torch, steps_triton
+from pre_kernels.fused import steps_torch, steps_triton
+from pre_kernels.integrations import apply_pre, objective
+from pre_kernels.integrations.families import window_order
+from pre_kernels.integrations.tokens import sample
+
+from .support.by_hand import (
+    assert_same_gradients,
+    expected_gradients,
+    gradients,
+    projector_rows,
+    watch,
+)
+from .support.pairs import pairs
+from .support.tiny.models import DEPTH, FAMILIES, batch, build
 
 SIZES = [
     [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from eager import assert_same_gradients, expected_gradients, gradients
-from pre_kernels.integrations import apply_pre
 from safetensors.torch import load_file
-from tiny_models import batch, build
-from tiny_other import IMAGE, OPTIONS, Small, small
 from torch import Tensor, nn
 
 from pre_kernels import reference
+from pre_kernels.integrations import apply_pre
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import batch, build
+from .support.tiny.other import IMAGE, OPTIONS, Small, small
 
 
 def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from pairs import pairs
+from .support.pairs import pairs
 
 AXES: dict[str, Any] = {
     "a": range(30),

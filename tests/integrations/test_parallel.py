@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from eager import gradients
-from pre_kernels.integrations import apply_pre, output
-from ranks import TEXT_ONLY, UNEVEN, batches, by_hand, check, made, steps
-from tiny_models import build
 from torch import nn
-from two import both
+
+from pre_kernels.integrations import apply_pre, output
+
+from .support.by_hand import gradients
+from .support.ranks import TEXT_ONLY, UNEVEN, batches, by_hand, check, made, steps
+from .support.tiny.models import build
+from .support.two_ranks import both
 
 
 def ddp(samples: list[Any], apply: dict[str, Any], frozen: bool, **options: Any) -> Any:

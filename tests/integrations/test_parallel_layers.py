@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, gradients
-from pre_kernels.integrations import apply_pre
-from ranks import UNEVEN, batches, check, made, plainly
-from tiny_models import batch, build
 from torch import Tensor, nn
-from two import both
+
+from pre_kernels.integrations import apply_pre
+
+from .support.by_hand import assert_same_gradients, gradients
+from .support.ranks import UNEVEN, batches, check, made, plainly
+from .support.tiny.models import batch, build
+from .support.two_ranks import both
 
 
 class Gathered(torch.autograd.Function):

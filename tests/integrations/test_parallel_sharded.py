@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from eager import copy_of, gradients, pre_loss, watch
+from torch import nn
+
 from pre_kernels.integrations import EncoderAnchor, apply_pre
-from ranks import (
+
+from .support.by_hand import copy_of, gradients, pre_loss, watch
+from .support.ranks import (
     DUMMY,
     TEXT,
     TEXT_ONLY,
@@ -28,9 +31,8 @@ from ranks import (
     shard,
     steps,
 )
-from tiny_models import IMAGE, build
-from torch import nn
-from two import both
+from .support.tiny.models import IMAGE, build
+from .support.two_ranks import both
 
 # --- FSDP
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from eager import assert_same_gradients, copy_of, gradients, pre_loss, watch
 from peft import LoraConfig, get_peft_model
+
 from pre_kernels.integrations import apply_pre, find_handle
-from tiny_models import batch, build
+
+from .support.by_hand import assert_same_gradients, copy_of, gradients, pre_loss, watch
+from .support.tiny.models import batch, build
 
 BASE = "base_model.model."
 

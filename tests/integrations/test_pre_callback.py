@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
+
 from pre_kernels.integrations import apply_pre, find_handle
 from pre_kernels.integrations.pre_callback import PreCallback
-from test_head_training import make
-from tiny_models import batch, build
-from tiny_training import EQUAL, Recorder, Samples, assert_head, by_hand
-from transformers import Trainer, TrainerCallback
-from two import both
+
+from .support.tiny.models import batch, build
+from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand
+from .support.two_ranks import both
+from .test_head_training import make
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 

@@ -10,9 +10,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pre_kernels.integrations import launch
 
-ROOT = Path(__file__).parents[2] / "recipes"
+from pre_kernels.integrations import launch
+from verify import ROOT
+
+RECIPES = ROOT / "recipes"
 IN_CODE = {"lightning"}  # no transformers.Trainer, so no command
 COMMAND = re.compile(r"pre_kernels\.integrations\.launch\s(.*?)\s--\s", re.DOTALL)
 
@@ -30,7 +32,7 @@ def commands(readme: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "readme",
-    [path for path in sorted(ROOT.rglob("README.md")) if path.parent.name not in IN_CODE],
+    [path for path in sorted(RECIPES.rglob("README.md")) if path.parent.name not in IN_CODE],
     ids=lambda path: path.parent.name,
 )
 def test_commands(readme: Path) -> None:
@@ -38,7 +40,7 @@ def test_commands(readme: Path) -> None:
     assert found
     for options in found:
         given = launch._parser().parse_args(shlex.split(options))
-        if given.config is not None and readme.parent != ROOT:
+        if given.config is not None and readme.parent != RECIPES:
             given.config = str(readme.parent / Path(given.config).name)
             settings = launch._settings(given)
             assert settings["weight"] == 0.5
@@ -46,7 +48,7 @@ def test_commands(readme: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(IN_CODE))
 def test_code(name: str) -> None:
-    code = next(block for block in blocks(ROOT / name / "README.md") if block.strip())
+    code = next(block for block in blocks(RECIPES / name / "README.md") if block.strip())
     called = {
         ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
     }
@@ -54,7 +56,9 @@ def test_code(name: str) -> None:
 
 
 def test_every_folder_is_listed() -> None:
-    listed = re.findall(r"^\| \[(\S+)\]\((\S+)\)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^\| \[(\S+)\]\((\S+)\)", (RECIPES / "README.md").read_text(), re.MULTILINE
+    )
     assert sorted(listed) == sorted(
-        (folder.name, folder.name) for folder in ROOT.iterdir() if folder.is_dir()
+        (folder.name, folder.name) for folder in RECIPES.iterdir() if folder.is_dir()
     )

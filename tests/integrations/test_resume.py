@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations import apply_pre, patch_trainer
 from safetensors.torch import load_file
-from tiny_models import build
-from tiny_training import EQUAL, InOrder, Samples, arguments, collate, train
 from transformers import TrainerCallback
+
+from pre_kernels.integrations import apply_pre, patch_trainer
+
+from .support.tiny.models import build
+from .support.tiny.training import EQUAL, InOrder, Samples, arguments, collate, train
 
 
 class Starts(TrainerCallback):

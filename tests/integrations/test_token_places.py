@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from pre_kernels.integrations.capture import Capture
-from pre_kernels.integrations.families import find_parts
-from tiny_models import FAMILIES, Batch, batch, build
 from torch import Tensor, nn
 
-from pre_kernels.diagnose.geometry import UNMAPPED, cut, find_packing, token_grid
+from pre_kernels.diagnostics.run.geometry import UNMAPPED, cut, find_packing, token_grid
+from pre_kernels.integrations.capture import Capture
+from pre_kernels.integrations.families import find_parts
+
+from .support.tiny.models import FAMILIES, Batch, batch, build
 
 # ends of the names of the parameters through which a patch of a vision tower sees other patches
 MIXING = ("out_proj", "o_proj", "attn.proj", "projection_layer")

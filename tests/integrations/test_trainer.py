@@ -17,12 +17,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from eager import copy_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Trainer
+
 from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.counting import Step, counting_of
 from pre_kernels.integrations.trainer import _training_step
-from tiny_models import batch, build
-from tiny_training import (
+
+from .support.by_hand import copy_of
+from .support.tiny.models import batch, build
+from .support.tiny.training import (
     EQUAL,
     UNEQUAL_IMAGES,
     UNEQUAL_LABELS,
@@ -37,8 +41,6 @@ from tiny_training import (
     one_image,
     train,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Trainer
 
 both = pytest.mark.parametrize(
     "family", ["llava", "qwen2_5_vl"]

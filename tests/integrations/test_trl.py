@@ -11,10 +11,11 @@ import torch
 import transformers
 
 pytest.importorskip("trl")
-from eager import copy_of, pre_loss, watch
 from peft import LoraConfig
-from tiny_models import IMAGE, Batch, build
-from tiny_trl import batches, train
+
+from .support.by_hand import copy_of, pre_loss, watch
+from .support.tiny.models import IMAGE, Batch, build
+from .support.tiny.trl import batches, train
 
 needs_5_18 = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),

@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("trl")
 from safetensors.torch import load_file
-from tiny_models import IMAGE
-from tiny_preference import auxiliary, train
+
+from .support.tiny.models import IMAGE
+from .support.tiny.preference import auxiliary, train
 
 AHEAD = {
     "DPO": True,

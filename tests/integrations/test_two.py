@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import two
-from two import both, join
+
+from .support import two_ranks
+from .support.two_ranks import both, join
 
 
 def ranks(word: str) -> Any:
@@ -91,7 +92,7 @@ def test_failures(function: Any, message: str) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match=message):
         both(function, timeout=1)
-    assert time.monotonic() - start < 2 * two.GRACE
+    assert time.monotonic() - start < 2 * two_ranks.GRACE
     for pid in before:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from pre_kernels.integrations import apply_pre, patch_trainer
-from ranks import config, deepspeed, need_deepspeed
 from safetensors.torch import load_file
-from test_head_training import own_loss
-from test_resume import Starts
-from tiny_models import batch, build
-from tiny_training import (
+
+from pre_kernels import PreHead
+from pre_kernels.integrations import apply_pre, patch_trainer
+
+from .support.ranks import config, deepspeed, need_deepspeed
+from .support.tiny.models import batch, build
+from .support.tiny.training import (
     EQUAL,
     UNEQUAL_IMAGES,
     InOrder,
@@ -29,9 +30,9 @@ from tiny_training import (
     collate,
     train,
 )
-from two import both
-
-from pre_kernels import PreHead
+from .support.two_ranks import both
+from .test_head_training import own_loss
+from .test_resume import Starts
 
 WEIGHTS = "pre_head.safetensors"
 

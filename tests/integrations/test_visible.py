@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from eager import assert_same_gradients, expected_gradients, gradients
 from packaging.version import Version
+
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.notices import Notices
 from pre_kernels.integrations.visible import visible
-from test_options import Waits
-from test_rows import said
-from tiny_models import FAMILIES, Batch, batch, build
+
+from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.models import FAMILIES, Batch, batch, build
+from .test_options import Waits
+from .test_tokens import said
 
 TOKENS = 20
 WINDOW = 8  # of the tiny Gemma 3

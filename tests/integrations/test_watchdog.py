@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from pre_kernels.integrations import apply_pre
-from test_head_training import make
-from tiny_models import batch, build
+
+from .support.tiny.models import batch, build
+from .test_head_training import make
 
 
 def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn: Any) -> None:

@@ -1,0 +1,98 @@
+"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile
+finds no break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pre_kernels import fused_pre_loss
+from pre_kernels.check import guarantees as checks
+from pre_kernels.check.device import Cpu, Cuda
+from pre_kernels.check.rule import Case
+from pre_kernels.check.timing import interleaved, spread
+
+from . import baselines, shapes
+
+Records = Iterator[dict[str, Any]]
+
+
+def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
+    """Those that run here; on a GPU without the torch one, which promises nothing there."""
+    names = ("blas", "triton") if device.kind == "cuda" else ("torch",)
+    missing = (
+        baselines.BY_NAME[f"ours-{name}"].missing(device.torch_device, shapes.DTYPES[dtype])
+        for name in names
+    )
+    return [name for name, reason in zip(names, missing, strict=True) if reason is None]
+
+
+def promises(
+    device: Cpu | Cuda,
+    shape: shapes.Shape,
+    dtype: str,
+    kinds: Collection[str] = ("sync", "graph", "fullgraph"),
+) -> Records:
+    """A record for each promise of `kinds`, implementation and kind of call."""
+    place = device.torch_device
+    weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=place)}
+    calls: dict[str, tuple[str, dict[str, Any]]] = {
+        "integer rows": ("index", {}),
+        "mask, leading anchor": ("mask", {}),
+        "mask, leading anchor and weights": ("mask", weights),
+        "normalizer on the device": ("mask", {"normalizer": torch.full((), 100.0, device=place)}),
+        "normalizer of the host": ("mask", {"normalizer": 100.0}),
+        "sum": ("mask", {"reduction": "sum"}),
+    }
+    for impl in impls(device, dtype):
+        for number, (item, (rows, options)) in enumerate(calls.items()):
+            about = {"peer": f"ours-{impl}", "item": item, "selection": rows}
+            case = shapes.case(shape, shapes.DTYPES[dtype], place, rows)
+            case.options = options
+            function = partial(fused_pre_loss, impl=impl)
+            if "sync" in kinds:
+                yield {
+                    "kind": "sync",
+                    **about,
+                    "outcome": outcome(partial(checks.sync, device, function, case)),
+                }
+            if isinstance(device, Cuda) and "graph" in kinds:
+                yield {
+                    "kind": "graph",
+                    **about,
+                    **_figures(partial(_graph, device, function, case)),
+                }
+            if number < 2 and "fullgraph" in kinds:  # seconds of compilation each
+                yield {
+                    "kind": "fullgraph",
+                    **about,
+                    "outcome": outcome(partial(checks.fullgraph, function, case)),
+                }
+
+
+def outcome(check: Callable[[], str]) -> str:
+    """What a check says, or the first line of what it raises."""
+    return _figures(lambda: {"outcome": check()})["outcome"]
+
+
+def _figures(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return check()
+    except Exception as error:
+        return {"outcome": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+
+
+def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> dict[str, Any]:
+    """With the times of a replay and of the step itself, where the graph holds what it should."""
+    step = baselines.step(function, case)
+    outcome, replay = checks.graph(device, step, case)
+    if outcome != checks.HELD:
+        return {"outcome": outcome}
+    times = interleaved(device, {"graph": replay, "step": step}, 0.5)
+    return {"outcome": outcome} | {
+        f"{name}_ms": spread(samples)["median_ms"] for name, samples in times.items()
+    }

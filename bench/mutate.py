@@ -1,0 +1,263 @@
+"""Mutation testing: each small error put into a copy of the sources, and the tests run until one of
+them sees it.
+
+    python -m bench.mutate                         every mutant (hours): a line for each file of the sources into
+                                                   bench/results/mutation.jsonl
+    python -m bench.mutate --sample 300 --seed 1   some, drawn over all files
+    python -m bench.mutate --again --sample 24     some of those that the results know, by the test that killed them
+    python -m bench.mutate --only row_loss         those whose key has this text; the screen shows who survives
+    python -m bench.mutate --only row_loss --list  what would be changed, and nothing run
+
+What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the
+mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
+allows. What is named as equivalent meets none. Every outcome is kept in build/mutation as it comes:
+the same command goes on where it was stopped, and survivors meet the tests again when these have
+changed. Kernels are interpreted. Exit status 1: a mutant survived that `data/mutants.txt` does not
+name.
+
+mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines
+hide functions from `triton.jit`, which reads their source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from verify.mutation.mutants import FILES, PACKAGE, Mutant, every_mutant, named
+from verify.mutation.run import GENERAL, ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
+
+KEPT = ROOT / "build" / "mutation"
+RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
+NAMED = named()
+KILLED = ("killed", "timeout", "crash", "invalid")
+
+
+def digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def reach(folder: Path) -> dict[str, Any]:
+    """Seconds of each test, and the tests of each line of the package: traced, or kept from last
+    time."""
+    source = digest(PACKAGE.rglob("*.py"))
+    known: dict[str, Any] = {
+        "seconds": {},
+        "lines": defaultdict(lambda: defaultdict(list)),
+        "hash": {},
+    }
+    for name in (f"tests/core/test_{one}.py" for one in TESTS):
+        known["hash"][name] = digest(
+            ROOT / path for path in (name, "verify/oracle.py", "verify/memory.py")
+        )
+        path = KEPT / f"reach-{source}-{Path(name).stem}-{known['hash'][name]}.json"
+        if not path.exists():
+            print(f"tracing which lines {name} reaches", file=sys.stderr)
+
+            def trace(name: str = name) -> Any:
+                plugin = Reach(folder / "pre_kernels")
+                status = pytest_in(folder, plugin, [name])
+                return {
+                    "status": status,
+                    "failed": plugin.failed,
+                    "seconds": plugin.took,
+                    "lines": plugin.lines(),
+                }
+
+            found, status = forked(trace, 3600)
+            if not found or found["status"]:
+                raise SystemExit(
+                    f"{name} fails on unchanged sources: {found and found['failed']}, status {status}"
+                )
+            path.write_text(json.dumps(found))
+        one = json.loads(path.read_text())
+        known["seconds"].update(one["seconds"])
+        for file, lines in one["lines"].items():
+            for line, tests in lines.items():
+                known["lines"][file][int(line)] += tests
+    return known
+
+
+def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
+    """The seconds of the tests that reach a mutant's statement: those of single kernels, the
+    cheapest first, then the longest of each test function, another of each, and so on. All tests of
+    a file reach what is run on import."""
+    lines, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
+    wanted, imported = range(mutant.lines[0], mutant.lines[1] + 1), mutant.function == "module"
+    names = {name for line, tests in lines.items() if imported or line in wanted for name in tests}
+    of_kernels = tuple(f"tests/core/test_{name}.py" for name in GENERAL[:3])
+    order, cases = {}, Counter[str]()
+    for name in sorted(names, key=lambda name: (-seconds[name], name)):
+        function = name.partition("[")[0]
+        order[name] = (0 if name.startswith(of_kernels) else 1 + cases[function], seconds[name])
+        cases[function] += 1
+    return {name: seconds[name] for name in sorted(order, key=lambda name: order[name])}
+
+
+def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
+    """Those whose seconds add up to the budget at most; `first` come first, which changes no
+    outcome."""
+    total, chosen = 0.0, {}
+    for name, each in seconds.items():
+        if (total := total + each) > budget and chosen:
+            break
+        chosen[name] = each
+    return {**{name: chosen[name] for name in first if name in chosen}, **chosen}
+
+
+def campaign(
+    wanted: Sequence[Mutant], path: Path, budget: float, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The outcome of each mutant by its key, those that are kept in `path` and those that are run
+    now."""
+    kept = (
+        {one["key"]: one for one in map(json.loads, path.read_text().splitlines())}
+        if path.exists()
+        else {}
+    )
+    known = reach(folder)
+    now = digest(ROOT / name for name in known["hash"])
+    killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    done, start = Counter[str](), time.monotonic()
+    for number, mutant in enumerate(wanted, 1):
+        last, often = kept.get(mutant.key), killers[mutant.file, mutant.function]
+        if not last or (
+            last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)
+        ):
+            begin, outcome, test = time.monotonic(), "unreached", None
+            if mutant.key in NAMED["equivalent"]:
+                outcome = "survived"
+            elif seconds := reaching(mutant, known):
+                first = [name for name, _ in often.most_common(3)]
+                outcome, test = run(mutant, folder, affordable(seconds, first, budget))
+            took = round(time.monotonic() - begin, 2)
+            last = kept[mutant.key] = {
+                **{name: getattr(mutant, name) for name in ("key", "short", "file", "operator")},
+                **{
+                    "outcome": outcome,
+                    "test": test,
+                    "seconds": took,
+                    "tests": now,
+                    "budget": budget,
+                },
+            }
+            with path.open("a") as out:
+                out.write(json.dumps(last) + "\n")
+            done[outcome] += 1
+            if outcome not in KILLED and not any(
+                mutant.key in reasons for reasons in NAMED.values()
+            ):
+                print(f"{outcome}: {mutant.key}", flush=True)
+        often.update([last["test"]] if last["test"] else [])
+        if number % 20 == 0:
+            print(
+                f"{number}/{len(wanted)} {time.monotonic() - start:.0f} s {dict(done)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return {mutant.key: kept[mutant.key] for mutant in wanted}
+
+
+def recorded() -> dict[str, str]:
+    """The test that killed a mutant, by `Mutant.short`, as the results name it."""
+    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
+    return {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
+
+
+def again(
+    wanted: Sequence[Mutant], folder: Path, killers: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The same by one test. A mutant that no result knows meets those of `GENERAL`, and so does one
+    that is not killed again: what a value that nobody stored is depends on the versions."""
+    found = {}
+    for mutant in wanted:
+        test = killers.get(mutant.short)
+        if not any(mutant.key in reasons for reasons in NAMED.values()):
+            outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
+            if outcome not in KILLED and test:
+                outcome, _ = run(mutant, folder, None)
+            found[mutant.key] = {"outcome": outcome}
+            if outcome not in KILLED:
+                print(f"{outcome}: {mutant.key}, formerly killed by {test}")
+    return found
+
+
+def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """A line for each file into the results."""
+    from pre_kernels.check.device import current
+
+    from . import mutation, record
+
+    stamp = record.stamp(current())
+    for line in mutation.aggregate(found, NAMED):
+        record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", type=int, help="how many to draw; else all")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draw, and of the order (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", default="", help="mutants whose key (file function: before → after) has this text"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=60,
+        help="seconds of tests for a mutant (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="run only the test that killed it, whatever is kept"
+    )
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    options = parser.parse_args(argv)
+    wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
+    random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
+    killers = recorded() if options.again else {}
+    if options.again and options.sample:
+        wanted = [mutant for mutant in wanted if mutant.short in killers]
+    wanted = wanted[: options.sample]
+    if not wanted:
+        parser.error(f"--only {options.only!r}: no mutant has this text")
+    if options.list:
+        for mutant in wanted:
+            print(f"{mutant.operator:5} {mutant.key}")
+        return 0
+    prepare()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    path = KEPT / f"{digest(PACKAGE / file for file in FILES)}.jsonl"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy(folder)
+        found = (
+            again(wanted, folder, killers)
+            if options.again
+            else campaign(wanted, path, options.budget, folder)
+        )
+    if not (options.again or options.only):
+        write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
+    print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
+    expected = NAMED["equivalent"].keys() | NAMED["gap"].keys()
+    return int(
+        any(one["outcome"] not in KILLED and key not in expected for key, one in found.items())
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Sweeps on a GPU: the loss over N and the predictor's width, and the tiles of the Triton products.
+
+python -m bench.tile_sweep sizes --n 9216        ours, eager and the floor at N = 9,216 for m = d/4, 2048, d (d = 4096)
+python -m bench.tile_sweep tiles --role project  each candidate tile beside cuBLAS, in one of the products' roles
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pre_kernels.check.device import Cpu, Cuda, current
+from pre_kernels.check.timing import interleaved, spread
+from pre_kernels.loss import unavailable
+
+from . import record, report, shapes, suite
+
+NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
+KINDS = ("descriptor", "pointer")  # how operands are loaded
+ROLES = ("project", "backproject", "weight_grad")
+GROUPS = (4, 16)  # of row tiles, with the tile that is in use
+
+Records = Iterator[dict[str, Any]]
+
+
+def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
+    """The loss at N rows of 1.25 N, for three widths of the predictor."""
+    for m in dict.fromkeys((d, 2048 if d == 4096 else d // 2, d // 4)):
+        shape = shapes.Shape(f"n{n}-m{m}", 1, n * 5 // 4, n, d, m, d, "sweep")
+        names = ("ours-blas", "ours-triton", "ours-torch", "eager", "floor")
+        for line in suite.measure(
+            shape, dtype, device, names, 2.0, with_memory=device.kind == "cuda"
+        ):
+            yield line | {"kind": "sweep"}
+
+
+def tiles(
+    device: Cpu | Cuda,
+    role: str,
+    n: int,
+    d: int,
+    m: int,
+    dtype: str,
+    kinds: Sequence[str] = KINDS,
+    most: int | None = None,
+) -> Records:
+    """Milliseconds of a product for each candidate (of each kind the `most` likely ones) and for
+    cuBLAS, taking turns; only results that are right count."""
+    if reason := unavailable(device.torch_device, shapes.DTYPES[dtype]):
+        yield {"kind": "tile", "role": role, "item": role, "unavailable": reason}
+        return
+    from pre_kernels.fused.kernels import tiles
+    from pre_kernels.fused.kernels.common import arch
+    from pre_kernels.fused.kernels.tune import CANDIDATES
+
+    tables = {"descriptor": tiles.DESCRIPTOR_TILES, "pointer": tiles.POINTER_TILES}
+    for kind in kinds:
+        table = tables[kind]
+        if kind == "descriptor" and any(
+            width * shapes.DTYPES[dtype].itemsize % 16 for width in (d, m)
+        ):
+            reason = (
+                f"rows of {d} and {m} elements are no multiples of 16 bytes, which descriptors want"
+            )
+            yield {"kind": "tile", "role": role, "item": f"{role} {kind}", "unavailable": reason}
+            continue
+        run, blas, result, truth = _product(device, role, n, d, m, shapes.DTYPES[dtype])
+        key = arch(result), shapes.DTYPES[dtype].itemsize
+        if key not in table:
+            continue
+        in_use = tiles.choose(table[key], *result.shape, result)
+        plan = [(tile, tiles.GROUP_M) for tile in CANDIDATES[kind] if device.kind == "cuda"]
+        plan = [
+            (in_use, tiles.GROUP_M),
+            *(p for p in plan if p[0] != in_use),
+            *((in_use, g) for g in GROUPS),
+        ]
+        for tile, group_m in plan[:most]:
+            about = {
+                "kind": "tile",
+                "role": role,
+                "n": n,
+                "d": d,
+                "m": m,
+                "kernel": kind,
+                "group_m": group_m,
+            }
+            about |= {"item": f"{role} {kind} {tuple(tile)} group {group_m}", "tile": list(tile)}
+            about |= {"in_use": tile == in_use and group_m == tiles.GROUP_M, "flop": 2 * n * d * m}
+            with (
+                mock.patch.dict(tiles.DESCRIPTOR_TILES, clear=True),
+                mock.patch.dict(table, {key: (tile,)}),
+                mock.patch.object(
+                    tiles, "remembered", dict
+                ),  # or a tuned tile would be timed under each name
+                mock.patch.object(tiles, "GROUP_M", group_m),
+            ):
+                result.fill_(0.0 if role == "weight_grad" else torch.nan)
+                about |= _timed(
+                    device, run, blas, result, truth, about["flop"], shapes.DTYPES[dtype]
+                )
+            yield about
+
+
+def _timed(
+    device: Cpu | Cuda,
+    run: Callable[[], Any],
+    blas: Callable[[], Any],
+    result: torch.Tensor,
+    truth: torch.Tensor,
+    flop: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The figures of a product, or why there are none."""
+    try:
+        run()
+        device.synchronize()
+        error = ((result.double() - truth).norm() / truth.norm()).item()
+        if not error < 2 * torch.finfo(dtype).eps:
+            return {"failed": f"relative error {error:.2e}"}
+        figures: dict[str, Any] = {"error": error}
+        if device.kind == "cuda":  # the interpreter is never timed
+            times = interleaved(device, {"tile": run, "blas": blas}, 0.2)
+            figures |= spread(times["tile"])
+            figures["blas_ms"] = spread(times["blas"])["median_ms"]
+            figures["over_blas"] = figures["median_ms"] / figures["blas_ms"]
+            figures["tflops"] = flop / figures["median_ms"] / 1e9
+        return figures
+    except Exception as error:  # too much shared memory, say: the next candidate may fit
+        return {"unavailable": suite.reason(error)}
+
+
+def _product(
+    device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: torch.dtype
+) -> tuple[Callable[[], Any], Callable[[], Any], torch.Tensor, torch.Tensor]:
+    """(ours, cuBLAS's, ours' output, the float64 result) of a product in one of its roles."""
+    from pre_kernels.fused.kernels.matmul import matmul
+    from pre_kernels.fused.kernels.weight_grad import add_weight_grad
+
+    place = device.torch_device
+    generator = torch.Generator(place).manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype, device=place)
+
+    x, dy, w, bias = randn(n, d), randn(n, m), randn(m, d) / d**0.5, randn(m)
+    if role == "project":
+        y, out = randn(n, m), randn(n, m)
+        truth = x.double() @ w.double().t() + bias.double()
+        return lambda: matmul(x, w.t(), y, bias=bias), lambda: torch.mm(x, w.t(), out=out), y, truth
+    if role == "backproject":
+        y, out = randn(n, d), randn(n, d)
+        return (
+            lambda: matmul(dy, w, y),
+            lambda: torch.mm(dy, w, out=out),
+            y,
+            dy.double() @ w.double(),
+        )
+    total, out = torch.zeros(m, d, device=place), torch.empty_like(w)
+    truth = dy.double().t() @ x.double()
+    return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("sizes", "tiles"))
+    parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--m", type=int, default=4096, help="of a tile's product")
+    parser.add_argument("--role", choices=ROLES, default="project")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
+    parser.add_argument("--most", type=int, help="candidates of each kind; else all")
+    parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
+    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    arguments = parser.parse_args(argv)
+
+    device = current()
+    path = record.file(record.folder(arguments.out), device)
+    stamp = record.stamp(device) | {"dtype": arguments.dtype}
+    if arguments.what == "sizes":
+        found = sizes(device, arguments.n, arguments.dtype, arguments.d)
+    else:
+        size = arguments.n, arguments.d, arguments.m, arguments.dtype
+        found = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
+    lines = []
+    for line in found:
+        record.append(path, line | stamp)
+        lines.append(line)
+    table = (
+        report.loss_table(record.latest(lines))
+        if arguments.what == "sizes"
+        else report.plain_table(lines)
+    )
+    print(report.markdown(table))
+    return any("failed" in line for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

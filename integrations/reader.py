@@ -1,0 +1,208 @@
+"""Reading a model instead of training it: the hidden states of visual tokens, layer by layer, for
+the diagnostics."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture, Seen
+from .families import check_tokens, find_parts, same
+from .tokens import find_rows
+
+NORMS = (
+    "norm",
+    "final_layernorm",
+    "ln_f",
+    "final_norm",
+    "embedding_norm",
+)  # before the unembedding
+
+
+@dataclass(frozen=True)
+class ImageStates:
+    """The visual tokens of one image, (patches, width) each.
+
+    Attributes:
+        hidden: by layer number; 0 is what enters the decoder.
+        anchor: what enters the decoder, whether or not layer 0 is read.
+        sample: the image's row of the batch.
+    """
+
+    hidden: dict[int, Tensor]
+    anchor: Tensor
+    sample: int
+
+
+class Reader:
+    """Reads the hidden states of `model`'s visual tokens; a context manager that takes its hooks
+    off at the end.
+
+    ```python
+    with Reader(model, layers=(0, 16, 32)) as reader:
+        for image in reader.read(inputs):
+            print(image.hidden[16].shape)  # (patches, width)
+    ```
+
+    Works on a model that PRe is attached to as well, and on the model that a trainer has wrapped.
+
+    Args:
+        model: a Hugging Face vision-language model, or a `PeftModel` around one.
+        layers: numbers in 0..L: what so many decoder layers made (L: before the final norm); None
+            is all of them.
+        mask_fn, text_model, decoder_layers: as `mask_fn`, `text_model` and `layers` of `apply_pre`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | None = None,
+        *,
+        mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
+        text_model: str | nn.Module | None = None,
+        decoder_layers: str | nn.ModuleList | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+        unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
+        inner = model if unwrap is None else unwrap()
+        self.parts = find_parts(inner, text_model, decoder_layers)
+        if mask_fn is not None:
+            self.parts.merge = None
+        else:
+            check_tokens(self.parts, inner)
+        self.model, self.inner, self.mask_fn = model, inner, mask_fn
+        self.depth = len(self.parts.layers)
+        self.layers = _numbers(layers, self.depth)
+        self._reading = False
+        self._seen: Seen | None = None
+        inside = tuple(number for number in self.layers if number > 0)
+        self._capture = Capture(model, self.parts, inside, lambda *_: self._reading, self._finish)
+
+    @torch.no_grad()
+    def read(
+        self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None
+    ) -> list[ImageStates]:
+        """The images of one forward with these arguments, in eval mode and without gradients; batch
+        by batch row.
+
+        An image is what `apply_pre`'s level "image" takes for one. References to what the forward
+        made: whoever wants to keep many has to copy.
+
+        Args:
+            inputs: the forward's arguments by name, on the model's device.
+            call: what to call with them in place of the model: a wrapper around it (DDP, FSDP,
+                DeepSpeed).
+
+        Raises:
+            ValueError: where the forward has no visual tokens, or its images cannot be told apart.
+        """
+        return self.read_with_output(inputs, call)[0]
+
+    @torch.no_grad()
+    def read_with_output(
+        self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None
+    ) -> tuple[list[ImageStates], Any]:
+        """The same, and what the model returned."""
+        self._reading = True
+        try:
+            with evaluating(self.model):
+                output = (call or self.model)(**inputs)
+            seen = self._seen
+        finally:
+            self._reading, self._seen = False, None
+        if seen is None:
+            raise RuntimeError(
+                f"call: it never called the {type(self.model).__name__} that is read"
+            )
+        rows = find_rows(self.parts, seen.inputs, self.mask_fn)
+        if rows is None or not rows.mask.any():
+            raise ValueError("inputs: got no visual tokens, want at least one image")
+        states = {
+            0: seen.anchor(),
+            **{number: seen.layer(number) for number in self.layers if number},
+        }
+        rows.check(states[0])
+        numbers = rows.images(self.parts, seen.inputs)
+        samples = rows.mask.nonzero()[:, 0]
+        selected = {number: state[rows.mask.to(state.device)] for number, state in states.items()}
+        found = []
+        for image in numbers.unique():
+            mine = numbers == image
+            parts = {number: state[mine.to(state.device)] for number, state in selected.items()}
+            hidden = {number: parts[number] for number in self.layers}
+            found.append(ImageStates(hidden, parts[0], int(samples[mine.to(samples.device)][0])))
+        return found, output
+
+    def logits(self) -> Callable[[Tensor], Tensor] | None:
+        """unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary); None if
+        either is not found."""
+        text: Any = self.parts.text
+        norm = next(
+            (m for name in NORMS if isinstance(m := getattr(text, name, None), nn.Module)), None
+        )
+        get: Any = getattr(self.inner, "get_output_embeddings", None)
+        head = None if get is None else get()
+        if (
+            norm is None or head is None or self.parts.family.hidden is not same
+        ):  # several streams meet before it
+            return None
+        weight = head.weight
+        return lambda h: head(norm(h.to(weight.device, weight.dtype)))
+
+    def remove(self) -> None:
+        """Take the hooks off. Calling it twice is fine."""
+        self._capture.remove()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _finish(self, output: Any, seen: Seen) -> Any:
+        self._seen = seen
+        return output
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; after it every module trains or not as before, since some may be frozen
+    that way."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _numbers(layers: Any, depth: int) -> tuple[int, ...]:
+    if layers is None:
+        return tuple(range(depth + 1))
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+        raise TypeError(
+            f"layers: got {layers!r}, want a sequence of integers in 0..{depth}, or None for all"
+        )
+    numbers = []
+    for entry in layers:
+        try:
+            number = operator.index(entry)
+        except TypeError:
+            raise TypeError(
+                f"layers: got {entry!r} among them, want integers in 0..{depth}"
+            ) from None
+        if isinstance(entry, bool) or not 0 <= number <= depth:
+            raise ValueError(f"layers: got {entry!r} among them, want integers in 0..{depth}")
+        numbers.append(number)
+    return tuple(sorted(set(numbers)))

@@ -1,0 +1,24 @@
+"""Names under the import paths that they had before, each with a warning, for one version."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def moved(module: str, new: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of `module` for names that are now those of the modules in `new`."""
+
+    def get(name: str) -> Any:
+        if name not in new:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} has moved to {new[name]}.{name}; the old path goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(new[name]), name)
+
+    return get

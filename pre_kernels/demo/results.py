@@ -1,0 +1,196 @@
+"""What was measured, as a table, a picture and sentences; every number in them comes from the
+runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pre_kernels.diagnostics.report import page
+from pre_kernels.diagnostics.report.columns import effect, spread
+from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
+
+ARMS = {  # how each is named and drawn
+    "before": ("before visual training", {"color": "0.55", "linestyle": ":"}),
+    "without": ("without PRe", {"color": COLOURS[1], "linestyle": "-"}),
+    "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
+}
+COLUMNS = {"probe": "linear_probe"} | {  # of a report, by the name of a list over layers
+    name: name
+    for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
+}
+Rows = list[tuple[str, list[float] | None, list[float] | None]]
+
+
+def table_rows(found: dict[str, Any]) -> Rows:
+    """(name, a value per seed without PRe, and with it)."""
+    depth = found["settings"]["layers"]
+
+    def row(
+        name: str, key: str, index: int | None = None
+    ) -> tuple[str, list[float] | None, list[float] | None]:
+        values = [
+            [arm[key] if index is None else arm[key][index] for arm in runs]
+            if key in runs[0]
+            else None
+            for runs in (
+                [seed["without"] for seed in found["seeds"]],
+                [seed["with"] for seed in found["seeds"]],
+            )
+        ]
+        return name, values[0], values[1]
+
+    rows = [
+        row("task accuracy", "accuracy"),
+        row("L_PRe, fitted predictor", "pre_loss"),
+        row("L_PRe, own predictor", "pre_loss_own"),
+        row("L_PRe, constant", "pre_loss_constant"),
+    ]
+    rows += [row(f"linear probe, layer {n}", "probe", n) for n in range(depth + 1)]
+    rows += [row(f"contrast ratio, layer {n}", "contrast", n) for n in range(depth + 1)]
+    return rows
+
+
+def difference(without: list[float] | None, with_: list[float] | None) -> list[float] | None:
+    """With minus without, seed by seed."""
+    if without is None or with_ is None:
+        return None
+    return [b - a for a, b in zip(without, with_, strict=True)]
+
+
+def cells(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        (name, spread(a), spread(b), spread(difference(a, b), "+"))
+        for name, a, b in table_rows(found)
+    ]
+
+
+HEADER = ("", "without PRe", "with PRe", "difference")
+
+
+def caption(found: dict[str, Any]) -> str:
+    """What the table shows, and how it was read."""
+    settings = found["settings"]
+    numbers = ", ".join(str(seed["seed"]) for seed in found["seeds"])
+    return (
+        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of {settings['layers']}. Mean ± standard "
+        f"deviation over seeds {numbers}; differences are taken within each seed, whose two runs share the pre-trained "
+        "parts, the data and its order. Everything is read on scenes of digits that no training saw. L_PRe: of a "
+        "predictor fitted after training on the frozen states of further scenes, in the same way for both columns; of "
+        "the predictor that was trained along; and of a constant, the mean direction of the embeddings. The linear "
+        "probe, fitted after training too, names each digit from the mean of its patches (chance 0.1); layer 0 is what "
+        "enters the LLM. The semantic contrast ratio is the mean cosine similarity of patches of one digit over that "
+        "of patches of different digits."
+    )
+
+
+def conclusion(found: dict[str, Any]) -> list[str]:
+    """The differences in words that follow from the numbers."""
+    settings = found["settings"]
+    layer, depth = settings["layer"], settings["layers"]
+    runs = found["seeds"]
+
+    def deep(arm: str, key: str) -> list[float]:
+        return [mean(run[arm][key][layer:]) for run in runs]
+
+    fall = [
+        mean(run[arm]["probe"][0] for run in runs) - mean(run[arm]["probe"][depth] for run in runs)
+        for arm in ("before", "without", "with")
+    ]
+    return [
+        f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, {fall[1]:.3f} after training "
+        f"without PRe and {fall[2]:.3f} with it.",
+        *training(found),
+        effect(
+            f"Linear probe, mean of layers {layer} to {depth}",
+            deep("without", "probe"),
+            deep("with", "probe"),
+        ),
+        effect(
+            f"Semantic contrast ratio, mean of layers {layer} to {depth}",
+            deep("without", "contrast"),
+            deep("with", "contrast"),
+        ),
+        *(["One seed says nothing about noise: use --seeds."] if len(runs) < 2 else []),
+    ]
+
+
+def training(found: dict[str, Any]) -> list[str]:
+    """Those of the conclusions that are not about depth."""
+    runs = found["seeds"]
+    curves = [run["with"]["train_pre_loss"] for run in runs]
+    first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
+    verb = "fell" if last < first else "did not fall"
+    return [
+        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
+        effect(
+            "Task accuracy",
+            [r["without"]["accuracy"] for r in runs],
+            [r["with"]["accuracy"] for r in runs],
+        ),
+    ]
+
+
+def document(found: dict[str, Any]) -> dict[str, Any]:
+    """The same as what `diagnostics.report.html` shows, each seed a run."""
+    settings, seeds = found["settings"], found["seeds"]
+    layers = range(settings["layers"] + 1)
+
+    def rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+        names = {name: column for name, column in COLUMNS.items() if name in figures}
+        return [
+            {"layer": n} | {column: figures[name][n] for name, column in names.items()}
+            for n in layers
+        ]
+
+    return {
+        "title": "A tiny LLaVA on scenes of handwritten digits, without and with PRe",
+        "models": [
+            {
+                "name": name,
+                "style": style,
+                "depth": settings["layers"],
+                "runs": [rows(seed[arm]) for seed in seeds],
+            }
+            for arm, (name, style) in ARMS.items()
+        ],
+        "marked": [settings["layer"]],
+        "curves": [
+            {
+                "name": f"with PRe, seed {seed['seed']}",
+                "label": f"L_PRe at layer {settings['layer']} (line: stage two begins)",
+                "values": seed["with"]["train_pre_loss"],
+                "marked": [settings["align_steps"]],
+                "style": {"color": COLOURS[0], "linestyle": DASHES[n % len(DASHES)]},
+            }
+            for n, seed in enumerate(seeds)
+        ],
+        "findings": training(found),
+        "notes": [
+            caption(found),
+            "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        ],
+        "data": {"images": settings["test_scenes"], "masks": "the patches of each digit"},
+    } | {name: found[name] for name in ("device", "versions", "date")}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(found)]
+    lines += ["", caption(found), "", *(f"- {sentence}" for sentence in conclusion(found)), ""]
+    return "\n".join(lines)
+
+
+def save(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Write demo.json, demo.md, demo.png and demo.html; returns their paths."""
+    from .picture import draw
+
+    paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]
+    shown = document(found)
+    paths[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(markdown(found), encoding="utf-8")
+    draw(shown, paths[2])
+    paths[3].write_text(page.html(shown), encoding="utf-8")
+    return paths

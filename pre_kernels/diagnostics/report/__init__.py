@@ -1,0 +1,1 @@
+"""What `measures` found, as tables, pictures and a page."""

@@ -1,0 +1,313 @@
+"""What `LayerReport` found for one or more models, in words, as CSV, and as a page that needs
+nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+from .columns import MEASURES, Measure, by_layer, effect, measured, spread
+
+Document = Mapping[str, Any]
+MAIN = ("linear_probe", "contrast", "effective_dimension", "cosine")
+STAND_INS = {"contrast": "spatial_contrast"}
+TEMPLATE = "report.html.jinja"
+CLASSES = 30  # of the data that the page names
+
+
+def html(document: Document) -> str:
+    """A page of everything in `document`: no script, nothing to load, light and dark; every name in
+    it is escaped.
+
+    Needs jinja2 and matplotlib.
+
+    Args:
+        document: what `pre-kernels diagnose` writes as JSON:
+
+            title: str
+            models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], rows as
+                of `LayerReport.rows()`, a run for each seed, the runs of two models in the same
+                order; "style" as for `figures.depth`
+            marked: [layer, ...] that PRe reads
+            maps: [{"image", "picture", "grid", "patch", "layers", "similarity"}] as for
+                `figures.heat_maps`
+            curves: [{"name", "label", "values"}] as for `figures.steps`; those of one label share a
+                plot
+            findings, notes: [str], said before what `sentences` says, and of how it was measured
+            command, date, device: str
+            versions: {name: version}
+            data: {"images": int, "labelled": int, "classes": [str, ...], "masks": str, "folder":
+                str, "prompt": str}
+
+            All but title and models may be missing, as may the depth and notes of a model; None is
+            as good as missing.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
+    models, data = document["models"], document.get("data") or {}
+    return template.render(
+        title=document["title"],
+        meta=[
+            text for text in (document.get("date"), _images(data), document.get("device")) if text
+        ],
+        said=document.get("findings") or [],
+        findings=findings(document),
+        legend=list(_legend(models)),
+        panels=[
+            (p, _depth_image(document, p), " ".join(_course(m, p) for m in models))
+            for p in measured(models)
+        ],
+        marked=document.get("marked") or [],
+        curves=list(_curve_images(document.get("curves") or [])),
+        maps=[
+            (found, _map_image(found), len(found["layers"]) + 1)
+            for found in document.get("maps") or []
+        ],
+        tables=[(model["name"], *_table(model["runs"])) for model in models],
+        notes=[*(document.get("notes") or []), *_notes(models)],
+        facts=list(_facts(document, data)),
+    )
+
+
+def sentences(document: Document) -> list[str]:
+    """What follows from the numbers of `document`, as for `html`, and nothing that does not."""
+    return [f"{title} – {text}" for title, texts in findings(document).items() for text in texts]
+
+
+def findings(document: Document) -> dict[str, list[str]]:
+    """By measure: how it goes through the depth of each model, and how each model differs from the
+    one before it.
+
+    Differences are those of the mean over the deep half, layers from L/2, and of the last layer
+    measured. Without masks spatial contrast stands in for the semantic contrast ratio. What was not
+    measured says what would measure it.
+    """
+    models = document["models"]
+    available = measured(models)
+    found: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for name in MAIN:
+        measure = MEASURES[name]
+        if measure not in available:
+            unknown.append(f"{measure.title}: it takes {measure.needs}.")
+            measure = MEASURES[STAND_INS.get(name, name)]
+        if measure in available:
+            texts = [_course(model, measure) for model in models]
+            found[measure.title] = texts + [
+                text for a, b in pairwise(models) for text in _differences(a, b, measure)
+            ]
+    if len(models) > 1 and any(len(model["runs"]) < 2 for model in models):
+        unknown.append("Noise between seeds: it takes several runs of each model.")
+    return found | ({"Not measured": unknown} if unknown else {})
+
+
+def csv_text(document: Document) -> str:
+    """A line for each model, run (numbered from 0) and layer, with all columns of all rows; what is
+    None is empty."""
+    lines = [
+        {"model": model["name"], "run": number, **row}
+        for model in document["models"]
+        for number, run in enumerate(model["runs"])
+        for row in run
+    ]
+    buffer = io.StringIO()
+    columns = list(dict.fromkeys(name for line in lines for name in line)) or ["model", "run"]
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _joined(value) for name, value in line.items()} for line in lines)
+    return buffer.getvalue()
+
+
+def _course(model: Mapping[str, Any], measure: Measure) -> str:
+    """Where a measure starts, where it is least, and how it ends."""
+    found = by_layer(model["runs"], measure.column)
+    if not found:
+        return f"{model['name']}: not measured."
+    first, last = min(found), max(found)
+    least = min(found, key=lambda layer: mean(found[layer]))
+    points = [
+        f"{spread(found[layer], digits=measure.digits)} at layer {layer}{' (the minimum)' if layer == least else ''}"
+        for layer in sorted({first, least, last})
+    ]
+    if first == last:
+        return f"{model['name']}: {spread(found[first], digits=measure.digits)} at layer {first}, the only one measured."
+    runs = [by_layer([run], measure.column) for run in model["runs"]]
+    changes = [run[last][0] - run[first][0] for run in runs if first in run and last in run]
+    change = f"; {spread(changes, '+', measure.digits)} from first to last" if changes else ""
+    return f"{model['name']}: {', '.join(points)}{change}."
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], measure: Measure
+) -> list[str]:
+    """Of the deep half, and of its last layer."""
+    deep = [_deep(model, measure) for model in (before, after)]
+    if not all(deep):
+        return []
+    found: dict[str, str] = {}
+    for start in (0, -1):
+        layers = [[*runs[0]][start:] for runs in deep]
+        old, new = (
+            [mean(run[n] for n in chosen) for run in runs]
+            for runs, chosen in zip(deep, layers, strict=True)
+        )
+        where = " and ".join(dict.fromkeys(map(_ranges, layers)))
+        name = ("mean of " if len(layers[0]) > 1 else "") + where
+        found[where] = _effect(
+            name, old, new, (f"({before['name']})", f"({after['name']})"), measure.digits
+        )
+    return [*found.values()]
+
+
+def _effect(
+    name: str, before: list[float], after: list[float], names: tuple[str, str], digits: int
+) -> str:
+    if len(before) == len(after):
+        return effect(name, before, after, names, digits)
+    return (
+        f"{name}: {spread(before, digits=digits)} {names[0]}, {spread(after, digits=digits)} {names[1]}, difference of "
+        f"the means {mean(after) - mean(before):+.{digits}f}; {len(before)} and {len(after)} runs cannot be paired."
+    )
+
+
+def _deep(model: Mapping[str, Any], measure: Measure) -> list[dict[int, float]]:
+    """For each run its figures of layers from L/2 on, those that every run has; empty if there are
+    none."""
+    found = by_layer(model["runs"], measure.column)
+    depth = model.get("depth") or max(found, default=0)
+    layers = [
+        layer
+        for layer, values in found.items()
+        if layer >= depth // 2 and len(values) == len(model["runs"])
+    ]
+    return (
+        [{layer: found[layer][run] for layer in layers} for run in range(len(model["runs"]))]
+        if layers
+        else []
+    )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """[4, 5, 6] as "layers 4 to 6", [4, 6] as "layers 4, 6"."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) == layers[-1] - layers[0] + 1:
+        return f"layers {layers[0]} to {layers[-1]}"
+    return "layers " + ", ".join(map(str, layers))
+
+
+def _images(data: Mapping[str, Any]) -> str | None:
+    count = data.get("images")
+    return None if count is None else f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Name, colour and SVG dashes of each model's line."""
+    from matplotlib.colors import to_hex
+
+    from .plots import styles
+
+    dashes = {"-": "none", "--": "6 3", "-.": "7 2 2 2", ":": "2 2.5"}
+    for model, style in zip(models, styles(models), strict=True):
+        yield model["name"], to_hex(style["color"]), dashes.get(style["linestyle"], "none")
+
+
+def _depth_image(document: Document, panel: Measure) -> str:
+    from .plots import grid, over_depth
+
+    figure, [axes] = grid(1)
+    over_depth(axes, document["models"], panel._replace(title=""), document.get("marked") or [])
+    return _source(figure)
+
+
+def _curve_images(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    from .plots import grid, steps
+
+    for label in dict.fromkeys(curve["label"] for curve in curves):
+        figure, [axes] = grid(1)
+        steps(axes, [curve for curve in curves if curve["label"] == label])
+        yield label, _source(figure)
+
+
+def _map_image(found: Mapping[str, Any]) -> str:
+    from .plots import heat_maps
+
+    return _source(heat_maps(found))
+
+
+def _source(figure: Any) -> str:
+    """Of an <img>: an image of its own can neither run a script nor share ids with another."""
+    from .plots import svg
+
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()
+
+
+def _table(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Columns that hold anything, and their cells line by line; the notes are said elsewhere."""
+    lines = [
+        ({"run": number} if len(runs) > 1 else {}) | dict(row)
+        for number, run in enumerate(runs)
+        for row in run
+    ]
+    names = dict.fromkeys(name for line in lines for name in line if name != "notes")
+    columns = [name for name in names if any(line.get(name) is not None for line in lines)]
+    return columns, [[_cell(line.get(name)) for name in columns] for line in lines]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(_joined(value))
+
+
+def _joined(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _notes(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the models' measurements said, and the rows, each once with its layers."""
+    for model in models:
+        for note in model.get("notes") or []:
+            yield f"{model['name']}: {note}"
+        layers: dict[str, set[int]] = {}
+        for run in model["runs"]:
+            for row in run:
+                if row.get("notes"):
+                    layers.setdefault(row["notes"], set()).add(row["layer"])
+        for note, numbers in layers.items():
+            yield f"{model['name']}, {_ranges(sorted(numbers))}: {note}"
+
+
+def _facts(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Data, versions and the like, as term and description; what is missing is left out."""
+    classes = data.get("classes") or []
+    more = f" and {len(classes) - CLASSES} more" if len(classes) > CLASSES else ""
+    facts = {
+        "Images": data.get("images"),
+        "Folder": data.get("folder"),
+        "Labelled images": data.get("labelled"),
+        f"Classes ({len(classes)})": ", ".join(map(str, classes[:CLASSES])) + more,
+        "Masks": data.get("masks"),
+        "Prompt": data.get("prompt"),
+        "Device": document.get("device"),
+        "Versions": ", ".join(
+            f"{name} {version}" for name, version in (document.get("versions") or {}).items()
+        ),
+        "Date": document.get("date"),
+        "Command": document.get("command"),
+    }
+    for term, value in facts.items():
+        if value not in (None, ""):
+            yield term, str(value)

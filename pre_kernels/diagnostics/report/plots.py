@@ -1,0 +1,327 @@
+"""The pictures of a report: curves over depth and over training, the paper's trajectory, heat maps
+on an image.
+
+Needs matplotlib, which is imported at the first figure. Nothing here uses pyplot: no state is
+shared or left behind.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from .columns import Measure, by_layer, measured
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the dashes also survive a print in
+# grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
+MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
+PANEL = (4.3, 3.0)  # inches
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "0.4",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.92",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+Runs = Sequence[Sequence[Mapping[str, Any]]]
+
+
+def depth(
+    models: Sequence[Mapping[str, Any]],
+    panels: Sequence[Measure] | None = None,
+    marked: Sequence[int] = (),
+) -> Figure:
+    """Curves over depth, one panel for each measure: the models in one plot, several runs with mean
+    and ± 1 sd.
+
+    Args:
+        models: {"name": str, "runs": [[row, ...], ...]} each, a row a dict with "layer" and columns
+            of `LayerReport.rows()`; None and absent keys are not drawn. Optional "style": keywords
+            of matplotlib's Line2D.
+        panels: None: every one of `MEASURES` that a model has.
+        marked: layers that get a grey vertical line, where PRe reads.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    panels = measured(models) if panels is None else panels
+    if not panels:
+        raise ValueError("models: got no figure of any measure, want at least one")
+    figure, axes = grid(len(panels))
+    for one, panel in zip(axes, panels, strict=True):
+        over_depth(one, models, panel, marked)
+    legend(figure, models)
+    return figure
+
+
+def grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, up to three in a row (two rows of two)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    columns = 2 if count == 4 else min(count, 3)
+    rows = math.ceil(count / columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+        return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+
+
+def styles(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The line of each model: its own, else the next colour and dash."""
+    return [
+        {
+            "color": COLOURS[n % len(COLOURS)],
+            "linestyle": DASHES[n % len(DASHES)],
+            **model.get("style", {}),
+        }
+        for n, model in enumerate(models)
+    ]
+
+
+def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords: Any) -> None:
+    """A line and a name for each of `curves`: above the panels of a figure, or in axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if isinstance(place, Figure):
+        keywords = {
+            "loc": "outside upper center",
+            "ncols": min(len(curves), 4),
+            "handlelength": 2.5,
+        } | keywords
+    lines = [Line2D([], [], linewidth=2, **style) for style in styles(curves)]
+    with rc_context(STYLE):
+        made = place.legend(lines, ["name"] * len(lines), **keywords)
+    # a name is a user's: no mathematics between its dollars, no meaning of an underscore in front
+    for text, curve in zip(made.get_texts(), curves, strict=True):
+        text.set(text=curve["name"], parse_math=False)
+
+
+def over_depth(
+    axes: Axes, models: Sequence[Mapping[str, Any]], panel: Measure, marked: Sequence[int] = ()
+) -> None:
+    """One panel of `depth`, without a legend of the models."""
+    from matplotlib.ticker import MaxNLocator
+
+    for model, style in zip(models, styles(models), strict=True):
+        _curve(axes, model["name"], model["runs"], panel.column, style)
+    for layer in marked:
+        axes.axvline(layer, **MARK)
+    axes.set(title=panel.title, xlabel="LLM layer", ylabel=panel.axis, yscale=panel.scale)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    if panel.share:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+
+
+def _curve(axes: Axes, name: str, runs: Runs, column: str, style: Mapping[str, Any]) -> None:
+    found = by_layer(runs, column)
+    if not found:
+        return
+    centre = [mean(values) for values in found.values()]
+    if len(runs) > 1:
+        for run in runs:
+            layers = by_layer([run], column)
+            axes.plot(
+                [*layers],
+                [values[0] for values in layers.values()],
+                **{**style, "linewidth": 0.6, "alpha": 0.6},
+            )
+        half = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+        low, high = ([c + sign * h for c, h in zip(centre, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between([*found], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(
+        [*found], centre, **{"linewidth": 2, "marker": "o", "markersize": 3.5, **style}, label=name
+    )
+
+
+def steps(axes: Axes, curves: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """Values along training: a line and a legend entry for each of `curves`.
+
+    Args:
+        axes: of `grid`.
+        curves: {"name": str, "values": [float | None, ...]} each; optional "steps" (as many; 1, 2,
+            … without), "marked" (steps that get a grey vertical line) and "style" as for `depth`.
+        title: of the panel.
+    """
+    for curve, style in zip(curves, styles(curves), strict=True):
+        values = _numbers(curve["values"])
+        at = curve.get("steps") or range(1, len(values) + 1)
+        axes.plot(at, values, **{"linewidth": 1.2, **style}, label=curve["name"])
+    for step in {step for curve in curves for step in curve.get("marked", ())}:
+        axes.axvline(step, **MARK)
+    axes.set_title(title, parse_math=False)
+    axes.set_xlabel("training step")
+    legend(axes, curves)
+
+
+def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """The paper's figure of a training: task score and probe over steps, and one against the other
+    (arXiv 2603.20808).
+
+    Args:
+        runs: {"name": str, "steps": [int, ...], "probe": [float | None, ...], "score": [float |
+            None, ...], "probe_name": str, "score_name": str} each, the lists of one length; "style"
+            as for `depth`. The names of the first run go to the axes. In the plot of one against
+            the other, points are joined in the order of steps and get darker with them; it has
+            those where both were measured.
+
+    Raises:
+        ValueError: no runs, or lists of different lengths.
+    """
+    from matplotlib import rc_context
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    if not runs:
+        raise ValueError("runs: got none, want at least one")
+    for run in runs:
+        lengths = {name: len(run[name]) for name in ("steps", "probe", "score")}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"runs: got lists of lengths {lengths} in {run['name']!r}, want equal ones"
+            )
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.4 * PANEL[0], 1.5 * PANEL[1]), layout="constrained")
+        axes: dict[str, Axes] = figure.subplot_mosaic([["score", "both"], ["probe", "both"]])
+    axes["score"].sharex(axes["probe"])
+    axes["score"].tick_params(labelbottom=False)
+    every = [step for run in runs for step in run["steps"]]
+    colours: dict[str, Any] = {
+        "norm": Normalize(min(every, default=0), max(every, default=1)),
+        "cmap": "viridis_r",
+    }
+
+    for run, style in zip(runs, styles(runs), strict=True):
+        points = sorted(
+            zip(run["steps"], _numbers(run["probe"]), _numbers(run["score"]), strict=True)
+        )
+        line = {"marker": "o", "markersize": 3.5, **style}
+        axes["probe"].plot(
+            [step for step, _, _ in points], [probe for _, probe, _ in points], **line
+        )
+        axes["score"].plot(
+            [step for step, _, _ in points], [score for _, _, score in points], **line
+        )
+        both = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
+        if both:
+            at, x, y = zip(*both, strict=True)
+            axes["both"].plot(x, y, **{"linewidth": 1, **style}, zorder=1)
+            axes["both"].scatter(x, y, c=at, **colours, edgecolors=style["color"], zorder=2)
+    names = {key: runs[0].get(f"{key}_name", key) for key in ("score", "probe")}
+    for key, name in names.items():
+        axes[key].set_ylabel(name, parse_math=False)
+    axes["probe"].set_xlabel("training step")
+    axes["both"].set_xlabel(names["probe"], parse_math=False)
+    axes["both"].set_ylabel(names["score"], parse_math=False)
+    figure.colorbar(ScalarMappable(**colours), ax=axes["both"], label="training step", pad=0.02)
+    legend(figure, runs)
+    return figure
+
+
+def heat_maps(found: Mapping[str, Any]) -> Figure:
+    """One image with a chosen patch, and that patch's similarity with all patches: a row a model, a
+    column a layer.
+
+    All maps share one colour scale, from the smallest similarity to 1.
+
+    Args:
+        found: {"image": its name, "picture": a PNG in base64, "grid": [rows, columns], "patch":
+            [row, column], "layers": [int, ...], "similarity": {model's name: for each layer
+            `similarity_map`'s rows · columns}}.
+
+    Raises:
+        ValueError: a model has another number of layers, or a map another number of patches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+    from matplotlib.patches import Rectangle
+
+    picture = imread(io.BytesIO(base64.b64decode(found["picture"])), format="png")
+    height, width = picture.shape[:2]
+    (rows, columns), (row, column) = found["grid"], found["patch"]
+    layers, similarity = found["layers"], found["similarity"]
+    for name, maps in similarity.items():
+        sizes = {len(one) for one in maps}
+        if len(maps) != len(layers) or sizes - {rows * columns}:
+            raise ValueError(
+                f"similarity: got {len(maps)} maps of {sorted(sizes)} patches of {name!r}, want {len(layers)} of "
+                f"{rows * columns}"
+            )
+
+    scale = Normalize(
+        min((value for maps in similarity.values() for one in maps for value in one), default=0), 1
+    )
+    side = 1.5 * math.sqrt(height / width)  # inches, of a tile as large as one of a square image
+    size = (
+        1.5 / math.sqrt(height / width) * (len(layers) + 1) + 1,
+        (side + 0.12) * len(similarity) + 0.3,
+    )
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(similarity), len(layers) + 1, squeeze=False)
+    shown = None
+    for number, (line, (name, maps)) in enumerate(zip(axes, similarity.items(), strict=True)):
+        line[0].imshow(picture, extent=(0, width, height, 0), cmap="gray", interpolation="nearest")
+        line[0].set_ylabel(name, parse_math=False)
+        for place, layer, values in zip(line[1:], layers, maps, strict=True):
+            table = [values[start : start + columns] for start in range(0, rows * columns, columns)]
+            shown = place.imshow(
+                table,
+                norm=scale,
+                cmap="viridis",
+                extent=(0, width, height, 0),
+                interpolation="nearest",
+            )
+            if number == 0:
+                place.set_title(f"layer {layer}", fontsize=9)
+        for place in line:
+            corner, cell = (
+                (column * width / columns, row * height / rows),
+                (width / columns, height / rows),
+            )
+            place.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="white", linewidth=2.4))
+            place.add_patch(
+                Rectangle(corner, *cell, fill=False, edgecolor=COLOURS[1], linewidth=1.4)
+            )
+            place.set(xticks=[], yticks=[])
+            place.spines[:].set_visible(False)
+    if shown is not None:
+        figure.colorbar(
+            shown, ax=axes, label="cosine similarity", pad=0.01, aspect=12 * len(similarity)
+        )
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The picture as SVG: the same for the same figure, its text as text."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pre-kernels"}):
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

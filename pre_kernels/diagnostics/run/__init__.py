@@ -1,0 +1,2 @@
+"""`pre-kernels diagnose`: images in, a report on the visual tokens of a vision-language model
+out."""

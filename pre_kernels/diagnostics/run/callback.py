@@ -1,0 +1,187 @@
+"""The diagnostics during a training: a small held-out set, every so many steps, into the trainer's
+own log."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from pre_kernels.integrations.reader import Reader, evaluating
+
+from ..measures.layers import LayerReport
+from .measure import Sample, measure
+
+LABELS = (
+    "layer",
+    "images",
+    "tokens",
+    "notes",
+    "lens_tokens",
+)  # columns of a report that are no figures
+
+
+class LayerCallback(TrainerCallback):
+    """Measures chosen layers on held-out images before the first step, every `every` steps and
+    after the last.
+
+    ```python
+    trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
+    ```
+
+    The trainer logs, and its integrations show, `layer_<l>/<figure>` for every figure of
+    `LayerReport.rows()` that was measured, "score" or what `score` named, "layers_seconds" (this
+    measurement's) and "layers_share" (of the time of the training so far, all measurements
+    together). `pre-kernels trace` draws the paper's figure from that log (arXiv 2603.20808: the
+    task's score against probe accuracy along training).
+
+    The model is in eval mode meanwhile, and afterwards as it was; no random number of the
+    training's is drawn, so the training goes on bit for bit as without this. Every process measures
+    the same images, since sharded models need all of them; rank 0's trainer logs.
+
+    Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds
+    it: a measurement after which more than that share of the training's time would have gone into
+    measuring is left out, with one warning. The first and the last are always made.
+
+    Args:
+        trainer: the `transformers.Trainer` (or subclass) that this is added to.
+        samples: held-out images, some hundreds; at least two of each class for the probes.
+            `diagnose.load_samples` makes them from files.
+        every: steps, positive.
+        layers: as in `Reader`; None: the embeddings, half the depth and the last layer.
+        metrics: as in `LayerReport`; the default takes a few passes over the features.
+        score: called with the trainer's model in eval mode; what it returns, a number or numbers by
+            name, is logged.
+        max_share: in (0, 1], or None for no bound.
+        seed: of the probes' split.
+        reader: further options of `Reader`: mask_fn, text_model, decoder_layers.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        samples: Iterable[Sample],
+        every: int,
+        layers: Sequence[int] | None = None,
+        *,
+        metrics: Collection[str] = ("structure", "cosine", "probe"),
+        score: Callable[[torch.nn.Module], Any] | None = None,
+        max_share: float | None = 0.05,
+        seed: int = 0,
+        **reader: Any,
+    ) -> None:
+        if not hasattr(trainer, "model_wrapped"):
+            raise TypeError(f"trainer: got {type(trainer).__name__}, want a transformers.Trainer")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: got {every!r}, want a positive number of steps")
+        if max_share is not None and not 0 < max_share <= 1:
+            raise ValueError(f"max_share: got {max_share!r}, want a share in (0, 1], or None")
+        if score is not None and not callable(score):
+            raise TypeError(f"score: got {type(score).__name__}, want a callable")
+        self.samples = list(samples)
+        wrong = next((s for s in self.samples if not isinstance(s, Sample)), None)
+        if wrong is not None or not self.samples:
+            got = "none" if wrong is None else type(wrong).__name__
+            raise TypeError(f"samples: got {got}, want at least one Sample")
+        LayerReport(metrics)  # complains now, not at the first measurement
+        with Reader(trainer.model, layers, **reader) as found:
+            depth = found.depth
+        self.layers = (
+            tuple(sorted({0, max(depth // 2, 1), depth})) if layers is None else tuple(layers)
+        )
+        self.trainer, self.every, self.metrics, self.score = trainer, every, metrics, score
+        self.max_share, self.seed, self.options = max_share, seed, reader
+        self._measured: int | None = None  # the last step
+        self._warned = False
+
+    def measure(self) -> dict[str, float]:
+        """The figures by the names they are logged under, of the model as it is now."""
+        model, device = self.trainer.model, self.trainer.args.device
+        report = LayerReport(self.metrics, seed=self.seed)
+        devices = [device] if device.type == "cuda" else []
+        with Reader(model, self.layers, **self.options) as reader, torch.random.fork_rng(devices):
+            # DeepSpeed's engine autocasts around the model; FSDP's wrapper is trainer.model itself
+            for _ in measure(
+                reader, self.samples, report, call=self.trainer.model_wrapped, device=device
+            ):
+                pass
+            found = {} if self.score is None else self._scores(model)
+        for row in report.rows():
+            for name, value in row.items():
+                if name not in LABELS and value is not None:
+                    found[f"layer_{row['layer']}/{name}"] = value
+        return found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure before the first step."""
+        self._begun, self._spent, self._last, self._measured = time.monotonic(), 0.0, 0.0, None
+        self._log(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every `every` steps, within `max_share`."""
+        if state.global_step % self.every == 0 and self._affordable():
+            self._log(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure after the last step."""
+        if self._measured != state.global_step:
+            self._log(state)
+
+    def _log(self, state: Any) -> None:
+        start = time.monotonic()
+        found = self.measure()
+        self._last = time.monotonic() - start
+        self._spent += self._last
+        self._measured = state.global_step
+        found["layers_seconds"] = round(self._last, 3)
+        found["layers_share"] = round(self._spent / max(time.monotonic() - self._begun, 1e-9), 4)
+        due = self.trainer.control.should_log
+        self.trainer.log(found)
+        self.trainer.control.should_log = due  # or the step's own log would count as written
+
+    def _affordable(self) -> bool:
+        if self.max_share is None:
+            return True
+        elapsed = time.monotonic() - self._begun
+        share = (self._spent + self._last) / (elapsed + self._last)
+        afforded = self._agreed(share <= self.max_share)
+        if not afforded and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"PRe: a measurement of the layers takes {self._last:.1f} s, and another one now would be a share of "
+                f"{share:.2f} of the training's time, more than max_share={self.max_share}; some are left out. Pass a "
+                "larger every or max_share, or fewer samples or layers",
+                stacklevel=2,
+            )
+        return afforded
+
+    def _agreed(self, afforded: bool) -> bool:
+        """Rank 0's decision: clocks differ, and a sharded model needs every process."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return afforded
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(int(afforded), device=accelerator.device)))
+
+    def _scores(self, model: torch.nn.Module) -> dict[str, float]:
+        assert self.score is not None
+        with evaluating(model), torch.no_grad():
+            found = self.score(model)
+        scores = dict(found) if isinstance(found, dict) else {"score": found}
+        for name, value in scores.items():
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+            ):
+                raise ValueError(f"score: returned {value!r} for {name!r}, want a finite number")
+        return scores

@@ -1,0 +1,259 @@
+"""The arguments of `pre-kernels diagnose` and `pre-kernels trace`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import METRICS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIAGNOSE = """\
+examples:
+  pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/                     curves over depth, for any images
+  pre-kernels diagnose out/without photos/ --compare out/with              did PRe help? both models in one report
+  pre-kernels diagnose MODEL photos/ --masks masks/                        with objects: the semantic contrast ratio
+  pre-kernels diagnose MODEL val2017/ --masks instances_val2017.json --limit 500
+  pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32   a folder for each class: linear probes
+  pre-kernels diagnose MODEL photos/ --labels labels.csv                   ... or a CSV: image,label
+
+images/ has images, or a folder of images for each class. --masks is a folder with a PNG for each image, whose values
+are objects, or a file of COCO annotations. An interrupted run goes on when the same command is given again.
+"""
+TRACE = """\
+examples:
+  pre-kernels trace out/checkpoint-5000                                    what LayerCallback logged, drawn over steps
+  pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy          against a figure that the trainer logged
+  pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv  two runs, scores from elsewhere: step,score
+
+Reads trainer_state.json, which the Trainer writes into every checkpoint, in the folder or its last checkpoint-*.
+"""
+
+
+def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
+    """Add both commands to those of `pre-kernels`."""
+    show = commands.add_parser(
+        "diagnose",
+        help="measure what each layer of a model keeps of its visual tokens: an HTML report",
+        description="Stream images through a vision-language model and measure, layer by layer, what its visual tokens "
+        "keep: probes, patch structure, spectrum, likeness to what entered the LLM, a logit lens. Writes report.html, "
+        "layers.csv and diagnosis.json.",
+        epilog=DIAGNOSE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    show.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of save_pretrained (an adapter's too), or name on the hub",
+    )
+    show.add_argument(
+        "images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder of images, or of a folder for each class",
+    )
+    show.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model; may be repeated",
+    )
+    show.add_argument(
+        "--masks", type=Path, metavar="PATH", help="folder of PNGs, or COCO annotations (*.json)"
+    )
+    show.add_argument(
+        "--background",
+        type=integers,
+        default=(0, 255),
+        metavar="A,B",
+        help="values of PNGs that are no object (0,255)",
+    )
+    show.add_argument(
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="columns image and label, instead of class folders",
+    )
+    show.add_argument(
+        "--layers", type=integers, metavar="A,B", help="0 is what enters the LLM (default: all)"
+    )
+    show.add_argument(
+        "--metrics",
+        type=some_metrics,
+        default=METRICS,
+        metavar="A,B",
+        help=f"of {', '.join(METRICS)} (default: all)",
+    )
+    show.add_argument("--no-lens", action="store_true", help="leave the logit lens out")
+    show.add_argument(
+        "--limit", type=whole, metavar="N", help="images at most, classes in turn (default: all)"
+    )
+    show.add_argument(
+        "--maps",
+        type=int,
+        default=3,
+        metavar="N",
+        help="images with heat maps (default: %(default)s)",
+    )
+    show.add_argument(
+        "--prompt",
+        default=None,
+        metavar="TEXT",
+        help='after the image (default: "Describe the image.")',
+    )
+    show.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved"
+    )
+    show.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto: a GPU if there is one; spread: over all",
+    )
+    show.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order of images and the probes' split",
+    )
+    show.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+    show.add_argument(
+        "--out",
+        type=Path,
+        default=Path("diagnose-out"),
+        metavar="DIR",
+        help="for the files (default: %(default)s)",
+    )
+
+    trace = commands.add_parser(
+        "trace",
+        help="draw a training's score against its probe accuracy, from the trainer's log",
+        description="The paper's figure from the log of a training with LayerCallback: the task's score and a layer's "
+        "probe accuracy over steps, and one against the other.",
+        epilog=TRACE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    trace.add_argument(
+        "logs",
+        type=Path,
+        nargs="+",
+        metavar="LOG",
+        help="trainer_state.json, or a folder that has one",
+    )
+    trace.add_argument(
+        "--layer", type=int, metavar="L", help="(default: the middle one of those logged)"
+    )
+    trace.add_argument(
+        "--figure",
+        default="linear_probe",
+        metavar="NAME",
+        help="of the layer (default: %(default)s)",
+    )
+    trace.add_argument(
+        "--score", default="score", metavar="NAME", help="in the log (default: %(default)s)"
+    )
+    trace.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="columns step and score, one for each LOG",
+    )
+    trace.add_argument(
+        "--out", type=Path, default=Path("trace.png"), metavar="FILE", help="png, svg or pdf"
+    )
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Whole numbers from 0, separated by commas."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want whole numbers separated by commas, such as 0,8,16"
+        )
+    return tuple(map(int, parts))
+
+
+def some_metrics(text: str) -> tuple[str, ...]:
+    """Names out of `METRICS`."""
+    parts = tuple(text.split(","))
+    if not set(parts) <= set(METRICS):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want some of {', '.join(METRICS)}, separated by commas"
+        )
+    return parts
+
+
+def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Run it; ValueError and OSError say what is wrong."""
+    from rich.console import Console
+
+    from .loading import SPREAD
+    from .run import FILES, Settings, diagnose
+    from .samples import PROMPT
+
+    console = Console(highlight=False, soft_wrap=True)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != SPREAD:
+        check_device(device)
+    settings = Settings(
+        models=(options.model, *options.compare),
+        images=options.images,
+        masks=options.masks,
+        labels=options.labels,
+        background=options.background,
+        layers=options.layers,
+        metrics=options.metrics,
+        lens=not options.no_lens,
+        limit=options.limit,
+        maps=options.maps,
+        prompt=PROMPT if options.prompt is None else options.prompt,
+        dtype=options.dtype,
+        device=device,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    document = diagnose(settings, options.out, console, shlex.join(["pre-kernels", *arguments]))
+
+    from ..report.page import sentences
+
+    console.print()
+    for sentence in sentences(document):
+        console.print(f"• {sentence}")
+    console.print()
+    for name, what in FILES.items():
+        console.print(f"{what}: {options.out / name}")
+
+
+def check_device(name: str) -> None:
+    """ValueError unless torch can use it."""
+    try:
+        torch.zeros(1, device=name).item()  # "meta" has tensors, but no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def trace(options: argparse.Namespace) -> None:
+    """Draw it; ValueError and OSError say what is wrong."""
+    from .trace import draw
+
+    print(
+        draw(
+            options.logs, options.layer, options.figure, options.score, options.scores, options.out
+        )
+    )
+    print(f"the figure: {options.out}", file=sys.stdout)

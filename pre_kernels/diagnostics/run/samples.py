@@ -1,0 +1,194 @@
+"""From an image file to the arguments of a model's forward, and what is known of the image's
+patches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pre_kernels.integrations.families import visual_tokens
+
+from .data import Images, Item, MaskSource, find_images, open_image, open_masks
+from .geometry import find_packing, token_grid, token_objects
+from .measure import Sample
+
+PROMPT = "Describe the image."
+AHEAD = 4  # images that are prepared while the model is busy
+LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the model's processor"}
+
+
+class Preparation:
+    """Makes a `Sample` of an image file for one model.
+
+    The text is the model's chat template with the image and then `prompt`; without a template the
+    image's placeholder and the prompt. In a causal decoder what comes after the image does not
+    reach its tokens.
+
+    Args:
+        model, processor: of transformers.
+        masks: where the objects in images are known from.
+        prompt: what is asked.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT
+    ) -> None:
+        self.config, self.dtype, self.packing = model.config, model.dtype, find_packing(model)
+        self.processor, self.masks = processor, masks
+        self.text = _text(processor, prompt)
+
+    def __call__(self, item: Item) -> Sample:
+        """The image as a batch of one, on the CPU.
+
+        Raises:
+            ValueError: naming the file: an image that cannot be read or that the processor refuses
+                (`Unusable`), or a mask that does not fit.
+        """
+        try:
+            image = open_image(item.path)
+        except ValueError as error:
+            raise Unusable("unreadable", str(error)) from error
+        try:
+            inputs = dict(self._process(image, return_tensors="pt"))
+        except (
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # what sizes and pixels may lead to
+            name = type(self.processor).__name__
+            raise Unusable(
+                "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
+            ) from error
+        placed = visual_tokens(self.config, inputs)
+        if placed is None or not placed.any():
+            raise ValueError(
+                f"processor: {type(self.processor).__name__} put no visual tokens into the text {self.text!r}, want "
+                "the model's own processor and a text with a place for the image"
+            )
+        tokens = int(placed.sum())
+        kind = self.config.model_type
+        masks = None
+        if self.masks is not None:
+            objects = self.masks.objects(item, image.size)
+            if objects is not None:
+                masks = token_objects(
+                    self._process, objects, inputs, tokens, kind, packing=self.packing
+                )
+        inputs = {
+            name: value.to(self.dtype)
+            if torch.is_tensor(value) and value.is_floating_point()
+            else value
+            for name, value in inputs.items()
+        }
+        return Sample(inputs, item.label, masks, token_grid(inputs, tokens, kind))
+
+    def _process(self, image: Any, **options: Any) -> Any:
+        return self.processor(images=[image], text=[self.text], **options)
+
+
+class Unusable(ValueError):
+    """An image that is left out, while others can be used; `reason` is a key of `LEFT_OUT`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_samples(
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    *,
+    masks: str | Path | None = None,
+    labels: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    background: tuple[int, ...] = (0, 255),
+    prompt: str = PROMPT,
+) -> list[Sample]:
+    """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
+
+    Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the
+    callback's figures. Images that cannot be read, or that the processor refuses, are left out, and
+    a warning names each of them.
+
+    ```python
+    samples = load_samples(model, processor, "held-out/", limit=256)
+    ```
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted; if every image is left out.
+    """
+    source = None if masks is None else open_masks(Path(masks), background)
+    found = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
+    prepare = Preparation(model, processor, source, prompt)
+    samples: list[Sample] = []
+    left_out: list[tuple[str, str]] = []
+    for item in found.items:
+        try:
+            samples.append(prepare(item))
+        except Unusable as error:
+            left_out.append((item.name, error.reason))
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    if not samples:
+        raise ValueError(none_left(found, left_out))
+    return samples
+
+
+def none_left(images: Images, left_out: Sequence[tuple[str, str]]) -> str:
+    """What is wrong where no image is left; `left_out` has the name and the reason of each."""
+    return f"images: none of the {len(images.items)} in {images.folder} can be used: {'; '.join(counted(left_out))}"
+
+
+def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """For each reason how many images it was, and the first of them."""
+    found = []
+    for reason, what in LEFT_OUT.items():
+        names = [name for name, its in left_out if its == reason]
+        if names:
+            found.append(f"{len(names)} images {what}: {', '.join(names[:10])}")
+    return found
+
+
+def ahead(
+    prepare: Callable[[Item], Sample], items: Iterable[Item]
+) -> Iterator[tuple[Item, Sample | Unusable]]:
+    """Each item with its sample, or with why its image is left out, in order; some are prepared
+    ahead in threads."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: list[tuple[Item, Future[Sample]]] = []
+        rest = iter(items)
+        try:
+            while True:
+                while len(waiting) < AHEAD and (item := next(rest, None)) is not None:
+                    waiting.append((item, pool.submit(prepare, item)))
+                if not waiting:
+                    return
+                item, future = waiting.pop(0)
+                try:
+                    yield item, future.result()
+                except Unusable as error:
+                    yield item, error
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _text(processor: Any, prompt: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise ValueError(
+            f"processor: {type(processor).__name__} has neither a chat template nor an image token, want one of them"
+        )
+    return f"{token}\n{prompt}"

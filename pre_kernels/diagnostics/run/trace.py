@@ -1,0 +1,165 @@
+"""The paper's figure out of a training's log: the task's score against a layer's probe accuracy
+(arXiv 2603.20808)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .data import names
+
+STATE = "trainer_state.json"
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def draw(
+    logs: list[Path],
+    layer: int | None,
+    figure: str,
+    score: str,
+    scores: list[Path] | None,
+    out: Path,
+) -> str:
+    """Write the figure to `out`; returns a line for each run that says what it holds.
+
+    Args:
+        logs: trainer_state.json of each run, or folders that have one.
+        layer: None: the middle one of those logged.
+        figure: of the layer, as `LayerCallback` logs it.
+        score: the name of the task's score in the log.
+        scores: a CSV for each run with the columns step and score, instead.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+    from ..report.plots import trajectory
+
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"out: got {str(out)!r}, want a name that ends in {', '.join(SUFFIXES)}")
+    if scores is not None and len(scores) != len(logs):
+        raise ValueError(f"scores: got {len(scores)} files for {len(logs)} logs, want one for each")
+    named = unique([path.parent if path.name == STATE else path for path in logs])
+    runs = [
+        run(
+            history(log),
+            name,
+            layer,
+            figure,
+            score,
+            None if scores is None else table(scores[number]),
+        )
+        for number, (log, name) in enumerate(zip(logs, named, strict=True))
+    ]
+    if not out.parent.is_dir():
+        raise ValueError(f"out: {out.parent} is no folder")
+    trajectory(runs).savefig(out, dpi=150)
+    return "\n".join(
+        f"{one['name']}: {len(one['steps'])} steps"
+        + "".join(
+            f", {one[f'{k}_name']} {one[k][0]:.3f} → {one[k][-1]:.3f}" for k in ("probe", "score")
+        )
+        for one in runs
+    )
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """What a trainer logged: `log_history` of its state, in a folder that of the last
+    checkpoint."""
+    if path.is_dir():
+        checkpoints = [
+            p for p in path.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
+        ]
+        last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=path)
+        path = path / STATE if (path / STATE).exists() else last / STATE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise TypeError("log_history is no list of objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"log: cannot read {path}, want the {STATE} of a transformers.Trainer: {error!r}"
+        ) from error
+    return found
+
+
+def run(
+    entries: list[dict[str, Any]],
+    name: str,
+    layer: int | None,
+    figure: str,
+    score: str,
+    given: dict[int, float] | None,
+) -> dict[str, Any]:
+    """The steps of one run that have both a figure of the layer and a score."""
+    suffix = f"/{figure}"
+    keys = {
+        key
+        for entry in entries
+        for key in entry
+        if key.startswith("layer_") and key.endswith(suffix)
+    }
+    numbers = {key[len("layer_") : -len(suffix)] for key in keys}
+    layers = sorted(int(number) for number in numbers if number.isascii() and number.isdecimal())
+    if not layers:
+        raise ValueError(
+            f"log: {name} has no figure {figure!r} of a layer, want a training with LayerCallback"
+        )
+    number = layers[len(layers) // 2] if layer is None else layer
+    if number not in layers:
+        raise ValueError(
+            f"layer: got {number}, want one of those in {name}: {', '.join(map(str, layers))}"
+        )
+    key = f"layer_{number}{suffix}"
+    probe = points(entries, key)
+    scored = points(entries, score) if given is None else given
+    steps = sorted(probe.keys() & scored.keys())
+    if not steps:
+        others = sorted({k for e in entries for k in e if k.startswith("eval_") or k == "score"})
+        raise ValueError(
+            f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} ({len(scored)}) as "
+            "numbers; pass score= to LayerCallback, or evaluate at the same steps; the log has "
+            f"{', '.join(others) or 'no scores'}"
+        )
+    return {
+        "name": name,
+        "steps": steps,
+        "probe": [probe[step] for step in steps],
+        "score": [scored[step] for step in steps],
+        "probe_name": f"{figure.replace('_', ' ')}, layer {number}",
+        "score_name": score.removeprefix("eval_").replace("_", " "),
+    }
+
+
+def points(entries: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """The values of a key by step; what is no finite number is left out."""
+    return {
+        entry["step"]: entry[key]
+        for entry in entries
+        if is_number(entry.get("step")) and is_number(entry.get(key))
+    }
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def table(path: Path) -> dict[int, float]:
+    """Scores by step."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = {int(row["step"]): float(row["score"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"scores: cannot read {path}, want a CSV with columns step and score: {error!r}"
+        ) from error
+    if not found or not all(map(math.isfinite, found.values())):
+        raise ValueError(f"scores: {path} has {len(found)} rows, want finite scores, at least one")
+    return found
+
+
+def unique(paths: list[Path]) -> list[str]:
+    """The end of each path that tells it apart."""
+    return names(tuple(str(path) for path in paths))

@@ -1,0 +1,1 @@
+"""The fused loss: the autograd Function, its operators, the loop over chunks and its implementations."""

@@ -1,0 +1,273 @@
+"""What goes before all chunks and after them: the divisor of a mean, the loss, the scaled
+gradients; a launch each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import OPTIONS, cdiv, live_rows, narrow, on_device, widen
+from .rows import load_scale
+
+BLOCK = 4096  # rows that the one program of a reduction adds at a time
+ELEMENTS = 4096  # of a weight's gradient, for a program
+SLOTS = 32  # rows of partial column sums added at a time,
+COLUMNS = 128  # and columns of a program
+
+
+@triton.jit
+def sum_rows(x_ptr, index_ptr, live, BLOCK: tl.constexpr):
+    """Σ x[index[i]] over i < live; of x[i] where there is no index."""
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, live, BLOCK):
+        o_n = first + tl.arange(0, BLOCK)
+        rows = o_n.to(tl.int64)
+        if index_ptr is not None:
+            rows = tl.load(index_ptr + o_n, mask=o_n < live, other=0).to(tl.int64)
+        b_sum += tl.load(x_ptr + rows, mask=o_n < live, other=0.0)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit(do_not_specialize=["capacity", "number"])
+def divisor_kernel(
+    weight_ptr,  # (·,) float32, gathered by index
+    index_ptr,  # (capacity,)
+    count_ptr,
+    normalizer_ptr,  # 0-d
+    divisor_ptr,  # 0-d float32
+    capacity,
+    number,
+    MEAN: tl.constexpr,
+    NUMBER: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    count = capacity
+    if COUNT:
+        count = tl.load(count_ptr)
+    divisor = 1.0
+    if MEAN:
+        if normalizer_ptr is not None:
+            divisor = tl.load(normalizer_ptr).to(tl.float32)
+        elif NUMBER:
+            divisor = number * 1.0
+        elif weight_ptr is not None:
+            divisor = sum_rows(weight_ptr, index_ptr, tl.minimum(count, capacity), BLOCK)
+        else:
+            divisor = count * 1.0
+        # an empty batch is 0, not nan; a mean of some rows over nothing is nan
+        divisor = tl.where(count == 0, 1.0, tl.where(divisor == 0.0, float("nan"), divisor))
+    # rows were dropped: the host does not know, so the numbers have to say it
+    tl.store(divisor_ptr, tl.where(count > capacity, float("nan"), divisor))
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def reduce_kernel(
+    losses_ptr,  # (capacity,) float32
+    count_ptr,
+    divisor_ptr,  # 0-d float32
+    loss_ptr,  # 0-d float32
+    capacity,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = sum_rows(losses_ptr, None, live_rows(count_ptr, 0, capacity, COUNT), BLOCK)
+    tl.store(loss_ptr, total / tl.load(divisor_ptr))
+
+
+@triton.jit
+def scale_matrix(x_ptr, out_ptr, pid, size, scale, IN_PLACE: tl.constexpr, ELEMENTS: tl.constexpr):
+    if not IN_PLACE or scale != 1.0:
+        o_x = pid.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+        b_x = widen(tl.load(x_ptr + o_x, mask=o_x < size, other=0.0)) * scale
+        tl.store(out_ptr + o_x, narrow(b_x, out_ptr.dtype.element_ty), mask=o_x < size)
+
+
+@triton.jit
+def scale_sums(
+    sums_ptr, out_ptr, pid, slots, columns, scale, SLOTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    o_c = pid * COLUMNS + tl.arange(0, COLUMNS)
+    b_sum = tl.zeros((SLOTS, COLUMNS), tl.float32)
+    for first in range(0, slots, SLOTS):
+        o_s = first + tl.arange(0, SLOTS)
+        mask = (o_s < slots)[:, None] & (o_c < columns)[None, :]
+        b_sum += tl.load(sums_ptr + o_s[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
+    tl.store(
+        out_ptr + o_c,
+        narrow(tl.sum(b_sum, 0) * scale, out_ptr.dtype.element_ty),
+        mask=o_c < columns,
+    )
+
+
+@triton.jit(do_not_specialize=["blocks_w1", "blocks_w2", "blocks_b1", "slots_b1", "slots_b2"])
+def scale_kernel(
+    dw1_ptr,
+    dw2_ptr,
+    db1_ptr,  # (slots, columns) float32
+    db2_ptr,
+    out_w1_ptr,
+    out_w2_ptr,
+    out_b1_ptr,  # (columns,)
+    out_b2_ptr,
+    upstream_ptr,  # 0-d
+    blocks_w1,
+    blocks_w2,
+    blocks_b1,
+    size_w1,
+    size_w2,
+    slots_b1,
+    slots_b2,
+    columns_b1,
+    columns_b2,
+    IN_PLACE_W1: tl.constexpr,
+    IN_PLACE_W2: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One grid over four tensors, one after the other: at small N a launch each would take longer
+    than the work."""
+    scale = load_scale(upstream_ptr, None)
+    pid = tl.program_id(0)
+    if pid < blocks_w1:
+        if dw1_ptr is not None:
+            scale_matrix(dw1_ptr, out_w1_ptr, pid, size_w1, scale, IN_PLACE_W1, ELEMENTS)
+    elif pid < blocks_w1 + blocks_w2:
+        if dw2_ptr is not None:
+            scale_matrix(
+                dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS
+            )
+    elif pid < blocks_w1 + blocks_w2 + blocks_b1:
+        if db1_ptr is not None:
+            i_b = pid - blocks_w1 - blocks_w2
+            scale_sums(db1_ptr, out_b1_ptr, i_b, slots_b1, columns_b1, scale, SLOTS, COLUMNS)
+    elif db2_ptr is not None:
+        i_b = pid - blocks_w1 - blocks_w2 - blocks_b1
+        scale_sums(db2_ptr, out_b2_ptr, i_b, slots_b2, columns_b2, scale, SLOTS, COLUMNS)
+
+
+def mean_divisor(
+    like: Tensor,
+    capacity: int,
+    *,
+    mean: bool,
+    number: float | None = None,
+    normalizer: Tensor | None = None,
+    weight: Tensor | None = None,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """0-d float32 D on `like`'s device: of a mean `normalizer`, else `number`, else Σ weight, else
+    the count; else 1.
+
+    1 if the count is 0, otherwise nan if D = 0, or if the count exceeds the capacity. weight: (·,)
+    float32, at index[i] if there is an index, else at i; count: 0-d int32, None = the capacity.
+    """
+    divisor = like.new_empty((), dtype=torch.float32)
+    with on_device(like):
+        divisor_kernel[(1,)](
+            weight,
+            index,
+            count,
+            normalizer,
+            divisor,
+            capacity,
+            0.0 if number is None else number,
+            MEAN=mean,
+            NUMBER=number is not None,
+            COUNT=count is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+            **OPTIONS,
+        )
+    return divisor
+
+
+def reduce_loss(losses: Tensor, divisor: Tensor, count: Tensor | None = None) -> Tensor:
+    """0-d float32: Σ losses ÷ divisor. losses: (capacity,) float32; divisor: 0-d float32; count: of
+    the losses that take part, 0-d int32, None = all."""
+    loss = losses.new_empty(())
+    with on_device(losses):
+        reduce_kernel[(1,)](
+            losses,
+            count,
+            divisor,
+            loss,
+            losses.numel(),
+            COUNT=count is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+            **OPTIONS,
+        )
+    return loss
+
+
+def scale_gradients(
+    matrices: tuple[Tensor | None, Tensor | None],
+    sums: tuple[Tensor | None, Tensor | None],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+    upstream: Tensor | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """upstream · (dW1, dW2, db1, db2) in their dtypes, in one launch.
+
+    matrices: contiguous, any floating dtype; one that has its dtype already is returned as it is if
+    there is no upstream, and with `in_place` scaled where it lies: read and written only if
+    upstream is not 1. sums: (S, columns) float32, to be added up; upstream: 0-d, None = 1; None is
+    passed over.
+    """
+    (w1, w2), (b1, b2) = matrices, sums
+    w1_out, w2_out = (
+        x
+        if x is None or (x.dtype == dtype and (in_place or upstream is None))
+        else torch.empty_like(x, dtype=dtype)
+        for x, dtype in ((w1, dtypes[0]), (w2, dtypes[1]))
+    )
+    if upstream is None:
+        w1, w2 = None if w1_out is w1 else w1, None if w2_out is w2 else w2
+    some = next((x for x in (b1, b2, w1, w2) if x is not None), None)
+    if some is None:
+        return w1_out, w2_out, None, None
+    (slots_b1, columns_b1), (slots_b2, columns_b2) = (
+        (0, 0) if x is None else x.shape for x in (b1, b2)
+    )
+    b1_out = None if b1 is None else b1.new_empty(columns_b1, dtype=dtypes[2])
+    b2_out = None if b2 is None else b2.new_empty(columns_b2, dtype=dtypes[3])
+    size_w1, size_w2 = 0 if w1 is None else w1.numel(), 0 if w2 is None else w2.numel()
+    blocks_w1, blocks_w2, blocks_b1 = (
+        cdiv(size_w1, ELEMENTS),
+        cdiv(size_w2, ELEMENTS),
+        cdiv(columns_b1, COLUMNS),
+    )
+    with on_device(some):
+        scale_kernel[(blocks_w1 + blocks_w2 + blocks_b1 + cdiv(columns_b2, COLUMNS),)](
+            w1,
+            w2,
+            b1,
+            b2,
+            w1_out,
+            w2_out,
+            b1_out,
+            b2_out,
+            upstream,
+            blocks_w1,
+            blocks_w2,
+            blocks_b1,
+            size_w1,
+            size_w2,
+            slots_b1,
+            slots_b2,
+            columns_b1,
+            columns_b2,
+            IN_PLACE_W1=w1_out is w1,
+            IN_PLACE_W2=w2_out is w2,
+            ELEMENTS=ELEMENTS,
+            SLOTS=SLOTS,
+            COLUMNS=COLUMNS,
+            num_warps=8,
+            **OPTIONS,
+        )
+    return w1_out, w2_out, b1_out, b2_out

@@ -1,0 +1,172 @@
+"""float8 rows (e4m3), each with a scale of its own. The passes over rows write theirs, since they
+hold the rows in registers anyway; the weights have a pass of their own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import OPTIONS, WARPS, RowShape, cdiv, narrow, on_device, widen
+
+LARGEST = tl.constexpr(448.0)  # of e4m3
+SMALLEST = tl.constexpr(
+    1e-30
+)  # scale, whose inverse is still finite; what it makes 0 is less than 1e-32
+TALL, WIDE = 256, 32  # elements of a strip of columns that a program holds at a time
+
+
+class Quantized(NamedTuple):
+    """(n, K) float8_e4m3fn contiguous and (n,) float32: rows are values · scale."""
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, n: int, width: int) -> Quantized:
+        values = like.new_empty(n, width, dtype=torch.float8_e4m3fn)
+        return cls(values, like.new_empty(n, dtype=torch.float32))
+
+    def rows(self, n: int, width: int) -> Quantized:
+        """A corner of the memory as (n, width)."""
+        return Quantized(self.values.view(-1)[: n * width].view(n, width), self.scales[:n])
+
+
+@triton.jit
+def scale_of(largest):
+    """What brings the largest element to that of e4m3, and what to multiply with instead of a
+    division by it."""
+    scale = tl.maximum(largest * (1.0 / LARGEST), SMALLEST)
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def store_quantized(q_ptr, scales_ptr, b_x, o_n, o_b, last, columns):
+    """Rows o_n < last of b_x (rows, block), where a block holds a whole row."""
+    scale, inverse = scale_of(tl.max(tl.abs(b_x), 1))
+    tl.store(scales_ptr + o_n, scale, mask=o_n < last)
+    p_q = q_ptr + o_n.to(tl.int64)[:, None] * columns + o_b[None, :]
+    mask = (o_n < last)[:, None] & (o_b < columns)[None, :]
+    tl.store(p_q, narrow(b_x * inverse[:, None], q_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def quantize_rows(w_ptr, q_ptr, scales_ptr, pid, M, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    o_m = pid * ROWS + tl.arange(0, ROWS)
+    o_k = tl.arange(0, BLOCK)
+    mask = (o_m < M)[:, None] & (o_k < K)[None, :]
+    b_w = widen(tl.load(w_ptr + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0))
+    store_quantized(q_ptr, scales_ptr, b_w, o_m, o_k, M, K)
+
+
+@triton.jit
+def quantize_columns(w_ptr, q_ptr, scales_ptr, pid, M, K, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of w (M, K) become rows of q (K, M). A strip is read twice, the second time from the
+    L2 cache."""
+    o_k = pid * WIDE + tl.arange(0, WIDE)
+    b_largest = tl.zeros((TALL, WIDE), tl.float32)
+    for first in range(0, M, TALL):
+        o_m = first + tl.arange(0, TALL)
+        mask = (o_m < M)[:, None] & (o_k < K)[None, :]
+        b_w = widen(
+            tl.load(w_ptr + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0)
+        )
+        b_largest = tl.maximum(b_largest, tl.abs(b_w))
+    scale, inverse = scale_of(tl.max(b_largest, 0))
+    tl.store(scales_ptr + o_k, scale, mask=o_k < K)
+    for first in range(0, M, TALL):
+        o_m = first + tl.arange(0, TALL)
+        mask = (o_m < M)[:, None] & (o_k < K)[None, :]
+        b_w = widen(
+            tl.load(w_ptr + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0)
+        )
+        b_q = tl.trans(narrow(b_w * inverse[None, :], q_ptr.dtype.element_ty))
+        p_q = q_ptr + o_k.to(tl.int64)[:, None] * M + o_m[None, :]
+        tl.store(p_q, b_q, mask=(o_k < K)[:, None] & (o_m < M)[None, :])
+
+
+@triton.jit
+def quantize_kernel(
+    w1_ptr,  # (M1, K1)
+    w2_ptr,  # (M2, K2)
+    rows_1_ptr,  # (M1, K1) float8
+    rows_2_ptr,
+    row_scales_1_ptr,  # (M1,)
+    row_scales_2_ptr,
+    columns_1_ptr,  # (K1, M1) float8
+    columns_2_ptr,
+    column_scales_1_ptr,  # (K1,)
+    column_scales_2_ptr,
+    M1,
+    K1,
+    M2,
+    K2,
+    ROWS_1: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    ROWS_2: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One grid over both layouts of both weights; the strips of columns, which take longest, come
+    first."""
+    strips_1, strips_2 = tl.cdiv(K1, WIDE), tl.cdiv(K2, WIDE)
+    rows_1 = tl.cdiv(M1, ROWS_1)
+    pid = tl.program_id(0)
+    if pid < strips_1:
+        if columns_1_ptr is not None:
+            quantize_columns(w1_ptr, columns_1_ptr, column_scales_1_ptr, pid, M1, K1, TALL, WIDE)
+    elif pid < strips_1 + strips_2:
+        if columns_2_ptr is not None:
+            quantize_columns(
+                w2_ptr, columns_2_ptr, column_scales_2_ptr, pid - strips_1, M2, K2, TALL, WIDE
+            )
+    elif pid < strips_1 + strips_2 + rows_1:
+        quantize_rows(
+            w1_ptr, rows_1_ptr, row_scales_1_ptr, pid - strips_1 - strips_2, M1, K1, ROWS_1, BLOCK_1
+        )
+    else:
+        i_m = pid - strips_1 - strips_2 - rows_1
+        quantize_rows(w2_ptr, rows_2_ptr, row_scales_2_ptr, i_m, M2, K2, ROWS_2, BLOCK_2)
+
+
+def quantize_weights(
+    w1: Tensor, w2: Tensor, columns: tuple[bool, bool]
+) -> tuple[Quantized | None, ...]:
+    """w1 and w2, both (M, K) contiguous with K of at most 8,192, along their rows, then along their
+    columns as (K, M): of each weight only where `columns` says so, else None. In one launch."""
+    rows = [Quantized.empty(w, *w.shape) for w in (w1, w2)]
+    strips = [
+        Quantized.empty(w, *w.t().shape) if wanted else None
+        for w, wanted in zip((w1, w2), columns, strict=True)
+    ]
+    values_1, scales_1 = strips[0] or (None, None)
+    values_2, scales_2 = strips[1] or (None, None)
+    shapes = [RowShape.of(w.shape[1]) for w in (w1, w2)]
+    programs = sum(
+        cdiv(w.shape[1], WIDE) + cdiv(w.shape[0], s.rows)
+        for w, s in zip((w1, w2), shapes, strict=True)
+    )
+    with on_device(w1):
+        quantize_kernel[(programs,)](
+            w1,
+            w2,
+            *(x.values for x in rows),
+            *(x.scales for x in rows),
+            values_1,
+            values_2,
+            scales_1,
+            scales_2,
+            *w1.shape,
+            *w2.shape,
+            *shapes[0],
+            *shapes[1],
+            TALL=TALL,
+            WIDE=WIDE,
+            num_warps=WARPS,
+            **OPTIONS,
+        )
+    return (*rows, *strips)

@@ -1,0 +1,264 @@
+"""Loss and derivative of each row in one pass, with the column sums of the derivative."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    OPTIONS,
+    RowShape,
+    add_column_sum,
+    live_rows,
+    narrow,
+    on_device,
+    sum_three,
+    sum_two,
+    widen,
+)
+from .quantize import Quantized, store_quantized
+from .rows import load_scale
+
+# 32 bytes a thread of a half-precision row; twice as many warps make half as much more
+# instructions a row, as each repeats what is done once for a row
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["start", "n"])
+def row_loss_kernel(
+    p_ptr,  # (n, Z); dP is written over it
+    a_ptr,  # (·, Z), gathered by index
+    weight_ptr,  # (·,) float32, gathered by index
+    upstream_ptr,  # (capacity,), or 0-d
+    divisor_ptr,  # 0-d float32
+    losses_ptr,  # (capacity,) float32
+    sums_ptr,  # (programs, Z) float32
+    q_ptr,  # (n, Z) float8
+    scales_ptr,  # (n,)
+    index_ptr,  # (capacity,)
+    count_ptr,
+    start,
+    n,
+    Z,
+    stride_am,
+    stride_az,
+    LOSS: tl.constexpr,
+    GRAD: tl.constexpr,
+    GATHER_ANCHOR: tl.constexpr,
+    GATHER_WEIGHT: tl.constexpr,
+    UPSTREAM_ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    CLEAR: tl.constexpr,  # dP of the rows beyond the count becomes 0
+    WHOLE: tl.constexpr,  # a row fits a block
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    live = live_rows(count_ptr, start, n, COUNT)
+    last = n if CLEAR else live
+    o_b = tl.arange(0, BLOCK)
+    b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    if SUM and FIRST and not WHOLE:
+        for z in range(0, Z, BLOCK):
+            add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
+    stop = BLOCK if WHOLE else Z  # known to the compiler, a loop of one turn is none
+    # -0, as -0 + x is x to the compiler, and 0 + x is an addition
+    b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
+    # before the loop, from which the compiler moves no load over a store
+    share = tl.div_rn(1.0, Z * 1.0)
+    if GRAD:
+        factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
+    for first in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
+        o_n = first + tl.arange(0, ROWS)
+        m_n = o_n < live
+        rows = (start + o_n).to(tl.int64)
+        if GATHER_ANCHOR or GATHER_WEIGHT:
+            selected = tl.load(index_ptr + start + o_n, mask=m_n, other=0).to(tl.int64)
+        p_p = p_ptr + o_n.to(tl.int64)[:, None] * Z + o_b[None, :]
+        p_a = a_ptr + (selected if GATHER_ANCHOR else rows)[:, None] * stride_am
+        p_a += o_b.to(tl.int64)[None, :] * stride_az
+        weight = tl.full((ROWS,), 1.0, tl.float32)
+        if weight_ptr is not None:
+            weight = tl.load(
+                weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0
+            )
+        if WHOLE:
+            mask = m_n[:, None] & (o_b < Z)[None, :]
+            b_p = widen(tl.load(p_p, mask=mask, other=0.0))
+            b_a = widen(tl.load(p_a, mask=mask, other=0.0))
+
+        if LOSS == "cosine":
+            b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
+            for z in range(0, stop, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
+                b_pp += b_p * b_p
+                b_aa += b_a * b_a
+                b_pa += b_p * b_a
+            pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
+            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's
+            # norm is not
+            norm = tl.sqrt_rn(pp)
+            p_norm = clamp_min(norm, 1e-8)
+            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep
+            # it
+            p_inverse = tl.div_rn(1.0, p_norm)
+            a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
+            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the
+            # rounding of r, not of 1
+            near = pa * p_inverse * a_inverse
+            b_pr, b_uu = b_nothing, b_nothing
+            for z in range(0, stop, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
+                b_u = b_p * p_inverse[:, None]
+                b_pr += b_u * (b_a * a_inverse[:, None] - near[:, None] * b_u)
+                b_uu += b_u * b_u
+            part, square = sum_two(b_pr, b_uu)
+            cosine = near * square + part
+            loss = -cosine
+            along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
+            along = tl.where(norm == 0.0, 0.0, along)
+        elif LOSS == "mse" or LOSS == "smooth_l1":
+            b_loss = b_nothing
+            for z in range(0, stop, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
+                b_d = b_p - b_a
+                if LOSS == "mse":
+                    b_loss += b_d * b_d
+                elif LOSS == "smooth_l1":
+                    b_slope = clamp_one(b_d)
+                    b_loss += b_slope * (b_d - 0.5 * b_slope)
+            loss = tl.sum(b_loss, 1) * share
+        else:
+            tl.static_assert(False, "row_loss: no branch for this LOSS")
+        if losses_ptr is not None:
+            tl.store(losses_ptr + start + o_n, weight * loss, mask=m_n)
+
+        if GRAD:
+            if UPSTREAM_ROWS:
+                weight *= tl.load(upstream_ptr + start + o_n, mask=m_n, other=0.0) * factor
+            else:
+                weight *= factor
+            for z in range(0, stop, BLOCK):
+                if not WHOLE:
+                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+                    b_a = widen(
+                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
+                    )
+                if LOSS == "cosine":
+                    # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
+                    b_u = b_p * p_inverse[:, None]
+                    b_dp = along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
+                    b_dp *= (weight * p_inverse)[:, None]
+                elif LOSS == "mse":
+                    b_dp = (weight * 2.0 * share)[:, None] * (b_p - b_a)
+                elif LOSS == "smooth_l1":
+                    b_dp = (weight * share)[:, None] * clamp_one(b_p - b_a)
+                b_dp = tl.where(m_n[:, None], b_dp, 0.0)
+                m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
+                tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
+                if q_ptr is not None:
+                    store_quantized(q_ptr, scales_ptr, b_dp, o_n, o_b, last, Z)
+                if SUM:
+                    if WHOLE:
+                        b_sum += b_dp
+                    else:
+                        add_column_sum(sums_ptr + z, b_dp, o_b, Z, Z - z, False)
+    if SUM and WHOLE:
+        add_column_sum(sums_ptr, b_sum, o_b, Z, Z, FIRST)
+
+
+@triton.jit
+def clamp_min(x, low):
+    return tl.where(x < low, low, x)  # a NaN stays one
+
+
+@triton.jit
+def clamp_one(x):
+    return tl.where(x < -1.0, -1.0, tl.where(x > 1.0, 1.0, x))
+
+
+def row_loss(
+    p: Tensor,
+    anchor: Tensor,
+    losses: Tensor | None,
+    *,
+    loss: str,
+    grad: bool,
+    index: Tensor | None = None,
+    gather_anchor: bool = False,
+    weight: Tensor | None = None,
+    gather_weight: bool = False,
+    upstream: Tensor | None = None,
+    divisor: Tensor | None = None,
+    sums: Tensor | None = None,
+    first: bool = True,
+    count: Tensor | None = None,
+    clear: bool = False,
+    start: int = 0,
+    quantized: Quantized | None = None,
+) -> None:
+    """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad`
+    p becomes dP = upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored
+    there (`first`) or added.
+
+    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if
+    `gather_anchor`, else start + i; weight likewise (·,) float32, None = 1; losses: (capacity,)
+    float32; upstream: (capacity,) or 0-d, None = 1; divisor: 0-d float32, None = 1; sums: (S, Z)
+    float32, whose S rows add up to the sum: as many programs share the work; count: 0-d int32, None
+    = all; clear: dP of rows beyond the count is 0, else they are left alone; quantized: the rows of
+    dP.
+    """
+    n, Z = p.shape
+    shape = RowShape.of(Z)
+    programs = shape.programs(n) if sums is None else sums.shape[0]
+    q, scales = quantized or (None, None)
+    with on_device(p):
+        row_loss_kernel[(programs,)](
+            p,
+            anchor,
+            weight,
+            upstream,
+            divisor,
+            losses,
+            sums,
+            q,
+            scales,
+            index,
+            count,
+            start,
+            n,
+            Z,
+            *anchor.stride(),
+            LOSS=loss,
+            GRAD=grad,
+            GATHER_ANCHOR=gather_anchor,
+            GATHER_WEIGHT=gather_weight and weight is not None,
+            UPSTREAM_ROWS=upstream is not None and upstream.dim() == 1,
+            SUM=sums is not None,
+            FIRST=first and sums is not None,
+            COUNT=count is not None,
+            CLEAR=clear,
+            WHOLE=shape.block >= Z,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=WARPS,
+            **OPTIONS,
+        )

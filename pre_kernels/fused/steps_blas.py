@@ -1,0 +1,60 @@
+"""The steps with the vendor's products: Triton passes over the rows between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import Problem
+from .kernels.quantize import Quantized, quantize_weights
+from .products import add_product, linear, scaled_linear
+from .steps_triton import TritonSteps
+
+
+class BlasSteps(TritonSteps):
+    """A product takes its number of rows from the host. Where only the device knows N, all rows of
+    the capacity take part, zero beyond N: right, but as slow as the capacity is large."""
+
+    clear = True
+
+    @staticmethod
+    def columns(problem: Problem) -> int:
+        # float8 rows take half of a bfloat16 row
+        return TritonSteps.columns(problem) + (
+            max(problem.widths) // 2 if problem.options.precision else 0
+        )
+
+    @staticmethod
+    def apart(problem: Problem) -> int:
+        d, m, z = problem.widths
+        return TritonSteps.apart(problem) + (
+            2 * m * (d + z) if problem.options.precision else 0
+        )  # float8 weights
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.float8 = None
+        if self.options.precision == "fp8":
+            self.float8 = Quantized.empty(self.z, self.z.shape[0], max(self.problem.widths))
+            back = any(
+                grad is not None for grad in (self.grads.hidden, self.grads.w1, self.grads.b1)
+            )
+            self.project_1, self.project_2, self.back_1, self.back_2 = quantize_weights(
+                self.w1, self.w2, columns=(self.grads.hidden is not None, back)
+            )
+
+    def _quantized(self, rows: Tensor) -> Quantized | None:
+        # one buffer, since the rows of a pass are used once, by the product after it
+        return None if self.float8 is None else self.float8.rows(*rows.shape)
+
+    def _linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+        quantized = self._quantized(x)
+        if quantized is None:
+            linear(x, weight, bias, out)
+        else:
+            scaled_linear(quantized, weight, bias, out)
+
+    def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
+        if not add_product(total, dy, x, first):
+            super()._add_product(total, dy, x, first)

@@ -1,0 +1,352 @@
+"""The steps in plain PyTorch: the default on the CPU, and for float64 everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..checks import Problem
+from .products import add_product, linear
+from .sweep import Gradients, Layout, Selection, Work, equal_parts
+
+aten = torch.ops.aten
+
+MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
+FEW_ROWS = 512  # whose products lose little to those of more
+IN_CACHE = (
+    1 << 20
+)  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
+
+# (forward, backward) into `out`; the backward takes (dG, Z)
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "gelu": (aten.gelu.out, aten.gelu_backward.grad_input),
+    "gelu_tanh": (
+        partial(aten.gelu.out, approximate="tanh"),
+        partial(aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+    "silu": (aten.silu.out, aten.silu_backward.grad_input),
+    "relu": (aten.relu.out, partial(aten.threshold_backward.grad_input, threshold=0)),
+}
+
+
+def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
+    """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's
+    norm is not."""
+    norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+    p_norm = norm.clamp_min(1e-8)
+    p.div_(p_norm)
+    a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
+    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of
+    # r, not of 1
+    near = torch.linalg.vecdot(p, a).unsqueeze(1)
+    r = a.addcmul_(p, near, value=-1)
+    part = torch.linalg.vecdot(p, r).unsqueeze(1)
+    if (
+        norm.device.type == "cpu" and norm.min() >= 1e-8
+    ):  # where nobody waits for it, the answer saves a few passes
+        cosine, along = near + part, part
+    else:
+        length = torch.where(
+            norm < p_norm, norm / p_norm, 1.0
+        )  # of p by now; an infinite norm has left zeros
+        cosine = near * length.square() + part
+        # below eps the norm is a constant, and a zero row has no direction
+        along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
+    if grad:
+        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
+        scale = coefficient / p_norm
+        p.mul_(along * scale).addcmul_(r, scale, value=-1)
+    return -cosine
+
+
+def _mse(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
+    p.sub_(a)
+    loss = torch.linalg.vecdot(p, p).unsqueeze(1) / p.shape[1]
+    if grad:
+        p.mul_(coefficient * (2 / p.shape[1]))
+    return loss
+
+
+def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
+    p.sub_(a)
+    slope = p.clamp(-1, 1)
+    loss = torch.linalg.vecdot(slope, p.sub_(slope, alpha=0.5)).unsqueeze(1) / p.shape[1]
+    if grad:
+        torch.mul(slope, coefficient * (1 / p.shape[1]), out=p)
+    return loss
+
+
+# (n, 1) losses of float32 (or wider) rows, which are overwritten; with `grad`, p becomes
+# coefficient · dℓ/dp
+ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
+
+
+class TorchSteps:
+    @staticmethod
+    def workspace(device: torch.device, dtype: torch.dtype) -> int:
+        """Bytes of a chunk's buffers, at most, for products in `dtype`. In float32 chunks cost a
+        CPU nothing; in half precision several chunks cost float32 products of the weights'
+        gradients."""
+        if device.type != "cpu":
+            return 256 << 20
+        return (32 if dtype.itemsize > 2 else 512) << 20
+
+    @classmethod
+    def layout(cls, problem: Problem) -> Layout:
+        (d, m, z), hidden, dtype = problem.widths, problem.hidden, problem.options.dtype
+        budget = problem.options.workspace or cls.workspace(hidden.device, dtype)
+        rows = budget // ((d + 2 * m + z) * dtype.itemsize)
+        # float16 is too narrow for gradients that GradScaler's factor is still missing from
+        narrow = hidden.dtype == torch.float16 and dtype != torch.float16
+        spread = problem.loss_dtype if narrow else hidden.dtype
+        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
+
+    @staticmethod
+    def cut(problem: Problem, layout: Layout, capacity: int) -> int:
+        most, options = layout.rows, problem.options
+        if (
+            options.workspace is None
+            and options.dtype == problem.loss_dtype
+            and problem.hidden.device.type == "cpu"
+        ):
+            most = min(most, max(FEW_ROWS, -(-capacity // 4)))  # a smaller peak, and as fast
+        return equal_parts(capacity, most, 1)
+
+    @staticmethod
+    def select(problem: Problem) -> Selection:
+        rows = problem.rows
+        if rows is None:
+            return Selection(None, None, None, problem.hidden.shape[0])
+        # a copy: the caller may reuse the tensor before the backward
+        index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
+        return Selection(index, index, None, index.shape[0])
+
+    def __init__(self, work: Work) -> None:
+        problem, selection, chunk = work.problem, work.selection, work.chunk
+        self.problem, self.index, self.losses, self.grads = (
+            problem,
+            selection.index,
+            work.losses,
+            work.grads,
+        )
+        self.needs_dp = any(grad is not None for grad in self.grads)
+        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
+        self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
+        self.weight = None if self.losses is None else _weight(problem, selection)
+        (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
+        hidden, dh = problem.hidden, self.grads.hidden
+
+        def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
+            return hidden.new_empty(rows, columns, dtype=dtype)
+
+        # products of rows that are no rows in memory add up one term after another: small ones are
+        # twice as wrong
+        as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
+        self.h = None if as_given else buffer(chunk, d)
+        self.z, self.g = buffer(chunk, m), buffer(chunk, m)
+        # with one chunk dP is gone before dH is written, and P may lie there
+        if (
+            dh is not None
+            and dh.dtype == dtype
+            and chunk == selection.capacity
+            and chunk * z <= dh.numel()
+        ):
+            self.p = dh.flatten()[: chunk * z].view(chunk, z)
+        else:
+            self.p = buffer(chunk, z)
+        on_cpu = hidden.device.type == "cpu"
+        self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
+        self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
+        self.a = buffer(self.block, z, wide)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """The chunk's rows of hidden in the products' dtype."""
+        hidden = self.problem.hidden
+        return (
+            _part(hidden, start, stop)
+            if self.h is None
+            else _take(hidden, self.index, start, stop, self.h)
+        )
+
+    def project(self, start: int, stop: int) -> None:
+        n = stop - start
+        self.x = self._rows(start, stop)
+        self.z_rows, self.g_rows, self.p_rows = (_part(x, 0, n) for x in (self.z, self.g, self.p))
+        linear(self.x, self.w1, self.b1, self.z_rows)
+        forward, _ = ACTIVATIONS[self.problem.options.activation]
+        forward(self.z_rows, out=self.g_rows)
+
+    def row_loss(self, start: int, stop: int) -> None:
+        linear(self.g_rows, self.w2, self.b2, self.p_rows)
+        row_loss, options = ROW_LOSSES[self.problem.options.loss], self.problem.options
+        anchor, index = self.problem.anchor, None if options.anchor_compact else self.index
+        for first in range(start, stop, self.block):
+            last = min(first + self.block, stop)
+            p = _part(self.p_rows, first - start, last - start)
+            wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
+            a, factor = _take(anchor, index, first, last, self.a), self.coefficient
+            losses = row_loss(
+                wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None]
+            )
+            if self.losses is not None:
+                weight = 1.0 if self.weight is None else self.weight[first:last, None]
+                torch.mul(losses, weight, out=self.losses[first:last, None])
+            if self.grads.b2 is not None:
+                _add_rows(self.grads.b2[0], wide, first == 0)
+            if self.needs_dp and wide is not p:
+                p.copy_(wide)
+
+    def output_grads(self, start: int, stop: int) -> None:
+        assert self.grads.w2 is not None
+        add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0, copies=True)
+
+    def backproject(self, start: int, stop: int) -> None:
+        torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
+        _, backward = ACTIVATIONS[self.problem.options.activation]
+        for first in range(0, stop - start, self.block):
+            last = min(first + self.block, stop - start)
+            dg, z = _part(self.g_rows, first, last), _part(self.z_rows, first, last)
+            backward(dg, z, grad_input=z)
+            if self.grads.b1 is not None:
+                _add_rows(self.grads.b1[0], z, start + first == 0)
+
+    def input_grads(self, start: int, stop: int) -> None:
+        dh = self.grads.hidden
+        if self.grads.w1 is not None:
+            add_product(self.grads.w1, self.z_rows, self.x, start == 0, copies=True)
+        if dh is None:
+            return
+        if self.h is None:
+            torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
+            return
+        torch.mm(self.z_rows, self.w1, out=self.x)  # which is no longer needed
+        if self.index is None:
+            dh[start:stop].copy_(self.x)
+            return
+        if start == 0:
+            dh.zero_()
+        for first in range(start, stop, self.block):
+            last = min(first + self.block, stop)
+            rows = _part(self.x, first - start, last - start)
+            dh.index_copy_(
+                0,
+                _part(self.index, first, last),
+                rows if rows.dtype == dh.dtype else rows.to(dh.dtype),
+            )
+
+    @staticmethod
+    def divisor(problem: Problem, selection: Selection) -> Tensor:
+        options, weight = problem.options, _weight(problem, selection)
+        number: float = 1
+        if options.reduction == "mean" and selection.capacity:
+            divisor = problem.normalizer
+            if divisor is None and options.divisor is None and weight is not None:
+                divisor = weight.sum()
+            if divisor is not None:
+                return torch.where(divisor == 0, torch.nan, divisor)
+            number = (
+                selection.capacity if options.divisor is None else options.divisor
+            ) or torch.nan
+        return problem.hidden.new_full((), number, dtype=problem.loss_dtype)
+
+    @staticmethod
+    def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
+        return losses.sum() / divisor
+
+    @staticmethod
+    def scatter(
+        dh: Tensor,
+        place: Tensor | None,
+        total: int,
+        dtype: torch.dtype,
+        upstream: Tensor | None,
+        in_place: bool,
+    ) -> Tensor:
+        scale = _factor(upstream)
+        out = _scaled(dh, scale, dtype, in_place)
+        if (
+            place is not None
+            and scale is not None
+            and not (isinstance(scale, float) and math.isfinite(scale))
+        ):
+            others = place.new_ones(total, dtype=torch.bool).index_fill_(0, place, False)
+            out.masked_fill_(others[:, None], 0)  # 0 · nan is nan
+        return out
+
+    @staticmethod
+    def scale(
+        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
+    ) -> tuple[Tensor | None, ...]:
+        scale = _factor(upstream)
+        b1, b2 = (None if sums is None else sums[0] for sums in (grads.b1, grads.b2))
+        w1, w2 = (
+            None if x is None else _scaled(x, scale, dtype, in_place)
+            for x, dtype in ((grads.w1, dtypes[0]), (grads.w2, dtypes[2]))
+        )
+        return (
+            w1,
+            None if b1 is None else _scaled(b1, scale, dtypes[1]),
+            w2,
+            None if b2 is None else _scaled(b2, scale, dtypes[3]),
+        )
+
+
+def _part(rows: Tensor, start: int, stop: int) -> Tensor:
+    """A view costs a small call as much as a pass over its rows."""
+    return rows if stop - start == rows.shape[0] else rows[start:stop]
+
+
+def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows [start, stop) of a selection of `source`, in the first rows of `out`."""
+    out = _part(out, 0, stop - start)
+    if index is None:
+        return out.copy_(source[start:stop])
+    index = _part(index, start, stop)
+    if source.dtype == out.dtype:
+        return torch.index_select(source, 0, index, out=out)
+    return out.copy_(source.index_select(0, index))
+
+
+def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
+    """total += Σ y, or = if `first`."""
+    if first:
+        torch.sum(y, 0, dtype=total.dtype, out=total)
+    else:
+        total.add_(y.sum(0, dtype=total.dtype))
+
+
+def _weight(problem: Problem, selection: Selection) -> Tensor | None:
+    """(capacity,) row weights in selection order."""
+    if problem.weight is None or problem.options.weight_compact or selection.index is None:
+        return problem.weight
+    return problem.weight[selection.index]
+
+
+def _coefficient(
+    problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor
+) -> Tensor:
+    """Factors of the rows' derivatives, (capacity,) or one for all: weight · upstream / divisor."""
+    weight, scale = (
+        _weight(problem, selection),
+        divisor.reciprocal() if upstream is None else upstream / divisor,
+    )
+    return scale if weight is None else scale * weight
+
+
+def _factor(upstream: Tensor | None) -> Tensor | float | None:
+    """A number where reading it makes nobody wait."""
+    return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
+
+
+def _scaled(
+    grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype, in_place: bool = False
+) -> Tensor:
+    if scale is None:
+        return grad.to(dtype)
+    if not in_place or grad.dtype != dtype:
+        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    return grad if isinstance(scale, float) and scale == 1 else grad.mul_(scale)

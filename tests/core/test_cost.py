@@ -1,0 +1,283 @@
+"""Launches, bytes and host syncs of a step against the cost model, counted without running a
+kernel: a fusion that is lost, or a wait that creeps in, fails here."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import pre_kernels
+from pre_kernels import fused_pre_loss
+from pre_kernels.fused import ops
+from pre_kernels.fused.kernels.matmul import matmul_kernel
+from verify import ROOT
+
+KERNEL = type(matmul_kernel)  # compiled, or interpreted
+WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
+
+
+class Steps(TorchDispatchMode):
+    """What a step asks of the device: Triton's launches, torch's own, and the bytes that Triton's
+    rows move."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.launches, self.waits, self.bytes, self.allocated = rows, Counter(), [], 0, 0
+        self.allocations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            real, _ = ops.OPERATORS[function._schema.name.split("::")[1]]
+            with self:
+                return real(*args)
+        name, result = str(function), function(*args, **(kwargs or {}))
+        if any(word in name for word in WAITS):
+            self.waits.append(name)
+        if isinstance(result, torch.Tensor) and ("empty" in name or "new_" in name):
+            self.allocated += result.nbytes
+            self.allocations += 1
+        if isinstance(result, torch.Tensor) and "empty" not in name:
+            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            is_view = (
+                result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
+            )
+            if not is_view:
+                self.launches[name] += 1
+        return result
+
+    def run(self, kernel, *args, grid, warmup, **kwargs):
+        function = kernel.fn
+        self.launches[function.__name__] += 1
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        if "matmul" in function.__name__ or "weight_grad" in function.__name__:
+            return
+        for name, tensor in bound.items():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
+                whole = name in ("out_ptr", "sums_ptr") or tensor.shape[0] <= self.rows
+                share = 1 if whole else self.rows / tensor.shape[0]  # gathered rows
+                # dP is written over P, and dZ over Z
+                times = 2 if name == "p_ptr" or (name == "z_ptr" and "dg_ptr" in bound) else 1
+                self.bytes += tensor.nbytes * share * times
+
+
+def count(impl, rows, n=256, total=1024, width=128, **options):
+    """A forward and backward; values are not computed."""
+    selection = torch.zeros(total, dtype=torch.bool)
+    selection[:n] = True
+    if rows != "mask":
+        selection = selection.nonzero().squeeze(1) if rows == "index" else None
+    shapes = ((total, width), (width, width), (width,), (width, width), (width,))
+    leaves = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    anchor = torch.zeros(total, width, dtype=torch.bfloat16)
+    upstream = torch.full((n,) if options.get("reduction") == "none" else (), 0.5)
+    steps = Steps(n)
+    run = lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)  # noqa: E731
+    with (
+        mock.patch.object(KERNEL, "run", run),
+        mock.patch("pre_kernels.loss.unavailable", return_value=None),
+        mock.patch("pre_kernels.checks.row_values"),  # a GPU is not asked
+        steps,
+    ):
+        loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, impl=impl, **options)
+        torch.autograd.grad(loss, leaves, upstream)
+    return steps
+
+
+def products(steps):
+    return sum(
+        "mm" in name or "matmul" in name or "weight_grad" in name
+        for name in steps.launches.elements()
+    )
+
+
+@pytest.mark.parametrize(
+    ("impl", "rows"), [("blas", "index"), ("blas", "mask"), ("triton", "index"), ("triton", "mask")]
+)
+def test_launches_of_a_small_step(impl, rows):
+    found = count(impl, rows)
+    assert sum(found.launches.values()) == 16, found.launches
+    assert found.waits == []
+    assert products(found) == 6
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_a_recomputation_repeats_the_projections_alone(impl):
+    assert products(count(impl, "index", reduction="none")) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{"row_weight": True}, {"normalizer": 3.0}, {"reduction": "sum"}, {"loss": "mse"}]
+)
+def test_options_cost_no_launch_and_no_wait(options):
+    plain = count("blas", "index")
+    options = {**options, **({"row_weight": torch.ones(256)} if "row_weight" in options else {})}
+    found = count("blas", "index", **options)
+    assert sum(found.launches.values()) == sum(plain.launches.values())
+    assert found.waits == []
+
+
+@pytest.mark.parametrize(("impl", "launches"), [("blas", 10), ("triton", 10)])
+def test_launches_of_each_further_chunk(impl, launches):
+    sizes = {"n": 2048, "total": 2048, "width": 64}
+    one, four = (
+        count(impl, "index", workspace=workspace, **sizes) for workspace in (None, 4 * 64 * 2 * 512)
+    )
+    chunks = four.launches["row_loss_kernel"]
+    assert chunks >= 4
+    assert sum(four.launches.values()) - sum(one.launches.values()) == launches * (chunks - 1)
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_bytes_of_the_rows(impl):
+    """bfloat16, d = m = z, every row selected: each pass reads or writes rows of that width as
+    often as it must."""
+    passes = {
+        "gather": 2,
+        "activation": 2,
+        "loss and its derivative": 3,
+        "activation's derivative": 3,
+        "scatter": 2,
+    }
+    n = total = 4096
+    found = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
+    model = sum(passes.values()) * n * 256 * 2
+    sums = 2 * 2 * 256 * 256 * 4  # partial sums of db1 and db2 by 256 programs, written and read
+    weights = 4 * 256 * 256 * 2  # dW1 and dW2, scaled
+    assert found.bytes == model + sums + weights
+
+
+@pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
+def test_memory_of_a_step(impl, precision, request):
+    """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the
+    weights' gradients, dH, what is returned, and a few numbers for each row."""
+    if precision == "fp8":
+        request.getfixturevalue("row_scales")
+    n, width = 4096, 128
+    workspace = (
+        4 * 264 * 2 * width + n // 4 * 4 * width * 2
+    )  # partial sums, and a quarter of the rows in four buffers
+    found = count(
+        impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision
+    )
+    returned = 2 * (n * width + 2 * width * width + 2 * width)
+    assert found.launches["row_loss_kernel"] >= 4
+    assert (
+        found.allocated
+        <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
+    )
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+@pytest.mark.parametrize("rows", ["index", None])
+def test_memory_of_a_step_in_one_chunk(impl, rows):
+    """The weights' gradients are returned where they were summed; so is dH, if it has all rows."""
+    n, width = 512, 128
+    found = count(impl, rows, n=n, total=n, width=width)
+    returned = 2 * (n * width + 2 * width * width + 2 * width)
+    sums = 4 * n // 32 * 2 * width  # partial sums of db1 and db2, by programs of 32 rows
+    workspace = sums + (4 if rows else 3) * n * width * 2
+    dh = n * width * 2 if rows else 0
+    assert found.launches["row_loss_kernel"] == 1
+    assert found.allocated <= workspace + dh + returned + 8 * n + 4 * n + 64
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(64)])
+def test_without_gradients_only_the_loss_is_computed(bias):
+    hidden, weight = torch.zeros(256, 64), torch.zeros(64, 64)
+    steps = Steps(256)
+    with (
+        mock.patch.object(
+            KERNEL, "run", lambda kernel, *args, **kwargs: steps.run(kernel, *args, **kwargs)
+        ),
+        steps,
+    ):
+        fused_pre_loss(hidden, hidden, weight, bias, weight, bias, impl="blas")
+    product = "aten.mm.out" if bias is None else "aten.addmm.out"
+    passes = ("activate_kernel", "row_loss_kernel", "divisor_kernel", "reduce_kernel")
+    assert dict(steps.launches) == {product: 2} | dict.fromkeys(passes, 1)
+    assert steps.allocated == 4 * (
+        3 * 256 * 64 + 256 + 2
+    )  # Z, G, P; the rows' losses; the loss and its divisor
+
+
+# What the host does, in counts; bench/host.py has it in microseconds.
+
+
+@contextlib.contextmanager
+def calls(*targets):
+    """How often functions of this package are called, all of them together, and each of the targets
+    (owner, name)."""
+    package, found, before = str(Path(pre_kernels.__file__).parent), Counter(), sys.getprofile()
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            found["ours"] += 1
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in targets:
+            real = getattr(owner, name)
+
+            def counted(*args, real=real, name=name, **kwargs):
+                found[name] += 1
+                return real(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(owner, name, counted))
+        sys.setprofile(profile)
+        try:
+            yield found
+        finally:
+            sys.setprofile(before)
+
+
+@pytest.mark.parametrize(
+    ("impl", "rows", "ours", "allocations", "descriptors"),
+    [
+        ("blas", "index", 213, 19, 0),
+        ("triton", "index", 309, 19, 18),
+        ("triton", "mask", 320, 22, 18),
+    ],
+)
+def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
+    """Tight bounds: what is kept between steps and no longer is, or is done twice, goes beyond
+    them."""
+    count(impl, rows)
+    targets = (
+        (TensorDescriptor, "__post_init__"),
+        (triton, "cdiv"),
+        (triton, "next_power_of_2"),
+        (torch, "autocast"),
+    )
+    with calls(*targets) as found:
+        steps = count(impl, rows)
+    assert found["ours"] <= ours
+    assert steps.allocations <= allocations
+    assert found["__post_init__"] <= descriptors
+    assert (
+        found["cdiv"] == found["next_power_of_2"] == 0
+    )  # made for kernels as well: microseconds a call
+    assert found["autocast"] == 0  # there is none to turn off
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles the kernels")
+def test_microseconds_are_measured_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for flag in ([], ["--ours"]):
+        command = [sys.executable, "-m", "bench.host", "--seconds", "0.1", *flag]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"(.+?) +least +(\d+) µs   median +(\d+) µs   of [1-9]", done.stdout)
+        assert [name for name, *_ in found] == ["blas", "triton", "triton, mask", "fp8"]
+        assert all(0 < int(least) <= int(median) for _, least, median in found)

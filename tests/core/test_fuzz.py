@@ -1,0 +1,33 @@
+"""A slice of the fuzz campaign (`python -m bench.fuzz`): other cases in each run. A failure shows
+its `Spec`."""
+
+import pytest
+
+pytest.importorskip(
+    "hypothesis", reason="hypothesis is not installed; test_fuzz_regressions.py runs without it"
+)
+
+from hypothesis import HealthCheck, Phase, given, settings
+
+from verify.fuzz.draw import specs
+from verify.fuzz.rule import VIOLATION, run
+
+
+@pytest.mark.parametrize(("impl", "examples"), [("torch", 100), ("blas", 10), ("triton", 10)])
+def test_drawn_cases_are_within_the_rule(impl, examples, device):
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        phases=[
+            Phase.generate
+        ],  # a smaller case has less to average, and is judged by luck rather than by the code
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(specs(impl))
+    def each(spec):
+        failed = [one.message for one in run(spec, device) if one.verdict == VIOLATION]
+        assert not failed, "; ".join(failed)
+
+    each()

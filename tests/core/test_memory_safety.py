@@ -1,0 +1,391 @@
+"""Every kernel between fences of NaN, its outputs poisoned; interpreted, each address that it
+touches is looked at: it lies in a tensor of the launch, no two programs meet in it, and it is right
+where it takes more than 31 bits."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pre_kernels import fused_pre_loss
+from pre_kernels.fused.kernels import (
+    activation,
+    finish,
+    matmul,
+    quantize,
+    row_loss,
+    rows,
+    tiles,
+    weight_grad,
+)
+from pre_kernels.fused.kernels.common import LONGEST, arch
+from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
+from verify.memory import INTERPRETED, Far, Fenced, Fresh, Last, Memory, Plain, span, watching
+from verify.oracle import LEAVES, make, run
+
+MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
+KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="addresses are seen in the interpreter alone"
+)
+# each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than
+# a block
+
+
+def randn(device, *shape, dtype=torch.float32):
+    return torch.randn(shape).to(device, dtype)
+
+
+def live(f, device, count):
+    return {"count": f(torch.tensor(count, dtype=torch.int32, device=device)), "start": 2}
+
+
+def quantized(f, device, n, width):
+    return Quantized(
+        f.out(n, width, dtype=torch.float8_e4m3fn, device=device), f.out(n, device=device)
+    )
+
+
+def read(q, n):
+    return q.values[:n].view(torch.uint8), q.scales[:n]
+
+
+def gathers(f, device, width):
+    x = f(randn(device, 9, 2 * width)[:, ::2])
+    index = f(
+        torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5
+    )  # 8 is the last
+    out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
+    rows.gather(x, out, index=index, **live(f, device, 5))
+    rows.gather(x, cleared, index=index, clear=True, **live(f, device, 5))
+    if width <= LONGEST:
+        q = quantized(f, device, 4, width)
+        rows.gather(x, None, index=index, quantized=q, **live(f, device, 5))
+    return [out[:3], cleared, *(read(q, 3) if q else ())]
+
+
+def scatters(f, device, width):
+    x, out = f(randn(device, 4, width)), f.out(7, width, dtype=torch.bfloat16, device=device)
+    inverse = f(torch.tensor([-1, 2, 0, -1, 3, 1, -1], dtype=torch.int32, device=device))
+    upstream, mine = f(torch.tensor(3.0, device=device)), f.both(x)
+    rows.scatter(x, out, inverse=inverse, upstream=upstream)
+    rows.scatter(mine, mine, upstream=upstream)
+    return [out, mine]
+
+
+def selects(f, device, width):
+    mask = f(
+        torch.rand(rows.BLOCK + width, generator=torch.Generator().manual_seed(0)).to(device) < 0.4
+    )
+    index, inverse, count = rows.select(mask, rows.BLOCK)
+    few, cut, _ = rows.select(mask, 5)
+    chosen = f(torch.randperm(rows.BLOCK + 90, device=device)[: rows.BLOCK + 3])
+    return [index[: int(count)], inverse, count, few, cut, rows.invert(chosen, rows.BLOCK + 90)]
+
+
+def activations(f, device, width):
+    z, dg = randn(device, 9, width), randn(device, 9, width)
+    g, dz, more = f.out(9, width, device=device), f.both(z, 7), f.both(z)
+    sums, added = f.out(3, width, device=device), f.both(randn(device, 3, width))
+    activation.apply_activation(f(z, 7), g, "silu", **live(f, device, 9))
+    activation.apply_activation_grad(f(dg, 7), dz, "gelu", sums=sums, **live(f, device, 9))
+    activation.apply_activation_grad(f(dg), more, "gelu", sums=added, first=False)
+    results = [g[:7], dz[:7], sums, more, added]
+    if width <= LONGEST:
+        q, dq = quantized(f, device, 9, width), quantized(f, device, 9, width)
+        activation.apply_activation(f(z), g, "silu", quantized=q)
+        activation.apply_activation_grad(f(dg), f.both(z), "relu", quantized=dq)
+        results += [*read(q, 9), *read(dq, 9)]
+    return results
+
+
+def row_losses(f, device, width):
+    anchor, weight = f(randn(device, 20, 2 * width)[:, ::2]), f(randn(device, 20).abs())
+    results, n = [], 9 if width <= LONGEST else 4
+    index, upstream = f(torch.arange(21, 1, -1, device=device) % 20, n), f(randn(device, 20), n)
+    for loss, first in (("cosine", True), ("mse", False), ("smooth_l1", True)):
+        p, losses = f.both(randn(device, n, width), n - 2), f.out(20, device=device)
+        sums = f.out(2, width, device=device) if first else f.both(randn(device, 2, width))
+        q = quantized(f, device, n, width) if width <= LONGEST else None
+        chosen = {"index": index, "gather_anchor": True, "weight": weight, "gather_weight": True}
+        row_loss.row_loss(
+            p,
+            anchor,
+            losses,
+            loss=loss,
+            grad=True,
+            upstream=upstream,
+            sums=sums,
+            first=first,
+            quantized=q,
+            clear=first,
+            **chosen,
+            **live(f, device, n),
+        )
+        results += [p if first else p[: n - 2], losses[2:n], sums, *(read(q, 7) if q else ())]
+    return results
+
+
+def finishes(f, device, width):
+    losses, weight = f(randn(device, width + 50), width), f(randn(device, width + 50).abs())
+    index, count = (
+        f(torch.randperm(width + 50, device=device), width),
+        f(torch.tensor(width, device=device).int()),
+    )
+    divisor = finish.mean_divisor(
+        losses, width + 50, mean=True, weight=weight, index=index, count=count
+    )
+    loss = finish.reduce_loss(losses, divisor, count)
+    matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
+    sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
+    dtypes, upstream = (
+        (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+        f(torch.tensor(3.0, device=device)),
+    )
+    new = finish.scale_gradients(matrices, sums, dtypes, upstream)
+    mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float())
+    return [
+        divisor,
+        loss,
+        *new,
+        *finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True),
+    ]
+
+
+def quantizes(f, device, width):
+    w1, w2 = (
+        f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width))
+    )
+    found = quantize_weights(w1, w2, columns=(True, True))
+    return [x for q in found for x in (q.values.view(torch.uint8), q.scales)]
+
+
+def products(f, device, width, dtype=torch.float32, k=None):
+    k = k or width + 7
+    w, bias = f(randn(device, k, width, dtype=dtype)), f(randn(device, width, dtype=dtype))
+    x, dy = randn(device, 21, k, dtype=dtype), randn(device, 21, width, dtype=dtype)
+    y, back = (f.out(21, n, dtype=dtype, device=device) for n in (width, k))
+    matmul.matmul(f(x, 16), w, y, bias=bias, **live(f, device, 18))
+    matmul.matmul(f(dy), w.t(), back)
+    first, total = f.out(width, k, device=device), f.both(randn(device, width, k))
+    weight_grad.add_weight_grad(first, f(dy, 16), f(x, 16), first=True, **live(f, device, 18))
+    weight_grad.add_weight_grad(total, f(dy), f(x))
+    strided, last = f(randn(device, k, 21, dtype=dtype)).t(), f.out(width, k, device=device)
+    weight_grad.add_weight_grad(last, f(dy), strided, first=True)
+    return [y[:16], back, first, total, last]
+
+
+def described(f, device, width):
+    """Sizes that tensor descriptors can have, where there are any."""
+    return products(f, device, width, torch.bfloat16, k=width + 16)
+
+
+CASES = {
+    **{
+        f"{case.__name__} {width}": (case, width)
+        for case in (gathers, scatters, activations)
+        for width in (1, 130, 9001)
+    },
+    **{f"row_losses {width}": (row_losses, width) for width in (3, 130, 9001)},
+    **{
+        f"{case.__name__} {width}": (case, width)
+        for case in (selects, finishes, products, quantizes)
+        for width in (1, 70)
+    },
+    **{f"described {width}": (described, width) for width in (8, 136)},
+}
+
+
+def promised(case, f, device):
+    function, width = CASES[case]
+    torch.manual_seed(width)
+    with Fresh(f._place) if isinstance(f, Fenced) else contextlib.nullcontext():
+        return function(f, device, width)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_between_fences(device, case):
+    fenced = Fenced()
+    with watching():
+        found = promised(case, fenced, device)
+    fenced.check()
+    for ours, wanted in zip(found, promised(case, Plain(), device), strict=True):
+        assert torch.equal(ours, wanted)
+        assert ours.dtype == torch.uint8 or ours.isfinite().all()
+
+
+@interpreted
+def test_every_kernel_has_a_case():
+    memory = Memory()
+    with watching(memory):
+        for case in CASES:
+            if case.split()[-1] in ("1", "3", "8"):
+                promised(case, Plain(), "cpu")
+    descriptors = {name for name in KERNELS if "descriptor" in name}
+    assert memory.names == (
+        KERNELS if (arch(torch.empty(0)), 2) in tiles.DESCRIPTOR_TILES else KERNELS - descriptors
+    )
+
+
+STEPS = {
+    "mask": {"dtype": torch.bfloat16},
+    "chunks": {"leading": (280,), "workspace": 1, "share": 0.5},
+    "compact, none": {"anchor": "compact", "weight": "compact", "reduction": "none"},
+    "index": {"rows": "index32", "dtype": torch.float16, "weight": "leading", "contiguous": False},
+    "capacity": {"capacity": 45, "loss": "mse", "dtype": torch.bfloat16},
+    "fp8": {"precision": "fp8", "dtype": torch.bfloat16, "d": 32, "m": 48, "z": 16},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_between_fences(impl, device, name, request):
+    """Arguments, buffers and results, everything empty poisoned: the bits are those of a plain
+    call."""
+    if name == "fp8" and (
+        impl != "blas" or (device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0))
+    ):
+        pytest.skip("float8 is there for blas on sm_90")
+    if name == "fp8":
+        request.getfixturevalue("row_scales")
+    case = make(5, device=device, upstream=0.37, **STEPS[name])
+    wanted = run(fused_pre_loss, case, impl=impl)
+    fenced = Fenced()
+    case.tensors = {key: x if x is None else fenced(x) for key, x in case.tensors.items()}
+    case.rows = None if case.rows is None else fenced(case.rows)
+    with watching(), Fresh(fenced._place):
+        found = run(fused_pre_loss, case, impl=impl)
+    fenced.check()
+    assert len(fenced.watched) > 12
+    for key in ("loss", *LEAVES):
+        assert torch.equal(found[key], wanted[key]), key
+
+
+# offsets beyond 31 bits
+
+
+R, D = 2**19 + 512, 4096
+M, N = 2**16, 2**15 + 128
+ZEROS = torch.zeros(R)
+
+
+def far_gather(far):
+    rows.gather(
+        torch.zeros(1, D),
+        far(R, D),
+        index=torch.zeros(R, dtype=torch.int32),
+        quantized=Quantized(far(R, D, dtype=E4M3), ZEROS),
+    )
+
+
+def far_gather_columns(far):
+    rows.gather(far(R, D), torch.zeros(1, D), start=R - 1)
+    rows.gather(far(D, R).t(), torch.zeros(1, D), start=R - 1)
+
+
+def far_scatter(far):
+    rows.scatter(far(R, D), far(R, D))
+
+
+def far_quantize(far):
+    quantize_weights(torch.zeros(1, 16), far(R, D), columns=(False, False))
+
+
+def far_activation(far):
+    activation.apply_activation(
+        far(R, D), far(R, D), "gelu", quantized=Quantized(far(R, D, dtype=E4M3), ZEROS)
+    )
+
+
+def far_activation_grad(far):
+    sums = far(R, D, dtype=torch.float32)
+    activation.apply_activation_grad(far(R, D), far(R, D), "gelu", sums=sums, first=False)
+
+
+def far_row_loss(far):
+    p, sums = far(R, D), far(R, D, dtype=torch.float32)
+    room = Quantized(far(R, D, dtype=E4M3), ZEROS)
+    row_loss.row_loss(
+        p, far(R, D), ZEROS, loss="mse", grad=True, sums=sums, first=False, quantized=room
+    )
+
+
+def far_row_loss_columns(far):
+    for width, loss in (
+        (D, "cosine"),
+        (3 * D, "cosine"),
+        (3 * D, "mse"),
+    ):  # in a block, and in several
+        p = torch.zeros(1, width)
+        row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss=loss, grad=True, start=R - 1)
+
+
+def far_matmul(far):
+    many, float32 = 2**26 + 64, torch.float32
+    matmul.matmul(far(many, 32, dtype=float32), torch.zeros(32, 16), far(many, 16, dtype=float32))
+    matmul.matmul(torch.zeros(R, 16), torch.zeros(16, D), far(R, D, dtype=float32))
+
+
+def far_matmul_columns(far):
+    matmul.matmul(far(D, R, dtype=torch.float32).t()[-1:], torch.zeros(D, 16), torch.zeros(1, 16))
+
+
+def far_weight(far):
+    many, float32 = 2**26 + 64, torch.float32
+    matmul.matmul(torch.zeros(1, 32), far(many, 32, dtype=float32).t(), far(1, many, dtype=float32))
+
+
+def far_weight_grad(far):
+    weight_grad.add_weight_grad(
+        far(M, N, dtype=torch.float32), torch.zeros(1, M), torch.zeros(1, N)
+    )
+    weight_grad.add_weight_grad(
+        torch.zeros(16, D), torch.zeros(1, 16), far(D, R, dtype=torch.float32).t()[-1:]
+    )
+
+
+def far_scale(far):
+    class Empty(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            big = "new_empty" in str(function) and math.prod(args[1]) > 2**31
+            return far(*args[1], dtype=torch.float32) if big else function(*args, **(kwargs or {}))
+
+    with Empty():
+        dtypes = (torch.float32,) * 4
+        finish.scale_gradients(
+            (None, far(M, N, dtype=torch.float32)), (None, None), dtypes, torch.tensor(2.0)
+        )
+
+
+E4M3 = torch.float8_e4m3fn
+FAR = [value for name, value in list(vars().items()) if name.startswith("far_")]
+
+
+@interpreted
+@pytest.mark.parametrize("case", FAR, ids=lambda case: case.__name__)
+def test_offsets_beyond_31_bits(case):
+    """The last program reaches the last element, as there is no memory by its address alone, and
+    nothing beyond."""
+    far = Far()
+    memory = Last(far.spans)
+    with watching(memory):
+        case(far)
+    assert far.tensors
+    for x in far.tensors:
+        begin, end = span(x)[:2]
+        assert memory.reached.get(begin) == end - x.element_size()
+
+
+@interpreted
+def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
+    """The last strip is not the last program. In turns of many rows: the interpreter takes them one
+    by one."""
+    monkeypatch.setattr(quantize, "TALL", 2**15)
+    monkeypatch.setattr(quantize, "WIDE", 2)
+    far = Far()
+    weight = far(R, D)
+    memory = Last(far.spans, program=D // quantize.WIDE)
+    with watching(memory):
+        quantize_weights(torch.zeros(1, 1), weight, columns=(True, True))
+    assert memory.reached == {span(weight)[0]: span(weight)[1] - weight.element_size()}

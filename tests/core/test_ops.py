@@ -1,0 +1,297 @@
+"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors,
+opcheck."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pre_kernels import PreHead, fused_pre_loss
+from verify import oracle
+from verify.oracle import make
+
+CALLS = {
+    "mask": {"rows": "mask"},
+    "index": {"rows": "index64"},
+    "all rows": {"rows": "all"},
+    "none": {"rows": "mask", "reduction": "none"},
+    "none, index": {"rows": "index32", "reduction": "none"},
+    "normalizer": {"rows": "mask", "normalizer": torch.tensor(3.0)},
+    "weights": {"rows": "mask", "weight": "leading"},
+    "compact": {"rows": "mask", "anchor": "compact", "weight": "compact"},
+    "capacity": {"rows": "mask", "capacity": 45},
+    "chunks": {"rows": "index64", "leading": (300,), "workspace": 1},
+    "bfloat16, chunks": {
+        "rows": "index64",
+        "leading": (300,),
+        "workspace": 1,
+        "dtype": torch.bfloat16,
+    },
+    "none, chunks": {
+        "rows": "mask",
+        "reduction": "none",
+        "leading": (300,),
+        "workspace": 1,
+        "dtype": torch.bfloat16,
+    },
+    "float16": {"rows": "mask", "dtype": torch.float16},
+    "float16, compact": {"rows": "mask", "anchor": "compact", "dtype": torch.float16},
+    "compact, frozen": {"rows": "mask", "anchor": "compact", "frozen": ("hidden",)},
+    "frozen": {"rows": "mask", "frozen": ("hidden", "b1")},
+    "none, frozen": {"rows": "mask", "reduction": "none", "frozen": ("hidden", "b1")},
+    "frozen weights": {"rows": "mask", "frozen": ("w1", "w2")},
+    "compact, frozen weights": {"rows": "mask", "anchor": "compact", "frozen": ("w1", "w2")},
+}
+
+
+@pytest.fixture(autouse=True)
+def output_shapes():
+    """Outputs of some calls have the length that a mask selects: torch 2.9 captures these only
+    where it is told to."""
+    told = (
+        torch.__version__.startswith("2.9.")
+        or torch._dynamo.config.capture_dynamic_output_shape_ops
+    )
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=told):
+        yield
+
+
+def fused(case, impl, tensors, rows):
+    return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+
+def results(function, case, hidden=None, retain_graph=False):
+    leaves = [case.tensors[name].requires_grad_(name not in case.frozen) for name in oracle.LEAVES]
+    tensors = {**case.tensors, "hidden": leaves[0] if hidden is None else hidden}
+    loss = function(tensors, case.rows)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [loss, *torch.autograd.grad((loss * 3).sum(), wanted, retain_graph=retain_graph)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(impl, device, name):
+    case = make(4, device=device, **CALLS[name])
+
+    def function(tensors, rows):
+        tensors = {**tensors, "hidden": tensors["hidden"] * 2}
+        return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled, case), results(function, case), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_inductor_takes_other_sizes_and_masks(device):
+    def function(tensors, rows):
+        return fused_pre_loss(**tensors, rows=rows).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for seed, leading in enumerate([(3, 17), (5, 20), (2, 9)]):
+        case = make(seed, device=device, leading=leading)
+        for got, want in zip(results(compiled, case), results(function, case), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_export(device):
+    case = make(4, device=device)
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, anchor, rows):
+            rest = {name: case.tensors[name] for name in ("w1", "b1", "w2", "b2")}
+            return fused_pre_loss(hidden, anchor, **rest, rows=rows)
+
+    inputs = (case.tensors["hidden"], case.tensors["anchor"], case.rows)
+    program = torch.export.export(Loss(), inputs)
+    assert "pre_kernels.loss" in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+
+
+@pytest.mark.parametrize("rows", ["mask", "all"])
+def test_export_of_a_head_that_is_trained(impl, device, rows):
+    """Its program calls the operator in grad mode, with parameters that require grad."""
+    case, head = make(4, device=device, rows=rows), PreHead(24, 40).to(device)
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden, anchor, rows):
+            return self.head(hidden, anchor, rows, impl=impl)
+
+    inputs = (case.tensors["hidden"], case.tensors["anchor"], case.rows)
+    program = torch.export.export(Loss(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), head(*inputs, impl=impl))
+
+
+class Watching(TorchDispatchMode):
+    """As counters of FLOP do; `seen`: this library's operators, and what reached each."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            self.seen[function] = [
+                x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args
+            ]
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionMode(TorchFunctionMode):
+    """As `torch.set_default_device` is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(getattr(function, "__name__", None))
+        return function(*args, **(kwargs or {}))
+
+
+class Kind(torch.Tensor):
+    """A tensor that sees operators itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace == "pre_kernels":
+            raise RuntimeError(f"Kind has seen {function._schema.name}")
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", ["mask", "none"])
+def test_who_looks_at_operators_sees_them(impl, device, call):
+    """And gets the bits that a call without them gives."""
+    case = make(4, device=device, **CALLS[call])
+    function, names = (
+        partial(fused, case, impl),
+        ("loss", "recompute" if call == "none" else "rescale_"),
+    )
+    wanted = {f"pre_kernels::{name}" for name in names}
+    plain = results(function, case)
+    with Watching() as watching:
+        seen = results(function, case)
+    assert {operator._schema.name for operator in watching.seen} == wanted
+    with torch.profiler.profile() as profile:
+        profiled = results(function, case)
+    assert {event.key for event in profile.key_averages()} >= wanted
+    for one in (seen, profiled):
+        assert all(map(torch.equal, plain, one))
+    with FunctionMode() as mode:
+        results(function, case)
+    assert "loss" in mode.seen
+    case.tensors["w2"] = case.tensors["w2"].detach().as_subclass(Kind)
+    with pytest.raises(RuntimeError, match="Kind has seen pre_kernels::loss"):
+        results(function, case)
+
+
+def test_a_graph_from_before_autograd_has_the_operator(impl, device):
+    """And takes another mask of more rows."""
+    case = make(4, device=device, leading=(60,), share=0.2, loss="mse", reduction="sum")
+    few, many = case.rows, ~case.rows
+
+    def function(hidden, rows):
+        return fused(case, impl, {**case.tensors, "hidden": hidden}, rows)
+
+    with torch.no_grad():
+        graph = make_fx(function, pre_dispatch=True)(case.tensors["hidden"], few)
+        assert torch.ops.pre_kernels.loss.default in {node.target for node in graph.graph.nodes}
+        for rows in (few, many):
+            torch.testing.assert_close(
+                graph(case.tensors["hidden"], rows), function(case.tensors["hidden"], rows)
+            )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_for_torchscript_is_refused(impl, device):
+    """Not written down as what the call does with these numbers of rows."""
+    case = make(4, device=device, rows="index64")
+    with pytest.raises(RuntimeError, match="Tracing a list of bool"):
+        torch.jit.trace(
+            lambda hidden: fused(case, impl, {**case.tensors, "hidden": hidden}, case.rows),
+            (case.tensors["hidden"],),
+        )
+
+
+def test_a_plain_call_spares_the_dispatcher(impl, device, monkeypatch):
+    """A small one on a CPU spends a tenth of its time there."""
+    case = make(4, device=device, rows="index64")
+    monkeypatch.setattr(torch.ops.pre_kernels, "loss", None)
+    monkeypatch.setattr(torch.ops.pre_kernels, "rescale_", None)
+    assert len(results(partial(fused, case, impl), case)) == 6
+
+
+def of_real_calls(case, impl):
+    """The operators of a call whose graph is retained, of one whose graph is not, and the arguments
+    that reach them."""
+    with Watching() as watching:
+        for retain_graph in (True, False):
+            results(partial(fused, case, impl), case, retain_graph=retain_graph)
+    assert len(watching.seen) == (
+        2 if torch.ops.pre_kernels.recompute.default in watching.seen else 3
+    )
+    yield from watching.seen.items()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask",
+        "index",
+        "all rows",
+        "none",
+        "compact",
+        "chunks",
+        "bfloat16, chunks",
+        "float16",
+        "frozen",
+        "none, frozen",
+    ],
+)
+def test_opcheck(impl, device, name):
+    """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares
+    it."""
+    case = make(4, device=device, share=1.0, **CALLS[name])
+    for operator, arguments in of_real_calls(case, impl):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call["rows"] == "mask"])
+def test_sizes_that_a_mask_selects(impl, device, name):
+    case = make(4, device=device, share=0.4, **CALLS[name])
+    for operator, arguments in of_real_calls(case, impl):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
+def test_a_mask_beyond_the_capacity(impl, device):
+    case = make(4, device=device, capacity=10, dtype=torch.float32)
+
+    def function(tensors, rows):
+        return fused_pre_loss(**tensors, rows=rows, **case.options, impl=impl)
+
+    if impl == "torch":
+        with pytest.raises(ValueError, match="capacity: got 10, want at least the"):
+            function(case.tensors, case.rows)
+        return
+    loss, *grads = results(function, case)
+    assert loss.isnan()
+    assert all(grad.isnan().any() for grad in grads)
+
+
+def test_a_mask_beyond_the_capacity_is_named_when_debugging(impl, device, monkeypatch):
+    monkeypatch.setenv("PRE_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="capacity: got 10, want at least the"):
+        fused_pre_loss(
+            **make(4, device=device).tensors,
+            rows=make(4, device=device).rows,
+            capacity=10,
+            impl=impl,
+        )

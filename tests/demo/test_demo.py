@@ -1,0 +1,351 @@
+import json
+import math
+import shlex
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from verify import ROOT
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from rich.console import Console
+
+from pre_kernels import cli
+from pre_kernels.demo import compare, export, picture, results, workers
+from pre_kernels.demo import scenes as sc
+from pre_kernels.demo.evaluate import states
+from pre_kernels.demo.run import run
+from pre_kernels.demo.settings import Settings
+from pre_kernels.demo.text import (
+    BEGIN,
+    IGNORED,
+    IMAGE,
+    QUESTION,
+    library_source,
+    text_batch,
+    visual_batch,
+)
+
+TINY = Settings(
+    seeds=2,
+    width=16,
+    layers=2,
+    vision_steps=3,
+    text_steps=3,
+    align_steps=2,
+    tune_steps=3,
+    batch=4,
+    tune_batch=4,
+    text_bytes=5000,
+    train_scenes=12,
+    test_scenes=20,
+    readout_steps=3,
+)
+
+
+@contextmanager
+def no_bar(name, steps):
+    yield lambda loss: None
+
+
+def test_parts_of_the_digits_are_disjoint_and_complete():
+    parts = sc.split_digits(seed=0)
+    together = [int(i) for part in parts for i in part]
+    assert len(together) == len(set(together)) == 1797
+    assert [len(p) for p in parts] == pytest.approx([988, 404, 405], abs=1)
+    assert all((a == b).all() for a, b in zip(parts, sc.split_digits(seed=0), strict=True))
+    assert (parts[0] != sc.split_digits(seed=1)[0]).any()
+
+
+def test_scenes_use_only_their_part():
+    training, fitting, test = (sc.compose(p, 50, seed=0) for p in sc.split_digits(seed=0))
+    numbers = [set(s.sources.flatten().tolist()) for s in (training, fitting, test)]
+    assert not numbers[0] & numbers[1]
+    assert not (numbers[0] | numbers[1]) & numbers[2]
+
+
+def test_a_scene_is_made_of_its_digits():
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    scenes = sc.compose(sc.split_digits(0)[0], 5, seed=3)
+    assert scenes.images.shape == (5, 3, sc.SIDE, sc.SIDE)
+    assert 0 <= scenes.images.min() <= scenes.images.max() <= 1
+    for s in range(5):
+        for k in range(sc.OBJECTS):
+            down, right = divmod(k, sc.GRID)
+            cell = scenes.images[s, :, down * 8 : down * 8 + 8, right * 8 : right * 8 + 8]
+            expected = torch.from_numpy(data.images[scenes.sources[s, k]]).float() / 16
+            assert torch.equal(cell, expected.expand(3, -1, -1))
+            assert scenes.digits[s, k] == data.target[scenes.sources[s, k]]
+
+
+def test_composition_follows_the_seed():
+    part = sc.split_digits(0)[0]
+    assert torch.equal(sc.compose(part, 5, seed=1).images, sc.compose(part, 5, seed=1).images)
+    assert not torch.equal(sc.compose(part, 5, seed=1).sources, sc.compose(part, 5, seed=2).sources)
+
+
+def test_regions_are_where_the_digits_lie():
+    assert sc.masks().sum(1).tolist() == [4] * sc.OBJECTS
+    assert (sc.masks().sum(0) == 1).all()
+    scenes = sc.compose(sc.split_digits(0)[0], 1, seed=0)
+    for k, mask in enumerate(sc.masks()):
+        pixels = (
+            mask.view(sc.SIDE // sc.PATCH, -1)
+            .repeat_interleave(sc.PATCH, 0)
+            .repeat_interleave(sc.PATCH, 1)
+        )
+        down, right = divmod(k, sc.GRID)
+        cell = scenes.images[0, 0, down * 8 : down * 8 + 8, right * 8 : right * 8 + 8]
+        assert torch.equal(scenes.images[0, 0][pixels], cell.flatten())
+
+
+def test_the_question_asks_for_the_parity_of_the_middle_digit():
+    scenes = sc.compose(sc.split_digits(0)[0], 30, seed=0)
+    batch = visual_batch(scenes, torch.arange(30))
+    assert (batch["input_ids"] == IMAGE).sum(1).tolist() == [sc.PATCHES] * 30
+    asked = bytes(batch["input_ids"][0, 1 + sc.PATCHES : -1].tolist())
+    assert asked == QUESTION
+    said = [chr(i) for i in batch["input_ids"][:, -1].tolist()]
+    assert said == ["y" if d % 2 else "n" for d in scenes.digits[:, sc.MIDDLE].tolist()]
+    assert (batch["labels"][:, :-1] == IGNORED).all()
+    assert torch.equal(batch["labels"][:, -1], batch["input_ids"][:, -1])
+
+
+def test_text_is_the_standard_library():
+    corpus = library_source(3000)
+    assert corpus.shape == (3000,)
+    assert b"import" in bytes(corpus.tolist())
+    ids = text_batch(corpus, 4, 10, torch.Generator().manual_seed(0))
+    assert ids.shape == (4, 11)
+    assert (ids[:, 0] == BEGIN).all()
+    assert bytes(ids[0, 1:].tolist()) in bytes(corpus.tolist())
+
+
+def test_end_to_end(tmp_path):
+    out = tmp_path / "mit Leerzeichen, ü 目录"
+    out.mkdir()
+    console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
+    threads = torch.get_num_threads()
+    found = run(TINY, "cpu", out, console, jobs=2)
+    assert torch.get_num_threads() == threads
+
+    printed = console.export_text()
+    assert str(out / "demo.png") in printed
+    (command,) = [line for line in printed.splitlines() if "pre-kernels diagnose" in line]
+    given = cli.parser().parse_args(shlex.split(command)[1:])
+    assert given.images == out / "scenes" / "images"
+    assert given.images.is_dir()
+    assert "linear probe, layer 2" in printed
+    for seed in (0, 1):
+        assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "demo.html").read_text().startswith("<!DOCTYPE html>")
+    table = (out / "demo.md").read_text().splitlines()
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert sum("contrast ratio, layer" in line for line in table) == TINY.layers + 1
+
+    saved = json.loads((out / "demo.json").read_text())
+    assert saved == json.loads(json.dumps(found))
+    assert saved["settings"]["tune_steps"] == 3
+    assert saved["settings"]["layer"] == 1
+    assert saved["versions"]["torch"] == torch.__version__
+    assert [seed["seed"] for seed in saved["seeds"]] == [0, 1]
+    for figures in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
+        assert len(figures["probe"]) == len(figures["contrast"]) == TINY.layers + 1
+        assert all(0 <= value <= 1 for value in [*figures["probe"], figures["accuracy"]])
+        assert -1 <= figures["pre_loss"] <= 1
+        assert all(math.isfinite(value) for value in figures["cohesion"] + figures["coupling"])
+    assert len(saved["seeds"][0]["with"]["train_pre_loss"]) == TINY.align_steps + TINY.tune_steps
+    assert "train_pre_loss" not in saved["seeds"][0]["without"]
+
+
+def test_the_saved_models_are_those_that_were_measured(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    found = compare.run_seed(0, TINY, "cpu", tmp_path, no_bar)
+    test = sc.compose(sc.split_digits(0)[2], TINY.test_scenes, 0)
+    for arm in ("before", "without", "with"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "models" / arm)
+        assert states(model, test).correct.double().mean().item() == found[arm]["accuracy"]
+
+
+def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    chosen = []
+    monkeypatch.setattr(
+        export, "drawn", lambda sources: chosen.append(sources) or sc.drawn(sources)
+    )
+    export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
+    for digit, sources in enumerate(chosen):
+        found = load_digits().target[sources] == digit
+        assert found[:, sc.MIDDLE].all()
+        assert (found.sum(1) >= 5).all()
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [
+        str(n // 2) for n in range(20)
+    ]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files]) / 255
+    processor = export.processor()
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": QUESTION.decode()}],
+        }
+    ]
+    text = processor.apply_chat_template(message)
+    inputs = processor(
+        images=[Image.open(files[5]).convert("RGB")], text=[text], return_tensors="pt"
+    )
+    expected = visual_batch(sc.compose(sc.split_digits(0)[0], 1, 0), torch.arange(1))
+    assert torch.equal(inputs["input_ids"], expected["input_ids"][:, :-1])
+    torch.testing.assert_close(inputs["pixel_values"], pixels[5].expand(1, 3, -1, -1))
+    # sixteenths, as the digits are
+    assert ((pixels * 16) - (pixels * 16).round()).abs().max() < 16 * 0.5 / 255 + 1e-6
+    mask = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / "1" / "000.png")))
+    assert torch.equal(mask[:: sc.PATCH, :: sc.PATCH].flatten(), sc.regions() + 1)
+
+
+def test_seeds_in_processes_of_their_own_find_the_same(tmp_path):
+    console = Console(file=(tmp_path / "screen").open("w"))
+    apart, together = (run(TINY, "cpu", tmp_path, console, jobs=n) for n in (2, 1))
+    assert apart["seeds"] == together["seeds"]
+
+
+def broken(seed, bar):
+    with bar(f"seed {seed}", 2) as advance:
+        advance(1.0)
+        if seed:
+            raise ValueError(f"seed {seed} is broken")
+        advance(1.0)
+    return seed
+
+
+def test_a_failed_seed_raises_what_it_raised():
+    with pytest.raises(ValueError, match="seed 1 is broken"):
+        workers.each_seed(broken, 2, (), no_bar, 2)
+
+
+def pretrained(seed=0):
+    training = sc.compose(sc.split_digits(seed)[0], TINY.train_scenes, seed)
+    return training, compare.pretrained(training, TINY, seed, "cpu", no_bar)
+
+
+def test_the_model_is_a_plain_llava_again_after_training_with_pre():
+    scenes, model = pretrained()
+    names, hooks = list(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
+    compare.run_arm("with PRe", {}, model, scenes, scenes, scenes, TINY, 0, no_bar)
+    assert list(model.state_dict()) == names
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_the_arms_differ_in_nothing_but_pre():
+    # same start, same batches in the same order: with a vanishing weight both are one run
+    found = compare.run_seed(1, replace(TINY, weight=1e-12), "cpu", None, no_bar)
+    a, b = found["without"], found["with"]
+    assert a["probe"] == pytest.approx(b["probe"], abs=1e-6)
+    assert a["contrast"] == pytest.approx(b["contrast"], rel=1e-4)
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    weighted = compare.run_seed(1, replace(TINY, weight=100.0), "cpu", None, no_bar)
+    assert weighted["without"]["contrast"] == pytest.approx(a["contrast"], rel=1e-4)
+    assert weighted["with"]["contrast"] != pytest.approx(b["contrast"], rel=1e-4)
+
+
+def test_an_answer_is_correct_if_the_model_would_generate_it():
+    _, model = pretrained()
+    scenes = sc.compose(sc.split_digits(0)[2], 30, seed=0)
+    with (
+        torch.no_grad()
+    ):  # a head that says "y" or "n" whatever it sees, as the last state's first entry has it
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ord("y"), 0], model.lm_head.weight[ord("n"), 0] = 1.0, -1.0
+    batch = visual_batch(scenes, torch.arange(30))
+    prompt = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    said = model.generate(
+        **prompt, pixel_values=batch["pixel_values"], max_new_tokens=1, do_sample=False
+    )
+    expected = said[:, -1] == batch["input_ids"][:, -1]
+    assert 0 < expected.sum() < 30
+    assert torch.equal(states(model, scenes).correct, expected)
+
+
+def test_states_are_those_that_the_layers_made():
+    _, model = pretrained()
+    scenes = sc.compose(sc.split_digits(0)[2], 6, seed=0)
+    found = states(model, scenes, batch=4)
+    with torch.no_grad():
+        output = model(**visual_batch(scenes, torch.arange(6)), output_hidden_states=True)
+    visual = slice(1, 1 + sc.PATCHES)
+    # the last of these is after the final norm, so it is not compared
+    for layer in range(TINY.layers):
+        torch.testing.assert_close(found.hidden[layer], output.hidden_states[layer][:, visual])
+    last = model.model.language_model.norm(found.hidden[TINY.layers])
+    torch.testing.assert_close(last, output.hidden_states[TINY.layers][:, visual])
+    objects = found.objects(1).view(6, sc.OBJECTS, -1)
+    torch.testing.assert_close(objects[:, 0], found.hidden[1][:, sc.regions() == 0].mean(1))
+
+
+def committed():
+    return json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+
+
+def test_the_report_has_the_figures_of_the_seeds(tmp_path):
+    found = committed()
+    shown = results.document(found)
+    assert [model["name"] for model in shown["models"]] == [
+        "before visual training",
+        "without PRe",
+        "with PRe",
+    ]
+    for model, arm in zip(shown["models"], ("before", "without", "with"), strict=True):
+        for rows, seed in zip(model["runs"], found["seeds"], strict=True):
+            assert [row["layer"] for row in rows] == [*range(9)]
+            for column, name in (
+                ("linear_probe", "probe"),
+                ("contrast", "contrast"),
+                ("coupling", "coupling"),
+            ):
+                assert [row[column] for row in rows] == seed[arm][name]
+    results.save(found, tmp_path)
+    page = (tmp_path / "demo.html").read_text()
+    assert "Along training" in page
+    assert "difference +0.064 ± 0.049" in page
+
+
+def test_the_picture_has_probe_contrast_and_the_loss_along_training(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    found = committed()
+    picture.draw(results.document(found), tmp_path / "demo.png")
+    probe, contrast, training = drawn[0].axes
+    for axes, key in ((probe, "probe"), (contrast, "contrast")):
+        shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+        for name, arm in (
+            ("before visual training", "before"),
+            ("without PRe", "without"),
+            ("with PRe", "with"),
+        ):
+            assert shown[name] == pytest.approx(
+                torch.tensor([s[arm][key] for s in found["seeds"]]).mean(0).tolist()
+            )
+    curves = [list(line.get_ydata()) for line in training.get_lines()][:2]
+    assert curves == [seed["with"]["train_pre_loss"] for seed in found["seeds"]]
+    assert [30, 30] in [list(line.get_xdata()) for line in training.get_lines()]
+
+
+def test_one_seed_is_said_to_be_one():
+    found = committed()
+    hint = "One seed says nothing about noise: use --seeds."
+    assert hint not in results.conclusion(found)
+    assert hint in results.conclusion(found | {"seeds": found["seeds"][:1]})

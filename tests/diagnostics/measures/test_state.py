@@ -1,0 +1,98 @@
+import random
+
+import pytest
+import torch
+
+from pre_kernels.diagnostics import LayerReport
+from pre_kernels.diagnostics.measures import state
+
+from .test_layers import GRID, assert_rows_equal, data, logits, report
+
+
+def test_a_loaded_report_goes_on_as_the_saved_one(tmp_path):
+    images = data(40)
+    options = {
+        "tokens": 64,
+        "labelled": 16,
+    }  # fewer than there are: the samples' draws have to go on too
+    whole = report(images, **options)
+    first = report(images[:23], **options)
+    first.save(tmp_path / "state", done=23, classes=["a", "b"])
+    second, more = LayerReport.load(tmp_path / "state")
+    assert more == {"done": 23, "classes": ["a", "b"]}
+    for image in images[23:]:
+        second.update(**image, grid=GRID, logits=logits)
+    assert_rows_equal(second.rows(), whole.rows())
+    assert first.rows() == report(images[:23], **options).rows()  # and saving changed nothing
+    images = [report_._labelled.items() for report_ in (second, whole)]
+    assert [label for label, _ in images[0]] == [label for label, _ in images[1]]
+
+
+def test_an_empty_report_can_be_saved(tmp_path):
+    LayerReport().save(tmp_path / "state")
+    found, _ = LayerReport.load(tmp_path / "state")
+    found.update(**data(1)[0])
+    assert found.images == 1
+
+
+def test_values_come_back_as_they_were(tmp_path):
+    generator = random.Random(3)
+    generator.random()
+    base = torch.arange(12.0).view(3, 4)
+    value = {
+        1: (True, None, 1.5, "é"),
+        "two": [base.T, base[1], torch.zeros(0)],
+        "random": generator,
+    }
+    state.save(tmp_path / "state", value, ())
+    found = state.load(tmp_path / "state", ())
+    assert found[1] == value[1]
+    assert all(torch.equal(a, b) for a, b in zip(found["two"], value["two"], strict=True))
+    assert found["random"].random() == generator.random()
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+class Other:
+    pass
+
+
+def test_only_what_was_named_is_written_or_made(tmp_path):
+    with pytest.raises(TypeError, match="got a Other in it"):
+        state.save(tmp_path / "state", Other(), ())
+    assert not list(tmp_path.iterdir())
+    state.save(tmp_path / "state", Other(), (Other,))
+    with pytest.raises(ValueError, match="state: cannot be read"):
+        state.load(tmp_path / "state", ())
+
+
+def test_bad_files(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    with pytest.raises(FileNotFoundError, match="state: there is no such file"):
+        LayerReport.load(path)
+    report(data(2)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="state: cannot be read, so it cannot be gone on with"):
+        LayerReport.load(path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="state: cannot be read"):
+        LayerReport.load(path)
+    monkeypatch.setattr(state, "VERSION", 0)
+    report(data(2)).save(path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has version 0, want 1"):
+        LayerReport.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    report(data(2)).save(path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        report(data(3)).save(path)
+    assert path.read_bytes() == before

@@ -1,0 +1,387 @@
+"""Compile every kernel launch of the Triton implementation ahead of time, without a GPU:
+`python -m verify.compile --help`.
+
+The launches are recorded from real calls of `fused_pre_loss`, so what is compiled here is what
+would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import budgets
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+TILE_ARCH = {"sm80": "sm80", "sm90": "sm90", "sm100": "sm100", "gfx942": "gfx", "gfx950": "gfx"}
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
+WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
+MANY, SOME, FEW = 8192, 512, 256  # rows: each class takes other tiles
+PARTS = 256 << 20  # bytes of workspace that hold MANY rows of WIDE in several chunks
+
+
+@dataclass
+class Launch:
+    """One specialisation of a kernel for one target."""
+
+    target: str
+    kernel: str
+    constants: dict[str, Any]
+    signature: dict[str, str]
+    aligned: list[str]  # arguments known to be multiples of 16
+    options: dict[str, Any]
+
+    @property
+    def width(self) -> str:
+        return (
+            "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()}))
+            or "fp32"
+        )
+
+    @property
+    def tile(self) -> str:
+        return "x".join(str(self.constants[name]) for name in TILE if name in self.constants)
+
+    @property
+    def unaligned(self) -> bool:
+        return not ({"K", "N", "Z", "D", "M"} & set(self.aligned) or self.kernel in NO_WIDTH)
+
+    @property
+    def name(self) -> str:
+        flags = [
+            str(v) if isinstance(v, str) else k.lower()
+            for k, v in self.constants.items()
+            if v and k.isupper()
+        ]
+        words = [
+            self.target,
+            self.kernel,
+            self.width,
+            self.tile,
+            *(flag for flag in flags if flag not in SHAPES),
+        ]
+        return " ".join(word for word in words if word) + " unaligned" * self.unaligned
+
+    @property
+    def budget(self) -> str:
+        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no common
+        width: of a pass over rows that is a block of bfloat16."""
+        rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
+        common = self.kernel in NO_WIDTH or bool(self.tile)
+        common |= self.width == "bf16" and all(
+            known.get(name, value) == value for name, value in rows.items()
+        )
+        if self.target != "sm90" or self.unaligned or not common:
+            return ""
+        words = [
+            self.kernel,
+            self.tile,
+            *(value for value in known.values() if isinstance(value, str)),
+        ]
+        if known.get("TRANSPOSED"):
+            words.append("transposed")
+        if self.signature.get("q_ptr", "constexpr") != "constexpr":
+            words.append("float8")
+        if known.get("CLEAR") and known.get("COUNT"):
+            words.append("cleared")
+        return " ".join(word for word in words if word)
+
+
+def element(kind: str) -> str:
+    """Of a pointer or a descriptor: "*bf16" and "tensordesc<bf16[128, 64]>" are both of bf16."""
+    return re.sub(r"^(\*|tensordesc<)(\w+).*", r"\2", kind)
+
+
+OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+NO_WIDTH = (
+    "count_kernel",
+    "select_kernel",
+    "invert_kernel",
+    "divisor_kernel",
+    "reduce_kernel",
+    "scale_kernel",
+    "quantize_kernel",
+)
+SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
+
+
+def record(target: str, call: Any) -> list[Launch]:
+    """The launches of `call()` with the tiles of `target`; nothing runs."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        bound = kernel.signature.bind(*args, **kwargs).arguments
+        constants, signature, aligned = {}, {}, []
+        for parameter in kernel.params:
+            value = bound[parameter.name]
+            special = not parameter.do_not_specialize
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (isinstance(value, int) and value == 1 and special)
+            ):
+                constants[parameter.name], signature[parameter.name] = value, "constexpr"
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+                aligned.append(parameter.name)
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = mangle_type(value)
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0 and special:
+                    aligned.append(parameter.name)
+        launches.append(Launch(target, kernel.fn.__name__, constants, signature, aligned, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch("pre_kernels.loss.unavailable", return_value=None),
+        mock.patch("pre_kernels.fused.steps_blas.linear"),
+        mock.patch("pre_kernels.fused.steps_blas.scaled_linear"),
+        mock.patch(
+            "pre_kernels.fused.steps_blas.add_product",
+            lambda total, dy, x, first: total.dtype == dy.dtype,
+        ),
+        mock.patch("pre_kernels.fused.kernels.tiles.arch", return_value=TILE_ARCH[target]),
+    ):
+        call()
+    return launches
+
+
+def call(
+    dtype: torch.dtype,
+    widths: tuple[int, int, int],
+    rows: str,
+    autocast: bool = False,
+    impl: str = "triton",
+    total: int = MANY,
+    **options: Any,
+) -> None:
+    """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
+    from pre_kernels import fused_pre_loss
+
+    d, m, z = widths
+    weights = torch.float32 if autocast else dtype
+    selection = {
+        "mask": torch.ones(total, dtype=torch.bool),
+        "index": torch.arange(total),
+        "index32": torch.arange(total, dtype=torch.int32),
+        "all": None,
+    }[rows]
+    leaves = [
+        torch.empty(shape, dtype=weights) for shape in ((total, d), (m, d), (m,), (z, m), (z,))
+    ]
+    hidden, w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
+    anchor = torch.empty(total, z, dtype=torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, selection, impl=impl, **options)
+    loss.sum().backward()
+
+
+def products(dtype: torch.dtype, n: int, width: int) -> None:
+    """Each form of the products, in a size of its own."""
+    from pre_kernels.fused.kernels.matmul import matmul
+    from pre_kernels.fused.kernels.weight_grad import add_weight_grad
+
+    x, y, w = (torch.empty(rows, width, dtype=dtype) for rows in (n, n, width))
+    total, count = torch.empty(width, width), torch.empty((), dtype=torch.int32)
+    matmul(x, w.t(), y, bias=w[0], count=count)
+    matmul(x, w, y, count=count)
+    add_weight_grad(total, x, y, count=count)
+    add_weight_grad(total, x, y, count=count, first=True)
+
+
+def launches(targets: list[str]) -> list[Launch]:
+    """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
+    weight = torch.ones(MANY)
+    found: list[Launch] = []
+
+    def add(target: str, *arguments: Any, **options: Any) -> None:
+        for workspace in (None, PARTS):  # sums are stored, and added to
+            found.extend(
+                record(target, lambda w=workspace: call(*arguments, **{"workspace": w, **options}))
+            )
+
+    for target in targets:
+        add(target, torch.bfloat16, WIDE, "mask")
+        add(target, torch.float32, WIDE, "index", row_weight=weight)
+        # each tile: few rows for the products, small weights for their gradients
+        for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
+            found += record(target, lambda n=n, width=width: products(torch.bfloat16, n, width))
+    for target in {"sm90", "sm100"} & set(targets):
+        add(target, torch.bfloat16, WIDE, "index", impl="blas", precision="fp8")
+    if "sm90" in targets:
+        for activation, loss in (("gelu_tanh", "mse"), ("silu", "smooth_l1"), ("relu", "cosine")):
+            add("sm90", torch.bfloat16, WIDE, "all", activation=activation, loss=loss)
+        add("sm90", torch.float16, WIDE, "mask")
+        add("sm90", torch.bfloat16, WIDE, "index32", autocast=True)
+        add("sm90", torch.bfloat16, WIDE, "mask", impl="blas")
+        for dtype in (torch.bfloat16, torch.float32):
+            add("sm90", dtype, ODD, "mask")
+        for dtype in (torch.bfloat16, torch.float32):
+            add("sm90", dtype, (8192, 8192, 8192), "index", impl="blas", total=SOME)
+        # rows longer than a block; chunks that are added up
+        add("sm90", torch.bfloat16, LONG, "index", impl="blas", workspace=1, total=SOME)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        add("sm90", torch.float32, WIDE, "index")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    distinct = {repr(sorted(asdict(launch).items(), key=str)): launch for launch in found}
+    return list(distinct.values())
+
+
+def resources(target: str, kernel: Any) -> dict[str, Any]:
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `sass` says of its
+    instructions."""
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+
+        def number(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        return {
+            "registers": number("vgpr_count"),
+            "spills": spills,
+            "shared": kernel.metadata.shared,
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text, code = (
+            subprocess.run(
+                [BIN / tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
+    )
+    if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
+        stack = 0
+    return {
+        "registers": registers,
+        "spills": stack + local,
+        "shared": kernel.metadata.shared,
+        "count": budgets.count(code, kernel.metadata.num_warps),
+        "ahead": budgets.AHEAD in code,
+    }
+
+
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    """What came of compiling one launch: resources, and which matrix instructions it uses."""
+    from pre_kernels.fused.kernels import (
+        activation,
+        finish,
+        matmul,
+        quantize,
+        row_loss,
+        rows,
+        weight_grad,
+    )
+
+    modules = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
+    kernel = next(
+        vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module)
+    )
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned
+    }
+    source = ASTSource(kernel, launch.signature, launch.constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
+    code = compiled.asm.get("ptx", "")
+    found = {
+        word: word in code
+        for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")
+    }
+    return {
+        "name": launch.name,
+        "target": launch.target,
+        "kernel": launch.kernel,
+        "dtype": next(
+            (element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None
+        ),
+        "precision": launch.constants.get("PRECISION"),
+        "fusion": launch.options.get("enable_fp_fusion"),
+        "budget": launch.budget,
+        **resources(launch.target, compiled),
+        "instructions": [word for word, present in found.items() if present],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels for NVIDIA and AMD GPUs, and report what each one uses.",
+        epilog="examples:\n  python -m verify.compile\n  python -m verify.compile --json kernels.json --jobs 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
+    )
+    arguments = parser.parse_args()
+    todo = launches(arguments.targets)
+    results = []
+    print(f"{len(todo)} kernels, triton {triton.__version__}", flush=True)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for future in as_completed([pool.submit(compile_launch, launch) for launch in todo]):
+            result = future.result()
+            results.append(result)
+            used = f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
+            issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
+            print(
+                f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}",
+                flush=True,
+            )
+    results.sort(key=lambda result: result["name"])
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": results}, indent=1)
+        )
+    spilled = sum(result["spills"] > 0 for result in results)
+    over = [
+        result for result in results if result["budget"] and result["count"].over(result["budget"])
+    ]
+    for result in over:
+        print(
+            f"{result['name']}: {result['count']}, want at most {budgets.BUDGETS.get(result['budget'])}"
+        )
+    print(
+        f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget"
+    )
+    raise SystemExit(spilled > 0 or len(over) > 0)
+
+
+if __name__ == "__main__":
+    main()

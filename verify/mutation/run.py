@@ -1,0 +1,230 @@
+"""A mutant meets the tests: a copy of the sources, a process that has imported all but the package,
+a fork for each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import coverage
+import pytest
+
+from .. import ROOT
+from .mutants import PACKAGE, Mutant
+
+GENERAL = ("row_kernels", "rounding", "kernels", "products", "loss", "memory_safety", "ops")
+TESTS = (*GENERAL, "contracts", "checks", "fp8", "fuzz_regressions", "head", "cost", "tune")
+# of a process of their own, or of other things than the kernels, or long and seeing no more than
+# others
+PASSED_OVER = (
+    "importing_the_package",
+    "training_ends_where",
+    "inductor_takes_other",
+    "distributed_tensors",
+    "two_models_in_two_threads",
+)
+PER_TEST = 20  # seconds, and ten times what it usually takes: an endless loop
+
+
+class Tests:
+    """A pytest plugin: only the given tests, in their order, each under an alarm; the first that
+    fails."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds, self.failed, self.ran = seconds, None, 0
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        known = {
+            item.nodeid: item
+            for item in items
+            if not any(name in item.nodeid for name in PASSED_OVER)
+        }
+        # of a test that has got parameters since, all of them
+        meant = [
+            name
+            for wanted in self.seconds or ()
+            for name in known
+            if wanted in (name, name.partition("[")[0])
+        ]
+        items[:] = [known[name] for name in (known if self.seconds is None else meant)]
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        usual = (self.seconds or {}).get(item.nodeid, 10)
+        # of processor time, since others may use the machine; it ends the process, whatever that is
+        # at
+        signal.setitimer(signal.ITIMER_PROF, PER_TEST + 10 * usual)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ran += report.when == "call"
+        if report.failed and self.failed is None:
+            self.failed = report.nodeid
+
+    def pytest_sessionfinish(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+class Reach(Tests):
+    """The same over all tests, noting the seconds of each and the lines of the package that it
+    runs."""
+
+    def __init__(self, package: Path) -> None:
+        super().__init__()
+        self.package, self.took = package, dict[str, float]()
+        self.coverage = coverage.Coverage(
+            data_file=None, config_file=False, include=[f"{package}/*"]
+        )
+
+    def pytest_collection_finish(self) -> None:
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        start = time.perf_counter()
+        try:
+            return (yield)
+        finally:
+            self.took[item.nodeid] = round(time.perf_counter() - start, 4)
+            self.coverage.switch_context("")
+
+    def lines(self) -> dict[str, dict[int, list[str]]]:
+        """The tests of each line of each file of the package."""
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        files = [Path(name) for name in data.measured_files()]
+        return {
+            str(file.relative_to(self.package)): {
+                line: sorted(filter(None, tests))
+                for line, tests in data.contexts_by_lineno(str(file)).items()
+            }
+            for file in files
+        }
+
+
+def prepare() -> None:
+    """Import what takes time, but nothing of the package."""
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="1",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
+    import hypothesis  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch._dynamo
+    import torch._functorch.aot_autograd
+    import torch.testing
+    import triton.language
+    import triton.runtime.interpreter
+    import triton.tools.tensor_descriptor  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def copy(folder: Path) -> Path:
+    """What the tests need, under `folder`; returns the mutated package there."""
+    for name in ("pre_kernels", "integrations", "verify", "tests", "bench"):
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", "results"),
+        )
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder / "pre_kernels" / "fused"
+
+
+def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
+    """What `job` returns in a process of its own (JSON), and how that ended: its status, or minus a
+    signal."""
+    with tempfile.TemporaryFile("w+") as answer:
+        if (pid := os.fork()) == 0:
+            try:
+                os.setpgid(0, 0)
+                null = os.open(os.environ.get("MUTATE_LOG", os.devnull), os.O_RDWR | os.O_CREAT)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                answer.write(json.dumps(job()))
+                answer.flush()
+                os._exit(0)
+            except BaseException:
+                os._exit(3)
+        end = time.monotonic() + limit  # as where it waits
+        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.killpg(pid, signal.SIGALRM)
+                end = float("inf")
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):  # what it started
+            os.killpg(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(done[1])
+        answer.seek(0)
+        return (json.load(answer) if status == 0 else None), status
+
+
+def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
+    """Run in the child: nothing of the package is imported yet."""
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path[:] = [
+        str(folder),
+        *(path for path in sys.path if Path(path or ".").resolve() != ROOT),
+    ]
+    options = [
+        "-x",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:benchmark",
+    ]
+    status = pytest.main([*options, *files], plugins=[plugin])
+    package = sys.modules.get("pre_kernels")
+    if package is not None and package.__file__ != str(folder / "pre_kernels" / "__init__.py"):
+        raise RuntimeError(f"not the mutant was tested but {package.__file__}")
+    return int(status)
+
+
+def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple[str, str | None]:
+    """Outcome, and the test that failed. None: the tests of `GENERAL`."""
+    path = folder / PACKAGE.relative_to(ROOT) / mutant.file
+    original, stat = path.read_text(), path.stat()
+    path.write_text(mutant.apply(original))
+    plugin = Tests(seconds)
+
+    files = {f"tests/core/test_{name}.py": 0 for name in GENERAL} if seconds is None else seconds
+
+    def job() -> Any:
+        status = pytest_in(folder, plugin, dict.fromkeys(name.partition("::")[0] for name in files))
+        return status, plugin.failed, plugin.ran
+
+    try:
+        found, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
+    finally:
+        path.write_text(original)
+        os.utime(
+            path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+        )  # the compiled file next to it is of this text
+    if found is None:
+        return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
+    status, failed, ran = found
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise LookupError(f"no such tests: {', '.join(files)}")
+    if failed:
+        return "killed", failed
+    return ("survived" if status == 0 and ran else "invalid"), None

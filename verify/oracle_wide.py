@@ -1,0 +1,171 @@
+"""The oracle of float64 itself: loss and gradients by the equations' hand-made derivatives, in
+NumPy's long doubles.
+
+An x86's have 64 bits of mantissa, 11 more than float64; other machines' more, or none: see
+`AVAILABLE`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .oracle import Case, ramp, selected
+
+Wide = np.ndarray
+LONG = np.longdouble
+AVAILABLE = np.finfo(LONG).eps < 2**-60
+PI = LONG("3.14159265358979323846264338327950288")
+
+
+def erfc(x: Wide) -> Wide:
+    """Its power series near 0, its continued fraction elsewhere; by absolute value, as erfc(-x) = 2
+    - erfc(x)."""
+    y, near, far = np.abs(x), np.minimum(np.abs(x), 1), np.maximum(np.abs(x), 1)
+    term = total = near
+    for n in range(1, 40):
+        term = term * 2 * near**2 / (2 * n + 1)
+        total = total + term
+    inside = 1 - 2 / np.sqrt(PI) * np.exp(-(near**2)) * total
+    fraction = far
+    for n in range(300, 0, -1):
+        fraction = far + LONG(n) / 2 / fraction
+    value = np.where(y < 1, inside, np.exp(-(far**2)) / (np.sqrt(PI) * fraction))
+    return np.where(x < 0, 2 - value, value)
+
+
+def _sigmoid(x: Wide) -> Wide:
+    return 1 / (1 + np.exp(-x))
+
+
+def _gelu(z: Wide) -> tuple[Wide, Wide]:
+    phi = erfc(-z / np.sqrt(LONG(2))) / 2
+    return z * phi, phi + z * np.exp(-(z**2) / 2) / np.sqrt(2 * PI)
+
+
+def _gelu_tanh(z: Wide) -> tuple[Wide, Wide]:
+    cubic, c = LONG("0.044715"), np.sqrt(2 / PI)
+    u, slope = 2 * c * (z + cubic * z**3), 2 * c * (1 + 3 * cubic * z**2)
+    return z * _sigmoid(u), _sigmoid(u) + z * (_sigmoid(u) * _sigmoid(-u)) * slope
+
+
+def _silu(z: Wide) -> tuple[Wide, Wide]:
+    return z * _sigmoid(z), _sigmoid(z) + z * (_sigmoid(z) * _sigmoid(-z))
+
+
+def _relu(z: Wide) -> tuple[Wide, Wide]:
+    return np.maximum(z, 0), (z > 0).astype(LONG)
+
+
+# (value, derivative)
+ACTIVATIONS: dict[str, Callable[[Wide], tuple[Wide, Wide]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "relu": _relu,
+}
+
+
+def _cosine(p: Wide, a: Wide) -> tuple[Wide, Wide]:
+    norm = np.sqrt((p**2).sum(1, keepdims=True))
+    clamped = np.maximum(norm, LONG(1e-8))
+    p, a = p / clamped, a / np.maximum(np.sqrt((a**2).sum(1, keepdims=True)), LONG(1e-8))
+    cosine = (p * a).sum(1, keepdims=True)
+    along = np.where(
+        norm > 0, clamped / np.where(norm > 0, norm, 1), 0
+    )  # PyTorch clamps no derivative of the norm
+    return -cosine[:, 0], (cosine * along * p - a) / clamped
+
+
+def _mse(p: Wide, a: Wide) -> tuple[Wide, Wide]:
+    return ((p - a) ** 2).mean(1), 2 * (p - a) / p.shape[1]
+
+
+def _smooth_l1(p: Wide, a: Wide) -> tuple[Wide, Wide]:
+    e = np.abs(p - a)
+    return np.where(e < 1, e**2 / 2, e - LONG(0.5)).mean(1), np.clip(p - a, -1, 1) / p.shape[1]
+
+
+# ℓ of each row, dℓ/dp
+ROW_LOSSES: dict[str, Callable[[Wide, Wide], tuple[Wide, Wide]]] = {
+    "cosine": _cosine,
+    "mse": _mse,
+    "smooth_l1": _smooth_l1,
+}
+
+
+def run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    """Loss and gradients of a case, each as two float64 tensors whose sum it is: its rounding, and
+    what that lost."""
+    with np.errstate(all="ignore"):  # exp of much is inf, and 1 / inf is wanted
+        return _run(case)
+
+
+def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    t = {
+        name: None if x is None else x.detach().double().cpu().numpy().astype(LONG)
+        for name, x in case.tensors.items()
+    }
+    options, index = case.options, selected(case).cpu().numpy()
+    h = t["hidden"].reshape(-1, t["hidden"].shape[-1])
+    compact = case.tensors["anchor"].shape[:-1] != case.tensors["hidden"].shape[:-1]
+    a = t["anchor"].reshape(-1, t["anchor"].shape[-1])
+    x, a = h[index], a if compact else a[index]
+
+    def linear(x: Wide, weight: Wide, bias: Wide | None) -> Wide:
+        return x @ weight.T if bias is None else x @ weight.T + bias
+
+    g, slope = ACTIVATIONS[options.get("activation", "gelu")](linear(x, t["w1"], t["b1"]))
+    losses, dp = ROW_LOSSES[options.get("loss", "cosine")](linear(g, t["w2"], t["b2"]), a)
+
+    weight, reduction, divisor = (
+        options.get("row_weight"),
+        options.get("reduction", "mean"),
+        LONG(len(index)),
+    )
+    if weight is not None:
+        masked = case.rows is not None and case.rows.dtype == torch.bool
+        leading = weight.shape != index.shape or (
+            masked and weight.shape == case.tensors["hidden"].shape[:-1]
+        )
+        weight = weight.double().cpu().numpy().reshape(-1).astype(LONG)
+        weight = weight[index] if leading else weight
+        losses, dp, divisor = losses * weight, dp * weight[:, None], weight.sum()
+    if options.get("normalizer") is not None:
+        divisor = LONG(float(options["normalizer"]))
+    if reduction == "none":
+        dp = dp * (case.upstream * ramp(len(index))).numpy().astype(LONG)[:, None]
+    else:
+        if reduction == "sum" or not len(index):
+            divisor = LONG(1)
+        divisor = divisor if divisor else LONG(math.nan)
+        losses, dp = losses.sum() / divisor, dp * (LONG(case.upstream) / divisor)
+    dz = (dp @ t["w2"]) * slope
+    dh = np.zeros_like(h)
+    dh[index] = dz @ t["w1"]
+    found = {
+        "hidden": dh.reshape(t["hidden"].shape),
+        "w1": dz.T @ x,
+        "b1": dz.sum(0),
+        "w2": dp.T @ g,
+        "b2": dp.sum(0),
+    }
+    wanted = {
+        name: value
+        for name, value in found.items()
+        if t[name] is not None and name not in case.frozen
+    }
+    return {
+        name: _two(value, case) for name, value in {"loss": np.asarray(losses), **wanted}.items()
+    }
+
+
+def _two(x: Wide, case: Case) -> tuple[Tensor, Tensor]:
+    high = x.astype(np.float64)
+    low = np.where(np.isfinite(high), x - high, 0).astype(np.float64)
+    device = case.tensors["hidden"].device
+    return torch.from_numpy(high).to(device), torch.from_numpy(low).to(device)

@@ -1,0 +1,90 @@
+"""What pyproject.toml claims, what README's table says is tested, what is installed;
+`python -m verify.versions image` prints a row of that table for an installer."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest's own there
+
+from . import ROOT
+
+ROWS = ("oldest", "image", "ci", "newest")
+UNTESTED = {"flash-attn": "it is built and run on a GPU alone"}
+
+
+def claims() -> dict[str, SpecifierSet]:
+    """What is asked for of each package, by the library and by its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, SpecifierSet] = {}
+    for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
+        asked = Requirement(line)
+        if asked.name not in ("pre-kernels", *UNTESTED):
+            found[asked.name] = found.get(asked.name, SpecifierSet()) & asked.specifier
+    return found
+
+
+def oldest() -> dict[str, Version]:
+    """The lower bounds."""
+    lower = {
+        name: [Version(s.version) for s in asked if s.operator == ">="]
+        for name, asked in claims().items()
+    }
+    assert all(lower.values()), (
+        f"no lower bound: {[name for name, bounds in lower.items() if not bounds]}"
+    )
+    return {name: max(bounds) for name, bounds in lower.items()}
+
+
+def table() -> dict[str, dict[str, Version]]:
+    """README's rows: the version of each package that heads a column."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, _, *lines = (
+        text.split("<!-- versions:begin -->\n")[1].split("\n<!-- versions:end -->")[0].splitlines()
+    )
+    names, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)
+    )
+    return {
+        row[0]: {n: Version(v) for n, v in zip(names, row, strict=True) if re.match(r"\d", v)}
+        for row in rows
+    }
+
+
+def installed(name: str) -> Version | None:
+    """Without the build: 2.9.0 of 2.9.0+cu128."""
+    try:
+        return Version(Version(metadata.version(name)).public)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def differences(row: str) -> list[str]:
+    """Where what is installed is not what a row of the table says, and for the oldest one not a
+    lower bound."""
+    wanted = table()[row]
+    if row == "oldest":
+        wanted = {**wanted, **oldest()}
+    exact = row in (
+        "oldest",
+        "image",
+    )  # of the others there may be newer releases than when the table was written
+    found = {name: installed(name) for name in wanted}
+    return [
+        f"{name} {found[name]}, want {version}{'' if exact else ' or newer'}"
+        for name, version in wanted.items()
+        if found[name] is None or (found[name] != version if exact else found[name] < version)
+    ]
+
+
+if __name__ == "__main__":
+    print(*(f"{name}=={version}" for name, version in table()[sys.argv[1]].items()))

@@ -1,0 +1,102 @@
+"""The wheel, built twice from copies in other places, made at other times: one hash, or this fails.
+
+    python -m verify.wheel       writes dist/*.whl and prints its hash
+
+Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a
+zip file can hold) and the permissions of a checkout under umask 022, because a wheel keeps those
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import ROOT
+
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pre_kernels", "integrations")
+EARLIEST = "315532800"  # 1980-01-01
+
+
+def epoch() -> str:
+    """The time that every file in the wheel gets."""
+    if given := os.environ.get("SOURCE_DATE_EPOCH"):
+        return given
+    command = ["git", "log", "-1", "--format=%ct"]
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return EARLIEST
+
+
+def copy(folder: Path, time: float) -> None:
+    """The sources in `folder`, as of this time."""
+    folder.mkdir(parents=True)
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        os.utime(path, (time, time))
+
+
+def build(source: Path, out: Path, more: list[str]) -> Path:
+    """The wheel of `source`."""
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), *more, str(source)]
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        umask=0o022,
+    )
+    if done.returncode:
+        sys.exit(done.stdout)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument(
+        "--no-isolation", action="store_true", help="with the environment's own setuptools"
+    )
+    given = parser.parse_args()
+    more = ["--no-isolation"] if given.no_isolation else []
+    shutil.rmtree(given.out, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wheels = []
+        for number, (place, time) in enumerate([("a", 10**9), ("somewhere/else b", 1.5 * 10**9)]):
+            copy(folder / place, time)
+            wheels.append(build(folder / place, folder / f"out{number}", more))
+        hashes = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
+        if len(set(hashes)) > 1:
+            print(f"two builds of {wheels[0].name}, two hashes: {hashes}", file=sys.stderr)
+            return 1
+        given.out.mkdir(parents=True)
+        shutil.copy(wheels[0], given.out)
+    print(f"{hashes[0]}  {given.out / wheels[0].name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
