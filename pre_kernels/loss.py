@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import Problem
 from .fused.function import pre_loss
 from .fused.products import fastest_dtype
+from .problem import Problem
 
 # looked up once: Dynamo of torch 2.9 cannot trace it
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -20,8 +20,8 @@ from .common import (
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
-# 32 bytes a thread of a half-precision row; twice as many warps make half as much more
-# instructions a row, as each repeats what is done once for a row
+# Each thread holds 32 bytes of a half-precision row. Twice as many warps would take half as many
+# instructions again for a row, since each warp repeats what is done once for a row.
 WARPS = 8
 
 
@@ -51,22 +51,23 @@ def row_loss_kernel(
     SUM: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    CLEAR: tl.constexpr,  # dP of the rows beyond the count becomes 0
-    WHOLE: tl.constexpr,  # a row fits a block
+    ZERO_PADDING: tl.constexpr,  # dP of the rows beyond the count becomes 0
+    WHOLE: tl.constexpr,  # a row fits one block
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     live = live_rows(count_ptr, start, n, COUNT)
-    last = n if CLEAR else live
+    last = n if ZERO_PADDING else live
     o_b = tl.arange(0, BLOCK)
     b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     if SUM and FIRST and not WHOLE:
         for z in range(0, Z, BLOCK):
             add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
-    stop = BLOCK if WHOLE else Z  # known to the compiler, a loop of one turn is none
-    # -0, as -0 + x is x to the compiler, and 0 + x is an addition
+    # If a row fits one block the bound is a compile-time constant, and the compiler removes the loop.
+    stop = BLOCK if WHOLE else Z
+    # Sums begin at -0: to the compiler -0 + x is x, while 0 + x is an addition.
     b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
-    # before the loop, from which the compiler moves no load over a store
+    # What all rows share is loaded before the loop: the compiler moves no load over a store.
     share = tl.div_rn(1.0, Z * 1.0)
     if GRAD:
         factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
@@ -102,16 +103,18 @@ def row_loss_kernel(
                 b_aa += b_a * b_a
                 b_pa += b_p * b_a
             pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
-            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's
-            # norm is not
+            # As in F.cosine_similarity both norms are clamped at eps, and the derivative of p's
+            # norm is not.
             norm = tl.sqrt_rn(pp)
             p_norm = clamp_min(norm, 1e-8)
-            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep
-            # it
+            # A GPU's `/` is off by up to 2 ulp, in the same direction for all of a row, and that
+            # error would stay where the row's terms cancel. `div_rn` is rounded exactly.
             p_inverse = tl.div_rn(1.0, p_norm)
             a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
-            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the
-            # rounding of r, not of 1
+            # Split the unit anchor into near · p/|p|, its part along p, and a residual r. For
+            # nearly parallel vectors r is tiny, and what is computed from it is accurate to
+            # eps · |r|, where the cosine itself is only accurate to eps. The derivation is in
+            # docs/numerics.md, "The cosine".
             near = pa * p_inverse * a_inverse
             b_pr, b_uu = b_nothing, b_nothing
             for z in range(0, stop, BLOCK):
@@ -211,7 +214,7 @@ def row_loss(
     sums: Tensor | None = None,
     first: bool = True,
     count: Tensor | None = None,
-    clear: bool = False,
+    zero_padding: bool = False,
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
@@ -223,8 +226,8 @@ def row_loss(
     `gather_anchor`, else start + i; weight likewise (·,) float32, None = 1; losses: (capacity,)
     float32; upstream: (capacity,) or 0-d, None = 1; divisor: 0-d float32, None = 1; sums: (S, Z)
     float32, whose S rows add up to the sum: as many programs share the work; count: 0-d int32, None
-    = all; clear: dP of rows beyond the count is 0, else they are left alone; quantized: the rows of
-    dP.
+    = all; zero_padding: dP of rows beyond the count is 0, else they are left alone; quantized: the
+    rows of dP.
     """
     n, Z = p.shape
     shape = RowShape.of(Z)
@@ -255,7 +258,7 @@ def row_loss(
             SUM=sums is not None,
             FIRST=first and sums is not None,
             COUNT=count is not None,
-            CLEAR=clear,
+            ZERO_PADDING=zero_padding,
             WHOLE=shape.block >= Z,
             ROWS=shape.rows,
             BLOCK=shape.block,
