@@ -164,8 +164,8 @@ def rescaled(
     *rest: Any,
     in_place: bool,
 ) -> tuple[Tensor, ...]:
-    """`grads`, those of an upstream gradient of 1, times `upstream`; `in_place`: in their memory, as
-    far as possible."""
+    """`grads`, which are those of an upstream gradient of 1, times `upstream`; `in_place`: in their
+    memory as far as possible."""
     if not in_place:
         fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(
             upstream, scatter_map, *grads, *rest

@@ -24,8 +24,8 @@ def _half_units() -> str | None:
         return "bf16 instructions" if known else None
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
-    # AMD's do twice as many products a cycle as in float32; on Intel's without AMX products take 1.9
-    # times as long as in float32.
+    # AMD's do twice as many products a cycle as in float32; on Intel's without AMX products take
+    # 1.9 times as long as in float32.
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() and _is_amd() else None
 
 

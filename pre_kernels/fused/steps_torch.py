@@ -42,9 +42,10 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     p_norm = norm.clamp_min(1e-8)
     p.div_(p_norm)
     a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
-    # Split the unit anchor into near · p/|p|, its part along p, and a residual r. For nearly
-    # parallel vectors r is tiny, and what is computed from it is accurate to eps · |r|, where the
-    # cosine itself is only accurate to eps. The derivation is in docs/numerics.md, "The cosine".
+    # From here on p is the unit vector u. Split the unit anchor into near · u, its part along p,
+    # and a residual r. For nearly parallel vectors r is tiny, and u · r is accurate to eps · |r|,
+    # where the cosine itself is accurate to eps only. The derivation is in docs/numerics.md, "The
+    # cosine".
     near: Tensor = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part: Tensor = torch.linalg.vecdot(p, r).unsqueeze(1)
@@ -53,11 +54,11 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
         cosine = near + part
         along = part
     else:
-        # The length that p has by now: less than 1 where its norm was clamped. An infinite norm has
-        # left zeros, and counts as 1.
+        # |u| is less than 1 where the norm was clamped. An infinite norm has left zeros, and the
+        # formula for 1 is taken.
         length = torch.where(norm < p_norm, norm / p_norm, 1.0)
         cosine = near * length.square() + part
-        # Below eps the norm is a constant, and a row of zeros has no direction.
+        # A row of zeros has no direction.
         along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
     if grad:
         # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
@@ -91,9 +92,11 @@ ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 class TorchSteps:
     @staticmethod
     def workspace(device: torch.device, dtype: torch.dtype) -> int:
-        """The most bytes that a chunk's buffers take, for products in `dtype`. In float32 chunks cost
-        a CPU nothing; in half precision several chunks make it take the products of the weights'
-        gradients in float32."""
+        """The most bytes that a chunk's buffers take, for products in `dtype`.
+
+        In float32 chunks cost a CPU nothing; in half precision several chunks make it take the
+        products of the weights' gradients in float32.
+        """
         if device.type != "cpu":
             return 256 << 20
         return (32 if dtype.itemsize > 2 else 512) << 20

@@ -30,10 +30,10 @@ class Tile(NamedTuple):
     blocks: int = 1  # persistent programs that share a multiprocessor
 
 
-# The shipped tiles by architecture and bytes of an element; of those in a row `choose` takes the one
-# that fills the device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on sm80 (99 KiB on its
-# consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores and needs its accumulators'
-# registers for operands.
+# The shipped tiles by architecture and bytes of an element; of those in a row `choose` takes the
+# one that fills the device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on
+# sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and needs
+# for operands the registers that larger accumulators would take.
 POINTER_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("sm100", 4): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -47,8 +47,8 @@ POINTER_TILES = {
 # Where rows do not start at multiples of 16 elements, loads are one element wide and pass through
 # registers.
 UNALIGNED = Tile(64, 64, 16, 4, 2)
-# Loads by tensor descriptor (TMA) bypass registers, so one more pipeline stage fits in shared memory
-# beside the 32 KiB of the epilogue.
+# Loads by tensor descriptor (TMA) bypass registers, so one more pipeline stage fits in shared
+# memory beside the 32 KiB of the epilogue.
 DESCRIPTOR_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
     ("sm90", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
