@@ -49,7 +49,7 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     near: Tensor = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part: Tensor = torch.linalg.vecdot(p, r).unsqueeze(1)
-    # On a CPU nobody waits for the answer, and it saves a few passes.
+    # Where no norm was clamped a few passes are saved; on a CPU asking makes nobody wait.
     if norm.device.type == "cpu" and norm.min() >= 1e-8:
         cosine = near + part
         along = part
