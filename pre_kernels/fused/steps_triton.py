@@ -125,7 +125,9 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = (_rows(x, 0, n) for x in (self.z, self.g, self.p))
+        self.z_rows = _rows(self.z, 0, n)
+        self.g_rows = _rows(self.g, 0, n)
+        self.p_rows = _rows(self.p, 0, n)
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
         self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
