@@ -61,7 +61,7 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
         # A row of zeros has no direction.
         along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
     if grad:
-        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
+        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p| = (along · u - r) / |p|
         scale = coefficient / p_norm
         p.mul_(along * scale).addcmul_(r, scale, value=-1)
     return -cosine

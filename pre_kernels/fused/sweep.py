@@ -168,7 +168,8 @@ def sweep(
     upstream: Tensor | None = None,
 ) -> Gradients:
     """One pass over the selected rows, chunk by chunk: the losses, and the gradients summed."""
-    layout, capacity = steps.layout(problem), selection.capacity
+    layout = steps.layout(problem)
+    capacity = selection.capacity
     grads = allocate(problem, layout, capacity, wanted)
     if capacity == 0:
         for grad in grads:

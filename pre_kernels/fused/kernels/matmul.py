@@ -49,11 +49,11 @@ def matmul_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the edge repeat others instead of taking a mask; they are not stored.
-    p_x = (
+    p_x = (  # (M, K)
         x_ptr
         + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm
         + o_k[None, :] * stride_xk
-    )  # (M, K)
+    )
     p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N).to(tl.int64)[None, :] * stride_wn  # (K, N)
 
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
