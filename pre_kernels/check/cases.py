@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pre_kernels.checks import Options, Problem
 from pre_kernels.fused.ops import steps_of
 from pre_kernels.fused.products import fastest_dtype
 from pre_kernels.fused.steps_torch import IN_CACHE
+from pre_kernels.problem import Options, Problem
 
 from .rule import LEAVES, Case
 
