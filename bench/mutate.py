@@ -1,5 +1,5 @@
-"""Mutation testing, a task before a release: each small error put into a copy of the sources, and the
-tests run until one of them sees it.
+"""Mutation testing, a task before a release: each small error put into a copy of the sources, and
+the tests run until one of them sees it.
 
     python -m bench.mutate
         every mutant (hours): a line for each file of the sources into bench/results/mutation.jsonl
@@ -95,9 +95,8 @@ def reach(folder: Path) -> dict[str, Any]:
 
             found, status = forked(trace, 3600)
             if not found or found["status"]:
-                raise SystemExit(
-                    f"{name} fails on unchanged sources: {found and found['failed']}, status {status}"
-                )
+                failed = found and found["failed"]
+                raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
             path.write_text(json.dumps(found))
         one = json.loads(path.read_text())
         known["seconds"].update(one["seconds"])

@@ -94,8 +94,8 @@ class Launch:
 
     @property
     def budget(self) -> str:
-        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no common
-        width: of a pass over rows that is a block of bfloat16."""
+        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no
+        common width: of a pass over rows that is a block of bfloat16."""
         rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
         common = self.kernel in NO_WIDTH or bool(self.tile)
         common |= self.width == "bf16" and all(
@@ -341,8 +341,11 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compile the Triton kernels for NVIDIA and AMD GPUs, and report what each one uses.",
-        epilog="examples:\n  python -m verify.compile\n  python -m verify.compile --json kernels.json --jobs 8",
+        description="Compile the Triton kernels for NVIDIA and AMD GPUs, "
+        "and report what each one uses.",
+        epilog="examples:\n"
+        "  python -m verify.compile\n"
+        "  python -m verify.compile --json kernels.json --jobs 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -358,7 +361,10 @@ def main() -> None:
         for future in as_completed([pool.submit(compile_launch, launch) for launch in todo]):
             result = future.result()
             results.append(result)
-            used = f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
+            used = (
+                f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  "
+                f"{result['shared']:7} B shared"
+            )
             issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
             print(
                 f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}",
@@ -374,11 +380,11 @@ def main() -> None:
         result for result in results if result["budget"] and result["count"].over(result["budget"])
     ]
     for result in over:
-        print(
-            f"{result['name']}: {result['count']}, want at most {budgets.BUDGETS.get(result['budget'])}"
-        )
+        allowed = budgets.BUDGETS.get(result["budget"])
+        print(f"{result['name']}: {result['count']}, want at most {allowed}")
     print(
-        f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget"
+        f"{len(results)} kernels compiled by triton {triton.__version__}, "
+        f"{spilled} spill, {len(over)} over budget"
     )
     raise SystemExit(spilled > 0 or len(over) > 0)
 

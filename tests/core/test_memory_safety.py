@@ -3,6 +3,7 @@ touches is looked at: it lies in a tensor of the launch, no two programs meet in
 where it takes more than 31 bits."""
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import fused_pre_loss
+from pre_kernels.checks import LOSSES
 from pre_kernels.fused.kernels import (
     activation,
     finish,
@@ -105,7 +107,7 @@ def row_losses(f, device, width):
     anchor, weight = f(randn(device, 20, 2 * width)[:, ::2]), f(randn(device, 20).abs())
     results, n = [], 9 if width <= LONGEST else 4
     index, upstream = f(torch.arange(21, 1, -1, device=device) % 20, n), f(randn(device, 20), n)
-    for loss, first in (("cosine", True), ("mse", False), ("smooth_l1", True)):
+    for loss, first in zip(LOSSES, itertools.cycle((True, False)), strict=False):
         p, losses = f.both(randn(device, n, width), n - 2), f.out(20, device=device)
         sums = f.out(2, width, device=device) if first else f.both(randn(device, 2, width))
         q = quantized(f, device, n, width) if width <= LONGEST else None
