@@ -91,7 +91,7 @@ gpu:  ## on a machine with a GPU, with its own python3: all that 500 s can tell,
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy pre_kernels
 
 format: $(INSTALLED)  ## ruff, rewriting
 	$(BIN)/ruff format .

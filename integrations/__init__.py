@@ -1,6 +1,8 @@
 """Predictive Regularization attached to vision-language models and their trainers; imports torch
 only."""
 
+from typing import TYPE_CHECKING
+
 from pre_kernels._moved import moved
 
 from .anchors import EncoderAnchor
@@ -20,4 +22,5 @@ __all__ = [
     "patch_trainer",
 ]
 
-__getattr__ = moved(__name__, dict.fromkeys(("Sample", "measure"), "pre_kernels.diagnostics"))
+if not TYPE_CHECKING:  # a checker would take any name for one of the package
+    __getattr__ = moved(__name__, dict.fromkeys(("Sample", "measure"), "pre_kernels.diagnostics"))
