@@ -14,7 +14,7 @@ from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.kernels.rows import BLOCK, gather, invert, scatter, select
 from pre_kernels.fused.steps_torch import ROW_LOSSES, TorchSteps
 from pre_kernels.fused.sweep import Gradients
-from verify.memory import Memory, watching
+from verify.memory import WatchedMemory, watching
 
 from .support import cosine_gradient_errors
 
@@ -348,7 +348,7 @@ def test_scaled_in_place(device, upstream):
     scatter(scaled, scaled, upstream=number(upstream, device))
     torch.testing.assert_close(scaled, x * upstream, rtol=0, atol=0)
     if upstream == 1.0 and not torch.cuda.is_available():
-        memory = Memory()
+        memory = WatchedMemory()
         with watching(memory):
             scale_gradients(
                 (given[0], None), (None, None), kinds, number(1.0, device), in_place=True

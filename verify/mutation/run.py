@@ -21,7 +21,10 @@ import pytest
 from .. import ROOT
 from .mutants import PACKAGE, Mutant
 
-GENERAL = ("row_kernels", "rounding", "kernels", "products", "loss", "memory_safety", "ops")
+GENERAL = (
+    *("row_kernels", "rounding", "kernels", "products", "loss"),
+    *("memory_safety", "long_offsets", "ops"),
+)
 TESTS = (
     *GENERAL,
     *("autograd", "torch_func", "copies", "repeats"),
