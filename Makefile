@@ -12,14 +12,15 @@ PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
 PINS_image = $$($(BIN)/python -m verify.versions image) 'numpy<2.4' torchvision
 # of the core, what versions may change, and of the integrations all but the starting of processes; `make test-versions` runs
 # the rest
-CORE := loss kernels row_kernels rounding ops head reference checks versions
+CORE := loss kernels row_kernels rounding ops head reference checks
+OLDEST := $(CORE:%=tests/core/test_%.py) tests/project/test_versions.py tests/integrations tests/diagnostics/run
 ARGS ?=
-API := pre_kernels pre_kernels.integrations pre_kernels.diagnostics.run.callback \
-	pre_kernels.integrations.pre_callback pre_kernels.integrations.lightning \
-	pre_kernels.diagnostics pre_kernels.diagnostics.run.samples
+API := pre_kernels pre_kernels.integrations pre_kernels.integrations.pre_callback \
+	pre_kernels.integrations.lightning pre_kernels.diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo matrix test test-full test-oldest test-versions compile bench fuzz mutate bench-report peers gpu lint format docs wheel clean
+.PHONY: help install demo test test-oldest test-versions matrix test-full compile bench fuzz mutate bench-report peers gpu \
+	lint format docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,7 +41,7 @@ test: $(INSTALLED)  ## all tests, kernels interpreted and compiled ahead of time
 	$(PYTEST) $(ARGS)
 
 test-oldest: .deps/oldest/.installed .deps/triton  ## kernels and integrations on every oldest version claimed, compilation on triton 3.6
-	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(CORE:%=tests/test_%.py) tests/integrations tests/diagnostics/run \
+	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(OLDEST) \
 	  --ignore tests/integrations/test_follow.py
 	.deps/oldest/bin/python -m verify.compile --targets sm90
 	PYTHONPATH=.deps/triton $(BIN)/python -m verify.compile --targets sm90
@@ -75,7 +76,7 @@ bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
 fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
-mutate: $(INSTALLED)  ## small errors in the kernels and the Function, which the tests have to see (ARGS="--sample 100 --seed 1")
+mutate: $(INSTALLED)  ## before a release: small errors in the kernels and the Function, which the tests have to see, in hours
 	$(BIN)/python -m bench.mutate $(ARGS)
 
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
@@ -98,12 +99,11 @@ format: $(INSTALLED)  ## ruff, rewriting
 
 docs: $(INSTALLED)  ## the API reference, build/docs/index.html, from the docstrings
 	rm -rf build/docs
-	$(BIN)/pdoc --docformat google --no-include-undocumented --output-directory build/docs $(API)
+	$(BIN)/python -m verify.docs build/docs $(API)
 
-wheel: $(INSTALLED)  ## build the wheel twice, to one hash; install it into a fresh environment and import it
+wheel: $(INSTALLED)  ## build the wheel twice, to one hash, and from an sdist; install it into a fresh environment, import it
 	rm -rf build/wheel
 	$(BIN)/python -m verify.wheel
-	$(BIN)/python -m zipfile -l dist/*.whl | awk 'NR > 1 { split($$1, path, "/"); print path[1] }' | sort -u
 	$(PYTHON) -m venv build/wheel
 	nvidia-smi -L >/dev/null 2>&1 || build/wheel/bin/pip install --quiet torch==2.13.0
 	build/wheel/bin/pip install --quiet dist/*.whl

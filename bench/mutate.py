@@ -1,19 +1,28 @@
-"""Mutation testing: each small error put into a copy of the sources, and the tests run until one of
-them sees it.
+"""Mutation testing, a task before a release: each small error put into a copy of the sources, and
+the tests run until one of them sees it.
 
-    python -m bench.mutate                         every mutant (hours): a line for each file of the sources into
-                                                   bench/results/mutation.jsonl
-    python -m bench.mutate --sample 300 --seed 1   some, drawn over all files
-    python -m bench.mutate --again --sample 24     some of those that the results know, by the test that killed them
-    python -m bench.mutate --only row_loss         those whose key has this text; the screen shows who survives
-    python -m bench.mutate --only row_loss --list  what would be changed, and nothing run
+    python -m bench.mutate
+        every mutant (hours): a line for each file of the sources into bench/results/mutation.jsonl
+    python -m bench.mutate --sample 300 --seed 1
+        some, drawn over all files
+    python -m bench.mutate --again --sample 24
+        some of those that the results know, by the test that killed them
+    python -m bench.mutate --only row_loss
+        those whose key has this text; the screen shows who survives
+    python -m bench.mutate --only row_loss --list
+        what would be changed, and nothing run
+    python -m bench.mutate --stale
+        the keys in verify/mutation/survivors.txt that no mutant has any more, and nothing run
 
-What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the
-mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
+What is changed, and what is left alone: `verify/mutation/rules.py`. Which tests: those that reach
+the mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
 allows. What is named as equivalent meets none. Every outcome is kept in build/mutation as it comes:
-the same command goes on where it was stopped, and survivors meet the tests again when these have
-changed. Kernels are interpreted. Exit status 1: a mutant survived that `data/mutants.txt` does not
-name.
+the same command continues where it was stopped, and survivors meet the tests again when these have
+changed. Kernels are interpreted.
+
+A mutant is known by the text of its line. When that line changes, its key in survivors.txt is
+stale: each run prints such keys first, on stderr, and goes on. Exit status 1: a mutant survived
+that survivors.txt does not name, or with --stale, there are stale keys.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines
 hide functions from `triton.jit`, which reads their source.
@@ -33,7 +42,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from verify.mutation.mutants import FILES, PACKAGE, Mutant, every_mutant, named
+from verify.mutation.mutants import (
+    FILES,
+    PACKAGE,
+    SURVIVORS,
+    Mutant,
+    every_mutant,
+    named,
+    stale,
+)
 from verify.mutation.run import GENERAL, ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
 
 KEPT = ROOT / "build" / "mutation"
@@ -78,9 +95,8 @@ def reach(folder: Path) -> dict[str, Any]:
 
             found, status = forked(trace, 3600)
             if not found or found["status"]:
-                raise SystemExit(
-                    f"{name} fails on unchanged sources: {found and found['failed']}, status {status}"
-                )
+                failed = found and found["failed"]
+                raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
             path.write_text(json.dumps(found))
         one = json.loads(path.read_text())
         known["seconds"].update(one["seconds"])
@@ -226,8 +242,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--again", action="store_true", help="run only the test that killed it, whatever is kept"
     )
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    parser.add_argument(
+        "--stale",
+        action="store_true",
+        help="print the named survivors that are no mutant any more, run nothing",
+    )
     options = parser.parse_args(argv)
-    wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
+    every = every_mutant()
+    stale_keys = stale(every)
+    if stale_keys:
+        print(f"{len(stale_keys)} stale in {SURVIVORS.name}:", file=sys.stderr)
+        print(*(f"  {key}" for key in stale_keys), sep="\n", file=sys.stderr)
+    if options.stale:
+        return int(bool(stale_keys))
+    wanted = [mutant for mutant in every if options.only in mutant.key]
     random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
     killers = recorded() if options.again else {}
     if options.again and options.sample:

@@ -28,6 +28,7 @@ EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
 NEEDED = {  # modules, by the command that imports them
     "the demo": (
+        "einops",
         "sklearn",
         "matplotlib",
         "rich",
@@ -37,7 +38,7 @@ NEEDED = {  # modules, by the command that imports them
         "threadpoolctl",
         *MODELS,
     ),
-    "diagnose": ("sklearn", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
+    "diagnose": ("einops", "sklearn", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
     "trace": ("matplotlib",),
 }
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # of modules of another name

@@ -64,7 +64,9 @@ class Launch:
     @property
     def width(self) -> str:
         return (
-            "".join(sorted({"bf16", "fp16"} & {element(kind) for kind in self.signature.values()}))
+            "".join(
+                sorted({"bf16", "fp16"} & {element_type(kind) for kind in self.signature.values()})
+            )
             or "fp32"
         )
 
@@ -94,8 +96,8 @@ class Launch:
 
     @property
     def budget(self) -> str:
-        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no common
-        width: of a pass over rows that is a block of bfloat16."""
+        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no
+        common width: of a pass over rows that is a block of bfloat16."""
         rows, known = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}, self.constants
         common = self.kernel in NO_WIDTH or bool(self.tile)
         common |= self.width == "bf16" and all(
@@ -117,7 +119,7 @@ class Launch:
         return " ".join(word for word in words if word)
 
 
-def element(kind: str) -> str:
+def element_type(kind: str) -> str:
     """Of a pointer or a descriptor: "*bf16" and "tensordesc<bf16[128, 64]>" are both of bf16."""
     return re.sub(r"^(\*|tensordesc<)(\w+).*", r"\2", kind)
 
@@ -136,8 +138,8 @@ NO_WIDTH = (
 SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns")
 
 
-def record(target: str, call: Any) -> list[Launch]:
-    """The launches of `call()` with the tiles of `target`; nothing runs."""
+def recorded(target: str, run_step: Any) -> list[Launch]:
+    """The launches of `run_step()` with the tiles of `target`; nothing runs."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -175,11 +177,11 @@ def record(target: str, call: Any) -> list[Launch]:
         ),
         mock.patch("pre_kernels.fused.kernels.tiles.arch", return_value=TILE_ARCH[target]),
     ):
-        call()
+        run_step()
     return launches
 
 
-def call(
+def step(
     dtype: torch.dtype,
     widths: tuple[int, int, int],
     rows: str,
@@ -209,7 +211,7 @@ def call(
     loss.sum().backward()
 
 
-def products(dtype: torch.dtype, n: int, width: int) -> None:
+def each_product(dtype: torch.dtype, n: int, width: int) -> None:
     """Each form of the products, in a size of its own."""
     from pre_kernels.fused.kernels.matmul import matmul
     from pre_kernels.fused.kernels.weight_grad import add_weight_grad
@@ -230,7 +232,9 @@ def launches(targets: list[str]) -> list[Launch]:
     def add(target: str, *arguments: Any, **options: Any) -> None:
         for workspace in (None, PARTS):  # sums are stored, and added to
             found.extend(
-                record(target, lambda w=workspace: call(*arguments, **{"workspace": w, **options}))
+                recorded(
+                    target, lambda w=workspace: step(*arguments, **{"workspace": w, **options})
+                )
             )
 
     for target in targets:
@@ -238,7 +242,9 @@ def launches(targets: list[str]) -> list[Launch]:
         add(target, torch.float32, WIDE, "index", row_weight=weight)
         # each tile: few rows for the products, small weights for their gradients
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
-            found += record(target, lambda n=n, width=width: products(torch.bfloat16, n, width))
+            found += recorded(
+                target, lambda n=n, width=width: each_product(torch.bfloat16, n, width)
+            )
     for target in {"sm90", "sm100"} & set(targets):
         add(target, torch.bfloat16, WIDE, "index", impl="blas", precision="fp8")
     if "sm90" in targets:
@@ -261,8 +267,8 @@ def launches(targets: list[str]) -> list[Launch]:
 
 
 def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `sass` says of its
-    instructions."""
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `budgets` counts
+    of its instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -329,7 +335,8 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "target": launch.target,
         "kernel": launch.kernel,
         "dtype": next(
-            (element(kind) for name, kind in launch.signature.items() if name in OPERANDS), None
+            (element_type(kind) for name, kind in launch.signature.items() if name in OPERANDS),
+            None,
         ),
         "precision": launch.constants.get("PRECISION"),
         "fusion": launch.options.get("enable_fp_fusion"),
@@ -341,8 +348,11 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compile the Triton kernels for NVIDIA and AMD GPUs, and report what each one uses.",
-        epilog="examples:\n  python -m verify.compile\n  python -m verify.compile --json kernels.json --jobs 8",
+        description="Compile the Triton kernels for NVIDIA and AMD GPUs, "
+        "and report what each one uses.",
+        epilog="examples:\n"
+        "  python -m verify.compile\n"
+        "  python -m verify.compile --json kernels.json --jobs 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -358,7 +368,10 @@ def main() -> None:
         for future in as_completed([pool.submit(compile_launch, launch) for launch in todo]):
             result = future.result()
             results.append(result)
-            used = f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  {result['shared']:7} B shared"
+            used = (
+                f"{result['registers']:4} registers  {result['spills']:4} spilled bytes  "
+                f"{result['shared']:7} B shared"
+            )
             issued = f"{result['count'].issued:6} issued" if "count" in result else " " * 13
             print(
                 f"{used}  {issued}  {','.join(result['instructions']):26} {result['name']}",
@@ -374,11 +387,11 @@ def main() -> None:
         result for result in results if result["budget"] and result["count"].over(result["budget"])
     ]
     for result in over:
-        print(
-            f"{result['name']}: {result['count']}, want at most {budgets.BUDGETS.get(result['budget'])}"
-        )
+        allowed = budgets.BUDGETS.get(result["budget"])
+        print(f"{result['name']}: {result['count']}, want at most {allowed}")
     print(
-        f"{len(results)} kernels compiled by triton {triton.__version__}, {spilled} spill, {len(over)} over budget"
+        f"{len(results)} kernels compiled by triton {triton.__version__}, "
+        f"{spilled} spill, {len(over)} over budget"
     )
     raise SystemExit(spilled > 0 or len(over) > 0)
 

@@ -22,9 +22,6 @@ INTERPRETED = KERNEL is interpreter.InterpretedFunction
 MARGIN = 4096  # bytes
 
 
-# fences
-
-
 def poison(dtype: torch.dtype):
     """What no result may hold: NaN, True, an index far out of range."""
     return float("nan") if dtype.is_floating_point else True if dtype == torch.bool else 2**30
@@ -46,7 +43,7 @@ class Fenced:
             if like.numel()
             else 0
         )
-        small = like.dtype == torch.float8_e4m3fn  # which cannot be filled
+        small = like.dtype == torch.float8_e4m3fn  # torch cannot fill these
         buffer = torch.full(
             (span + 2 * margin,), 0x7F if small else poison(like.dtype), device=like.device
         )
@@ -82,8 +79,8 @@ class Fenced:
             assert torch.equal(self._bytes(buffer)[watched], before[watched])
 
 
-class Plain:
-    """The same without fences, and other values where nothing is promised yet."""
+class Unfenced:
+    """`Fenced` without fences, and with other values where nothing is promised yet."""
 
     def __call__(self, tensor, live=None):
         return tensor
@@ -95,7 +92,7 @@ class Plain:
         return torch.full(shape, 0.5, device=device).to(dtype)
 
 
-class Fresh(TorchDispatchMode):
+class FencedAllocations(TorchDispatchMode):
     """Fences around what is allocated on the way, and poison in what is allocated empty."""
 
     def __init__(self, place) -> None:
@@ -116,10 +113,7 @@ class Fresh(TorchDispatchMode):
         return result
 
 
-# what the interpreter touches
-
-
-class Memory:
+class WatchedMemory:
     """Stands before the interpreter's loads and stores. `far`: (begin, end) of memory that is not
     there: it reads as zeros, and takes what is written."""
 
@@ -130,14 +124,14 @@ class Memory:
         return getattr(self.real, name)
 
     def load(self, pointers, mask, other, dtype):
-        away = self._see(pointers, mask, self.loads)
+        away = self._touch(pointers, mask, self.loads)
         found = self.real.load(pointers, mask & ~away, other, dtype)
         return np.where(mask & away, np.zeros((), dtype), found) if away.any() else found
 
     def store(self, pointers, value, mask):
-        return self.real.store(pointers, value, mask & ~self._see(pointers, mask, self.stores))
+        return self.real.store(pointers, value, mask & ~self._touch(pointers, mask, self.stores))
 
-    def _see(self, pointers, mask, seen):
+    def _touch(self, pointers, mask, seen):
         touched = np.unique(pointers[mask])
         where = np.searchsorted(self.begins, touched, "right") - 1
         inside = (where >= 0) & (touched < self.ends[where])
@@ -163,12 +157,12 @@ class Memory:
         self.begins, self.ends, self.strides, self.widths = np.array(spans, np.uint64).T
         grid = (*grid, 1, 1)[:3]
         self.execute(kernel, grid, args, kwargs)
-        self.apart()
+        self.check_programs_are_apart()
 
     def execute(self, kernel, grid, args, kwargs):
         interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, grid)(*args, **kwargs)
 
-    def apart(self):
+    def check_programs_are_apart(self):
         """No two programs store to one address, and none loads what another stores: whatever the
         order in which they run, and in which a GPU adds, the result is the same."""
 
@@ -203,8 +197,8 @@ def span(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 @contextlib.contextmanager
 def watching(memory=None):
-    """Interpreted, kernels run under the eyes of a `Memory`; compiled, they run."""
-    memory = memory or Memory()
+    """Interpreted, kernels run under the eyes of a `WatchedMemory`; compiled, they run."""
+    memory = memory or WatchedMemory()
     if not INTERPRETED:
         yield memory
         return
@@ -217,8 +211,8 @@ def watching(memory=None):
         yield memory
 
 
-class Last(Memory):
-    """Of each launch the last program alone, or `program` of a grid of one dimension."""
+class LastProgram(WatchedMemory):
+    """Runs the last program of each launch alone, or `program` of a grid of one dimension."""
 
     def __init__(self, far=(), program: int | None = None) -> None:
         super().__init__(far)
@@ -238,7 +232,7 @@ class Last(Memory):
             super().execute(kernel, (1, 1, 1), args, kwargs)
 
 
-class Far:
+class Unbacked:
     """Tensors in addresses without memory."""
 
     def __init__(self) -> None:

@@ -12,15 +12,10 @@ from torch import Tensor
 from pre_kernels import reference
 from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors, ramp, run
 
-__all__ = [
-    "LEAVES",
-    "Case",
-    "Comparison",
-    "judge",
-    "judge_errors",
-    "ramp",
-    "run",
-]  # the tests find them here
+from . import oracle_wide
+
+# the tests find those of the rule here
+__all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -75,19 +70,6 @@ def make(
     return Case(tensors, None if selection is None else selection.to(device), case, **fields)
 
 
-def selected(case: Case) -> Tensor:
-    """(N,) flat rows in selection order."""
-    if case.rows is None:
-        return torch.arange(
-            case.tensors["hidden"][..., 0].numel(), device=case.tensors["hidden"].device
-        )
-    return (
-        case.rows.reshape(-1).nonzero().squeeze(1)
-        if case.rows.dtype == torch.bool
-        else case.rows.long()
-    )
-
-
 def eager(**arguments: Any) -> Tensor:
     """The reference on contiguous tensors: strides change the order in which the vendor's products
     add up, and at small widths their error by a factor of two, but not what they compute."""
@@ -108,7 +90,7 @@ def scales(case: Case) -> dict[str, float]:
     # the factor that the reduction puts on each row
     factor = abs((reduced.sum() / losses.sum()).item()) if losses.numel() and losses.sum() else 1.0
 
-    index = selected(case)
+    index = oracle_wide.selected(case)
     x = t["hidden"].reshape(-1, t["hidden"].shape[-1])[index]
     act = reference.ACTIVATIONS[case.options.get("activation", "gelu")]
     z = torch.nn.functional.linear(x, t["w1"], t["b1"]).requires_grad_()
@@ -140,11 +122,8 @@ def scales(case: Case) -> dict[str, float]:
 def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:
     """In float64, or of a float64 case in long doubles, if there are any: the oracle and its
     `rest`."""
-    if case.product_dtype == torch.float64:
-        from . import oracle_wide
-
-        if oracle_wide.AVAILABLE:
-            return oracle_wide.run(case)
+    if case.product_dtype == torch.float64 and oracle_wide.AVAILABLE:
+        return oracle_wide.run(case)
     return {
         name: (value, 0.0) for name, value in run(reference.pre_loss, case, torch.float64).items()
     }
@@ -178,6 +157,6 @@ def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
     """Judge `function` on `case`: the loss and every gradient against float64, with eager in the
     same dtype."""
     compared = comparisons(function, case, **extra)
-    for one in compared:
-        judge(one)
-    return {one.name: one.ours for one in compared}
+    for comparison in compared:
+        judge(comparison)
+    return {comparison.name: comparison.ours for comparison in compared}

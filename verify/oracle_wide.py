@@ -14,12 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .oracle import Case, ramp, selected
+from pre_kernels.check.rule import Case, ramp
 
 Wide = np.ndarray
 LONG = np.longdouble
 AVAILABLE = np.finfo(LONG).eps < 2**-60
 PI = LONG("3.14159265358979323846264338327950288")
+
+
+def selected(case: Case) -> Tensor:
+    """(N,) flat rows in selection order."""
+    if case.rows is None:
+        return torch.arange(
+            case.tensors["hidden"][..., 0].numel(), device=case.tensors["hidden"].device
+        )
+    return (
+        case.rows.reshape(-1).nonzero().squeeze(1)
+        if case.rows.dtype == torch.bool
+        else case.rows.long()
+    )
 
 
 def erfc(x: Wide) -> Wide:

@@ -1,4 +1,5 @@
 """The wheel, built twice from copies in other places, made at other times: one hash, or this fails.
+It has to hold the package with its integrations, nothing else, and so does a wheel out of an sdist.
 
     python -m verify.wheel       writes dist/*.whl and prints its hash
 
@@ -15,7 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from . import ROOT
@@ -38,24 +41,29 @@ def epoch() -> str:
 
 
 def copy(folder: Path, time: float) -> None:
-    """The sources in `folder`, as of this time."""
+    """The sources in `folder`, as of this time; `pre_kernels/integrations` stays the link it is."""
     folder.mkdir(parents=True)
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+                ROOT / name,
+                folder / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
             )
         else:
             shutil.copy(ROOT / name, folder / name)
     for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (time, time))
 
 
-def build(source: Path, out: Path, more: list[str]) -> Path:
-    """The wheel of `source`."""
+def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
+    """The wheel ("wheel") or the sdist ("sdist") of `source`, in `out`."""
     environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), *more, str(source)]
+    command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), *more, str(source)]
     done = subprocess.run(
         command,
         env=environment,
@@ -67,8 +75,42 @@ def build(source: Path, out: Path, more: list[str]) -> Path:
     )
     if done.returncode:
         sys.exit(done.stdout)
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    (built,) = out.iterdir()
+    return built
+
+
+def wheel_by_sdist(source: Path, folder: Path, more: list[str]) -> Path:
+    """The wheel that pip makes of an sdist, as where no wheel is to be had."""
+    with tarfile.open(build(source, folder / "sdist", "sdist", more)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return build(unpacked, folder / "by-sdist", "wheel", more)
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def wrong(names: set[str]) -> list[str]:
+    """What a wheel of these files lacks, and what it has too much."""
+    tops = {name.partition("/")[0] for name in names}
+    others = sorted(top for top in tops if not top.endswith(".dist-info") and top != "pre_kernels")
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "pre_kernels").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    # rglob does not go through the link
+    files |= {
+        f"pre_kernels/integrations/{path.relative_to(ROOT / 'integrations').as_posix()}"
+        for path in (ROOT / "integrations").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    return [
+        *(f"installs more than pre_kernels: {top}" for top in others),
+        *(f"lacks {name}" for name in sorted(files - names)),
+    ]
 
 
 def main() -> int:
@@ -87,11 +129,16 @@ def main() -> int:
         wheels = []
         for number, (place, time) in enumerate([("a", 10**9), ("somewhere/else b", 1.5 * 10**9)]):
             copy(folder / place, time)
-            wheels.append(build(folder / place, folder / f"out{number}", more))
+            wheels.append(build(folder / place, folder / f"out{number}", "wheel", more))
         hashes = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
         if len(set(hashes)) > 1:
             print(f"two builds of {wheels[0].name}, two hashes: {hashes}", file=sys.stderr)
             return 1
+        by_sdist = wheel_by_sdist(folder / "a", folder, more)
+        for wheel in (wheels[0], by_sdist):
+            if found := wrong(contents(wheel)):
+                print(f"{wheel.parent.name}/{wheel.name}:", *found, sep="\n  ", file=sys.stderr)
+                return 1
         given.out.mkdir(parents=True)
         shutil.copy(wheels[0], given.out)
     print(f"{hashes[0]}  {given.out / wheels[0].name}")

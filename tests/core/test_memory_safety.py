@@ -1,15 +1,14 @@
 """Every kernel between fences of NaN, its outputs poisoned; interpreted, each address that it
-touches is looked at: it lies in a tensor of the launch, no two programs meet in it, and it is right
-where it takes more than 31 bits."""
+touches is looked at: it lies in a tensor of the launch, and no two programs meet in it."""
 
 import contextlib
-import math
+import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import fused_pre_loss
+from pre_kernels.checks import LOSSES
 from pre_kernels.fused.kernels import (
     activation,
     finish,
@@ -22,7 +21,14 @@ from pre_kernels.fused.kernels import (
 )
 from pre_kernels.fused.kernels.common import LONGEST, arch
 from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
-from verify.memory import INTERPRETED, Far, Fenced, Fresh, Last, Memory, Plain, span, watching
+from verify.memory import (
+    INTERPRETED,
+    Fenced,
+    FencedAllocations,
+    Unfenced,
+    WatchedMemory,
+    watching,
+)
 from verify.oracle import LEAVES, make, run
 
 MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
@@ -105,7 +111,7 @@ def row_losses(f, device, width):
     anchor, weight = f(randn(device, 20, 2 * width)[:, ::2]), f(randn(device, 20).abs())
     results, n = [], 9 if width <= LONGEST else 4
     index, upstream = f(torch.arange(21, 1, -1, device=device) % 20, n), f(randn(device, 20), n)
-    for loss, first in (("cosine", True), ("mse", False), ("smooth_l1", True)):
+    for loss, first in zip(LOSSES, itertools.cycle((True, False)), strict=False):
         p, losses = f.both(randn(device, n, width), n - 2), f.out(20, device=device)
         sums = f.out(2, width, device=device) if first else f.both(randn(device, 2, width))
         q = quantized(f, device, n, width) if width <= LONGEST else None
@@ -201,7 +207,7 @@ CASES = {
 def promised(case, f, device):
     function, width = CASES[case]
     torch.manual_seed(width)
-    with Fresh(f._place) if isinstance(f, Fenced) else contextlib.nullcontext():
+    with FencedAllocations(f._place) if isinstance(f, Fenced) else contextlib.nullcontext():
         return function(f, device, width)
 
 
@@ -211,18 +217,18 @@ def test_between_fences(device, case):
     with watching():
         found = promised(case, fenced, device)
     fenced.check()
-    for ours, wanted in zip(found, promised(case, Plain(), device), strict=True):
+    for ours, wanted in zip(found, promised(case, Unfenced(), device), strict=True):
         assert torch.equal(ours, wanted)
         assert ours.dtype == torch.uint8 or ours.isfinite().all()
 
 
 @interpreted
 def test_every_kernel_has_a_case():
-    memory = Memory()
+    memory = WatchedMemory()
     with watching(memory):
         for case in CASES:
             if case.split()[-1] in ("1", "3", "8"):
-                promised(case, Plain(), "cpu")
+                promised(case, Unfenced(), "cpu")
     descriptors = {name for name in KERNELS if "descriptor" in name}
     assert memory.names == (
         KERNELS if (arch(torch.empty(0)), 2) in tiles.DESCRIPTOR_TILES else KERNELS - descriptors
@@ -254,138 +260,9 @@ def test_a_whole_step_between_fences(impl, device, name, request):
     fenced = Fenced()
     case.tensors = {key: x if x is None else fenced(x) for key, x in case.tensors.items()}
     case.rows = None if case.rows is None else fenced(case.rows)
-    with watching(), Fresh(fenced._place):
+    with watching(), FencedAllocations(fenced._place):
         found = run(fused_pre_loss, case, impl=impl)
     fenced.check()
     assert len(fenced.watched) > 12
     for key in ("loss", *LEAVES):
         assert torch.equal(found[key], wanted[key]), key
-
-
-# offsets beyond 31 bits
-
-
-R, D = 2**19 + 512, 4096
-M, N = 2**16, 2**15 + 128
-ZEROS = torch.zeros(R)
-
-
-def far_gather(far):
-    rows.gather(
-        torch.zeros(1, D),
-        far(R, D),
-        index=torch.zeros(R, dtype=torch.int32),
-        quantized=Quantized(far(R, D, dtype=E4M3), ZEROS),
-    )
-
-
-def far_gather_columns(far):
-    rows.gather(far(R, D), torch.zeros(1, D), start=R - 1)
-    rows.gather(far(D, R).t(), torch.zeros(1, D), start=R - 1)
-
-
-def far_scatter(far):
-    rows.scatter(far(R, D), far(R, D))
-
-
-def far_quantize(far):
-    quantize_weights(torch.zeros(1, 16), far(R, D), columns=(False, False))
-
-
-def far_activation(far):
-    activation.apply_activation(
-        far(R, D), far(R, D), "gelu", quantized=Quantized(far(R, D, dtype=E4M3), ZEROS)
-    )
-
-
-def far_activation_grad(far):
-    sums = far(R, D, dtype=torch.float32)
-    activation.apply_activation_grad(far(R, D), far(R, D), "gelu", sums=sums, first=False)
-
-
-def far_row_loss(far):
-    p, sums = far(R, D), far(R, D, dtype=torch.float32)
-    room = Quantized(far(R, D, dtype=E4M3), ZEROS)
-    row_loss.row_loss(
-        p, far(R, D), ZEROS, loss="mse", grad=True, sums=sums, first=False, quantized=room
-    )
-
-
-def far_row_loss_columns(far):
-    for width, loss in (
-        (D, "cosine"),
-        (3 * D, "cosine"),
-        (3 * D, "mse"),
-    ):  # in a block, and in several
-        p = torch.zeros(1, width)
-        row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss=loss, grad=True, start=R - 1)
-
-
-def far_matmul(far):
-    many, float32 = 2**26 + 64, torch.float32
-    matmul.matmul(far(many, 32, dtype=float32), torch.zeros(32, 16), far(many, 16, dtype=float32))
-    matmul.matmul(torch.zeros(R, 16), torch.zeros(16, D), far(R, D, dtype=float32))
-
-
-def far_matmul_columns(far):
-    matmul.matmul(far(D, R, dtype=torch.float32).t()[-1:], torch.zeros(D, 16), torch.zeros(1, 16))
-
-
-def far_weight(far):
-    many, float32 = 2**26 + 64, torch.float32
-    matmul.matmul(torch.zeros(1, 32), far(many, 32, dtype=float32).t(), far(1, many, dtype=float32))
-
-
-def far_weight_grad(far):
-    weight_grad.add_weight_grad(
-        far(M, N, dtype=torch.float32), torch.zeros(1, M), torch.zeros(1, N)
-    )
-    weight_grad.add_weight_grad(
-        torch.zeros(16, D), torch.zeros(1, 16), far(D, R, dtype=torch.float32).t()[-1:]
-    )
-
-
-def far_scale(far):
-    class Empty(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            big = "new_empty" in str(function) and math.prod(args[1]) > 2**31
-            return far(*args[1], dtype=torch.float32) if big else function(*args, **(kwargs or {}))
-
-    with Empty():
-        dtypes = (torch.float32,) * 4
-        finish.scale_gradients(
-            (None, far(M, N, dtype=torch.float32)), (None, None), dtypes, torch.tensor(2.0)
-        )
-
-
-E4M3 = torch.float8_e4m3fn
-FAR = [value for name, value in list(vars().items()) if name.startswith("far_")]
-
-
-@interpreted
-@pytest.mark.parametrize("case", FAR, ids=lambda case: case.__name__)
-def test_offsets_beyond_31_bits(case):
-    """The last program reaches the last element, as there is no memory by its address alone, and
-    nothing beyond."""
-    far = Far()
-    memory = Last(far.spans)
-    with watching(memory):
-        case(far)
-    assert far.tensors
-    for x in far.tensors:
-        begin, end = span(x)[:2]
-        assert memory.reached.get(begin) == end - x.element_size()
-
-
-@interpreted
-def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
-    """The last strip is not the last program. In turns of many rows: the interpreter takes them one
-    by one."""
-    monkeypatch.setattr(quantize, "TALL", 2**15)
-    monkeypatch.setattr(quantize, "WIDE", 2)
-    far = Far()
-    weight = far(R, D)
-    memory = Last(far.spans, program=D // quantize.WIDE)
-    with watching(memory):
-        quantize_weights(torch.zeros(1, 1), weight, columns=(True, True))
-    assert memory.reached == {span(weight)[0]: span(weight)[1] - weight.element_size()}

@@ -14,7 +14,9 @@ from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.kernels.rows import BLOCK, gather, invert, scatter, select
 from pre_kernels.fused.steps_torch import ROW_LOSSES, TorchSteps
 from pre_kernels.fused.sweep import Gradients
-from verify.memory import Memory, watching
+from verify.memory import WatchedMemory, watching
+
+from .support import cosine_gradient_errors
 
 NAN = float("nan")
 WIDTHS = [1, 33, 130, 5000]
@@ -176,31 +178,8 @@ def test_row_loss(device, loss, width):
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
 @pytest.mark.parametrize("width", [2, 17, 300, 5000])
 def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, width):
-    """Predictions of one direction, more or less that of their anchors: what is rounded alike adds
-    up in their sums."""
-
-    def eager(dtype):
-        leaf = p.to(dtype).requires_grad_()
-        each = weight.to(dtype) * reference.ROW_LOSSES["cosine"](leaf, a.to(dtype))
-        return torch.autograd.grad(each.sum(), leaf)[0].double()
-
-    errors = torch.zeros(2, 2, dtype=torch.float64)
-    for seed in range(20 if width < 1000 else 5):
-        g = torch.Generator().manual_seed(seed)
-        p = torch.randn(width, generator=g) * (0.5 + torch.rand(48, 1, generator=g))
-        a = -0.37 * (p + noise * torch.randn(48, width, generator=g))
-        p, a, weight = p.to(device), a.to(device), (0.1 + torch.rand(48, generator=g)).to(device)
-        ours = p.clone()
-        if cosine == "triton":
-            row_loss(ours, a, None, loss="cosine", grad=True, weight=weight)
-        else:
-            ROW_LOSSES["cosine"](ours, a.clone(), True, weight[:, None])
-        exact = eager(torch.float64)
-        for i, x in enumerate((ours.double(), eager(torch.float32))):
-            errors[i] += torch.stack(
-                [(x - exact).square().sum(), (x - exact).sum(0).square().sum()]
-            ).cpu()
-    assert (errors[0] <= errors[1]).all(), (errors[0] / errors[1]).sqrt()
+    ours, eager = cosine_gradient_errors(device, cosine, noise, width)
+    assert (ours <= eager).all(), (ours / eager).sqrt()
 
 
 @pytest.mark.parametrize("cosine", ["triton", "torch"])
@@ -369,7 +348,7 @@ def test_scaled_in_place(device, upstream):
     scatter(scaled, scaled, upstream=number(upstream, device))
     torch.testing.assert_close(scaled, x * upstream, rtol=0, atol=0)
     if upstream == 1.0 and not torch.cuda.is_available():
-        memory = Memory()
+        memory = WatchedMemory()
         with watching(memory):
             scale_gradients(
                 (given[0], None), (None, None), kinds, number(1.0, device), in_place=True

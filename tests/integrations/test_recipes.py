@@ -16,7 +16,7 @@ from verify import ROOT
 
 RECIPES = ROOT / "recipes"
 IN_CODE = {"lightning"}  # no transformers.Trainer, so no command
-COMMAND = re.compile(r"pre_kernels\.integrations\.launch\s(.*?)\s--\s", re.DOTALL)
+COMMAND = re.compile(r"pre_kernels\.integrations\.launch\b(.*?)\s--\s", re.DOTALL)
 
 
 def blocks(readme: Path) -> list[str]:
@@ -40,10 +40,17 @@ def test_commands(readme: Path) -> None:
     assert found
     for options in found:
         given = launch._parser().parse_args(shlex.split(options))
-        if given.config is not None and readme.parent != RECIPES:
-            given.config = str(readme.parent / Path(given.config).name)
-            settings = launch._settings(given)
-            assert settings["weight"] == 0.5
+        if given.config is not None:
+            given.config = str(readme.parent / given.config)
+            assert launch._settings(given)["weight"] == 0.5
+
+
+def test_every_file_of_settings_is_named_by_its_recipe() -> None:
+    """None repeats the defaults: what a recipe keeps in a file, it says something with."""
+    files = sorted(RECIPES.rglob("*.yaml"))
+    assert files
+    for file in files:
+        assert f"`{file.name}`" in (file.parent / "README.md").read_text(), file
 
 
 @pytest.mark.parametrize("name", sorted(IN_CODE))

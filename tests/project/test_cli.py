@@ -166,8 +166,12 @@ def test_trace_needs_matplotlib_alone(tmp_path):
         "rich",
         "jinja2",
         "threadpoolctl",
+        "einops",
     )
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); from pre_kernels import cli; sys.exit(cli.main())"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({others})); "
+        "from pre_kernels import cli; sys.exit(cli.main())"
+    )
     command = [
         sys.executable,
         "-c",
@@ -240,14 +244,13 @@ def test_importing_the_package_imports_no_extra():
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
-    assert not {"sklearn", "matplotlib", "transformers", "rich", "accelerate"} & set(
-        out.stdout.split()
-    )
+    extras = {"sklearn", "matplotlib", "transformers", "rich", "accelerate", "einops"}
+    assert not extras & set(out.stdout.split())
 
 
 def test_the_core_wants_no_package_that_has_to_be_built():
     """As flash-attn is, from its source: an extra."""
     project = (ROOT / "pyproject.toml").read_text()
     core = project.split("\ndependencies = [")[1].split("\n]")[0]
-    assert re.findall(r'"([\w-]+)', core) == ["torch", "einops", "triton"]
+    assert re.findall(r'"([\w-]+)', core) == ["torch", "triton"]
     assert re.search(r"^flash-attn = ", project, re.M)

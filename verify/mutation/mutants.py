@@ -7,7 +7,7 @@ import ast
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from .. import ROOT
 from .rules import Visitor
 
 PACKAGE = ROOT / "pre_kernels" / "fused"
+SURVIVORS = Path(__file__).with_name("survivors.txt")
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
 KERNELS = (
     "activation",
@@ -103,12 +104,18 @@ def named() -> dict[str, dict[str, str]]:
     """The reasons of those that no test kills, by "equivalent" and "gap" and by key."""
     found: dict[str, dict[str, str]] = {"equivalent": {}, "gap": {}}
     kind = reason = ""
-    for line in (Path(__file__).with_name("survivors.txt")).read_text().splitlines():
+    for line in SURVIVORS.read_text().splitlines():
         if line.startswith("  "):
             found[kind][line.strip()] = reason
         elif line and not line.startswith("#"):
             kind, _, reason = line.partition(": ")
     return found
+
+
+def stale(every: Iterable[Mutant]) -> list[str]:
+    """The named keys that none of these mutants has: their line has changed since."""
+    keys = {mutant.key for mutant in every}
+    return [key for reasons in named().values() for key in reasons if key not in keys]
 
 
 def _around(data: bytes, start: int, stop: int, text: bytes) -> tuple[str, str]:

@@ -1,16 +1,22 @@
 """What is changed in a source text: one place of its syntax tree, by one of five operators.
 
-| operator | what it does                                                                                             |
-|----------|----------------------------------------------------------------------------------------------------------|
-| sign     | + for -, a minus dropped, a stored value or a constant negated, a comparison turned                      |
-| index    | a constant, a pointer, a block or a bound moved by 1, another axis or stride, `//` for `%`, the larger   |
-|          | for the smaller, a division that rounds down, no cast to 64 bits                                         |
-| mask     | a mask dropped or negated, either branch of a choice, < for <=, a condition dropped or negated, an       |
-|          | optional argument not passed                                                                             |
-| scale    | a factor or a divisor dropped, * for /, a constant doubled, nan for 0                                    |
-| chunk    | the first or the last turn of a loop skipped, = for +=, a dot that forgets its sum, a call left out      |
+sign
+    + for -, a minus dropped, a stored value or a constant negated, a comparison turned
+index
+    a constant, a pointer, a block or a bound moved by 1, another axis or stride, `//` for `%`,
+    the larger for the smaller, a division that rounds down, no cast to 64 bits
+mask
+    a mask dropped or negated, either branch of a choice, < for <=, a condition dropped or negated,
+    an optional argument not passed
+scale
+    a factor or a divisor dropped, * for /, a constant doubled, nan for 0
+chunk
+    the first or the last turn of a loop skipped, = for +=, a dot that forgets its sum, a call left
+    out
 
-| left out, since no result depends on it                  | where it is said  |
+Left out, since no result depends on it, and where that is said:
+
+| what                                                     | where             |
 |----------------------------------------------------------|-------------------|
 | docstrings, annotations, decorators, `assert`, `raise`   | `visit_…`         |
 | what only the interpreter runs: `if INTERPRET`           | `visit_If`        |
@@ -27,8 +33,9 @@ from .text import Places
 KNOBS = {"num_warps", "num_stages", "flatten", "FLATTEN", "non_blocking", "use_fast_accum"}
 LEFT_OUT = {
     "which tile a product takes, how many programs share it, where, what was tuned": (
-        "arch _arch on_device choose _fastest best key rows_class table has_descriptors cache_file remembered "
-        "_device_name multiprocessors _multiprocessors pointer_tile programs RowShape.of"
+        "arch _arch on_device choose _fastest best key rows_class table has_descriptors "
+        "cache_file remembered _device_name multiprocessors _multiprocessors pointer_tile programs "
+        "RowShape.of"
     ),
     "how many rows a chunk has, by the workspace": "columns fixed_bytes layout cut largest whole_turns",
     "a cast or `tl.dot` when compiled": "widen narrow dot",

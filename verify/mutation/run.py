@@ -21,10 +21,17 @@ import pytest
 from .. import ROOT
 from .mutants import PACKAGE, Mutant
 
-GENERAL = ("row_kernels", "rounding", "kernels", "products", "loss", "memory_safety", "ops")
-TESTS = (*GENERAL, "contracts", "checks", "fp8", "fuzz_regressions", "head", "cost", "tune")
-# of a process of their own, or of other things than the kernels, or long and seeing no more than
-# others
+GENERAL = (
+    *("row_kernels", "rounding", "kernels", "products", "loss"),
+    *("memory_safety", "long_offsets", "ops"),
+)
+TESTS = (
+    *GENERAL,
+    *("autograd", "torch_func", "copies", "repeats"),
+    *("checks", "fp8", "fuzz_regressions", "head", "cost", "tune"),
+)
+# These run in a process of their own, or look at other things than the kernels, or take long and
+# see no more than others.
 PASSED_OVER = (
     "importing_the_package",
     "training_ends_where",
@@ -62,8 +69,8 @@ class Tests:
 
         torch.manual_seed(0)
         usual = (self.seconds or {}).get(item.nodeid, 10)
-        # of processor time, since others may use the machine; it ends the process, whatever that is
-        # at
+        # The limit is of processor time, since others may use the machine. The signal ends the
+        # process, whatever that is at.
         signal.setitimer(signal.ITIMER_PROF, PER_TEST + 10 * usual)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -217,9 +224,8 @@ def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple
         found, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
     finally:
         path.write_text(original)
-        os.utime(
-            path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
-        )  # the compiled file next to it is of this text
+        # The compiled file next to it is of this text.
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     if found is None:
         return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
     status, failed, ran = found

@@ -1,0 +1,77 @@
+"""What the tests of the loss and of PreHead share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pre_kernels import PreHead, fused_pre_loss, reference
+from pre_kernels.fused.kernels.row_loss import row_loss
+from pre_kernels.fused.steps_torch import ROW_LOSSES
+from verify.oracle import LEAVES, Case
+
+
+def as_function(case: Case, impl: str) -> Callable[..., Tensor]:
+    """The loss of a case as a function of its leaves."""
+
+    def function(*leaves: Tensor) -> Tensor:
+        tensors = {**case.tensors, **dict(zip(LEAVES, leaves, strict=True))}
+        return fused_pre_loss(**tensors, rows=case.rows, **case.options, impl=impl)
+
+    return function
+
+
+def leaves_of(case: Case) -> list[Tensor]:
+    return [case.tensors[name].clone().requires_grad_() for name in LEAVES]
+
+
+def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Asserts the same bits."""
+    assert len(found) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def upstream_of(loss: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, loss.numel(), device=loss.device).reshape(loss.shape)
+
+
+def head_and_inputs(
+    seed: int = 0, device: torch.device | str = "cpu", **options: Any
+) -> tuple[PreHead, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    head = PreHead(16, 8, 24, **options).to(device)
+    return head, torch.randn(2, 9, 16, device=device), torch.randn(2, 9, 24, device=device)
+
+
+def cosine_gradient_errors(
+    device: torch.device, impl: str, noise: float, width: int
+) -> tuple[Tensor, Tensor]:
+    """Squared errors of the cosine's gradient, ours and eager's in float32: of its elements, and of
+    their sum over the rows. Predictions are of one direction, more or less that of their anchors,
+    so that what is rounded alike adds up in the sums."""
+
+    def eager(dtype: torch.dtype) -> Tensor:
+        leaf = p.to(dtype).requires_grad_()
+        each = weight.to(dtype) * reference.ROW_LOSSES["cosine"](leaf, a.to(dtype))
+        return torch.autograd.grad(each.sum(), leaf)[0].double()
+
+    errors = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(20 if width < 1000 else 5):
+        g = torch.Generator().manual_seed(seed)
+        p = torch.randn(width, generator=g) * (0.5 + torch.rand(48, 1, generator=g))
+        a = -0.37 * (p + noise * torch.randn(48, width, generator=g))
+        p, a, weight = p.to(device), a.to(device), (0.1 + torch.rand(48, generator=g)).to(device)
+        ours = p.clone()
+        if impl == "triton":
+            row_loss(ours, a, None, loss="cosine", grad=True, weight=weight)
+        else:
+            ROW_LOSSES["cosine"](ours, a.clone(), True, weight[:, None])
+        exact = eager(torch.float64)
+        for i, x in enumerate((ours.double(), eager(torch.float32))):
+            errors[i] += torch.stack(
+                [(x - exact).square().sum(), (x - exact).sum(0).square().sum()]
+            ).cpu()
+    return errors[0], errors[1]
