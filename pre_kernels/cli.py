@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
         "demo",
         help="train a tiny LLaVA without and with PRe and compare them",
         description="Train a tiny LLaVA on scenes of handwritten digits without and with PRe, several seeds each, and "
-        "compare task accuracy, L_PRe, linear probes and the semantic contrast ratio over depth. Minutes on a CPU.",
+        "compare task accuracy, L_PRe, linear probes and the semantic contrast ratio over depth. "
+        "Minutes on a CPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -134,8 +135,8 @@ def parser() -> argparse.ArgumentParser:
         "tune",
         help="time the tiles of the Triton products on this GPU and keep the best",
         description='Time the candidate tiles of impl="triton" for square weights on this GPU, about a minute a width, '
-        "and keep the best in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes find them. Not "
-        "needed: tiles for each architecture are shipped.",
+        "and keep the best in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later "
+        "processes find them. Not needed: tiles for each architecture are shipped.",
     )
     tuning.add_argument(
         "--width",
@@ -198,7 +199,8 @@ def demo(options: argparse.Namespace) -> int:
     )
     if not 1 <= settings.pre_layer <= settings.layers:
         return fail(
-            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the demo's LLM"
+            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the "
+            "demo's LLM"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
@@ -285,7 +287,8 @@ def tune(options: argparse.Namespace) -> int:
         shipped = next(iter(found.times))
         print(f"{found.name}: {tuple(found.best)}, {found.times[found.best]:.3f} ms", end="")
         print(
-            f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as {tuple(shipped)})",
+            f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as "
+            f"{tuple(shipped)})",
             flush=True,
         )
     print(f"kept in {tiles.cache_file()}")
@@ -382,7 +385,8 @@ def automatic() -> tuple[str, str]:
         return "torch", reason
     return (
         "blas",
-        "on GPU tensors, or triton where only the device knows how many rows a mask has; torch on CPU tensors",
+        "on GPU tensors, or triton where only the device knows how many rows a mask has; torch on "
+        "CPU tensors",
     )
 
 

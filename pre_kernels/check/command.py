@@ -55,8 +55,9 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
         "check",
         help="check and time the loss on this machine",
         description="Check what the library promises, for each implementation that can run on this machine: loss and "
-        "gradients against float64, no host syncs, CUDA graphs, torch.compile, peak memory; and time it beside six "
-        "bare matrix products and eager. A line for each, the rest in check.json.",
+        "gradients against float64, no host syncs, CUDA graphs, torch.compile, peak memory; and "
+        "time it beside six bare matrix products and eager. A line for each, the rest in "
+        "check.json.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -243,7 +243,8 @@ class Checks:
         size = f"{shape.selected} rows of width {shape.d} take {want / 2**30:.1f} GiB"
         return Found(
             "skip",
-            f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer --rows",
+            f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer "
+            "--rows",
         )
 
 

@@ -75,14 +75,16 @@ def caption(found: dict[str, Any]) -> str:
     settings = found["settings"]
     numbers = ", ".join(str(seed["seed"]) for seed in found["seeds"])
     return (
-        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of {settings['layers']}. Mean ± standard "
-        f"deviation over seeds {numbers}; differences are taken within each seed, whose two runs share the pre-trained "
-        "parts, the data and its order. Everything is read on scenes of digits that no training saw. L_PRe: of a "
-        "predictor fitted after training on the frozen states of further scenes, in the same way for both columns; of "
-        "the predictor that was trained along; and of a constant, the mean direction of the embeddings. The linear "
-        "probe, fitted after training too, names each digit from the mean of its patches (chance 0.1); layer 0 is what "
-        "enters the LLM. The semantic contrast ratio is the mean cosine similarity of patches of one digit over that "
-        "of patches of different digits."
+        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of "
+        f"{settings['layers']}. Mean ± standard deviation over seeds {numbers}; differences are "
+        "taken within each seed, whose two runs share the pre-trained parts, the data and its "
+        "order. Everything is read on scenes of digits that no training saw. L_PRe: of a predictor "
+        "fitted after training on the frozen states of further scenes, in the same way for both "
+        "columns; of the predictor that was trained along; and of a constant, the mean direction "
+        "of the embeddings. The linear probe, fitted after training too, names each digit from the "
+        "mean of its patches (chance 0.1); layer 0 is what enters the LLM. The semantic contrast "
+        "ratio is the mean cosine similarity of patches of one digit over that of patches of "
+        "different digits."
     )
 
 
@@ -100,8 +102,8 @@ def conclusion(found: dict[str, Any]) -> list[str]:
         for arm in ("before", "without", "with")
     ]
     return [
-        f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, {fall[1]:.3f} after training "
-        f"without PRe and {fall[2]:.3f} with it.",
+        f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, "
+        f"{fall[1]:.3f} after training without PRe and {fall[2]:.3f} with it.",
         *training(found),
         effect(
             f"Linear probe, mean of layers {layer} to {depth}",
@@ -124,7 +126,8 @@ def training(found: dict[str, Any]) -> list[str]:
     first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
     verb = "fell" if last < first else "did not fall"
     return [
-        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
+        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over "
+        "the last 5.",
         effect(
             "Task accuracy",
             [r["without"]["accuracy"] for r in runs],

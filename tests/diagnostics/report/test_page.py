@@ -175,7 +175,8 @@ def test_the_least_document_has_a_page():
 def test_a_model_says_where_it_starts_is_least_and_ends():
     found = report.findings(document(("a", [rows([0.9, 0.5, 0.6])])))
     assert found["Linear probe"] == [
-        "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first to last."
+        "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first "
+        "to last."
     ]
     found = report.findings(document(("a", [rows([0.5, 0.7, None])])))
     assert found["Linear probe"] == [
@@ -185,7 +186,8 @@ def test_a_model_says_where_it_starts_is_least_and_ends():
     assert found["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
     found = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
     assert found["Linear probe"] == [
-        "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from first to last."
+        "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from "
+        "first to last."
     ]
 
 

@@ -330,7 +330,8 @@ PATCHES = {"pixel_values": torch.zeros(308, 1176), "image_grid_thw": torch.tenso
             {"pixel_values": torch.zeros(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])},
             8,
             "llava_next",
-            "tokens: .*want tiles that all have the same tokens: masks cannot be used with this model",
+            "tokens: .*want tiles that all have the same tokens: masks cannot be used with this "
+            "model",
         ),
         (
             {"pixel_values": torch.zeros(1, 1, 3, 8, 8)},

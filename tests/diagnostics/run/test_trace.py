@@ -168,7 +168,8 @@ def test_what_is_no_number_is_left_out(tmp_path, capsys):
     assert drawn(tmp_path) == 2
     said = capsys.readouterr().err
     assert (
-        f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) as numbers"
+        f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) "
+        "as numbers"
         in said
     )
 
