@@ -58,14 +58,12 @@ def children(monkeypatch):
         real = command.subprocess.Popen
 
         def popen(arguments, **options):
-            if "pre_kernels.check.one" in arguments:  # else it is not ours
-                script = "import json, os, sys, time\ntell = lambda **line: print(json.dumps(line), flush=True)\n"
-                arguments = [
-                    sys.executable,
-                    "-S",
-                    "-c",
-                    script + textwrap.dedent(scripts[arguments[3]]),
-                ]
+            if "pre_kernels.check.one" in arguments:  # other processes are not ours
+                script = (
+                    "import json, os, sys, time\n"
+                    "tell = lambda **line: print(json.dumps(line), flush=True)\n"
+                ) + textwrap.dedent(scripts[arguments[3]])
+                arguments = [sys.executable, "-S", "-c", script]
             return real(arguments, **options)
 
         monkeypatch.setattr(command.subprocess, "Popen", popen)
@@ -286,8 +284,9 @@ def gone(process):
     return True
 
 
-def test_figures_that_json_does_not_know(tmp_path, children):
-    tells = 'tell(check="time", outcome="fail", says="", values={"a": float("nan"), "b": [float("inf"), 1.5]})'
+def test_numbers_that_json_does_not_know(tmp_path, children):
+    values = '{"a": float("nan"), "b": [float("inf"), 1.5]}'
+    tells = f'tell(check="time", outcome="fail", says="", values={values})'
     children(torch=f"{tells}; tell(done=True)")
     assert status("--impl", "torch", "--out", tmp_path) == 1
     assert written(tmp_path)["results"][0]["values"] == {"a": None, "b": ["inf", 1.5]}
@@ -369,7 +368,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_the_library_imports_none_of_it_and_it_imports_no_models(tmp_path):
     code = "import sys, pre_kernels; print('pre_kernels.check' in sys.modules)"
-    code += "; import pre_kernels.check.one, pre_kernels.check.command; print('transformers' in sys.modules)"
+    code += "; import pre_kernels.check.one, pre_kernels.check.command"
+    code += "; print('transformers' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = command.subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

@@ -167,7 +167,10 @@ def test_trace_needs_matplotlib_alone(tmp_path):
         "jinja2",
         "threadpoolctl",
     )
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); from pre_kernels import cli; sys.exit(cli.main())"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({others})); from pre_kernels import cli; "
+        "sys.exit(cli.main())"
+    )
     command = [
         sys.executable,
         "-c",
@@ -175,7 +178,7 @@ def test_trace_needs_matplotlib_alone(tmp_path):
         "trace",
         str(tmp_path),
         "--out",
-        str(tmp_path / "figure.svg"),
+        str(tmp_path / "plot.svg"),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -240,9 +243,8 @@ def test_importing_the_package_imports_no_extra():
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
-    assert not {"sklearn", "matplotlib", "transformers", "rich", "accelerate"} & set(
-        out.stdout.split()
-    )
+    extras = {"sklearn", "matplotlib", "transformers", "rich", "accelerate"}
+    assert not {*extras, "pre_kernels.integrations"} & set(out.stdout.split())
 
 
 def test_the_core_wants_no_package_that_has_to_be_built():

@@ -40,8 +40,8 @@ class LayerCallback(TrainerCallback):
     task's score against probe accuracy along training).
 
     The model is in eval mode meanwhile, and afterwards as it was; no random number of the
-    training's is drawn, so the training continues bit for bit as without this. Every process measures
-    the same images, since sharded models need all of them; rank 0's trainer logs.
+    training's is drawn, so the training continues bit for bit as without this. Every process
+    measures the same images, since sharded models need all of them; rank 0's trainer logs.
 
     Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds
     it: a measurement after which more than that share of the training's time would have gone into

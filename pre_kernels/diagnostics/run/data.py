@@ -69,13 +69,12 @@ def find_images(
 
     Raises:
         ValueError: naming the argument, what came and what is wanted. One class without `labels` is
-            no error, though no probe can be trained on it.
+            not an error, though no probe can be trained on it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
-            f"images: {folder} is {'no folder' if folder.exists() else 'not there'}, want a folder"
-        )
+        what = "not a folder" if folder.exists() else "not there"
+        raise ValueError(f"images: {folder} is {what}, want a folder")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: got {limit!r}, want a positive integer")
     named = _by_folder(folder) if labels is None else _by_table(folder, Path(labels))

@@ -50,8 +50,8 @@ def load(
     where = f"model: {source}"
     if Path(source).exists() and not Path(source).is_dir():
         raise ValueError(
-            f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the "
-            "hub"
+            f"{where} is not a folder, want one that save_pretrained wrote, or a model's name on "
+            "the hub"
         )
     try:
         if find_adapter_config_file(source) is None:

@@ -12,10 +12,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from pre_kernels.diagnostics.report import page as report
-from pre_kernels.diagnostics.report.columns import effect, spread
+from pre_kernels.diagnostics.report.statistics import effect, spread
 
 EVIL = "<script>alert('&')</script>"
-PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mOMqjjBwMDAxMDAwMDAAAAS9AGepVZD1AAAAABJRU5ErkJggg=="
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mOMqjjBwMDAxMDAwMDAAAAS9AGepVZD1AAA"
+    "AABJRU5ErkJggg=="
+)
 VOID = {"meta", "img", "path", "br", "link"}
 
 
@@ -146,7 +149,7 @@ def test_a_page_shows_everything_it_was_given():
     assert page.tags.count("table") == page.tags.count("details") == 2
     assert page.tags.count("tr") == 2 * (1 + 3)
     assert "1 2" in page.text
-    assert len(page.alts) == 2 + 1 + 1  # two measures, a curve, an image
+    assert len(page.alts) == 2 + 1 + 1  # two metrics, a curve, an image
     assert "Linear probe over depth." in page.alts[0]
     assert "0.500 at layer 4 (the minimum)" in page.alts[0]
 
@@ -246,7 +249,7 @@ def test_without_masks_spatial_contrast_stands_in():
     assert "Spatial contrast" not in report.findings(document(("a", [with_masks])))
 
 
-def test_sentences_name_their_measure():
+def test_sentences_name_their_metric():
     one = document(("a", [rows([0.9, 0.5, 0.6], effective_dimension=[3.0, 2.25, 2.0])]))
     found = report.sentences(one)
     assert found[0].startswith("Linear probe – a: 0.900 at layer 0")
