@@ -100,7 +100,9 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 def floor(case: Case) -> Step:
     """The lower bound: the six products that no implementation avoids, of contiguous inputs, with
     outputs allocated beforehand."""
-    w1, w2, rows = case.tensors["w1"], case.tensors["w2"], case.rows
+    w1 = case.tensors["w1"]
+    w2 = case.tensors["w2"]
+    rows = case.rows
     assert rows is not None
     x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
     z = x @ w1.t()

@@ -225,7 +225,8 @@ class Report:
     """The lines on the screen and check.json, which is whole after each of them."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
+        self.path = path
+        self.about = about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
         # at once, since this run may end before its first line, and an earlier file would stay

@@ -106,11 +106,11 @@ def pretrained(
     """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so
     they never met."""
     torch.manual_seed(seed)
-    # torch's annotation of `to` does not fit transformers' decorator around it
+    # Any, since transformers' annotation of `to` takes no device.
     untrained: Any = build(settings)
     model: LlavaForConditionalGeneration = untrained.to(device)
-    untrained = LlamaForCausalLM(model.config.text_config)
-    language: LlamaForCausalLM = untrained.to(device)
+    decoder: Any = LlamaForCausalLM(untrained.config.text_config)
+    language: LlamaForCausalLM = decoder.to(device)
     with bar(f"seed {seed}: vision tower on digits", settings.vision_steps) as advance:
         learn_to_see(model.model.vision_tower, scenes, settings, seed, advance)
     with bar(f"seed {seed}: LLM on text", settings.text_steps) as advance:

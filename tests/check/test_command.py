@@ -88,7 +88,8 @@ def test_all_of_a_cpu(tmp_path, capsys):
         status("--impl", "torch", "blas", "--width", 64, "--rows", 64, "--out", tmp_path / "new")
         == 0
     )
-    kept, lines = written(tmp_path / "new"), capsys.readouterr().out.splitlines()
+    kept = written(tmp_path / "new")
+    lines = capsys.readouterr().out.splitlines()
     assert kept["finished"]
     assert kept["argv"][:2] == ["check", "--impl"]
     assert kept["settings"] == {"impl": ["torch", "blas"], "width": 64, "rows": 64, "dtype": "fp32"}
@@ -139,7 +140,8 @@ def test_what_is_wrong_and_what_crashes(tmp_path, capsys, monkeypatch):
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     assert status("--impl", "blas", "triton", "--out", tmp_path) == 1
-    printed, kept = capsys.readouterr().out, written(tmp_path)
+    printed = capsys.readouterr().out
+    kept = written(tmp_path)
     assert "FAIL  blas    error, small case         died of SIGABRT: " in printed
     (crash,) = (line for line in kept["results"] if line["impl"] == "blas")
     assert "a last word" in crash["traceback"]
@@ -227,7 +229,8 @@ def test_only_one_at_a_time_has_the_device_for_itself(tmp_path, children):
 
 def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, monkeypatch):
     children(torch=FINE.replace("tell(done=True)", "time.sleep(600)"))
-    real, started = command.Report.add, []
+    real = command.Report.add
+    started = []
 
     def add(self, impl, record):
         real(self, impl, record)
@@ -249,7 +252,8 @@ def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, mo
 def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
     """Before the first line: what is kept is not that of an earlier run."""
     (tmp_path / "check.json").write_text('{"finished": true}')
-    file, before = tmp_path / "pid", signal.getsignal(signal.SIGTERM)
+    file = tmp_path / "pid"
+    before = signal.getsignal(signal.SIGTERM)
     stop = (
         "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
     )
@@ -276,7 +280,8 @@ def test_what_a_process_that_died_has_left_is_ended(tmp_path, children):
 
 
 def gone(process):
-    state, end = Path(f"/proc/{process}/stat"), time.monotonic() + 10
+    state = Path(f"/proc/{process}/stat")
+    end = time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
         if time.monotonic() > end:
             return False

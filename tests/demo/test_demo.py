@@ -242,7 +242,8 @@ def pretrained(seed=0):
 
 def test_the_model_is_a_plain_llava_again_after_training_with_pre():
     scenes, model = pretrained()
-    names, hooks = list(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
+    names = list(model.state_dict())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     compare.run_arm("with PRe", {}, model, scenes, scenes, scenes, TINY, 0, no_bar)
     assert list(model.state_dict()) == names
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks

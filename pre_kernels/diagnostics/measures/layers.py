@@ -96,7 +96,8 @@ class LayerReport:
         self._widths: dict[int | str, int] = {}
         self._layers: dict[int, _Layer] = {}
         self._anchors = Moments()
-        self._sample, self._labelled = Reservoir(tokens, seed), Reservoir(labelled, seed)
+        self._sample = Reservoir(tokens, seed)
+        self._labelled = Reservoir(labelled, seed)
 
     @torch.no_grad()
     def update(

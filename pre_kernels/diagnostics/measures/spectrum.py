@@ -76,7 +76,8 @@ class Spectrum:
             raise ValueError(f"above: got {above}, want a positive magnitude")
         if not times > 0:
             raise ValueError(f"times: got {times}, want a positive factor")
-        self.above, self.times = above, times
+        self.above = above
+        self.times = times
         self.moments = Moments()
         self._norm_sum = 0.0
         self._norm_max = 0.0

@@ -35,7 +35,8 @@ def test_every_metric_is_its_functions():
     for row in rows:
         hidden = torch.stack([image["hidden"][row["layer"]] for image in images])
         tokens = hidden.flatten(0, 1)
-        spectrum, lens = Spectrum(), LogitLens()
+        spectrum = Spectrum()
+        lens = LogitLens()
         spectrum.update(tokens)
         lens.update(tokens, logits)
         cohesion, coupling, contrast = contrast_ratio(hidden, masks)

@@ -209,10 +209,8 @@ def test_heat_maps_share_a_scale_and_outline_the_patch():
     assert {image.get_clim() for image in shown} == {(-0.5, 1.0)}
     assert shown[0].get_array().flatten().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     for axes in panels:  # 12 × 8 pixels on a grid of 2 × 3: patches of 4 × 4
-        corner, size = (
-            axes.patches[-1].get_xy(),
-            (axes.patches[-1].get_width(), axes.patches[-1].get_height()),
-        )
+        corner = axes.patches[-1].get_xy()
+        size = (axes.patches[-1].get_width(), axes.patches[-1].get_height())
         assert (corner, size) == ((8.0, 4.0), (4.0, 4.0))
         assert axes.images[0].get_extent() == [0, 12, 8, 0]
     assert bar.get_ylabel() == "cosine similarity"

@@ -164,7 +164,8 @@ def test_scores(tmp_path: Path) -> None:
 def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
     """DeepSpeed's torch_autocast is around the call of its engine, not inside the model."""
     trainer = trainer_of(tmp_path)
-    callback, plain = LayerCallback(trainer, held_out(), 1), offline(trainer.model)
+    callback = LayerCallback(trainer, held_out(), 1)
+    plain = offline(trainer.model)
     trainer.model_wrapped = torch.autocast("cpu", torch.bfloat16)(trainer.model.__call__)
     found, wanted = figures(callback.measure())["layer_2/contrast"], plain["layer_2/contrast"]
     assert found == pytest.approx(wanted, rel=0.05)

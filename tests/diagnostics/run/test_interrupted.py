@@ -53,7 +53,8 @@ def test_an_image_that_was_half_added_is_not_added_twice(
     not counted."""
     settings = (there / "a", there / "images", "--maps", 5)
     assert diagnose(*settings, "--out", tmp_path / "whole") == 0
-    real, calls = getattr(place, name), []
+    real = getattr(place, name)
+    calls = []
 
     def stopped(*args):
         calls.append(args)

@@ -98,7 +98,8 @@ def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
     """That what is written lies around the model is no reason to take the model for a part of
     it."""
     save_model(tiny(0), tmp_path / "a")
-    pictures, out = images(tmp_path / "images", 3), tmp_path / folder
+    pictures = images(tmp_path / "images", 3)
+    out = tmp_path / folder
     assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
     first = document(out)
     save_model(tiny(1), tmp_path / "a")
