@@ -189,7 +189,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def save(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write demo.json, demo.md, demo.png and demo.html; returns their paths."""
-    from .picture import draw
+    from .plot import draw
 
     paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]
     shown = document(results)

@@ -182,10 +182,8 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
     [
         ("sys.exit(3)", "start: exit status 3: nothing on stderr"),
         ("1 / 0", "start: exit status 1: ZeroDivisionError: division by zero"),
-        (
-            'tell(begin="time"); os._exit(0)',
-            "time: exit status 0: nothing on stderr",
-        ),  # before its end
+        # before it has told that it is done
+        ('tell(begin="time"); os._exit(0)', "time: exit status 0: nothing on stderr"),
         (
             'tell(begin="time"); print(\'{"check": "ti\', end=""); sys.exit(4)',
             "time: exit status 4: nothing on stderr",
@@ -196,7 +194,7 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
         ),
     ],
 )
-def test_an_end_that_is_none(tmp_path, children, script, says):
+def test_an_end_that_is_too_early(tmp_path, children, script, says):
     children(torch=script)
     assert status("--impl", "torch", "--out", tmp_path) == 1
     (line,) = written(tmp_path)["results"]

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from pre_kernels import cli
-from pre_kernels.demo import compare, export, picture, results, workers
+from pre_kernels.demo import compare, export, plot, results, workers
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.evaluate import states
 from pre_kernels.demo.run import run
@@ -327,7 +327,7 @@ def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tm
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
     found = committed()
-    picture.draw(results.document(found), tmp_path / "demo.png")
+    plot.draw(results.document(found), tmp_path / "demo.png")
     probe, contrast, training = drawn[0].axes
     for axes, key in ((probe, "probe"), (contrast, "contrast")):
         shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
