@@ -24,12 +24,12 @@ from rich.console import Console
 
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm
-from pre_kernels.demo.evaluate import measure
+from pre_kernels.demo.evaluate import evaluate
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.demo.workers import Bar, each_seed, quiet
-from pre_kernels.diagnostics.report.columns import interval, spread
+from pre_kernels.diagnostics.report.statistics import interval, spread
 
 from . import record
 from .report import into_readme, markdown, provenance
@@ -119,7 +119,7 @@ def run_seed(
         record.append(path, line | record.stamp(Cpu()))
 
     if (seed, BEFORE) not in done:
-        keep(BEFORE, measure(start, fitting, test, settings, None), 0.0)
+        keep(BEFORE, evaluate(start, fitting, test, settings, None), 0.0)
     for arm, options in ARMS.items():
         if (seed, arm) in done:
             continue

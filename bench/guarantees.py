@@ -90,7 +90,7 @@ def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> d
     """With the times of a replay and of the step itself, where the graph holds what it should."""
     step = baselines.step(function, case)
     outcome, replay = checks.graph(device, step, case)
-    if outcome != checks.HELD:
+    if outcome != checks.CAPTURED:
         return {"outcome": outcome}
     times = interleaved(device, {"graph": replay, "step": step}, 0.5)
     return {"outcome": outcome} | {
