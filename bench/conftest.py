@@ -10,7 +10,7 @@ import pytest
 
 from pre_kernels.check.device import current
 
-from . import baselines, goals, record, report, shapes, suite
+from . import baselines, goals, record, shapes, suite, tables
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
@@ -106,12 +106,12 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("loss, forward and backward")
     lines = [
-        report.markdown(report.loss_table(records)),
+        tables.markdown(tables.loss_table(records)),
         "",
-        *report.refusals(records),
-        *report.provenance(records),
+        *tables.refusals(records),
+        *tables.provenance(records),
     ]
     verdict = goals.cpu_table if current().kind == "cpu" else goals.table
-    lines += ["", report.markdown(verdict(records, "not measured in this run"))]
+    lines += ["", tables.markdown(verdict(records, "not measured in this run"))]
     for line in lines:
         terminalreporter.write_line(line)

@@ -31,7 +31,7 @@ from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.diagnostics import LayerReport
 
-from . import ROOT, record, report
+from . import ROOT, record, tables
 
 OBJECTS = 8
 TOLERANCE = 1e-5  # of means of cosines, for float32 products
@@ -229,7 +229,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"and layers are independent; keeping all pairwise similarities would take {', '.join(kept)}."
     )
     return "\n".join(
-        [report.markdown(rows), "", about, "", *(f"- {line}" for line in report.provenance(chosen))]
+        [tables.markdown(rows), "", about, "", *(f"- {line}" for line in tables.provenance(chosen))]
     )
 
 
@@ -272,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for line in records:
         record.append(path, line)
-    print(report.markdown(report.plain_table(records)))
-    for line in report.refusals(records):
+    print(tables.markdown(tables.plain_table(records)))
+    for line in tables.refusals(records):
         print(line)
     return any("failed" in line for line in records)
 

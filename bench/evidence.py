@@ -32,7 +32,8 @@ from pre_kernels.demo.workers import Bar, each_seed, quiet
 from pre_kernels.diagnostics.report.columns import interval, spread
 
 from . import record
-from .report import into_readme, markdown, provenance
+from .report import into_readme
+from .tables import markdown, provenance
 
 DEPTH = Settings().layers
 BASE = "cosine, L/2"

@@ -38,8 +38,8 @@ from rich.progress import (
 
 from pre_kernels.check.device import current
 
-from . import ROOT, numerics, record
-from .report import markdown, plain_table
+from . import ROOT, fuzz_table, record
+from .tables import markdown, plain_table
 
 SHARES = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
 BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
@@ -82,7 +82,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
 
 def run_case(spec: Any) -> dict[str, Any]:
-    """A case as `numerics.aggregate` wants it; an exception is a violation."""
+    """A case as `fuzz_table.aggregate` wants it; an exception is a violation."""
     from verify.fuzz.rule import run
 
     try:
@@ -106,7 +106,7 @@ def run_case(spec: Any) -> dict[str, Any]:
         "activation": spec.activation,
         "spec": changed(spec),
         "outcomes": [
-            (name, verdict, *map(numerics.plain, sizes), text)
+            (name, verdict, *map(fuzz_table.plain, sizes), text)
             for name, verdict, *sizes, text in outcomes
         ],
     }
@@ -232,11 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "drawn": options.cases,
         "hypothesis": hypothesis.__version__,
     }
-    lines = [{**about, **line, **record.stamp(current())} for line in numerics.aggregate(cases)]
+    lines = [{**about, **line, **record.stamp(current())} for line in fuzz_table.aggregate(cases)]
     date = lines[-1]["date"]
     for line in lines:
         record.append(record.folder(options.results) / "fuzz.jsonl", {**line, "date": date})
-    print(numerics.page([{**line, "date": date} for line in lines]))
+    print(fuzz_table.page([{**line, "date": date} for line in lines]))
     failed = [one for line in lines for one in line["violations"]]
     if failed:
         print(markdown(plain_table([{**one, "spec": json.dumps(one["spec"])} for one in failed])))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pre_kernels.check.guarantees import HELD, WHOLE
 
 from . import shapes
-from .report import over_floor
+from .tables import over_floor
 
 BLAS, MASK = 1.10, 1.25  # × the floor: the first goals, after which tighter ones stand in the table
 KEPT = {

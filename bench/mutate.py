@@ -198,10 +198,10 @@ def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """A line for each file into the results."""
     from pre_kernels.check.device import current
 
-    from . import mutation, record
+    from . import mutation_table, record
 
     stamp = record.stamp(current())
-    for line in mutation.aggregate(found, NAMED):
+    for line in mutation_table.aggregate(found, NAMED):
         record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import shapes
-from .report import groups, ratios
+from .tables import groups, ratios
 
 Record = dict[str, Any]
 

@@ -31,7 +31,7 @@ from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import ROOT, baselines, record, report, shapes, suite
+from . import ROOT, baselines, record, shapes, suite, tables
 from .goals import KEPT
 from .guarantees import impls, promises
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.append(line | {"dtype": dtype})
     for kind in dict.fromkeys(line["kind"] for line in lines):
         print(
-            report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])),
+            tables.markdown(tables.plain_table([line for line in lines if line["kind"] == kind])),
             "\n",
         )
     return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)

@@ -20,7 +20,7 @@ from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import baselines, memory, record, report, shapes
+from . import baselines, memory, record, shapes, tables
 
 SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
 
@@ -229,8 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             record.append(path, line)
             records.append(line)
     records = record.latest(records)
-    print(report.markdown(report.loss_table(records)))
-    for line in report.refusals(records):
+    print(tables.markdown(tables.loss_table(records)))
+    for line in tables.refusals(records):
         print(line)
     return any("failed" in line and baselines.BY_NAME[line["peer"]].ours for line in records)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import record
 from .goals import BLAS, KEPT, MASK
-from .report import groups, ratios
+from .tables import groups, ratios
 
 Record = dict[str, Any]
 

@@ -17,7 +17,7 @@ from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.loss import unavailable
 
-from . import record, report, shapes, suite
+from . import record, shapes, suite, tables
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
 KINDS = ("descriptor", "pointer")  # how operands are loaded
@@ -193,11 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.append(path, line | stamp)
         lines.append(line)
     table = (
-        report.loss_table(record.latest(lines))
+        tables.loss_table(record.latest(lines))
         if arguments.what == "sizes"
-        else report.plain_table(lines)
+        else tables.plain_table(lines)
     )
-    print(report.markdown(table))
+    print(tables.markdown(table))
     return any("failed" in line for line in lines)
 
 

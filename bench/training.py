@@ -35,7 +35,7 @@ from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.integrations import PreHandle, apply_pre
 
-from . import ROOT, record, report
+from . import ROOT, record, tables
 from .shapes import DTYPES
 
 IMAGE = 5  # token id
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else measure(device, size)
     )
     record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
-    print(report.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
+    print(tables.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
     return "failed" in line
 
 

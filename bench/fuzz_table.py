@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from .report import markdown, provenance
+from .tables import markdown, provenance
 
 TENSORS = {"loss": "loss", "hidden": "dH", "w1": "dW1", "b1": "db1", "w2": "dW2", "b2": "db2"}
 GROUP = ("impl", "dtype", "loss", "activation")

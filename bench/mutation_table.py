@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .report import markdown, provenance
+from .tables import markdown, provenance
 
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
 FAILED = (
