@@ -1,7 +1,7 @@
 """Where a step's time goes, whether the host ever waits, and what the workspace buys.
 
 python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of random numbers
-python -m bench.profiling kernels      kernel times and launches of a step, for each peer (torch.profiler)
+python -m bench.profiling kernels      kernel times and launches of a step, for each baseline (torch.profiler)
 python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph
 python -m bench.profiling fullgraph    the same under torch.compile
 python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
@@ -32,20 +32,19 @@ from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
 from . import ROOT, baselines, record, shapes, suite, tables
-from .goals import KEPT
+from .gpu_goals import KEPT
 from .guarantees import impls, promises
 
+# MiB of workspace in a sweep, and the baselines beside it
 MIBS = {
     "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
     "cpu": (2, 4, 8, 16, 32, 64, 128, 256),
-}  # of workspace
-BESIDE: dict[str, tuple[str, ...]] = {
-    "cuda": (),
-    "cpu": ("eager", "compile"),
-}  # of a sweep of the workspace
+}
+BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}
 SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
 STEPS = 5
-TOP = 25  # kernels kept of each peer
+# Of each baseline so many kernels are kept, those that take the longest.
+TOP = 25
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
 
 Records = Iterator[dict[str, Any]]
@@ -95,14 +94,15 @@ def kernels(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for name in names or [peer.name for peer in baselines.PEERS if peer.first > baselines.COMPILED]:
-        peer = baselines.BY_NAME[name]
-        if peer.missing(device.torch_device, shapes.DTYPES[dtype]):
+    quick = [one.name for one in baselines.BASELINES if one.max_plan_entries > baselines.COMPILED]
+    for name in names or quick:
+        baseline = baselines.BY_NAME[name]
+        if baseline.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
         try:
             step = (
-                baselines.step(peer.build(), baselines.own_case(peer, case))
-                if peer.build
+                baselines.step(baseline.build(), baselines.own_case(baseline, case))
+                if baseline.build
                 else baselines.floor(case)
             )
             for _ in range(2):
@@ -113,7 +113,7 @@ def kernels(
                     step()
                 device.synchronize()
         except Exception as error:
-            yield {"kind": "step", "peer": peer.name, "failed": suite.reason(error)}
+            yield {"kind": "step", "peer": name, "failed": suite.reason(error)}
             continue
         waits, rows = {}, []
         for event in profile.key_averages():
@@ -130,9 +130,9 @@ def kernels(
             "launches": sum(row["count"] for row in rows),
             "busy_us": sum(row["us"] for row in rows),
         }
-        yield {"kind": "step", "peer": peer.name, **total, "waits": waits}
+        yield {"kind": "step", "peer": name, **total, "waits": waits}
         for row in rows[:TOP]:
-            yield {"kind": "kernel", "peer": peer.name, **row}
+            yield {"kind": "kernel", "peer": name, **row}
 
 
 def workspace(
@@ -143,7 +143,7 @@ def workspace(
     mibs: Sequence[int] = (),
 ) -> Records:
     """Time and peak over the workspace, for all implementations that run; sizes take turns with the
-    floor, and on a CPU with the peers that take no workspace, whose records have no "item"."""
+    floor, and on a CPU with the baselines that take no workspace, whose records have no "item"."""
     if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
@@ -168,15 +168,17 @@ def workspace(
         return {**about, **({} if mib is None else {"item": mib}), **known[name, mib]}
 
     for name, mib in plan:
-        peer = baselines.BY_NAME[name]
-        if mib is not None and peer.build is not None:
-            peer = replace(peer, build=partial(partial, peer.build(), workspace=mib << 20))
-        known[name, mib], step = suite.judged(peer, case, judges)
+        baseline = baselines.BY_NAME[name]
+        if mib is not None and baseline.build is not None:
+            build = partial(partial, baseline.build(), workspace=mib << 20)
+            baseline = replace(baseline, build=build)
+        known[name, mib], step = suite.judged(baseline, case, judges)
         if step is None:
             yield told(name, mib)
         else:
             steps[name, mib] = step
-    judges.clear()  # float64 gradients
+    # Its float64 gradients would crowd out what is measured.
+    judges.clear()
     peaks = False
     for times in suite.staged(device, {**steps, ("floor", None): baselines.floor(case)}, 20.0):
         for place, samples in times.items():

@@ -16,11 +16,11 @@ table of the loss, and the same with `goals` for the goals on a GPU, `cpu-goals`
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import diagnostics, fuzz_table, goals, mutation_table, plots, record
+from . import cpu_goals, diagnostics, fuzz_table, gpu_goals, mutation_table, plots, record
 from .tables import loss_table, markdown, plain_table, provenance
 
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
         return
     goal_tables = {
-        "goals": markdown(goals.table(records)),
-        "cpu-goals": markdown(goals.cpu_table(records)),
+        "goals": markdown(gpu_goals.table(records)),
+        "cpu-goals": markdown(cpu_goals.table(records)),
     }
     if arguments.readme:
         texts = {"bench": page(records), **goal_tables, "diagnostics": diagnostics.page(records)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import record
-from .goals import BLAS, KEPT, MASK
+from .gpu_goals import BLAS, KEPT, MASK
 from .tables import groups, ratios
 
 Record = dict[str, Any]
