@@ -69,17 +69,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str], Group]:
-    """(shape, dtype, rows) → records by peer: measured at the first call, since peers take turns,
-    and kept."""
-    config, device, kept = request.config, current(), {}
+    """(shape, dtype, rows) → records by baseline: measured at the first call, since baselines take
+    turns, and kept."""
+    config = request.config
+    device = current()
+    kept: dict[tuple[shapes.Shape, str, str], Group] = {}
     path = record.file(record.folder(config.getoption("--results")), device)
     config.stash[RECORDS] = []
     together: dict[tuple[shapes.Shape, str, str], list[str]] = {}
     for item in request.session.items:
-        given = getattr(item, "callspec", None)
-        if given and "peer" in given.params:
-            *where, name = (given.params[key] for key in ("shape", "dtype", "rows", "peer"))
-            together.setdefault(tuple(where), []).append(name)
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "peer" in parameters:
+            where = (parameters["shape"], parameters["dtype"], parameters["rows"])
+            together.setdefault(where, []).append(parameters["peer"])
 
     def measure(shape: shapes.Shape, dtype: str, rows: str) -> Group:
         where = (shape, dtype, rows)

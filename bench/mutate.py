@@ -1,19 +1,21 @@
 """Mutation testing: each small error put into a copy of the sources, and the tests run until one of
 them sees it.
 
-    python -m bench.mutate                         every mutant (hours): a line for each file of the sources into
-                                                   bench/results/mutation.jsonl
+    python -m bench.mutate                         every mutant (hours): a line for each file of
+                                                   the sources into bench/results/mutation.jsonl
     python -m bench.mutate --sample 300 --seed 1   some, drawn over all files
-    python -m bench.mutate --again --sample 24     some of those that the results know, by the test that killed them
-    python -m bench.mutate --only row_loss         those whose key has this text; the screen shows who survives
+    python -m bench.mutate --again --sample 24     some of those that the results know, by the test
+                                                   that killed them
+    python -m bench.mutate --only row_loss         those whose key has this text; the screen shows
+                                                   who survives
     python -m bench.mutate --only row_loss --list  what would be changed, and nothing run
 
-What is changed, and what is left alone: `mutant_rules.py`. Which tests: those that reach the
-mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
+What is changed, and what is left alone: `verify/mutation/rules.py`. Which tests: those that reach
+the mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
 allows. What is named as equivalent meets none. Every outcome is kept in build/mutation as it comes:
 the same command goes on where it was stopped, and survivors meet the tests again when these have
-changed. Kernels are interpreted. Exit status 1: a mutant survived that `data/mutants.txt` does not
-name.
+changed. Kernels are interpreted. Exit status 1: a mutant survived that
+`verify/mutation/survivors.txt` does not name.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines
 hide functions from `triton.jit`, which reads their source.
@@ -78,9 +80,8 @@ def reach(folder: Path) -> dict[str, Any]:
 
             found, status = forked(trace, 3600)
             if not found or found["status"]:
-                raise SystemExit(
-                    f"{name} fails on unchanged sources: {found and found['failed']}, status {status}"
-                )
+                failed = found and found["failed"]
+                raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
             path.write_text(json.dumps(found))
         one = json.loads(path.read_text())
         known["seconds"].update(one["seconds"])
@@ -94,11 +95,14 @@ def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
     """The seconds of the tests that reach a mutant's statement: those of single kernels, the
     cheapest first, then the longest of each test function, another of each, and so on. All tests of
     a file reach what is run on import."""
-    lines, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
-    wanted, imported = range(mutant.lines[0], mutant.lines[1] + 1), mutant.function == "module"
+    lines = known["lines"].get(mutant.file, {})
+    seconds = known["seconds"]
+    wanted = range(mutant.lines[0], mutant.lines[1] + 1)
+    imported = mutant.function == "module"
     names = {name for line, tests in lines.items() if imported or line in wanted for name in tests}
     of_kernels = tuple(f"tests/core/test_{name}.py" for name in GENERAL[:3])
-    order, cases = {}, Counter[str]()
+    order = {}
+    cases = Counter[str]()
     for name in sorted(names, key=lambda name: (-seconds[name], name)):
         function = name.partition("[")[0]
         order[name] = (0 if name.startswith(of_kernels) else 1 + cases[function], seconds[name])
@@ -109,7 +113,8 @@ def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
 def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
     """Those whose seconds add up to the budget at most; `first` come first, which changes no
     outcome."""
-    total, chosen = 0.0, {}
+    total = 0.0
+    chosen: dict[str, float] = {}
     for name, each in seconds.items():
         if (total := total + each) > budget and chosen:
             break
@@ -130,13 +135,16 @@ def campaign(
     known = reach(folder)
     now = digest(ROOT / name for name in known["hash"])
     killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    done, start = Counter[str](), time.monotonic()
+    done = Counter[str]()
+    start = time.monotonic()
     for number, mutant in enumerate(wanted, 1):
-        last, often = kept.get(mutant.key), killers[mutant.file, mutant.function]
+        last = kept.get(mutant.key)
+        often = killers[mutant.file, mutant.function]
         if not last or (
             last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)
         ):
-            begin, outcome, test = time.monotonic(), "unreached", None
+            begin = time.monotonic()
+            outcome, test = "unreached", None
             if mutant.key in NAMED["equivalent"]:
                 outcome = "survived"
             elif seconds := reaching(mutant, known):
@@ -228,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     options = parser.parse_args(argv)
     wanted = [mutant for mutant in every_mutant() if options.only in mutant.key]
-    random.Random(options.seed).shuffle(wanted)  # so that a run that is cut short is a sample too
+    # A run that is cut short is a sample too.
+    random.Random(options.seed).shuffle(wanted)
     killers = recorded() if options.again else {}
     if options.again and options.sample:
         wanted = [mutant for mutant in wanted if mutant.short in killers]

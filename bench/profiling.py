@@ -1,12 +1,17 @@
 """Where a step's time goes, whether the host ever waits, and what the workspace buys.
 
-python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of random numbers
-python -m bench.profiling kernels      kernel times and launches of a step, for each baseline (torch.profiler)
+python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of
+                                       random numbers
+python -m bench.profiling kernels      kernel times and launches of a step, for each baseline
+                                       (torch.profiler)
 python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph
 python -m bench.profiling fullgraph    the same under torch.compile
-python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
-python -m bench.profiling workspace --dtype bf16 fp32     on a CPU: that curve, and eager and torch.compile beside it
-python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache empty and filled
+python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's
+                                       buffers
+python -m bench.profiling workspace --dtype bf16 fp32
+                                       on a CPU: that curve, and eager and torch.compile beside it
+python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache
+                                       empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
 """
 
@@ -33,7 +38,7 @@ from pre_kernels.check.timing import interleaved, spread
 
 from . import ROOT, baselines, record, shapes, suite, tables
 from .gpu_goals import KEPT
-from .guarantees import impls, promises
+from .guarantees import guarantees, impls
 
 # MiB of workspace in a sweep, and the baselines beside it
 MIBS = {
@@ -63,10 +68,10 @@ def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
     out = torch.empty_like(a)
     steps = {"copy": lambda: to.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
     for item, samples in interleaved(device, steps, 2.0).items():
-        figures = spread(samples)
+        metrics = spread(samples)
         rate = 2 * big / 1e6 if item == "copy" else 2 * side**3 / 1e9
         unit = "gb_per_s" if item == "copy" else "tflops"
-        yield {"kind": "ceiling", "item": item, unit: rate / figures["median_ms"], **figures}
+        yield {"kind": "ceiling", "item": item, unit: rate / metrics["median_ms"], **metrics}
 
 
 def _no_launch(device: Cpu | Cuda) -> str | None:
@@ -115,7 +120,8 @@ def kernels(
         except Exception as error:
             yield {"kind": "step", "peer": name, "failed": suite.reason(error)}
             continue
-        waits, rows = {}, []
+        waits: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
         for event in profile.key_averages():
             if any(word in event.key for word in WAITS):
                 waits[event.key] = event.count / STEPS
@@ -250,8 +256,8 @@ def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 WHAT: dict[str, Callable[..., Records]] = {
     "ceilings": lambda device, shape, dtype: ceilings(device, dtype),
     "kernels": kernels,
-    "syncs": partial(promises, kinds=("sync", "graph")),
-    "fullgraph": partial(promises, kinds=("fullgraph",)),
+    "syncs": partial(guarantees, kinds=("sync", "graph")),
+    "fullgraph": partial(guarantees, kinds=("fullgraph",)),
     "workspace": workspace,
     "firstcall": firstcall,
     "first": first,
@@ -276,15 +282,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
-    given = {"names": arguments.peers, "mibs": arguments.mib}
-
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    shape, lines = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]], []
-    given = {name: value for name, value in given.items() if value is not None}
+    shape = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]]
+    given = {"names": arguments.peers, "mibs": arguments.mib}
+    options = {name: value for name, value in given.items() if value is not None}
+    lines = []
     for dtype in arguments.dtype:
         about = {"shape": shape.name, "dtype": dtype, **record.stamp(device)}
-        for line in WHAT[arguments.what](device, shape, dtype, **given):
+        for line in WHAT[arguments.what](device, shape, dtype, **options):
             record.append(path, line | about)
             lines.append(line | {"dtype": dtype})
     for kind in dict.fromkeys(line["kind"] for line in lines):

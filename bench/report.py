@@ -1,12 +1,17 @@
-"""Result files as the README's tables and as pictures.
+"""Result files as the README's tables and as plots.
 
-    python -m bench.report                                    every committed result, as markdown
-    python -m bench.report bench/results/cpu.jsonl            one file
-    python -m bench.report --readme README.md                 replace what stands between the README's markers
-    python -m bench.report --plot bench/results/speed.png     time ÷ floor and peak memory ÷ eager, as bars
-    python -m bench.report --curves bench/results/curves.png  over N, over intensity and over the workspace
-    python -m bench.report --workspace bench/results/workspace.png  the same over a CPU's workspace
-    python -m bench.report --kind tile                        the sweep of tiles (other kinds: sweep, sync, kernel)
+    python -m bench.report                             every committed result, as markdown
+    python -m bench.report bench/results/cpu.jsonl     one file
+    python -m bench.report --readme README.md          replace what stands between the README's
+                                                       markers
+    python -m bench.report --plot bench/results/speed.png
+                                                       time ÷ floor and peak memory ÷ eager, as bars
+    python -m bench.report --curves bench/results/curves.png
+                                                       over N, over intensity and over the workspace
+    python -m bench.report --workspace bench/results/workspace.png
+                                                       the same over a CPU's workspace
+    python -m bench.report --kind tile                 the sweep of tiles (other kinds: sweep, sync,
+                                                       kernel)
 
 The markers are `<!-- bench:begin -->` and `<!-- bench:end -->`, each on a line of its own, for the
 table of the loss, and the same with `goals` for the goals on a GPU, `cpu-goals` for those on a CPU,
@@ -25,8 +30,8 @@ from .tables import loss_table, markdown, plain_table, provenance
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The README's section: a table of the loss for each device, and where its figures come
-    from."""
+    """The README's section: a table of the loss for each device, and where its numbers
+    come from."""
     timed = [one for one in records if one["kind"] == "loss"]
     parts = []
     for device in dict.fromkeys(one["device"] for one in timed):
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if arguments.readme:
         texts = {"bench": page(records), **goal_tables, "diagnostics": diagnostics.page(records)}
-        texts["fuzz"], texts["mutation"] = fuzz_table.page(records), mutation_table.page(records)
+        texts |= {"fuzz": fuzz_table.page(records), "mutation": mutation_table.page(records)}
         into_readme(arguments.readme, texts)
     if arguments.plot:
         plots.bars(records, arguments.plot)

@@ -2,7 +2,7 @@
 peak memory.
 
 python -m bench.suite cpu-16k bf16
-python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5 --out results
+python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pre_kernels.check.timing import interleaved, spread
 
 from . import baselines, memory, record, shapes, tables
 
-SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
+# of sampling a shape, beyond the least of rounds
+SECONDS = {"cpu": 8.0, "cuda": 5.0}
 
 Records = Iterator[dict[str, Any]]
 
@@ -50,7 +51,8 @@ def measure(
     unavailable or fails its check has "unavailable" or "failed" instead of times. `hot` leaves the
     L2 cache as the step before left it; such records are of a kind of their own."""
     chosen = [baselines.BY_NAME[name] for name in names] or baselines.BASELINES
-    torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
+    torch_dtype = shapes.DTYPES[dtype]
+    place = device.torch_device
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
     kind = "hot" if hot else "loss"
@@ -95,7 +97,8 @@ def measure(
         device.scratch = torch.empty(0, device=place)
     extra: dict[str, dict[str, Any]] = {}
     for samples in staged(device, steps, SECONDS[device.kind] if seconds is None else seconds):
-        stamp = record.stamp(device)  # with the clocks of just after work
+        # again, with the clocks of just after work
+        stamp = record.stamp(device)
         for name, milliseconds in samples.items():
             results[name] |= timed(milliseconds, samples.get("floor"))
             results[name]["tflops"] = shape.flop / results[name]["median_ms"] / 1e9

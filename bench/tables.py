@@ -1,5 +1,5 @@
-"""Records as tables: the loss beside its baselines, any other kind of record, and where the numbers come
-from. Everything that shows records stands on this module.
+"""Records as tables: the loss beside its baselines, any other kind of record, and where the numbers
+come from. All that shows records stands on this module.
 """
 
 from __future__ import annotations
@@ -8,39 +8,39 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 HEAD = (
-    "shape", "N · d→m→z", "dtype", "rows", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager", "÷ floor", "peak MiB",
-    "÷ eager", "less gradients, ÷ eager", "error ÷ eager",
+    "shape", "N · d→m→z", "dtype", "rows", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager",
+    "÷ floor", "peak MiB", "÷ eager", "less gradients, ÷ eager", "error ÷ eager",
 )  # fmt: skip
 
 
 def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """Records by peer, for each run of a shape."""
+    """Records by baseline, for each run of a shape."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for one in records:
         runs.setdefault(one["group"], {})[one["peer"]] = one
     return list(runs.values())
 
 
-def over_floor(run: dict[str, dict[str, Any]], peer: str) -> float | None:
-    """A peer's time over that of the floor that was sampled beside it."""
-    one = run.get(peer, {})
+def over_floor(run: dict[str, dict[str, Any]], name: str) -> float | None:
+    """A baseline's time over that of the six bare matmuls that were sampled beside it."""
+    one = run.get(name, {})
     floor = one.get("floor_ms", run.get("floor", {}).get("median_ms"))
     return one["median_ms"] / floor if floor and "median_ms" in one else None
 
 
-def ratios(run: dict[str, dict[str, Any]], peer: str) -> dict[str, float | None]:
-    """Of a peer: its time over eager's and the floor's, its peak memory over eager's, with and
+def ratios(run: dict[str, dict[str, Any]], name: str) -> dict[str, float | None]:
+    """Of a baseline: its time over eager's and the floor's, its peak memory over eager's, with and
     without gradients. Times of different processes are compared by the floor beside each."""
-    over, eager = over_floor(run, peer), over_floor(run, "eager")
+    over, eager = over_floor(run, name), over_floor(run, "eager")
 
-    def of(name: str, *fields: str) -> float | None:
-        values = [run.get(name, {}).get(field) for field in fields]
+    def of(which: str, *fields: str) -> float | None:
+        values = [run.get(which, {}).get(field) for field in fields]
         if any(value is None for value in values):
             return None
         return values[0] - sum(values[1:])
 
     def ratio(other: str, *fields: str) -> float | None:
-        ours, theirs = of(peer, *fields), of(other, *fields)
+        ours, theirs = of(name, *fields), of(other, *fields)
         return ours / theirs if ours is not None and theirs else None
 
     return {
@@ -56,7 +56,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
-    """Header and rows; a peer without figures is left out (see `refusals`)."""
+    """Header and rows; a baseline without times is left out (see `refusals`)."""
     table: list[Sequence[str]] = [HEAD]
     for run in groups(records):
         for name, one in run.items():
@@ -92,14 +92,13 @@ def _rule(one: dict[str, Any]) -> str:
 
 
 def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each figure that was not taken, with the reason."""
+    """A line for each measurement that was not taken, with the reason."""
     lines = []
     for one in records:
         for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
             if one.get(what):
-                lines.append(
-                    f"{one['shape']} {one['dtype']} {one['peer']}: {what.replace('_', ' ')}: {one[what]}"
-                )
+                which = f"{one['shape']} {one['dtype']} {one['peer']}"
+                lines.append(f"{which}: {what.replace('_', ' ')}: {one[what]}")
     return lines
 
 
@@ -145,7 +144,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each device, version and commit that the figures come from."""
+    """A line for each device, version and commit that the numbers come from."""
     lines = {}
     for one in records:
         extras = [f"driver {one['driver_version']}"] if one.get("driver_version") else []

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("rich", reason="rich is not installed")
 
-from bench import fuzz, numerics, record
+from bench import fuzz, fuzz_table, record
 from pre_kernels.check.device import Cpu
 
 
@@ -36,11 +36,11 @@ CASES = [
 
 def lines():
     stamp = {"kind": "fuzz", "seed": 6, **record.stamp(Cpu())}
-    return [{**stamp, **line} for line in numerics.aggregate(CASES)]
+    return [{**stamp, **line} for line in fuzz_table.aggregate(CASES)]
 
 
 def test_ratios_and_counts():
-    cosine, gelu, relu = numerics.aggregate(CASES)
+    cosine, gelu, relu = fuzz_table.aggregate(CASES)
     assert gelu["cases"] == 3
     assert gelu["tensors"]["loss"] == {
         "cases": 3, "median": 2.0, "largest": 3.0, "largest_bounded": 1.0,
@@ -62,7 +62,7 @@ def test_ratios_and_counts():
 
 def test_page():
     old = [{**one, "seed": 5, "date": "2026-01-01"} for one in lines()]
-    text = numerics.page(lines() + old)
+    text = fuzz_table.page(lines() + old)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
@@ -82,13 +82,13 @@ def test_page():
     assert "1 where eager's own error is luck" in text
     assert "2 violations" in text
     assert "eager is outside in 1." in text
-    assert numerics.page([]) == "No results yet."
+    assert fuzz_table.page([]) == "No results yet."
 
 
 def test_blocks_are_what_was_asked_for_and_their_cases_can_be_drawn_again():
     wanted = fuzz.blocks(1000)
     assert sum(fuzz.BLOCK[impl] for impl, _ in wanted) >= 1000
-    assert {impl for impl, _ in wanted} == set(fuzz.SHARES)
+    assert {impl for impl, _ in wanted} == set(fuzz.FRACTIONS)
     assert len(fuzz.distinct([*CASES, *CASES])) == len(CASES)
 
 

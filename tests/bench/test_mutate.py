@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench import mutation, record
+from bench import mutation_table, record
 from pre_kernels.check.device import Cpu
 from verify import ROOT
 from verify.mutation.mutants import FILES, OPERATORS, PACKAGE, every_mutant, mutants, named
@@ -134,10 +134,10 @@ def test_the_table_says_what_the_outcomes_are():
             ("e", "g.py", "chunk", "unreached", None),
         )
     ]
-    lines = mutation.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
+    lines = mutation_table.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
     assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
     stamp = record.stamp(Cpu())
-    text = mutation.page(
+    text = mutation_table.page(
         [{"kind": "mutation", "seed": 3, "drawn": 5, **line, **stamp} for line in lines]
     )
     rows = [
