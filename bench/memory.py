@@ -23,8 +23,8 @@ from . import ROOT
 def peak(
     shape: str, dtype: str, name: str, rows: str, workspace: int | None = None
 ) -> tuple[float, float]:
-    """(peak, returned) in MiB of the baseline `name`, with that many MiB of workspace, measured in a
-    fresh process."""
+    """(peak, returned) in MiB of a baseline, with that many MiB of workspace, measured in a fresh
+    process."""
     given = [] if workspace is None else [str(workspace)]
     result = fresh("bench.memory", shape, dtype, name, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]

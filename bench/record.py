@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,14 +168,21 @@ def _commit() -> str:
 @cache
 def _source() -> str:
     digest = hashlib.sha256()
-    for name in SOURCES:
-        for path in sorted(_python_files(ROOT / name)):
-            digest.update(path.read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    """Of a folder and those in it, but not behind links: whether `rglob` follows these depends on
-    the version of Python."""
-    for place, _, files in os.walk(folder, followlinks=False):
-        yield from (Path(place, file) for file in files if file.endswith(".py"))
+def sources() -> list[Path]:
+    """The Python files of what is measured, each once: none behind a link, which `rglob` follows or
+    not by the version of Python."""
+    files = []
+    for folder in SOURCES:
+        names = [
+            Path(place, name)
+            for place, _, found in os.walk(ROOT / folder, followlinks=False)
+            for name in found
+            if name.endswith(".py")
+        ]
+        files += sorted(names)
+    return files

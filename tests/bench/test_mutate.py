@@ -44,21 +44,29 @@ def changes(body: str, optional=None) -> dict[str, list[str]]:
             "index": ["y = tl.load(x + 1, mask=n, other=x)"],
             "mask": ["y = tl.load(x)", "y = tl.load(x, mask=~(n), other=x)"],
         }),
-        ("tl.store(x, n)", {"chunk": ["pass"], "index": ["tl.store(x + 1, n)"], "sign": ["tl.store(x, -n)"]}),
+        ("tl.store(x, n)", {
+            "chunk": ["pass"], "index": ["tl.store(x + 1, n)"], "sign": ["tl.store(x, -n)"],
+        }),
         ("y = tl.where(x, n, (n))", {"mask": ["y = (n)", "y = (n)"]}),
         ("y = x & n", {"mask": ["y = x", "y = n"]}),
-        ("y = x and n or x", {"mask": ["y = (n) or x", "y = (x) or x", "y = (x)", "y = ((x and n))"]}),
+        ("y = x and n or x", {
+            "mask": ["y = (n) or x", "y = (x) or x", "y = (x)", "y = ((x and n))"],
+        }),
         ("y = not x", {"mask": ["y = x"]}),
         ("if x: y = n", {"mask": ["if not x: y = n"]}),
         ("y = x if f else n", {"mask": ["y = x", "y = n"]}),
         ("y = g(x, n=n)", {"mask": ["y = g(x, )"]}),
         ("y = x * n", {"scale": ["y = x", "y = n"]}),
-        ("y = (x + n) / n", {"scale": ["y = (x + n)", "y = (x + n) * n"], "sign": ["y = (x - n) / n"]}),
+        ("y = (x + n) / n", {
+            "scale": ["y = (x + n)", "y = (x + n) * n"], "sign": ["y = (x - n) / n"],
+        }),
         ("y = float('nan')", {"scale": ["y = 0.0"]}),
         ("x *= n", {"scale": ["x = n"]}),
         ("x += n", {"chunk": ["x = n"], "sign": ["x -= n"]}),
         ("y = dot(x, x, n, 'ieee')", {"chunk": ["y = dot(x, x, n * 0.0, 'ieee')"]}),
-        ("for i in range(n): g", {"chunk": ["for i in range(1, n): g", "for i in range(n - 1): g"]}),
+        ("for i in range(n): g", {
+            "chunk": ["for i in range(1, n): g", "for i in range(n - 1): g"],
+        }),
         ("for i in range(x, n, x): g", {
             "chunk": ["for i in range(x + x, n, x): g", "for i in range(x, n - x, x): g"],
         }),
@@ -134,7 +142,9 @@ def test_the_table_says_what_the_outcomes_are():
             ("e", "g.py", "chunk", "unreached", None),
         )
     ]
-    lines = mutation_table.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
+    lines = mutation_table.aggregate(
+        outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}}
+    )
     assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
     stamp = record.stamp(Cpu())
     text = mutation_table.page(
