@@ -6,6 +6,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from bench import fuzz, fuzz_table, record
 from pre_kernels.check.device import Cpu
+from verify import ROOT
 
 
 def case(*outcomes, seed=0, **group):
@@ -88,6 +89,18 @@ def test_blocks_are_what_was_asked_for_and_their_cases_can_be_drawn_again():
     assert sum(fuzz.BLOCK[impl] for impl, _ in wanted) >= 1000
     assert {impl for impl, _ in wanted} == set(fuzz.FRACTIONS)
     assert len(fuzz.distinct([*CASES, *CASES])) == len(CASES)
+
+
+def test_other_rules_keep_their_blocks_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "ROOT", tmp_path)
+    for name in fuzz.RULES:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / name).read_bytes())
+    before = fuzz._kept(1)
+    assert fuzz._kept(1) == before
+    path.write_text("edited")
+    assert fuzz._kept(1) != before
 
 
 def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from bench import gpu, gpu_stages, memory, profiling, shapes, tile_sweep, training
+from bench import baselines, gpu, gpu_stages, memory, profiling, shapes, tile_sweep, training
+from pre_kernels.check import device
+from pre_kernels.check.device import Cuda
 from verify import ROOT
 
 from .support import HANG, PYTHON, STAMP, dry
@@ -143,6 +145,26 @@ def test_the_plan_of_the_run_fits_its_time(tmp_path, monkeypatch):
             with pytest.raises(Parsed):
                 importlib.import_module(module).main(arguments)
     assert "def test_random_options(" in (ROOT / "tests" / "core" / "test_loss.py").read_text()
+
+
+@pytest.mark.parametrize("stage", ["all", "tests", "sanitize"])
+def test_tests_that_a_stage_names_exist(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages, "sanitizer", lambda: "compute-sanitizer")
+    words = [word for part in gpu_stages.STAGES[stage](False, tmp_path) for word in part.command]
+    named = [word.removeprefix("--ignore=") for word in words]
+    files = {name for name in named if name.startswith("tests")}
+    assert files
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_the_stage_of_all_baselines_ends_with_what_is_tuned_for_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "current", Cuda)
+    parts = list(gpu_stages.costly(False, tmp_path))
+    assert len(parts) == 2 * baselines.COSTLY
+    for number, part in enumerate(parts):
+        names = part.command[part.command.index("--peers") + 1 :]
+        assert ("quack" in names) == (number >= baselines.COSTLY)
+        assert "floor" in names
 
 
 def test_the_compiler_of_the_launchers(tmp_path, monkeypatch):
