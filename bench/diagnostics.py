@@ -157,10 +157,10 @@ def measure(
         "dtype": "fp32",
         "group": f"{stamp['date']} diagnostics {shape}",
     }
-    found: dict[str, tuple[float, ...]] = {}
+    means: dict[str, tuple[float, ...]] = {}
 
     def kept(name: str) -> Callable[[], None]:
-        return lambda: found.update({name: by_name[name]()})
+        return lambda: means.update({name: by_name[name]()})
 
     samples = interleaved(device, {name: kept(name) for name in ("ours", "matrix")}, seconds)
     samples["pairs"] = [device.sample(kept("pairs"))]
@@ -168,7 +168,7 @@ def measure(
 
     records = []
     for name in METHODS:
-        off = (torch.tensor(found[name]) - expected).abs().max().item()
+        off = (torch.tensor(means[name]) - expected).abs().max().item()
         if not off <= TOLERANCE:
             records.append(
                 {

@@ -110,15 +110,15 @@ def run_seed(
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
     start = pretrained(training, settings, seed, "cpu", bar)
 
-    def keep(arm: str, found: dict[str, Any], seconds: float) -> None:
+    def keep(arm: str, measured: dict[str, Any], seconds: float) -> None:
         curves = ("train_loss", "train_pre_loss")
-        found = {name: value for name, value in found.items() if name not in curves}
+        measured = {name: value for name, value in measured.items() if name not in curves}
         line = {
             "kind": "evidence",
             "item": f"{arm}, seed {seed}",
             "arm": arm,
             "seed": seed,
-            **found,
+            **measured,
         }
         line |= {"seconds": round(seconds, 1), "settings": dataclasses.asdict(settings)}
         record.append(path, line | record.stamp(Cpu()))
@@ -129,10 +129,10 @@ def run_seed(
         if (seed, arm) in done:
             continue
         begin = time.monotonic()
-        found = run_arm(
+        measured = run_arm(
             arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar
         )
-        keep(arm, found, time.monotonic() - begin)
+        keep(arm, measured, time.monotonic() - begin)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

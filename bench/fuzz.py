@@ -69,7 +69,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
     from verify.fuzz.draw import specs
 
-    found: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = []
 
     @hypothesis.seed(
         int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big")
@@ -83,10 +83,10 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
     )
     @hypothesis.given(specs(impl))
     def each(spec: Any) -> None:
-        found.append(run_case(spec))
+        cases.append(run_case(spec))
 
     each()
-    return found
+    return cases
 
 
 def run_case(spec: Any) -> dict[str, Any]:
@@ -220,10 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.case is not None:
         from verify.fuzz.cases import Spec
 
-        found = run_case(Spec.of(options.case))["outcomes"]
+        outcomes = run_case(Spec.of(options.case))["outcomes"]
         names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")
-        print(markdown([names, *([str(cell) for cell in one] for one in found)]))
-        return int(any(verdict == "violation" for _, verdict, *_ in found))
+        print(markdown([names, *([str(cell) for cell in one] for one in outcomes)]))
+        return int(any(verdict == "violation" for _, verdict, *_ in outcomes))
 
     wanted = blocks(options.cases)
     path = _kept(options.seed)

@@ -15,9 +15,11 @@ import argparse
 import json
 from functools import partial
 
+import torch
+
 from pre_kernels.check.memory import fresh, second
 
-from . import ROOT
+from . import ROOT, baselines, shapes
 
 
 def peak(
@@ -38,10 +40,6 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("workspace", nargs="?", type=int, metavar="MIB")
     arguments = parser.parse_args()
-
-    import torch
-
-    from . import baselines, shapes
 
     shape = shapes.BY_NAME[arguments.shape]
     dtype = shapes.DTYPES[arguments.dtype]

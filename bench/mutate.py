@@ -78,11 +78,11 @@ def reach(folder: Path) -> dict[str, Any]:
                     "lines": plugin.lines(),
                 }
 
-            found, status = forked(trace, 3600)
-            if not found or found["status"]:
-                failed = found and found["failed"]
+            reached, status = forked(trace, 3600)
+            if not reached or reached["status"]:
+                failed = reached and reached["failed"]
                 raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
-            path.write_text(json.dumps(found))
+            path.write_text(json.dumps(reached))
         one = json.loads(path.read_text())
         known["seconds"].update(one["seconds"])
         for file, lines in one["lines"].items():
@@ -189,27 +189,28 @@ def again(
 ) -> dict[str, dict[str, Any]]:
     """The same by one test. A mutant that no result knows meets those of `GENERAL`, and so does one
     that is not killed again: what a value that nobody stored is depends on the versions."""
-    found = {}
+    outcomes = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
         if not any(mutant.key in reasons for reasons in NAMED.values()):
             outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
             if outcome not in KILLED and test:
                 outcome, _ = run(mutant, folder, None)
-            found[mutant.key] = {"outcome": outcome}
+            outcomes[mutant.key] = {"outcome": outcome}
             if outcome not in KILLED:
                 print(f"{outcome}: {mutant.key}, formerly killed by {test}")
-    return found
+    return outcomes
 
 
-def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """A line for each file into the results."""
+    # They import the package, which the process that mutants are forked from must not have.
     from pre_kernels.check.device import current
 
     from . import mutation_table, record
 
     stamp = record.stamp(current())
-    for line in mutation_table.aggregate(found, NAMED):
+    for line in mutation_table.aggregate(outcomes, NAMED):
         record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
 
 
@@ -254,17 +255,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy(folder)
-        found = (
+        outcomes = (
             again(wanted, folder, killers)
             if options.again
             else campaign(wanted, path, options.budget, folder)
         )
     if not (options.again or options.only):
-        write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
-    print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
+        write(list(outcomes.values()), {"seed": options.seed, "drawn": options.sample})
+    print(f"{len(outcomes)} mutants: {dict(Counter(one['outcome'] for one in outcomes.values()))}")
     expected = NAMED["equivalent"].keys() | NAMED["gap"].keys()
     return int(
-        any(one["outcome"] not in KILLED and key not in expected for key, one in found.items())
+        any(one["outcome"] not in KILLED and key not in expected for key, one in outcomes.items())
     )
 
 

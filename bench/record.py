@@ -176,13 +176,9 @@ def _source() -> str:
 def sources() -> list[Path]:
     """The Python files of what is measured, each once: none behind a link, which `rglob` follows or
     not by the version of Python."""
-    files = []
+    paths: list[Path] = []
     for folder in SOURCES:
-        names = [
-            Path(place, name)
-            for place, _, found in os.walk(ROOT / folder, followlinks=False)
-            for name in found
-            if name.endswith(".py")
-        ]
-        files += sorted(names)
-    return files
+        walk = os.walk(ROOT / folder, followlinks=False)
+        files = (Path(place, name) for place, _, names in walk for name in names)
+        paths += sorted(path for path in files if path.suffix == ".py")
+    return paths

@@ -187,12 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = record.file(record.folder(arguments.out), device)
     stamp = record.stamp(device) | {"dtype": arguments.dtype}
     if arguments.what == "sizes":
-        found = sizes(device, arguments.n, arguments.dtype, arguments.d)
+        records = sizes(device, arguments.n, arguments.dtype, arguments.d)
     else:
         size = arguments.n, arguments.d, arguments.m, arguments.dtype
-        found = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
+        records = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
     lines = []
-    for line in found:
+    for line in records:
         record.append(path, line | stamp)
         lines.append(line)
     table = (
