@@ -85,8 +85,11 @@ def case(
 def step(function: Callable[..., Tensor], case: Case) -> Step:
     """One forward and backward of `function` on `case`, with every gradient wanted and an upstream
     other than 1."""
-    tensors = {name: x.detach().requires_grad_(name in LEAVES) for name, x in case.tensors.items()}
-    leaves = [tensors[name] for name in LEAVES]
+    tensors = {
+        name: None if x is None else x.detach().requires_grad_(name in LEAVES)
+        for name, x in case.tensors.items()
+    }
+    leaves = [x for name in LEAVES if (x := tensors[name]) is not None]
     dtype = torch.promote_types(case.product_dtype, torch.float32)
     upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
 
