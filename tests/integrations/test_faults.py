@@ -30,10 +30,10 @@ from pre_kernels.integrations.llava import PREPARE
 from .support.by_hand import gradients
 from .support.original_llava import build_original, original_batch
 from .support.ranks import made, shard
+from .support.split_trainings import ddp_resumes, trained
 from .support.tiny.models import batch, build
+from .support.tiny.training import make
 from .support.two_ranks import both, join
-from .test_head_training import make
-from .test_two_processes import ddp_resumes, trained
 
 # --- what ends a step in its midst
 

@@ -17,9 +17,9 @@ import torch
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.follow import LAUNCHER, Following
 
+from .support.scripts import START
 from .support.tiny.models import batch, build
 from .support.tiny.training import UNEQUAL_IMAGES, assert_head, by_hand
-from .test_launch import START
 
 PY = sys.executable
 RUN = ["-m", LAUNCHER, "--layer=2", "--"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from transformers import Trainer
 from pre_kernels.integrations import launch
 from pre_kernels.integrations.launched import Launch
 
-from . import test_launch
+from .support.scripts import TRAIN, under_the_launcher
 
-run = test_launch.run
 NOTHING = "PRe: WARNING: nothing was trained with PRe"
 Captured = pytest.CaptureFixture[str]
 TEXT = "[[('text', 4)]] * 4"
@@ -34,6 +34,11 @@ def loop(model, steps=3):
         optimizer.step()
         print("STEP", file=sys.stderr)
 """
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    return under_the_launcher(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +150,12 @@ def plainly(name):  # as one who makes a method anew from its source
 def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Captured) -> None:
     """PRe comes when `train()` begins, with the head of a training in which nothing was
     replaced."""
-    run(test_launch.TRAIN)
+    run(TRAIN)
     wanted = torch.load(tmp_path / "out" / "found")
     before = dict(vars(Trainer))
     capsys.readouterr()
     try:
-        run(f"{REPLACES}\nplainly('__init__')\n{test_launch.TRAIN}")
+        run(f"{REPLACES}\nplainly('__init__')\n{TRAIN}")
         after = dict(vars(Trainer))
     finally:
         Trainer.__init__ = before["__init__"]  # type: ignore[method-assign]

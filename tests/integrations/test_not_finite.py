@@ -16,8 +16,8 @@ from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
-from .test_head_training import make
-from .test_options import Waits
+from .support.tiny.training import make
+from .support.waits import Waits
 
 NAN, INF = float("nan"), float("inf")
 

@@ -22,9 +22,8 @@ from pre_kernels.integrations.trainer import _create_optimizer
 
 from .support.ranks import config, deepspeed, need_deepspeed
 from .support.tiny.models import batch, build
-from .support.tiny.training import InOrder
+from .support.tiny.training import InOrder, make
 from .support.two_ranks import both
-from .test_head_training import make
 
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 

@@ -13,9 +13,8 @@ from pre_kernels.integrations import apply_pre, find_handle
 from pre_kernels.integrations.pre_callback import PreCallback
 
 from .support.tiny.models import batch, build
-from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand
+from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand, make
 from .support.two_ranks import both
-from .test_head_training import make
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 

@@ -17,8 +17,8 @@ from pre_kernels.integrations.visible import visible
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
-from .test_options import Waits
-from .test_tokens import said
+from .support.waits import Waits
+from .support.warned import pre_warnings
 
 TOKENS = 20
 WINDOW = 8  # of the tiny Gemma 3
@@ -399,4 +399,4 @@ def test_nothing_is_said_of_a_mask_that_is_known(recwarn: pytest.WarningsRecorde
     apply_pre(model)
     for mask in (None, valid, square(valid), to_all(square(valid))):
         model(**data.inputs, attention_mask=mask)
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []

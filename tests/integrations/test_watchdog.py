@@ -12,7 +12,7 @@ import torch
 from pre_kernels.integrations import apply_pre
 
 from .support.tiny.models import batch, build
-from .test_head_training import make
+from .support.tiny.training import make
 
 
 def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn: Any) -> None:
