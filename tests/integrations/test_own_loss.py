@@ -18,7 +18,7 @@ from pre_kernels.integrations import apply_pre
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import batch, build
-from .support.tiny.other import IMAGE, OPTIONS, Small, small
+from .support.tiny.nanovlm_like import IMAGE, OPTIONS, Small, small
 
 
 def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) -> Tensor:
