@@ -187,7 +187,8 @@ def test_what_never_reaches_the_head(family: str) -> None:
         assert model(**inputs).loss == quiet
     handle.enabled = False
     assert model(**inputs).loss == plain
-    handle.enabled, handle.weight = True, 0
+    handle.enabled = True
+    handle.weight = 0
     assert model(**inputs).loss == plain
     handle.weight = 0.5
     model.generate(**unlabelled, max_new_tokens=2, do_sample=False)
@@ -270,7 +271,8 @@ def test_autocast_state_of_the_layer() -> None:
     """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
     model, data = build("llava"), batch("llava")
     handle = apply_pre(model)
-    forward, states = model.forward, []
+    forward = model.forward
+    states = []
 
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):

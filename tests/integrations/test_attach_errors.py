@@ -99,7 +99,8 @@ def test_model_without_visual_tokens(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"names no visual tokens .*InternVL's own chat code .*set image_token_id .*in config.json",
+        match=r"names no visual tokens .*InternVL's own chat code .*"
+        r"set image_token_id .*in config.json",
     ):
         apply_pre(LlamaForCausalLM(config))
     LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -47,7 +47,8 @@ def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
         assert_head(step, own_means(handle))
     only(
         said,
-        r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ",
+        r"0 visual tokens .* were counted ahead in the batches since the last log, "
+        r"and the forwards had 16: ",
     )
 
 
@@ -205,7 +206,8 @@ def test_a_mapping_without_input_ids(tmp_path: Path) -> None:
         assert_head(step, own_means(handle))
     only(
         said,
-        r"the batches of Prompts cannot be counted before their forwards \(ValueError: input_ids: the forward",
+        r"the batches of Prompts cannot be counted before their forwards "
+        r"\(ValueError: input_ids: the forward",
     )
 
 

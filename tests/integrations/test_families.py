@@ -62,9 +62,8 @@ def test_text_model_can_be_passed(by: str) -> None:
 
 def unlist(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     rest = {name: row for name, row in families.FAMILIES.items() if name != family}
-    monkeypatch.setattr(
-        families, "FAMILIES", rest
-    )  # deleted from the table itself it would come back at its end
+    # Deleted from the table itself, it would come back at its end.
+    monkeypatch.setattr(families, "FAMILIES", rest)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].text is None])

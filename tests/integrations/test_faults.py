@@ -42,7 +42,8 @@ class Fault:
     """Raises when it is called for the `after`-th time, once."""
 
     def __init__(self, error: BaseException, after: int = 0) -> None:
-        self.error, self.left = error, after
+        self.error = error
+        self.left = after
 
     def __call__(self, *_: Any) -> None:
         self.left -= 1
@@ -127,7 +128,8 @@ def test_the_step_after(
     apply_pre(undisturbed, [2, 3], **options)
     wanted = step(undisturbed)
 
-    model, seen = build("llava"), []
+    model = build("llava")
+    seen = []
     for layer in model.model.language_model.layers:
         layer.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
     handle = apply_pre(model, [2, 3], **options)
@@ -135,9 +137,8 @@ def test_the_step_after(
         place(model, handle, Fault(error(), after), patch)
         fails(lambda: step(model), type(error()))
     interrupted = error is KeyboardInterrupt and not counted
-    if (
-        interrupted
-    ):  # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go
+    # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go.
+    if interrupted:
         with torch.no_grad():
             model(**batch("llava").inputs)
     gc.collect()
@@ -154,7 +155,8 @@ def test_the_step_after(
 
 
 def test_remove_lets_go_of_an_interrupted_forward() -> None:
-    model, seen = build("llava"), []
+    model = build("llava")
+    seen = []
     handle = apply_pre(model)
     layer = model.model.language_model.layers[3]
     layer.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
@@ -186,9 +188,8 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
     model, undisturbed = build("llava"), build("llava")
     handle = apply_pre(model)
     apply_pre(undisturbed).head.load_state_dict(handle.head.state_dict())
-    model.model.language_model.layers[3].register_forward_pre_hook(
-        Fault(error(), 1)
-    )  # of the step's two forwards
+    # The fault comes in the second of the step's two forwards.
+    model.model.language_model.layers[3].register_forward_pre_hook(Fault(error(), 1))
     with patch_trainer():
         trainer = make(tmp_path, model)
         fails(trainer.train, type(error()))
@@ -242,9 +243,8 @@ def ranks_that_die(folder: str, how: str) -> None:
     Path(f"{folder}/over").touch()
     assert not os.path.exists(f"{folder}/half/{WEIGHTS}")
     torch.distributed.destroy_process_group()
-    if (
-        call is None
-    ):  # it goes on alone: both ranks had the same batch, so the mean over them is its own
+    # It goes on alone: both ranks had the same batch, so the mean over them is its own.
+    if call is None:
         assert handle._capture.seen is None
         alone = step(model)
         assert wanted is None or all(

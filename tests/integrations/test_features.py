@@ -44,7 +44,8 @@ def test_ema_copies_model_and_head() -> None:
     torch.testing.assert_close(other.head.w1, 0.5 * second + 0.5 * handle.head.w1)
     assert not torch.equal(first, second)
 
-    before, seen = handle.metrics(reset=False), other.metrics()["pre_forwards"]
+    before = handle.metrics(reset=False)
+    seen = other.metrics()["pre_forwards"]
     model.zero_grad()
     average.module(**data.inputs).loss.backward()  # the copy's hooks reach the copy's head alone
     assert handle.metrics() == before
@@ -205,9 +206,8 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
     more |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     curves, ends = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        model = build(
-            family, seed=0 if resume is None else 7
-        )  # as somebody who only has the checkpoint
+        # Resumed by somebody who has the checkpoint alone.
+        model = build(family, seed=0 if resume is None else 7)
         apply_pre(model, schedule="cosine")
         with patch_trainer():
             trainer = InOrder(
@@ -273,7 +273,8 @@ PICKLES = "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrai
 def test_other_ways_of_saving(options: dict[str, Any], tmp_path: Path) -> None:
     """transformers 4 can still write its own pickles; later ones write safetensors, here in several
     files."""
-    model, names = build("llava"), []
+    model = build("llava")
+    names = []
     for folder in (tmp_path / "plain", tmp_path / "attached"):
         model.save_pretrained(folder, **options)
         if PICKLES:

@@ -67,7 +67,8 @@ class LeavesOut(OwnOptimizer):
 
 @pytest.mark.parametrize("trainer_class", [InOrder, OwnOptimizer, LeavesOut])
 def test_the_head_has_groups_of_its_own(trainer_class: type, tmp_path: Path) -> None:
-    model, groups = build("llava"), Groups()
+    model = build("llava")
+    groups = Groups()
     apply_pre(model, **OPTIONS)
     more = {"optim": "adamw_torch", "learning_rate": 0.1, "weight_decay": 0.1, "max_steps": 3}
     with patch_trainer():
@@ -89,7 +90,8 @@ def test_the_head_has_groups_of_its_own(trainer_class: type, tmp_path: Path) -> 
 
 
 def test_without_options_only_the_biases_differ(tmp_path: Path) -> None:
-    model, groups = build("llava"), Groups()
+    model = build("llava")
+    groups = Groups()
     apply_pre(model)
     with patch_trainer():
         make(tmp_path, model, callbacks=[groups], weight_decay=0.1).train()
@@ -97,7 +99,8 @@ def test_without_options_only_the_biases_differ(tmp_path: Path) -> None:
 
 
 def test_training_twice_makes_the_groups_once(tmp_path: Path) -> None:
-    model, groups = build("llava"), Groups()
+    model = build("llava")
+    groups = Groups()
     apply_pre(model, **OPTIONS)
     with patch_trainer():
         trainer = make(tmp_path, model, callbacks=[groups])
@@ -122,9 +125,8 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
     rest = [p for n, p in model.named_parameters() if not n.startswith("pre_head")]
     late = torch.optim.SGD([{"params": rest}, *handle.param_groups()], lr=0.1)
     with patch_trainer(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="PRe: "
-        )  # the first training is no matter of the second
+        # What was said of the first training is not said of the second.
+        warnings.filterwarnings("error", message="PRe: ")
         make(tmp_path, model, optimizers=(late, None)).train()
     assert not torch.equal(before, handle.head.w1)
     assert [g["lr"] for g in late.param_groups] == [0.1, 0.3, 0.3]
@@ -191,7 +193,9 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path) -> None:
                 raise RuntimeError("CUDA out of memory. Tried to allocate")
             return found
 
-    model, recorder, groups = build("llava"), Recorder(), Groups()
+    model = build("llava")
+    recorder = Recorder()
+    groups = Groups()
     handle = apply_pre(model, **OPTIONS)
     with patch_trainer():
         trainer = make(

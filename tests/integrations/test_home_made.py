@@ -87,7 +87,8 @@ def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
         (
             {},
             ValueError,
-            r"no decoder layers in HomeMade: looked for a ModuleList `\.layers` .* pass text_model= .* layers=",
+            r"no decoder layers in HomeMade: looked for a ModuleList `\.layers` .* "
+            r"pass text_model= .* layers=",
         ),
         ({"layers": "trunk"}, TypeError, "layers: got a Module, want the ModuleList"),
         (

@@ -29,13 +29,8 @@ def test_runs_and_grids_number_the_images() -> None:
     assert families.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
     config = build("qwen2_vl").config
     grid = torch.tensor([[1, 2, 4], [1, 2, 2], [2, 2, 2]])
-    assert families.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [
-        0,
-        0,
-        1,
-        2,
-        2,
-    ]
+    numbers = families.grids(mask, "image", {"image_grid_thw": grid}, config)
+    assert numbers.tolist() == [0, 0, 1, 2, 2]
 
 
 def test_merge_sizes_and_dropped_video_tokens() -> None:
@@ -52,21 +47,13 @@ def test_merge_sizes_and_dropped_video_tokens() -> None:
 def test_equal_parts_of_pixels() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
     parts = families.equal_parts
-    assert parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None).tolist() == [
-        0,
-        0,
-        1,
-        1,
-    ]
-    assert parts(
-        mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None
-    ).tolist() == [0, 1, 2, 3]
-    assert parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None).tolist() == [
-        0,
-        0,
-        1,
-        2,
-    ]  # runs
+    numbers = parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None)
+    assert numbers.tolist() == [0, 0, 1, 1]
+    numbers = parts(mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None)
+    assert numbers.tolist() == [0, 1, 2, 3]
+    # By runs of tokens, where the inputs do not say.
+    numbers = parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None)
+    assert numbers.tolist() == [0, 0, 1, 2]
     with pytest.raises(
         ValueError,
         match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many",
@@ -77,26 +64,15 @@ def test_equal_parts_of_pixels() -> None:
 def test_tiles_of_zeros_are_padding() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     pixels = torch.zeros(2, 2, 3, 8, 8)
-    pixels[0, 0], pixels[1, :, 0, 0, 0] = 1, -1  # one pixel is enough
-    assert families.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
-    assert (
-        families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
-    )  # a black image
-    assert families.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        1,
-        1,
-    ]  # runs
+    pixels[0, 0] = 1
+    pixels[1, :, 0, 0, 0] = -1  # one pixel is enough
+    numbers = families.tiles(mask, "image", {"pixel_values": pixels}, None)
+    assert numbers.tolist() == [0, 0, 1, 1, 2, 2]
+    # A black image is no padding.
+    assert families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
+    # By runs of tokens, where the inputs do not say.
+    numbers = families.tiles(mask, "image", {"image_hidden_states": pixels}, None)
+    assert numbers.tolist() == [0, 0, 1, 1, 1, 1]
     with pytest.raises(
         ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"
     ):
@@ -107,13 +83,8 @@ def test_spatial_shapes_count_the_patches() -> None:
     config = build("lfm2_vl").config
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
     shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
-    assert families.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-    ]
+    numbers = families.shapes(mask, "image", {"spatial_shapes": shapes}, config)
+    assert numbers.tolist() == [0, 0, 1, 1, 2]
     assert families.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
     with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
         families.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)

@@ -33,13 +33,15 @@ class Seen(TrainerCallback):
 @pytest.mark.parametrize("loss", ["cosine", "mse"])
 @pytest.mark.parametrize("level", ["patch", "image"])
 def test_logs(loss: str, level: str, tmp_path: Path) -> None:
-    model, seen, recorder = build("llava"), Seen(), Recorder()
+    model = build("llava")
+    seen = Seen()
+    recorder = Recorder()
     handle = apply_pre(model, loss=loss, level=level)
     head = copy_of(handle.head)
     with patch_trainer():
         trainer = make(
-            tmp_path, model, samples=UNEQUAL_IMAGES, callbacks=[seen, recorder], max_steps=2, logging_steps=2,
-            learning_rate=0.0, max_grad_norm=0.05,
+            tmp_path, model, samples=UNEQUAL_IMAGES, callbacks=[seen, recorder], max_steps=2,
+            logging_steps=2, learning_rate=0.0, max_grad_norm=0.05,
         )  # fmt: skip
         trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -79,12 +81,10 @@ def test_sampled_cosines(kind: str) -> None:
         mask = torch.rand(2, rows, generator=generator) < (0 if kind == "none" else 0.4)
         given, chosen = (anchor, mask) if kind in ("mask", "none") else (anchor[mask], mask)
         if kind == "all":
-            hidden, given, chosen, mask = (
-                hidden[0],
-                anchor[0],
-                None,
-                torch.ones(rows, dtype=torch.bool),
-            )
+            hidden = hidden[0]
+            given = anchor[0]
+            chosen = None
+            mask = torch.ones(rows, dtype=torch.bool)
             anchor = given
         total, number = sample_cosine(head, hidden, given, chosen, "torch").tolist()
         every = -reference.pre_loss(

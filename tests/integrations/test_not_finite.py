@@ -119,9 +119,8 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     found = handle.metrics()
     assert not math.isfinite(found["pre_loss"])
     assert "pre_skipped" not in found
-    model, handle = attach_poisoned(
-        "llava", {where: bad_places(data)}, value
-    )  # a token of text alone
+    # Only a token of text is bad.
+    model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)
     assert model(**data.inputs).loss.isfinite()
     assert math.isfinite(handle.metrics()["pre_loss"])
 
@@ -181,8 +180,10 @@ def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
 def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waits, calls = Waits(), []
-    terms, finite = objective.Objective._terms, objective.finite
+    waits = Waits()
+    calls = []
+    terms = objective.Objective._terms
+    finite = objective.finite
 
     def watched(*args: Any) -> Any:
         with waits:

@@ -213,7 +213,8 @@ def test_resuming_across_pre(
     model = build("llava")
     if resumed_with:
         apply_pre(model)
-    logger, records = logging.getLogger("transformers.trainer"), []
+    logger = logging.getLogger("transformers.trainer")
+    records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logger.addHandler(handler)

@@ -135,7 +135,8 @@ def test_pre_projector_rows_of_a_merger(family: str) -> None:
 
 def test_window_order_of_videos() -> None:
     grid = torch.tensor([[2, 3, 5], [1, 4, 4], [3, 1, 7]])
-    wanted, offset = [], 0
+    wanted = []
+    offset = 0
     for frames, height, width in grid.tolist():
         for frame, top, left in itertools.product(
             range(frames), range(0, height, 2), range(0, width, 2)

@@ -49,9 +49,8 @@ def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 def test_fsdp2(own: bool, samples: list[Any]) -> None:
-    frozen = (
-        samples is TEXT_ONLY
-    )  # FSDP2 reduces unequal sets of gradients otherwise, with PRe or without
+    # Otherwise FSDP2 reduces unequal sets of gradients, with PRe or without.
+    frozen = samples is TEXT_ONLY
     check(both(fsdp2, samples, own, frozen), by_hand(samples, frozen=frozen))
 
 
@@ -214,7 +213,8 @@ def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
     )
     from deepspeed.utils import safe_get_full_grad
 
-    losses, found = [], {}
+    losses = []
+    found = {}
     for d in batches(samples, torch.distributed.get_rank()):
         loss = ds(**d.inputs).loss
         losses.append(loss.detach())

@@ -23,7 +23,8 @@ def test_resume_restores_the_head(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     assert (folder / "pre_head.safetensors").exists()
 
-    model, starts = build("llava"), Starts()
+    model = build("llava")
+    starts = Starts()
     torch.manual_seed(99)
     apply_pre(model)
     assert not torch.equal(model.pre_head.w1, saved)

@@ -23,7 +23,10 @@ from .support.waits import Waits
 from .support.warned import pre_warnings
 
 NEW = 55  # no word of the batches
-FOUND_NONE = r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 .*pass mask_fn="
+FOUND_NONE = (
+    r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 "
+    r".*pass mask_fn="
+)
 
 
 def renamed(data: Any, old: int, new: int) -> Any:
@@ -153,7 +156,8 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
 
 
 def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, counts = Waits(), []
+    waits = Waits()
+    counts = []
     for name in ("find_rows", "warn_of_images"):
         original = getattr(rows, name)
 
@@ -172,7 +176,9 @@ def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_in_an_unlisted_family_is_looked_at_ever_more_seldom() -> None:
-    waits, model, text = Waits(), build("llava"), batch("llava", [[("text", 6)]]).inputs
+    waits = Waits()
+    model = build("llava")
+    text = batch("llava", [[("text", 6)]]).inputs
     parts = families.find_parts(model)
     parts.family = families.GENERIC
     with waits:
@@ -196,7 +202,9 @@ def test_images_that_come_late_in_an_unlisted_family(recwarn: pytest.WarningsRec
 
 
 def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, model, data = Waits(), build("llava"), batch("llava")
+    waits = Waits()
+    model = build("llava")
+    data = batch("llava")
     parts = families.find_parts(model)
     monkeypatch.setattr(rows, "capturing", lambda: True)
     with waits:
@@ -208,7 +216,8 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
 
 def test_a_config_without_the_token_says_where_to_set_it() -> None:
     model, inputs = home_made()
-    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, or in model\.config; or pass mask_fn="
+    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, "
+    message += r"or in model\.config; or pass mask_fn="
     with pytest.raises(ValueError, match=message):
         apply_pre(model, layers="trunk.blocks")
     model.config.image_token_id = IMAGE

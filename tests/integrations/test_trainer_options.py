@@ -17,14 +17,16 @@ from .support.tiny.training import EQUAL, UNEQUAL_IMAGES, Recorder, Samples, mak
 
 def test_the_last_accumulation_is_incomplete(tmp_path: Path) -> None:
     """Five samples, two at a time, two batches a step: the second step has one sample alone."""
-    model, recorder = build("llava"), Recorder()
+    model = build("llava")
+    recorder = Recorder()
     handle = apply_pre(model)
     head = copy_of(handle.head)
     samples = [*UNEQUAL_IMAGES, [("text", 2), ("image", 8, 8), ("text", 4)]]
     with patch_trainer():
         make(
-            tmp_path, model, samples=samples, size=2, callbacks=[recorder], max_steps=-1, num_train_epochs=1,
-            learning_rate=0.0, include_num_input_tokens_seen=True, torch_empty_cache_steps=1,
+            tmp_path, model, samples=samples, size=2, callbacks=[recorder], max_steps=-1,
+            num_train_epochs=1, learning_rate=0.0, include_num_input_tokens_seen=True,
+            torch_empty_cache_steps=1,
         ).train()  # fmt: skip
     assert len(recorder.steps) == 2
     plain = build("llava")
@@ -61,7 +63,8 @@ def test_compute_loss_func(tmp_path: Path) -> None:
     """It is given the labels instead of the model."""
     found = []
     for func in (None, own_loss):
-        model, recorder = build("llava"), Recorder()
+        model = build("llava")
+        recorder = Recorder()
         apply_pre(model)
         with patch_trainer():
             make(
@@ -103,7 +106,8 @@ def test_freezing_and_unfreezing_in_the_middle(tmp_path: Path) -> None:
                 tuple(not torch.equal(a, b) for a, b in zip(self.before, now, strict=True))
             )
 
-    model, toggles = build("llava"), Toggles()
+    model = build("llava")
+    toggles = Toggles()
     apply_pre(model)
     with patch_trainer():
         make(tmp_path, model, max_steps=4, callbacks=[toggles]).train()

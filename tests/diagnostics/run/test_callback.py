@@ -93,9 +93,8 @@ def test_the_log_is_what_the_checkpoints_give(tmp_path: Path) -> None:
         saved = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{entry['step']}")
         assert figures(entry) == pytest.approx(offline(saved), rel=1e-5)
     assert all(0 < entry["layers_share"] <= 1 for entry in entries)
-    assert [
-        e for e in trainer.state.log_history if "pre_loss" in e
-    ]  # the training's own logs are still PRe's
+    # The training's own logs are still PRe's.
+    assert [e for e in trainer.state.log_history if "pre_loss" in e]
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -58,7 +58,8 @@ def projector_rows(family: str, data: Batch) -> Tensor:
 
     Rows that the projector merges are concatenated.
     """
-    model, tiny = build(family), FAMILIES[family]
+    model = build(family)
+    tiny = FAMILIES[family]
     entered, left = [], []
     model.get_submodule(tiny.projector).register_forward_pre_hook(
         lambda module, args: entered.append(args[0])

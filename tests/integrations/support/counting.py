@@ -32,7 +32,8 @@ def run(
     **more: Any,
 ) -> tuple[list[dict[str, torch.Tensor]], Any, list[str]]:
     """(the gradients of each step, the handle, PRe's warnings); the parameters stay as they are."""
-    model, recorder = build("llava"), Recorder()
+    model = build("llava")
+    recorder = Recorder()
     handle = apply_pre(model, mask_fn=more.pop("mask_fn", None))
     before = copy_of(handle.head)
     with warnings.catch_warnings(record=True) as caught, patch_trainer():

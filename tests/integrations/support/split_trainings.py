@@ -20,10 +20,10 @@ from .tiny.training import EQUAL, InOrder, Samples, Starts, arguments, collate
 
 def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
     """Saves after each of `steps` and at the end; returns the head's `w1` at the beginning."""
-    model, starts = build("llava"), Starts()
-    model.model.vision_tower.requires_grad_(
-        False
-    )  # its last layer is not used, which FSDP's optimizer states miss
+    model = build("llava")
+    starts = Starts()
+    # The tower's last layer is not used, which FSDP's optimizer states miss.
+    model.model.vision_tower.requires_grad_(False)
     torch.manual_seed(99 if resume else 3)
     apply_pre(model)
     options = {
@@ -35,14 +35,12 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
     args = arguments(Path(folder), 1, 1, **options)
     if "fsdp" in options:
         assert args.device.type == "cpu"  # which also sets accelerate up
-        PartialState._shared_state["distributed_type"] = (
-            DistributedType.MULTI_XPU
-        )  # it does not shard on CPUs
+        # accelerate does not shard on CPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
         PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 does not take "cpu:0"
     with patch_trainer(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="PRe: "
-        )  # nothing is wrong, whatever splits the parameters
+        # Nothing is wrong, whatever splits the parameters.
+        warnings.filterwarnings("error", message="PRe: ")
         trainer = InOrder(
             model=model,
             args=args,
@@ -72,10 +70,11 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "state_dict_type": kind,
     }
+    # Both look for an accelerator.
     plugin |= {
         "sync_module_states": False,
         "cpu_ram_efficient_loading": False,
-    }  # which look for an accelerator
+    }
     # as `accelerate launch` says it, which is the way of transformers 4
     os.environ |= {"FSDP_VERSION": str(version), "FSDP_STATE_DICT_TYPE": kind}
     options = {

@@ -1,14 +1,17 @@
 """Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once,
 returns both results.
 
-    def gradient_of(rank_seed):                  # a module-level function of the test module
-        rank = torch.distributed.get_rank()      # world size 2, gloo, in torch.distributed and in accelerate
+    def gradient_of(seed):
+        rank = torch.distributed.get_rank()
         ...
-        return tensor                            # what pickle can carry; tensors are copied
+        return tensor
 
     def test_it():
-        zero, one = both(gradient_of, 3)         # [result of rank 0, of rank 1]
+        zero, one = both(gradient_of, 3)
 
+- The function is one of a module that both ranks can import, a test module or not. It returns what
+  pickle can carry; tensors are copied.
+- The world size is 2 and the backend gloo, in torch.distributed and in accelerate.
 - The pair starts with the first call (about 6 s) and serves all later ones of this pytest process;
   each worker of `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
 - Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
@@ -192,7 +195,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # looked at by libraries, never opened: the group is there before them
+        # Looked at by libraries, never opened: the group is there before them.
+        "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": "lo",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -224,7 +228,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         else:
             failed = False
         if failed and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the other rank's next collective fails instead of waiting
+            # The other rank's next collective fails instead of waiting.
+            torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
         os.environ.clear()
         os.environ |= environment

@@ -86,7 +86,8 @@ def train(
             model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
         )
     handle = apply_pre(model) if attached else None
-    recorder, forwards = Recorder(), Forwards(model)
+    recorder = Recorder()
+    forwards = Forwards(model)
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -110,10 +111,8 @@ def train(
         given["ref_model"] = None if lora else build("llava", seed=1).eval()
     else:
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
-        options |= {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 4,
-        }  # rows are shuffled
+        # Rows are shuffled, so that each forward has one.
+        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
         given["reward_funcs"] = length
     given["args"] = config(**(options | more))
     with (
@@ -135,7 +134,8 @@ def auxiliary(
     With `ahead` L_PRe is the mean over the visual tokens of all forwards, else that of the
     forwards' own means.
     """
-    model, head = build("llava"), copy_of(like)
+    model = build("llava")
+    head = copy_of(like)
     seen = watch(model, "llava")
     tokens = [int((inputs["input_ids"] == IMAGE).sum()) for inputs in forwards]
     for inputs, own in zip(forwards, tokens, strict=True):

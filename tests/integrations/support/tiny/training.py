@@ -216,4 +216,5 @@ class Starts(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
+        self.w1 = model.pre_head.w1.detach().clone()
+        self.step = state.global_step
