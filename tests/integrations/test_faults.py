@@ -35,8 +35,6 @@ from .support.tiny.models import batch, build
 from .support.tiny.training import make
 from .support.two_ranks import both, join
 
-# --- what ends a step in its midst
-
 
 class Fault:
     """Raises when it is called for the `after`-th time, once."""
@@ -200,9 +198,6 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
         assert wanted is None or torch.equal(found, wanted)
 
 
-# --- ranks
-
-
 def ranks_that_die(folder: str, how: str) -> None:
     """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time
     limit.
@@ -269,9 +264,6 @@ def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
     found = both(ddp_resumes, str(tmp_path / "two"), 2, str(tmp_path / "one" / "checkpoint-1"))
     assert all(torch.equal(w1, head["w1"]) for w1 in found)
     assert not torch.equal(load_file(tmp_path / "two" / "last" / WEIGHTS)["w1"], head["w1"])
-
-
-# --- PRe removed before the end
 
 
 def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:

@@ -39,9 +39,6 @@ def train(
     return trainer, [text for w in caught if (text := str(w.message)).startswith("PRe: ")]
 
 
-# --- that do not step by groups
-
-
 class Layerwise(InOrder):
     """As the Trainer makes it for galore_adamw_layerwise: an optimizer for each parameter, stepped
     in its backward."""
@@ -96,9 +93,6 @@ def test_an_engine_with_an_optimizer_and_a_frozen_head() -> None:
 
     with pytest.warns(UserWarning, match=r"do nothing with the optimizer of a DeepSpeed config"):
         _create_optimizer(create, handle, trainer, None)
-
-
-# --- that refuse some
 
 
 class Matrices(InOrder):
@@ -170,9 +164,6 @@ def test_watching_an_optimizer_that_an_engine_wrapped() -> None:
     model(**batch("llava").inputs).loss.backward()
     inner.step()
     assert handle.metrics()["pre_head_grad_norm"] > 0
-
-
-# --- states of a training without PRe, or with it
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}

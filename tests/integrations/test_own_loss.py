@@ -142,9 +142,6 @@ def test_a_loss_that_nobody_asked_for_is_gone() -> None:
     assert handle.loss().requires_grad
 
 
-# --- what the saved model holds
-
-
 def test_a_save_pretrained_of_the_models_own(tmp_path: Path) -> None:
     model, _ = small()
     keys = model.state_dict().keys()

@@ -34,8 +34,6 @@ from .support.ranks import (
 from .support.tiny.models import IMAGE, build
 from .support.two_ranks import both
 
-# --- FSDP
-
 
 def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
     model, _ = made(frozen, group="world")
@@ -198,9 +196,6 @@ def attach_late(how: str) -> None:
 @pytest.mark.parametrize("how", ["FullyShardedDataParallel", "DistributedDataParallel"])
 def test_attached_after_wrapping(how: str) -> None:
     both(attach_late, how)
-
-
-# --- DeepSpeed
 
 
 def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:

@@ -154,8 +154,6 @@ def test_wrong_settings() -> None:
         PreCallback(head_lr=0.1)
 
 
-# --- Lightning
-
 lightning = pytest.importorskip("lightning")
 from pre_kernels.integrations.lightning import PreLightningCallback  # noqa: E402
 
