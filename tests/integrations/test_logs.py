@@ -79,14 +79,14 @@ def test_sampled_cosines(kind: str) -> None:
         hidden = torch.randn(2, rows, 8, generator=generator)
         anchor = torch.randn(2, rows, 5, generator=generator)
         mask = torch.rand(2, rows, generator=generator) < (0 if kind == "none" else 0.4)
-        given, chosen = (anchor, mask) if kind in ("mask", "none") else (anchor[mask], mask)
+        target, chosen = (anchor, mask) if kind in ("mask", "none") else (anchor[mask], mask)
         if kind == "all":
             hidden = hidden[0]
-            given = anchor[0]
+            target = anchor[0]
             chosen = None
             mask = torch.ones(rows, dtype=torch.bool)
-            anchor = given
-        total, number = sample_cosine(head, hidden, given, chosen, "torch").tolist()
+            anchor = target
+        total, number = sample_cosine(head, hidden, target, chosen, "torch").tolist()
         every = -reference.pre_loss(
             hidden, anchor, head.w1, head.b1, head.w2, head.b2, mask, reduction="none"
         ).detach()

@@ -385,11 +385,11 @@ def original_batch(
         rows.append(torch.tensor(ids))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     labels = ids.masked_fill((ids < 3) | (ids == PLACE), -100)
-    given = torch.cat([image[:1] for image in images]) if square else images
+    pixels = torch.cat([image[:1] for image in images]) if square else images
     return {
         "input_ids": ids,
         "attention_mask": ids.ne(0),
         "labels": labels,
-        "images": given,
+        "images": pixels,
         **more,
     }

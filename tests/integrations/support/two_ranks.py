@@ -113,7 +113,7 @@ class Pair:
         self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float
     ) -> list[Any]:
         question = pickle.dumps((sys.path, timeout, pickle.dumps((function, args, kwargs))))
-        found: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         failed: dict[int, str] = {}
         for rank, pipe in enumerate(self.questions):
             try:
@@ -123,9 +123,9 @@ class Pair:
         # a worker that takes too long ends itself and says where it was; this is for one that
         # cannot
         end = time.monotonic() + timeout + 60
-        while len(found) + len(failed) < 2:
+        while len(results) + len(failed) < 2:
             left = [
-                a for rank, a in enumerate(self.answers) if rank not in found and rank not in failed
+                a for rank, a in enumerate(self.answers) if rank not in results and rank not in failed
             ]
             ready = wait(left, max(end - time.monotonic(), 0))
             if not ready:
@@ -137,13 +137,13 @@ class Pair:
                 except EOFError:
                     ok, value = False, self._end(rank)
                 if ok:
-                    found[rank] = value
+                    results[rank] = value
                 else:
                     failed[rank] = value
                     end = min(end, time.monotonic() + GRACE)
-        if len(found) == 2:
-            return [found[0], found[1]]
-        for rank in {0, 1} - found.keys() - failed.keys():
+        if len(results) == 2:
+            return [results[0], results[1]]
+        for rank in {0, 1} - results.keys() - failed.keys():
             self.processes[rank].send_signal(SIGABRT)  # faulthandler writes where it is
             failed[rank] = "did not answer\n" + self._end(rank)
         said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
