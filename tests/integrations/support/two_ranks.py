@@ -125,7 +125,9 @@ class Pair:
         end = time.monotonic() + timeout + 60
         while len(results) + len(failed) < 2:
             left = [
-                a for rank, a in enumerate(self.answers) if rank not in results and rank not in failed
+                a
+                for rank, a in enumerate(self.answers)
+                if rank not in results and rank not in failed
             ]
             ready = wait(left, max(end - time.monotonic(), 0))
             if not ready:

@@ -101,26 +101,26 @@ def train(
         "gradient_checkpointing": False,
         **QUIET,
     }
-    of_the_trainer: dict[str, Any] = {
+    trainer_arguments: dict[str, Any] = {
         "args": None,
         "train_dataset": rows(kind),
         "processing_class": processor(),
     }
     if kind in ("DPO", "KTO"):
         options["max_length"] = None
-        of_the_trainer["ref_model"] = None if lora else build("llava", seed=1).eval()
+        trainer_arguments["ref_model"] = None if lora else build("llava", seed=1).eval()
     else:
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
         # Rows are shuffled, so that each forward has one.
         options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-        of_the_trainer["reward_funcs"] = length
-    of_the_trainer["args"] = config(**(options | more))
+        trainer_arguments["reward_funcs"] = length
+    trainer_arguments["args"] = config(**(options | more))
     with (
         warnings.catch_warnings(record=True) as caught,
         patch_trainer() if attached else contextlib.nullcontext(),
     ):
         warnings.simplefilter("always")
-        trainer = trainer_class(model=model, callbacks=[recorder], **of_the_trainer)
+        trainer = trainer_class(model=model, callbacks=[recorder], **trainer_arguments)
         trainer.train()
     told = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
     return recorder.steps[0], handle, trainer, forwards.seen, told
