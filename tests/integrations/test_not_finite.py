@@ -16,8 +16,8 @@ from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
-from .test_head_training import make
-from .test_options import Waits
+from .support.tiny.training import make
+from .support.waits import Waits
 
 NAN, INF = float("nan"), float("inf")
 
@@ -119,9 +119,8 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     found = handle.metrics()
     assert not math.isfinite(found["pre_loss"])
     assert "pre_skipped" not in found
-    model, handle = attach_poisoned(
-        "llava", {where: bad_places(data)}, value
-    )  # a token of text alone
+    # Only a token of text is bad.
+    model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)
     assert model(**data.inputs).loss.isfinite()
     assert math.isfinite(handle.metrics()["pre_loss"])
 
@@ -181,8 +180,10 @@ def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
 def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waits, calls = Waits(), []
-    terms, finite = objective.Objective._terms, objective.finite
+    waits = Waits()
+    calls = []
+    terms = objective.Objective._terms
+    finite = objective.finite
 
     def watched(*args: Any) -> Any:
         with waits:

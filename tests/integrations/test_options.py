@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels.fused import steps_torch, steps_triton
 from pre_kernels.integrations import apply_pre, objective
@@ -25,6 +24,7 @@ from .support.by_hand import (
 )
 from .support.pairs import pairs
 from .support.tiny.models import DEPTH, FAMILIES, batch, build
+from .support.waits import Waits
 
 SIZES = [
     [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],
@@ -135,7 +135,8 @@ def test_pre_projector_rows_of_a_merger(family: str) -> None:
 
 def test_window_order_of_videos() -> None:
     grid = torch.tensor([[2, 3, 5], [1, 4, 4], [3, 1, 7]])
-    wanted, offset = [], 0
+    wanted = []
+    offset = 0
     for frames, height, width in grid.tolist():
         for frame, top, left in itertools.product(
             range(frames), range(0, height, 2), range(0, width, 2)
@@ -279,22 +280,6 @@ def test_a_bound_is_given_where_the_rows_there_are_would_not_be_counted(
     assert found._options(state, None, None).get("capacity") == capacity
     found.fraction = 1.0
     assert "capacity" not in found._options(state, None, None)
-
-
-class Waits(TorchDispatchMode):
-    """The operators that read the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(
-            word in str(func)
-            for word in ("item", "local_scalar", "nonzero", "masked_select", "unique", "aten.equal")
-        ):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("divisor", [None, torch.tensor(5.0)], ids=["mean", "divisor"])

@@ -15,24 +15,24 @@ from pre_kernels.integrations import Reader, apply_pre, families, objective
 from pre_kernels.integrations import tokens as rows
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.fuyu import fuyu
+from .support.tiny.home_made import home_made
 from .support.tiny.models import IMAGE, VIDEO, batch, build
-from .test_attach_errors import fuyu
-from .test_families import home_made
-from .test_head_training import make
-from .test_options import Waits
+from .support.tiny.training import make
+from .support.waits import Waits
+from .support.warned import pre_warnings
 
 NEW = 55  # no word of the batches
-FOUND_NONE = r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 .*pass mask_fn="
+FOUND_NONE = (
+    r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 "
+    r".*pass mask_fn="
+)
 
 
 def renamed(data: Any, old: int, new: int) -> Any:
     ids = data.inputs["input_ids"]
     data.inputs["input_ids"] = ids.where(ids != old, new)
     return data
-
-
-def said(recwarn: pytest.WarningsRecorder) -> list[str]:
-    return [str(w.message) for w in recwarn if str(w.message).startswith("PRe: ")]
 
 
 def without_pixels(model: nn.Module) -> nn.Module:
@@ -87,12 +87,12 @@ def test_images_without_a_visual_token_are_said_once(
     model.config.image_token_id = NEW  # and the collator knows nothing of it
     for number in range(1, 2 * rows.PATIENCE + 2):
         model(**data.inputs).loss.backward()
-        assert len(said(recwarn)) == (number >= rows.PATIENCE)
+        assert len(pre_warnings(recwarn)) == (number >= rows.PATIENCE)
     assert handle.metrics()["pre_tokens"] == 0
     handle._objective.parts.notices.forget()
     for _ in range(2 * rows.PATIENCE):
         model(**data.inputs)
-    first, second = said(recwarn)
+    first, second = pre_warnings(recwarn)
     assert first == second
     assert re.search(FOUND_NONE, first)
 
@@ -104,7 +104,10 @@ def test_a_trainer_that_finds_no_visual_token_says_it(
     apply_pre(model)
     model.config.image_token_id = NEW
     make(tmp_path, model, max_steps=rows.PATIENCE).train()
-    assert len([text for text in said(recwarn) if "has none of the image tokens 55" in text]) == 1
+    assert (
+        len([text for text in pre_warnings(recwarn) if "has none of the image tokens 55" in text])
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", ["masked", "dummies first", "no images", "image_flags"])
@@ -131,7 +134,7 @@ def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.Warnin
         ] * 6
     for one in inputs:
         model(**one).loss.backward()
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []
 
 
 def test_what_a_forward_tells_of_images_without_tokens() -> None:
@@ -153,7 +156,8 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
 
 
 def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, counts = Waits(), []
+    waits = Waits()
+    counts = []
     for name in ("find_rows", "warn_of_images"):
         original = getattr(rows, name)
 
@@ -172,7 +176,9 @@ def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_in_an_unlisted_family_is_looked_at_ever_more_seldom() -> None:
-    waits, model, text = Waits(), build("llava"), batch("llava", [[("text", 6)]]).inputs
+    waits = Waits()
+    model = build("llava")
+    text = batch("llava", [[("text", 6)]]).inputs
     parts = families.find_parts(model)
     parts.family = families.GENERIC
     with waits:
@@ -188,15 +194,17 @@ def test_images_that_come_late_in_an_unlisted_family(recwarn: pytest.WarningsRec
     text, ids = torch.tensor([[1, 5, 6, 7, 8]]), torch.tensor([[1, IMAGE, IMAGE, 5, 6]])
     for _ in range(20):
         model(input_ids=text, labels=text)
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []
     for _ in range(20):
         model(input_ids=ids, labels=text)
-    (found,) = said(recwarn)
+    (found,) = pre_warnings(recwarn)
     assert re.search(r"2 image tokens, .* none of pixel_values, image_embeds", found)
 
 
 def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, model, data = Waits(), build("llava"), batch("llava")
+    waits = Waits()
+    model = build("llava")
+    data = batch("llava")
     parts = families.find_parts(model)
     monkeypatch.setattr(rows, "capturing", lambda: True)
     with waits:
@@ -208,7 +216,8 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
 
 def test_a_config_without_the_token_says_where_to_set_it() -> None:
     model, inputs = home_made()
-    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, or in model\.config; or pass mask_fn="
+    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, "
+    message += r"or in model\.config; or pass mask_fn="
     with pytest.raises(ValueError, match=message):
         apply_pre(model, layers="trunk.blocks")
     model.config.image_token_id = IMAGE

@@ -16,7 +16,7 @@ import torch
 from pre_kernels.diagnostics import LayerReport, Sample, measure
 from pre_kernels.diagnostics.run.callback import LayerCallback
 from pre_kernels.integrations import Reader, apply_pre, patch_trainer
-from tests.integrations import test_two_processes as pair
+from tests.integrations.support import split_trainings
 from tests.integrations.support.ranks import need_deepspeed
 from tests.integrations.support.tiny.models import DEPTH, batch, build
 from tests.integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
@@ -180,9 +180,9 @@ class Watched(InOrder):
 def in_two_processes(how: str, folder: str) -> Any:
     trainers: list[Any] = []
     with mock.patch.object(
-        pair, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]
+        split_trainings, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]
     ):
-        run, *settings = pair.RUNS[how]
+        run, *settings = split_trainings.RUNS[how]
         run(*settings, folder, 2, None)
     return [(entry["step"], metrics(entry)) for entry in measured(trainers[0])]
 
