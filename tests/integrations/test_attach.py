@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from pre_kernels import reference
-from pre_kernels.integrations import apply_pre, families, find_handle
+from pre_kernels.integrations import apply_pre, families, find_handle, image_rules
 
 from .support.by_hand import (
     assert_same_gradients,
@@ -134,7 +134,7 @@ def test_image_level_is_the_mean_over_each_image(family: str) -> None:
 TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
 
 
-NEED_GAPS = (families.runs, families.runs_or_parts)
+NEED_GAPS = (image_rules.runs, image_rules.runs_or_parts)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pre_kernels import reference
-from pre_kernels.integrations import apply_pre, families
+from pre_kernels.integrations import apply_pre, families, image_rules
 from pre_kernels.integrations import tokens as rows
 
 from .support.by_hand import (
@@ -330,10 +330,10 @@ def test_videos_count_only_with_a_video() -> None:
 
 def test_runs_and_grids_number_the_images() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
-    assert families.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
+    assert image_rules.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
     config = build("qwen2_vl").config
     grid = torch.tensor([[1, 2, 4], [1, 2, 2], [2, 2, 2]])
-    assert families.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [
+    assert image_rules.grids(mask, "image", {"image_grid_thw": grid}, config).tolist() == [
         0,
         0,
         1,
@@ -347,15 +347,15 @@ def test_merge_sizes_and_dropped_video_tokens() -> None:
     grid, merge = torch.tensor([[2, 2, 2], [1, 4, 4]]), torch.tensor([1, 2])
     inputs = {"video_grid_thw": grid, "video_merge_sizes": merge}
     kept = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
-    found = families.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
+    found = image_rules.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
     assert found.tolist() == [0, 1, 1, 1, 1]
     with pytest.raises(ValueError, match=r"video_grid_thw: means 12 video tokens, input_ids has 5"):
-        families.grids(mask, "video", inputs, None)
+        image_rules.grids(mask, "video", inputs, None)
 
 
 def test_equal_parts_of_pixels() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
-    parts = families.equal_parts
+    parts = image_rules.equal_parts
     assert parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None).tolist() == [
         0,
         0,
@@ -382,7 +382,7 @@ def test_tiles_of_zeros_are_padding() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     pixels = torch.zeros(2, 2, 3, 8, 8)
     pixels[0, 0], pixels[1, :, 0, 0, 0] = 1, -1  # one pixel is enough
-    assert families.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [
+    assert image_rules.tiles(mask, "image", {"pixel_values": pixels}, None).tolist() == [
         0,
         0,
         1,
@@ -391,9 +391,9 @@ def test_tiles_of_zeros_are_padding() -> None:
         2,
     ]
     assert (
-        families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
+        image_rules.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
     )  # a black image
-    assert families.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [
+    assert image_rules.tiles(mask, "image", {"image_hidden_states": pixels}, None).tolist() == [
         0,
         0,
         1,
@@ -404,23 +404,23 @@ def test_tiles_of_zeros_are_padding() -> None:
     with pytest.raises(
         ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"
     ):
-        families.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
+        image_rules.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
 
 
 def test_spatial_shapes_count_the_patches() -> None:
     config = build("lfm2_vl").config
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
     shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
-    assert families.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [
+    assert image_rules.shapes(mask, "image", {"spatial_shapes": shapes}, config).tolist() == [
         0,
         0,
         1,
         1,
         2,
     ]
-    assert families.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
+    assert image_rules.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
     with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
-        families.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
+        image_rules.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
 
 
 def test_image_tokens_stand_for_videos() -> None:

@@ -138,12 +138,12 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
     model, data = without_pixels(build("llava")), batch("llava")
     found = apply_pre(model)._objective
     parts = found.parts
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is False
+    assert rows.find_tokens(parts, data.inputs, None).empty.tolist() is False
     dummy = {**data.inputs, "attention_mask": torch.zeros_like(data.inputs["attention_mask"])}
-    assert rows.find_rows(parts, dummy, None).empty.tolist() is False
-    assert rows.find_rows(parts, data.inputs, lambda inputs: data.visual).empty is None
+    assert rows.find_tokens(parts, dummy, None).empty.tolist() is False
+    assert rows.find_tokens(parts, data.inputs, lambda inputs: data.visual).empty is None
     model.config.image_token_id = NEW
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is True
+    assert rows.find_tokens(parts, data.inputs, None).empty.tolist() is True
     found.parts.notices.settle("images without image tokens")
     kept = []
     losses = found.losses
@@ -154,7 +154,7 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
 
 def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     waits, counts = Waits(), []
-    for name in ("find_rows", "warn_of_images"):
+    for name in ("find_tokens", "warn_of_images"):
         original = getattr(rows, name)
 
         def watched(*args: Any, original: Any = original) -> Any:
@@ -177,7 +177,7 @@ def test_text_in_an_unlisted_family_is_looked_at_ever_more_seldom() -> None:
     parts.family = families.GENERIC
     with waits:
         for _ in range(64):
-            assert rows.find_rows(parts, text, None) is None
+            assert rows.find_tokens(parts, text, None) is None
     assert len(waits.found) == 7  # the 1st, 2nd, 4th, ..., 64th
 
 
@@ -200,9 +200,9 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     parts = families.find_parts(model)
     monkeypatch.setattr(rows, "capturing", lambda: True)
     with waits:
-        rows.warn_of_images(parts, rows.find_rows(parts, data.inputs, None), data.inputs)
+        rows.warn_of_images(parts, rows.find_tokens(parts, data.inputs, None), data.inputs)
         parts.family = families.GENERIC
-        rows.find_rows(parts, {"input_ids": data.inputs["input_ids"]}, None)
+        rows.find_tokens(parts, {"input_ids": data.inputs["input_ids"]}, None)
     assert waits.found == []
 
 
