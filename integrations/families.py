@@ -181,7 +181,7 @@ class Parts:
             if "norm" in name.rpartition(".")[2].lower():
                 for parameter in module.parameters():
                     if parameter.dim() == 1:
-                        return parameter.shape[0]
+                        return len(parameter)
         raise ValueError(
             f"model: its text config has hidden_size {width!r}, want an int; "
             f"nor has {type(layer).__name__} a norm to read the width from"

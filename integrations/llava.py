@@ -43,8 +43,8 @@ def check_merge(model: nn.Module) -> None:
     if lacks:
         raise ValueError(
             f"model: {type(model).__name__} merges text and images in {PREPARE}, but lacks "
-            f"{' and '.join(lacks)}, without which its visual tokens are not found; add it, or pass "
-            "mask_fn="
+            f"{' and '.join(lacks)}, without which its visual tokens are not found; add it, or "
+            "pass mask_fn="
         )
 
 
@@ -270,8 +270,8 @@ class _Encode(nn.Module):
         super().__init__()
         self.model = model
         tower = _tower(model)
-        # The model may keep the tower where its modules do not show it; held twice here, it would be
-        # left on the meta device.
+        # The model may keep the tower where its modules do not show it; held twice here, it would
+        # be left on the meta device.
         self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
 
     def forward(self, images: Tensor) -> Tensor:

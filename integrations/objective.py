@@ -147,8 +147,8 @@ class Objective(TermOptions):
             normalizer = agreed.to(state.device) if torch.is_tensor(agreed) else agreed
             with _products(seen, number, state, head):
                 losses.append(head(state, anchor, no_rows, impl=self.impl, normalizer=normalizer))
-                # A sharded head gathers its parameters at each call, so every rank has to call it as
-                # often as the others.
+                # A sharded head gathers its parameters at each call, so every rank has to call it
+                # as often as the others.
                 if self.loss != "cosine":
                     no_state = state[..., :0, :]
                     cosines.append(sample_cosine(head, no_state, anchor, None, self.impl))
