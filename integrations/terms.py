@@ -135,7 +135,9 @@ def find_terms(
     undrawn = _undrawn(options, tokens)
     agreed = agreed_divisor(options.group, undrawn.count, hidden[0].device, divisor)
     full_divisor = undrawn.count if agreed is None else agreed
-    rows, anchor, drawn_divisor = undrawn.rows, undrawn.anchor, agreed
+    rows = undrawn.rows
+    anchor = undrawn.anchor
+    drawn_divisor = agreed
     if options.fraction < 1:
         rows, drawn_fraction = draw(undrawn.mask, options.fraction)
         if anchor.shape[:-1] != undrawn.mask.shape:
@@ -201,7 +203,9 @@ def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualToken
 
 
 def _undrawn(options: TermOptions, tokens: _Tokens) -> _Undrawn:
-    mask, anchor, images = tokens.mask, tokens.anchor, tokens.images
+    mask = tokens.mask
+    anchor = tokens.anchor
+    images = tokens.images
     if images is None:
         return _Undrawn(mask, mask, anchor, None, mask.sum())
     if options.level != "image":
