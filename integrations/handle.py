@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .capture import Capture, Seen, like
+from .capture import Capture, CapturedForward
 from .deferred import Deferred
 from .gradient import GradientNorm
 from .head_options import Training, number
@@ -322,8 +322,9 @@ class PreHandle:
         A head without a `head_dtype` may be cast with its layer.
         """
         changed = {}
-        layers = self._objective.parts.layers
-        now = {like(layers[number - 1])[0] for number in self.layers} if self._as_layer else set()
+        parts = self._objective.parts
+        followed = self.layers if self._as_layer else ()
+        now = {parts.dtype_and_device(number)[0] for number in followed}
         for name, parameter in self.head.named_parameters():
             made = next(
                 (n for n in self._dtypes if f".{name}".endswith(f".{n}")), None
@@ -426,7 +427,7 @@ class PreHandle:
             self._check_frozen()
             self.notices.warn("called inside", model=type(self._model).__name__)
 
-    def _finish(self, output: Any, seen: Seen) -> Any:
+    def _finish(self, output: Any, seen: CapturedForward) -> Any:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
@@ -452,11 +453,11 @@ class PreHandle:
 
     def _record(self, found: Losses, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
-        scale = torch.as_tensor(found.divisor)
+        scale = torch.as_tensor(found.full_divisor)
         cosines = [pair.to(device, wide) for pair in found.cosines]
         new = torch.stack(
             [
-                found.terms.to(device, wide),
+                found.count.to(device, wide),
                 found.tokens.to(device, wide),
                 *(
                     torch.stack(cosines).sum(0)

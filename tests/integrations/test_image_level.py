@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pre_kernels.integrations import apply_pre, families
+from pre_kernels.integrations import apply_pre, families, image_rules
 
 from .support.attached import every_family, run
 from .support.by_hand import assert_same_gradients, expected_gradients
@@ -26,7 +26,7 @@ def test_image_level_is_the_mean_over_each_image(family: str) -> None:
 TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
 
 
-NEED_GAPS = (families.runs, families.runs_or_parts)
+NEED_GAPS = (image_rules.runs, image_rules.runs_or_parts)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pre_kernels.integrations import families
+from pre_kernels.integrations import families, image_rules
 from pre_kernels.integrations import tokens as rows
 
 from .support.tiny.models import IMAGE, VIDEO, build
@@ -26,10 +26,10 @@ def test_videos_count_only_with_a_video() -> None:
 
 def test_runs_and_grids_number_the_images() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
-    assert families.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
+    assert image_rules.runs(mask, "image", {}, None).tolist() == [0, 0, 1, 2, 3]
     config = build("qwen2_vl").config
     grid = torch.tensor([[1, 2, 4], [1, 2, 2], [2, 2, 2]])
-    numbers = families.grids(mask, "image", {"image_grid_thw": grid}, config)
+    numbers = image_rules.grids(mask, "image", {"image_grid_thw": grid}, config)
     assert numbers.tolist() == [0, 0, 1, 2, 2]
 
 
@@ -38,15 +38,15 @@ def test_merge_sizes_and_dropped_video_tokens() -> None:
     grid, merge = torch.tensor([[2, 2, 2], [1, 4, 4]]), torch.tensor([1, 2])
     inputs = {"video_grid_thw": grid, "video_merge_sizes": merge}
     kept = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
-    found = families.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
+    found = image_rules.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
     assert found.tolist() == [0, 1, 1, 1, 1]
     with pytest.raises(ValueError, match=r"video_grid_thw: means 12 video tokens, input_ids has 5"):
-        families.grids(mask, "video", inputs, None)
+        image_rules.grids(mask, "video", inputs, None)
 
 
 def test_equal_parts_of_pixels() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
-    parts = families.equal_parts
+    parts = image_rules.equal_parts
     numbers = parts(mask, "image", {"pixel_values": torch.zeros(2, 3, 8, 8)}, None)
     assert numbers.tolist() == [0, 0, 1, 1]
     numbers = parts(mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None)
@@ -66,28 +66,28 @@ def test_tiles_of_zeros_are_padding() -> None:
     pixels = torch.zeros(2, 2, 3, 8, 8)
     pixels[0, 0] = 1
     pixels[1, :, 0, 0, 0] = -1  # one pixel is enough
-    numbers = families.tiles(mask, "image", {"pixel_values": pixels}, None)
+    numbers = image_rules.tiles(mask, "image", {"pixel_values": pixels}, None)
     assert numbers.tolist() == [0, 0, 1, 1, 2, 2]
     # A black image is no padding.
-    assert families.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
+    assert image_rules.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
     # By runs of tokens, where the inputs do not say.
-    numbers = families.tiles(mask, "image", {"image_hidden_states": pixels}, None)
+    numbers = image_rules.tiles(mask, "image", {"image_hidden_states": pixels}, None)
     assert numbers.tolist() == [0, 0, 1, 1, 1, 1]
     with pytest.raises(
         ValueError, match=r"pixel_values: has 4 images for 6 image tokens in input_ids"
     ):
-        families.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
+        image_rules.tiles(mask, "image", {"pixel_values": pixels + 1}, None)
 
 
 def test_spatial_shapes_count_the_patches() -> None:
     config = build("lfm2_vl").config
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
     shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
-    numbers = families.shapes(mask, "image", {"spatial_shapes": shapes}, config)
+    numbers = image_rules.shapes(mask, "image", {"spatial_shapes": shapes}, config)
     assert numbers.tolist() == [0, 0, 1, 1, 2]
-    assert families.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
+    assert image_rules.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
     with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
-        families.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
+        image_rules.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
 
 
 def test_image_tokens_stand_for_videos() -> None:

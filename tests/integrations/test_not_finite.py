@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
+from pre_kernels.integrations import (
+    apply_pre,
+    attach,
+    cosine,
+    objective,
+    patch_trainer,
+    terms,
+)
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
@@ -182,15 +189,17 @@ def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
 ) -> None:
     waits = Waits()
     calls = []
-    terms = objective.Objective._terms
-    finite = objective.finite
+    find_terms = objective.find_terms
+    drop_nonfinite = terms.drop_nonfinite
 
     def watched(*args: Any) -> Any:
         with waits:
-            return terms(*args)
+            return find_terms(*args)
 
-    monkeypatch.setattr(objective.Objective, "_terms", watched)
-    monkeypatch.setattr(objective, "finite", lambda *args: calls.append(1) or finite(*args))
+    monkeypatch.setattr(objective, "find_terms", watched)
+    monkeypatch.setattr(
+        terms, "drop_nonfinite", lambda *args: calls.append(1) or drop_nonfinite(*args)
+    )
     for nonfinite in attach.NONFINITE:
         model = build("llava")
         apply_pre(model, nonfinite=nonfinite)

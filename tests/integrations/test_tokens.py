@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pre_kernels.integrations import Reader, apply_pre, families, objective
-from pre_kernels.integrations import tokens as rows
+from pre_kernels.integrations import tokens
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.fuyu import fuyu
@@ -85,12 +85,12 @@ def test_images_without_a_visual_token_are_said_once(
     model, data = without_pixels(build(family)), batch(family)
     handle = apply_pre(model)
     model.config.image_token_id = NEW  # and the collator knows nothing of it
-    for number in range(1, 2 * rows.PATIENCE + 2):
+    for number in range(1, 2 * tokens.PATIENCE + 2):
         model(**data.inputs).loss.backward()
-        assert len(pre_warnings(recwarn)) == (number >= rows.PATIENCE)
+        assert len(pre_warnings(recwarn)) == (number >= tokens.PATIENCE)
     assert handle.metrics()["pre_tokens"] == 0
     handle._objective.parts.notices.forget()
-    for _ in range(2 * rows.PATIENCE):
+    for _ in range(2 * tokens.PATIENCE):
         model(**data.inputs)
     first, second = pre_warnings(recwarn)
     assert first == second
@@ -103,7 +103,7 @@ def test_a_trainer_that_finds_no_visual_token_says_it(
     model = without_pixels(build("llava"))
     apply_pre(model)
     model.config.image_token_id = NEW
-    make(tmp_path, model, max_steps=rows.PATIENCE).train()
+    make(tmp_path, model, max_steps=tokens.PATIENCE).train()
     assert (
         len([text for text in pre_warnings(recwarn) if "has none of the image tokens 55" in text])
         == 1
@@ -141,12 +141,12 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
     model, data = without_pixels(build("llava")), batch("llava")
     found = apply_pre(model)._objective
     parts = found.parts
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is False
+    assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is False
     dummy = {**data.inputs, "attention_mask": torch.zeros_like(data.inputs["attention_mask"])}
-    assert rows.find_rows(parts, dummy, None).empty.tolist() is False
-    assert rows.find_rows(parts, data.inputs, lambda inputs: data.visual).empty is None
+    assert tokens.find_tokens(parts, dummy, None).empty.tolist() is False
+    assert tokens.find_tokens(parts, data.inputs, lambda inputs: data.visual).empty is None
     model.config.image_token_id = NEW
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is True
+    assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is True
     found.parts.notices.settle("images without image tokens")
     kept = []
     losses = found.losses
@@ -158,8 +158,8 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
 def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = Waits()
     counts = []
-    for name in ("find_rows", "warn_of_images"):
-        original = getattr(rows, name)
+    for name in ("find_tokens", "warn_of_images"):
+        original = getattr(tokens, name)
 
         def watched(*args: Any, original: Any = original) -> Any:
             with waits:
@@ -183,7 +183,7 @@ def test_text_in_an_unlisted_family_is_looked_at_ever_more_seldom() -> None:
     parts.family = families.GENERIC
     with waits:
         for _ in range(64):
-            assert rows.find_rows(parts, text, None) is None
+            assert tokens.find_tokens(parts, text, None) is None
     assert len(waits.found) == 7  # the 1st, 2nd, 4th, ..., 64th
 
 
@@ -208,9 +208,9 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     parts = families.find_parts(model)
     monkeypatch.setattr(rows, "capturing", lambda: True)
     with waits:
-        rows.warn_of_images(parts, rows.find_rows(parts, data.inputs, None), data.inputs)
+        tokens.warn_of_images(parts, tokens.find_tokens(parts, data.inputs, None), data.inputs)
         parts.family = families.GENERIC
-        rows.find_rows(parts, {"input_ids": data.inputs["input_ids"]}, None)
+        tokens.find_tokens(parts, {"input_ids": data.inputs["input_ids"]}, None)
     assert waits.found == []
 
 

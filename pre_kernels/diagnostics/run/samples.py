@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pre_kernels.integrations.families import visual_tokens
+from pre_kernels.integrations.model_config import visual_tokens
 
 from .data import Images, Item, MaskSource, find_images, open_image, open_masks
 from .geometry import find_packing, token_grid, token_objects
