@@ -17,7 +17,7 @@ from .capture import like
 from .distributed import Group, check_not_wrapped, check_same_everywhere
 from .families import Parts, check_tokens, find_parts, text_config
 from .handle import ATTRIBUTE, PreHandle, find_handle
-from .head_options import Training
+from .head_options import HeadOptions
 from .objective import Objective
 
 ANCHORS = ("pre_llm", "pre_projector")
@@ -170,7 +170,7 @@ def apply_pre(
     counted = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
-    training = Training(head_lr, head_weight_decay, schedule, warmup)
+    training = HeadOptions(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()

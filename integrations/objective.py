@@ -16,9 +16,9 @@ from pre_kernels.checks import debugging
 from pre_kernels.head import Uncast
 
 from .capture import Seen
-from .cosine import sample_cosine
 from .distributed import Group
 from .families import Parts
+from .metrics import sample_cosine
 from .tokens import Rows, find_rows, finite, image_weights, pool, sample, warn_of_images
 
 

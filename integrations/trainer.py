@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
 from .counting import counting_of
 from .deferred import Deferred
 from .handle import PreHandle, find_handle
-from .head_options import NO_GROUPS, as_asked, own_groups
+from .head_options import NO_GROUPS, add_head_groups, has_requested_settings
+from .metrics import saw_tokens, to_log
 from .notices import Notices
 from .optimizers import parameters, unwrapped
 from .resuming import model_loaded, optimizer_loaded, sharded
@@ -71,7 +71,8 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
         raise TypeError(f"trainer_class: got {target!r}, want transformers.Trainer or a subclass")
     if getattr(target, _MARK, None) is not None:
         raise RuntimeError(
-            f"trainer_class: {target.__name__} is patched already; call remove() of that patch first"
+            f"trainer_class: {target.__name__} is patched already; call remove() of that patch "
+            "first"
         )
     return TrainerPatch(target)
 
@@ -83,13 +84,12 @@ class TrainerPatch:
         self.target = target
         self.active = True
         self.warns = True  # of a training without a handle; the launcher has its own words
-        self._replaced: dict[
-            str, tuple[Any, Any]
-        ] = {}  # what the class had of its own, and what it has now
+        # what the class had of its own, and what it has now
+        self._replaced: dict[str, tuple[Any, Any]] = {}
         if not hasattr(target, "get_batch_samples"):
             warnings.warn(
-                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
-                "counted over the step; its micro-batches weigh the same instead",
+                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual "
+                "tokens are not counted over the step; its micro-batches weigh the same instead",
                 stacklevel=3,
             )
         for name in _WRAPPERS:
@@ -198,17 +198,17 @@ def _inner_training_loop(
         handle.notices.warn("handle inside", **names)
     handle.metrics()  # what a training that ran out of memory has left
     handle.advise(
-        "patch_trainer() is in use, but its training_step is not: add output.loss, or call the Trainer's"
+        "patch_trainer() is in use, but its training_step is not: add output.loss, or call the "
+        "Trainer's"
     )
     if not trainer.is_deepspeed_enabled:  # which casts the whole model and keeps float32 copies
         handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
+        # on the instance, since a subclass may have its own
         create = functools.partial(
             _create_optimizer, trainer.create_optimizer, handle, trainer, stack
         )
-        stack.enter_context(
-            _replaced(trainer, "create_optimizer", create)
-        )  # a subclass may have its own
+        stack.enter_context(_replaced(trainer, "create_optimizer", create))
         try:
             return original(*args, **kwargs)
         finally:
@@ -224,35 +224,33 @@ def _create_optimizer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    given = trainer.optimizer is not None
-    found = original(*args, **kwargs)
+    was_there = trainer.optimizer is not None
+    created = original(*args, **kwargs)
     optimizer: Any = unwrapped(trainer.optimizer)
     groups = handle.param_groups()
     name = type(optimizer).__name__
     why = NO_GROUPS.get(name)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        name, why = (
-            "the optimizer of a DeepSpeed config",
-            'which makes its own groups; leave "optimizer" out of it',
-        )
+        name = "the optimizer of a DeepSpeed config"
+        why = 'which makes its own groups; leave "optimizer" out of it'
     if why is not None:
         if handle.own_rates:
             handle.notices.warn("optimizer of its own", optimizer=name, why=why)
-        return found
-    if not given:
-        for group, error in own_groups(optimizer, groups):
-            mine = {id(p) for p in group["params"]}
-            names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in mine)
+        return created
+    if not was_there:
+        for group, error in add_head_groups(optimizer, groups):
+            refused = {id(p) for p in group["params"]}
+            names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in refused)
             handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
     elif not {id(p) for group in groups for p in group["params"]} <= {
         id(p) for p in parameters(optimizer)
     }:
         handle.notices.warn("optimizer given")
         handle.notices.settle("optimizer without the head")
-    elif not as_asked(groups, optimizer):
+    elif not has_requested_settings(groups, optimizer):
         handle.notices.warn("optimizer made before")
     stack.callback(handle.watch(optimizer).remove)
-    return found
+    return created
 
 
 def _get_batch_samples(
@@ -290,9 +288,8 @@ def _training_step(
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=alone)
     counting.reached |= torch.is_tensor(deferred.added)
-    if (
-        deferred.losses and not counting.reached
-    ):  # else one was left out, as where a loss is nan, or only looked at
+    # where losses came there before, this one was left out, as where it is nan, or only looked at
+    if deferred.losses and not counting.reached:
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added
@@ -333,13 +330,9 @@ def _log(
     **kwargs: Any,
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
-        found = handle.metrics(combine=counting_of(trainer, handle).combined())
-        if found["pre_rows"] or found.get("pre_skipped"):
-            logs |= {
-                name: value
-                for name, value in found.items()
-                if name not in ("pre_rows", "pre_forwards")
-            }
+        metrics = handle.metrics(combine=counting_of(trainer, handle).combined())
+        if saw_tokens(metrics):
+            logs |= to_log(metrics)
     return original(logs, *args, **kwargs)
 
 
@@ -349,7 +342,7 @@ def _save(
     done = original(*args, **kwargs)
     if not sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
-        checkpoint.save(handle, folder, writes=trainer.args.should_save)
+        handle.save(folder, writes=trainer.args.should_save)
     return done
 
 
@@ -359,7 +352,7 @@ def _save_model(
     done = original(*args, **kwargs)
     if sharded(trainer):  # collective; every process comes here, not every one to `_save`
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
-        checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
+        handle.save(folder, trainer.model_wrapped, writes=trainer.args.should_save)
     return done
 
 

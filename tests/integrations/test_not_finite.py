@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
+from pre_kernels.integrations import apply_pre, attach, metrics, objective, patch_trainer
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
@@ -216,5 +216,5 @@ def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
     hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
     hidden[2:] = NAN
     assert (
-        cosine.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
+        metrics.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
     )
