@@ -89,9 +89,10 @@ def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trained(head: Any) -> nn.Module:
     """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
-    if not hasattr(head, "modules_to_save"):
-        return head
-    return head.modules_to_save[head.active_adapters[0]]
+    trained: nn.Module = head
+    if hasattr(head, "modules_to_save"):
+        trained = head.modules_to_save[head.active_adapters[0]]
+    return trained
 
 
 def _heads(trained: nn.Module) -> dict[str, Any]:

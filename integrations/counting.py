@@ -129,8 +129,8 @@ class Counting:
         is judged."""
 
         def combine(totals: Tensor) -> Tensor:
-            mine = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
-            combined = over_processes(self.trainer, torch.cat(mine))
+            sums = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
+            combined = over_processes(self.trainer, torch.cat(sums))
             differ, counted, seen, uncounted = combined[-4:].tolist()
             self.sums = torch.zeros_like(self.sums)
             self.uncounted = 0

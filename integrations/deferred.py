@@ -50,7 +50,8 @@ class Deferred:
         """The loss of the forwards since the last call, 0-d; None if there were none."""
         losses = self.losses
         forwards_counts = self.counts
-        self.losses, self.counts = [], []
+        self.losses = []
+        self.counts = []
         if not losses:
             return None
         device = losses[0].device

@@ -159,7 +159,7 @@ class FullParameters:
     ) -> None:
         for module in (attached, *head.modules()):
             if _is(module, "FSDPModule"):
-                # after a forward without a backward it is whole for a while
+                # After a forward without a backward its parameters are whole for a while.
                 module.reshard()  # type: ignore[operator]
         self.head = head
         self.parameters = {_clean(name): p for name, p in head.named_parameters()}
@@ -263,10 +263,10 @@ def _full(parameter: Any) -> Tensor:
 def _distribute(value: Tensor, parameter: Any) -> None:
     from torch.distributed.tensor import distribute_tensor
 
-    mine = parameter.to_local()
+    own_part = parameter.to_local()
     value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-    # every process has the whole, so each takes its part
-    mine.copy_(
+    # Every process has the whole value, so none has to send it: each takes its part.
+    own_part.copy_(
         distribute_tensor(
             value, parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()

@@ -304,12 +304,13 @@ class PreHandle(ScheduledWeight):
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._watchdog.reason = None
         if torch.is_grad_enabled():
-            self._own = None  # nobody asked for it; its graph is not kept beside this forward's
+            # Nobody asked for the last forward's; its graph is not kept beside this one's.
+            self._own = None
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
         if not self._wanted():
             return False
-        # a Trainer with its own loss pops the labels
+        # A Trainer with a loss of its own takes the labels out, but defers L_PRe.
         labelled = (
             self._labels is None
             or inputs.get(self._labels) is not None
@@ -372,7 +373,8 @@ class PreHandle(ScheduledWeight):
         return output if added_here else keep_in_graph(output, total)
 
     def _measure(self, optimizer: Any, *_: Any) -> None:
-        if self._capture is not None:  # it may outlive PRe
+        # The optimizer may outlive PRe.
+        if self._capture is not None:
             self._totals.gradient.measure(self.head, optimizer)
 
 

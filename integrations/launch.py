@@ -120,9 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir"
     )
-    # deepspeed's launcher puts it before all other arguments
+    # DeepSpeed's launcher puts it before all other arguments.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
-    # by a launcher, which found the modules that settings name in this folder
+    # Set by a launcher that this one follows: the folder where it found the modules that settings
+    # name.
     parser.add_argument("--followed", help=argparse.SUPPRESS)
     return parser
 

@@ -63,7 +63,7 @@ class Launch:
         self._follows = again is not None
         # whether trainings that ended had a term, by the model's name
         self.trained: dict[str, bool] = {}
-        self.begun = False  # whether a training with PRe was
+        self.begun = False  # whether a training with PRe began
         self.told = False  # whether a warning was given
         self._attached = False  # whether a handle was made, by whomever
         self._stepped = False  # whether an optimizer was seen to step
@@ -86,7 +86,8 @@ class Launch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._active = False  # wrappers that others wrapped stay in place
+        # Wrappers of ours that others have wrapped stay in place and do nothing.
+        self._active = False
         self._undo.close()
 
     def _noting(self, construct: Callable[..., None]) -> Any:
@@ -256,8 +257,8 @@ def _callback(launch: Launch, trainer: Any) -> Any:
                 return
             optimizer = unwrapped(more["optimizer"])
             refused = "optimizer refuses" in handle.notices.given
-            if refused or type(optimizer).__name__ in NO_GROUPS:  # which was said
-                return
+            if refused or type(optimizer).__name__ in NO_GROUPS:
+                return  # a warning has said it
             held = {id(p) for p in parameters(optimizer)}
             if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
                 raise RuntimeError(
@@ -323,7 +324,8 @@ class _Importing(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                if self.active:  # the module may be found now and run later
+                # The module may have been found inside and be run later.
+                if self.active:
                     self.then()
 
             loader.exec_module = exec_module

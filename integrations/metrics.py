@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pre_kernels import PreHead
 
-SAMPLE = 256
+SAMPLE = 256  # rows of a forward whose cosines are computed for the log alone
 NOT_LOGGED = ("pre_rows", "pre_forwards")
 
 
@@ -59,7 +59,7 @@ class Totals:
         device = losses[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         divisor = torch.as_tensor(full_divisor).to(device)
-        # none where the loss is the cosine
+        # There are none where the loss is the cosine.
         sampled = [pair.to(device, dtype) for pair in cosines] or [
             torch.zeros(2, dtype=dtype, device=device)
         ]
@@ -139,15 +139,15 @@ class GradientNorm:
 
     def __init__(self) -> None:
         self.norm = torch.zeros(())
-        self.elements_here = 0  # of the gradient, in this process
-        self.elements = 0  # in all
+        self.elements_here = 0  # of the gradient in this process
+        self.elements = 0  # of the gradient in all processes, each counted once
 
     def measure(self, head: nn.Module, optimizer: Any) -> None:
         """Look at the gradients there are at the beginning of a step of `optimizer`."""
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # a GradScaler's, where the optimizer's step itself unscales (fused)
+        # Where the optimizer's step itself unscales (fused), it has the GradScaler's scale.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             self.norm = self.norm / scale.to(self.norm.device)
@@ -164,10 +164,10 @@ class GradientNorm:
     def read(self, sums: Mapping[str, float]) -> float | None:
         """The norm by the sums of `packed`, where each element may be there several times; None
         where one is missing."""
-        square, number = (sums[name] for name in self.NAMES)
-        if not number >= self.elements > 0:
+        seen = sums["gradient_elements"]
+        if not seen >= self.elements > 0:
             return None
-        return math.sqrt(square * self.elements / number)
+        return math.sqrt(sums["gradient_square"] * self.elements / seen)
 
 
 def _trained_elements(head: PreHead) -> int:
@@ -210,5 +210,5 @@ def sample_cosine(
     rows = torch.searchsorted(places, ranks + 1).clamp(max=len(flat) - 1)
     matching = rows if len(target) == len(flat) else ranks.clamp(max=len(target) - 1)
     cosines = -head(flat[rows], target[matching], None, loss="cosine", reduction="none", impl=impl)
-    # what stands in for a row that does not count may be nan
+    # The cosine of what stands in for a row that does not count may be nan.
     return torch.stack([cosines.where(valid, 0).sum(), valid.sum().to(cosines.dtype)])

@@ -24,9 +24,9 @@ def loss_share(
         return 1.0
     shifted = inputs.get("shift_labels")
     targets = inputs[labels][..., 1:] if shifted is None else shifted
-    mine = targets.ne(-100).sum().to(device)
-    mine = mine / (items.to(device) if torch.is_tensor(items) else items)
-    return mine if group is None else group.mean(mine)
+    own_items = targets.ne(-100).sum().to(device)
+    share = own_items / (items.to(device) if torch.is_tensor(items) else items)
+    return share if group is None else group.mean(share)
 
 
 def own_loss(output: Any) -> Tensor | None:

@@ -29,7 +29,7 @@ def sharded(trainer: Any) -> bool:
 def model_loaded(handle: PreHandle, trainer: Any, folder: str) -> Iterator[None]:
     """Around the Trainer's own loading: the head and what it leaves out come after it, and one line
     says so."""
-    # what splits parameters looks for all of them in its checkpoint, where the head is too
+    # FSDP and DeepSpeed look for all parameters in their checkpoints, which have the head's too.
     hidden = contextlib.nullcontext() if sharded(trainer) else handle.excluded()
     with names_given(trainer.model) as names, hidden:
         yield
@@ -94,7 +94,7 @@ def _fitted(
     saved = [bool(group.get(MARK)) for group in state["param_groups"]]
     here = [bool(group.get(MARK)) for group in now["param_groups"]]
     if saved.count(False) != here.count(False) or any(saved) == any(here):
-        return None  # others' groups are torch's to judge
+        return None  # whether the other groups fit is torch's to judge
     groups = [group for group in state["param_groups"] if not group.get(MARK)]
     own = {i for group in state["param_groups"] if group.get(MARK) for i in group["params"]}
     first = 1 + max((i for group in groups for i in group["params"]), default=-1)

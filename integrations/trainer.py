@@ -83,7 +83,8 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.active = True
-        self.warns = True  # of a training without a handle; the launcher has its own words
+        # whether it warns of a training without a handle, for which the launcher has its own words
+        self.warns = True
         # what the class had of its own, and what it has now
         self._replaced: dict[str, tuple[Any, Any]] = {}
         if not hasattr(target, "get_batch_samples"):
@@ -104,7 +105,7 @@ class TrainerPatch:
         is fine."""
         if not self.active:
             return
-        self.active = False  # for what keeps one of the methods
+        self.active = False  # somebody may have kept one of the methods
         for name, (before, method) in self._replaced.items():
             if vars(self.target).get(name) is not method:
                 continue
@@ -147,12 +148,10 @@ class TrainerPatch:
         inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
         inside.add(name)
         try:
+            handle = find_handle(trainer.model)
             if name in _ENTRIES:
                 with self._on(trainer):
-                    return _WRAPPERS[name](
-                        find_handle(trainer.model), original, trainer, *args, **kwargs
-                    )
-            handle = find_handle(trainer.model)
+                    return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
             if handle is None and name not in _WITHOUT_HANDLE:
                 return original(*args, **kwargs)
             return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
@@ -187,8 +186,8 @@ def _inner_training_loop(
     handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     if handle is None:
-        names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
         if getattr(trainer, _MARK).warns:
+            names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
             Notices().warn("no handle", **names)
         return original(*args, **kwargs)
     trainer._pre_counting = None
@@ -196,15 +195,16 @@ def _inner_training_loop(
     if handle.model not in (trainer.model, inner):
         names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
         handle.notices.warn("handle inside", **names)
-    handle.metrics()  # what a training that ran out of memory has left
+    handle.metrics()  # forgets what a training that ran out of memory has left
     handle.advise(
         "patch_trainer() is in use, but its training_step is not: add output.loss, or call the "
         "Trainer's"
     )
-    if not trainer.is_deepspeed_enabled:  # which casts the whole model and keeps float32 copies
+    # DeepSpeed casts the whole model and keeps float32 copies.
+    if not trainer.is_deepspeed_enabled:
         handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
-        # on the instance, since a subclass may have its own
+        # Replaced on the instance, since a subclass may have a method of its own.
         create = functools.partial(
             _create_optimizer, trainer.create_optimizer, handle, trainer, stack
         )
@@ -279,7 +279,7 @@ def _training_step(
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
-    # others may have counted theirs, so a group is not asked for the divisor
+    # Other processes may have counted theirs, so the group is not asked for the divisor.
     alone = counting.ahead and count is None
     with (
         handle.defer(divisor, step.size, count, alone) as deferred,
@@ -288,7 +288,8 @@ def _training_step(
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=alone)
     counting.reached |= torch.is_tensor(deferred.added)
-    # where losses came there before, this one was left out, as where it is nan, or only looked at
+    # Where losses came to accelerator.backward before, the trainer left this one out on purpose: it
+    # is nan, say, or was only looked at.
     if deferred.losses and not counting.reached:
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
@@ -350,7 +351,8 @@ def _save_model(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     done = original(*args, **kwargs)
-    if sharded(trainer):  # collective; every process comes here, not every one to `_save`
+    # Saving is collective then, and not every process comes to `_save`.
+    if sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
         handle.save(folder, trainer.model_wrapped, writes=trainer.args.should_save)
     return done
