@@ -32,6 +32,8 @@ class PreHandle(ScheduledWeight):
         enabled: False turns PRe off without removing it.
         weight: λ, before the schedule.
         progress: where in the training the next step is, 0..1; the schedule reads it.
+        scheduled_weight: λ as the schedule has it at `progress`. At 0 the head is not in the graph,
+            which DDP has to be told of.
     """
 
     def __init__(

@@ -4,10 +4,10 @@
 vision-language models `save_pretrained` renames keys (`model.language_model.layers…` is saved as
 `language_model.model.layers…`). `transformers.Trainer` reads a checkpoint with
 `load_state_dict(..., strict=False)` and without the renaming that `from_pretrained` does, so it
-leaves these weights out, with a warning at most, and resumes from those the model was made with.
-Seen in transformers 4.57 to 5.24. It can go when the oldest transformers that is supported loads
-renamed keys in `Trainer._load_from_checkpoint` and `Trainer._load_best_model`:
-`tests/integrations/test_resume.py` then passes without it.
+leaves these weights out, with a warning in the log, and resumes from those the model was made with.
+Seen in transformers 5.24. It can go when the oldest transformers that is supported loads renamed
+keys in `Trainer._load_from_checkpoint` and `Trainer._load_best_model`: without it
+`test_four_and_four_steps_are_eight` in `tests/integrations/test_features.py` then still passes.
 """
 
 from __future__ import annotations
