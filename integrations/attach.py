@@ -16,7 +16,7 @@ from pre_kernels.checks import IMPLEMENTATIONS, choice
 from .distributed import Group, check_not_wrapped, check_same_everywhere
 from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
-from .head_options import Training
+from .head_options import HeadOptions
 from .objective import Objective
 
 ANCHORS = ("pre_llm", "pre_projector")
@@ -171,7 +171,7 @@ def apply_pre(
     counted_over = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
-    training = Training(head_lr, head_weight_decay, schedule, warmup)
+    training = HeadOptions(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()

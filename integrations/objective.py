@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pre_kernels.head import Uncast
 
 from .capture import CapturedForward
-from .cosine import sample_cosine
+from .metrics import sample_cosine
 from .terms import TermOptions, agreed_divisor, count_images, find_terms
 from .tokens import find_tokens, pool, warn_of_images
 

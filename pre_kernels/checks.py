@@ -41,6 +41,14 @@ def width(name: str, value: Any) -> int:
     return value
 
 
+def nonnegative(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: got {value}, want a finite number ≥ 0")
+    return float(value)
+
+
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")

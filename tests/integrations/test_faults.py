@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
-from pre_kernels.integrations.distributed import Whole
+from pre_kernels.integrations.distributed import FullParameters
 from pre_kernels.integrations.llava import PREPARE
 
 from .support.by_hand import gradients
@@ -219,7 +219,7 @@ def ranks_that_die(folder: str, how: str) -> None:
     call = {"save": save, "gather": save, "load": lambda: handle.load(f"{folder}/whole")}.get(how)
     if rank == 1:
         if how == "gather":
-            with mock.patch.object(Whole, "read", side_effect=out_of_memory()):
+            with mock.patch.object(FullParameters, "read", side_effect=out_of_memory()):
                 fails(save, torch.OutOfMemoryError)
         if how == "exit":
             model.model.language_model.layers[3].register_forward_pre_hook(lambda *_: os._exit(3))

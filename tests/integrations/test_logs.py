@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from pre_kernels import PreHead, reference
 from pre_kernels.integrations import apply_pre, patch_trainer
-from pre_kernels.integrations.cosine import SAMPLE, sample_cosine
+from pre_kernels.integrations.metrics import SAMPLE, sample_cosine
 
 from .support.by_hand import copy_of, pre_loss, watch
 from .support.tiny.models import batch, build

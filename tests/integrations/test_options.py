@@ -358,7 +358,7 @@ def test_an_anchor_that_raises_keeps_its_traceback_and_leaves_nothing() -> None:
     assert handle._capture.inside is False
     with pytest.raises(KeyError, match=r"encoder"), handle.defer(4.0) as deferred:
         model(**data.inputs)
-    assert deferred.terms == []
+    assert deferred.counts == []
     broken = False
     assert torch.is_grad_enabled()
     model(**data.inputs).loss.backward()

@@ -206,7 +206,7 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     model = build("llava")
     data = batch("llava")
     parts = families.find_parts(model)
-    monkeypatch.setattr(rows, "capturing", lambda: True)
+    monkeypatch.setattr(tokens, "capturing", lambda: True)
     with waits:
         tokens.warn_of_images(parts, tokens.find_tokens(parts, data.inputs, None), data.inputs)
         parts.family = families.GENERIC
