@@ -23,7 +23,9 @@ def test_the_table_says_what_the_outcomes_are():
             ("e", "g.py", "chunk", "unreached", None),
         )
     ]
-    lines = mutation_table.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
+    lines = mutation_table.aggregate(
+        outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}}
+    )
     assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
     stamp = record.stamp(Cpu())
     text = mutation_table.page(

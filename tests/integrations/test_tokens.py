@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pre_kernels.integrations import Reader, apply_pre, families, objective
-from pre_kernels.integrations import tokens
+from pre_kernels.integrations import Reader, apply_pre, families, objective, tokens
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.fuyu import fuyu
