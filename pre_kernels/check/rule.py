@@ -184,7 +184,9 @@ class Judge:
         self.case = case
         self.eager = run(reference.pre_loss, case)
         self.truth = run(reference.pre_loss, case, torch.float64)
-        wide = {name: None if x is None else x.double() for name, x in case.tensors.items()}
+        wide: dict[str, Any] = {
+            name: None if x is None else x.double() for name, x in case.tensors.items()
+        }
         with torch.no_grad():
             losses = reference.pre_loss(
                 **wide, rows=case.rows, **case.options | {"reduction": "none"}
