@@ -32,7 +32,7 @@ def results() -> list[dict]:
         "z": 64,
         **stamp,
     }
-    figures = {"q1_ms": 1.0, "q3_ms": 4.0, "tflops": 12.0}
+    metrics = {"q1_ms": 1.0, "q3_ms": 4.0, "tflops": 12.0}
     ours = {
         "peer": "ours-torch",
         "median_ms": 1.5,
@@ -48,9 +48,9 @@ def results() -> list[dict]:
         "error_ratio": 1.0,
     }
     return [
-        {**about, **figures, **ours},
-        {**about, **figures, **eager},
-        {**about, **figures, "peer": "floor", "median_ms": 1.0},
+        {**about, **metrics, **ours},
+        {**about, **metrics, **eager},
+        {**about, **metrics, "peer": "floor", "median_ms": 1.0},
         {**about, "peer": "ours-triton", "unavailable": "no GPU"},
     ]
 
@@ -82,14 +82,14 @@ def gpu_results() -> list[dict]:
         }
         times |= {"liger": 4.0, "viral": 7.0}
         for peer, ms in times.items():
-            figures = {"median_ms": ms, "q1_ms": ms, "q3_ms": ms, "tflops": 1 / ms}
-            figures |= (
+            metrics = {"median_ms": ms, "q1_ms": ms, "q3_ms": ms, "tflops": 1 / ms}
+            metrics |= (
                 {"peak_mib": 300.0, "returned_mib": 100.0, "formula_mib": 210.0}
                 if peer != "floor"
                 else {}
             )
             group = f"{kind} {shape.name} {selection}"
-            add(kind, peer=peer, **about, **figures, selection=selection, group=group)
+            add(kind, peer=peer, **about, **metrics, selection=selection, group=group)
 
     for shape in shapes.GPU:
         run("loss", shape)
@@ -131,12 +131,12 @@ def cpu_results() -> list[dict]:
         times = {"ours-torch": ours, "eager": 4.0, "compile": 3.0, "compile-max": 2.5, "floor": 1.0}
         extras = {"ours-torch": 30.0, "eager": 100.0, "compile": 60.0, "compile-max": 50.0}
         for peer, ms in times.items():
-            figures = {"median_ms": ms, "error_ratio": 1.0, "outside_rule": None}
-            figures |= (
+            metrics = {"median_ms": ms, "error_ratio": 1.0, "outside_rule": None}
+            metrics |= (
                 {"peak_mib": 10.0 + extras[peer], "returned_mib": 10.0} if peer in extras else {}
             )
             about = {"shape": shape, "dtype": dtype, "selection": selection, "peer": peer}
-            add("loss", **about, **figures, group=f"{shape} {dtype} {selection}")
+            add("loss", **about, **metrics, group=f"{shape} {dtype} {selection}")
 
     run("cpu-16k", "bf16", "index", 1.8)
     run("cpu-16k", "fp32", "index", 1.9)
@@ -153,21 +153,21 @@ def cpu_results() -> list[dict]:
             "group": f"workspace {dtype}",
         }
         for item, ms, mib in ((2, 2.4, 12.0), (16, 1.8, 20.0), (256, 1.7, 250.0)):
-            figures = {
+            metrics = {
                 "median_ms": ms,
                 "over_floor": ms,
                 "peak_mib": 10.0 + mib,
                 "returned_mib": 10.0,
             }
-            add("workspace", peer="ours-torch", item=item, **about, **figures)
+            add("workspace", peer="ours-torch", item=item, **about, **metrics)
         for peer, ms, mib in (("eager", 4.0, 100.0), ("compile", 3.0, 60.0)):
-            figures = {
+            metrics = {
                 "median_ms": ms,
                 "over_floor": ms,
                 "peak_mib": 10.0 + mib,
                 "returned_mib": 10.0,
             }
-            add("workspace", peer=peer, **about, **figures)
+            add("workspace", peer=peer, **about, **metrics)
         add("workspace", peer="floor", **about, median_ms=1.0, over_floor=1.0)
     add("training", item="smolvlm-256m", dtype="bf16", time_ratio=1.01, memory_ratio=1.015)
     return lines

@@ -83,9 +83,9 @@ class StandIn(torch.nn.Module):
 @pytest.fixture
 def quack(monkeypatch):
     """Its baseline with the stand-in, wherever this runs; the functions that were compiled."""
-    package, mlp = ModuleType("quack"), ModuleType("quack.mlp")
+    mlp = ModuleType("quack.mlp")
     mlp.MLP = StandIn
-    monkeypatch.setitem(sys.modules, "quack", package)
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     monkeypatch.setitem(sys.modules, "quack.mlp", mlp)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)

@@ -38,7 +38,8 @@ def sound(lines):
 
 @pytest.mark.parametrize("stage", [name for name in gpu_stages.STAGES if name != "all"])
 def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeypatch):
-    monkeypatch.setattr(training, "peak", lambda *_: 3.0)  # a process each; other tests have it
+    # It takes a process each, and other tests have it.
+    monkeypatch.setattr(training, "peak", lambda *_: 3.0)
     status, lines = dry(stage, tmp_path)
     assert status == 0
     sound(lines)
@@ -81,9 +82,8 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
         for name, part in parts.items()
     ]
     monkeypatch.setitem(gpu_stages.STAGES, "all", lambda dry, out: iter(slow))
-    monkeypatch.setattr(
-        memory, "peak", lambda *arguments: (3.0, 1.0)
-    )  # a process each; other tests have it
+    # It takes a process each, and other tests have it.
+    monkeypatch.setattr(memory, "peak", lambda *arguments: (3.0, 1.0))
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
     sound(lines)

@@ -15,7 +15,8 @@ from .support import HANG, PYTHON, dry
 
 
 def gone(process):
-    state, end = Path(f"/proc/{process}/stat"), time.monotonic() + 10
+    state = Path(f"/proc/{process}/stat")
+    end = time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
         if time.monotonic() > end:
             return False
@@ -86,7 +87,7 @@ def test_a_run_that_is_stopped_between_two_parts_sums_up_too(tmp_path, monkeypat
 
 def test_a_summary_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     def fails(folder):
-        raise KeyError("a figure that is not there")
+        raise KeyError("a metric that is not there")
 
     monkeypatch.setattr(summary, "of_folder", fails)
     parts = [gpu_stages.Part(name, [*PYTHON, ""], 60) for name in ("one", "two")]
@@ -94,7 +95,7 @@ def test_a_summary_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     status, lines = dry("all", tmp_path)
     assert status == 0
     assert [one["item"] for one in lines] == ["one", "two"]
-    assert "a figure that is not there" in (tmp_path / "summary.txt").read_text()
+    assert "a metric that is not there" in (tmp_path / "summary.txt").read_text()
     assert "no summary" in capsys.readouterr().out
 
 
@@ -170,7 +171,8 @@ def test_a_checkout_that_is_not_installed_is_importable(tmp_path):
             "print(families.__file__)",
         )
     )
-    command, environment = [*PYTHON, code], os.environ | gpu.environment(tmp_path)
+    command = [*PYTHON, code]
+    environment = os.environ | gpu.environment(tmp_path)
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

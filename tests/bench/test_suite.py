@@ -49,19 +49,18 @@ def test_pytest_bench_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "| tiny " in done.stdout
     assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
-    verdict = done.stdout[done.stdout.index("| goal ") :]  # after the table of the loss
+    # after the table of the loss
+    verdict = done.stdout[done.stdout.index("| goal ") :]
     assert "| bf16: time ÷ eager: ≤ 0.6 " in verdict
-    assert verdict.count(" not measured in this run ") == len(
-        cpu_goals.GOALS
-    )  # of a shape that no goal is of
+    # No goal is of that shape.
+    assert verdict.count(" not measured in this run ") == len(cpu_goals.GOALS)
     (file,) = (tmp_path / "results").iterdir()
     ours, floor = record.latest(record.load([file]))
     # pytest-benchmark's table has the samples that were taken, not the time it took to hand them
     # over
     medians = [row["stats"]["median"] * 1e3 for row in json.loads(table.read_text())["benchmarks"]]
-    assert medians == pytest.approx(
-        [ours["median_ms"], floor["median_ms"]], rel=1e-4
-    )  # samples are rounded
+    # Samples are rounded.
+    assert medians == pytest.approx([ours["median_ms"], floor["median_ms"]], rel=1e-4)
     assert (ours["peer"], floor["peer"]) == ("ours-torch", "floor")
     assert floor.keys() >= STAMP | {"median_ms", "q1_ms", "q3_ms", "tflops", "selection"}
     assert ours.keys() >= floor.keys() | {"peak_mib", "returned_mib", "error_ratio", "formula_mib"}
@@ -78,14 +77,13 @@ def scaled(factor):
     return lambda: lambda **arguments: reference.pre_loss(**arguments) * factor
 
 
-def test_no_figure_passes_a_failed_check(monkeypatch):
+def test_no_time_passes_a_failed_check(monkeypatch):
     table = [
         baselines.Baseline("ours-wrong", "", scaled(1.01), ours=True),
         baselines.Baseline("ours-coarse", "", scaled(1 + 1e-6), ours=True),
         baselines.Baseline("other-wrong", "", scaled(1.01)),
-        baselines.Baseline(
-            "other-coarse", "", scaled(1 + 1e-6)
-        ),  # a few eps: a finding, not a wrong result
+        # A few eps are a finding, not a wrong result.
+        baselines.Baseline("other-coarse", "", scaled(1 + 1e-6)),
         baselines.Baseline("other-broken", "", lambda: 1 / 0),
         baselines.Baseline("ours-gated", "", scaled(1.01), ours=True, gate=0.02),
         baselines.Baseline("ours-beyond", "", scaled(1.03), ours=True, gate=0.02),
@@ -119,16 +117,17 @@ def test_no_figure_passes_a_failed_check(monkeypatch):
     )
 
 
-def test_the_workspace_of_a_cpu_is_swept_beside_its_peers(monkeypatch):
-    asked, given = [], []
+def test_the_workspace_of_a_cpu_is_swept_beside_its_baselines(monkeypatch):
+    asked = []
+    given = []
 
     def peak(*named):
         asked.append(named)
         return 3.0, 1.0
 
-    def judged(peer, *rest):
-        given.append(getattr(peer.build(), "keywords", {}).get("workspace"))
-        return in_suite(peer, *rest)
+    def judged(baseline, *rest):
+        given.append(getattr(baseline.build(), "keywords", {}).get("workspace"))
+        return in_suite(baseline, *rest)
 
     in_suite = suite.judged
     monkeypatch.setattr(suite, "judged", judged)
@@ -162,7 +161,7 @@ def test_the_peak_depends_on_the_workspace():
     assert most - least > 8
 
 
-def test_what_a_promise_raises_is_its_outcome():
+def test_what_a_guarantee_raises_is_its_outcome():
     assert guarantees.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
 
 

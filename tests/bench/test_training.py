@@ -39,7 +39,8 @@ def test_the_model_that_is_trained_on_a_cpu_is_smolvlm_256m():
 
 
 def smolvlm_of_a_few_layers():
-    text, vision = training.TINY.text, {**training.TINY.vision}
+    text = training.TINY.text
+    vision = {**training.TINY.vision}
     del vision["projection_dim"]
     return training.SMOLVLM._replace(batch=2, tokens=24, text=text, vision=vision, layer=2, scale=2)
 
@@ -56,7 +57,8 @@ def test_a_training_step_of_every_class_of_models(size):
                 lambda module, inputs, output: seen.append(output[0].requires_grad)
             )
     step()
-    assert seen == [False]  # no backward goes through the frozen encoder
+    # No backward goes through the frozen encoder.
+    assert seen == [False]
     held = step.held_mib()
     head = step.attach().head
     before = [p.detach().clone() for p in head.parameters()]
@@ -64,9 +66,8 @@ def test_a_training_step_of_every_class_of_models(size):
     assert step.handle.metrics()["pre_tokens"] == size.batch * training.visual(size)
     # in bfloat16 so small a rate leaves some as they were
     assert not all(torch.equal(p, old) for p, old in zip(head.parameters(), before, strict=True))
-    own = (
-        3 * sum(p.nbytes for p in head.parameters()) / 2**20
-    )  # parameters and both moments; AdamW counts steps too
+    # parameters and both moments; AdamW counts steps too
+    own = 3 * sum(p.nbytes for p in head.parameters()) / 2**20
     assert step.held_mib() - held == pytest.approx(own, rel=1e-2)
 
 
@@ -84,9 +85,8 @@ def test_training_on_a_cpu_records_both_ratios(tmp_path, capsys):
     assert line["memory_ratio_with_head"] == line["with_mib"] / line["without_mib"]
     for name in ("time_ratio", "memory_ratio"):
         assert goals.field("training", name, records, item="tiny").value == line[name]
-    assert (
-        said.err.count(", with PRe") == said.err.count(", without PRe") == line["samples"] + 1
-    )  # one to warm up
+    # One more of each warms up.
+    assert said.err.count(", with PRe") == said.err.count(", without PRe") == line["samples"] + 1
     assert "memory_ratio_with_head" in said.out
 
 
