@@ -36,8 +36,8 @@ KERNELS = {name for module in MODULES for name in vars(module) if name.endswith(
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"
 )
-# each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than
-# a block
+# Each kernel with results that are guaranteed, in sizes that are multiples of nothing, and in rows
+# longer than a block.
 
 
 def randn(device, *shape, dtype=torch.float32):
