@@ -70,7 +70,7 @@ test-full: test test-oldest test-versions matrix  ## everything that runs withou
 compile: $(INSTALLED)  ## registers, spills, shared memory and matrix instructions of every kernel, without a GPU
 	$(BIN)/python -m verify.compile $(ARGS)
 
-bench: $(INSTALLED)  ## speed and memory beside peers, appended to bench/results
+bench: $(INSTALLED)  ## speed and memory beside the baselines, appended to bench/results
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
 fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
@@ -82,8 +82,8 @@ mutate: $(INSTALLED)  ## before a release: small errors in the kernels and the F
 bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
 	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png --workspace bench/results/workspace.png
 
-peers: $(INSTALLED)  ## what is compared with, and xdist, in .deps/peers, for a GPU machine that has no network
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .deps/peers liger-kernel pytest-xdist execnet
+peers: $(INSTALLED)  ## baselines of other projects, and xdist, in .deps/peers, for a GPU machine that has no network
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .deps/peers liger-kernel quack-kernels pytest-xdist execnet
 
 gpu:  ## on a machine with a GPU, with its own python3: all that 500 s can tell, to $GPU_OUT (ARGS="--stage bench" for more)
 	$(PYTHON) -m bench.gpu $(ARGS)

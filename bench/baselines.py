@@ -1,13 +1,12 @@
-"""Who is measured: a table of peers, each one training step's loss and gradients on the same
-inputs.
+"""What is measured: a table of ours and the baselines beside it, each a training step's loss and
+gradients on the same inputs.
 
-A new peer is a row: a loss function of the signature of `reference.pre_loss`, and why it may be
-unavailable.
+A new baseline is a row: a loss function of the signature of `reference.pre_loss`, and why it may be
+unavailable. Records and options call each of them a peer.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -28,27 +27,30 @@ from . import compositions
 step, floor, Step = cases.step, cases.floor, cases.Step
 Missing = Callable[[torch.device, torch.dtype], str | None]
 
+# Compilation takes half a minute for each entry of the plan that a compiled baseline is measured
+# with, and minutes for each that a costly one is: so many entries have them.
+COMPILED = 7
+COSTLY = 2
+
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     name: str
     what: str
-    build: (
-        Callable[[], Callable[..., Tensor]] | None
-    )  # makes the loss function; None: the floor, which has no loss
-    missing: Missing = lambda device, dtype: None  # why it cannot run there
-    ours: bool = (
-        False  # a failed check of ours fails the run; that of another peer only leaves it out
-    )
-    first: float = (
-        math.inf
-    )  # of the plan's entries so many are measured with it: some compile for minutes
-    options: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the loss, where it can compute no other
-    gate: float | None = (
-        None  # relative rms error let through in each gradient, where the error rule cannot hold
-    )
+    # makes the loss function; None for the six bare matmuls, which have no loss
+    build: Callable[[], Callable[..., Tensor]] | None
+    # why it cannot run there; None if it can
+    missing: Missing = lambda device, dtype: None
+    # A failed check of ours fails the run; that of another one only leaves it out.
+    ours: bool = False
+    # It is measured only with the first entries of the plan, so many: some compile for minutes.
+    max_plan_entries: float = math.inf
+    # options of the loss, where it can compute no other
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # False where it can have no biases
+    biases: bool = True
+    # The relative rms error let through in each gradient, where the error rule cannot hold.
+    gate: float | None = None
 
 
 def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,115 +60,120 @@ def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _triton_missing(device, dtype)
-    if (
-        reason is None
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) < (8, 9)
-    ):
+    if reason := _triton_missing(device, dtype):
+        return reason
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
         return "no fp8 products before sm_89"
-    return reason or (
-        None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone"
-    )
-
-
-def _chunker_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    from torch._inductor import config
-
-    return None if hasattr(config, "auto_chunker") else "this torch's inductor has no auto-chunker"
+    return None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone"
 
 
 def _epilogue_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    return (
-        "the epilogue is cuBLASLt's; a CPU makes two passes of it" if device.type == "cpu" else None
-    )
+    if device.type == "cpu":
+        return "the epilogue is cuBLASLt's; a CPU makes two passes of it"
+    return None
 
 
 def _liger_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
 
 
+def _quack_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("quack") is None:
+        return "quack-kernels is not installed"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "its kernels are of NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "its products are measured on Hopper and newer"
+    return "its products are of half precision" if dtype == torch.float32 else None
+
+
 def _ours(impl: str, **options: Any) -> Callable[..., Tensor]:
     return partial(fused_pre_loss, impl=impl, **options)
 
 
-COMPILED, COSTLY = 7, 2  # entries of the plan; half a minute of compilation each, and minutes
-
-PEERS = [
-    Peer(
+BASELINES = [
+    Baseline(
         "ours-blas",
         "fused_pre_loss, impl='blas'",
         lambda: _ours("blas"),
         _triton_missing,
         ours=True,
     ),
-    Peer(
+    Baseline(
         "ours-triton",
         "fused_pre_loss, impl='triton'",
         lambda: _ours("triton"),
         _triton_missing,
         ours=True,
     ),
-    Peer("ours-torch", "fused_pre_loss, impl='torch'", lambda: _ours("torch"), ours=True),
-    Peer(
+    Baseline("ours-torch", "fused_pre_loss, impl='torch'", lambda: _ours("torch"), ours=True),
+    Baseline(
         "ours-fp8",
-        "fused_pre_loss, impl='blas', precision='fp8'; not within the error rule, but within a rule of its own",
+        "fused_pre_loss, impl='blas', precision='fp8'; not within the error rule, but within a "
+        "rule of its own",
         lambda: _ours("blas", precision="fp8"),
         _fp8_missing,
         ours=True,
         gate=0.1,
     ),
-    Peer("eager", "reference.pre_loss and autograd", lambda: reference.pre_loss),
-    Peer(
+    Baseline("eager", "reference.pre_loss and autograd", lambda: reference.pre_loss),
+    Baseline(
         "compile",
         "the same under torch.compile, default mode",
         compositions.compiled,
-        first=COMPILED,
+        max_plan_entries=COMPILED,
     ),
-    Peer(
+    Baseline(
         "compile-max",
         "the same under torch.compile, mode='max-autotune-no-cudagraphs'",
         partial(compositions.compiled, mode="max-autotune-no-cudagraphs"),
-        first=COSTLY,
+        max_plan_entries=COSTLY,
     ),
-    Peer(
-        "compile-chunked",
-        "the same under torch.compile with inductor's auto-chunker, its threshold lifted",
-        compositions.compiled_in_chunks,
-        _chunker_missing,
-        first=COSTLY,
-    ),
-    Peer(
+    Baseline(
         "addmm-activation",
-        "bias and gelu in cuBLASLt's epilogue (torch._addmm_activation), whose gelu is the tanh one: compared with "
-        "eager's gelu_tanh; the backward repeats the first product, 7 instead of 6",
+        "bias and gelu in cuBLASLt's epilogue (torch._addmm_activation), whose gelu is the tanh "
+        "one: compared with eager's gelu_tanh; the backward repeats the first product, 7 instead "
+        "of 6",
         lambda: compositions.addmm_activation,
         _epilogue_missing,
         options={"activation": "gelu_tanh"},
     ),
-    Peer(
+    Baseline(
+        "quack",
+        "QuACK's MLP without biases, gelu_tanh in its products' epilogues, then the cosine loss "
+        "under torch.compile: compared with eager's gelu_tanh without biases",
+        compositions.quack,
+        _quack_missing,
+        max_plan_entries=COSTLY,
+        options={"activation": "gelu_tanh"},
+        biases=False,
+    ),
+    Baseline(
         "liger",
-        "first linear and gelu in eager, then Liger-Kernel's chunked distillation loss with the identity as the "
-        "teacher's weight, which adds 2·N·z² FLOP; it sums gradients in the parameters' dtype",
+        "first linear and gelu in eager, then Liger-Kernel's chunked distillation loss with the "
+        "identity as the teacher's weight, which adds 2·N·z² FLOP; it sums gradients in the "
+        "parameters' dtype",
         compositions.liger,
         _liger_missing,
-        first=COSTLY,
+        max_plan_entries=COSTLY,
     ),
-    Peer(
+    Baseline(
         "viral",
         "VIRAL's way: the predictor over all tokens, a loop over samples",
         lambda: compositions.viral,
     ),
-    Peer("floor", "the six bare products, on rows already gathered", None),
+    Baseline("floor", "the six bare matmuls, on rows already gathered", None),
 ]
-BY_NAME = {peer.name: peer for peer in PEERS}
+BY_NAME = {baseline.name: baseline for baseline in BASELINES}
 
 
 def planned(number: int) -> list[str]:
     """Names of those that entry `number` of the plan is measured with."""
-    return [peer.name for peer in PEERS if number < peer.first]
+    return [baseline.name for baseline in BASELINES if number < baseline.max_plan_entries]
 
 
-def own_case(peer: Peer, case: Case) -> Case:
-    """The case with the options that the peer insists on."""
-    return replace(case, options={**case.options, **peer.options})
+def own_case(baseline: Baseline, case: Case) -> Case:
+    """The case with the options that the baseline insists on, and without biases where it has
+    none."""
+    tensors = case.tensors if baseline.biases else {**case.tensors, "b1": None, "b2": None}
+    return replace(case, tensors=tensors, options={**case.options, **baseline.options})

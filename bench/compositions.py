@@ -1,5 +1,5 @@
 """Other ways to the same loss, composed of what PyTorch and other libraries offer; each a row of
-the table of peers."""
+the table of baselines."""
 
 from __future__ import annotations
 
@@ -18,34 +18,6 @@ Loss = Callable[..., Tensor]
 
 def compiled(**options: Any) -> Loss:
     return torch.compile(reference.pre_loss, **options)
-
-
-def compiled_in_chunks() -> Loss:
-    """torch.compile with inductor's auto-chunker; raises at the first call if that left the graph
-    whole."""
-    from torch._inductor import metrics
-
-    # by default it looks for outputs 8 × the size of their inputs, as logits are; a cached graph
-    # would count nothing
-    lifted = {
-        "auto_chunker.enable": True,
-        "auto_chunker.amplify_ratio_threshold": 0,
-        "fx_graph_cache": False,
-    }
-    function = torch.compile(reference.pre_loss, options=lifted)
-    chunked = []
-
-    def loss(**arguments: Any) -> Tensor:
-        before = metrics.num_auto_chunking
-        result = function(**arguments)
-        chunked.append(metrics.num_auto_chunking > before)
-        if not any(chunked):
-            raise RuntimeError(
-                "inductor's auto-chunker left the graph whole (TORCH_LOGS=auto_chunker says why)"
-            )
-        return result
-
-    return loss
 
 
 def addmm_activation(
@@ -96,13 +68,11 @@ def liger(**options: Any) -> Loss:
         hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
     ) -> Tensor:
         x, a = _selected(hidden, anchor, rows)
-        labels = torch.zeros(
-            len(x), dtype=torch.long, device=x.device
-        )  # of the hard loss, whose weight is 0
+        # The hard loss wants labels, and has a weight of 0.
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
         teacher = _identity(a.shape[1], a.dtype, a.device)
-        return (
-            distillation(F.gelu(F.linear(x, w1, b1)), w2, a, teacher, labels, b2) - 1
-        )  # its row loss is 1 - cos
+        # Liger's row loss is 1 - cos.
+        return distillation(F.gelu(F.linear(x, w1, b1)), w2, a, teacher, labels, b2) - 1
 
     return loss
 
@@ -110,6 +80,43 @@ def liger(**options: Any) -> Loss:
 @cache
 def _identity(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(width, dtype=dtype, device=device)
+
+
+def quack() -> Loss:
+    """QuACK's MLP over the selected rows, then the cosine loss under torch.compile.
+
+    The weights of the case stand in for the module's own. On a device or at widths that its fused
+    products do not take the module falls back to PyTorch without a word: the first is for the table
+    of baselines to know, the second raises here.
+    """
+    from quack.mlp import MLP
+
+    row_loss = torch.compile(_mean_cosine)
+    modules: dict[tuple[int, ...], torch.nn.Module] = {}
+
+    def loss(
+        hidden: Tensor,
+        anchor: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        rows: Tensor,
+        activation: str,
+    ) -> Tensor:
+        if b1 is not None or b2 is not None or activation != "gelu_tanh":
+            raise ValueError("quack: its fused training step has gelu_tanh and no biases")
+        widths = (w1.shape[1], w1.shape[0], w2.shape[0])
+        if any(width % 8 for width in widths):
+            raise ValueError(f"quack: widths {widths}, its fused products want multiples of 8")
+        if widths not in modules:
+            # The weights that are made here are never read, and take no memory.
+            modules[widths] = MLP(*widths, activation="gelu_tanh_approx", device="meta")
+        x, a = _selected(hidden, anchor, rows)
+        weights = {"fc1.weight": w1, "fc2.weight": w2}
+        return row_loss(torch.func.functional_call(modules[widths], weights, (x,)), a)
+
+    return loss
 
 
 def viral(

@@ -10,7 +10,7 @@ import pytest
 
 from pre_kernels.check.device import current
 
-from . import baselines, goals, record, report, shapes, suite
+from . import baselines, cpu_goals, gpu_goals, record, shapes, suite, tables
 
 Group = dict[str, dict[str, Any]]
 RECORDS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
@@ -69,17 +69,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str], Group]:
-    """(shape, dtype, rows) → records by peer: measured at the first call, since peers take turns,
-    and kept."""
-    config, device, kept = request.config, current(), {}
+    """(shape, dtype, rows) → records by baseline: measured at the first call, since baselines take
+    turns, and kept."""
+    config = request.config
+    device = current()
+    kept: dict[tuple[shapes.Shape, str, str], Group] = {}
     path = record.file(record.folder(config.getoption("--results")), device)
     config.stash[RECORDS] = []
     together: dict[tuple[shapes.Shape, str, str], list[str]] = {}
     for item in request.session.items:
-        given = getattr(item, "callspec", None)
-        if given and "peer" in given.params:
-            *where, name = (given.params[key] for key in ("shape", "dtype", "rows", "peer"))
-            together.setdefault(tuple(where), []).append(name)
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "peer" in parameters:
+            where = (parameters["shape"], parameters["dtype"], parameters["rows"])
+            together.setdefault(where, []).append(parameters["peer"])
 
     def measure(shape: shapes.Shape, dtype: str, rows: str) -> Group:
         where = (shape, dtype, rows)
@@ -106,12 +108,12 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("loss, forward and backward")
     lines = [
-        report.markdown(report.loss_table(records)),
+        tables.markdown(tables.loss_table(records)),
         "",
-        *report.refusals(records),
-        *report.provenance(records),
+        *tables.refusals(records),
+        *tables.provenance(records),
     ]
-    verdict = goals.cpu_table if current().kind == "cpu" else goals.table
-    lines += ["", report.markdown(verdict(records, "not measured in this run"))]
+    goals = cpu_goals if current().kind == "cpu" else gpu_goals
+    lines += ["", tables.markdown(goals.table(records, "not measured in this run"))]
     for line in lines:
         terminalreporter.write_line(line)

@@ -1,13 +1,13 @@
 """Patch structure measured: sums of unit vectors beside all pairwise similarities and beside the
 per-pair definition.
 
-    python -m bench.diagnostics                             64 images × 576 patches × 32 layers, 4,096 wide
+    python -m bench.diagnostics      64 images × 576 patches × 32 layers, 4,096 wide
     python -m bench.diagnostics --images 2 --patches 64 --layers 2 --width 256
 
 What is timed is one image of one layer: contrast ratio and spatial contrast of random float32
 features with 8 objects. Images and layers are independent of each other, so the total is that time
-× images × layers: extrapolated, as each record says. No figure is recorded of a peer whose four
-means differ from those of all similarities in float64.
+× images × layers: extrapolated, as each record says. No time is recorded of a method whose
+four means differ from those of all similarities in float64.
 
 `ours` is `LayerReport`, checks included; `matrix` makes the patch-by-patch similarities in one
 float32 product and averages over them; `pairs` is the definition as a loop over pairs of patches.
@@ -31,7 +31,7 @@ from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.diagnostics import LayerReport
 
-from . import ROOT, record, report
+from . import ROOT, record, tables
 
 OBJECTS = 8
 TOLERANCE = 1e-5  # of means of cosines, for float32 products
@@ -70,10 +70,9 @@ def matrix(
     within = (pairs.diagonal() - member @ similarity.diagonal()) / (size * (size - 1))
     between = (pairs / (size[:, None] * size))[torch.ones_like(pairs).triu(1).bool()]
     near, far = relations(len(features), grid, features.device)
-    found = torch.stack(
-        [within.mean(), between.mean(), similarity[near].mean(), similarity[far].mean()]
-    )
-    return tuple(found.tolist())  # type: ignore[return-value]
+    means = (within.mean(), between.mean(), similarity[near].mean(), similarity[far].mean())
+    cohesion, coupling, close, distant = torch.stack(means).tolist()
+    return cohesion, coupling, close, distant
 
 
 def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,7 +80,8 @@ def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tupl
     bool each."""
     place = torch.arange(patches, device=device)
     rows, columns = place // grid[1], place % grid[1]
-    down, along = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
+    down = (rows[:, None] - rows).abs()
+    along = (columns[:, None] - columns).abs()
     return down + along == 1, torch.maximum(down, along) > max(1, min(grid) // 4)
 
 
@@ -125,7 +125,7 @@ NAMES = {
     "matrix": "all similarities of an image at once",
     "pairs": "the definition, per pair",
 }
-PEERS = {"ours": ours, "matrix": matrix, "pairs": pairs}
+METHODS = {"ours": ours, "matrix": matrix, "pairs": pairs}
 
 
 def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
@@ -134,13 +134,13 @@ def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
     def bound(function: Callable[..., tuple[float, float, float, float]]) -> Step:
         return lambda: function(features, masks, grid)
 
-    return {name: bound(function) for name, function in PEERS.items()}
+    return {name: bound(function) for name, function in METHODS.items()}
 
 
 def measure(
     images: int, patches: int, layers: int, width: int, device: Cpu | Cuda, seconds: float = 5.0
 ) -> list[dict[str, Any]]:
-    """A record of each peer."""
+    """A record of each method."""
     by_name = steps(patches, width, device.torch_device)
     features, masks, grid = case(patches, width, device.torch_device)
     expected = torch.tensor(matrix(features.double(), masks, grid))
@@ -157,18 +157,18 @@ def measure(
         "dtype": "fp32",
         "group": f"{stamp['date']} diagnostics {shape}",
     }
-    found: dict[str, tuple[float, ...]] = {}
+    means: dict[str, tuple[float, ...]] = {}
 
     def kept(name: str) -> Callable[[], None]:
-        return lambda: found.update({name: by_name[name]()})
+        return lambda: means.update({name: by_name[name]()})
 
     samples = interleaved(device, {name: kept(name) for name in ("ours", "matrix")}, seconds)
     samples["pairs"] = [device.sample(kept("pairs"))]
-    figures = {name: spread(samples[name]) for name in PEERS}
+    times = {name: spread(samples[name]) for name in METHODS}
 
     records = []
-    for name in PEERS:
-        off = (torch.tensor(found[name]) - expected).abs().max().item()
+    for name in METHODS:
+        off = (torch.tensor(means[name]) - expected).abs().max().item()
         if not off <= TOLERANCE:
             records.append(
                 {
@@ -180,10 +180,10 @@ def measure(
             )
             continue
         result = {
-            **figures[name],
+            **times[name],
             "extrapolated_from": "1 image of 1 layer",
-            "total_s": figures[name]["median_ms"] * images * layers / 1e3,
-            "slower_than_ours": figures[name]["median_ms"] / figures["ours"]["median_ms"],
+            "total_s": times[name]["median_ms"] * images * layers / 1e3,
+            "slower_than_ours": times[name]["median_ms"] / times["ours"]["median_ms"],
             "largest_error": off,
             # what all similarities of all images and layers would take, were they kept
             "all_pairs_mib": images * layers * patches**2 * 4 / MIB,
@@ -194,7 +194,7 @@ def measure(
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's table: patch structure of a data set, and where the figures come from."""
+    """The README's table: patch structure of a data set, and where the numbers come from."""
     chosen = [one for one in records if one["kind"] == "diagnostics" and "median_ms" in one]
     if not chosen:
         return "Not yet measured."
@@ -210,7 +210,10 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         )
     ]
     for one in chosen:
-        what = f"{one['images']} images × {one['patches']} patches × {one['layers']} layers × {one['width']:,} wide"
+        what = (
+            f"{one['images']} images × {one['patches']} patches × {one['layers']} layers × "
+            f"{one['width']:,} wide"
+        )
         memory = f"{one['peak_mib']:,.0f}" if "peak_mib" in one else ""
         rows.append(
             (
@@ -225,11 +228,12 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         )
     kept = sorted({f"{one['all_pairs_mib']:,.0f} MiB" for one in chosen})
     about = (
-        "Contrast ratio and spatial contrast. One image of one layer is timed and the rest extrapolated, since images "
-        f"and layers are independent; keeping all pairwise similarities would take {', '.join(kept)}."
+        "Contrast ratio and spatial contrast. One image of one layer is timed and the rest "
+        "extrapolated, since images and layers are independent; keeping all pairwise similarities "
+        f"would take {', '.join(kept)}."
     )
     return "\n".join(
-        [report.markdown(rows), "", about, "", *(f"- {line}" for line in report.provenance(chosen))]
+        [tables.markdown(rows), "", about, "", *(f"- {line}" for line in tables.provenance(chosen))]
     )
 
 
@@ -251,9 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=5.0, help="of sampling")
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
-    parser.add_argument(
-        "--peak", choices=PEERS, help=argparse.SUPPRESS
-    )  # what a process for memory runs
+    # what a process for memory runs
+    parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak:
         step = steps(arguments.patches, arguments.width, torch.device("cpu"))[arguments.peak]
@@ -272,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for line in records:
         record.append(path, line)
-    print(report.markdown(report.plain_table(records)))
-    for line in report.refusals(records):
+    print(tables.markdown(tables.plain_table(records)))
+    for line in tables.refusals(records):
         print(line)
     return any("failed" in line for line in records)
 

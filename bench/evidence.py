@@ -1,8 +1,10 @@
 """What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the
 README.
 
-    python -m bench.evidence                     5 seeds, a process for each core; what is done is not done again
-    python -m bench.evidence --readme README.md  no training: the table of the committed results between its markers
+    python -m bench.evidence                     5 seeds, a process for each core; what is done is
+                                                 not done again
+    python -m bench.evidence --readme README.md  no training: the table of the committed results
+                                                 between its markers
 
 Every seed pre-trains one model, and every arm starts from it, on the same batches in the same
 order.
@@ -24,20 +26,23 @@ from rich.console import Console
 
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm
-from pre_kernels.demo.evaluate import measure
+from pre_kernels.demo.evaluate import evaluate
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.demo.workers import Bar, each_seed, quiet
-from pre_kernels.diagnostics.report.columns import interval, spread
+from pre_kernels.diagnostics.report.statistics import interval, spread
 
 from . import record
-from .report import into_readme, markdown, provenance
+from .report import into_readme
+from .tables import markdown, provenance
 
 DEPTH = Settings().layers
 BASE = "cosine, L/2"
-BEFORE, WITHOUT = "before visual training", "without PRe"
-ARMS: dict[str, dict[str, Any] | None] = {  # options of apply_pre
+BEFORE = "before visual training"
+WITHOUT = "without PRe"
+# options of apply_pre; None for none of it
+ARMS: dict[str, dict[str, Any] | None] = {
     WITHOUT: None,
     BASE: {},
     "mse": {"loss": "mse"},
@@ -48,7 +53,7 @@ ARMS: dict[str, dict[str, Any] | None] = {  # options of apply_pre
     "image level": {"level": "image"},
 }
 DEEP = slice(DEPTH // 2, None)  # layers L/2 to L
-FIGURES = {
+METRICS = {
     "task accuracy": lambda one: one["accuracy"],
     "linear probe, mean of L/2 to L": lambda one: mean(one["probe"][DEEP]),
     "linear probe, layer L": lambda one: one["probe"][-1],
@@ -60,14 +65,14 @@ FIGURES = {
 
 
 def _gain(name: str, arm: str = BASE, over: str = WITHOUT) -> Callable[[Mapping[str, Any]], float]:
-    figure = FIGURES[name]
-    return lambda arms: figure(arms[arm]) - figure(arms[over])
+    metric = METRICS[name]
+    return lambda arms: metric(arms[arm]) - metric(arms[over])
 
 
-PROBE, CONTRAST = "linear probe, mean of L/2 to L", "contrast ratio, mean of L/2 to L"
-CLAIMS: dict[
-    str, Callable[[Mapping[str, Any]], float]
-] = {  # a finding, and the difference that it says is positive
+PROBE = "linear probe, mean of L/2 to L"
+CONTRAST = "contrast ratio, mean of L/2 to L"
+# a finding, and the difference that it says is positive
+CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "An LLM that has only seen text loses what patches show (probe, layer 0 less layer L)": (
         lambda arms: arms[BEFORE]["probe"][0] - arms[BEFORE]["probe"][-1]
     ),
@@ -75,7 +80,7 @@ CLAIMS: dict[
         lambda arms: arms[WITHOUT]["probe"][0] - arms[WITHOUT]["probe"][-1]
     ),
     "and loses patch structure (contrast ratio, layer 0 less the mean of L/2 to L)": (
-        lambda arms: arms[WITHOUT]["contrast"][0] - FIGURES[CONTRAST](arms[WITHOUT])
+        lambda arms: arms[WITHOUT]["contrast"][0] - METRICS[CONTRAST](arms[WITHOUT])
     ),
     f"PRe raises the {PROBE}": _gain(PROBE),
     f"PRe raises the {CONTRAST}": _gain(CONTRAST),
@@ -105,29 +110,29 @@ def run_seed(
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
     start = pretrained(training, settings, seed, "cpu", bar)
 
-    def keep(arm: str, found: dict[str, Any], seconds: float) -> None:
+    def keep(arm: str, measured: dict[str, Any], seconds: float) -> None:
         curves = ("train_loss", "train_pre_loss")
-        found = {name: value for name, value in found.items() if name not in curves}
+        measured = {name: value for name, value in measured.items() if name not in curves}
         line = {
             "kind": "evidence",
             "item": f"{arm}, seed {seed}",
             "arm": arm,
             "seed": seed,
-            **found,
+            **measured,
         }
         line |= {"seconds": round(seconds, 1), "settings": dataclasses.asdict(settings)}
         record.append(path, line | record.stamp(Cpu()))
 
     if (seed, BEFORE) not in done:
-        keep(BEFORE, measure(start, fitting, test, settings, None), 0.0)
+        keep(BEFORE, evaluate(start, fitting, test, settings, None), 0.0)
     for arm, options in ARMS.items():
         if (seed, arm) in done:
             continue
         begin = time.monotonic()
-        found = run_arm(
+        measured = run_arm(
             arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar
         )
-        keep(arm, found, time.monotonic() - begin)
+        keep(arm, measured, time.monotonic() - begin)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -143,11 +148,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         ]
         for arm in (BEFORE, *ARMS)
     }
-    rows: list[Sequence[str]] = [("", *FIGURES)]
+    rows: list[Sequence[str]] = [("", *METRICS)]
     for arm, runs in by_arm.items():
         cells = []
-        for figure in FIGURES.values():
-            values, base = [figure(one) for one in runs], [figure(one) for one in by_arm[WITHOUT]]
+        for metric in METRICS.values():
+            values = [metric(one) for one in runs]
+            base = [metric(one) for one in by_arm[WITHOUT]]
             changes = [value - other for value, other in zip(values, base, strict=True)]
             above = f"{sum(change > 0 for change in changes)}/{len(changes)}"
             added = "" if arm in (BEFORE, WITHOUT) else f" ({spread(changes, '+')}; {above})"
@@ -161,16 +167,16 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         for text, difference in CLAIMS.items()
     ]
     about = (
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the difference to training "
-        "without PRe, seed by seed, and in how many seeds it is positive."
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the "
+        "difference to training without PRe, seed by seed, and in how many seeds it is positive."
     )
     sources = provenance(one for one in records if one["seed"] in seeds)
-    found = [
+    findings = [
         "What the seeds show of the paper's findings and choices, each a difference within seeds:",
         "",
         *(f"- {s}" for s in sentences),
     ]
-    return "\n".join([markdown(rows), "", about, "", *found, "", *(f"- {s}" for s in sources)])
+    return "\n".join([markdown(rows), "", about, "", *findings, "", *(f"- {s}" for s in sources)])
 
 
 def claim(text: str, changes: Sequence[float]) -> str:
@@ -182,8 +188,8 @@ def claim(text: str, changes: Sequence[float]) -> str:
     )
     above = sum(change > 0 for change in changes)
     return (
-        f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; 95 % interval "
-        f"{low:+.3f} to {high:+.3f})."
+        f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; "
+        f"95 % interval {low:+.3f} to {high:+.3f})."
     )
 
 
@@ -223,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if others:
         parser.error(f"--results: {path} has results of other settings; want another folder")
     done = {(one["seed"], one["arm"]) for one in records}
-    restore, jobs = quiet(), min(options.jobs, options.seeds)
+    jobs = min(options.jobs, options.seeds)
+    restore = quiet()
     try:
         with bars(Console()) as bar:
             each_seed(run_seed, options.seeds, (settings, path, done), bar, jobs)

@@ -1,7 +1,8 @@
 """A fuzz campaign: loss and gradients of drawn cases against float64, by the error rule of the
 tests.
 
-    python -m bench.fuzz --cases 11500 --seed 1 --jobs 2   a line for each group of cases into bench/results/fuzz.jsonl
+    python -m bench.fuzz --cases 11500 --seed 1 --jobs 2   a line for each group of cases into
+                                                           bench/results/fuzz.jsonl
     python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
 
 Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is
@@ -38,19 +39,26 @@ from rich.progress import (
 
 from pre_kernels.check.device import current
 
-from . import ROOT, numerics, record
-from .report import markdown, plain_table
+from . import ROOT, fuzz_table, record
+from .tables import markdown, plain_table
 
-SHARES = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
-BLOCK = {"torch": 100, "triton": 10, "blas": 20}  # cases: some seconds each
+FRACTIONS = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
+# cases in a block, which take some seconds
+BLOCK = {"torch": 100, "triton": 10, "blas": 20}
+# what draws a case and judges it, beside the sources that are measured
+RULES = [
+    "verify/oracle.py",
+    "verify/oracle_wide.py",
+    *(f"verify/fuzz/{name}.py" for name in ("cases", "draw", "rule")),
+]
 
 
 def blocks(cases: int) -> list[tuple[str, int]]:
     """(implementation, number) of every block. The implementations take turns, so that a campaign
     that is cut short is one of fewer cases."""
-    counts = {impl: math.ceil(cases * share / BLOCK[impl]) for impl, share in SHARES.items()}
+    counts = {impl: math.ceil(cases * part / BLOCK[impl]) for impl, part in FRACTIONS.items()}
     return sorted(
-        ((impl, i) for impl in SHARES for i in range(counts[impl])),
+        ((impl, i) for impl in FRACTIONS for i in range(counts[impl])),
         key=lambda one: one[1] / counts[one[0]],
     )
 
@@ -61,7 +69,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
     from verify.fuzz.draw import specs
 
-    found: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = []
 
     @hypothesis.seed(
         int.from_bytes(hashlib.sha256(f"{seed} {impl} {number}".encode()).digest()[:8], "big")
@@ -75,14 +83,14 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
     )
     @hypothesis.given(specs(impl))
     def each(spec: Any) -> None:
-        found.append(run_case(spec))
+        cases.append(run_case(spec))
 
     each()
-    return found
+    return cases
 
 
 def run_case(spec: Any) -> dict[str, Any]:
-    """A case as `numerics.aggregate` wants it; an exception is a violation."""
+    """A case as `fuzz_table.aggregate` wants it; an exception is a violation."""
     from verify.fuzz.rule import run
 
     try:
@@ -106,7 +114,7 @@ def run_case(spec: Any) -> dict[str, Any]:
         "activation": spec.activation,
         "spec": changed(spec),
         "outcomes": [
-            (name, verdict, *map(numerics.plain, sizes), text)
+            (name, verdict, *map(fuzz_table.plain, sizes), text)
             for name, verdict, *sizes, text in outcomes
         ],
     }
@@ -128,8 +136,10 @@ def distinct(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _prepare() -> None:
-    torch.set_num_threads(1)  # a case is too small for more
-    warnings.simplefilter("ignore")  # numpy's on nan and infinity, which some cases want
+    # A case is too small for more threads.
+    torch.set_num_threads(1)
+    # numpy warns of nan and infinity, which some cases want.
+    warnings.simplefilter("ignore")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -138,11 +148,7 @@ def _kept(seed: int) -> Path:
     """Where blocks are kept: another file for other code, so that results of two versions do not
     mix."""
     digest = hashlib.sha256(record.stamp(current())["source"].encode())
-    tests = [
-        ROOT / "tests" / name
-        for name in ("oracle.py", "fuzz_cases.py", "fuzz_draw.py", "fuzz_rule.py")
-    ]
-    for path in (Path(__file__), *tests):
+    for path in (Path(__file__), *(ROOT / name for name in RULES)):
         digest.update(path.read_bytes())
     path = ROOT / "build" / "fuzz" / f"{seed}-{digest.hexdigest()[:12]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +176,14 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
             impl: progress.add_task(
                 impl, total=BLOCK[impl] * sum(i == impl for i, _ in left), found=0
             )
-            for impl in SHARES
+            for impl in FRACTIONS
         }
-        failed = dict.fromkeys(SHARES, 0)
+        failed = dict.fromkeys(FRACTIONS, 0)
         futures = {pool.submit(run_block, *block, seed, BLOCK[block[0]]): block for block in left}
         try:
             for future in as_completed(futures):
-                block, cases = futures[future], future.result()
+                block = futures[future]
+                cases = future.result()
                 record.append(path, {"block": block, "cases": cases})
                 impl = block[0]
                 failed[impl] += sum(
@@ -184,9 +191,8 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
                 )
                 progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
         except BaseException:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # else what is left would be run before this is seen
+            # Otherwise what is left would be run before this is seen.
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
@@ -214,12 +220,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.case is not None:
         from verify.fuzz.cases import Spec
 
-        found = run_case(Spec.of(options.case))["outcomes"]
+        outcomes = run_case(Spec.of(options.case))["outcomes"]
         names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")
-        print(markdown([names, *([str(cell) for cell in one] for one in found)]))
-        return int(any(verdict == "violation" for _, verdict, *_ in found))
+        print(markdown([names, *([str(cell) for cell in one] for one in outcomes)]))
+        return int(any(verdict == "violation" for _, verdict, *_ in outcomes))
 
-    wanted, path = blocks(options.cases), _kept(options.seed)
+    wanted = blocks(options.cases)
+    path = _kept(options.seed)
     campaign(wanted, options.seed, options.jobs, path)
     kept = [one for one in record.load([path]) if tuple(one["block"]) in wanted]
     kept.sort(key=lambda one: wanted.index(tuple(one["block"])))
@@ -232,11 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "drawn": options.cases,
         "hypothesis": hypothesis.__version__,
     }
-    lines = [{**about, **line, **record.stamp(current())} for line in numerics.aggregate(cases)]
+    lines = [{**about, **line, **record.stamp(current())} for line in fuzz_table.aggregate(cases)]
     date = lines[-1]["date"]
     for line in lines:
         record.append(record.folder(options.results) / "fuzz.jsonl", {**line, "date": date})
-    print(numerics.page([{**line, "date": date} for line in lines]))
+    print(fuzz_table.page([{**line, "date": date} for line in lines]))
     failed = [one for line in lines for one in line["violations"]]
     if failed:
         print(markdown(plain_table([{**one, "spec": json.dumps(one["spec"])} for one in failed])))

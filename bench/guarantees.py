@@ -1,5 +1,5 @@
-"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile
-finds no break."""
+"""What the documentation guarantees of a call: no host sync, a CUDA graph can hold it,
+torch.compile finds no break."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Records = Iterator[dict[str, Any]]
 
 
 def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
-    """Those that run here; on a GPU without the torch one, which promises nothing there."""
+    """Those that run here; on a GPU without the torch one, which guarantees nothing there."""
     names = ("blas", "triton") if device.kind == "cuda" else ("torch",)
     missing = (
         baselines.BY_NAME[f"ours-{name}"].missing(device.torch_device, shapes.DTYPES[dtype])
@@ -31,13 +31,13 @@ def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
     return [name for name, reason in zip(names, missing, strict=True) if reason is None]
 
 
-def promises(
+def guarantees(
     device: Cpu | Cuda,
     shape: shapes.Shape,
     dtype: str,
     kinds: Collection[str] = ("sync", "graph", "fullgraph"),
 ) -> Records:
-    """A record for each promise of `kinds`, implementation and kind of call."""
+    """A record for each guarantee of `kinds`, implementation and kind of call."""
     place = device.torch_device
     weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=place)}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,9 +64,10 @@ def promises(
                 yield {
                     "kind": "graph",
                     **about,
-                    **_figures(partial(_graph, device, function, case)),
+                    **_attempt(partial(_graph, device, function, case)),
                 }
-            if number < 2 and "fullgraph" in kinds:  # seconds of compilation each
+            # Compilation takes seconds each.
+            if number < 2 and "fullgraph" in kinds:
                 yield {
                     "kind": "fullgraph",
                     **about,
@@ -76,10 +77,10 @@ def promises(
 
 def outcome(check: Callable[[], str]) -> str:
     """What a check says, or the first line of what it raises."""
-    return _figures(lambda: {"outcome": check()})["outcome"]
+    return _attempt(lambda: {"outcome": check()})["outcome"]
 
 
-def _figures(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _attempt(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return check()
     except Exception as error:
@@ -90,7 +91,7 @@ def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> d
     """With the times of a replay and of the step itself, where the graph holds what it should."""
     step = baselines.step(function, case)
     outcome, replay = checks.graph(device, step, case)
-    if outcome != checks.HELD:
+    if outcome != checks.CAPTURED:
         return {"outcome": outcome}
     times = interleaved(device, {"graph": replay, "step": step}, 0.5)
     return {"outcome": outcome} | {

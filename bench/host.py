@@ -5,7 +5,7 @@ Each call of each implementation in turn, round by round; the least and the medi
 On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before
 the clock has stopped.
 
-Without one the device's part is taken away, and the figure is a part of a GPU's: what this package,
+Without one the device's part is taken away, and the time is a part of a GPU's: what this package,
 autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python
 from `kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled
 kernel). Not in it: Triton's launcher in C and the tensor maps that it fills, the driver,
@@ -21,8 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -74,7 +73,8 @@ def without_device(ours: bool) -> Iterator[None]:
 
     patches = [mock.patch.object(torch, name, _nothing) for name in ("mm", "addmm", "_scaled_mm")]
     patches.append(mock.patch("pre_kernels.loss.unavailable", _nothing))
-    patches.append(mock.patch("pre_kernels.checks.row_values", _nothing))  # a GPU is not asked
+    # On a GPU the values of rows are not asked for either.
+    patches.append(mock.patch("pre_kernels.checks.row_values", _nothing))
     if ours:
         patches.append(mock.patch.object(JITFunction, "run", _nothing))
     else:
@@ -117,7 +117,7 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
         except RuntimeError as error:
             print(f"{name}: {error}")
             del steps[name]
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for name, run in steps.items():
@@ -125,9 +125,9 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             result = run()
-            found[name].append((time.perf_counter() - start) * 1e6)
+            samples[name].append((time.perf_counter() - start) * 1e6)
             del result
-    return found
+    return samples
 
 
 def main() -> None:
@@ -142,15 +142,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets the kernels; unset it")
-    measured = partial(measure, device, arguments.seconds)
-    if device == "cuda":
-        found = measured()
-    else:
-        with without_device(arguments.ours):
-            found = measured()
-    for name, samples in found.items():
+    with nullcontext() if device == "cuda" else without_device(arguments.ours):
+        by_call = measure(device, arguments.seconds)
+    for name, samples in by_call.items():
         print(
-            f"{name:14} least {min(samples):7.0f} µs   median {statistics.median(samples):7.0f} µs   of {len(samples)}"
+            f"{name:14} least {min(samples):7.0f} µs   "
+            f"median {statistics.median(samples):7.0f} µs   of {len(samples)}"
         )
 
 

@@ -34,7 +34,8 @@ def works() -> bool:
 class LiveReport:
     def __init__(self) -> None:
         device = current()
-        self.path, self.stamp = record.file(record.folder(), device), record.stamp(device)
+        self.path = record.file(record.folder(), device)
+        self.stamp = record.stamp(device)
         self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -66,7 +67,9 @@ class LostDevice:
     """In the process that runs tests."""
 
     def __init__(self, is_worker: bool) -> None:
-        self.is_worker, self.lost_by = is_worker, ""
+        self.is_worker = is_worker
+        # the test that lost the device, once one has
+        self.lost_by = ""
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.session = session

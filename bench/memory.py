@@ -15,18 +15,20 @@ import argparse
 import json
 from functools import partial
 
+import torch
+
 from pre_kernels.check.memory import fresh, second
 
-from . import ROOT
+from . import ROOT, baselines, shapes
 
 
 def peak(
-    shape: str, dtype: str, peer: str, rows: str, workspace: int | None = None
+    shape: str, dtype: str, name: str, rows: str, workspace: int | None = None
 ) -> tuple[float, float]:
-    """(peak, returned) in MiB of `peer`, with that many MiB of workspace, measured in a fresh
+    """(peak, returned) in MiB of a baseline, with that many MiB of workspace, measured in a fresh
     process."""
     given = [] if workspace is None else [str(workspace)]
-    result = fresh("bench.memory", shape, dtype, peer, rows, *given, folder=ROOT)
+    result = fresh("bench.memory", shape, dtype, name, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]
 
 
@@ -39,20 +41,15 @@ def main() -> None:
     parser.add_argument("workspace", nargs="?", type=int, metavar="MIB")
     arguments = parser.parse_args()
 
-    import torch
-
-    from . import baselines, shapes
-
-    shape, dtype, peer = (
-        shapes.BY_NAME[arguments.shape],
-        shapes.DTYPES[arguments.dtype],
-        baselines.BY_NAME[arguments.peer],
-    )
-    case = baselines.own_case(peer, shapes.case(shape, dtype, torch.device("cpu"), arguments.rows))
+    shape = shapes.BY_NAME[arguments.shape]
+    dtype = shapes.DTYPES[arguments.dtype]
+    baseline = baselines.BY_NAME[arguments.peer]
+    case = shapes.case(shape, dtype, torch.device("cpu"), arguments.rows)
+    case = baselines.own_case(baseline, case)
     options = {} if arguments.workspace is None else {"workspace": arguments.workspace << 20}
     step = (
-        baselines.step(partial(peer.build(), **options), case)
-        if peer.build
+        baselines.step(partial(baseline.build(), **options), case)
+        if baseline.build
         else baselines.floor(case)
     )
     rise, returned = second(step)

@@ -93,11 +93,11 @@ def reach(folder: Path) -> dict[str, Any]:
                     "lines": plugin.lines(),
                 }
 
-            found, status = forked(trace, 3600)
-            if not found or found["status"]:
-                failed = found and found["failed"]
+            reached, status = forked(trace, 3600)
+            if not reached or reached["status"]:
+                failed = reached and reached["failed"]
                 raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
-            path.write_text(json.dumps(found))
+            path.write_text(json.dumps(reached))
         one = json.loads(path.read_text())
         known["seconds"].update(one["seconds"])
         for file, lines in one["lines"].items():
@@ -110,11 +110,14 @@ def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
     """The seconds of the tests that reach a mutant's statement: those of single kernels, the
     cheapest first, then the longest of each test function, another of each, and so on. All tests of
     a file reach what is run on import."""
-    lines, seconds = known["lines"].get(mutant.file, {}), known["seconds"]
-    wanted, imported = range(mutant.lines[0], mutant.lines[1] + 1), mutant.function == "module"
+    lines = known["lines"].get(mutant.file, {})
+    seconds = known["seconds"]
+    wanted = range(mutant.lines[0], mutant.lines[1] + 1)
+    imported = mutant.function == "module"
     names = {name for line, tests in lines.items() if imported or line in wanted for name in tests}
     of_kernels = tuple(f"tests/core/test_{name}.py" for name in GENERAL[:3])
-    order, cases = {}, Counter[str]()
+    order = {}
+    cases = Counter[str]()
     for name in sorted(names, key=lambda name: (-seconds[name], name)):
         function = name.partition("[")[0]
         order[name] = (0 if name.startswith(of_kernels) else 1 + cases[function], seconds[name])
@@ -125,7 +128,8 @@ def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
 def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
     """Those whose seconds add up to the budget at most; `first` come first, which changes no
     outcome."""
-    total, chosen = 0.0, {}
+    total = 0.0
+    chosen: dict[str, float] = {}
     for name, each in seconds.items():
         if (total := total + each) > budget and chosen:
             break
@@ -146,13 +150,16 @@ def campaign(
     known = reach(folder)
     now = digest(ROOT / name for name in known["hash"])
     killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    done, start = Counter[str](), time.monotonic()
+    done = Counter[str]()
+    start = time.monotonic()
     for number, mutant in enumerate(wanted, 1):
-        last, often = kept.get(mutant.key), killers[mutant.file, mutant.function]
+        last = kept.get(mutant.key)
+        often = killers[mutant.file, mutant.function]
         if not last or (
             last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)
         ):
-            begin, outcome, test = time.monotonic(), "unreached", None
+            begin = time.monotonic()
+            outcome, test = "unreached", None
             if mutant.key in NAMED["equivalent"]:
                 outcome = "survived"
             elif seconds := reaching(mutant, known):
@@ -197,27 +204,28 @@ def again(
 ) -> dict[str, dict[str, Any]]:
     """The same by one test. A mutant that no result knows meets those of `GENERAL`, and so does one
     that is not killed again: what a value that nobody stored is depends on the versions."""
-    found = {}
+    outcomes = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
         if not any(mutant.key in reasons for reasons in NAMED.values()):
             outcome, _ = run(mutant, folder, {test: 1.0} if test else None)
             if outcome not in KILLED and test:
                 outcome, _ = run(mutant, folder, None)
-            found[mutant.key] = {"outcome": outcome}
+            outcomes[mutant.key] = {"outcome": outcome}
             if outcome not in KILLED:
                 print(f"{outcome}: {mutant.key}, formerly killed by {test}")
-    return found
+    return outcomes
 
 
-def write(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """A line for each file into the results."""
+    # They import the package, which the process that mutants are forked from must not have.
     from pre_kernels.check.device import current
 
-    from . import mutation, record
+    from . import mutation_table, record
 
     stamp = record.stamp(current())
-    for line in mutation.aggregate(found, NAMED):
+    for line in mutation_table.aggregate(outcomes, NAMED):
         record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
 
 
@@ -273,17 +281,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy(folder)
-        found = (
+        outcomes = (
             again(wanted, folder, killers)
             if options.again
             else campaign(wanted, path, options.budget, folder)
         )
     if not (options.again or options.only):
-        write(list(found.values()), {"seed": options.seed, "drawn": options.sample})
-    print(f"{len(found)} mutants: {dict(Counter(one['outcome'] for one in found.values()))}")
+        write(list(outcomes.values()), {"seed": options.seed, "drawn": options.sample})
+    print(f"{len(outcomes)} mutants: {dict(Counter(one['outcome'] for one in outcomes.values()))}")
     expected = NAMED["equivalent"].keys() | NAMED["gap"].keys()
     return int(
-        any(one["outcome"] not in KILLED and key not in expected for key, one in found.items())
+        any(one["outcome"] not in KILLED and key not in expected for key, one in outcomes.items())
     )
 
 

@@ -1,4 +1,4 @@
-"""Result files as pictures: bars beside eager and the floor, and curves over N, intensity and
+"""Result files as plots: bars beside eager and the floor, and curves over N, intensity and
 workspace."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import shapes
-from .report import groups, ratios
+from . import baselines, shapes
+from .tables import groups, ratios
 
 Record = dict[str, Any]
 
@@ -27,7 +27,7 @@ def bars(records: Iterable[Record], path: Path) -> None:
         )
     timed = dict.fromkeys(name for run in runs for name, one in run.items() if "median_ms" in one)
     names = [name for name in timed if name != "floor"]
-    figure, axes = pyplot.subplots(
+    plot, axes = pyplot.subplots(
         1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained"
     )
     for axis, key, title in zip(
@@ -52,9 +52,9 @@ def bars(records: Iterable[Record], path: Path) -> None:
         )
     axes[0].set_yticks(range(len(runs)), ticks)
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    plot.savefig(path, dpi=150)
+    pyplot.close(plot)
 
 
 def curves(records: Iterable[Record], path: Path) -> list[str]:
@@ -67,11 +67,13 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
     if not panels:
         return []
     pyplot = _pyplot()
-    wide, high = min(2, len(panels)), (len(panels) + 1) // 2
-    figure, grid = pyplot.subplots(
+    wide = min(2, len(panels))
+    high = (len(panels) + 1) // 2
+    plot, grid = pyplot.subplots(
         high, wide, figsize=(5.5 * wide + 1.5, 4.2 * high), squeeze=False, layout="constrained"
     )
-    axes, handles = list(grid.flat), {}
+    axes = list(grid.flat)
+    handles: dict[str, Any] = {}
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (panel, data) in zip(axes, panels.items(), strict=False):
@@ -81,10 +83,10 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
         axis.xaxis.set_minor_formatter("")
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    figure.suptitle(f"{device}, bf16")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.legend(handles.values(), handles.keys(), loc="outside right upper")
+    plot.suptitle(f"{device}, bf16")
+    plot.savefig(path, dpi=150)
+    pyplot.close(plot)
     return [axis.get_title() for axis in axes[: len(panels)]]
 
 
@@ -105,7 +107,7 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
         return []
     pyplot = _pyplot()
     dtypes = list(dict.fromkeys(one["dtype"] for one in swept))
-    figure, grid = pyplot.subplots(
+    plot, grid = pyplot.subplots(
         len(dtypes), 2, figsize=(12.5, 4.0 * len(dtypes)), squeeze=False, layout="constrained"
     )
     handles: dict[str, Any] = {}
@@ -119,12 +121,12 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
                 label: handle
                 for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
             }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    figure.suptitle(
+    plot.legend(handles.values(), handles.keys(), loc="outside right upper")
+    plot.suptitle(
         f"{swept[-1]['device']}, {swept[-1].get('threads')} threads, {swept[-1]['shape']}"
     )
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.savefig(path, dpi=150)
+    pyplot.close(plot)
     return [axis.get_title() for axis in grid.flat]
 
 
@@ -190,7 +192,7 @@ def workspace_memory(axis: Any, records: list[Record]) -> None:
 
 
 def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], float]) -> None:
-    """Curves of the peers that take one, lines across for those that take none."""
+    """Curves of the baselines that take one, lines across for those that take none."""
     axis.set_xscale("log", base=2)
     for one in records:
         if "item" not in one and one["peer"] != "floor":
@@ -206,9 +208,8 @@ def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], 
 def intensity(one: Record) -> float:
     """FLOP of the six products ÷ bytes that any implementation reads and writes at least once."""
     n, d, m, z = (one[name] for name in "ndmz")
-    elements = (
-        n * (d + z) + 2 * m * (d + z) + n * d
-    )  # hidden, anchor; weights and their gradients; dH
+    # hidden and anchor; weights and their gradients; dH
+    elements = n * (d + z) + 2 * m * (d + z) + n * d
     return 6 * n * m * (d + z) / (elements * shapes.DTYPES[one["dtype"]].itemsize)
 
 
@@ -256,7 +257,7 @@ def _lines(
     runs: list[dict[str, Record]],
     value: Callable[[dict[str, Record], str], float | None],
 ) -> None:
-    """For each peer a line through the sweep and crosses for the other shapes."""
+    """For each baseline a line through the sweep and crosses for the other shapes."""
     for name in _names(runs):
         for kind, style in (("sweep", {"marker": "o"}), ("loss", {"marker": "x", "linestyle": ""})):
             of_kind = [run for run in runs if name in run and run[name]["kind"] == kind]
@@ -273,8 +274,6 @@ def _names(runs: list[dict[str, Record]]) -> list[str]:
 
 def _color(name: str) -> Any:
     """The same in every panel and in the bars."""
-    from . import baselines
-
     order = list(baselines.BY_NAME)
     return _pyplot().get_cmap("tab20")(order.index(name) if name in order else len(order))
 

@@ -1,12 +1,17 @@
 """Where a step's time goes, whether the host ever waits, and what the workspace buys.
 
-python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of random numbers
-python -m bench.profiling kernels      kernel times and launches of a step, for each peer (torch.profiler)
+python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of
+                                       random numbers
+python -m bench.profiling kernels      kernel times and launches of a step, for each baseline
+                                       (torch.profiler)
 python -m bench.profiling syncs        the documented calls: host syncs, as a CUDA graph
 python -m bench.profiling fullgraph    the same under torch.compile
-python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's buffers
-python -m bench.profiling workspace --dtype bf16 fp32     on a CPU: that curve, and eager and torch.compile beside it
-python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache empty and filled
+python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's
+                                       buffers
+python -m bench.profiling workspace --dtype bf16 fp32
+                                       on a CPU: that curve, and eager and torch.compile beside it
+python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache
+                                       empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
 """
 
@@ -31,21 +36,20 @@ from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import ROOT, baselines, record, report, shapes, suite
-from .goals import KEPT
-from .guarantees import impls, promises
+from . import ROOT, baselines, record, shapes, suite, tables
+from .gpu_goals import KEPT
+from .guarantees import guarantees, impls
 
+# MiB of workspace in a sweep, and the baselines beside it
 MIBS = {
     "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
     "cpu": (2, 4, 8, 16, 32, 64, 128, 256),
-}  # of workspace
-BESIDE: dict[str, tuple[str, ...]] = {
-    "cuda": (),
-    "cpu": ("eager", "compile"),
-}  # of a sweep of the workspace
+}
+BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}
 SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
 STEPS = 5
-TOP = 25  # kernels kept of each peer
+# Of each baseline so many kernels are kept, those that take the longest.
+TOP = 25
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
 
 Records = Iterator[dict[str, Any]]
@@ -64,10 +68,10 @@ def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
     out = torch.empty_like(a)
     steps = {"copy": lambda: to.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
     for item, samples in interleaved(device, steps, 2.0).items():
-        figures = spread(samples)
+        metrics = spread(samples)
         rate = 2 * big / 1e6 if item == "copy" else 2 * side**3 / 1e9
         unit = "gb_per_s" if item == "copy" else "tflops"
-        yield {"kind": "ceiling", "item": item, unit: rate / figures["median_ms"], **figures}
+        yield {"kind": "ceiling", "item": item, unit: rate / metrics["median_ms"], **metrics}
 
 
 def _no_launch(device: Cpu | Cuda) -> str | None:
@@ -95,14 +99,15 @@ def kernels(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for name in names or [peer.name for peer in baselines.PEERS if peer.first > baselines.COMPILED]:
-        peer = baselines.BY_NAME[name]
-        if peer.missing(device.torch_device, shapes.DTYPES[dtype]):
+    quick = [one.name for one in baselines.BASELINES if one.max_plan_entries > baselines.COMPILED]
+    for name in names or quick:
+        baseline = baselines.BY_NAME[name]
+        if baseline.missing(device.torch_device, shapes.DTYPES[dtype]):
             continue
         try:
             step = (
-                baselines.step(peer.build(), baselines.own_case(peer, case))
-                if peer.build
+                baselines.step(baseline.build(), baselines.own_case(baseline, case))
+                if baseline.build
                 else baselines.floor(case)
             )
             for _ in range(2):
@@ -113,9 +118,10 @@ def kernels(
                     step()
                 device.synchronize()
         except Exception as error:
-            yield {"kind": "step", "peer": peer.name, "failed": suite.reason(error)}
+            yield {"kind": "step", "peer": name, "failed": suite.reason(error)}
             continue
-        waits, rows = {}, []
+        waits: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
         for event in profile.key_averages():
             if any(word in event.key for word in WAITS):
                 waits[event.key] = event.count / STEPS
@@ -130,9 +136,9 @@ def kernels(
             "launches": sum(row["count"] for row in rows),
             "busy_us": sum(row["us"] for row in rows),
         }
-        yield {"kind": "step", "peer": peer.name, **total, "waits": waits}
+        yield {"kind": "step", "peer": name, **total, "waits": waits}
         for row in rows[:TOP]:
-            yield {"kind": "kernel", "peer": peer.name, **row}
+            yield {"kind": "kernel", "peer": name, **row}
 
 
 def workspace(
@@ -143,7 +149,7 @@ def workspace(
     mibs: Sequence[int] = (),
 ) -> Records:
     """Time and peak over the workspace, for all implementations that run; sizes take turns with the
-    floor, and on a CPU with the peers that take no workspace, whose records have no "item"."""
+    floor, and on a CPU with the baselines that take no workspace, whose records have no "item"."""
     if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
@@ -168,15 +174,17 @@ def workspace(
         return {**about, **({} if mib is None else {"item": mib}), **known[name, mib]}
 
     for name, mib in plan:
-        peer = baselines.BY_NAME[name]
-        if mib is not None and peer.build is not None:
-            peer = replace(peer, build=partial(partial, peer.build(), workspace=mib << 20))
-        known[name, mib], step = suite.judged(peer, case, judges)
+        baseline = baselines.BY_NAME[name]
+        if mib is not None and baseline.build is not None:
+            build = partial(partial, baseline.build(), workspace=mib << 20)
+            baseline = replace(baseline, build=build)
+        known[name, mib], step = suite.judged(baseline, case, judges)
         if step is None:
             yield told(name, mib)
         else:
             steps[name, mib] = step
-    judges.clear()  # float64 gradients
+    # Its float64 gradients would crowd out what is measured.
+    judges.clear()
     peaks = False
     for times in suite.staged(device, {**steps, ("floor", None): baselines.floor(case)}, 20.0):
         for place, samples in times.items():
@@ -248,8 +256,8 @@ def once(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 WHAT: dict[str, Callable[..., Records]] = {
     "ceilings": lambda device, shape, dtype: ceilings(device, dtype),
     "kernels": kernels,
-    "syncs": partial(promises, kinds=("sync", "graph")),
-    "fullgraph": partial(promises, kinds=("fullgraph",)),
+    "syncs": partial(guarantees, kinds=("sync", "graph")),
+    "fullgraph": partial(guarantees, kinds=("fullgraph",)),
     "workspace": workspace,
     "firstcall": firstcall,
     "first": first,
@@ -274,20 +282,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
     arguments = parser.parse_args(argv)
-    given = {"names": arguments.peers, "mibs": arguments.mib}
-
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    shape, lines = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]], []
-    given = {name: value for name, value in given.items() if value is not None}
+    shape = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]]
+    given = {"names": arguments.peers, "mibs": arguments.mib}
+    options = {name: value for name, value in given.items() if value is not None}
+    lines = []
     for dtype in arguments.dtype:
         about = {"shape": shape.name, "dtype": dtype, **record.stamp(device)}
-        for line in WHAT[arguments.what](device, shape, dtype, **given):
+        for line in WHAT[arguments.what](device, shape, dtype, **options):
             record.append(path, line | about)
             lines.append(line | {"dtype": dtype})
     for kind in dict.fromkeys(line["kind"] for line in lines):
         print(
-            report.markdown(report.plain_table([line for line in lines if line["kind"] == kind])),
+            tables.markdown(tables.plain_table([line for line in lines if line["kind"] == kind])),
             "\n",
         )
     return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)

@@ -22,7 +22,9 @@ from pre_kernels.check.device import Cpu, Cuda
 
 from . import ROOT
 
-SOURCES = ("pre_kernels", "integrations")  # what is measured
+# What is measured. `pre_kernels/integrations` is a link to the second folder: the first is hashed
+# without it, and git, which does not look behind a link, is asked about both.
+SOURCES = ("pre_kernels", "integrations")
 RESULTS = Path(__file__).with_name("results")
 
 # a later line of the same key replaces an earlier one in tables and plots
@@ -73,7 +75,7 @@ def stamp(device: Cpu | Cuda) -> dict[str, Any]:
 
 
 def dry_run() -> bool:
-    """Whether figures are of tiny sizes, to try the scripts: kept apart, and in no table."""
+    """Whether measurements are of tiny sizes, to try the scripts: kept apart, and in no table."""
     return os.environ.get("BENCH_DRY_RUN") == "1"
 
 
@@ -100,24 +102,25 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each key, in the order in which the keys first came.
 
-    Peers that were measured side by side stay together: of the runs of a shape the last one counts,
-    or the last with eager and the floor in it if there is one, since without them a time has
-    nothing to be divided by.
+    Baselines that were measured side by side stay together: of the runs of a shape the last one
+    counts, or the last with eager and the floor in it if there is one, since without them a time
+    has nothing to be divided by.
     """
     records = list(records)
-    peers: dict[str, set[str]] = {}
+    timed: dict[str, set[str]] = {}
     for record in records:
-        timed = peers.setdefault(record.get("group", ""), set())
+        names = timed.setdefault(record.get("group", ""), set())
         if "median_ms" in record:
-            timed.add(record.get("peer", ""))
+            names.add(record.get("peer", ""))
     chosen: dict[tuple[Any, ...], str] = {}
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        place, group = _place(record), record.get("group", "")
+        place = _place(record)
+        group = record.get("group", "")
         if (
             place not in chosen
-            or peers[group] >= {"eager", "floor"}
-            or not peers[chosen[place]] >= {"eager", "floor"}
+            or timed[group] >= {"eager", "floor"}
+            or not timed[chosen[place]] >= {"eager", "floor"}
         ):
             chosen[place] = group
     for record in records:
@@ -128,7 +131,7 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _place(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The key but for the peer; records from before rows were also given as indices are of a
+    """The key but for the baseline; records from before rows were also given as indices are of a
     mask."""
     return tuple(
         record.get(name, "mask" if name == "selection" else None) for name in KEY if name != "peer"
@@ -165,7 +168,17 @@ def _commit() -> str:
 @cache
 def _source() -> str:
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sources() -> list[Path]:
+    """The Python files of what is measured, each once: none behind a link, which `rglob` follows or
+    not by the version of Python."""
+    paths: list[Path] = []
+    for folder in SOURCES:
+        walk = os.walk(ROOT / folder, followlinks=False)
+        files = (Path(place, name) for place, _, names in walk for name in names)
+        paths += sorted(path for path in files if path.suffix == ".py")
+    return paths

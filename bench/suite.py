@@ -1,7 +1,8 @@
-"""One shape measured: check every peer, time those that pass side by side, read their peak memory.
+"""One shape measured: check ours and every baseline, time those that pass side by side, read their
+peak memory.
 
 python -m bench.suite cpu-16k bf16
-python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5 --out results
+python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import baselines, memory, record, report, shapes
+from . import baselines, memory, record, shapes, tables
 
-SECONDS = {"cpu": 8.0, "cuda": 5.0}  # of sampling a shape, beyond the least of rounds
+# of sampling a shape, beyond the least of rounds
+SECONDS = {"cpu": 8.0, "cuda": 5.0}
 
 Records = Iterator[dict[str, Any]]
 
@@ -43,18 +45,19 @@ def measure(
     rows: str = "index",
     hot: bool = False,
 ) -> Records:
-    """Records of each peer as they come, judged in the order of `names` (else all): its verdict,
-    its figures after the least of rounds, those of all rounds. A later record of a peer replaces an
-    earlier one: what ends this early leaves what was known. A peer that is unavailable or fails its
-    check has "unavailable" or "failed" instead of figures. `hot` leaves the L2 cache as the step
-    before left it; such records are of a kind of their own."""
-    chosen = [baselines.BY_NAME[name] for name in names] or baselines.PEERS
-    torch_dtype, place = shapes.DTYPES[dtype], device.torch_device
+    """Records of each baseline as they come, judged in the order of `names` (else all): its
+    verdict, its times after the least of rounds, those of all rounds. A later record of a baseline
+    replaces an earlier one: what ends this early leaves what was known. A baseline that is
+    unavailable or fails its check has "unavailable" or "failed" instead of times. `hot` leaves the
+    L2 cache as the step before left it; such records are of a kind of their own."""
+    chosen = [baselines.BY_NAME[name] for name in names] or baselines.BASELINES
+    torch_dtype = shapes.DTYPES[dtype]
+    place = device.torch_device
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
     kind = "hot" if hot else "loss"
-    # one run, one group: what is divided by another peer's time was measured beside it, or beside
-    # the same floor
+    # One run is one group: what is divided by another baseline's time was measured beside it, or
+    # beside the same floor.
     group = f"{stamp.get('run', stamp['date'])} {kind} {shape.name} {dtype} {rows}"
     about = {
         "kind": kind,
@@ -64,7 +67,7 @@ def measure(
         "selection": rows,
         "group": group,
     }
-    results: dict[str, dict[str, Any]] = {peer.name: {} for peer in chosen}
+    results: dict[str, dict[str, Any]] = {baseline.name: {} for baseline in chosen}
 
     def told(name: str) -> dict[str, Any]:
         return {**about, "peer": name, **results[name], **stamp}
@@ -77,23 +80,25 @@ def measure(
     case = shapes.case(shape, torch_dtype, place, rows)
     steps: dict[str, baselines.Step] = {}
     judges: dict[str, Judge] = {}
-    if (
-        "torch._dynamo" in sys.modules
-    ):  # seconds to import; without a reset a second shape is compiled for any size
+    # Without a reset a second shape would be compiled for any size. Dynamo takes seconds to import.
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    for peer in chosen:
-        results[peer.name], step = judged(peer, case, judges)
+    for baseline in chosen:
+        results[baseline.name], step = judged(baseline, case, judges)
         if step is not None:
-            steps[peer.name] = step
-        if results[peer.name]:
-            yield told(peer.name)
-    judges.clear()  # float64 gradients: they would crowd out what is measured
+            steps[baseline.name] = step
+        if results[baseline.name]:
+            yield told(baseline.name)
+    # Its float64 gradients would crowd out what is measured.
+    judges.clear()
 
     if hot and isinstance(device, Cuda):
-        device.scratch = torch.empty(0, device=place)  # nothing is written between samples
+        # An empty buffer: nothing is written between samples.
+        device.scratch = torch.empty(0, device=place)
     extra: dict[str, dict[str, Any]] = {}
     for samples in staged(device, steps, SECONDS[device.kind] if seconds is None else seconds):
-        stamp = record.stamp(device)  # with the clocks of just after work
+        # again, with the clocks of just after work
+        stamp = record.stamp(device)
         for name, milliseconds in samples.items():
             results[name] |= timed(milliseconds, samples.get("floor"))
             results[name]["tflops"] = shape.flop / results[name]["median_ms"] / 1e9
@@ -107,27 +112,29 @@ def measure(
 
 
 def judged(
-    peer: baselines.Peer, case: Case, judges: dict[str, Judge]
+    baseline: baselines.Baseline, case: Case, judges: dict[str, Judge]
 ) -> tuple[dict[str, Any], baselines.Step | None]:
-    """What is to be said of a peer before it is timed, and its step if it is to be."""
+    """What is to be said of a baseline before it is timed, and its step if it is to be. `judges`
+    keeps the judge of each own case."""
     place, dtype = case.tensors["hidden"].device, case.product_dtype
-    if missing := peer.missing(place, dtype):
+    if missing := baseline.missing(place, dtype):
         return {"unavailable": missing}, None
-    if peer.build is None:
+    if baseline.build is None:
         return {}, baselines.floor(case)
-    own, options = baselines.own_case(peer, case), str(peer.options)
-    if options not in judges:
-        judges[options] = Judge(own)
+    own = baselines.own_case(baseline, case)
+    key = f"{baseline.options}, biases {baseline.biases}"
+    if key not in judges:
+        judges[key] = Judge(own)
     try:
-        function = peer.build()
-        verdict = judges[options](function, peer.gate)
+        function = baseline.build()
+        verdict = judges[key](function, baseline.gate)
     except Exception as error:
-        return {"failed" if peer.ours else "unavailable": reason(error)}, None
-    if verdict.wrong or (peer.ours and verdict.failure):
+        return {"failed" if baseline.ours else "unavailable": reason(error)}, None
+    if verdict.wrong or (baseline.ours and verdict.failure):
         return {"failed": verdict.failure}, None
     result = {"error_ratio": verdict.error_ratio, "outside_rule": verdict.failure}
-    if peer.gate is not None:
-        rule = f"relative rms error {verdict.relative:.3f} ≤ {peer.gate}"
+    if baseline.gate is not None:
+        rule = f"relative rms error {verdict.relative:.3f} ≤ {baseline.gate}"
         result |= {"own_rule": rule, "outside_rule": f"judged by a rule of its own: {rule}"}
     return result, baselines.step(function, own)
 
@@ -219,18 +226,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = current()
     path = record.file(record.folder(arguments.out), device)
-    shape, given = (
-        shapes.BY_NAME[arguments.shape],
-        {"seconds": arguments.seconds, "hot": arguments.hot},
-    )
     records = []
     for rows in arguments.rows:
-        for line in measure(shape, arguments.dtype, device, arguments.peers, rows=rows, **given):
+        for line in measure(
+            shapes.BY_NAME[arguments.shape],
+            arguments.dtype,
+            device,
+            arguments.peers,
+            arguments.seconds,
+            rows=rows,
+            hot=arguments.hot,
+        ):
             record.append(path, line)
             records.append(line)
     records = record.latest(records)
-    print(report.markdown(report.loss_table(records)))
-    for line in report.refusals(records):
+    print(tables.markdown(tables.loss_table(records)))
+    for line in tables.refusals(records):
         print(line)
     return any("failed" in line and baselines.BY_NAME[line["peer"]].ours for line in records)
 

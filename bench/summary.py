@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from . import record
-from .goals import BLAS, KEPT, MASK
-from .report import groups, ratios
+from .gpu_goals import BLAS, KEPT, MASK
+from .tables import groups, ratios
 
 Record = dict[str, Any]
 
-PRODUCT = re.compile(
-    "gemm|nvjet|cutlass|xmma|matmul|weight_grad"
-)  # kernels that are no pass over rows
-SOONER = 0.97  # of the time, from where a difference is no accident
+# kernels that are no pass over rows
+PRODUCT = re.compile("gemm|nvjet|cutlass|xmma|matmul|weight_grad")
+# × the time: from here on a difference is no accident
+SOONER = 0.97
 UNITS = {"gb_per_s": "GB/s", "tflops": "TFLOP/s"}
 HEAD = "", "ms", "÷ floor", "÷ eager", "error", "÷ formula", "host µs"
 
@@ -30,8 +30,10 @@ def of_folder(folder: Path) -> list[str]:
     last = max((one["run"] for one in records if "run" in one), default=None)
     file = folder / "check.json"
     checked = json.loads(file.read_text()) if file.exists() else {}
-    if last and checked.get("date", "")[:19] < last[:19]:  # both in UTC, to the second
-        checked = {}  # of an earlier run
+    # Both dates are in UTC; they are compared to the second.
+    if last and checked.get("date", "")[:19] < last[:19]:
+        # The file is of an earlier run.
+        checked = {}
     return lines(record.latest(one for one in records if one.get("run") == last), checked)
 
 
@@ -39,16 +41,16 @@ def lines(records: Sequence[Record], checked: Record) -> list[str]:
     """The summary; a part that left no record has no line but among the parts."""
     if not records:
         return ["no records"]
-    found = [
+    sections = [
         *_head(records),
         *_check(checked),
         *_speeds(records),
         *_tests(records),
-        *_promises(records),
+        *_guarantees(records),
     ]
-    found += [*_lacking(records), *_kernels(records), *_tiles(records), *_workspaces(records)]
+    sections += [*_lacking(records), *_kernels(records), *_tiles(records), *_workspaces(records)]
     hints = list(dict.fromkeys([*_of_check(checked), *_next(records)]))
-    return [*found, "what to try next:", *_few(hints or ["nothing that these rules know of"], 5)]
+    return [*sections, "what to try next:", *_few(hints or ["nothing that these rules know of"], 5)]
 
 
 def _kind(records: Sequence[Record], *kinds: str) -> list[Record]:
@@ -69,17 +71,13 @@ def _head(records: Sequence[Record]) -> list[str]:
     names = ("device", "driver_version", "cuda", "torch", "triton", "python", "commit", "run")
     told = [", ".join(f"{name} {one[name]}" for name in names if one.get(name))]
     for ceiling in [one for one in _kind(records, "ceiling") if "failed" not in one]:
-        figure, unit = next((ceiling[key], unit) for key, unit in UNITS.items() if key in ceiling)
-        told.append(f"{ceiling['item']} {figure:,.0f} {unit}")
+        rate, unit = next((ceiling[key], unit) for key, unit in UNITS.items() if key in ceiling)
+        told.append(f"{ceiling['item']} {rate:,.0f} {unit}")
     told[1:] = [f"ceilings: {', '.join(told[1:])}"] if told[1:] else []
     parts = _kind(records, "part")
     wrong = [f"{one['item']}: {one['outcome']}" for one in parts if one["outcome"] != "exit 0"]
-    return [
-        *told,
-        f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}".rstrip("; ")[
-            :300
-        ],
-    ]
+    well = f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}"
+    return [*told, well.rstrip("; ")[:300]]
 
 
 def _check(checked: Record) -> list[str]:
@@ -90,15 +88,12 @@ def _check(checked: Record) -> list[str]:
     for one in checked.get("results", []):
         results.setdefault(one["impl"], []).append(one)
     texts = []
-    for impl, found in results.items():
-        wrong = [f"{one['check']}: {one['says']}" for one in found if one["outcome"] == "fail"]
-        passed = sum(one["outcome"] == "pass" for one in found)
+    for impl, checks in results.items():
+        wrong = [f"{one['check']}: {one['says']}" for one in checks if one["outcome"] == "fail"]
+        passed = sum(one["outcome"] == "pass" for one in checks)
         unfinished = "" if checked.get("finished") else ", ended before its end"
-        texts.append(
-            "; ".join(
-                [f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}", *wrong[:1]]
-            )
-        )
+        line = f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}"
+        texts.append("; ".join([line, *wrong[:1]]))
     return _few(texts, 3)
 
 
@@ -130,14 +125,14 @@ def _speeds(records: Sequence[Record]) -> list[str]:
                 rows.append((about, one["failed"][:60]))
                 continue
             ratio = ratios(run, name)
-            figures = [
+            metrics = [
                 one.get("median_ms"),
                 ratio["floor"],
                 ratio["eager"],
                 one.get("error_ratio"),
                 _memory(one),
             ]
-            texts = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+            texts = ["" if metric is None else f"{metric:.3f}" for metric in metrics]
             host = one.get("enqueue_us")
             rows.append((about, *texts, "" if host is None else f"{host:.0f}"))
     if len(rows) == 1:
@@ -180,16 +175,16 @@ def _broken(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _promises(records: Sequence[Record]) -> list[str]:
+def _guarantees(records: Sequence[Record]) -> list[str]:
     calls, broken = _kind(records, *KEPT), _broken(records)
     kept = f"guarantees: {len(calls) - len(broken)} of {len(calls)} kept"
     return [kept, *_few(broken, 2)] if calls else []
 
 
-def _slowest(records: Sequence[Record], peer: str, passes: bool = False) -> list[str]:
+def _slowest(records: Sequence[Record], name: str, passes: bool = False) -> list[str]:
     """The kernels of a step that take most of it; of its passes over rows alone."""
-    of_peer = [one for one in _kind(records, "kernel") if one["peer"] == peer]
-    shown = [one for one in of_peer if not (passes and PRODUCT.search(one["item"]))]
+    of_baseline = [one for one in _kind(records, "kernel") if one["peer"] == name]
+    shown = [one for one in of_baseline if not (passes and PRODUCT.search(one["item"]))]
     shown.sort(key=lambda one: -one["us"])
     return [f"{one['item'][:40]} {one['us']:.0f} µs" for one in shown[:3]]
 
@@ -235,10 +230,10 @@ def _workspace_runs(records: Sequence[Record]) -> dict[str, dict[int, float]]:
 
 def _workspaces(records: Sequence[Record]) -> list[str]:
     texts = []
-    for peer, sizes in _workspace_runs(records).items():
+    for name, sizes in _workspace_runs(records).items():
         curve = ", ".join(f"{mib} MiB {ratio:.3f}" for mib, ratio in sorted(sizes.items()))
         texts.append(
-            f"workspace of {peer}, ÷ floor: {curve}; best {min(sizes, key=lambda mib: sizes[mib])}"
+            f"workspace of {name}, ÷ floor: {curve}; best {min(sizes, key=lambda mib: sizes[mib])}"
         )
     return texts[:2]
 
@@ -253,20 +248,24 @@ def _next(records: Sequence[Record]) -> Iterator[str]:
     for role, shipped, best in _candidates(records):
         if best["median_ms"] < SOONER * shipped["median_ms"]:
             gain = 1 - best["median_ms"] / shipped["median_ms"]
-            yield f"put {best['item']} into the table of tiles: {gain:.0%} less time than the shipped one"
+            less = f"{gain:.0%} less time than the shipped one"
+            yield f"put {best['item']} into the table of tiles: {less}"
         elif shipped["over_blas"] > 1.1:
-            yield f"{role}: no candidate is near cuBLAS ({best['over_blas']:.2f} × its time): the kernel, not its tile"
-    for peer, sizes in _workspace_runs(records).items():
+            times = f"{best['over_blas']:.2f} × its time"
+            yield f"{role}: no candidate is near cuBLAS ({times}): the kernel, not its tile"
+    for name, sizes in _workspace_runs(records).items():
         best = min(sizes, key=lambda mib: sizes[mib])
         if 512 in sizes and sizes[best] < SOONER * sizes[512]:
-            yield f"{peer}: {best} MiB of workspace by default, {1 - sizes[best] / sizes[512]:.0%} less time than 512"
+            gain = 1 - sizes[best] / sizes[512]
+            yield f"{name}: {best} MiB of workspace by default, {gain:.0%} less time than 512"
     for one in _kind(records, "part"):
         if one["outcome"] == "ended at its limit":
-            yield f"{one['item']} took more than its {one['seconds']:.0f} s: the end of log.txt's part says where"
+            limit = f"{one['seconds']:.0f} s"
+            yield f"{one['item']} took more than its {limit}: the end of log.txt's part says where"
 
 
 def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
-    """What the peers of a shape, measured side by side, suggest."""
+    """What the baselines of a shape, measured side by side, suggest."""
     timed = {name: one for name, one in run.items() if "median_ms" in one}
     ours = {name: one for name, one in timed.items() if name.startswith("ours-")}
     for name, one in run.items():
@@ -276,18 +275,24 @@ def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
         where, over = f"{name} at {one['shape']}, {one['selection']}", ratios(run, name)["floor"]
         goal = {"ours-blas": BLAS, "ours-triton": MASK}.get(name)
         if one.get("enqueue_us", 0.0) > 900 * one["median_ms"]:
-            yield f"{where}: the host needs {one['enqueue_us']:.0f} µs a step: fewer launches, or a CUDA graph"
+            host = f"{one['enqueue_us']:.0f} µs a step"
+            yield f"{where}: the host needs {host}: fewer launches, or a CUDA graph"
         elif goal and over and over > goal:
-            slowest = ", ".join(_slowest(records, name, passes=True))
-            yield f"{where}: {over:.2f} × the floor > {goal:g}; the slowest passes: {slowest or 'not known'}"
+            slowest = ", ".join(_slowest(records, name, passes=True)) or "not known"
+            yield f"{where}: {over:.2f} × the floor > {goal:g}; the slowest passes: {slowest}"
         if (memory := _memory(one)) and memory > 1.0:
-            yield f"{where}: {memory:.2f} × the formula's memory: what is allocated beside the workspace?"
+            much = f"{memory:.2f} × the formula's memory"
+            yield f"{where}: {much}: what is allocated beside the workspace?"
     same = [ratios(run, name)["eager"] or math.inf for name in ours if name != "ours-fp8"]
     for name, one in timed.items():
         if name.startswith("compile") and (ratios(run, name)["eager"] or math.inf) < min(
             same, default=0.0
         ):
-            yield f"{name} is faster than ours at {one['shape']}: compare their kernels (--stage profile)"
+            where = f"{name} is faster than ours at {one['shape']}"
+            yield f"{where}: compare their kernels (--stage profile)"
     fp8, blas = (ratios(run, name)["floor"] for name in ("ours-fp8", "ours-blas"))
     if fp8 and blas and fp8 > blas:
-        yield f"fp8 is no gain: {fp8:.2f} against {blas:.2f} × the floor; its quantisation, or _scaled_mm itself"
+        yield (
+            f"fp8 is no gain: {fp8:.2f} against {blas:.2f} × the floor; "
+            "its quantisation, or _scaled_mm itself"
+        )

@@ -1,5 +1,5 @@
-"""Time and memory of the loss's forward and backward, each figure behind a check against float64 in
-the same run."""
+"""Time and memory of the loss's forward and backward, each behind a check against float64 in the
+same run."""
 
 import pytest
 

@@ -1,7 +1,9 @@
 """Sweeps on a GPU: the loss over N and the predictor's width, and the tiles of the Triton products.
 
-python -m bench.tile_sweep sizes --n 9216        ours, eager and the floor at N = 9,216 for m = d/4, 2048, d (d = 4096)
-python -m bench.tile_sweep tiles --role project  each candidate tile beside cuBLAS, in one of the products' roles
+python -m bench.tile_sweep sizes --n 9216        ours, eager and the floor at N = 9,216 for
+                                                 m = d/4, 2048, d (d = 4096)
+python -m bench.tile_sweep tiles --role project  each candidate tile beside cuBLAS, in one of the
+                                                 products' roles
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.loss import unavailable
 
-from . import record, report, shapes, suite
+from . import record, shapes, suite, tables
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
-KINDS = ("descriptor", "pointer")  # how operands are loaded
+# how operands are loaded
+KINDS = ("descriptor", "pointer")
 ROLES = ("project", "backproject", "weight_grad")
-GROUPS = (4, 16)  # of row tiles, with the tile that is in use
+# row tiles in a group, tried with the tile that is in use
+GROUPS = (4, 16)
 
 Records = Iterator[dict[str, Any]]
 
@@ -94,9 +98,8 @@ def tiles(
             with (
                 mock.patch.dict(tiles.DESCRIPTOR_TILES, clear=True),
                 mock.patch.dict(table, {key: (tile,)}),
-                mock.patch.object(
-                    tiles, "remembered", dict
-                ),  # or a tuned tile would be timed under each name
+                # Otherwise a tuned tile would be timed under each name.
+                mock.patch.object(tiles, "remembered", dict),
                 mock.patch.object(tiles, "GROUP_M", group_m),
             ):
                 result.fill_(0.0 if role == "weight_grad" else torch.nan)
@@ -115,21 +118,21 @@ def _timed(
     flop: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The figures of a product, or why there are none."""
+    """The metrics of a product, or why there are none."""
     try:
         run()
         device.synchronize()
         error = ((result.double() - truth).norm() / truth.norm()).item()
         if not error < 2 * torch.finfo(dtype).eps:
             return {"failed": f"relative error {error:.2e}"}
-        figures: dict[str, Any] = {"error": error}
+        metrics: dict[str, Any] = {"error": error}
         if device.kind == "cuda":  # the interpreter is never timed
             times = interleaved(device, {"tile": run, "blas": blas}, 0.2)
-            figures |= spread(times["tile"])
-            figures["blas_ms"] = spread(times["blas"])["median_ms"]
-            figures["over_blas"] = figures["median_ms"] / figures["blas_ms"]
-            figures["tflops"] = flop / figures["median_ms"] / 1e9
-        return figures
+            metrics |= spread(times["tile"])
+            metrics["blas_ms"] = spread(times["blas"])["median_ms"]
+            metrics["over_blas"] = metrics["median_ms"] / metrics["blas_ms"]
+            metrics["tflops"] = flop / metrics["median_ms"] / 1e9
+        return metrics
     except Exception as error:  # too much shared memory, say: the next candidate may fit
         return {"unavailable": suite.reason(error)}
 
@@ -184,20 +187,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = record.file(record.folder(arguments.out), device)
     stamp = record.stamp(device) | {"dtype": arguments.dtype}
     if arguments.what == "sizes":
-        found = sizes(device, arguments.n, arguments.dtype, arguments.d)
+        records = sizes(device, arguments.n, arguments.dtype, arguments.d)
     else:
         size = arguments.n, arguments.d, arguments.m, arguments.dtype
-        found = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
+        records = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
     lines = []
-    for line in found:
+    for line in records:
         record.append(path, line | stamp)
         lines.append(line)
     table = (
-        report.loss_table(record.latest(lines))
+        tables.loss_table(record.latest(lines))
         if arguments.what == "sizes"
-        else report.plain_table(lines)
+        else tables.plain_table(lines)
     )
-    print(report.markdown(table))
+    print(tables.markdown(table))
     return any("failed" in line for line in lines)
 
 

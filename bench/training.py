@@ -1,9 +1,9 @@
 """A training step of a vision-language model with PRe ÷ the same step without: time and peak
 memory.
 
-python -m bench.training            on a GPU LLaVA-1.5-7B: batch 16 × 1,024 tokens, 576 of them visual, in bfloat16;
-                                    on a CPU SmolVLM-256M: batch 6 × 96 tokens, 64 of them visual,
-                                    in float32
+python -m bench.training            on a GPU LLaVA-1.5-7B: batch 16 × 1,024 tokens, 576 of them
+                                    visual, in bfloat16; on a CPU SmolVLM-256M: batch 6 × 96 tokens,
+                                    64 of them visual, in float32
 python -m bench.training --tiny     a small model, on either
 
 Weights are random, made on the device; the vision tower is frozen, the rest is trained by fused
@@ -35,16 +35,17 @@ from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.integrations import PreHandle, apply_pre
 
-from . import ROOT, record, report
+from . import ROOT, record, tables
 from .shapes import DTYPES
 
 IMAGE = 5  # token id
-NEEDED = 100  # GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the unforeseen
-BUDGET = {
-    "cpu": (150.0, 5),
-    "cuda": (30.0, 10),
-}  # seconds of the turns, and how many there are at least
-FROZEN = ("vision_tower", "vision_model")  # the encoder of images in names of parameters
+# GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the
+# unforeseen
+NEEDED = 100
+# seconds of the turns, and how many there are at least
+BUDGET = {"cpu": (150.0, 5), "cuda": (30.0, 10)}
+# what names of parameters call the encoder of images
+FROZEN = ("vision_tower", "vision_model")
 
 
 class Size(NamedTuple):
@@ -229,7 +230,8 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     handle = step.attach()
     head = list(handle.head.parameters())
     with_mib = peak(device, step)
-    own_mib = 4 * sum(p.nbytes for p in head) / MIB  # parameters, gradients and both moments
+    # its parameters, gradients and both moments
+    own_mib = 4 * sum(p.nbytes for p in head) / MIB
     before = [p.detach().clone() for p in head]
     start = time.monotonic()
 
@@ -256,22 +258,22 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     if not all(map(math.isfinite, (pre_loss, *torch.stack(step.losses).tolist()))):
         return about | {"failed": "a loss is not finite"}
     times = {name: spread(taken) for name, taken in samples.items()}
-    figures = {
+    metrics = {
         "pre_loss": pre_loss,
         "with_ms": times["with"]["median_ms"],
         "without_ms": times["without"]["median_ms"],
     }
-    figures |= {
+    metrics |= {
         "q1_ms": times["with"]["q1_ms"],
         "q3_ms": times["with"]["q3_ms"],
         "samples": times["with"]["samples"],
     }
-    figures |= pairs(samples["with"], samples["without"])
+    metrics |= pairs(samples["with"], samples["without"])
     if with_mib and without_mib:
-        figures |= {"with_mib": with_mib, "without_mib": without_mib, "head_mib": own_mib}
-        figures["memory_ratio"] = (with_mib - own_mib) / without_mib
-        figures["memory_ratio_with_head"] = with_mib / without_mib
-    return about | figures
+        metrics |= {"with_mib": with_mib, "without_mib": without_mib, "head_mib": own_mib}
+        metrics["memory_ratio"] = (with_mib - own_mib) / without_mib
+        metrics["memory_ratio_with_head"] = with_mib / without_mib
+    return about | metrics
 
 
 def tell(line: str) -> None:
@@ -292,10 +294,11 @@ def peak(device: Cpu | Cuda, step: Step) -> float | None:
     if device.kind == "cpu":
         if memory.missing():
             return None
-        which, tiny = "with" if step.handle else "without", ["--tiny"] if step.size is TINY else []
+        which = "with" if step.handle else "without"
+        tiny = ["--tiny"] if step.size is TINY else []
         tell(f"two steps {which} PRe in a process of their own, for the peak")
-        found = memory.fresh("bench.training", "--peak", which, *tiny, folder=ROOT)
-        return found["held_mib"] + found["rise_mib"]
+        mib = memory.fresh("bench.training", "--peak", which, *tiny, folder=ROOT)
+        return mib["held_mib"] + mib["rise_mib"]
     step()
     device.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -344,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else measure(device, size)
     )
     record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
-    print(report.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
+    print(tables.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
     return "failed" in line
 
 

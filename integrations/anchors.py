@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pre_kernels import checks
 
-from .families import visual_tokens
+from .model_config import visual_tokens
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MODES = ("bilinear", "area")
 
 
@@ -94,17 +95,20 @@ class EncoderAnchor:
             )
         if getattr(config, "image_grid_pinpoints", None):
             raise ValueError(
-                f"model: {type(model).__name__} cuts images into tiles and adds newline rows, so its visual tokens are "
-                "no grid; pass a callable anchor of your own"
+                f"model: {type(model).__name__} cuts images into tiles and adds newline rows, so "
+                "its visual tokens are no grid; pass a callable anchor of your own"
             )
         if (image_mean is None) != (image_std is None):
             raise ValueError("image_mean, image_std: got one of them, want both, or None for both")
-        self.given = (
+        self.normalised = (
             None
             if image_mean is None
             else (_color("image_mean", image_mean), _color("image_std", image_std))
         )
-        self.wanted = _color("encoder_mean", encoder_mean), _color("encoder_std", encoder_std)
+        self.encoder_normalised = (
+            _color("encoder_mean", encoder_mean),
+            _color("encoder_std", encoder_std),
+        )
         its = getattr(encoder, "config", None)
         self.size = checks.width("size", getattr(its, "image_size", None) if size is None else size)
         self.anchor_dim = checks.width(
@@ -114,7 +118,8 @@ class EncoderAnchor:
         self.patch = getattr(its, "patch_size", None)
         _make_whole(encoder)
         self.encoder = encoder.eval().requires_grad_(False)
-        self.config, self.pixels = config, pixels
+        self.config = config
+        self.pixels = pixels
 
     def __deepcopy__(self, memo: Any) -> EncoderAnchor:
         return self
@@ -127,24 +132,26 @@ class EncoderAnchor:
         places = rows if places is None else places.to(rows.device)
         images, grids = self._images(inputs, int(places.sum()))
         features = self._encode(images)
-        found: list[Any] = [None] * len(grids)
+        by_image: dict[int, Tensor] = {}
         for grid in set(grids):
             members = [i for i, other in enumerate(grids) if other == grid]
             resized = self._resize(features[members], grid).flatten(2).transpose(1, 2)
-            for i, tokens in zip(members, resized, strict=True):
-                found[i] = tokens
-        return torch.cat(found)[rows[places].to(features.device)]
+            by_image.update(zip(members, resized, strict=True))
+        tokens = torch.cat([by_image[i] for i in range(len(grids))])
+        return tokens[rows[places].to(features.device)]
 
     def _images(
         self, inputs: dict[str, Any], total: int
     ) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """The images (n, 3, H, W), those of one size or one at a time, and the grid of each one's
         visual tokens."""
-        pixels, grid = inputs.get(self.pixels), inputs.get("image_grid_thw")
+        pixels = inputs.get(self.pixels)
+        grid = inputs.get("image_grid_thw")
         if not torch.is_tensor(pixels) or not pixels.is_floating_point():
             what = pixels.dtype if torch.is_tensor(pixels) else type(pixels).__name__
             raise TypeError(
-                f"anchor: the forward's {self.pixels} is {what}, want a floating point tensor of images"
+                f"anchor: the forward's {self.pixels} is {what}, want a floating point tensor of "
+                "images"
             )
         if inputs.get("pixel_values_videos") is not None:
             raise ValueError(
@@ -152,7 +159,8 @@ class EncoderAnchor:
             )
         if inputs.get("image_sizes") is not None:
             raise ValueError(
-                "anchor: the batch has image_sizes, so its images are padded; want images of one size"
+                "anchor: the batch has image_sizes, so its images are padded; want images of one "
+                "size"
             )
         if pixels.dim() == 4 and grid is None:
             side = math.isqrt(total // max(len(pixels), 1))
@@ -165,43 +173,46 @@ class EncoderAnchor:
             merge = getattr(self.config.vision_config, "spatial_merge_size", None)
             if merge is None or inputs.get("image_merge_sizes") is not None:
                 raise ValueError(
-                    "anchor: the model's images are merged each in its own way; pass a callable of your own"
+                    "anchor: the model's images are merged each in its own way; pass a callable of "
+                    "your own"
                 )
             sizes = [tuple(size) for size in grid.tolist()]
             grids = [(height // merge, width // merge) for _, height, width in sizes]
             if any(frames != 1 for frames, *_ in sizes) or sum(h * w for h, w in grids) != total:
                 raise ValueError(
-                    f"anchor: image_grid_thw {sizes} does not make the batch's {total} visual tokens"
+                    f"anchor: image_grid_thw {sizes} does not make the batch's {total} visual "
+                    "tokens"
                 )
             if pixels.dim() == 4 and len(pixels) == len(sizes):
                 return [pixels], grids
             if pixels.dim() == 2 and len(pixels) == sum(h * w for _, h, w in sizes):
                 parts = pixels.split([h * w for _, h, w in sizes])
-                return [
+                images = [
                     self._whole(part, *size[1:]) for part, size in zip(parts, sizes, strict=True)
-                ], grids
+                ]
+                return images, grids
         raise ValueError(
-            f"anchor: the forward's {self.pixels} has shape {tuple(pixels.shape)}, want images (n, 3, H, W), or "
-            "patches with an image_grid_thw that counts them"
+            f"anchor: the forward's {self.pixels} has shape {tuple(pixels.shape)}, want images "
+            "(n, 3, H, W), or patches with an image_grid_thw that counts them"
         )
 
     def _whole(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(1, 3, H, W) of its `height` · `width` patches, which come block by block as they are
         merged."""
         vision = self.config.vision_config
-        merge, side, frames = (
-            vision.spatial_merge_size,
-            vision.patch_size,
-            vision.temporal_patch_size,
-        )
+        merge = vision.spatial_merge_size
+        side = vision.patch_size
+        frames = vision.temporal_patch_size
         if patches.shape[1] != 3 * frames * side**2:
             raise ValueError(
                 f"anchor: a patch has {patches.shape[1]} values, want 3 · {frames} · {side}²"
             )
-        blocks = patches.view(height // merge, width // merge, merge, merge, 3, frames, side, side)[
-            ..., 0, :, :
-        ]
-        return blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, height * side, width * side)
+        blocks = patches.view(height // merge, width // merge, merge, merge, 3, frames, side, side)
+        return (
+            blocks[..., 0, :, :]
+            .permute(4, 0, 2, 5, 1, 3, 6)
+            .reshape(1, 3, height * side, width * side)
+        )
 
     def _encode(self, images: list[Tensor]) -> Tensor:
         """(images, z, g, g) in float32."""
@@ -210,22 +221,30 @@ class EncoderAnchor:
             self.encoder.to(images[0].device)
         batch = torch.cat([self._prepare(part.float()) for part in images]).to(like.dtype)
         output = self.encoder.eval()(batch)
-        found = output if torch.is_tensor(output) else getattr(output, "last_hidden_state", None)
-        if found is None or found.dim() != 3 or found.shape[::2] != (len(batch), self.anchor_dim):
-            what = type(output).__name__ if found is None else f"shape {tuple(found.shape)}"
+        tokens: Tensor | None = (
+            output if torch.is_tensor(output) else getattr(output, "last_hidden_state", None)
+        )
+        wanted = (len(batch), self.anchor_dim)
+        if tokens is None or tokens.dim() != 3 or tokens.shape[::2] != wanted:
+            what = type(output).__name__ if tokens is None else f"shape {tuple(tokens.shape)}"
             raise ValueError(
-                f"encoder: returned {what} for {len(batch)} images, want ({len(batch)}, tokens, {self.anchor_dim})"
+                f"encoder: returned {what} for {len(batch)} images, "
+                f"want ({len(batch)}, tokens, {self.anchor_dim})"
             )
-        side = math.isqrt(found.shape[1])
-        if isinstance(self.patch, int) and (self.size // self.patch) ** 2 <= found.shape[1]:
+        count = tokens.shape[1]
+        side = math.isqrt(count)
+        if isinstance(self.patch, int) and (self.size // self.patch) ** 2 <= count:
             side = self.size // self.patch
-        patches = found[:, found.shape[1] - side**2 :]  # class and register tokens come first
-        return patches.float().transpose(1, 2).unflatten(2, (side, side))
+        # Class and register tokens come first, then the patches.
+        patches = tokens[:, count - side**2 :].float().transpose(1, 2)
+        features: Tensor = patches.unflatten(2, (side, side))
+        return features
 
     def _prepare(self, images: Tensor) -> Tensor:
-        if self.given is not None:
+        if self.normalised is not None:
             mean, std, new_mean, new_std = (
-                images.new_tensor(c).view(3, 1, 1) for c in (*self.given, *self.wanted)
+                images.new_tensor(color).view(3, 1, 1)
+                for color in (*self.normalised, *self.encoder_normalised)
             )
             images = (images * std + mean - new_mean) / new_std
         if images.shape[2:] == (self.size, self.size):
@@ -255,16 +274,13 @@ def _make_whole(encoder: nn.Module) -> None:
 
 
 def _color(name: str, value: Any) -> list[float]:
+    positive = name.endswith("std")
     try:
-        found = [float(v) for v in value]
+        color = [float(v) for v in value]
     except (TypeError, ValueError):
-        found = []
-    if (
-        len(found) != 3
-        or not all(map(math.isfinite, found))
-        or (name.endswith("std") and min(found) <= 0)
-    ):
+        color = []
+    if len(color) != 3 or not all(map(math.isfinite, color)) or (positive and min(color) <= 0):
         raise ValueError(
-            f"{name}: got {value!r}, want three numbers{', each > 0' if name.endswith('std') else ''}"
+            f"{name}: got {value!r}, want three numbers{', each > 0' if positive else ''}"
         )
-    return found
+    return color

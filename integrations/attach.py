@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
-from .capture import like
 from .distributed import Group, check_not_wrapped, check_same_everywhere
-from .families import Parts, check_tokens, find_parts, text_config
+from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
-from .head_options import Training
+from .head_options import HeadOptions
 from .objective import Objective
 
 ANCHORS = ("pre_llm", "pre_projector")
@@ -45,7 +44,7 @@ def apply_pre(
     fraction: float = 1.0,
     nonfinite: str = "propagate",
     impl: str = "auto",
-    group: Any = None,
+    group: torch.distributed.ProcessGroup | str | None = None,
     head_dtype: torch.dtype | None = None,
     head_lr: float | None = None,
     head_weight_decay: float | None = None,
@@ -53,8 +52,8 @@ def apply_pre(
     warmup: float = 0.0,
     labels: str | None = "labels",
 ) -> PreHandle:
-    """A handle on `model`, whose training forwards with labels from now on add `weight` · L_PRe to
-    `output.loss`.
+    """Attach PRe to `model`: from now on training forwards with labels add weight · L_PRe to
+    output.loss. Returns a handle.
 
     The predictor becomes `model.pre_head` (a `PreHead`, or a ModuleList of them for a sequence of
     layers), in the dtype and on the device of the layer it reads. Call this after weights are
@@ -143,7 +142,8 @@ def apply_pre(
     """
     if isinstance(model, nn.DataParallel):
         raise TypeError(
-            "model: got nn.DataParallel, whose replicas share hooks; want the module inside, under DDP or FSDP"
+            "model: got nn.DataParallel, whose replicas share hooks; want the module inside, under "
+            "DDP or FSDP"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
@@ -161,16 +161,17 @@ def apply_pre(
         choice("anchor", anchor, ANCHORS)
     if anchor_dim is not None and not callable(anchor):
         raise ValueError(
-            f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; want None"
+            f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; "
+            "want None"
         )
     if labels is not None and not isinstance(labels, str):
         raise TypeError(
             f"labels: got {type(labels).__name__}, want the name of the forward's argument, or None"
         )
-    counted = None if group is None else Group(group)
+    counted_over = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
         raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
-    training = Training(head_lr, head_weight_decay, schedule, warmup)
+    training = HeadOptions(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
@@ -180,16 +181,16 @@ def apply_pre(
     else:
         check_tokens(parts, inner)
     numbers = _layers(layer, len(parts.layers))
-    width = _width(parts)
+    width = parts.width
     if anchor == "pre_projector":
-        anchor_dim = _projector_width(parts)
+        anchor_dim = parts.projector_width
     elif anchor_dim is None:
         anchor_dim = getattr(anchor, "anchor_dim", width)
     checks.width("anchor_dim", anchor_dim)
 
     heads = []
     for number in numbers:
-        dtype, device = like(parts.layers[number - 1])
+        dtype, device = parts.dtype_and_device(number)
         heads.append(
             PreHead(
                 width,
@@ -205,18 +206,18 @@ def apply_pre(
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
     check_same_everywhere(head)
     objective = Objective(
-        parts,
-        numbers,
-        anchor,
-        anchor_dim,
-        level,
-        mask_fn,
-        impl,
-        loss,
-        weighting,
-        float(fraction),
-        counted,
-        nonfinite,
+        parts=parts,
+        layers=numbers,
+        anchor=anchor,
+        anchor_dim=anchor_dim,
+        level=level,
+        mask_fn=mask_fn,
+        impl=impl,
+        loss=loss,
+        weighting=weighting,
+        fraction=float(fraction),
+        group=counted_over,
+        nonfinite=nonfinite,
     )
     return PreHandle(model, objective, head, weight, training, labels, as_layer=head_dtype is None)
 
@@ -251,48 +252,14 @@ def _layers(layer: Any, depth: int) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _width(parts: Parts) -> int:
-    """That of the hidden states: the config's, else that of the layers' own norms."""
-    width = getattr(text_config(parts.config), "hidden_size", None)
-    if isinstance(width, int):
-        return width
-    norms = (
-        m
-        for name, m in parts.layers[0].named_modules()
-        if "norm" in name.rpartition(".")[2].lower()
-    )
-    found = next((p.numel() for norm in norms for p in norm.parameters() if p.dim() == 1), None)
-    if found is None:
-        raise ValueError(
-            f"model: its text config has hidden_size {width!r}, want an int; nor has {type(parts.layers[0]).__name__} "
-            "a norm to read the width from"
-        )
-    return found
-
-
-def _projector_width(parts: Parts) -> int:
-    if parts.projector is None:
-        raise ValueError(
-            'anchor: got "pre_projector", but no projector is known in this model whose input rows are its visual '
-            "tokens one to one; pass a callable, anchor(inputs, rows) → (N, z), and anchor_dim=z"
-        )
-    width = next(
-        (m.in_features for m in parts.projector.modules() if hasattr(m, "in_features")), None
-    )
-    if not isinstance(width, int):
-        raise ValueError(
-            'anchor: got "pre_projector", but the projector has no linear layer to read its width from'
-        )
-    return width
-
-
-def _head_dtype(given: Any, layer: torch.dtype) -> torch.dtype:
-    if given is None:
+def _head_dtype(requested: Any, layer: torch.dtype) -> torch.dtype:
+    if requested is None:
         return layer
-    if not isinstance(given, torch.dtype):
-        raise TypeError(f"head_dtype: got {given!r}, want a torch.dtype or None")
-    if given != layer and (given != torch.float32 or layer.itemsize > 2):
+    if not isinstance(requested, torch.dtype):
+        raise TypeError(f"head_dtype: got {requested!r}, want a torch.dtype or None")
+    if requested != layer and (requested != torch.float32 or layer.itemsize > 2):
         raise ValueError(
-            f"head_dtype: got {given} over a layer in {layer}, want None, {layer}, or float32 over halves"
+            f"head_dtype: got {requested} over a layer in {layer}, want None, {layer}, or float32 "
+            "over halves"
         )
-    return given
+    return requested

@@ -9,7 +9,7 @@ forward wins and the end of the outer call disarms.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +22,16 @@ from .families import Parts
 
 
 @dataclass
-class Seen:
-    """References from one forward: its arguments by name, and the tensors that came by."""
+class CapturedForward:
+    """References from one forward: its arguments by name, and the tensors that came by.
+
+    Attributes:
+        hidden: by layer number, as the layer was given or made them.
+        embeds: the embeddings that the text model was given, if it was given any.
+        first: what entered its first layer.
+        projector: what entered the projector, call by call.
+        autocast: by layer number: the device's type, whether autocast was on, and its dtype.
+    """
 
     inputs: dict[str, Any]
     parts: Parts
@@ -36,12 +44,12 @@ class Seen:
     def anchor(self) -> Tensor:
         """The embeddings (B, T, d) as they enter the text model (or, if it merges them itself, its
         first layer)."""
-        found = self.embeds if self.embeds is not None else self.first
-        if found is None:
+        embeddings = self.embeds if self.embeds is not None else self.first
+        if embeddings is None:
             raise RuntimeError(
                 "anchor: neither the text model nor its first layer ran in this forward"
             )
-        return found
+        return embeddings
 
     def layer(self, number: int) -> Tensor:
         """What `number` decoder layers made (B, T, d)."""
@@ -49,19 +57,29 @@ class Seen:
             raise RuntimeError(f"layer: decoder layer {number} did not run in this forward")
         return self.parts.family.hidden(self.hidden[number], self.parts.config)
 
-    def autocast_of(self, number: int) -> contextlib.AbstractContextManager[Any]:
+    def autocast_of(self, number: int) -> torch.autocast:
         """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the
         end is outside it."""
         device, enabled, dtype = self.autocast[number]
-        return (
-            torch.autocast(device, dtype=dtype, enabled=True)
-            if enabled
-            else torch.autocast(device, enabled=False)
-        )
+        if not enabled:
+            return torch.autocast(device, enabled=False)
+        return torch.autocast(device, dtype=dtype, enabled=True)
 
 
 def _nothing(_: Any) -> None:
     pass
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    """`_call` as torch.compile leaves it alone: traced, the ends of a forward would cost a dozen
+    graphs. Made when it is first wanted, since that imports the compiler."""
+    untraced: Callable[..., Any] = torch.compiler.disable(_call)
+    return untraced
 
 
 class Capture:
@@ -84,22 +102,24 @@ class Capture:
         parts: Parts,
         layers: tuple[int, ...],
         start: Callable[[nn.Module, dict[str, Any]], bool],
-        finish: Callable[[Any, Seen], Any],
+        finish: Callable[[Any, CapturedForward], Any],
         missed: Callable[[nn.Module], None] = _nothing,
         skipped: Callable[[Any], None] = _nothing,
     ) -> None:
-        global _untraced
-        _untraced = torch.compiler.disable(_call)  # not at import: it imports the compiler
-        self.start, self.finish, self.missed, self.skipped = start, finish, missed, skipped
+        self.start = start
+        self.finish = finish
+        self.missed = missed
+        self.skipped = skipped
         self.parts = parts
-        self.seen: Seen | None = None
+        self.seen: CapturedForward | None = None
         self.inside = False
         self.merge = parts.merge
-        self.numbers = {}
+        self.untraced = _untraced()
+        self.numbers: dict[nn.Module, int] = {}
         self.hooks = [
-            # before others, which may put embeddings in the place of input_ids
+            # Runs before the hooks of others, which may replace input_ids with embeddings.
             outer.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
-            # always_call: an exception inside the forward must not keep its activations alive
+            # always_call: a forward that raises must let go of its activations, too.
             outer.register_forward_hook(self._close, always_call=True),
             parts.layers[0].register_forward_pre_hook(self._first, with_kwargs=True),
         ]
@@ -111,7 +131,7 @@ class Capture:
             )
         for number in layers:
             if number == len(parts.layers):
-                # the input of a layer that does not exist: before the final norm
+                # No layer follows whose input this would be; it is taken before the final norm.
                 self.hooks.append(parts.layers[-1].register_forward_hook(self._last))
             else:
                 self.numbers[parts.layers[number]] = number
@@ -119,6 +139,14 @@ class Capture:
                     parts.layers[number].register_forward_pre_hook(self._layer, with_kwargs=True)
                 )
         self.depth = len(parts.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the compiler has made, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "untraced"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.untraced = _untraced()
 
     def remove(self) -> None:
         """Take all hooks off, and let go of what an interrupted forward has left."""
@@ -128,26 +156,26 @@ class Capture:
         self._drop()
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _untraced(self._begin, module, args, kwargs)
+        self.untraced(self._begin, module, args, kwargs)
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _untraced(self._end, output)
+        return self.untraced(self._end, output)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP or FSDP"
+                "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP "
+                "or FSDP"
             )
-        self._drop()  # no hook is called after a KeyboardInterrupt
+        self._drop()  # after a KeyboardInterrupt the last forward's end has not run
         self.inside = True
-        inputs = (
-            dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
-            if args
-            else {}
-        )
+        inputs: dict[str, Any] = {}
+        if args:
+            names = inspect.signature(module.forward).parameters
+            inputs.update(zip(names, args, strict=False))
         inputs.update(kwargs)
         if self.start(module, inputs):
-            self.seen = Seen(inputs, self.parts)
+            self.seen = CapturedForward(inputs, self.parts)
             if self.merge is not None:
                 self.merge.open()
 
@@ -160,9 +188,11 @@ class Capture:
             return None
         return self.finish(output, seen)
 
-    def _drop(self) -> Seen | None:
+    def _drop(self) -> CapturedForward | None:
         """End the forward; what it has captured."""
-        seen, self.seen, self.inside = self.seen, None, False
+        seen = self.seen
+        self.seen = None
+        self.inside = False
         if self.merge is not None:
             self.merge.close()
         return seen
@@ -179,7 +209,8 @@ class Capture:
             self.seen.first = _hidden(args, kwargs)
 
     def _projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.seen is not None:  # it may be called for the images and again for the videos
+        if self.seen is not None:
+            # It may be called for the images and again for the videos.
             self.seen.projector.append(_hidden(args, kwargs))
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -201,47 +232,12 @@ class Capture:
         )
 
 
-def like(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device that the layer's hidden states have."""
-    # adapters have a dtype of their own (PEFT's are float32 over a quantised layer)
-    adapters = {
-        id(p)
-        for module in layer.modules()
-        for name in getattr(module, "adapter_layer_names", ())
-        for p in getattr(getattr(module, name, None), "parameters", tuple)()
-    }
-    # quantised weights are integers or one byte wide; the norms beside them are not
-    for module in layer.modules():
-        for parameter in module.parameters(recurse=False):
-            if (
-                parameter.is_floating_point()
-                and parameter.element_size() > 1
-                and id(parameter) not in adapters
-            ):
-                # accelerate brings offloaded weights from "meta" to where they are used
-                used = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-                device = (
-                    parameter.device
-                    if used is None or not parameter.is_meta
-                    else torch.device(used)
-                )
-                return parameter.dtype, device
-    raise ValueError(
-        f"model: {type(layer).__name__} has no floating point parameters to take a dtype from"
-    )
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
-_untraced = _call  # what torch.compile leaves alone: traced, the ends of a forward would cost a dozen graphs
-
-
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if not args and "hidden_states" not in kwargs:
         raise RuntimeError(
-            "layers: a decoder layer or projector was called without its hidden states as the first positional "
-            f"argument or as hidden_states; it got {', '.join(kwargs) or 'nothing'}"
+            "layers: a decoder layer or projector was called without its hidden states as the "
+            "first positional argument or as hidden_states; it got "
+            f"{', '.join(kwargs) or 'nothing'}"
         )
-    return args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden

@@ -5,62 +5,114 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from .distributed import Whole, rank, together, unwrapped
+from pre_kernels import __version__
 
-if TYPE_CHECKING:
-    from .handle import PreHandle
+from .distributed import FullParameters, raise_on_every_rank, rank, unwrapped
 
 WEIGHTS = "pre_head.safetensors"
 CONFIG = "pre_head.json"
 FORMAT = 1
-LATER = ("weighting",)  # settings that files of the same format may lack
+MAY_BE_ABSENT = ("weighting",)  # settings that files of the same format may lack
 
 
 def save(
-    handle: PreHandle,
+    head: nn.Module,
+    settings: Mapping[str, Any],
     directory: str | os.PathLike[str],
-    model: nn.Module | None = None,
+    *,
+    attached: nn.Module,
+    wrapper: nn.Module | None = None,
     writes: bool | None = None,
 ) -> None:
-    """Write `handle`'s head to `directory`, which is made if need be; a file is replaced whole or
-    not at all.
+    """Write `head` to `directory`, which is made if need be; a file is replaced whole or not at
+    all. See `PreHandle.save`.
 
-    See `PreHandle.save`; `writes`: whether this process writes, None: if it is rank 0.
+    Args:
+        head: a `PreHead`, or a ModuleList of them; PEFT may have wrapped it.
+        settings: what it was made for, which is written beside it.
+        attached: the module that it is a child of.
+        wrapper: of that module; only FSDP1's can gather what it split.
+        writes: whether this process writes; None: if it is rank 0.
     """
-    whole = _whole(handle, model)
+    trained = _trained(head)
+    full = FullParameters(trained, _shapes(trained), wrapper, attached)
     if writes is None:
         writes = rank() == 0
-    with together(whole.collective):
+    with raise_on_every_rank(full.collective):
         if writes:
             os.makedirs(directory, exist_ok=True)
-    if not (writes or whole.collective):
+    if not (writes or full.collective):
         return
-    tensors = whole.read(keep=writes)
-    with together(whole.collective):
+    tensors = full.read(keep=writes)
+    with raise_on_every_rank(full.collective):
         if writes:
-            _write(
-                directory,
-                tensors,
-                {"format": FORMAT, "pre_kernels": _version(), **describe(handle)},
-            )
+            config = {"format": FORMAT, "pre_kernels": __version__, **describe(head, settings)}
+            _write(directory, tensors, config)
 
 
 def load(
-    handle: PreHandle, directory: str | os.PathLike[str], model: nn.Module | None = None
+    head: nn.Module,
+    settings: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    attached: nn.Module,
+    wrapper: nn.Module | None = None,
 ) -> None:
-    """Copy the head in `directory` into `handle`'s, cast to its dtype. See `PreHandle.load`."""
-    whole = _whole(handle, model)
-    with together(whole.collective):
-        tensors = _read(handle, directory)
-    whole.write(tensors)
+    """Copy the head in `directory` into `head`, cast to its dtype. See `PreHandle.load`; the
+    arguments are those of `save`."""
+    trained = _trained(head)
+    shapes = _shapes(trained)
+    full = FullParameters(trained, shapes, wrapper, attached)
+    with raise_on_every_rank(full.collective):
+        tensors = _read(directory, describe(head, settings), shapes)
+    full.write(tensors)
 
 
-def _whole(handle: PreHandle, model: nn.Module | None) -> Whole:
-    return Whole(_module(handle), _shapes(handle), model, handle.model)
+def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree between a head on disk and one in a model."""
+    first = next(iter(_heads(_trained(head)).values()))
+    return {
+        **settings,
+        "dim": first.dim,
+        "hidden_dim": first.hidden_dim,
+        "out_dim": first.out_dim,
+        "bias": first.b1 is not None,
+        "activation": first.activation,
+        "loss": first.loss,
+    }
+
+
+def _trained(head: Any) -> nn.Module:
+    """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
+    trained: nn.Module = head
+    if hasattr(head, "modules_to_save"):
+        trained = head.modules_to_save[head.active_adapters[0]]
+    return trained
+
+
+def _heads(trained: nn.Module) -> dict[str, Any]:
+    """Each `PreHead` by the prefix of its parameters' names."""
+    head = unwrapped(trained)
+    if isinstance(head, nn.ModuleList):
+        return {f"{i}.": unwrapped(layer_head) for i, layer_head in enumerate(head)}
+    return {"": head}
+
+
+def _shapes(trained: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the whole parameters by name, however they are split."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, head in _heads(trained).items():
+        shapes[f"{prefix}w1"] = (head.hidden_dim, head.dim)
+        shapes[f"{prefix}w2"] = (head.out_dim, head.hidden_dim)
+        if head.b1 is not None:
+            shapes[f"{prefix}b1"] = (head.hidden_dim,)
+            shapes[f"{prefix}b2"] = (head.out_dim,)
+    return shapes
 
 
 def _write(
@@ -68,20 +120,26 @@ def _write(
 ) -> None:
     from safetensors.torch import save_file
 
-    weights, settings = os.path.join(directory, WEIGHTS), os.path.join(directory, CONFIG)
-    save_file(tensors, weights + ".part")
-    with open(settings + ".part", "w") as file:
+    weights_path = os.path.join(directory, WEIGHTS)
+    config_path = os.path.join(directory, CONFIG)
+    save_file(tensors, weights_path + ".part")
+    with open(config_path + ".part", "w") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
-    os.replace(weights + ".part", weights)
-    os.replace(settings + ".part", settings)
+    os.replace(weights_path + ".part", weights_path)
+    os.replace(config_path + ".part", config_path)
 
 
-def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in `directory`, which are those of this handle's head."""
+def _read(
+    directory: str | os.PathLike[str],
+    described: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """The tensors in `directory`, which are those of the head so described, of these shapes."""
     if not os.path.isdir(directory):
         raise FileNotFoundError(
-            f"directory: {os.fspath(directory)!r} is no directory; want one that handle.save() wrote"
+            f"directory: {os.fspath(directory)!r} is no directory; want one that handle.save() "
+            "wrote"
         )
     paths = {name: os.path.join(directory, name) for name in (CONFIG, WEIGHTS)}
     for path in paths.values():
@@ -91,69 +149,26 @@ def _read(handle: PreHandle, directory: str | os.PathLike[str]) -> dict[str, Ten
             )
 
     config = _read_config(paths[CONFIG])
-    for name, wanted in describe(handle).items():
-        if config.get(name) != wanted and not (name in LATER and name not in config):
+    for name, wanted in described.items():
+        if name in MAY_BE_ABSENT and name not in config:
+            continue
+        if config.get(name) != wanted:
             raise ValueError(
                 f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}"
             )
 
-    found, shapes = _read_weights(paths[WEIGHTS]), _shapes(handle)
-    if found.keys() != shapes.keys():
-        raise ValueError(
-            f"{paths[WEIGHTS]!r}: holds {sorted(found)}, this head has {sorted(shapes)}"
-        )
-    for name, tensor in found.items():
+    tensors = _read_weights(paths[WEIGHTS])
+    where = f"{paths[WEIGHTS]!r}"
+    if tensors.keys() != shapes.keys():
+        raise ValueError(f"{where}: holds {sorted(tensors)}, this head has {sorted(shapes)}")
+    for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise ValueError(
-                f"{paths[WEIGHTS]!r}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
+                f"{where}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
             )
         if not tensor.is_floating_point():
-            raise ValueError(
-                f"{paths[WEIGHTS]!r}: `{name}` has dtype {tensor.dtype}, want floating point"
-            )
-    return found
-
-
-def describe(handle: PreHandle) -> dict[str, Any]:
-    """What must agree between a head on disk and a handle."""
-    one = next(iter(_heads(handle).values()))
-    return {
-        **handle.settings(),
-        "dim": one.dim,
-        "hidden_dim": one.hidden_dim,
-        "out_dim": one.out_dim,
-        "bias": one.b1 is not None,
-        "activation": one.activation,
-        "loss": one.loss,
-    }
-
-
-def _module(handle: PreHandle) -> nn.Module:
-    """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
-    head = handle.head
-    return (
-        head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
-    )
-
-
-def _heads(handle: PreHandle) -> dict[str, Any]:
-    """Each `PreHead` by the prefix of its parameters' names."""
-    head = unwrapped(_module(handle))
-    several = isinstance(head, nn.ModuleList)
-    return {f"{i}.": unwrapped(h) for i, h in enumerate(head)} if several else {"": head}
-
-
-def _shapes(handle: PreHandle) -> dict[str, tuple[int, ...]]:
-    """Of the whole parameters by name, however they are split."""
-    found: dict[str, tuple[int, ...]] = {}
-    for prefix, head in _heads(handle).items():
-        found |= {
-            f"{prefix}w1": (head.hidden_dim, head.dim),
-            f"{prefix}w2": (head.out_dim, head.hidden_dim),
-        }
-        if head.b1 is not None:
-            found |= {f"{prefix}b1": (head.hidden_dim,), f"{prefix}b2": (head.out_dim,)}
-    return found
+            raise ValueError(f"{where}: `{name}` has dtype {tensor.dtype}, want floating point")
+    return tensors
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -176,9 +191,3 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path!r}: no valid safetensors file: {error}") from error
-
-
-def _version() -> str:
-    import pre_kernels
-
-    return pre_kernels.__version__

@@ -41,17 +41,18 @@ class Counting:
     """
 
     def __init__(self, handle: PreHandle, trainer: Any) -> None:
-        self.handle, self.trainer = handle, trainer
-        self.ahead = self.deferring = True
+        self.handle = handle
+        self.trainer = trainer
+        self.ahead = True
+        self.deferring = True
         self.reached = False  # whether losses came to accelerator.backward before
         self.step: Step | None = None
         self.later: list[Any] | None = None  # batches of a step that began while PRe was off
-        # since the last log: micro-batches whose forwards had other terms than were counted, the
-        # counted, the others
+        # Since the last log: the number of micro-batches whose forwards had other terms than were
+        # counted, the terms that were counted, and those that the forwards had.
         device = trainer.args.device
-        self.sums = torch.zeros(
-            3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-        )
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(3, dtype=dtype, device=device)
         self.uncounted = 0  # micro-batches that could not be counted
 
     def begin(self, batches: list[Any]) -> None:
@@ -60,7 +61,8 @@ class Counting:
             self.handle.notices.warn(
                 "training_step not reached", trainer=type(self.trainer).__name__
             )
-        self.step, self.later = Step(len(batches)), None
+        self.step = Step(len(batches))
+        self.later = None
         if not self.ahead:
             return
         self.step.counts = [self._count(batch) for batch in batches]
@@ -102,7 +104,8 @@ class Counting:
     def wait(self, batches: list[Any]) -> None:
         """A step of these batches begins with PRe off; they are counted if it is on when they are
         trained."""
-        self.step, self.later = None, batches
+        self.step = None
+        self.later = batches
 
     def skip(self) -> None:
         """A micro-batch is trained with PRe off."""
@@ -126,28 +129,32 @@ class Counting:
         is judged."""
 
         def combine(totals: Tensor) -> Tensor:
-            mine = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
-            whole = over_processes(self.trainer, torch.cat(mine))
-            differ, counted, seen, uncounted = whole[-4:].tolist()
-            self.sums, self.uncounted = torch.zeros_like(self.sums), 0
+            sums = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
+            combined = over_processes(self.trainer, torch.cat(sums))
+            differ, counted, seen, uncounted = combined[-4:].tolist()
+            self.sums = torch.zeros_like(self.sums)
+            self.uncounted = 0
             if differ:
                 self.handle.notices.warn("counted otherwise", counted=int(counted), seen=int(seen))
             self.ahead &= not (differ or uncounted)
-            return whole[:-4]
+            return combined[:-4]
 
         return combine
 
 
 def counting_of(trainer: Any, handle: PreHandle) -> Counting:
     """The trainer's of this training."""
-    found: Counting | None = getattr(trainer, "_pre_counting", None)
-    if found is None or found.handle is not handle:
-        found = trainer._pre_counting = Counting(handle, trainer)
-    return found
+    counting: Counting | None = getattr(trainer, "_pre_counting", None)
+    if counting is None or counting.handle is not handle:
+        counting = trainer._pre_counting = Counting(handle, trainer)
+    return counting
 
 
 def over_processes(trainer: Any, value: Tensor) -> Tensor:
     """The sum over all processes."""
     if trainer.accelerator.num_processes == 1:
         return value
-    return trainer.accelerator.reduce(value.to(trainer.accelerator.device), reduction="sum")
+    total: Tensor = trainer.accelerator.reduce(
+        value.to(trainer.accelerator.device), reduction="sum"
+    )
+    return total

@@ -30,28 +30,32 @@ class Deferred:
         counted: Tensor | None = None,
         alone: bool = False,
     ) -> None:
+        self.divisor = divisor
+        self.micro_batches = micro_batches
+        self.counted = counted
         self.alone = alone
-        self.divisor, self.micro_batches, self.counted = divisor, micro_batches, counted
         self.losses: list[Tensor] = []
-        self.terms: list[Tensor] = []
+        self.counts: list[Tensor] = []
         self.seen: Tensor | int = 0  # terms of all forwards
         self.added: Tensor | float = 0.0
 
-    def add(self, loss: Tensor, terms: Tensor) -> None:
+    def add(self, loss: Tensor, count: Tensor) -> None:
         """A forward's λ · Σℓ ÷ `divisor`, or its mean if there is no divisor; and the number of its
         terms, 0-d."""
         self.losses.append(loss)
-        self.terms.append(terms.to(loss.device, non_blocking=True))
-        self.seen = self.seen + self.terms[-1]
+        self.counts.append(count.to(loss.device, non_blocking=True))
+        self.seen = self.seen + self.counts[-1]
 
     def take(self) -> Tensor | None:
         """The loss of the forwards since the last call, 0-d; None if there were none."""
-        losses, terms = self.losses, self.terms
-        self.losses, self.terms = [], []
+        losses = self.losses
+        forwards_counts = self.counts
+        self.losses = []
+        self.counts = []
         if not losses:
             return None
         device = losses[0].device
-        counts = torch.stack([count.to(device) for count in terms])
+        counts = torch.stack([count.to(device) for count in forwards_counts])
         values = torch.stack([loss.to(device) for loss in losses])
         whole = counts.sum().clamp(min=1)
         if self.divisor is None:

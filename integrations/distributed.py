@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 # part of a parameter's name for each wrapper that a head may have got
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-# by class name, so that none of their packages has to be imported
-TOO_LATE = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+# What wraps or shards a model, which has to come after apply_pre; by class name, so that none of
+# their packages has to be imported.
+WRAPPERS_AFTER = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+)
 
 
 class Group:
@@ -34,7 +40,8 @@ class Group:
             torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
         ):
             raise TypeError(
-                f'group: got {group!r}, want a ProcessGroup that this process is in, "world", or None'
+                f"group: got {group!r}, want a ProcessGroup that this process is in, "
+                '"world", or None'
             )
         self.group = None if group == "world" else group
 
@@ -62,15 +69,16 @@ def check_not_wrapped(model: nn.Module) -> None:
     or in parts."""
     if _is(model, "OptimizedModule"):
         raise TypeError(
-            "model: got OptimizedModule, which torch.compile made; want the plain model: call apply_pre first and "
-            "torch.compile then"
+            "model: got OptimizedModule, which torch.compile made; want the plain model: call "
+            "apply_pre first and torch.compile then"
         )
     for module in model.modules():
-        found = {c.__name__ for c in type(module).__mro__} & set(TOO_LATE)
-        if found:
+        wrappers = {c.__name__ for c in type(module).__mro__} & set(WRAPPERS_AFTER)
+        if wrappers:
             raise TypeError(
-                f"model: got {type(model).__name__} with {found.pop()} around or inside; want the plain model: call "
-                "apply_pre first and wrap or shard it then, so that the head is averaged and sharded with the rest"
+                f"model: got {type(model).__name__} with {wrappers.pop()} around or inside; want "
+                "the plain model: call apply_pre first and wrap or shard it then, so that the head "
+                "is averaged and sharded with the rest"
             )
 
 
@@ -79,17 +87,16 @@ def check_same_everywhere(head: nn.Module) -> None:
     PRE_KERNELS_DEBUG=1."""
     if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not initialized():
         return
-    mine = [p.detach().double() for p in head.parameters() if not p.is_meta]
-    sums = (
-        torch.stack([s for p in mine for s in (p.sum(), p.square().sum())]).tolist() if mine else []
-    )
+    parameters = [p.detach().double() for p in head.parameters() if not p.is_meta]
+    sums = [s for p in parameters for s in (p.sum(), p.square().sum())]
+    own = torch.stack(sums).tolist() if sums else []
     every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, sums)
-    others = [rank for rank, found in enumerate(every) if found != every[0]]
+    torch.distributed.all_gather_object(every, own)
+    others = [rank for rank, its in enumerate(every) if its != every[0]]
     if others:
         raise ValueError(
-            f"head: its initial weights on ranks {others} differ from rank 0's; give all ranks the same seed before "
-            "apply_pre"
+            f"head: its initial weights on ranks {others} differ from rank 0's; give all ranks the "
+            "same seed before apply_pre"
         )
 
 
@@ -99,7 +106,7 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def together(collective: bool) -> Iterator[None]:
+def raise_on_every_rank(collective: bool) -> Iterator[None]:
     """An exception inside, on any process, is raised on every one, so that none waits for the
     others for ever."""
     error: Exception | None = None
@@ -125,7 +132,7 @@ def unwrapped(module: nn.Module) -> Any:
         module = inner
 
 
-class Whole:
+class FullParameters:
     """The parameters of a head, which may be split over processes by FSDP1, FSDP2 or ZeRO-3, and
     the way to have them in full.
 
@@ -152,36 +159,26 @@ class Whole:
     ) -> None:
         for module in (attached, *head.modules()):
             if _is(module, "FSDPModule"):
-                module.reshard()  # type: ignore[operator]  # after a forward without a backward it is whole for a while
-        self.found = {_clean(name): p for name, p in head.named_parameters()}
-        self.units = [] if model is None else _units(model, head)
-        self.zero = [p for p in self.found.values() if hasattr(p, "ds_id")]
-        self.fsdp2 = {name for name, p in self.found.items() if hasattr(p, "full_tensor")}
-        self.collective = bool(self.units or self.zero or self.fsdp2)
-        for name, shape in shapes.items():
-            if not self.collective and (name not in self.found or self.found[name].shape != shape):
-                has = (
-                    f"shape {tuple(self.found[name].shape)}"
-                    if name in self.found
-                    else "no parameter of that name"
-                )
-                raise RuntimeError(
-                    f"head: `{name}` is sharded ({has}, whole {shape}); under FSDP1 pass its wrapper as model= (with "
-                    "use_orig_params=True), under another library gather the parameters first"
-                )
+                # After a forward without a backward its parameters are whole for a while.
+                module.reshard()  # type: ignore[operator]
         self.head = head
+        self.parameters = {_clean(name): p for name, p in head.named_parameters()}
+        self.units = [] if model is None else _units(model, head)
+        self.zero = [p for p in self.parameters.values() if hasattr(p, "ds_id")]
+        self.fsdp2 = {name for name, p in self.parameters.items() if hasattr(p, "full_tensor")}
+        self.collective = bool(self.units or self.zero or self.fsdp2)
+        if not self.collective:
+            self._check_whole(shapes)
 
     def read(self, keep: bool = True) -> dict[str, Tensor]:
         """Copies on the CPU by name; empty where not `keep`, as not every process writes a file."""
         with self._gathered(write=False) as named:
-            whole = {
+            full = {
                 name: _full(p) if name in self.fsdp2 else p.detach() for name, p in named.items()
             }
-            return (
-                {name: p.to("cpu", copy=True).contiguous() for name, p in whole.items()}
-                if keep
-                else {}
-            )
+            if not keep:
+                return {}
+            return {name: p.to("cpu", copy=True).contiguous() for name, p in full.items()}
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
@@ -193,11 +190,26 @@ class Whole:
                     _distribute(values[name], p)
                 else:
                     p.copy_(values[name])
-        for name, p in self.found.items():
+        for name, p in self.parameters.items():
             if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping"):
                 from deepspeed.utils import safe_set_full_fp32_param
 
                 safe_set_full_fp32_param(p, values[name].float())
+
+    def _check_whole(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                has = "no parameter of that name"
+            elif parameter.shape != shape:
+                has = f"shape {tuple(parameter.shape)}"
+            else:
+                continue
+            raise RuntimeError(
+                f"head: `{name}` is sharded ({has}, whole {shape}); under FSDP1 pass its wrapper "
+                "as model= (with use_orig_params=True), under another library gather the "
+                "parameters first"
+            )
 
     @contextlib.contextmanager
     def _gathered(self, write: bool) -> Iterator[dict[str, nn.Parameter]]:
@@ -244,16 +256,17 @@ def _units(model: nn.Module, head: nn.Module) -> list[nn.Module]:
 
 
 def _full(parameter: Any) -> Tensor:
-    return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    full: Tensor = parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    return full
 
 
 def _distribute(value: Tensor, parameter: Any) -> None:
     from torch.distributed.tensor import distribute_tensor
 
-    mine = parameter.to_local()
+    own_part = parameter.to_local()
     value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-    # every process has the whole, so each takes its part
-    mine.copy_(
+    # Every process has the whole value, so none has to send it: each takes its part.
+    own_part.copy_(
         distribute_tensor(
             value, parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()

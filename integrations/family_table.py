@@ -15,8 +15,8 @@ HEAD = (
     'anchor="pre_projector"',
     "video tokens",
 )
-# how a family's `images` tells images apart, in a reader's words; a rule that is missing here goes
-# by its name
+# How a family's `images` tells images apart, in a reader's words; a rule that is missing here goes
+# by its name.
 RULES = {
     "runs": "runs of visual tokens",
     "equal_parts": "equal parts",
@@ -42,13 +42,9 @@ class Support:
         """In the order of HEAD, without the version that is installed."""
         original = self.row is ORIGINAL
         rule = "merge" if original else self.row.images.__name__
-        projector = (
-            "yes, but for newline rows"
-            if original
-            else "yes"
-            if self.row.projector
-            else "pass a callable"
-        )
+        projector = "yes" if self.row.projector else "pass a callable"
+        if original:
+            projector = "yes, but for newline rows"
         return (
             self.name,
             ", ".join(self.types),

@@ -39,7 +39,8 @@ WRAPPERS = {
     "nsys",
     "ncu",
 }
-SHELL = re.compile(r"[|&;<>()$`*?!#~\n]")  # what a shell does more with than to split the line
+# characters by which a shell does more with a line than to split it
+SHELL = re.compile(r"[|&;<>()$`*?!#~\n]")
 # flags of python under which this package is found as it is without them
 FLAGS = re.compile(r"-[uOBbdqvP]+|-[XW].+")
 
@@ -47,7 +48,8 @@ FLAGS = re.compile(r"-[uOBbdqvP]+|-[XW].+")
 def put(undo: contextlib.ExitStack, owner: Any, name: str, made: Callable[[Any], Any]) -> None:
     """`owner.name` becomes `made(owner.name)` until `undo` closes, which leaves what others put
     there since."""
-    own, before = vars(owner).get(name), getattr(owner, name)
+    own = vars(owner).get(name)
+    before = getattr(owner, name)
     new = functools.wraps(before)(made(before))
     setattr(owner, name, new)
 
@@ -75,7 +77,8 @@ class Following:
 
     def __init__(self, settings: Sequence[str]) -> None:
         self.launcher = ["-m", LAUNCHER, *settings]
-        self.followed, self.lost = 0, list[str]()
+        self.followed = 0
+        self.lost: list[str] = []
         self._undo = contextlib.ExitStack()
         self._active = False
 
@@ -97,16 +100,20 @@ class Following:
         def __init__(process: Any, *args: Any, **kwargs: Any) -> None:
             try:
                 bound = signature.bind(process, *args, **kwargs)
-            except TypeError:  # which is Popen's to say
+            except TypeError:
+                # The arguments are wrong, which Popen itself has to say.
                 return start(process, *args, **kwargs)
-            given = bound.arguments
-            if given.get("executable") is not None:
+            arguments = bound.arguments
+            if arguments.get("executable") is not None:
                 return start(process, *args, **kwargs)
-            command = given.get("args")
+            command = arguments.get("args")
             changed = self.changed(
-                command, given.get("cwd"), given.get("env"), bool(given.get("shell"))
+                command,
+                arguments.get("cwd"),
+                arguments.get("env"),
+                bool(arguments.get("shell")),
             )
-            given["args"] = changed
+            arguments["args"] = changed
             start(*bound.args, **bound.kwargs)
             if changed is not command:
                 process.args = command  # as whoever started it knows it
@@ -125,9 +132,9 @@ class Following:
         another."""
         if argv and os.path.isfile(path):
             command = [os.fsdecode(path), *argv[1:]]
-            found = self.changed(command, env=env, replaces=True)
-            if found is not command:
-                return found[0], found
+            launched = self.changed(command, env=env, replaces=True)
+            if launched is not command:
+                return launched[0], launched
         return path, argv
 
     def _system(self, start: Callable[..., int]) -> Any:
@@ -163,10 +170,10 @@ class Following:
             return command
         env = os.environ if env is None else env
         plain = text is None or not SHELL.search(text)
-        found = self._launched(words, os.fsdecode(cwd or ""), env, replaces) if plain else None
-        if found is not None:
+        launched = self._launched(words, os.fsdecode(cwd or ""), env, replaces) if plain else None
+        if launched is not None:
             self.followed += 1
-            return found if text is None else shlex.join(found)
+            return launched if text is None else shlex.join(launched)
         if _names_python(words) and not (plain and _program(words[0], env)):
             self.lost.append(shlex.join(words) if text is None else text)
         return command
@@ -179,7 +186,9 @@ class Following:
             start = next((i for i, word in enumerate(words) if _program(word, env)), len(words))
         if start == len(words):
             return None
-        before, program, rest = words[:start], words[start], words[start + 1 :]
+        before = words[:start]
+        program = words[start]
+        rest = words[start + 1 :]
         launcher = [w for w in self.launcher if not (replaces and w.startswith("--followed"))]
         if not _is_ours(program, env):
             target = console(program, env)
@@ -220,7 +229,8 @@ def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
     module = _module_of(name) if not folder or _same(folder) else None
     if module is not None:
         return name if _builds_on_torch(module) else None
-    path, first = shutil.which(word, path=env.get("PATH")), ""
+    path = shutil.which(word, path=env.get("PATH"))
+    first = ""
     with contextlib.suppress(OSError):  # one may run what one may not read
         if path is not None:
             with open(path, "rb") as file:

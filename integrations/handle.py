@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,26 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .capture import Capture, Seen, like
+from . import checkpoint
+from .capture import Capture, CapturedForward
 from .deferred import Deferred
-from .gradient import GradientNorm
-from .head_options import Training, number
-from .objective import Losses, Objective
-from .optimizers import Steps, ignore, listen, parameters, split, unwrapped
-from .output import add_to_loss, keep_in_graph, logits, share, tensors
+from .head_checks import HeadChecks
+from .head_options import HeadOptions, ScheduledWeight
+from .metrics import Totals
+from .objective import Objective
+from .optimizers import ignore, listen, unwrapped
+from .output import add_to_loss, keep_in_graph, logits, loss_share, tensors
 from .saved_keys import SavedKeys
 from .watchdog import Watchdog
 
 ATTRIBUTE = "pre_head"
 
 
-class PreHandle:
+class PreHandle(ScheduledWeight):
     """What `apply_pre` returns; as a context manager it removes itself at the end.
 
     Attributes:
         enabled: False turns PRe off without removing it.
         weight: λ, before the schedule.
         progress: where in the training the next step is, 0..1; the schedule reads it.
+        scheduled_weight: λ as the schedule has it at `progress`. At 0 the head is not in the graph,
+            which DDP has to be told of.
     """
 
     def __init__(
@@ -39,27 +42,23 @@ class PreHandle:
         objective: Objective,
         head: nn.Module,
         weight: float,
-        training: Training,
+        options: HeadOptions,
         labels: str | None,
         as_layer: bool = False,
     ) -> None:
-        self.weight, self._progress, self.enabled = weight, 0.0, True
+        super().__init__(weight, options)
+        self.enabled = True
         self.notices = objective.parts.notices
-        self._model, self._objective, self._training = model, objective, training
+        self._model = model
+        self._objective = objective
         self._several = isinstance(head, nn.ModuleList)
-        self._was_peft = getattr(model, "peft_config", None) is not None
-        self._sums: Tensor | None = None
-        self._forwards = 0
-        self._gradient = GradientNorm()
+        self._totals = Totals(objective.layers, objective.loss, objective.nonfinite == "skip")
         self._watchdog = Watchdog(self.notices, labels)
-        self._steps = Steps()
+        self._checks = HeadChecks(model, head, ATTRIBUTE, self.notices)
         self._labels = labels
-        self._contributed = self._progressed = False
-        self._without: str | None = None  # why a forward that may be trained has no term
         self._deferred: Deferred | None = None
         self._own: Tensor | None = None  # what loss() returns
-        self._as_layer = as_layer  # the head has its layer's dtype
-        self._dtypes = {name: p.dtype for name, p in head.named_parameters()}
+        self._as_layer = as_layer  # whether the head is made in its layer's dtype
 
         model.add_module(ATTRIBUTE, head)
         self._saved_keys = SavedKeys(model, ATTRIBUTE)
@@ -90,41 +89,19 @@ class PreHandle:
         return getattr(self._model, ATTRIBUTE)
 
     @property
-    def weight(self) -> float:
-        """λ, the weight of L_PRe in the loss."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = number("weight", value)
-
-    @property
-    def progress(self) -> float:
-        """Where in the training the next step is, 0..1; `patch_trainer` sets it to the middle of
-        each step."""
-        return self._progress
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        if number("progress", value) > 1:
-            raise ValueError(f"progress: got {value}, want 0..1")
-        self._progress, self._progressed = float(value), True
-
-    @property
-    def scheduled_weight(self) -> float:
-        """λ as the schedule has it at `progress`. At 0 the head is not in the graph, which DDP has
-        to be told of."""
-        return self._weight * self._training.factor(self._progress)
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers, one head each."""
         return self._objective.layers
 
     @property
+    def depth(self) -> int:
+        """The number of the model's decoder layers."""
+        return len(self._objective.parts.layers)
+
+    @property
     def contributed(self) -> bool:
         """Whether a forward ever had a term, a visual token; reading it may be a host sync."""
-        return self._contributed or bool(self._totals()[0] > 0)
+        return self._totals.contributed
 
     def settings(self) -> dict[str, Any]:
         """What the heads were made for, as it is kept beside a saved head."""
@@ -146,7 +123,7 @@ class PreHandle:
         - "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the
           layers averaged; "pre_loss/layer_<l>" for each of several;
         - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not
-          -cosine, of at most `cosine.SAMPLE` rows of each forward;
+          -cosine, of at most `metrics.SAMPLE` rows of each forward;
         - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this
           process's forwards;
         - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they
@@ -158,31 +135,12 @@ class PreHandle:
 
         `combine` sums the totals over processes.
         """
-        totals = torch.cat([self._totals(), self._gradient.sums(self._totals())])
-        whole = (totals if combine is None else combine(totals)).tolist()
-        count, tokens, cosine, sampled, *sums, square, number = whole
-        skipped = sums.pop() if self._objective.nonfinite == "skip" else None
-        self._contributed |= count > 0
-        means = [s / count if count else math.nan for s in sums]
-        found = {"pre_loss": sum(means) / len(means)}
-        if len(means) > 1:
-            found |= {
-                f"pre_loss/layer_{n}": mean for n, mean in zip(self.layers, means, strict=True)
-            }
-        if self._objective.loss == "cosine":
-            found["pre_cosine"] = -found["pre_loss"]
-        else:
-            found["pre_cosine"] = cosine / sampled if sampled else math.nan
-        found |= {"pre_rows": count, "pre_tokens": tokens, "pre_forwards": self._forwards}
-        if skipped is not None:
-            found["pre_skipped"] = skipped
-        if (norm := self._gradient.of(square, number)) is not None:
-            found["pre_head_grad_norm"] = norm
-        if self._training.scheduled:
-            found["pre_weight"] = self.scheduled_weight
+        metrics = self._totals.read(combine)
+        if self._options.scheduled:
+            metrics["pre_weight"] = self.scheduled_weight
         if reset:
-            self._sums, self._forwards = None, 0
-        return found
+            self._totals.reset()
+        return metrics
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the head's parameters that require grad, with `head_lr` and
@@ -191,12 +149,12 @@ class PreHandle:
         First the weights, then the biases, which are not decayed. Leave these parameters out of
         other groups.
         """
-        return self._training.groups(self.head.named_parameters())
+        return self._options.groups(self.head.named_parameters())
 
     @property
     def own_rates(self) -> bool:
         """Whether `head_lr` or `head_weight_decay` was given."""
-        return (self._training.head_lr, self._training.head_weight_decay) != (None, None)
+        return (self._options.head_lr, self._options.head_weight_decay) != (None, None)
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until
@@ -213,28 +171,34 @@ class PreHandle:
             raise TypeError(
                 f"optimizer: got {type(optimizer).__name__}, want a torch.optim.Optimizer"
             )
-        mine, others = split(self._model, self.head)
-        held = {id(p) for p in parameters(inner)}
-        if held & others and not held & mine.keys():
+        if self._checks.leaves_out_head(inner, self.head):
             self.notices.warn("optimizer without the head", optimizer=type(inner).__name__)
         return inner.register_step_pre_hook(self._measure)
 
-    def save(self, directory: Any, model: nn.Module | None = None) -> None:
+    def save(
+        self, directory: Any, model: nn.Module | None = None, *, writes: bool | None = None
+    ) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained`
         leaves it out.
 
         Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to
         call it: the parts are gathered, and all return when the files are there; elsewhere (DDP,
         ZeRO-1, ZeRO-2) the others return at once and need not call it. `model`: under FSDP1 its
-        wrapper around the model, which alone can gather.
+        wrapper around the model, which alone can gather. `writes`: whether this process writes the
+        files; None: if it is rank 0.
 
         Raises:
             RuntimeError: if the head is split in a way that is not known.
             OSError: on every process, if rank 0 cannot write.
         """
-        from .checkpoint import save
-
-        save(self, directory, model)
+        checkpoint.save(
+            self.head,
+            self.settings(),
+            directory,
+            attached=self._model,
+            wrapper=model,
+            writes=writes,
+        )
 
     def load(self, directory: Any, model: nn.Module | None = None) -> None:
         """Read the head that `save` wrote, into this handle's: bit for bit, under any number of
@@ -247,16 +211,15 @@ class PreHandle:
             FileNotFoundError, ValueError: naming what is missing, broken, or differs from this
                 handle; on every process that takes part.
         """
-        from .checkpoint import load
-
-        load(self, directory, model)
+        checkpoint.load(self.head, self.settings(), directory, attached=self._model, wrapper=model)
 
     def remove(self) -> None:
         """Take hooks and head off again: the model is what it was. Calling it twice is fine."""
         if self._capture is None:
             return
         self._capture.remove()
-        self._capture = self._own = None
+        self._capture = None
+        self._own = None
         ignore(self)
         self._saved_keys.remove()
         delattr(self._model, ATTRIBUTE)
@@ -284,11 +247,12 @@ class PreHandle:
         """
         if self._labels is not None:
             raise RuntimeError(
-                f"labels: is {self._labels!r}, so L_PRe is added to output.loss where the forward gets that argument; "
-                "handle.loss() wants apply_pre(..., labels=None)"
+                f"labels: is {self._labels!r}, so L_PRe is added to output.loss where the forward "
+                "gets that argument; handle.loss() wants apply_pre(..., labels=None)"
             )
-        found, self._own = self._own, None
-        return torch.zeros(()) if found is None else found
+        loss = self._own
+        self._own = None
+        return torch.zeros(()) if loss is None else loss
 
     def excluded(self) -> contextlib.AbstractContextManager[None]:
         """Inside it no `state_dict()` has the head's keys, for ways of saving that know nothing of
@@ -321,162 +285,100 @@ class PreHandle:
 
         A head without a `head_dtype` may be cast with its layer.
         """
-        changed = {}
-        layers = self._objective.parts.layers
-        now = {like(layers[number - 1])[0] for number in self.layers} if self._as_layer else set()
-        for name, parameter in self.head.named_parameters():
-            made = next(
-                (n for n in self._dtypes if f".{name}".endswith(f".{n}")), None
-            )  # PEFT puts names before it
-            dtype = parameter.dtype if made is None else self._dtypes[made]
-            # FSDP2 has its own rules
-            if (
-                parameter.dtype != dtype
-                and now != {parameter.dtype}
-                and not hasattr(parameter, "full_tensor")
-            ):
-                changed[name] = parameter.dtype, dtype
-                parameter.data = parameter.data.to(dtype)
-        if changed:
-            dtype, wanted = next(iter(changed.values()))
-            self.notices.warn("head recast", names=", ".join(changed), dtype=dtype, wanted=wanted)
+        followed = self.layers if self._as_layer else ()
+        parts = self._objective.parts
+        dtypes = {parts.dtype_and_device(number)[0] for number in followed}
+        self._checks.restore_dtypes(self.head, dtypes)
 
     def advise(self, advice: str | None) -> None:
         """What to do where a trainer leaves L_PRe out of its loss; None: what is said without a
         trainer's patch."""
         self._watchdog.advice = advice or self._watchdog.default
 
+    def new_training(self) -> None:
+        """What was said and seen of another training is forgotten."""
+        self.notices.forget()
+        self._checks.new_training()
+
+    def stepped(self, optimizer: Any) -> None:
+        """An optimizer's step begins, see `optimizers.listen`."""
+        self._checks.stepped(optimizer, self.head)
+
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
-        self._without = None
+        self._watchdog.reason = None
         if torch.is_grad_enabled():
-            self._own = None  # nobody asked for it; its graph is not kept beside this forward's
+            # Nobody asked for the last forward's; its graph is not kept beside this one's.
+            self._own = None
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
         if not self._wanted():
             return False
-        # a Trainer with its own loss pops the labels
+        # A Trainer with a loss of its own takes the labels out, but defers L_PRe.
         labelled = (
             self._labels is None
             or inputs.get(self._labels) is not None
             or self._deferred is not None
         )
-        if not module.training:
-            self._without = "eval mode" if labelled else None
-        elif not labelled:
-            self._without = "no labels"
-        self._watchdog.check()
-        if self._without is not None or not labelled:
+        if not self._watchdog.begin(module.training, labelled):
             return False
-        self._check_frozen()
+        self._checks.check_frozen(self.head)
         return True
 
     def _wanted(self) -> bool:
         return bool(self.enabled and self.scheduled_weight and torch.is_grad_enabled())
 
     def _skipped(self, output: Any) -> None:
-        if self._without is not None:
-            self._watchdog.watch_without(self._without, tensors(output))
-
-    def new_training(self) -> None:
-        """What was said and seen of another training is forgotten."""
-        self.notices.forget()
-        self._steps = Steps()
-
-    def stepped(self, optimizer: Any) -> None:
-        """An optimizer's step begins, see `optimizers.listen`."""
-        self._steps.see(optimizer, self._model, self.head)
+        self._watchdog.watch_without(tensors(output))
 
     def _check_steps(self) -> None:
         """After an optimizer's first step: that it has the head, and that a schedule moves on."""
-        if not self._steps.count:
+        if not self._checks.steps.count:
             return
-        if self._training.scheduled and not self._progressed:
+        if self._options.scheduled and not self._progressed:
             self.notices.warn("no progress", weight=self.scheduled_weight)
-        left_out = self._steps.verdict()
-        if left_out is not None and not self.notices.given & {
-            "optimizer refuses",
-            "optimizer given",
-        }:
-            self.notices.warn(
-                f"optimizer without the {left_out}", optimizer=", ".join(sorted(self._steps.kinds))
-            )
-
-    def _check_frozen(self) -> None:
-        trained = [
-            p.requires_grad for p in self.head.parameters()
-        ]  # none where FSDP1 keeps them flat
-        if any(trained) or not trained:
-            if "frozen head" in self.notices.given:  # it is trained now, if the optimizer has it
-                self.notices.given.discard("frozen head")
-                self._steps.forget()
-            return
-        if self._was_peft or getattr(self._model, "peft_config", None) is None:
-            self.notices.warn("frozen head")
-            return
-        other = (
-            "" if self._several else f', or put "{ATTRIBUTE}" in modules_to_save'
-        )  # which takes no ModuleList
-        raise RuntimeError(
-            f"model: it was wrapped in PEFT after apply_pre, which froze `{ATTRIBUTE}`, so the head would never "
-            f"train; call apply_pre on the PeftModel instead{other}"
-        )
+        self._checks.check_steps()
 
     def _missed(self, text: nn.Module) -> None:
         if text.training and self._wanted():
-            self._check_frozen()
+            self._checks.check_frozen(self.head)
             self.notices.warn("called inside", model=type(self._model).__name__)
 
-    def _finish(self, output: Any, seen: Seen) -> Any:
+    def _finish(self, output: Any, seen: CapturedForward) -> Any:
         deferred = self._deferred
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
-        found = self._objective.losses(
+        losses = self._objective.losses(
             seen, heads, divisor, deferred is not None and deferred.alone
         )
-        device = found.layers[0].device
-        self._record(found, device)
+        self._totals.add(
+            losses.layers,
+            full_divisor=losses.full_divisor,
+            count=losses.count,
+            tokens=losses.tokens,
+            cosines=losses.cosines,
+            skipped=losses.skipped,
+        )
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
             self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
 
-        total = torch.stack([loss.to(device) for loss in found.layers]).mean()
+        device = losses.layers[0].device
+        total = torch.stack([loss.to(device) for loss in losses.layers]).mean()
         term = self.scheduled_weight * total
         if deferred is not None:
-            deferred.add(term, found.counted)
+            deferred.add(term, losses.counted)
         elif self._labels is None:
             self._own = term
         else:
-            term = term * share(seen.inputs, self._labels, device, self._objective.group)
+            term = term * loss_share(seen.inputs, self._labels, device, self._objective.group)
             output = add_to_loss(output, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
-        return output if deferred is None and self._labels else keep_in_graph(output, total)
-
-    def _record(self, found: Losses, device: torch.device) -> None:
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        scale = torch.as_tensor(found.divisor)
-        cosines = [pair.to(device, wide) for pair in found.cosines]
-        new = torch.stack(
-            [
-                found.terms.to(device, wide),
-                found.tokens.to(device, wide),
-                *(
-                    torch.stack(cosines).sum(0)
-                    if cosines
-                    else torch.zeros(2, dtype=wide, device=device)
-                ),
-                *((loss.detach().to(device) * scale.to(device)).to(wide) for loss in found.layers),
-                *(() if found.skipped is None else (found.skipped.to(device, wide),)),
-            ]
-        )
-        self._sums = new if self._sums is None else self._sums + new
-        self._forwards += 1
-
-    def _totals(self) -> Tensor:
-        size = 4 + len(self.layers) + (self._objective.nonfinite == "skip")
-        return torch.zeros(size, dtype=torch.double) if self._sums is None else self._sums
+        added_here = deferred is None and self._labels is not None
+        return output if added_here else keep_in_graph(output, total)
 
     def _measure(self, optimizer: Any, *_: Any) -> None:
-        if self._capture is not None:  # it may outlive PRe
-            self._gradient.measure(self.head, optimizer)
+        # The optimizer may outlive PRe.
+        if self._capture is not None:
+            self._totals.gradient.measure(self.head, optimizer)
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:

@@ -38,23 +38,25 @@ from .launched import Launch
 
 PARAMETERS = {n: p for n, p in inspect.signature(apply_pre).parameters.items() if n != "model"}
 LINE = f"python -m {LAUNCHER} … -- train.py"
-OF_THE_MODEL = ("text_model", "layers")  # name modules of the model, so nothing else can check them
+# settings that name modules of the model, so nothing else can check them
+OF_THE_MODEL = ("text_model", "layers")
 EXAMPLES = """\
 settings (--set key=value, or the keys of --config), see apply_pre:
 {settings}
 
 examples:
-  torchrun --nproc-per-node 8 -m pre_kernels.integrations.launch --layer 16 --weight 0.5 -- train.py --lr 2e-5
-  torchrun --nproc-per-node 8 -m pre_kernels.integrations.launch --config pre.yaml -- -m package.train run.yaml
-  deepspeed --module pre_kernels.integrations.launch --set loss=mse --set level=image -- train.py --deepspeed z3.json
-  python -m pre_kernels.integrations.launch --set anchor=my.module:dino --set anchor_dim=768 -- train.py
-  python -m pre_kernels.integrations.launch --layer [8,16] -- train.py
-  python -m pre_kernels.integrations.launch --layer 16 --head stage1/ -- llamafactory-cli train run.yaml
+  torchrun --nproc-per-node 8 -m {launcher} --layer 16 --weight 0.5 -- train.py --lr 2e-5
+  torchrun --nproc-per-node 8 -m {launcher} --config pre.yaml -- -m package.train run.yaml
+  deepspeed --module {launcher} --set loss=mse --set level=image -- train.py --deepspeed z3.json
+  python -m {launcher} --set anchor=my.module:dino --set anchor_dim=768 -- train.py
+  python -m {launcher} --layer [8,16] -- train.py
+  python -m {launcher} --layer 16 --head stage1/ -- llamafactory-cli train run.yaml
 
-commands that start processes of their own (accelerate, torchrun, deepspeed, trl, axolotl, llamafactory-cli, swift, ...)
+commands that start processes of their own (accelerate, torchrun, deepspeed, trl, axolotl, \
+llamafactory-cli, swift, ...)
 are followed into them:
-  python -m pre_kernels.integrations.launch --config pre.yaml -- accelerate launch --num_processes 8 train.py --lr 2e-5
-  python -m pre_kernels.integrations.launch --config pre.yaml -- trl sft --config run.yaml
+  python -m {launcher} --config pre.yaml -- accelerate launch --num_processes 8 train.py --lr 2e-5
+  python -m {launcher} --config pre.yaml -- trl sft --config run.yaml
 
 pre.yaml:
   layer: 16
@@ -68,14 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    given = parser.parse_args(arguments[:cut])
+    options = parser.parse_args(arguments[:cut])
     with _restored():
         try:
             run = _target(arguments[cut + 1 :])
-            if given.local_rank is not None:
-                sys.argv.insert(1, f"--local_rank={given.local_rank}")
-            head = _checked_head(given.head)
-            launch = Launch(_settings(given), head, _again(given), given.followed is not None)
+            if options.local_rank is not None:
+                sys.argv.insert(1, f"--local_rank={options.local_rank}")
+            head = _checked_head(options.head)
+            settings = _settings(options)
+            launch = Launch(settings, head, _again(options), options.followed is not None)
         except (ValueError, TypeError, OSError, ImportError) as error:
             parser.error(str(error))
         failed = True
@@ -95,8 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pre_kernels.integrations.launch",
         usage="%(prog)s [options] -- script.py | -m module | command [its arguments]",
-        description="Train with Predictive Regularization (PRe) without changing the training script.",
-        epilog=EXAMPLES.format(settings="\n".join(shown)),
+        description=(
+            "Train with Predictive Regularization (PRe) without changing the training script."
+        ),
+        epilog=EXAMPLES.format(settings="\n".join(shown), launcher=LAUNCHER),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -115,37 +120,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir"
     )
-    # deepspeed's launcher puts it before all other arguments
+    # DeepSpeed's launcher puts it before all other arguments.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
-    # by a launcher, which found the modules that settings name in this folder
+    # Set by a launcher that this one follows: the folder where it found the modules that settings
+    # name.
     parser.add_argument("--followed", help=argparse.SUPPRESS)
     return parser
 
 
-def _again(given: argparse.Namespace) -> list[str]:
+def _again(options: argparse.Namespace) -> list[str]:
     """The arguments that give another process, which may have another working directory, the same
     settings."""
-    words = [
-        f"--{name}={value}"
-        for name in ("layer", "weight")
-        if (value := getattr(given, name)) is not None
-    ]
-    words += [f"--set={pair}" for pair in given.set]
+    words = [f"--{name}={value}" for name, value in _short_options(options)]
+    words += [f"--set={pair}" for pair in options.set]
     words += [
         f"--{n}={os.path.abspath(path)}"
         for n in ("config", "head")
-        if (path := getattr(given, n)) is not None
+        if (path := getattr(options, n)) is not None
     ]
-    return [*words, f"--followed={given.followed or os.path.abspath(sys.path[0])}"]
+    return [*words, f"--followed={options.followed or os.path.abspath(sys.path[0])}"]
+
+
+def _short_options(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The settings that have an option of their own, as they were options."""
+    values = ((name, getattr(options, name)) for name in ("layer", "weight"))
+    return [(name, value) for name, value in values if value is not None]
 
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
-    argv, path = sys.argv, list(sys.path)
+    argv = sys.argv
+    path = list(sys.path)
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv = argv
+        sys.path[:] = path
 
 
 def _target(words: list[str]) -> Callable[[], Any]:
@@ -165,8 +175,8 @@ def _target(words: list[str]) -> Callable[[], Any]:
         cut = python_flags(words[1:])
         if cut is None or set(words[1 : 1 + cut]) - {"-u"}:
             raise ValueError(
-                f"script: got {' '.join(words[:3])!r}, want a script or -m module; python's own flags go to the one in "
-                f"`{LINE}`"
+                f"script: got {' '.join(words[:3])!r}, want a script or -m module; python's own "
+                f"flags go to the one in `{LINE}`"
             )
         return _target(words[1 + cut :])
     sys.argv = words
@@ -178,10 +188,10 @@ def _target(words: list[str]) -> Callable[[], Any]:
             return lambda: sys.exit(command.load()())
         path = console(script)
     if path is None:
-        found = shutil.which(script) is not None
+        is_program = shutil.which(script) is not None
         raise ValueError(
             f"script: {script!r} is no python program; put it in front: `{script} … {LINE}`"
-            if found
+            if is_program
             else f"script: {script!r} is neither a file nor an installed console command"
         )
     if not getattr(sys.flags, "safe_path", False):
@@ -194,7 +204,10 @@ def _refusal(script: str) -> str | None:
     most."""
     name = os.path.basename(script)
     if name.endswith(".sh") or name in ("sh", "bash", "dash", "zsh"):
-        return f"is a shell's, which cannot be followed; write `{LINE}` into the shell script where it starts python"
+        return (
+            f"is a shell's, which cannot be followed; write `{LINE}` into the shell script where "
+            "it starts python"
+        )
     if name in ("ray", "sbatch", "sky", "modal", "docker", "kubectl"):
         return (
             f"runs its command elsewhere, where it cannot be followed; let that command be `{LINE}`"
@@ -221,37 +234,36 @@ def _checked_head(folder: str | None) -> str | None:
     return folder
 
 
-def _settings(given: argparse.Namespace) -> dict[str, Any]:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `apply_pre`, all of them checked as far as that is possible without the
     model."""
     import yaml
 
-    found: dict[str, Any] = {}
-    if given.config is not None:
+    values: dict[str, Any] = {}
+    if options.config is not None:
         try:
-            with open(given.config, encoding="utf-8") as file:
+            with open(options.config, encoding="utf-8") as file:
                 config = yaml.safe_load(file)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config: {given.config!r} is no valid YAML: {error}") from error
+            raise ValueError(f"--config: {options.config!r} is no valid YAML: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(
-                f"--config: {given.config!r} holds {type(config).__name__}, want a mapping of settings"
+                f"--config: {options.config!r} holds {type(config).__name__}, want a mapping of "
+                "settings"
             )
-        found |= {_known(name, f"--config {given.config}"): value for name, value in config.items()}
-    for pair in [
-        *given.set,
-        *(f"{n}={v}" for n in ("layer", "weight") if (v := getattr(given, n)) is not None),
-    ]:
+        where = f"--config {options.config}"
+        values |= {_known(name, where): value for name, value in config.items()}
+    for pair in [*options.set, *(f"{name}={value}" for name, value in _short_options(options))]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set: got {pair!r}, want key=value")
         try:
-            found[_known(name, "--set")] = yaml.safe_load(text)
+            values[_known(name, "--set")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"--set: {name}: {text!r} is no valid YAML value: {error}") from error
     with _restored():
-        sys.path += [] if given.followed is None else [given.followed]
-        settings = {name: _value(name, value) for name, value in found.items()}
+        sys.path += [] if options.followed is None else [options.followed]
+        settings = {name: _value(name, value) for name, value in values.items()}
     _rehearse(settings)
     return settings
 
@@ -287,12 +299,12 @@ def _value(name: str, value: Any) -> Any:
 def _import(name: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}: cannot import {path!r}: {error}") from error
-    return found
+    return value
 
 
 def _rehearse(settings: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import checkpoint
 from .attach import apply_pre
 from .follow import Following, put
 from .handle import PreHandle, find_handle
@@ -25,7 +24,17 @@ from .head_options import NO_GROUPS
 from .llava import is_original
 from .notices import WARNINGS
 from .optimizers import parameters, unwrapped
-from .trainer import patch_trainer, sharded
+from .resuming import sharded
+from .trainer import patch_trainer
+
+# a model whose config has one of these is a vision-language model
+OF_VISION_LANGUAGE = (
+    "vision_config",
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+)
 
 
 class Launch:
@@ -47,17 +56,21 @@ class Launch:
         again: Sequence[str] | None = None,
         followed: bool = False,
     ) -> None:
-        self.settings, self.head, self.followed = settings, head, followed
+        self.settings = settings
+        self.head = head
+        self.followed = followed
         self.children = Following(again or ())
         self._follows = again is not None
-        self.trained: dict[
-            str, bool
-        ] = {}  # whether trainings that ended had a term, by the model's name
-        self.begun = self.told = False
-        self._attached = self._stepped = self._active = self._patched = False
-        self._known = weakref.WeakSet[
-            Any
-        ]()  # Trainers that have the callback, models that are no vision-language ones
+        # whether trainings that ended had a term, by the model's name
+        self.trained: dict[str, bool] = {}
+        self.begun = False  # whether a training with PRe began
+        self.told = False  # whether a warning was given
+        self._attached = False  # whether a handle was made, by whomever
+        self._stepped = False  # whether an optimizer was seen to step
+        self._active = False
+        self._patched = False
+        # Trainers that have the callback, models that are no vision-language ones
+        self._known = weakref.WeakSet[Any]()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Launch:
@@ -73,7 +86,8 @@ class Launch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._active = False  # wrappers that others wrapped stay in place
+        # Wrappers of ours that others have wrapped stay in place and do nothing.
+        self._active = False
         self._undo.close()
 
     def _noting(self, construct: Callable[..., None]) -> Any:
@@ -147,12 +161,12 @@ class Launch:
             except BaseException:
                 handle.remove()
                 raise
-        depth, settings = len(handle._objective.parts.layers), handle.settings()
+        settings = handle.settings()
         size = sum(p.numel() for p in handle.head.parameters())
         _say(
-            f"attached to {name}: layer {', '.join(map(str, handle.layers))} of {depth}, λ {handle.weight:g}, "
-            f"anchor {settings['anchor']}, level {settings['level']}, head of {size:,} parameters"
-            + (f" from {self.head}" if self.head is not None else "")
+            f"attached to {name}: layer {', '.join(map(str, handle.layers))} of {handle.depth}, "
+            f"λ {handle.weight:g}, anchor {settings['anchor']}, level {settings['level']}, "
+            f"head of {size:,} parameters" + (f" from {self.head}" if self.head is not None else "")
         )
 
     def _first_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -210,17 +224,10 @@ def _inside(model: Any) -> Any:
 
 
 def _is_vision_language(model: nn.Module) -> bool:
-    config = getattr(_inside(model), "config", None)
-    return is_original(_inside(model)) or any(
-        getattr(config, name, None) is not None
-        for name in (
-            "vision_config",
-            *(
-                f"{kind}_token_{suffix}"
-                for kind in ("image", "video")
-                for suffix in ("id", "index")
-            ),
-        )
+    inside = _inside(model)
+    config = getattr(inside, "config", None)
+    return is_original(inside) or any(
+        getattr(config, name, None) is not None for name in OF_VISION_LANGUAGE
     )
 
 
@@ -249,15 +256,15 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             if sharded(trainer) or more.get("optimizer") is None:
                 return
             optimizer = unwrapped(more["optimizer"])
-            if (
-                type(optimizer).__name__ in NO_GROUPS or "optimizer refuses" in handle.notices.given
-            ):  # which was said
-                return
+            refused = "optimizer refuses" in handle.notices.given
+            if refused or type(optimizer).__name__ in NO_GROUPS:
+                return  # a warning has said it
             held = {id(p) for p in parameters(optimizer)}
             if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
                 raise RuntimeError(
-                    f"optimizer: {type(trainer).__name__}'s does not hold the parameters of `pre_head`, so the head "
-                    "would not train; make it after the Trainer, from all parameters that require grad"
+                    f"optimizer: {type(trainer).__name__}'s does not hold the parameters of "
+                    "`pre_head`, so the head would not train; make it after the Trainer, from all "
+                    "parameters that require grad"
                 )
 
         def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -267,16 +274,14 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             handle = find_handle(trainer.model)
             if handle is not None:
                 self.save(args.output_dir)
-                name, had = (
-                    type(_inside(trainer.model)).__name__,
-                    handle.contributed or not handle.weight,
-                )
-                launch.trained[name] = had or launch.trained.get(name, False)
+                name = type(_inside(trainer.model)).__name__
+                had_terms = handle.contributed or not handle.weight
+                launch.trained[name] = had_terms or launch.trained.get(name, False)
 
         def save(self, folder: str) -> None:
             handle = find_handle(trainer.model)
             if handle is not None:
-                checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
+                handle.save(folder, trainer.model_wrapped, writes=trainer.args.should_save)
 
     return KeepsHead()
 
@@ -290,7 +295,8 @@ class _Importing(importlib.abc.MetaPathFinder):
     """Inside it `then` is called when module `name` has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self.name, self.then = name, then
+        self.name = name
+        self.then = then
         self.active = False
 
     def __enter__(self) -> _Importing:
@@ -318,7 +324,8 @@ class _Importing(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                if self.active:  # the module may be found now and run later
+                # The module may have been found inside and be run later.
+                if self.active:
                     self.then()
 
             loader.exec_module = exec_module

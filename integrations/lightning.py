@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from .handle import ATTRIBUTE, PreHandle, find_handle
+from .metrics import to_log
 
 STATE = "pre_head"  # the key of the head in a checkpoint
 
@@ -34,18 +35,21 @@ class PreLightningCallback(Callback):
         """Complain of a module without PRe before it is trained."""
         if find_handle(pl_module) is None:
             raise RuntimeError(
-                f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on its model in __init__"
+                f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on "
+                "its model in __init__"
             )
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """λ at the middle of the step."""
-        handle, steps = _handle(pl_module), trainer.estimated_stepping_batches
+        handle = _handle(pl_module)
+        steps = trainer.estimated_stepping_batches
         if handle.enabled and not handle.model.training:
             raise RuntimeError(
-                f"PreLightningCallback: {type(handle.model).__name__} is in eval mode, as from_pretrained gives it and "
-                "Lightning leaves it, so L_PRe would not be added; call its train() in the module's __init__"
+                f"PreLightningCallback: {type(handle.model).__name__} is in eval mode, as "
+                "from_pretrained gives it and Lightning leaves it, so L_PRe would not be added; "
+                "call its train() in the module's __init__"
             )
         handle.progress = min((trainer.global_step + 0.5) / max(steps, 1), 1.0)
 
@@ -54,18 +58,15 @@ class PreLightningCallback(Callback):
     ) -> None:
         """Log what was seen since the last log."""
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            found = _handle(pl_module).metrics(
-                combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
+            metrics = to_log(
+                _handle(pl_module).metrics(
+                    combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
+                )
             )
-            found = {
-                name: value
-                for name, value in found.items()
-                if name not in ("pre_rows", "pre_forwards")
-            }
             for logger in trainer.loggers:
-                logger.log_metrics(found, step=trainer.global_step)
+                logger.log_metrics(metrics, step=trainer.global_step)
             trainer.callback_metrics.update(
-                {name: torch.tensor(value) for name, value in found.items()}
+                {name: torch.tensor(value) for name, value in metrics.items()}
             )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:

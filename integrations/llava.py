@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PREPARE, ENCODE = "prepare_inputs_labels_for_multimodal", "encode_images"
+PREPARE = "prepare_inputs_labels_for_multimodal"
+ENCODE = "encode_images"
 EMBEDS = ("embed_tokens", "get_input_embeddings")
 TAKEN = ("input_ids", "labels", "attention_mask")  # arguments of PREPARE
 
@@ -41,8 +42,9 @@ def check_merge(model: nn.Module) -> None:
     ]
     if lacks:
         raise ValueError(
-            f"model: {type(model).__name__} merges text and images in {PREPARE}, but lacks {' and '.join(lacks)}, "
-            "without which its visual tokens are not found; add it, or pass mask_fn="
+            f"model: {type(model).__name__} merges text and images in {PREPARE}, but lacks "
+            f"{' and '.join(lacks)}, without which its visual tokens are not found; add it, or "
+            "pass mask_fn="
         )
 
 
@@ -59,13 +61,16 @@ class Merge:
         self.found: tuple[Tensor, Tensor | None] | None = None
         self.tokens: dict[tuple[int, ...], int] = {}
         size = getattr(getattr(_tower(model), "config", None), "image_size", None)
-        if isinstance(size, int):  # the usual size now, since parameters may be sharded later
-            with contextlib.suppress(RuntimeError):  # the first count says it
+        if isinstance(size, int):
+            # The usual size is tried now, since parameters may be sharded later; what goes wrong
+            # is said when the tokens are first counted.
+            with contextlib.suppress(RuntimeError):
                 self._tokens((3, size, size))
 
     def open(self) -> None:
         """Follow the model's merges until `close()`."""
-        self.before, self.found = vars(self.model).get(PREPARE), None
+        self.before = vars(self.model).get(PREPARE)
+        self.found = None
         vars(self.model)[PREPARE] = self._followed
 
     def close(self) -> None:
@@ -82,9 +87,10 @@ class Merge:
         Of the forward that was just followed they are known; of others the merge is run without the
         model's weights.
         """
-        found, self.found = self.found, None
-        if found is not None and found[0] is inputs.get("input_ids"):
-            return found[1]
+        followed = self.found
+        self.found = None
+        if followed is not None and followed[0] is inputs.get("input_ids"):
+            return followed[1]
         return self._rehearsed(inputs)[0]
 
     def numbers(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -92,9 +98,9 @@ class Merge:
         mask, features = self._rehearsed(inputs)
         if mask is None:
             return torch.zeros_like(inputs["input_ids"])
-        found = torch.searchsorted(self._ends(inputs["images"]), features) + 1
-        # newline rows, which belong to the image before them, come from no feature
-        return (found * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
+        numbers = torch.searchsorted(self._ends(inputs["images"]), features) + 1
+        # Newline rows come from no feature; they belong to the image before them.
+        return (numbers * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
 
     def projected(self, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
         """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their
@@ -103,13 +109,15 @@ class Merge:
         index = features[mask.cpu()].to(rows.device) if mask is not None else features.long()
         if mask is not None and (total := int(self._ends(inputs["images"])[-1])) != len(rows):
             raise ValueError(
-                f"anchor: {len(rows)} rows entered the projector, which made {total} visual tokens of them, so they do "
-                'not correspond one to one; use "pre_llm", or pass a callable anchor'
+                f"anchor: {len(rows)} rows entered the projector, which made {total} visual tokens "
+                'of them, so they do not correspond one to one; use "pre_llm", or pass a callable '
+                "anchor"
             )
         if (index < 1).any() or (index > len(rows)).any() or (index != index.long()).any():
             raise ValueError(
-                "anchor: visual tokens that come from no row of the projector's input alone (newlines, pooled frames) "
-                'have no anchor there; use "pre_llm", or pass a callable anchor'
+                "anchor: visual tokens that come from no row of the projector's input alone "
+                '(newlines, pooled frames) have no anchor there; use "pre_llm", or pass a callable '
+                "anchor"
             )
         return rows[index.long() - 1]
 
@@ -133,7 +141,8 @@ class Merge:
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError(
-                "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn="
+                "input_ids: the forward got none, so its visual tokens cannot be found; pass "
+                "mask_fn="
             )
         stand_in = _stand_in(self.model, self._tokens)
         method = types.MethodType(getattr(type(self.model), PREPARE), stand_in)
@@ -154,7 +163,7 @@ class Merge:
         if shape not in self.tokens:
             encode = _Encode(self.model)
             named = [*encode.named_parameters(), *encode.named_buffers()]
-            # ds_shape: of a parameter that ZeRO-3 has taken apart
+            # A parameter that ZeRO-3 has taken apart keeps its shape in ds_shape.
             empty = {
                 n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
                 for n, t in named
@@ -166,8 +175,8 @@ class Merge:
                     )
             except Exception as error:
                 raise RuntimeError(
-                    f"images: cannot tell how many tokens {type(self.model).__name__} makes of an image of shape "
-                    f"{shape}: {error}; pass mask_fn= to apply_pre"
+                    f"images: cannot tell how many tokens {type(self.model).__name__} makes of an "
+                    f"image of shape {shape}: {error}; pass mask_fn= to apply_pre"
                 ) from error
             self.tokens[shape] = made.shape[1]
         return self.tokens[shape]
@@ -178,18 +187,21 @@ def _follow(
 ) -> tuple[tuple[Any, ...], Tensor | None]:
     """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged
     nothing."""
-    ids, labels, attention = given["input_ids"], given.get("labels"), given.get("attention_mask")
+    ids = given["input_ids"]
+    labels = given.get("labels")
+    attention = given.get("attention_mask")
     given = given | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
     if attention is None:  # tells padding from images
         given["attention_mask"] = torch.ones_like(ids)
     output = list(method(**given))
     if len(output) < 6:
         raise RuntimeError(
-            f"{PREPARE}: returned {len(output)} values, want LLaVA's 6 (input_ids, position_ids, attention_mask, "
-            "past_key_values, inputs_embeds, labels); pass mask_fn= to apply_pre"
+            f"{PREPARE}: returned {len(output)} values, want LLaVA's 6 (input_ids, position_ids, "
+            "attention_mask, past_key_values, inputs_embeds, labels); pass mask_fn= to apply_pre"
         )
     if output[4] is None:
-        output[2], output[5] = attention, labels
+        output[2] = attention
+        output[5] = labels
         return tuple(output), None
     words = output[5]
     mask = (words < 0) & output[2].bool()
@@ -204,11 +216,9 @@ def _follow(
 def _without_data(value: Any, name: str) -> Any:
     """An argument of the merge on the CPU; of the images the shapes alone."""
     if name == "images" and value is not None:
-        return (
-            [_without_data(v, name) for v in value]
-            if isinstance(value, (list, tuple))
-            else value.to("meta")
-        )
+        if isinstance(value, (list, tuple)):
+            return [_without_data(v, name) for v in value]
+        return value.to("meta")
     return value.cpu() if torch.is_tensor(value) else value
 
 
@@ -220,13 +230,15 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
         return torch.zeros(*ids.shape, 1, dtype=torch.double)
 
     def encode_images(images: Tensor) -> Tensor:
-        count, each = len(images), tokens(tuple(images.shape[1:]))
+        count = len(images)
+        each = tokens(tuple(images.shape[1:]))
         return torch.arange(1, count * each + 1, dtype=torch.double).view(count, each, 1)
 
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     vars(twin).pop(PREPARE, None)
-    # as wide as a feature: the newline, ...; and one more so that `.device` is the CPU
+    # Its own parameters (the newline, ...) become as wide as a feature; one more puts `.device` on
+    # the CPU where it has none.
     empty = {
         name: nn.Parameter(torch.zeros(1, dtype=torch.double))
         for name in [*module._parameters, "stand_in"]
@@ -240,9 +252,8 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
         "get_input_embeddings": lambda: embed_tokens,
         ENCODE: encode_images,
     }
-    vars(twin).update(
-        _parameters=empty, _modules=inner, training=False, **functions
-    )  # in training some draw positions
+    # Not in training, where some draw positions.
+    vars(twin).update(_parameters=empty, _modules=inner, training=False, **functions)
     return twin
 
 
@@ -259,10 +270,10 @@ class _Encode(nn.Module):
         super().__init__()
         self.model = model
         tower = _tower(model)
-        # the model may keep it where its modules do not show it; twice here, it would be left on
-        # the meta device
+        # The model may keep the tower where its modules do not show it; held twice here, it would
+        # be left on the meta device.
         self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.model.encode_images(images)
-        return found
+        features: Tensor = self.model.encode_images(images)
+        return features

@@ -10,98 +10,105 @@ from typing import Any
 WARNINGS = {
     # a forward
     "image tokens without images": (
-        "input_ids has {count} image tokens, but the forward got none of {known} (it got {got}), so they are "
-        "taken for text and L_PRe has no term; if images came in another argument, pass mask_fn= to apply_pre"
+        "input_ids has {count} image tokens, but the forward got none of {known} (it got {got}), "
+        "so they are taken for text and L_PRe has no term; if images came in another argument, "
+        "pass mask_fn= to apply_pre"
     ),
     "images without image tokens": (
-        "the forward got {got}, but input_ids has none of the image tokens {tokens} that the model's config "
-        "names, nor had it in the {count} forwards with images before, so L_PRe has no term; set image_token_id "
-        "in model.config to the id that stands for images in input_ids, or pass mask_fn= to apply_pre"
+        "the forward got {got}, but input_ids has none of the image tokens {tokens} that the "
+        "model's config names, nor had it in the {count} forwards with images before, so L_PRe has "
+        "no term; set image_token_id in model.config to the id that stands for images in "
+        "input_ids, or pass mask_fn= to apply_pre"
     ),
     "attention mask of another form": (
-        "attention_mask is {what}, a form that PRe cannot read, so all visual tokens count, those of padding "
-        "and dummy images too; it reads (batch, tokens), (batch or 1, heads or 1, tokens, tokens) of bool or "
-        "float, and dicts of such masks; pass mask_fn= to apply_pre if some must not count"
+        "attention_mask is {what}, a form that PRe cannot read, so all visual tokens count, those "
+        "of padding and dummy images too; it reads (batch, tokens), (batch or 1, heads or 1, "
+        "tokens, tokens) of bool or float, and dicts of such masks; pass mask_fn= to apply_pre if "
+        "some must not count"
     ),
     "called inside": (
-        "the text model ran in training outside a call of {model}, to which PRe is attached, so L_PRe is not "
-        "added; attach to the module that is called"
+        "the text model ran in training outside a call of {model}, to which PRe is attached, so "
+        "L_PRe is not added; attach to the module that is called"
     ),
     "nothing below trains": (
-        "no hidden state that enters L_PRe at layer {layers} requires grad, so the head trains and the model "
-        "does not learn from it: nothing at or below that layer is trained; train the projector or layers "
-        "below, or choose a later layer"
+        "no hidden state that enters L_PRe at layer {layers} requires grad, so the head trains and "
+        "the model does not learn from it: nothing at or below that layer is trained; train the "
+        "projector or layers below, or choose a later layer"
     ),
     "frozen head": (
-        "no parameter of `pre_head` requires grad, so the head keeps its weights; if that is not meant, call "
-        "handle.head.requires_grad_(True), or apply_pre after what froze the model"
+        "no parameter of `pre_head` requires grad, so the head keeps its weights; if that is not "
+        "meant, call handle.head.requires_grad_(True), or apply_pre after what froze the model"
     ),
     # a training
     "lost": (
-        "the last {count} L_PRe were computed but never back-propagated, so the head does not train: the "
-        "trainer has a loss of its own instead of output.loss; {advice}"
+        "the last {count} L_PRe were computed but never back-propagated, so the head does not "
+        "train: the trainer has a loss of its own instead of output.loss; {advice}"
     ),
     "eval mode": (
-        "the last {count} backward passes were of forwards in eval mode, which have no L_PRe, so the head "
-        "does not train; call model.train() before training"
+        "the last {count} backward passes were of forwards in eval mode, which have no L_PRe, so "
+        "the head does not train; call model.train() before training"
     ),
     "no labels": (
-        "the last {count} backward passes were of training forwards without `{labels}`, which have no L_PRe, "
-        "so the head does not train; under a transformers.Trainer use patch_trainer(); in a loop of your own "
-        "give the model its labels, name their argument with apply_pre(labels=...), or pass labels=None and "
-        "add handle.loss() to the loss"
+        "the last {count} backward passes were of training forwards without `{labels}`, which have "
+        "no L_PRe, so the head does not train; under a transformers.Trainer use patch_trainer(); "
+        "in a loop of your own give the model its labels, name their argument with "
+        "apply_pre(labels=...), or pass labels=None and add handle.loss() to the loss"
     ),
     "optimizer without the head": (
-        "the optimizer ({optimizer}) steps the model but not `pre_head`, so the head never trains; make it "
-        "after apply_pre from all parameters that require grad, or add handle.param_groups()"
+        "the optimizer ({optimizer}) steps the model but not `pre_head`, so the head never trains; "
+        "make it after apply_pre from all parameters that require grad, or add "
+        "handle.param_groups()"
     ),
     "optimizer without the model": (
-        "the optimizer ({optimizer}) steps `pre_head` alone, while other parameters of the model require "
-        "grad; handle.param_groups() has the head's groups, the model's come beside them"
+        "the optimizer ({optimizer}) steps `pre_head` alone, while other parameters of the model "
+        "require grad; handle.param_groups() has the head's groups, the model's come beside them"
     ),
     # a transformers.Trainer under patch_trainer
     "no handle": (
-        "this training has no PRe: patch_trainer() is in use, but the model of {trainer}, a {model}, has no "
-        "handle; call apply_pre(trainer.model) before train(), with model_init inside that function"
+        "this training has no PRe: patch_trainer() is in use, but the model of {trainer}, a "
+        "{model}, has no handle; call apply_pre(trainer.model) before train(), with model_init "
+        "inside that function"
     ),
     "handle inside": (
-        "the handle is on a {inner} inside the {model} that is trained, so what is saved has the keys of "
-        "`pre_head`; call apply_pre on the model that the Trainer is given"
+        "the handle is on a {inner} inside the {model} that is trained, so what is saved has the "
+        "keys of `pre_head`; call apply_pre on the model that the Trainer is given"
     ),
     "not counted": (
-        "the batches of {trainer} cannot be counted before their forwards ({reason}), so each micro-batch "
-        "adds the mean over its own visual tokens, not its part of the step's"
+        "the batches of {trainer} cannot be counted before their forwards ({reason}), so each "
+        "micro-batch adds the mean over its own visual tokens, not its part of the step's"
     ),
     "counted otherwise": (
-        "{counted} visual tokens (or images) were counted ahead in the batches since the last log, and the "
-        "forwards had {seen}: the model's inputs are made from the batch later, or it runs more than once; "
-        "from now on each micro-batch adds the mean over its own visual tokens, as those with more of them did"
+        "{counted} visual tokens (or images) were counted ahead in the batches since the last log, "
+        "and the forwards had {seen}: the model's inputs are made from the batch later, or it runs "
+        "more than once; from now on each micro-batch adds the mean over its own visual tokens, as "
+        "those with more of them did"
     ),
     "training_step not reached": (
-        "a step of {trainer} did not come through Trainer.training_step, which was replaced during the "
-        "training or is not called, so each forward with labels adds its own mean to output.loss; a loss of "
-        "the trainer's own would leave it out"
+        "a step of {trainer} did not come through Trainer.training_step, which was replaced during "
+        "the training or is not called, so each forward with labels adds its own mean to "
+        "output.loss; a loss of the trainer's own would leave it out"
     ),
     "get_batch_samples not reached": (
-        "micro-batches of {trainer} did not come from Trainer.get_batch_samples, so their visual tokens are "
-        "not counted over the step; each adds the mean over its own"
+        "micro-batches of {trainer} did not come from Trainer.get_batch_samples, so their visual "
+        "tokens are not counted over the step; each adds the mean over its own"
     ),
     "no accelerator.backward": (
         "L_PRe was computed but {trainer}.training_step never called accelerator.backward, so this "
-        "micro-batch trains without it; from now on it is added to output.loss, each forward's own mean"
+        "micro-batch trains without it; from now on it is added to output.loss, each forward's own "
+        "mean"
     ),
     "optimizer of its own": ("head_lr and head_weight_decay do nothing with {optimizer}, {why}"),
     "optimizer given": (
-        "the optimizer given to the Trainer lacks parameters of the head, so they are not trained; make it "
-        "after apply_pre, with handle.param_groups()"
+        "the optimizer given to the Trainer lacks parameters of the head, so they are not trained; "
+        "make it after apply_pre, with handle.param_groups()"
     ),
     "optimizer made before": (
-        "the optimizer was made before the training, without head_lr and head_weight_decay, which do nothing "
-        "in it; let train() make it, or give the Trainer one with handle.param_groups()"
+        "the optimizer was made before the training, without head_lr and head_weight_decay, which "
+        "do nothing in it; let train() make it, or give the Trainer one with handle.param_groups()"
     ),
     "optimizer refuses": (
-        "{optimizer} takes no parameters like {names} of the head ({error}), so these keep their values; give "
-        "the Trainer an optimizer that takes them, or apply_pre(bias=False)"
+        "{optimizer} takes no parameters like {names} of the head ({error}), so these keep their "
+        "values; give the Trainer an optimizer that takes them, or apply_pre(bias=False)"
     ),
     "head recast": (
         "the head's {names} had been cast to {dtype} since apply_pre and are {wanted} again"
@@ -110,37 +117,42 @@ WARNINGS = {
         "{folder} holds no head, so it starts from its initial weights ({error})"
     ),
     "optimizer without the head's state": (
-        "the optimizer's state in {folder} is of a training without PRe; the other parameters' was taken, the "
-        "head's starts fresh"
+        "the optimizer's state in {folder} is of a training without PRe; the other parameters' was "
+        "taken, the head's starts fresh"
     ),
     "head's state left out": (
-        "the optimizer's state in {folder} is of a training with PRe; the other parameters' was taken, the "
-        "head's left out"
+        "the optimizer's state in {folder} is of a training with PRe; the other parameters' was "
+        "taken, the head's left out"
     ),
     # a loop of one's own
     "no progress": (
-        "λ has a schedule, but handle.progress was never set, so λ stays {weight:g}; set handle.progress = "
-        "(step + 0.5) / steps before each step, or use patch_trainer()"
+        "λ has a schedule, but handle.progress was never set, so λ stays {weight:g}; set "
+        "handle.progress = (step + 0.5) / steps before each step, or use patch_trainer()"
     ),
     # the launcher, which prints them
     "launched own loop": (
-        "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches to the models of "
-        "those alone, so this training has no PRe; in a loop of your own write `apply_pre(model)` before the "
-        "optimizer is made, which needs no launcher"
+        "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches "
+        "to the models of those alone, so this training has no PRe; in a loop of your own write "
+        "`apply_pre(model)` before the optimizer is made, which needs no launcher"
     ),
     "launched no images": (
-        "{trainer} trains {model}, which is no vision-language model as far as its config says (neither "
-        "vision_config nor image_token_id), so this training has no PRe; if it sees images, give the launcher "
-        "--set mask_fn=module:function, which finds its visual tokens (see apply_pre)"
+        "{trainer} trains {model}, which is no vision-language model as far as its config says "
+        "(neither vision_config nor image_token_id), so this training has no PRe; if it sees "
+        "images, give the launcher --set mask_fn=module:function, which finds its visual tokens "
+        "(see apply_pre)"
     ),
     "launched unseen": (
-        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, by which the launcher "
-        "attaches, were replaced after it was started; write `apply_pre(model)` before the Trainer is made"
+        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, by "
+        "which the launcher attaches, were replaced after it was started; write `apply_pre(model)` "
+        "before the Trainer is made"
     ),
-    "launched without terms": "{model} was trained and no batch had a term of PRe: had it visual tokens?",
+    "launched without terms": (
+        "{model} was trained and no batch had a term of PRe: had it visual tokens?"
+    ),
     "launched nothing": (
-        "nothing was trained with PRe: in this process the script trained no vision-language model by a "
-        "transformers.Trainer; if it did in others that the launcher cannot follow ({started}), start those by `{line}`"
+        "nothing was trained with PRe: in this process the script trained no vision-language model "
+        "by a transformers.Trainer; if it did in others that the launcher cannot follow "
+        "({started}), start those by `{line}`"
     ),
 }
 

@@ -29,7 +29,9 @@ class Steps:
         self.kinds: set[str] = set()
         self._known: set[int] = set()
         self._missing: set[str] | None = None  # parameters of the head that none of them holds
-        self._others = self._news = False
+        # whether one of them holds others of the model's parameters, or there are none to hold
+        self._others = False
+        self._news = False  # whether there is one since the last verdict
 
     def see(self, optimizer: Any, model: nn.Module, head: nn.Module) -> None:
         """A step of `optimizer` begins."""
@@ -38,10 +40,11 @@ class Steps:
             return
         self._known.add(id(optimizer))
         held = {id(p) for p in parameters(optimizer)}
-        mine, others = split(model, head)
-        if not held & (mine.keys() | others):  # of another model, or of an engine that keeps copies
+        of_head, others = split(model, head)
+        if not held & (of_head.keys() | others):
+            # It steps another model, or is an engine's that keeps copies of the parameters.
             return
-        missing = {name for i, name in mine.items() if i not in held}
+        missing = {name for i, name in of_head.items() if i not in held}
         self._missing = missing if self._missing is None else self._missing & missing
         self._others |= not others or bool(others & held)
         self._news = True
@@ -50,7 +53,8 @@ class Steps:
     def forget(self) -> None:
         """Look at each optimizer again when it steps next."""
         self._known.clear()
-        self._missing, self._others = None, False
+        self._missing = None
+        self._others = False
 
     def verdict(self) -> str | None:
         """What all of them leave out, once for each that is new: "head", "model" (all but the
@@ -64,8 +68,8 @@ class Steps:
 def split(model: nn.Module, head: nn.Module) -> tuple[dict[int, str], set[int]]:
     """Of the parameters that require grad: the ids and names of the head's, and the ids of the
     model's others."""
-    mine = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
-    return mine, {id(p) for p in model.parameters() if p.requires_grad} - mine.keys()
+    of_head = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
+    return of_head, {id(p) for p in model.parameters() if p.requires_grad} - of_head.keys()
 
 
 def parameters(optimizer: Any) -> Iterable[Any]:
@@ -85,7 +89,8 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-_hook: RemovableHandle | None = None  # one for all, and only as long as there is somebody to tell
+# one hook for all handles, and only as long as there is one to tell
+_hook: RemovableHandle | None = None
 
 
 def listen(handle: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .distributed import Group, initialized
 
 
-def share(
+def loss_share(
     inputs: dict[str, Any], labels: str, device: torch.device, group: Group | None
 ) -> Tensor | float:
     """1, or this micro-batch's share of the step's label items where the model's own loss is
@@ -23,15 +24,15 @@ def share(
         return 1.0
     shifted = inputs.get("shift_labels")
     targets = inputs[labels][..., 1:] if shifted is None else shifted
-    mine = targets.ne(-100).sum().to(device)
-    mine = mine / (items.to(device) if torch.is_tensor(items) else items)
-    return mine if group is None else group.mean(mine)
+    own_items = targets.ne(-100).sum().to(device)
+    share = own_items / (items.to(device) if torch.is_tensor(items) else items)
+    return share if group is None else group.mean(share)
 
 
 def own_loss(output: Any) -> Tensor | None:
     """The loss in what the model returns, of a tuple the first number; None if it has none."""
-    found = _get(output, "loss", _places(output)[0])
-    return found if torch.is_tensor(found) and found.dim() == 0 else None
+    loss = _get(output, "loss", _places(output)[0])
+    return loss if torch.is_tensor(loss) and loss.dim() == 0 else None
 
 
 def add_to_loss(output: Any, term: Tensor) -> Any:
@@ -39,7 +40,8 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
     loss = own_loss(output)
     if loss is None:
         raise RuntimeError(
-            "model: labels were given but the output has no loss to add L_PRe to; attach to the model that computes it"
+            "model: labels were given but the output has no loss to add L_PRe to; attach to the "
+            "model that computes it"
         )
     return _put(output, "loss", _places(output)[0], loss + term.to(loss.device))
 
@@ -55,10 +57,9 @@ def keep_in_graph(output: Any, term: Tensor) -> Any:
         return add_to_loss(output, 0 * term)
     if not initialized():  # tied logits cannot be changed in place
         return output
-    for found in logits(output):
-        output = _put(
-            output, "logits", _places(output)[1], _Tied.apply(found, term.to(found.device))
-        )
+    for values in logits(output):
+        tied: Tensor = _Tied.apply(values, term.to(values.device))  # type: ignore[no-untyped-call]
+        output = _put(output, "logits", _places(output)[1], tied)
     return output
 
 
@@ -70,26 +71,24 @@ class _Tied(torch.autograd.Function):
         return x.detach()  # no view for autograd, so that it may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, gradient.new_zeros(())
 
 
 def logits(output: Any) -> list[Tensor]:
     """Those in what the model returns, where there are any: what a trainer's own loss is made
     of."""
-    found = _get(output, "logits", _places(output)[1])
-    return [found] if torch.is_tensor(found) and found.dim() else []
+    values = _get(output, "logits", _places(output)[1])
+    return [values] if torch.is_tensor(values) and values.dim() else []
 
 
 def tensors(output: Any) -> list[Tensor]:
     """What of the output a loss may be made of, the model's own loss first."""
-    values = (
-        output.values()
-        if isinstance(output, dict)
-        else output
-        if isinstance(output, tuple)
-        else [output]
-    )
+    values: Iterable[Any] = [output]
+    if isinstance(output, dict):
+        values = output.values()
+    elif isinstance(output, tuple):
+        values = output
     return sorted(
         (value for value in values if torch.is_tensor(value)), key=lambda value: value.dim()
     )

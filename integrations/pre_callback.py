@@ -14,9 +14,11 @@ from transformers import Trainer, TrainerCallback
 from .attach import apply_pre
 from .distributed import initialized
 from .handle import PreHandle, find_handle
+from .metrics import saw_tokens, to_log
 from .optimizers import parameters, unwrapped
 
-REFUSED = ("head_lr", "head_weight_decay")  # groups of the optimizer, which a callback cannot make
+# settings that need groups of the optimizer, which a callback cannot make
+REFUSED = ("head_lr", "head_weight_decay")
 
 
 class PreCallback(TrainerCallback):
@@ -24,7 +26,8 @@ class PreCallback(TrainerCallback):
     its checkpoints.
 
     ```python
-    trainer.add_callback(PreCallback(layer=16, weight=0.5))  # better: Trainer(..., callbacks=[PreCallback(...)])
+    # better: Trainer(..., callbacks=[PreCallback(...)])
+    trainer.add_callback(PreCallback(layer=16, weight=0.5))
     trainer.train()
     ```
 
@@ -53,8 +56,8 @@ class PreCallback(TrainerCallback):
         for name in REFUSED:
             if settings.get(name) is not None:
                 raise ValueError(
-                    f"{name}: got {settings[name]}, but a callback makes no optimizer groups; use apply_pre and "
-                    "patch_trainer()"
+                    f"{name}: got {settings[name]}, but a callback makes no optimizer groups; use "
+                    "apply_pre and patch_trainer()"
                 )
         self.settings = settings
         self.handle: PreHandle | None = None
@@ -79,8 +82,9 @@ class PreCallback(TrainerCallback):
         if find_handle(model) is None:
             if initialized() and torch.distributed.get_world_size() > 1:
                 raise RuntimeError(
-                    f"PreCallback: {type(model).__name__} has no PRe and is wrapped for several processes already; "
-                    "pass callbacks=[PreCallback(...)] when the Trainer is made, without model_init"
+                    f"PreCallback: {type(model).__name__} has no PRe and is wrapped for several "
+                    "processes already; pass callbacks=[PreCallback(...)] when the Trainer is "
+                    "made, without model_init"
                 )
             self._attach(model)
             self._join(unwrapped(optimizer))
@@ -108,13 +112,9 @@ class PreCallback(TrainerCallback):
                 torch.distributed.all_reduce(totals)
             return totals
 
-        found = self.handle.metrics(combine=over_processes)
-        if found["pre_rows"] or found.get("pre_skipped"):
-            logs |= {
-                name: value
-                for name, value in found.items()
-                if name not in ("pre_rows", "pre_forwards")
-            }
+        metrics = self.handle.metrics(combine=over_processes)
+        if saw_tokens(metrics):
+            logs |= to_log(metrics)
             state.log_history[-1].update(logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, Seen
-from .families import check_tokens, find_parts, same
-from .tokens import find_rows
+from .capture import Capture, CapturedForward
+from .families import check_tokens, find_parts
+from .image_rules import states_as_is
+from .tokens import find_tokens
 
-NORMS = (
-    "norm",
-    "final_layernorm",
-    "ln_f",
-    "final_norm",
-    "embedding_norm",
-)  # before the unembedding
+# What models call the norm before the unembedding.
+NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,13 @@ class Reader:
             self.parts.merge = None
         else:
             check_tokens(self.parts, inner)
-        self.model, self.inner, self.mask_fn = model, inner, mask_fn
+        self.model = model
+        self.inner = inner
+        self.mask_fn = mask_fn
         self.depth = len(self.parts.layers)
         self.layers = _numbers(layers, self.depth)
         self._reading = False
-        self._seen: Seen | None = None
+        self._seen: CapturedForward | None = None
         inside = tuple(number for number in self.layers if number > 0)
         self._capture = Capture(model, self.parts, inside, lambda *_: self._reading, self._finish)
 
@@ -119,29 +117,32 @@ class Reader:
                 output = (call or self.model)(**inputs)
             seen = self._seen
         finally:
-            self._reading, self._seen = False, None
+            self._reading = False
+            self._seen = None
         if seen is None:
             raise RuntimeError(
                 f"call: it never called the {type(self.model).__name__} that is read"
             )
-        rows = find_rows(self.parts, seen.inputs, self.mask_fn)
-        if rows is None or not rows.mask.any():
+        visual = find_tokens(self.parts, seen.inputs, self.mask_fn)
+        if visual is None or not visual.mask.any():
             raise ValueError("inputs: got no visual tokens, want at least one image")
         states = {
             0: seen.anchor(),
             **{number: seen.layer(number) for number in self.layers if number},
         }
-        rows.check(states[0])
-        numbers = rows.images(self.parts, seen.inputs)
-        samples = rows.mask.nonzero()[:, 0]
-        selected = {number: state[rows.mask.to(state.device)] for number, state in states.items()}
-        found = []
-        for image in numbers.unique():
-            mine = numbers == image
-            parts = {number: state[mine.to(state.device)] for number, state in selected.items()}
-            hidden = {number: parts[number] for number in self.layers}
-            found.append(ImageStates(hidden, parts[0], int(samples[mine.to(samples.device)][0])))
-        return found, output
+        visual.check(states[0])
+        numbers = visual.images(self.parts, seen.inputs)
+        samples = visual.mask.nonzero()[:, 0]
+        selected = {layer: state[visual.mask.to(state.device)] for layer, state in states.items()}
+        images = []
+        for number in numbers.unique():
+            of_image = numbers == number
+            rows = {layer: state[of_image.to(state.device)] for layer, state in selected.items()}
+            sample = int(samples[of_image.to(samples.device)][0])
+            images.append(
+                ImageStates({layer: rows[layer] for layer in self.layers}, rows[0], sample)
+            )
+        return images, output
 
     def logits(self) -> Callable[[Tensor], Tensor] | None:
         """unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary); None if
@@ -152,9 +153,9 @@ class Reader:
         )
         get: Any = getattr(self.inner, "get_output_embeddings", None)
         head = None if get is None else get()
-        if (
-            norm is None or head is None or self.parts.family.hidden is not same
-        ):  # several streams meet before it
+        # Several streams of states (AltUp) are merged before the final norm; that is not done here.
+        several = self.parts.family.hidden is not states_as_is
+        if norm is None or head is None or several:
             return None
         weight = head.weight
         return lambda h: head(norm(h.to(weight.device, weight.dtype)))
@@ -169,7 +170,7 @@ class Reader:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _finish(self, output: Any, seen: Seen) -> Any:
+    def _finish(self, output: Any, seen: CapturedForward) -> Any:
         self._seen = seen
         return output
 

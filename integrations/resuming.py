@@ -1,27 +1,23 @@
-"""What a `transformers.Trainer` gets from a checkpoint: the head, weights with renamed keys, the
-optimizer's state."""
+"""What a `transformers.Trainer` gets from a checkpoint: the head, and the optimizer's state with or
+without it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .handle import ATTRIBUTE, PreHandle
+from .handle import PreHandle
 from .head_options import MARK
 from .notices import Notices
 from .optimizers import unwrapped
+from .workarounds import load_renamed, names_given
 
-OF_GROUPS = (
-    "base_lrs",
-    "_last_lr",
-    "lr_lambdas",
-    "min_lrs",
-)  # of a scheduler's state: an entry for each group
+# lists in a scheduler's state that have an entry for each group of the optimizer
+OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")
 
 
 def sharded(trainer: Any) -> bool:
@@ -33,11 +29,12 @@ def sharded(trainer: Any) -> bool:
 def model_loaded(handle: PreHandle, trainer: Any, folder: str) -> Iterator[None]:
     """Around the Trainer's own loading: the head and what it leaves out come after it, and one line
     says so."""
-    # what splits parameters looks for all of them in its checkpoint, where the head is too
+    # FSDP and DeepSpeed look for all parameters in their checkpoints, which have the head's too.
     hidden = contextlib.nullcontext() if sharded(trainer) else handle.excluded()
-    with _names_given(trainer.model) as saved, hidden:
+    with names_given(trainer.model) as names, hidden:
         yield
-    _load_renamed(trainer, folder, saved)
+    if not sharded(trainer):
+        load_renamed(trainer.model, folder, names)
     try:
         handle.load(folder, trainer.model_wrapped)
     except FileNotFoundError as error:  # on every process alike
@@ -52,70 +49,6 @@ def model_loaded(handle: PreHandle, trainer: Any, folder: str) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _names_given(model: Any) -> Iterator[set[str]]:
-    """The names of the tensors that `model` is given to load, known at the end, whatever the files
-    they are in."""
-    names: set[str] = set()
-
-    def nothing_missing(module: Any, keys: Any) -> None:
-        keys.missing_keys[:] = [key for key in keys.missing_keys if ATTRIBUTE not in key.split(".")]
-
-    hooks = [
-        model.register_load_state_dict_pre_hook(lambda module, state, *_: names.update(state)),
-        model.register_load_state_dict_post_hook(nothing_missing),  # the head has a file of its own
-    ]
-    try:
-        yield names
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _load_renamed(trainer: Any, folder: str, saved: set[str]) -> None:
-    """Load what the Trainer left out: `save_pretrained` renames keys in many families, and the
-    Trainer ignores those.
-
-    It loads with strict=False, so such a model would go on from the weights it was made with. What
-    the checkpoint does not hold stays as it is.
-    """
-    model = trainer.model
-    if (
-        sharded(trainer)
-        or not hasattr(type(model), "from_pretrained")
-        or hasattr(model, "peft_config")
-    ):
-        return
-    own = model.state_dict().keys()
-    if saved <= own:
-        return
-    if not any(
-        name.startswith("model") and name.endswith(".safetensors") for name in os.listdir(folder)
-    ):
-        if all(
-            ATTRIBUTE in name.split(".") for name in own - saved
-        ):  # what is left over was a buffer once
-            return
-        raise RuntimeError(
-            f"PRe: {folder} has no model.safetensors but weights under names that changed on saving, such as "
-            f"{min(saved - own)!r}, which the Trainer leaves out; want {type(model).__name__}.from_pretrained(folder)"
-            ".save_pretrained(folder) before resuming, and save_safetensors=True in training"
-        )
-    wide = torch.promote_types(model.dtype, torch.float32)
-    loaded, info = type(model).from_pretrained(
-        folder, dtype=wide, use_safetensors=True, output_loading_info=True
-    )
-    absent = set(info["missing_keys"])  # from_pretrained made them up
-    found = {name: tensor for name, tensor in loaded.state_dict().items() if name not in absent}
-    result = model.load_state_dict(found, strict=False)
-    # the Trainer has loaded modules that the user added, under their own names
-    lost = (set(info["unexpected_keys"]) - (saved & own)) | set(result.unexpected_keys)
-    if lost:
-        raise RuntimeError(
-            f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}"
-        )
-
-
-@contextlib.contextmanager
 def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Iterator[None]:
     """Around the Trainer's own loading: states of a training with the head for one without it, and
     the reverse.
@@ -123,7 +56,8 @@ def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Ite
     The head's groups are the optimizer's last, so those of the rest are the same with and without
     it.
     """
-    optimizer, scheduler = unwrapped(trainer.optimizer), trainer.lr_scheduler
+    optimizer = unwrapped(trainer.optimizer)
+    scheduler = trainer.lr_scheduler
     if folder is None or not isinstance(optimizer, torch.optim.Optimizer):
         yield
         return
@@ -157,9 +91,10 @@ def _fitted(
 ) -> dict[str, Any] | None:
     """An optimizer's `state` with as many groups of the head as it has `now`; None if they
     agree."""
-    saved, here = ([bool(group.get(MARK)) for group in s["param_groups"]] for s in (state, now))
+    saved = [bool(group.get(MARK)) for group in state["param_groups"]]
+    here = [bool(group.get(MARK)) for group in now["param_groups"]]
     if saved.count(False) != here.count(False) or any(saved) == any(here):
-        return None  # others' groups are torch's to judge
+        return None  # whether the other groups fit is torch's to judge
     groups = [group for group in state["param_groups"] if not group.get(MARK)]
     own = {i for group in state["param_groups"] if group.get(MARK) for i in group["params"]}
     first = 1 + max((i for group in groups for i in group["params"]), default=-1)

@@ -25,7 +25,8 @@ class SavedKeys:
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
+        self.model = model
+        self.name = name
         self.before: dict[str, Any] | None = None
         kind = type(model)
         if hasattr(kind, IGNORED):
@@ -34,9 +35,8 @@ class SavedKeys:
             ignored: Any = getattr(model, IGNORED)
             vars(model)[IGNORED] = set(ignored or ()) | keys
         elif callable(getattr(kind, "save_pretrained", None)) and not hasattr(model, "peft_config"):
-            vars(model)["save_pretrained"] = (
-                self._save_pretrained
-            )  # PEFT's saves its adapters alone
+            # (PEFT's saves its adapters alone.)
+            vars(model)["save_pretrained"] = self._save_pretrained
 
     def remove(self) -> None:
         """Put the model's own way of saving back."""

@@ -1,25 +1,27 @@
-"""Which rows of a batch are visual tokens, and which image each belongs to."""
+"""Which tokens of a batch are visual, and which image each of them belongs to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .families import GENERIC, Inputs, Parts, runs
+from .families import GENERIC, Parts
+from .image_rules import runs
+from .model_config import Inputs
 from .visible import visible
 
-PATIENCE = (
-    4  # forwards with images: the first few may have dummy images that the text does not name
-)
+# In so many forwards with images none had a visual token, before it is said: the first few may have
+# dummy images that the text does not name.
+PATIENCE = 4
 
 
 @dataclass
-class Rows:
+class VisualTokens:
     """The visual tokens of a batch.
 
     Attributes:
@@ -35,21 +37,21 @@ class Rows:
     numbers: Tensor | None = None
     empty: Tensor | None = None
 
-    def images(self, parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
-        """The number of each row's image (N,), batch-major, not necessarily without gaps."""
+    def images(self, parts: Parts, inputs: Inputs) -> Tensor:
+        """The number (N,) of each visual token's image, batch-major, maybe with gaps."""
         if self.numbers is not None:
             return self.numbers[self.mask]
         if parts.merge is not None:
             return parts.merge.numbers(inputs)[self.mask]
         if not self.places:
             return runs(self.mask, "", inputs, parts.config)
-        whole = torch.zeros(self.mask.shape, dtype=torch.long, device=self.mask.device)
+        numbers = torch.zeros(self.mask.shape, dtype=torch.long, device=self.mask.device)
         offset = 0
         for kind, places in self.places.items():
-            found = parts.family.images(places, kind, inputs, parts.config)
-            whole[places] = found + offset
-            offset += len(found)
-        return whole[self.mask]
+            of_kind = parts.family.images(places, kind, inputs, parts.config)
+            numbers[places] = of_kind + offset
+            offset += len(of_kind)
+        return numbers[self.mask]
 
     def kept(self, rows: Tensor) -> Tensor:
         """Of one row per placeholder (M, z), all images' first and then all videos', those (N, z)
@@ -58,8 +60,8 @@ class Rows:
         sizes = [int(places.sum()) for places in kinds]
         if len(rows) != sum(sizes):
             raise ValueError(
-                f"anchor: {len(rows)} rows entered the projector for {sum(sizes)} visual tokens, so they do not "
-                "correspond one to one; pass a callable anchor"
+                f"anchor: {len(rows)} rows entered the projector for {sum(sizes)} visual tokens, "
+                "so they do not correspond one to one; pass a callable anchor"
             )
         if len(kinds) == 1:
             return rows[self.mask[kinds[0]].to(rows.device)]
@@ -72,14 +74,15 @@ class Rows:
         """The mask must be of the hidden states' leading shape."""
         if self.mask.shape != hidden.shape[:-1]:
             raise ValueError(
-                f"rows: the visual mask has shape {tuple(self.mask.shape)}, the hidden states {tuple(hidden.shape)}; "
-                "pass a mask_fn that returns a mask of the hidden states' leading shape"
+                f"rows: the visual mask has shape {tuple(self.mask.shape)}, the hidden states "
+                f"{tuple(hidden.shape)}; pass a mask_fn that returns a mask of the hidden states' "
+                "leading shape"
             )
 
 
-def find_rows(
+def find_tokens(
     parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str, Any]], Tensor] | None
-) -> Rows | None:
+) -> VisualTokens | None:
     """The visual tokens of a forward with these arguments; None if it has no vision input.
 
     Raises:
@@ -87,29 +90,30 @@ def find_rows(
         TypeError: if `mask_fn` returns no bool or integer tensor.
     """
     if mask_fn is not None:
-        found = mask_fn(inputs)
-        if not torch.is_tensor(found) or found.is_floating_point() or found.is_complex():
-            what = found.dtype if torch.is_tensor(found) else type(found).__name__
+        returned = mask_fn(inputs)
+        if not torch.is_tensor(returned) or returned.is_floating_point() or returned.is_complex():
+            what = returned.dtype if torch.is_tensor(returned) else type(returned).__name__
             raise TypeError(
                 f"mask_fn: returned {what}, want a bool or integer tensor (batch, tokens)"
             )
-        return Rows(found, {}) if found.dtype == torch.bool else Rows(found != 0, {}, found)
+        if returned.dtype == torch.bool:
+            return VisualTokens(returned, {})
+        return VisualTokens(returned != 0, {}, numbers=returned)
     if parts.merge is not None:
         merged = parts.merge.mask(inputs)
-        return None if merged is None else Rows(merged, {})
+        return None if merged is None else VisualTokens(merged, {})
     places = placeholders(parts, inputs)
     if not places:
         return None
     mask = torch.stack(list(places.values())).any(0)
     empty = ~mask.any()
-    if torch.is_tensor(
-        flags := inputs.get("image_flags")
-    ):  # InternVL's own code: 0 for a dummy image without tokens
+    flags = inputs.get("image_flags")
+    if torch.is_tensor(flags):  # InternVL's own code: 0 for a dummy image without tokens
         empty = empty & flags.to(mask.device).any()
     kept = visible(inputs, mask.shape, parts.notices)
     if kept is not None:
         mask = mask & kept.to(mask.device)
-    return Rows(mask, places, empty=empty)
+    return VisualTokens(mask, places, empty=empty)
 
 
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
@@ -134,18 +138,19 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
     ids = inputs.get("input_ids")
     if ids is None:
         raise ValueError(
-            "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= to apply_pre: it "
-            "gets the forward's arguments as a dict and returns a bool mask (batch, tokens)"
+            "input_ids: the forward got none, so its visual tokens cannot be found; pass mask_fn= "
+            "to apply_pre: it gets the forward's arguments as a dict and returns a bool mask "
+            "(batch, tokens)"
         )
     if not present and parts.family is GENERIC:
         _warn_of_tokens(parts, inputs, ids)
-    found = {}
+    places = {}
     for kind in present:
         first, *others = tokens[kind]
-        found[kind] = ids == first
+        places[kind] = ids == first
         for other in others:
-            found[kind] = found[kind] | (ids == other)
-    return found
+            places[kind] = places[kind] | (ids == other)
+    return places
 
 
 def _holds(value: Any) -> bool:
@@ -174,15 +179,15 @@ def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
         parts.notices.warn(name, count=count, known=known, got=", ".join(inputs))
 
 
-def warn_of_images(parts: Parts, rows: Rows, inputs: Inputs) -> None:
+def warn_of_images(parts: Parts, visual: VisualTokens, inputs: Inputs) -> None:
     """Warn if none of a training's first `PATIENCE` forwards with images had a visual token.
 
     The first that has one settles it, so that a training in order waits for the device once.
     """
     name = "images without image tokens"
-    if rows.empty is None or name in parts.notices.given or capturing():
+    if visual.empty is None or name in parts.notices.given or capturing():
         return
-    if not rows.empty:
+    if not visual.empty:
         parts.notices.settle(name)
     elif (turn := parts.notices.turn(name)) == PATIENCE:
         known = (*parts.family.image_inputs, *parts.family.video_inputs)
@@ -196,7 +201,7 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+def drop_nonfinite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
     """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`; no
     host sync.
 
@@ -207,13 +212,12 @@ def finite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
     """
     kept = mask
     for rows in (anchor, *hidden):
-        # the largest magnitude: one pass, and nan and inf come through it
-        good = (
-            torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1).isfinite().to(mask.device)
-        )
-        kept = kept & (
-            good if good.shape == mask.shape else torch.ones_like(mask).masked_scatter(mask, good)
-        )
+        # The largest magnitude takes one pass, and nan and inf come through it.
+        largest = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1)
+        finite = largest.isfinite().to(mask.device)
+        if finite.shape != mask.shape:
+            finite = torch.ones_like(mask).masked_scatter(mask, finite)
+        kept = kept & finite
     return kept
 
 
@@ -223,11 +227,10 @@ def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
     if rows.shape[:-1] == mask.shape:
         rows = rows[mask]
     _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros(len(sizes), rows.shape[-1], dtype=wide, device=rows.device).index_add(
-        0, index, rows.to(wide)
-    )
-    return (total / sizes[:, None]).to(rows.dtype)
+    sum_dtype = torch.promote_types(rows.dtype, torch.float32)
+    zeros = torch.zeros(len(sizes), rows.shape[-1], dtype=sum_dtype, device=rows.device)
+    mean: Tensor = zeros.index_add(0, index, rows.to(sum_dtype)) / sizes[:, None]
+    return mean.to(rows.dtype)
 
 
 def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,18 +242,17 @@ def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return weights, torch.tensor(len(sizes))
 
 
-def sample(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+def draw(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """`mask` with max(1, round(`fraction` · N)) of its N rows, every such subset being as likely;
-    and their share of N.
+    and the drawn fraction of N, 0-d, which is 1 without rows.
 
-    One draw from the default generator of the mask's device; no host sync. The share is 0-d; 1
-    without rows.
+    One draw from the default generator of the mask's device; no host sync.
     """
     if mask.numel() == 0:
         return mask, torch.ones((), device=mask.device)
     count = mask.sum().float()
     size = (count * fraction).round().clamp(min=1)
-    top = 2**62  # so many values that ties don't matter
+    top = 2**62  # so many values that ties do not matter
     draws = torch.randint(top, mask.shape, device=mask.device).masked_fill(~mask, top)
     last = draws.flatten().sort().values.gather(0, size.long().view(1) - 1)
     return mask & (draws <= last), size / count.clamp(min=1)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
 from .counting import counting_of
 from .deferred import Deferred
 from .handle import PreHandle, find_handle
-from .head_options import NO_GROUPS, as_asked, own_groups
+from .head_options import NO_GROUPS, add_head_groups, has_requested_settings
+from .metrics import saw_tokens, to_log
 from .notices import Notices
 from .optimizers import parameters, unwrapped
 from .resuming import model_loaded, optimizer_loaded, sharded
@@ -71,7 +71,8 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
         raise TypeError(f"trainer_class: got {target!r}, want transformers.Trainer or a subclass")
     if getattr(target, _MARK, None) is not None:
         raise RuntimeError(
-            f"trainer_class: {target.__name__} is patched already; call remove() of that patch first"
+            f"trainer_class: {target.__name__} is patched already; call remove() of that patch "
+            "first"
         )
     return TrainerPatch(target)
 
@@ -82,14 +83,14 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.active = True
-        self.warns = True  # of a training without a handle; the launcher has its own words
-        self._replaced: dict[
-            str, tuple[Any, Any]
-        ] = {}  # what the class had of its own, and what it has now
+        # whether it warns of a training without a handle, for which the launcher has its own words
+        self.warns = True
+        # what the class had of its own, and what it has now
+        self._replaced: dict[str, tuple[Any, Any]] = {}
         if not hasattr(target, "get_batch_samples"):
             warnings.warn(
-                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual tokens are not "
-                "counted over the step; its micro-batches weigh the same instead",
+                "PRe: this transformers (before 4.46) has no Trainer.get_batch_samples, so visual "
+                "tokens are not counted over the step; its micro-batches weigh the same instead",
                 stacklevel=3,
             )
         for name in _WRAPPERS:
@@ -104,7 +105,7 @@ class TrainerPatch:
         is fine."""
         if not self.active:
             return
-        self.active = False  # for what keeps one of the methods
+        self.active = False  # somebody may have kept one of the methods
         for name, (before, method) in self._replaced.items():
             if vars(self.target).get(name) is not method:
                 continue
@@ -147,12 +148,10 @@ class TrainerPatch:
         inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
         inside.add(name)
         try:
+            handle = find_handle(trainer.model)
             if name in _ENTRIES:
                 with self._on(trainer):
-                    return _WRAPPERS[name](
-                        find_handle(trainer.model), original, trainer, *args, **kwargs
-                    )
-            handle = find_handle(trainer.model)
+                    return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
             if handle is None and name not in _WITHOUT_HANDLE:
                 return original(*args, **kwargs)
             return _WRAPPERS[name](handle, original, trainer, *args, **kwargs)
@@ -187,8 +186,8 @@ def _inner_training_loop(
     handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     if handle is None:
-        names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
         if getattr(trainer, _MARK).warns:
+            names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
             Notices().warn("no handle", **names)
         return original(*args, **kwargs)
     trainer._pre_counting = None
@@ -196,19 +195,20 @@ def _inner_training_loop(
     if handle.model not in (trainer.model, inner):
         names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
         handle.notices.warn("handle inside", **names)
-    handle.metrics()  # what a training that ran out of memory has left
+    handle.metrics()  # forgets what a training that ran out of memory has left
     handle.advise(
-        "patch_trainer() is in use, but its training_step is not: add output.loss, or call the Trainer's"
+        "patch_trainer() is in use, but its training_step is not: add output.loss, or call the "
+        "Trainer's"
     )
-    if not trainer.is_deepspeed_enabled:  # which casts the whole model and keeps float32 copies
+    # DeepSpeed casts the whole model and keeps float32 copies.
+    if not trainer.is_deepspeed_enabled:
         handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
+        # Replaced on the instance, since a subclass may have a method of its own.
         create = functools.partial(
             _create_optimizer, trainer.create_optimizer, handle, trainer, stack
         )
-        stack.enter_context(
-            _replaced(trainer, "create_optimizer", create)
-        )  # a subclass may have its own
+        stack.enter_context(_replaced(trainer, "create_optimizer", create))
         try:
             return original(*args, **kwargs)
         finally:
@@ -224,35 +224,33 @@ def _create_optimizer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    given = trainer.optimizer is not None
-    found = original(*args, **kwargs)
+    was_there = trainer.optimizer is not None
+    created = original(*args, **kwargs)
     optimizer: Any = unwrapped(trainer.optimizer)
     groups = handle.param_groups()
     name = type(optimizer).__name__
     why = NO_GROUPS.get(name)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        name, why = (
-            "the optimizer of a DeepSpeed config",
-            'which makes its own groups; leave "optimizer" out of it',
-        )
+        name = "the optimizer of a DeepSpeed config"
+        why = 'which makes its own groups; leave "optimizer" out of it'
     if why is not None:
         if handle.own_rates:
             handle.notices.warn("optimizer of its own", optimizer=name, why=why)
-        return found
-    if not given:
-        for group, error in own_groups(optimizer, groups):
-            mine = {id(p) for p in group["params"]}
-            names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in mine)
+        return created
+    if not was_there:
+        for group, error in add_head_groups(optimizer, groups):
+            refused = {id(p) for p in group["params"]}
+            names = ", ".join(n for n, p in handle.head.named_parameters() if id(p) in refused)
             handle.notices.warn("optimizer refuses", optimizer=name, names=names, error=error)
     elif not {id(p) for group in groups for p in group["params"]} <= {
         id(p) for p in parameters(optimizer)
     }:
         handle.notices.warn("optimizer given")
         handle.notices.settle("optimizer without the head")
-    elif not as_asked(groups, optimizer):
+    elif not has_requested_settings(groups, optimizer):
         handle.notices.warn("optimizer made before")
     stack.callback(handle.watch(optimizer).remove)
-    return found
+    return created
 
 
 def _get_batch_samples(
@@ -281,7 +279,7 @@ def _training_step(
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
-    # others may have counted theirs, so a group is not asked for the divisor
+    # Other processes may have counted theirs, so the group is not asked for the divisor.
     alone = counting.ahead and count is None
     with (
         handle.defer(divisor, step.size, count, alone) as deferred,
@@ -290,9 +288,9 @@ def _training_step(
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=alone)
     counting.reached |= torch.is_tensor(deferred.added)
-    if (
-        deferred.losses and not counting.reached
-    ):  # else one was left out, as where a loss is nan, or only looked at
+    # Where losses came to accelerator.backward before, the trainer left this one out on purpose: it
+    # is nan, say, or was only looked at.
+    if deferred.losses and not counting.reached:
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added
@@ -333,13 +331,9 @@ def _log(
     **kwargs: Any,
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
-        found = handle.metrics(combine=counting_of(trainer, handle).combined())
-        if found["pre_rows"] or found.get("pre_skipped"):
-            logs |= {
-                name: value
-                for name, value in found.items()
-                if name not in ("pre_rows", "pre_forwards")
-            }
+        metrics = handle.metrics(combine=counting_of(trainer, handle).combined())
+        if saw_tokens(metrics):
+            logs |= to_log(metrics)
     return original(logs, *args, **kwargs)
 
 
@@ -349,7 +343,7 @@ def _save(
     done = original(*args, **kwargs)
     if not sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
-        checkpoint.save(handle, folder, writes=trainer.args.should_save)
+        handle.save(folder, writes=trainer.args.should_save)
     return done
 
 
@@ -357,9 +351,10 @@ def _save_model(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     done = original(*args, **kwargs)
-    if sharded(trainer):  # collective; every process comes here, not every one to `_save`
+    # Saving is collective then, and not every process comes to `_save`.
+    if sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
-        checkpoint.save(handle, folder, trainer.model_wrapped, trainer.args.should_save)
+        handle.save(folder, trainer.model_wrapped, writes=trainer.args.should_save)
     return done
 
 

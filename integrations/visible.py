@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from .notices import Notices
 
-HIDDEN = -1000.0  # an additive mask at or below it hides a key: e**-1000 is 0 in every dtype, and no bias goes so far
+# An additive mask at or below this hides a key: e**-1000 is 0 in every dtype, and no bias goes
+# so far.
+HIDDEN = -1000.0
 
 
 def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> Tensor | None:
@@ -39,19 +41,19 @@ def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> T
         shape: (B, T) of `input_ids`.
         notices: is told of a mask of another form, under which all tokens count.
     """
-    given = inputs.get("attention_mask")
-    masks = list(given.values()) if isinstance(given, Mapping) else [given]
+    attention = inputs.get("attention_mask")
+    masks = list(attention.values()) if isinstance(attention, Mapping) else [attention]
     masks = [mask for mask in masks if mask is not None]
     if not masks:
         return _in_sequences(inputs, shape)
-    found = None
+    shown = None
     for mask in masks:
         kept = _under(mask, shape)
         if kept is None:
             notices.warn("attention mask of another form", what=_described(mask))
         else:
-            found = kept if found is None else found | kept.to(found.device)
-    return found
+            shown = kept if shown is None else shown | kept.to(shown.device)
+    return shown
 
 
 def _under(mask: Any, shape: torch.Size) -> Tensor | None:
@@ -88,24 +90,26 @@ def _attended(attends: Tensor) -> Tensor:
     place = torch.arange(tokens, device=attends.device)
     whole = attends.all(-1)
     gaps = (attends.tril(-1).sum(-1) < place).any(-1, keepdim=True)
-    # the last query of a causal mask also attends to all; not so when the one before it does
+    # The last query of a causal mask also attends to all keys, so it counts here only where the one
+    # before it does too.
     ahead = torch.cat([whole[:, :-1], whole[:, -1:] & whole[:, -2:-1]], -1)
     attends = attends & ~(ahead & gaps)[..., None]
 
     own = attends.diagonal(dim1=-2, dim2=-1)
     by_others, to_others = (attends.sum(dim) > own for dim in (-2, -1))
     first = attends.byte().argmax(-1).where(attends.any(-1), tokens)
-    earliest = (
-        F.pad(first[:, 1:], (0, 1), value=tokens).flip(-1).cummin(-1).values.flip(-1)
-    )  # of all later queries
+    # The first key that any later query attends to.
+    later = F.pad(first[:, 1:], (0, 1), value=tokens)
+    earliest = later.flip(-1).cummin(-1).values.flip(-1)
     return by_others | (own & to_others & (earliest >= place))
 
 
 def _in_sequences(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """The tokens of packed sequences that are longer than one token."""
-    if len(shape) != 2 or shape[1] == 1:  # of a row of one token, that is the sequence
+    if len(shape) != 2 or shape[1] == 1:  # in a row of one token that token is a whole sequence
         return None
-    ends, places = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+    ends = inputs.get("cu_seq_lens_q")
+    places = inputs.get("position_ids")
     if torch.is_tensor(ends) and ends.dim() == 1:
         lengths = F.pad(ends.diff(), (1, 1))  # before the first, and past the last
         flat = torch.arange(shape.numel(), device=ends.device, dtype=ends.dtype)

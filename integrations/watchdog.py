@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .notices import Notices
 
-PATIENCE = 2  # a single one may be somebody's look at a gradient
+# Backward passes before a warning: a single one may be somebody's look at a gradient.
+PATIENCE = 2
 
 
 class Watchdog:
@@ -19,17 +20,31 @@ class Watchdog:
     Attributes:
         advice: what to do where terms are lost.
         labels: the argument that a forward in training has.
+        reason: why the forward that runs has no term although it may be trained, "eval mode" or "no
+            labels"; else None.
     """
 
     def __init__(self, notices: Notices, labels: str | None) -> None:
-        self.notices, self.labels = notices, labels
+        self.notices = notices
+        self.labels = labels
         self.advice = self.default = (
             "use patch_trainer(), or add output.loss" if labels else "add handle.loss() to the loss"
         )
-        self.lost, self.had_terms = 0, False
-        self.without: dict[
-            str, int
-        ] = {}  # backward passes of forwards without a term, by the reason
+        self.lost = 0  # backward passes in a row that left out their forward's term
+        self.had_terms = False
+        self.reason: str | None = None
+        # backward passes of forwards without a term, by the reason
+        self.without: dict[str, int] = {}
+
+    def begin(self, training: bool, labelled: bool) -> bool:
+        """Whether the forward that begins gets a term: one in training that has labels. Warns if
+        the last backward passes all left out their terms, or were of forwards without one."""
+        if not training:
+            self.reason = "eval mode" if labelled else None
+        elif not labelled:
+            self.reason = "no labels"
+        self._check()
+        return training and labelled
 
     def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
         """Follow a 0-d term of the loss; nothing is kept longer than its graph.
@@ -48,14 +63,14 @@ class Watchdog:
             if other.requires_grad:
                 other.register_hook(watched.pass_by)
 
-    def watch_without(self, reason: str, outputs: Iterable[Tensor]) -> None:
-        """Follow what a forward that has no term, for `reason`, may be trained by: "eval mode" or
-        "no labels".
+    def watch_without(self, outputs: Iterable[Tensor]) -> None:
+        """Follow what a forward that has no term, for `reason`, may be trained by.
 
         Where others had labels, those without are trained by something else on purpose
         (consistency, distillation).
         """
-        if reason == "no labels" and self.had_terms:
+        reason = self.reason
+        if reason is None or (reason == "no labels" and self.had_terms):
             return
 
         def trained(gradient: Tensor) -> None:
@@ -66,9 +81,7 @@ class Watchdog:
                 output.register_hook(trained)
                 return
 
-    def check(self) -> None:
-        """Warn if the last backward passes all left out their terms, or were of forwards without
-        one."""
+    def _check(self) -> None:
         for reason, count in self.without.items():
             if count >= PATIENCE:
                 self.notices.warn(reason, count=count, labels=self.labels)

@@ -2,8 +2,8 @@
 
 The loss and its head are here, the equations in `pre_kernels.reference`. `pre_kernels.integrations`
 attaches them to models and trainers; `pre_kernels.diagnostics` measures what a model keeps of its
-visual tokens, along a training with `pre_kernels.diagnostics.run.callback` on images that
-`pre_kernels.diagnostics.run.samples` reads.
+visual tokens, also along a training with its `LayerCallback`, on images that its `load_samples`
+reads.
 """
 
 from . import reference

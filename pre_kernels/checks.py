@@ -5,91 +5,22 @@ from __future__ import annotations
 import math
 import os
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .problem import Options, Problem
+
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
-FEW = 256  # row indices that Python counts as fast as torch
-FP8_LONGEST = 8192  # columns
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
-
-class Options(NamedTuple):
-    """What of a call is no tensor."""
-
-    loss: str
-    activation: str
-    reduction: str
-    dtype: torch.dtype  # of the products
-    anchor_compact: bool
-    weight_compact: bool
-    divisor: float | None  # a normalizer that is a number
-    workspace: int | None  # bytes
-    capacity: int | None  # of a mask's selection
-    precision: str | None  # "fp8", or None for the products' dtype
-
-
-class Problem(NamedTuple):
-    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N
-    are selected."""
-
-    hidden: Tensor  # (R, d)
-    w1: Tensor  # (m, d)
-    b1: Tensor | None  # (m,)
-    w2: Tensor  # (z, m)
-    b2: Tensor | None  # (z,)
-    anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
-    rows: Tensor | None  # (R,) bool | (N,) int | None = all
-    weight: Tensor | None  # (R,), or (N,) if weight_compact
-    normalizer: Tensor | None  # 0-d
-    options: Options
-
-    @property
-    def loss_dtype(self) -> torch.dtype:
-        """Of the loss arithmetic and of what is returned."""
-        return torch.promote_types(self.options.dtype, torch.float32)
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """d, m, z"""
-        (m, d), (z, _) = self.w1.shape, self.w2.shape
-        return d, m, z
-
-    @property
-    def masked(self) -> bool:
-        return self.rows is not None and self.rows.dtype == torch.bool
-
-    @property
-    def count_on_host(self) -> bool:
-        """Whether N must be known on the host: it shapes the result, or has to match a compact
-        anchor or weight."""
-        return (
-            self.options.reduction == "none"
-            or self.options.anchor_compact
-            or self.options.weight_compact
-        )
-
-    @property
-    def bound(self) -> int:
-        """The most rows that can be selected, known from shapes alone."""
-        if self.rows is None or not self.masked:
-            return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
-        return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
-
-    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other
-        strides in another order, which at small widths is twice as wrong."""
-        w1, b1, w2, b2 = (
-            None if x is None else x.to(self.options.dtype).contiguous()
-            for x in (self.w1, self.b1, self.w2, self.b2)
-        )
-        assert w1 is not None
-        assert w2 is not None
-        return w1, b1, w2, b2
+# Up to so many row indices Python counts as fast as torch does.
+FEW = 256
+# The widest row, in elements, that one program finds the scale of.
+FP8_LONGEST = 8192
 
 
 def debugging() -> bool:
@@ -110,13 +41,22 @@ def width(name: str, value: Any) -> int:
     return value
 
 
+def nonnegative(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: got {value}, want a finite number ≥ 0")
+    return float(value)
+
+
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
     if hasattr(value, "placements"):  # without importing torch.distributed.tensor
         raise TypeError(
-            f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so that FSDP gathers "
-            "its parameters, and pass hidden states as .to_local() or .full_tensor()"
+            f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so "
+            "that FSDP gathers its parameters, and pass hidden states as .to_local() or "
+            ".full_tensor()"
         )
     if value.layout != torch.strided or value.is_nested or value.is_meta:
         kind = "nested" if value.is_nested else "meta" if value.is_meta else str(value.layout)
@@ -127,12 +67,12 @@ def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor
 
 
 def _floating(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    value = _tensor(name, value, device)
-    if not value.is_floating_point() or value.element_size() < 2:
+    tensor = _tensor(name, value, device)
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise TypeError(
-            f"{name}: got dtype {value.dtype}, want float16, bfloat16, float32 or float64"
+            f"{name}: got dtype {tensor.dtype}, want float16, bfloat16, float32 or float64"
         )
-    return value
+    return tensor
 
 
 def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
@@ -141,9 +81,10 @@ def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> N
 
 
 def under_autocast(device: str) -> bool:
-    try:  # Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available
+    # Asked this way because Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available.
+    try:
         return torch.is_autocast_enabled(device)
-    except RuntimeError:  # "meta" has none
+    except RuntimeError:  # the device "meta" has no autocast
         return False
 
 
@@ -158,7 +99,8 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
     for name, value in parameters.items():
         if value.dtype != hidden.dtype:
             raise TypeError(
-                f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use autocast)"
+                f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use "
+                "autocast)"
             )
     return hidden.dtype
 
@@ -166,13 +108,14 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
 def row_values(problem: Problem) -> None:
     """Range and uniqueness of integer rows: reads the device, so on the CPU or under
     PRE_KERNELS_DEBUG=1 only."""
-    rows, total = problem.rows, problem.hidden.shape[0]
+    rows = problem.rows
+    total = problem.hidden.shape[0]
     if rows is None or problem.masked or not rows.numel():
         return
     if rows.device.type != "cpu" and not debugging():
         return
     few = rows.tolist() if rows.numel() <= FEW else None
-    low, high = (min(few), max(few)) if few else (int(end) for end in rows.aminmax())
+    low, high = (min(few), max(few)) if few else map(int, rows.aminmax())
     if low < 0 or high >= total:
         raise ValueError(
             f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)"
@@ -185,17 +128,18 @@ def row_values(problem: Problem) -> None:
 
 
 def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
-    rows = _tensor("rows", rows, device)
-    if rows.dtype == torch.bool:
-        _shape("rows", rows, tuple(leading), "hidden's leading shape")
-        return rows.flatten()
-    if rows.dtype not in (torch.int32, torch.int64):
+    selection = _tensor("rows", rows, device)
+    shape, dtype = tuple(selection.shape), selection.dtype
+    if dtype == torch.bool:
+        _shape("rows", selection, tuple(leading), "hidden's leading shape")
+        return selection.flatten()
+    if dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"rows: got dtype {rows.dtype}, want bool (a mask), int32 or int64 (flat row indices)"
+            f"rows: got dtype {dtype}, want bool (a mask), int32 or int64 (flat row indices)"
         )
-    if rows.dim() != 1:
-        raise ValueError(f"rows: got shape {tuple(rows.shape)}, want (N,) flat row indices")
-    return rows
+    if selection.dim() != 1:
+        raise ValueError(f"rows: got shape {shape}, want (N,) flat row indices")
+    return selection
 
 
 def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
@@ -203,7 +147,8 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
         return None
     if reduction != "mean":
         raise ValueError(
-            f"normalizer: got one with reduction={reduction!r}, want None (it replaces the mean's divisor)"
+            f"normalizer: got one with reduction={reduction!r}, want None (it replaces the mean's "
+            "divisor)"
         )
     if isinstance(normalizer, Tensor):
         _tensor("normalizer", normalizer)
@@ -238,8 +183,8 @@ def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int])
         )
     if any(width % 16 or width > FP8_LONGEST for width in widths):
         raise ValueError(
-            f"precision: got 'fp8' with d, m, z = {widths}, want multiples of 16 up to {FP8_LONGEST} (a row's scale is "
-            "found by one program)"
+            f"precision: got 'fp8' with d, m, z = {widths}, want multiples of 16 up to "
+            f"{FP8_LONGEST} (a row's scale is found by one program)"
         )
 
 
@@ -271,24 +216,30 @@ def arguments(
     hidden = _floating("hidden", hidden)
     device = hidden.device
     anchor = _floating("anchor", anchor, device)
-    w1, w2 = _floating("w1", w1, device), _floating("w2", w2, device)
+    w1 = _floating("w1", w1, device)
+    w2 = _floating("w2", w2, device)
     if hidden.dim() < 2:
         raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading dimension"
+            f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading "
+            "dimension"
         )
     if anchor.dim() < 2:
         raise ValueError(
-            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or (N, z)"
+            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or "
+            "(N, z)"
         )
-    leading, dim = hidden.shape[:-1], hidden.shape[-1]
-    total, out_dim = math.prod(leading), anchor.shape[-1]
+    leading = hidden.shape[:-1]
+    dim = hidden.shape[-1]
+    total = math.prod(leading)
+    out_dim = anchor.shape[-1]
     if dim == 0 or out_dim == 0:
         raise ValueError(
             f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1"
         )
     if w1.dim() != 2 or w1.shape[1] != dim or w1.shape[0] == 0:
         raise ValueError(
-            f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last dimension"
+            f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last "
+            "dimension"
         )
     inner = w1.shape[0]
     _shape("w2", w2, (out_dim, inner), "(z, m), z as anchor's last dimension and m as w1's first,")
@@ -307,18 +258,19 @@ def arguments(
         width("capacity", capacity)
         if rows is None or rows.dtype != torch.bool:
             raise ValueError(
-                f"capacity: got {capacity} without a mask, want None (it bounds the count of a mask `rows`)"
+                f"capacity: got {capacity} without a mask, want None (it bounds the count of a "
+                "mask `rows`)"
             )
         capacity = min(capacity, total)
-    # None where N is a mask's count, compared once it is known
+    # N; None where that is a mask's count, which is compared once it is known.
     count = total if rows is None else None if rows.dtype == torch.bool else rows.numel()
 
     anchor_compact = anchor.shape[:-1] != leading
     if anchor_compact and (anchor.dim() != 2 or (count is not None and anchor.shape[0] != count)):
         selected = "N" if count is None else str(count)
         raise ValueError(
-            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,) = {(*leading, out_dim)}, "
-            f"or one row for each selected row = ({selected}, {out_dim})"
+            f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,) = "
+            f"{(*leading, out_dim)}, or one row for each selected row = ({selected}, {out_dim})"
         )
 
     weight_compact = False
@@ -326,15 +278,15 @@ def arguments(
         row_weight = _floating("row_weight", row_weight, device)
         if row_weight.requires_grad:
             raise TypeError("row_weight: requires grad, want a constant (detach it)")
-        # (N,) is the first reading, except that a mask's N is not known here: then a mask of 1-D
-        # hidden rows reads (R,)
+        # (N,) is the first reading, but the N of a mask is not known here: there a weight of the
+        # mask's own shape is read as (R,).
         weight_compact = count is not None and tuple(row_weight.shape) == (count,)
         if not weight_compact and row_weight.shape != leading:
             if row_weight.dim() != 1 or count is not None:
                 selected = "N" if count is None else str(count)
                 raise ValueError(
-                    f"row_weight: got shape {tuple(row_weight.shape)}, want ({selected},), one for each selected row, "
-                    f"or hidden's leading shape {tuple(leading)}"
+                    f"row_weight: got shape {tuple(row_weight.shape)}, want ({selected},), one for "
+                    f"each selected row, or hidden's leading shape {tuple(leading)}"
                 )
             weight_compact = True
 

@@ -26,7 +26,8 @@ from .loss import unavailable
 
 EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
-NEEDED = {  # modules, by the command that imports them
+# the modules that a command imports
+NEEDED = {
     "the demo": (
         "einops",
         "sklearn",
@@ -38,20 +39,23 @@ NEEDED = {  # modules, by the command that imports them
         "threadpoolctl",
         *MODELS,
     ),
-    "diagnose": ("einops", "sklearn", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
+    "diagnose": ("einops", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
     "trace": ("matplotlib",),
 }
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # of modules of another name
+# the packages of modules that have another name
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 EXAMPLES = """\
 examples:
   pre-kernels check                       is the loss right and fast on this machine?
-  pre-kernels demo                        train without and with PRe, then show the table and save the picture
-  pre-kernels demo --quick                the same in little time: shows that it runs, too short for an effect
+  pre-kernels demo                        train without and with PRe, then show the table and save
+                                          the plot
+  pre-kernels demo --quick                smoke test: too short to show an effect
   pre-kernels demo --seeds 5 --out runs   more seeds, files into runs/
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
   pre-kernels diagnose MODEL IMAGES       what each layer keeps of the visual tokens: an HTML report
   pre-kernels trace out/                  score against probe accuracy along a training
-  pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the best
+  pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the
+                                          best
   pre-kernels env                         versions and devices, for a bug report
   pre-kernels env --models                the vision-language models that PRe attaches to
 """
@@ -61,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of a terminal that has no λ
+            # a terminal may have no λ
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     run = {
@@ -93,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "demo",
         help="train a tiny LLaVA without and with PRe and compare them",
-        description="Train a tiny LLaVA on scenes of handwritten digits without and with PRe, several seeds each, and "
-        "compare task accuracy, L_PRe, linear probes and the semantic contrast ratio over depth. Minutes on a CPU.",
+        description="Train a tiny LLaVA on scenes of handwritten digits without and with PRe, "
+        "several seeds each, and compare task accuracy, L_PRe, linear probes and the semantic "
+        "contrast ratio over depth. Minutes on a CPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -119,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         "--jobs",
         type=whole,
         metavar="N",
-        help="seeds at once, in processes (default: as the CPU has cores; 1 on a GPU)",
+        help="how many seeds to run in parallel (default: one per CPU core; 1 on a GPU)",
     )
     show.add_argument(
         "--layer",
@@ -134,9 +140,10 @@ def parser() -> argparse.ArgumentParser:
     tuning = commands.add_parser(
         "tune",
         help="time the tiles of the Triton products on this GPU and keep the best",
-        description='Time the candidate tiles of impl="triton" for square weights on this GPU, about a minute a width, '
-        "and keep the best in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes find them. Not "
-        "needed: tiles for each architecture are shipped.",
+        description='Time the candidate tiles of impl="triton" for square weights on this GPU, '
+        "about a minute a width, and keep the best in $PRE_KERNELS_CACHE (else "
+        "~/.cache/pre_kernels), where later processes find them. Not needed: tiles for each "
+        "architecture are shipped.",
     )
     tuning.add_argument(
         "--width",
@@ -151,8 +158,9 @@ def parser() -> argparse.ArgumentParser:
     about = commands.add_parser(
         "env",
         help="print versions and devices, for bug reports, or the models that PRe attaches to",
-        description="Print the versions and devices that matter in a bug report, and which implementation of the loss "
-        'impl="auto" picks; or, with --models, the families of vision-language models that apply_pre knows.',
+        description="Print the versions and devices that matter in a bug report, and which "
+        'implementation of the loss impl="auto" picks; or, with --models, the families of '
+        "vision-language models that apply_pre knows.",
     )
     about.add_argument(
         "--models", action="store_true", help="the table of supported families instead"
@@ -193,13 +201,14 @@ def demo(options: argparse.Namespace) -> int:
     from .demo.settings import QUICK, Settings
 
     settings = QUICK if options.quick else Settings()
-    given = {name: getattr(options, name) for name in ("seeds", "layer", "weight")}
+    asked = {name: getattr(options, name) for name in ("seeds", "layer", "weight")}
     settings = replace(
-        settings, **{name: value for name, value in given.items() if value is not None}
+        settings, **{name: value for name, value in asked.items() if value is not None}
     )
     if not 1 <= settings.pre_layer <= settings.layers:
         return fail(
-            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the demo's LLM"
+            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the "
+            "demo's LLM"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
@@ -235,13 +244,13 @@ def diagnose(options: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
+        print("interrupted: the same command resumes from what is saved", file=sys.stderr)
         return 130
     return 0
 
 
 def trace(options: argparse.Namespace) -> int:
-    """Draw a training's score against its probe accuracy."""
+    """Plot a training's score against its probe accuracy."""
     if problem := missing("trace", EXTRA):
         return fail(problem)
     try:
@@ -271,7 +280,7 @@ def unwritable(folder: Path, argument: str = "--out") -> str | None:
 def tune(options: argparse.Namespace) -> int:
     """Time the tiles of the Triton products and keep the best."""
     if not torch.cuda.is_available():
-        return fail("tune: torch sees no GPU, want one: tiles are timed")
+        return fail("tune needs a GPU, and torch sees none")
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
     if reason := unavailable(device, dtype):
@@ -282,13 +291,12 @@ def tune(options: argparse.Namespace) -> int:
 
     if problem := unwritable(tiles.cache_file().parent, "PRE_KERNELS_CACHE"):
         return fail(problem)
-    for found in tune(options.width or [4096], dtype, device):
-        shipped = next(iter(found.times))
-        print(f"{found.name}: {tuple(found.best)}, {found.times[found.best]:.3f} ms", end="")
-        print(
-            f" ({found.times[shipped] / found.times[found.best]:.2f} × as fast as {tuple(shipped)})",
-            flush=True,
-        )
+    for tuned in tune(options.width or [4096], dtype, device):
+        shipped = next(iter(tuned.times))
+        best = tuned.times[tuned.best]
+        gain = tuned.times[shipped] / best
+        print(f"{tuned.name}: {tuple(tuned.best)}, {best:.3f} ms", end="")
+        print(f" ({gain:.2f} × as fast as {tuple(shipped)})", flush=True)
     print(f"kept in {tiles.cache_file()}")
     return 0
 
@@ -305,7 +313,7 @@ def env(options: argparse.Namespace) -> int:
         )
         return 0
     if options.markdown:
-        return fail("--markdown: want --models with it")
+        return fail("--markdown needs --models")
     rows = facts()
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -315,28 +323,20 @@ def env(options: argparse.Namespace) -> int:
 
 def facts() -> dict[str, str]:
     """Versions, devices and settings, for bug reports."""
+    packages = ("triton", "einops", "transformers", "accelerate", "peft", "trl")
     rows = [
         ("pre-kernels", version("pre-kernels") + commit()),
         ("python", platform.python_version()),
-    ]
-    rows += [
         ("platform", platform.platform()),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
-    ]
-    rows += [
-        (name, version(name))
-        for name in ("triton", "einops", "transformers", "accelerate", "peft", "trl")
+        *((name, version(name)) for name in packages),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            size = f"{found.total_memory / 2**30:.0f} GiB"
-            rows.append(
-                (
-                    f"GPU {index}",
-                    f"{found.name}, compute capability {found.major}.{found.minor}, {size}",
-                )
-            )
+            card = torch.cuda.get_device_properties(index)
+            size = f"{card.total_memory / 2**30:.0f} GiB"
+            text = f"{card.name}, compute capability {card.major}.{card.minor}, {size}"
+            rows.append((f"GPU {index}", text))
     else:
         rows.append(("GPU", "none that torch can use"))
     rows.append(('impl="auto"', ": ".join(automatic())))
@@ -355,14 +355,14 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """That of an installation from a repository, from pip's record of it (PEP 610); else
+    """The commit of an installation from a repository, from pip's record of it (PEP 610); else
     nothing."""
     try:
         record = metadata.distribution("pre-kernels").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
         return ""
-    found = json.loads(record or "{}").get("vcs_info", {}).get("commit_id")
-    return f" (commit {found})" if found else ""
+    commit_id = json.loads(record or "{}").get("vcs_info", {}).get("commit_id")
+    return f" (commit {commit_id})" if commit_id else ""
 
 
 def installed(package: str) -> str | None:
@@ -383,7 +383,8 @@ def automatic() -> tuple[str, str]:
         return "torch", reason
     return (
         "blas",
-        "on GPU tensors, or triton where only the device knows how many rows a mask has; torch on CPU tensors",
+        "on GPU tensors, or triton where only the device knows how many rows a mask has; torch on "
+        "CPU tensors",
     )
 
 

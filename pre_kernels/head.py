@@ -13,8 +13,8 @@ from .loss import fused_pre_loss
 
 
 class Uncast:
-    """A keyword of `PreHead.forward`, in what is no container to FSDP, which casts all tensors that
-    it finds."""
+    """Wraps a tensor keyword of `PreHead.forward`, so that FSDP, which casts the tensors that it
+    finds in arguments, does not find it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -45,7 +45,7 @@ class PreHead(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: for a width that is no positive int, or an unknown activation or
+        ValueError, TypeError: for a width that is not a positive int, or an unknown activation or
             loss.
     """
 
@@ -72,8 +72,11 @@ class PreHead(nn.Module):
             isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         ):
             raise TypeError(f"dtype: got {dtype!r}, want float16, bfloat16, float32 or float64")
-        self.dim, self.hidden_dim, self.out_dim = dim, hidden_dim, out_dim
-        self.activation, self.loss = activation, loss
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.out_dim = out_dim
+        self.activation = activation
+        self.loss = loss
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -112,6 +115,6 @@ class PreHead(nn.Module):
     def extra_repr(self) -> str:
         """Widths, activation and loss, for `repr`."""
         return (
-            f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, bias={self.b1 is not None}, "
-            f"activation={self.activation!r}, loss={self.loss!r}"
+            f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, "
+            f"bias={self.b1 is not None}, activation={self.activation!r}, loss={self.loss!r}"
         )

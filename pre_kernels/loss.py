@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import Problem
 from .fused.function import pre_loss
 from .fused.products import fastest_dtype
+from .problem import Problem
 
-# looked up once: Dynamo of torch 2.9 cannot trace it
+# Looked up once, since Dynamo of torch 2.9 cannot trace the look-up.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -27,7 +27,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":
-        return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+        return (
+            f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels "
+            "on the CPU)"
+        )
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, older than sm_80"
@@ -37,7 +40,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def fp8_unavailable(device: torch.device) -> str | None:
     """Why `precision="fp8"` cannot run on `device`, where "blas" can; None if it can."""
     if device.type != "cuda":
-        return None  # interpreted
+        return None  # the kernels are interpreted
     if torch.version.hip is not None:
         return "the products' scales by row are there for NVIDIA alone"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -53,7 +56,8 @@ def choose(impl: str, problem: Problem) -> str:
     row of the mask.
     """
     checks.choice("impl", impl, checks.IMPLEMENTATIONS)
-    device, dtype = problem.hidden.device, problem.options.dtype
+    device = problem.hidden.device
+    dtype = problem.options.dtype
     if problem.options.precision is not None:
         reason = unavailable(device, dtype) or fp8_unavailable(device)
         if reason is not None:
@@ -72,8 +76,8 @@ def choose(impl: str, problem: Problem) -> str:
         )
     if impl != "auto":
         return impl
-    # float32 products have no tensor cores in Triton, and cost more there than rows that are thrown
-    # away
+    # In float32 Triton's products have no tensor cores: they cost more than the unselected rows
+    # that "blas" computes in vain.
     counted_on_device = (
         problem.masked and not problem.count_on_host and problem.options.capacity is None
     )
@@ -144,10 +148,10 @@ def fused_pre_loss(
         capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for
             that many rows, and "blas" computes that many. If more are selected the result is nan,
             or a ValueError where N is on the host or under PRE_KERNELS_DEBUG=1.
-        precision: "fp8" takes the products with a weight (four of the six) in float8 e4m3, each row
-            with a scale of its own, and those of the weights' gradients in bfloat16; gradients are
-            off by some percent. bfloat16 products, widths that are multiples of 16 up to 8,192,
-            "blas" on sm_90 or newer. None: no float8.
+        precision: "fp8" computes the four products with a weight in float8 e4m3, each row with a
+            scale of its own, and the two of the weights' gradients in bfloat16; gradients have a
+            few percent error. It needs bfloat16 products, widths that are multiples of 16 up to
+            8,192, and "blas" on sm_90 or newer. None: no float8.
 
     Returns:
         0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product
@@ -156,8 +160,7 @@ def fused_pre_loss(
 
     Raises:
         ValueError, TypeError: for a wrong argument, naming it, what was given and what is wanted.
-        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated, by
-            whatever.
+        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated again.
         NotImplementedError: under a transform of torch.func, or for an input with a forward-mode
             tangent.
 

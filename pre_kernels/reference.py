@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
 }
 
-ROW_LOSSES = {
+ROW_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda p, a: -F.cosine_similarity(p, a, dim=-1, eps=1e-8),
     "mse": lambda p, a: (p - a).square().mean(-1),
     "smooth_l1": lambda p, a: F.smooth_l1_loss(p, a, reduction="none", beta=1.0).mean(-1),

@@ -114,8 +114,8 @@ class Launch:
             words.append("transposed")
         if self.signature.get("q_ptr", "constexpr") != "constexpr":
             words.append("float8")
-        if known.get("CLEAR") and known.get("COUNT"):
-            words.append("cleared")
+        if known.get("ZERO_PADDING") and known.get("COUNT"):
+            words.append("zero padding")
         return " ".join(word for word in words if word)
 
 

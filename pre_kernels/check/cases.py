@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pre_kernels.checks import Options, Problem
 from pre_kernels.fused.ops import steps_of
 from pre_kernels.fused.products import fastest_dtype
 from pre_kernels.fused.steps_torch import IN_CACHE
+from pre_kernels.problem import Options, Problem
 
 from .rule import LEAVES, Case
 
@@ -85,8 +85,11 @@ def case(
 def step(function: Callable[..., Tensor], case: Case) -> Step:
     """One forward and backward of `function` on `case`, with every gradient wanted and an upstream
     other than 1."""
-    tensors = {name: x.detach().requires_grad_(name in LEAVES) for name, x in case.tensors.items()}
-    leaves = [tensors[name] for name in LEAVES]
+    tensors = {
+        name: None if x is None else x.detach().requires_grad_(name in LEAVES)
+        for name, x in case.tensors.items()
+    }
+    leaves = [x for name in LEAVES if (x := tensors[name]) is not None]
     dtype = torch.promote_types(case.product_dtype, torch.float32)
     upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
 
@@ -98,9 +101,11 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """The six products that no implementation avoids: contiguous inputs, outputs allocated
-    beforehand."""
-    w1, w2, rows = case.tensors["w1"], case.tensors["w2"], case.rows
+    """The lower bound: the six products that no implementation avoids, of contiguous inputs, with
+    outputs allocated beforehand."""
+    w1 = case.tensors["w1"]
+    w2 = case.tensors["w2"]
+    rows = case.rows
     assert rows is not None
     x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
     z = x @ w1.t()
@@ -134,25 +139,30 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     )
     rows = like.long().expand(n)
     problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
-    layout, weights = _steps(impl).layout(problem), 4 * m * (d + z)
-    several = n > layout.rows and dtype != torch.float32
+    layout = _steps(impl).layout(problem)
+    weights = 4 * m * (d + z)
+    several: bool = n > layout.rows and dtype != torch.float32
     if impl != "torch":
         return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights
-    chunk = _steps(impl).cut(problem, layout, n) * (d + 2 * m + z) * products.itemsize
-    chunk += 3 * IN_CACHE if device.type == "cpu" else 0  # of the passes of the row loss
+    chunk: int = _steps(impl).cut(problem, layout, n) * (d + 2 * m + z) * products.itemsize
+    if device.type == "cpu":
+        # what the passes of the row loss keep in the cache
+        chunk += 3 * IN_CACHE
     kept = shape.rows * d * 4 if layout.spread != dtype else 0
     return chunk + kept + (2 * weights if products != dtype else several * weights)
 
 
 def _steps(impl: str) -> Any:
-    return steps_of("blas" if impl == "fp8" else impl)  # it is a precision of "blas"
+    # "fp8" is a precision of "blas".
+    return steps_of("blas" if impl == "fp8" else impl)
 
 
 def workspace(impl: str, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that an implementation takes by default for a chunk's buffers, with products in
     `dtype`."""
     default = _steps(impl).workspace
-    return default(device, dtype) if callable(default) else default
+    size: int = default(device, dtype) if callable(default) else default
+    return size
 
 
 def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:

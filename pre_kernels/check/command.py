@@ -28,21 +28,26 @@ from .cases import DTYPES
 from .device import Cpu, Cuda, current
 
 IMPLEMENTATIONS = ("blas", "triton", "fp8", "torch")
-LIMIT = 120.0  # seconds of one check
-TAIL = 4000  # characters kept of what a process that died wrote to stderr
-DEFAULTS = {"cuda": (4096, 9216, "bf16"), "cpu": (512, 1024, "fp32")}  # width, rows, dtype
+# seconds that a check may take
+LIMIT = 120.0
+# how many characters are kept of what a process that died wrote to stderr
+TAIL = 4000
+# width, rows and dtype
+DEFAULTS = {"cuda": (4096, 9216, "bf16"), "cpu": (512, 1024, "fp32")}
 MARKS = {"pass": "PASS", "fail": "FAIL", "skip": "-", "info": ""}
 EXAMPLES = """\
 examples:
-  pre-kernels check                                    all that runs here, in under a minute
+  pre-kernels check                            all that runs here, in under a minute
   pre-kernels check --impl blas --width 3584 --rows 5120
-  pre-kernels check --dtype fp16 --out /tmp            check.json goes there; attach it to a bug report
-  TRITON_INTERPRET=1 pre-kernels check                 without a GPU: the kernels interpreted, in tiny sizes
+  pre-kernels check --dtype fp16 --out /tmp    check.json goes there; attach it to a bug report
+  TRITON_INTERPRET=1 pre-kernels check         without a GPU: the kernels interpreted, in tiny sizes
 
 how to read a line:
-  PASS, FAIL, or - for what was left out, with the reason; of a time nothing was promised
-  0.85 × the rule       of the error that is allowed, which is a little more than that of eager in the same dtype
-  0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a failure
+  PASS, FAIL, or - for what was left out, with the reason; of a time nothing is guaranteed
+  0.85 × the rule       of the error that is allowed, which is a little more than that of eager in
+                        the same dtype
+  0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a
+                        failure
 
 exit status: 0 all that could be checked passed, 1 something failed or nothing could be checked,
              2 wrong arguments
@@ -54,9 +59,10 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
     show = commands.add_parser(
         "check",
         help="check and time the loss on this machine",
-        description="Check what the library promises, for each implementation that can run on this machine: loss and "
-        "gradients against float64, no host syncs, CUDA graphs, torch.compile, peak memory; and time it beside six "
-        "bare matrix products and eager. A line for each, the rest in check.json.",
+        description="Check what the library guarantees, for each implementation that can run on "
+        "this machine: loss and gradients against float64, no host syncs, CUDA graphs, "
+        "torch.compile, peak memory; and time it beside six bare matrix products and eager. A line "
+        "for each, the rest in check.json.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,23 +91,21 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
 
 
 def rows(text: str) -> int:
-    """A number of rows whose mean error is no luck."""
+    """A number of rows that is large enough for their mean error to mean something."""
     if not text.isascii() or not text.isdecimal() or int(text) < 64:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 64")
     return int(text)
 
 
 class Plan:
-    """What is to be checked, with what was not given filled in. `left_out`: why, by
-    implementation."""
+    """What is to be checked: the options, with defaults in the place of those left out. `left_out`:
+    why each other implementation is not checked."""
 
     def __init__(self, options: argparse.Namespace, device: Cpu | Cuda) -> None:
         width, rows, dtype = DEFAULTS[device.kind]
-        self.width, self.rows, self.dtype = (
-            options.width or width,
-            options.rows or rows,
-            options.dtype or dtype,
-        )
+        self.width = options.width or width
+        self.rows = options.rows or rows
+        self.dtype = options.dtype or dtype
         place = device.torch_device
         reasons = {
             name: one.unfit(name, place, DTYPES[self.dtype], self.width) for name in IMPLEMENTATIONS
@@ -115,22 +119,26 @@ class Plan:
             ]
             if wrong:
                 raise ValueError(f"--impl: got {'; '.join(wrong)}; want of {', '.join(fit)}")
-            self.impls, self.left_out = list(dict.fromkeys(options.impl)), {}
+            self.impls = list(dict.fromkeys(options.impl))
+            self.left_out = {}
         else:
             fast = [name for name in fit if name != "torch"]
-            # on a GPU the torch one is there for where the others are not
+            # On a GPU "torch" is only for what the others cannot do.
             self.impls = fast if fast and device.kind == "cuda" else ["torch", *fast]
             self.left_out = {name: reason for name, reason in reasons.items() if reason}
 
 
 class Child:
-    """The process of an implementation. What it tells goes to `heard`, with the child; at its end
-    None."""
+    """The process of an implementation. Each line that it tells goes to `heard`, with the child;
+    None follows at its end."""
 
     def __init__(
         self, impl: str, plan: Plan, heard: queue.Queue[tuple[Child, dict[str, Any] | None]]
     ) -> None:
-        self.impl, self.current, self.ready, self.finished = impl, "start", False, False
+        self.impl = impl
+        self.current = "start"
+        self.ready = False
+        self.finished = False
         self.deadline = time.monotonic() + LIMIT
         self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [
@@ -142,8 +150,8 @@ class Child:
             str(plan.rows),
             plan.dtype,
         ]
-        # threads that wait for each other by spinning would take the cores from other processes on
-        # a busy machine
+        # Threads that wait for each other by spinning would take the cores from other processes on
+        # a busy machine.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self.process = subprocess.Popen(
             command,
@@ -159,24 +167,26 @@ class Child:
     def _listen(self, heard: queue.Queue[tuple[Child, dict[str, Any] | None]]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # cut short by the process's end
+            # The last line may be cut short by the end of the process.
+            with contextlib.suppress(json.JSONDecodeError):
                 heard.put((self, json.loads(line)))
         heard.put((self, None))
 
     def go(self) -> None:
         """Let it have the device for itself."""
         assert self.process.stdin is not None
-        self.ready, self.deadline = False, time.monotonic() + LIMIT
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it has died meanwhile: the end of its output says so
+        self.ready = False
+        self.deadline = time.monotonic() + LIMIT
+        # If it has died meanwhile, the end of its output says so.
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
     def kill(self) -> bool:
         """End it and the processes that it has started; whether it was still there."""
         alive = self.process.poll() is None
-        with contextlib.suppress(ProcessLookupError):  # one that died may have left others behind
+        # Also one that has died may have left others behind.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return alive
 
@@ -215,12 +225,12 @@ class Report:
     """The lines on the screen and check.json, which is whole after each of them."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
+        self.path = path
+        self.about = about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        self.save(
-            finished=False
-        )  # in the place of an earlier one: what comes now may be ended before a line
+        # at once, since this run may end before its first line, and an earlier file would stay
+        self.save(finished=False)
 
     def add(self, impl: str, record: dict[str, Any]) -> None:
         self.results.append({"impl": impl, **record})
@@ -242,9 +252,9 @@ def strict(value: Any) -> Any:
     """`value` as JSON can say it, which has no nan and no infinity: None and "inf" in their
     places."""
     if isinstance(value, dict):
-        return {name: strict(one) for name, one in value.items()}
+        return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(one) for one in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
@@ -253,16 +263,16 @@ def strict(value: Any) -> Any:
 def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     """Run the checks; returns the exit status. `facts`: what a bug report says of the machine.
     Raises ValueError for arguments that cannot be met here."""
-    began, device = time.monotonic(), current()
+    began = time.monotonic()
+    device = current()
     plan = Plan(options, device)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"impl": plan.impls, "width": plan.width, "rows": plan.rows, "dtype": plan.dtype}
     about = {"date": now, "argv": options.arguments, "settings": settings, "versions": facts}
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
-    handler = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # else the children would go on
+    # SIGTERM becomes KeyboardInterrupt, so that the children are ended too.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for impl in plan.impls:
             children.append(Child(impl, plan, heard))
@@ -308,14 +318,15 @@ def _follow(
                 heard.put((child, None))
             continue
         if child not in living:
-            continue  # what it told before it was ended
+            continue  # this is what it told before it was ended
         if line is None:
             living.remove(child)
             if record := child.obituary():
                 report.add(child.impl, record)
             continue
         child.deadline = time.monotonic() + LIMIT
-        child.ready, child.finished = "ready" in line, "done" in line
+        child.ready = "ready" in line
+        child.finished = "done" in line
         child.current = line.get("begin", child.current)
         if "check" in line:
             report.add(child.impl, line)

@@ -21,9 +21,13 @@ import torch
 from pre_kernels.fused.products import HALF_UNITS
 
 MIB = 2**20
-FLUSH = 512 * MIB  # bytes written between samples: several times the L2 cache of any GPU so far
-SILENT = "PRE_KERNELS_NO_SMI"  # set once nvidia-smi was too slow: what this process starts does not wait for it again
-HEAD_START = 4_000_000  # clock cycles, about 2 ms: the host queues the step while the GPU spins
+# bytes written between samples, several times the L2 cache of any GPU so far
+FLUSH = 512 * MIB
+# This variable is set once nvidia-smi was too slow, so that the processes which this one starts do
+# not wait for it again.
+SILENT = "PRE_KERNELS_NO_SMI"
+# clock cycles, about 2 ms, for which the GPU spins while the host queues the step
+HEAD_START = 4_000_000
 
 
 class Cpu:
@@ -66,8 +70,8 @@ class Cuda:
         return torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
     def describe(self) -> dict[str, Any]:
-        """The clocks are those of this moment, just after work: no setting of the card is touched.
-        What cannot be had, as after a kernel's illegal access, is missing or None."""
+        """The card and its clocks at this moment, just after work: no setting of it is changed.
+        What cannot be read, as after a kernel's illegal access, is missing or None."""
         said: dict[str, Any] = {
             "device": "a GPU",
             "cuda": torch.version.cuda or torch.version.hip,
@@ -100,7 +104,7 @@ class Cuda:
         step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return float(start.elapsed_time(end))
 
     def enqueue_us(self, step: Callable[[], Any]) -> float | None:
         """Microseconds in which the host queues a step, while the GPU is busy with something else;
@@ -131,7 +135,8 @@ class Cuda:
         """Raises where PyTorch makes the host wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a prototype feature, says PyTorch
+            # PyTorch warns that this is a prototype.
+            warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
             try:
                 yield
@@ -162,22 +167,16 @@ def _card() -> dict[str, str | None]:
         "temperature.gpu",
     )
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    out = ""
     try:
-        silent = SILENT in os.environ
-        out = (
-            ""
-            if silent
-            else subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-        )
-    except (
-        OSError,
-        subprocess.CalledProcessError,
-    ):  # of the latter the output is no answer, but why there is none
-        out = ""
+        if SILENT not in os.environ:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+            out = done.stdout
+    except (OSError, subprocess.CalledProcessError):
+        # There is no answer: the output of a failed call is the reason, not the values.
+        pass
     except subprocess.TimeoutExpired:
-        out, os.environ[SILENT] = "", "1"
+        os.environ[SILENT] = "1"
     values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
     return dict.fromkeys(names) | dict(zip(names, values, strict=False))
 

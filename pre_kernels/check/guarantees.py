@@ -1,7 +1,7 @@
-"""What the documentation promises of a call: no host sync, a CUDA graph can hold it, torch.compile
-finds no break.
+"""What the documentation guarantees of a call: it makes no host sync, a CUDA graph can hold it, and
+torch.compile finds no break.
 
-Each check returns what it found, or raises.
+Each check returns its outcome in words, or raises.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from .cases import Step, step
 from .device import Cpu, Cuda
 from .rule import Case
 
-HELD, WHOLE = (
-    "captured, same gradients",
-    "no break",
-)  # what `graph` and `fullgraph` say where all is well
+# the outcomes of `graph` and `fullgraph` where the guarantee holds
+CAPTURED = "captured, same gradients"
+NO_BREAK = "no break"
 
 
 def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str:
     """A step after the first, in which the host must not wait for the device."""
     again = step(function, case)
-    again()  # compiles
+    again()  # the first step compiles
     device.synchronize()
     try:
         with device.syncs_forbidden():
@@ -38,41 +37,44 @@ def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str
 def fullgraph(function: Callable[..., Tensor], case: Case, backend: str = "inductor") -> str:
     """The whole call in one graph of torch.compile, and the gradients that it gives without."""
     torch.compiler.reset()
-    wanted = step(function, case)()
-    whole = torch.compile(
+    expected = step(function, case)()
+    compiled = torch.compile(
         lambda **arguments: function(**arguments), fullgraph=True, backend=backend
     )
-    return WHOLE if same(step(whole, case)(), wanted) else "no break, but its gradients differ"
+    if same_gradients(step(compiled, case)(), expected):
+        return NO_BREAK
+    return "no break, but its gradients differ"
 
 
 def graph(
     device: Cpu | Cuda, step: Step, case: Case, capture: Callable[..., Any] | None = None
 ) -> tuple[str, Callable[[], Any]]:
-    """Replayed on the rows it was captured with, and on others in the same tensor: a mask of
-    another N. What was found, and what replays it."""
+    """A graph that is replayed on the rows it was captured with, and on others in the same tensor:
+    a mask of another N. Returns the outcome, and what replays the graph."""
     rows = case.rows
     assert rows is not None
-    given = rows.clone()
-    replay, got = (capture or captured)(step)
+    first_rows = rows.clone()
+    replay, gradients = (capture or captured)(step)
     replay()
     device.synchronize()
-    if not same(got, step()):
+    if not same_gradients(gradients, step()):
         return "captured, but its gradients differ", replay
-    rows.copy_(others(given))
+    rows.copy_(other_rows(first_rows))
     try:
         replay()
         device.synchronize()
-        if not same(got, step()):
+        if not same_gradients(gradients, step()):
             return "captured, but its gradients differ once the rows have changed", replay
     finally:
-        rows.copy_(given)
-    return HELD, replay
+        rows.copy_(first_rows)
+    return CAPTURED, replay
 
 
-def others(rows: Tensor) -> Tensor:
+def other_rows(rows: Tensor) -> Tensor:
     """Rows of the same capacity: the ones before them; of a mask every third less."""
     if rows.dtype != torch.bool:
-        return rows - 1  # a prompt stands before the visual tokens of every shape
+        # A prompt stands before the visual tokens of every shape, so that these exist.
+        return rows - 1
     fewer = rows.roll(-1, dims=-1)
     fewer[..., ::3] = False
     return fewer
@@ -86,16 +88,16 @@ def captured(step: Step) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    kept = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(kept):
-        got = step()
-    return kept.replay, got
+    cuda_graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(cuda_graph):
+        gradients = step()
+    return cuda_graph.replay, gradients
 
 
-def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
-    """Within a few roundings: the order of sums is free, and what is compiled may round less
-    often."""
+def same_gradients(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Whether they are equal within a few roundings: the order of sums is free, and what is
+    compiled may round less often."""
     return all(
         bool((a.double() - b.double()).norm() <= 8 * torch.finfo(b.dtype).eps * b.double().norm())
-        for a, b in zip(got, wanted, strict=True)
+        for a, b in zip(got, expected, strict=True)
     )

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
 
 
 def _resident(field: str) -> float:
@@ -27,9 +28,8 @@ def _resident(field: str) -> float:
 def _trim() -> None:
     """Give freed memory back to the system: else the second step would reuse it unseen."""
     gc.collect()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # another libc: small blocks may hide, large ones are mapped
+    # Another libc has no malloc_trim: small blocks may be reused then, large ones are mapped.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -44,15 +44,17 @@ def second(step: Callable[[], Any]) -> tuple[float, Any]:
     step()
     _trim()
     before = _resident("VmRSS")
-    RESET.write_text("5")  # the peak restarts from what is resident now
+    # The peak restarts from what is resident now.
+    RESET.write_text("5")
     returned = step()
     return _resident("VmHWM") - before, returned
 
 
 def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str, Any]:
-    """What a module prints last, as JSON, run in `folder` in a process of its own, which maps large
-    blocks one by one: what is counted is in use then. By default glibc keeps some that are free, a
-    seventh more or less from run to run.
+    """The JSON that a module prints last, run in `folder` in a process of its own.
+
+    That process maps large blocks one by one, so that only memory in use is counted. By default
+    glibc keeps some that is free, a seventh more or less from run to run.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
@@ -61,4 +63,5 @@ def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed

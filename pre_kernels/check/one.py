@@ -1,8 +1,8 @@
 """The checks of one implementation, in a process of their own: `python -m pre_kernels.check.one
 IMPL WIDTH ROWS DTYPE`.
 
-Prints a JSON object a line: {"begin": check}, then what was found; {"ready": true} where the small
-checks are done and it waits for a line of input, because what follows wants the device for itself;
+Prints a JSON object a line: {"begin": check}, then its finding; {"ready": true} where the small
+checks are done and it waits for a line of input, because what follows needs the device for itself;
 {"done": true} at the end.
 """
 
@@ -30,10 +30,11 @@ from .device import FLUSH, MIB, Cpu, Cuda, current
 from .rule import Case, Judge
 from .timing import interleaved, spread
 
-GATES = {
-    "fp8": 0.1
-}  # of an implementation that no error rule can hold: relative rms error let through
-SECONDS = {"cpu": 3.0, "cuda": 2.0}  # of sampling
+# the relative rms error that is let through of an implementation whose precision no error rule can
+# hold
+GATES = {"fp8": 0.1}
+# seconds of sampling
+SECONDS = {"cpu": 3.0, "cuda": 2.0}
 NAMES = (
     "error, small case",
     "no host sync",
@@ -45,8 +46,8 @@ NAMES = (
 )
 
 
-class Found(NamedTuple):
-    """outcome: "pass" | "fail" | "skip", or "info" where nothing was promised."""
+class Finding(NamedTuple):
+    """outcome: "pass" | "fail" | "skip", or "info" where nothing is guaranteed."""
 
     outcome: str
     says: str
@@ -65,27 +66,28 @@ def unfit(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> st
     if reason or impl != "fp8":
         return reason
     if device.type == "cpu":
-        return "float8 products want a GPU"
+        return "float8 products need a GPU"
     if dtype != torch.bfloat16:
-        return "float8 products go with --dtype bf16 alone"
+        return "float8 products go with --dtype bf16 only"
     return fp8_unavailable(device) or (
         f"--width: got {width}, want at most 8192" if width > 8192 else None
     )
 
 
 class Checks:
-    """What is checked of an implementation; every method is one check and returns what it found, or
-    raises."""
+    """The checks of an implementation: a method each, which returns its finding or raises."""
 
     def __init__(self, impl: str, width: int, rows: int, dtype: str) -> None:
-        self.impl, self.device, self.dtype = impl, current(), DTYPES[dtype]
+        self.impl = impl
+        self.device = current()
+        self.dtype = DTYPES[dtype]
         self.argv = (impl, str(width), str(rows), dtype)
         options: dict[str, Any] = (
             {"impl": "blas", "precision": "fp8"} if impl == "fp8" else {"impl": impl}
         )
         self.function = partial(fused_pre_loss, **options)
         self.timed = impl == "torch" or not interpreted()
-        # one width, so that both sizes share their compiled kernels
+        # Both have one width, so that they share their compiled kernels.
         self.small = Shape("small", 3, 101, 67, width, width, width, "ragged")
         self.real = Shape(
             "real", 1, -(-rows * 16 // 9), rows, width, width, width, "9 of 16 rows, as of images"
@@ -98,7 +100,7 @@ class Checks:
         """The small calls without a host sync."""
         place = self.device.torch_device
         calls = {"integer rows": case(self.small, self.dtype, place)}
-        if self.impl != "torch":  # which waits for the count of any mask
+        if self.impl != "torch":  # "torch" waits for the count of a mask
             weighted = case(self.small, self.dtype, place, "mask")
             weighted.options = {
                 "row_weight": torch.rand(self.small.batch, self.small.tokens, device=place)
@@ -109,7 +111,7 @@ class Checks:
             }
         return calls
 
-    def small_error(self) -> Found:
+    def small_error(self) -> Finding:
         """Rows as they come: a mask with gaps, with weights and without, and indices in any
         order."""
         if short := self._short(self.small, torch.float64):
@@ -124,94 +126,101 @@ class Checks:
             "mask and weights": (mask, {"row_weight": weight}),
             "integer rows": (index, {}),
         }
-        found = []
+        findings = []
         for name, (rows, options) in calls.items():
-            given = case(self.small, self.dtype, place)
-            given.rows, given.options = rows.to(place), options
-            found.append(self._error(given, f"{name}: "))
+            call = case(self.small, self.dtype, place)
+            call.rows = rows.to(place)
+            call.options = options
+            findings.append(self._error(call, f"{name}: "))
         return next(
-            (one for one in found if one.outcome == "fail"),
-            max(found, key=lambda one: one.values["share"]),
+            (finding for finding in findings if finding.outcome == "fail"),
+            max(findings, key=lambda finding: finding.values["share"]),
         )
 
-    def real_error(self) -> Found:
+    def real_error(self) -> Finding:
         if short := self._short(self.real, torch.float64):
             return short
         return self._error(case(self.real, self.dtype, self.device.torch_device))
 
-    def _error(self, given: Case, of: str = "") -> Found:
+    def _error(self, call: Case, of: str = "") -> Finding:
         gate = GATES.get(self.impl)
-        verdict = Judge(given)(self.function, gate)
+        verdict = Judge(call)(self.function, gate)
         rule = f"a relative rms error of {gate}" if gate else "the rule"
         says = of + verdict.failure if verdict.failure else f"{verdict.share:.2f} × {rule}"
-        return Found("fail" if verdict.failure else "pass", says, verdict._asdict())
+        return Finding("fail" if verdict.failure else "pass", says, verdict._asdict())
 
-    def sync(self) -> Found:
+    def sync(self) -> Finding:
         if isinstance(self.device, Cpu):
-            return Found("skip", "not on a CPU")
+            return Finding("skip", "not on a CPU")
         if short := self._short(self.small, self.dtype):
             return short
         calls = self.calls()
-        for name, given in calls.items():
-            _named(name, guarantees.sync, self.device, self.function, given)
-        return Found("pass", ", ".join(calls))
+        for name, call in calls.items():
+            _named(name, guarantees.sync, self.device, self.function, call)
+        return Finding("pass", ", ".join(calls))
 
-    def graph(self) -> Found:
+    def graph(self) -> Finding:
         if isinstance(self.device, Cpu):
-            return Found("skip", "not on a CPU")
+            return Finding("skip", "not on a CPU")
         if short := self._short(self.small, self.dtype):
             return short
         calls = self.calls()
-        for name, given in calls.items():
+        for name, call in calls.items():
             outcome, _ = _named(
-                name, guarantees.graph, self.device, step(self.function, given), given
+                name, guarantees.graph, self.device, step(self.function, call), call
             )
-            if outcome != guarantees.HELD:
-                return Found("fail", f"{name}: {outcome}")
-        return Found("pass", ", ".join(calls))
+            if outcome != guarantees.CAPTURED:
+                return Finding("fail", f"{name}: {outcome}")
+        return Finding("pass", ", ".join(calls))
 
-    def fullgraph(self) -> Found:
-        """By a backend that compiles nothing: what is promised is that there is no break. Of the
-        calls, which take seconds each, the one with most arguments."""
+    def fullgraph(self) -> Finding:
+        """With a backend that compiles nothing, since only the absence of a break is guaranteed. Of
+        the calls, which take seconds each, the one with most arguments."""
         if short := self._short(self.small, self.dtype):
             return short
-        name, given = list(self.calls().items())[-1]
-        outcome = guarantees.fullgraph(self.function, given, "aot_eager")
-        return Found("pass" if outcome == guarantees.WHOLE else "fail", f"{name}: {outcome}")
+        name, call = list(self.calls().items())[-1]
+        outcome = guarantees.fullgraph(self.function, call, "aot_eager")
+        holds = outcome == guarantees.NO_BREAK
+        return Finding("pass" if holds else "fail", f"{name}: {outcome}")
 
-    def peak(self) -> Found:
+    def peak(self) -> Finding:
         if short := self._short(self.real, self.dtype):
             return short
         if isinstance(self.device, Cpu):
             if reason := memory.missing():
-                return Found("skip", reason)
-            found = memory.fresh("pre_kernels.check.one", *self.argv, "--peak")
-            peak, returned = found["peak_mib"], found["returned_mib"]
+                return Finding("skip", reason)
+            measured = memory.fresh("pre_kernels.check.one", *self.argv, "--peak")
+            peak = measured["peak_mib"]
+            returned = measured["returned_mib"]
         else:
             again = self._step()
-            again()  # after it the vendor's libraries have their scratch memory
+            # After a first step the vendor's libraries have their scratch memory.
+            again()
             peak, returned = self.device.peak(again)
         designed = formula(self.real, self.dtype, self.impl, self.device.torch_device) / MIB
         ratio = (peak - returned) / designed
-        says = f"{ratio:.2f} × the formula: {peak - returned:,.0f} of {designed:,.0f} MiB beside the gradients"
+        says = (
+            f"{ratio:.2f} × the formula: {peak - returned:,.0f} of {designed:,.0f} MiB beside the "
+            "gradients"
+        )
         values = {
             "peak_mib": peak,
             "returned_mib": returned,
             "formula_mib": designed,
             "ratio": ratio,
         }
-        return Found("pass" if ratio <= 1 else "fail", says, values)
+        return Finding("pass" if ratio <= 1 else "fail", says, values)
 
-    def time(self) -> Found:
+    def time(self) -> Finding:
         if self.failed:
-            return Found("skip", "not of results that are wrong")
+            return Finding("skip", "not of results that are wrong")
         if short := self._short(self.real, self.dtype):
             return short
-        given = case(self.real, self.dtype, self.device.torch_device)
+        call = case(self.real, self.dtype, self.device.torch_device)
         steps = {
             "ours": self._step(),
-            "eager": step(reference.pre_loss, given),
-            "floor": floor(given),
+            "eager": step(reference.pre_loss, call),
+            "floor": floor(call),
         }
         sampled = interleaved(self.device, steps, SECONDS[self.device.kind])
         times = {name: spread(samples) for name, samples in sampled.items()}
@@ -219,8 +228,11 @@ class Checks:
         over = {name: ours / times[name]["median_ms"] for name in ("floor", "eager")}
         host = self.device.enqueue_us(steps["ours"])
         queued = "" if host is None else f", queued by the host in {host / 1e3:.2f} ms"
-        says = f"{over['floor']:.2f} × six bare matmuls, {over['eager']:.2f} × eager: {ours:.2f} ms{queued}"
-        return Found("info", says, {**times, "over": over, "enqueue_us": host})
+        says = (
+            f"{over['floor']:.2f} × six bare matmuls, {over['eager']:.2f} × eager: {ours:.2f} "
+            f"ms{queued}"
+        )
+        return Finding("info", says, {**times, "over": over, "enqueue_us": host})
 
     def resident(self) -> dict[str, float]:
         """What `memory.fresh` is told, in a process that has done nothing else."""
@@ -230,20 +242,19 @@ class Checks:
     def _step(self) -> Callable[[], tuple[Tensor, ...]]:
         return step(self.function, case(self.real, self.dtype, self.device.torch_device))
 
-    def _short(self, shape: Shape, dtype: torch.dtype) -> Found | None:
-        """Where a size does not fit; `dtype`: of the arithmetic."""
-        want, free = (
-            needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype)),
-            self.device.free(),
-        )
+    def _short(self, shape: Shape, dtype: torch.dtype) -> Finding | None:
+        """The finding that a size does not fit into memory, or None; `dtype`: of the arithmetic."""
+        want = needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype))
+        free = self.device.free()
         if isinstance(self.device, Cuda):
             want += FLUSH
         if free is None or want <= free:
             return None
         size = f"{shape.selected} rows of width {shape.d} take {want / 2**30:.1f} GiB"
-        return Found(
+        return Finding(
             "skip",
-            f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer --rows",
+            f"{size}, of which {free / 2**30:.1f} are free; want a smaller --width, or fewer "
+            "--rows",
         )
 
 
@@ -272,25 +283,28 @@ def report(
             if not wait():
                 return
         tell({"begin": NAMES[number]})
-        began, trace, lost = time.monotonic(), None, False
+        began = time.monotonic()
+        trace: str | None = None
+        lost = False
         try:
-            found = check()
+            finding = check()
         except Exception as error:
-            found, trace = Found("fail", first_line(error)), traceback.format_exc()
+            finding = Finding("fail", first_line(error))
+            trace = traceback.format_exc()
         try:
-            checks.device.synchronize()  # an error of a kernel may show only here
+            # The error of a kernel may show only here.
+            checks.device.synchronize()
         except Exception as error:
-            found, lost = (
-                Found("fail", f"{first_line(error)}; no more checks on a device in this state"),
-                True,
-            )
+            says = f"{first_line(error)}; no more checks on a device in this state"
+            finding = Finding("fail", says)
+            lost = True
             trace = trace or traceback.format_exc()
-        checks.failed |= found.outcome == "fail" and check in (
+        checks.failed |= finding.outcome == "fail" and check in (
             checks.small_error,
             checks.real_error,
         )
         seconds = round(time.monotonic() - began, 3)
-        tell({"check": NAMES[number], **found._asdict(), "traceback": trace, "seconds": seconds})
+        tell({"check": NAMES[number], **finding._asdict(), "traceback": trace, "seconds": seconds})
         if lost:
             break
     if not large:
@@ -298,7 +312,7 @@ def report(
         tell(
             {
                 "check": "real size, memory, time",
-                **Found("skip", says)._asdict(),
+                **Finding("skip", says)._asdict(),
                 "traceback": None,
                 "seconds": 0.0,
             }
@@ -317,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peak", action="store_true", help="of resident memory, and nothing else")
     options = parser.parse_args(argv)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no line of ours
+    # What libraries print goes to stderr, so that every line on stdout is ours.
+    os.dup2(2, 1)
 
     def tell(line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")

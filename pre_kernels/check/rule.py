@@ -15,17 +15,16 @@ from torch import Tensor
 from pre_kernels import reference
 
 LEAVES = ("hidden", "w1", "b1", "w2", "b2")
-WRONG = {
-    2: 5.0,
-    4: 100.0,
-}  # × eager's error, by bytes of an element, is no rounding: float32 sums may be poor ones
+# A result whose error exceeds this multiple of eager's (by the size of an element in bytes) is
+# wrong, not just badly rounded. float32 gets 100, since some implementations add in a poor order.
+WRONG = {2: 5.0, 4: 100.0}
 
 
 @dataclass
 class Case:
     """The tensors and keywords of one call; `autocast` is the dtype to run it under."""
 
-    tensors: dict[str, Any]  # of Tensor, or None for a bias that is not there
+    tensors: dict[str, Any]  # by name; None for a bias that is left out
     rows: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
@@ -40,8 +39,8 @@ class Case:
 def run(
     function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
 ) -> dict[str, Tensor]:
-    """Loss and gradients of `function`, the inputs cast to `dtype` if given (float64: the
-    oracle)."""
+    """Loss and gradients of `function`, with the inputs cast to `dtype` if there is one (float64:
+    the oracle)."""
     tensors: dict[str, Any] = {
         name: None if x is None else (x.detach() if dtype is None else x.detach().to(dtype))
         for name, x in case.tensors.items()
@@ -63,7 +62,7 @@ def run(
         loss = function(**tensors, rows=case.rows, **options, **extra)
     out = {"loss": loss.detach()}
     if leaves:
-        # one that differs from row to row where there is one for each
+        # With a loss for each row, the upstream gradient differs from row to row.
         factor = ramp(loss.numel()).to(loss.device) if loss.dim() else 1.0 + 0 * loss.detach()
         upstream = (case.upstream * factor).to(loss.dtype)
         grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
@@ -86,7 +85,7 @@ def ramp(rows: int) -> Tensor:
 
 
 class Comparison(NamedTuple):
-    """One tensor of a call, and what `judge` wants to know of it."""
+    """One tensor of a call, and what `judge` needs to know of it."""
 
     name: str
     ours: Tensor
@@ -94,7 +93,8 @@ class Comparison(NamedTuple):
     oracle: Tensor
     eps: float
     few: float | None
-    rest: Tensor | float = 0.0  # of an oracle that is wider than a tensor: to be added to it
+    # what has to be added to `oracle` where the oracle is wider than any dtype of a tensor
+    rest: Tensor | float = 0.0
 
     def overflowed(self) -> Tensor:
         """Where ours is the infinity that the oracle rounds to."""
@@ -109,29 +109,27 @@ class Comparison(NamedTuple):
         return ours - oracle - rest, eager - oracle - rest, oracle
 
 
-def judge(one: Comparison) -> float:
-    """The error rule, of a call's tensor: the share of it that was used up. Raises AssertionError
-    beyond 1, also under `python -O`."""
-    name, ours, eager, oracle, eps, few, _ = one
+def judge(comparison: Comparison) -> float:
+    """How much of the error rule a tensor of a call used up, at most 1. Raises AssertionError
+    beyond that, also under `python -O`."""
+    name, ours, eager, oracle, eps, few, _ = comparison
     _require(
         ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(oracle.shape)}"
     )
-    bad = eager.isfinite() & ~ours.isfinite() & ~one.overflowed()
+    bad = eager.isfinite() & ~ours.isfinite() & ~comparison.overflowed()
     _require(not bad.any(), f"{name}: not finite where eager is")
-    _overflow(one)
-    return judge_errors(name, *one.errors(), eps, few)
+    _overflow(comparison)
+    return judge_errors(name, *comparison.errors(), eps, few)
 
 
-def _overflow(one: Comparison) -> None:
-    """Where eager is not finite: neither is ours, or it is the oracle's value, as eager's products
-    alone were too narrow for it."""
-    name, ours, eager, oracle, eps, *_ = one
+def _overflow(comparison: Comparison) -> None:
+    """Where eager is not finite, ours has to be either not finite or the oracle's value, for which
+    only eager's products were too narrow."""
+    name, ours, eager, oracle, eps, *_ = comparison
     where = ours.isfinite() & ~eager.isfinite()
     if where.any():
-        error, scale = (
-            (ours.double() - oracle)[where].abs().max().item(),
-            oracle[where].abs().max().item(),
-        )
+        error = (ours.double() - oracle)[where].abs().max().item()
+        scale = oracle[where].abs().max().item()
         _require(
             error <= 8 * eps * scale,
             f"{name}: finite where eager is not, and off by {error:.3e} of {scale:.3e}",
@@ -147,7 +145,8 @@ def judge_errors(
     row)."""
     if ours.numel() == 0:
         return 0.0
-    largest, baseline = ours.abs().max().item(), eager.abs().max().item()
+    largest = ours.abs().max().item()
+    baseline = eager.abs().max().item()
     if few is None:
         rms = [x.square().mean().sqrt().item() for x in (ours, eager, oracle)]
         bounds = [("rms", rms[0], 1.1 * rms[1] + 0.5 * eps * rms[2], rms[1])]
@@ -167,13 +166,22 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 class Verdict(NamedTuple):
-    failure: str | None  # what was outside the rule; None = nothing
-    error_ratio: (
-        float  # the largest rms error over the gradients, each ÷ that of eager in the same dtype
-    )
-    relative: float  # the largest rms error over the gradients, each ÷ that gradient's own rms
-    share: float  # of the rule, or of the gate, used up by the worst tensor; nan beyond the rule
-    wrong: bool  # and not merely rounded worse than the rule allows, which is a finding and no reason to hide a peer
+    """What `Judge` finds of a function.
+
+    Attributes:
+        failure: what was outside the rule; None if nothing was.
+        error_ratio: the largest rms error of the gradients, each ÷ eager's in the same dtype.
+        relative: the largest rms error of the gradients, each ÷ that gradient's own rms.
+        share: how much of the rule, or of the gate, the worst tensor used up; nan beyond the rule.
+        wrong: whether the function is wrong, not merely rounded worse than the rule allows. The
+            latter is a result too, and no reason to leave a baseline out.
+    """
+
+    failure: str | None
+    error_ratio: float
+    relative: float
+    share: float
+    wrong: bool
 
 
 class Judge:
@@ -184,12 +192,15 @@ class Judge:
         self.case = case
         self.eager = run(reference.pre_loss, case)
         self.truth = run(reference.pre_loss, case, torch.float64)
-        wide = {name: x.double() for name, x in case.tensors.items()}
+        wide: dict[str, Any] = {
+            name: None if x is None else x.double() for name, x in case.tensors.items()
+        }
         with torch.no_grad():
             losses = reference.pre_loss(
                 **wide, rows=case.rows, **case.options | {"reduction": "none"}
             )
-        self.scale = losses.abs().mean().item()  # on which the rounding of the summed loss acts
+        # the scale on which the rounding of the summed loss acts
+        self.scale = losses.abs().mean().item()
 
     def __call__(self, function: Callable[..., Tensor], gate: float | None = None) -> Verdict:
         """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each
@@ -215,8 +226,10 @@ class Judge:
         try:
             for name, value in result.items():
                 few = self.scale if value.numel() < 64 else None
-                one = Comparison(name, value, self.eager[name], self.truth[name], eps, few)
-                share = max(share, judge(one))
+                truth = self.truth[name]
+                share = max(
+                    share, judge(Comparison(name, value, self.eager[name], truth, eps, few))
+                )
         except AssertionError as error:
             wrong = not ratio < WRONG[self.case.product_dtype.itemsize]
             return Verdict(str(error), ratio, relative, math.nan, wrong)

@@ -10,7 +10,8 @@ from typing import Any
 
 from .device import Cpu, Cuda
 
-ROUNDS = {"cpu": (5, 25), "cuda": (20, 200)}  # at least, at most
+# the least and the most rounds
+ROUNDS = {"cpu": (5, 25), "cuda": (20, 200)}
 
 
 def interleaved(
@@ -27,7 +28,8 @@ def interleaved(
             step()
     device.synchronize()
     samples: dict[Any, list[float]] = {name: [] for name in steps}
-    names, (enough, most) = list(steps), ROUNDS[device.kind]
+    names = list(steps)
+    enough, most = ROUNDS[device.kind]
     least = enough if least is None else least
     start = time.monotonic()
     for turn in range(most):

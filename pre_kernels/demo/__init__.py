@@ -2,5 +2,5 @@
 
 import logging
 
-# it warns at its import, in every process, of a kernel that nothing here uses
+# When it is imported, in every process, it warns about a kernel that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

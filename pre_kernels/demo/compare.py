@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 import pre_kernels
 from pre_kernels.integrations import apply_pre
 
-from .evaluate import measure
+from .evaluate import evaluate
 from .export import save_model, save_scenes
 from .model import Advance, build, learn_to_read, learn_to_see
 from .scenes import Scenes, compose, split_digits
@@ -29,14 +29,18 @@ from .train import train_stage
 from .workers import Bar, each_seed
 
 ARMS = ("without", "with")
-SCENES = 12  # of each digit that are written as files
-PROJECTOR, LLM, HEAD = ("multi_modal_projector",), ("language_model", "lm_head"), ("pre_head",)
+# how many scenes of each digit are written as files
+SCENES = 12
+# parts of the model, by what the names of their parameters contain
+PROJECTOR = ("multi_modal_projector",)
+LLM = ("language_model", "lm_head")
+HEAD = ("pre_head",)
 
 
 def compare(
     settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Everything measured, ready for JSON: `seeds` holds, per seed, the figures "before", "without"
+    """Everything measured, ready for JSON: `seeds` holds, per seed, the metrics "before", "without"
     and "with".
 
     Seed 0's models and scenes that they have not seen are written into `keep`.
@@ -61,7 +65,7 @@ def compare(
 
 
 def commit() -> str | None:
-    """Of the checkout this runs from; None where it is installed."""
+    """The commit of the checkout that this runs from; None where it is installed."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -79,7 +83,8 @@ def run_seed(
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
 
     before = pretrained(training, settings, seed, device, bar)
-    found: dict[str, Any] = {"seed": seed, "before": measure(before, fitting, test, settings, None)}
+    metrics = evaluate(before, fitting, test, settings, None)
+    results: dict[str, Any] = {"seed": seed, "before": metrics}
     models = keep / "models" if keep is not None and seed == 0 else None
     if models is not None:
         save_scenes(digits[2], SCENES, seed, models.with_name("scenes"))
@@ -87,12 +92,12 @@ def run_seed(
     for arm in ARMS:
         options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
         model = copy.deepcopy(before)
-        found[arm] = run_arm(
+        results[arm] = run_arm(
             f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar
         )
         if models is not None:
             save_model(model, models / arm)
-    return found
+    return results
 
 
 def pretrained(
@@ -101,8 +106,11 @@ def pretrained(
     """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so
     they never met."""
     torch.manual_seed(seed)
-    model = build(settings).to(device)  # type: ignore[arg-type]
-    language = LlamaForCausalLM(model.config.text_config).to(device)  # type: ignore[arg-type]
+    # Any, since transformers' annotation of `to` takes no device.
+    untrained: Any = build(settings)
+    model: LlavaForConditionalGeneration = untrained.to(device)
+    decoder: Any = LlamaForCausalLM(untrained.config.text_config)
+    language: LlamaForCausalLM = decoder.to(device)
     with bar(f"seed {seed}: vision tower on digits", settings.vision_steps) as advance:
         learn_to_see(model.model.vision_tower, scenes, settings, seed, advance)
     with bar(f"seed {seed}: LLM on text", settings.text_steps) as advance:
@@ -123,12 +131,13 @@ def run_arm(
     seed: int,
     bar: Bar,
 ) -> dict[str, Any]:
-    """Train `model` by LLaVA's two stages, alone or with PRe (`options` of `apply_pre`), and
-    measure it."""
+    """Train `model` by LLaVA's two stages, without PRe or with it (`options` of `apply_pre`), and
+    return its metrics."""
     torch.manual_seed(seed)
     handle = None if options is None else apply_pre(model, **options)
     head = None if handle is None else handle.head
-    logs, curve = [], []
+    logs = []
+    curve = []
     for stage, trained, steps, rate in (
         ("alignment", PROJECTOR, settings.align_steps, settings.align_rate),
         ("instruction tuning", PROJECTOR + LLM, settings.tune_steps, settings.tune_rate),
@@ -143,8 +152,8 @@ def run_arm(
             logs += train_stage(model, training, trained + HEAD, steps, rate, settings, seed, step)
     if handle is not None:
         handle.remove()
-    found = measure(model, fitting, test, settings, head)
-    found["train_loss"] = [entry["loss"] for entry in logs]
+    metrics = evaluate(model, fitting, test, settings, head)
+    metrics["train_loss"] = [entry["loss"] for entry in logs]
     if curve:
-        found["train_pre_loss"] = curve
-    return found
+        metrics["train_pre_loss"] = curve
+    return metrics

@@ -1,4 +1,4 @@
-"""What the table and the picture show of a model, on scenes of digits that it never saw."""
+"""The metrics of a model that the table and the plot show, on scenes that it never saw."""
 
 from __future__ import annotations
 
@@ -55,28 +55,29 @@ def states(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 25
                     [torch.stack([i.hidden[n] for i in images]) for n in reader.layers]
                 ).cpu()
             )
-            # the answer is the last token, so the one before it predicts it
+            # The answer is the last token, so the token before it predicts it.
             correct.append((output.logits[:, -2].argmax(-1) == inputs["labels"][:, -1]).cpu())
     return States(torch.cat(hidden, dim=1), torch.cat(correct))
 
 
-def measure(
+def evaluate(
     model: LlavaForConditionalGeneration,
     fitting: Scenes,
     test: Scenes,
     settings: Settings,
     head: nn.Module | None,
 ) -> dict[str, Any]:
-    """All figures of one model: probes and a fresh predictor are fitted on `fitting`, everything is
+    """All metrics of one model: probes and a fresh predictor are fitted on `fitting`, everything is
     read on `test`."""
-    before, after = states(model, fitting), states(model, test)
+    before = states(model, fitting)
+    after = states(model, test)
     layers = range(len(after.hidden))
     contrasts = [
         contrast_ratio(after.hidden[layer], masks().expand(len(test), -1, -1)) for layer in layers
     ]
     spectra = [spectrum(after.hidden[layer]) for layer in layers]
     tokens = after.hidden.flatten(1, 2)
-    found = {
+    metrics = {
         "accuracy": after.correct.double().mean().item(),
         "pre_loss": fresh_pre_loss(before, after, settings),
         "pre_loss_constant": constant_pre_loss(before, after),
@@ -97,15 +98,15 @@ def measure(
         with torch.no_grad():
             device = next(head.parameters()).device
             own = head(after.hidden[settings.pre_layer].to(device), after.hidden[0].to(device))
-        found["pre_loss_own"] = own.item()
-    return found
+        metrics["pre_loss_own"] = own.item()
+    return metrics
 
 
 def spectrum(hidden: Tensor) -> SpectrumSummary:
-    """Of all patches (S, PATCHES, d) of one layer."""
-    found = Spectrum()
-    found.update(hidden.flatten(0, 1))
-    return found.result()
+    """The spectrum of all patches (S, PATCHES, d) of one layer."""
+    patches = Spectrum()
+    patches.update(hidden.flatten(0, 1))
+    return patches.result()
 
 
 def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
@@ -119,11 +120,12 @@ def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
 
     def loss() -> Tensor:
         index = torch.randint(before.hidden.shape[1], (2 * settings.batch,), generator=generator)
-        return head(before.hidden[layer, index], before.hidden[0, index])
+        value: Tensor = head(before.hidden[layer, index], before.hidden[0, index])
+        return value
 
     fit([*head.parameters()], loss, settings.readout_steps, 2e-3, lambda value: None)
     with torch.no_grad():
-        return head(after.hidden[layer], after.hidden[0]).item()
+        return float(head(after.hidden[layer], after.hidden[0]))
 
 
 def constant_pre_loss(before: States, after: States) -> float:

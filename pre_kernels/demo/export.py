@@ -19,7 +19,8 @@ from .text import BEGIN, IMAGE
 def processor() -> LlavaProcessor:
     """The model's: a token for each byte, images as they are in 0..1, the demo's question as
     chat."""
-    characters = pre_tokenizers.ByteLevel.alphabet()  # what stands for each byte
+    # a character stands for each byte
+    characters = pre_tokenizers.ByteLevel.alphabet()
     names = {_byte(c): c for c in characters}
     tokenizer = Tokenizer(models.BPE(vocab={names[i]: i for i in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -27,13 +28,13 @@ def processor() -> LlavaProcessor:
     added = {"<image>": IMAGE, "<s>": BEGIN}
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in added])
     assert {name: tokenizer.token_to_id(name) for name in added} == added
-    fast: Any = PreTrainedTokenizerFast
-    from transformers import (
-        CLIPImageProcessor,
-    )  # says when it is imported that torchvision would be faster
+    # Imported here, since it says at its import that torchvision would be faster.
+    from transformers import CLIPImageProcessor
 
+    fast: Any = PreTrainedTokenizerFast
     images: Any = CLIPImageProcessor
-    return LlavaProcessor(
+    llava: Any = LlavaProcessor
+    made: LlavaProcessor = llava(
         image_processor=images(
             size={"height": SIDE, "width": SIDE},
             do_center_crop=False,
@@ -51,6 +52,7 @@ def processor() -> LlavaProcessor:
             "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
         ),
     )
+    return made
 
 
 def save_model(model: Any, folder: Path) -> None:

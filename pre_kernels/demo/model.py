@@ -20,7 +20,8 @@ from .scenes import PATCH, SIDE, Scenes, regions
 from .settings import Settings
 from .text import BEGIN, IMAGE, VOCABULARY, text_batch
 
-Advance = Callable[[float], None]  # told the loss of every step
+# moves a progress bar on, and is told the loss of the step
+Advance = Callable[[float], None]
 
 
 def build(settings: Settings) -> LlavaForConditionalGeneration:
@@ -53,7 +54,7 @@ def build(settings: Settings) -> LlavaForConditionalGeneration:
         text_config=text,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",  # without the class token
+        vision_feature_select_strategy="default",  # leaves the class token out
         tie_word_embeddings=False,
     )
     return LlavaForConditionalGeneration(config)
@@ -91,7 +92,8 @@ def learn_to_read(
         ids = text_batch(corpus, settings.batch, settings.text_length, generator).to(
             language.device
         )
-        return language(input_ids=ids, labels=ids).loss
+        value: Tensor = language(input_ids=ids, labels=ids).loss
+        return value
 
     fit(
         [*language.parameters()],

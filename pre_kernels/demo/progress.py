@@ -36,7 +36,8 @@ def bars(console: Console) -> Iterator[Bar]:
         @contextmanager
         def bar(name: str, steps: int) -> Iterator[Advance]:
             task = progress.add_task(name, total=steps, loss="")
-            start, shown = time.monotonic(), ""
+            start = time.monotonic()
+            shown = ""
 
             def advance(loss: float) -> None:
                 nonlocal shown

@@ -1,5 +1,5 @@
-"""What was measured, as a table, a picture and sentences; every number in them comes from the
-runs."""
+"""The results of a comparison as a table, a plot, sentences and a report; every number in them
+comes from the runs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from statistics import mean
 from typing import Any
 
 from pre_kernels.diagnostics.report import page
-from pre_kernels.diagnostics.report.columns import effect, spread
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
+from pre_kernels.diagnostics.report.statistics import effect, spread
 
-ARMS = {  # how each is named and drawn
+# how each arm is named and drawn
+ARMS = {
     "before": ("before visual training", {"color": "0.55", "linestyle": ":"}),
     "without": ("without PRe", {"color": COLOURS[1], "linestyle": "-"}),
     "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
 }
-COLUMNS = {"probe": "linear_probe"} | {  # of a report, by the name of a list over layers
+# the metrics of a report by the names of the lists over layers
+METRICS = {"probe": "linear_probe"} | {
     name: name
     for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
 }
+HEADER = ("", "without PRe", "with PRe", "difference")
 Rows = list[tuple[str, list[float] | None, list[float] | None]]
 
 
-def table_rows(found: dict[str, Any]) -> Rows:
+def table_rows(results: dict[str, Any]) -> Rows:
     """(name, a value per seed without PRe, and with it)."""
-    depth = found["settings"]["layers"]
+    depth = results["settings"]["layers"]
 
     def row(
         name: str, key: str, index: int | None = None
@@ -36,8 +39,8 @@ def table_rows(found: dict[str, Any]) -> Rows:
             if key in runs[0]
             else None
             for runs in (
-                [seed["without"] for seed in found["seeds"]],
-                [seed["with"] for seed in found["seeds"]],
+                [seed["without"] for seed in results["seeds"]],
+                [seed["with"] for seed in results["seeds"]],
             )
         ]
         return name, values[0], values[1]
@@ -60,37 +63,36 @@ def difference(without: list[float] | None, with_: list[float] | None) -> list[f
     return [b - a for a, b in zip(without, with_, strict=True)]
 
 
-def cells(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def cells(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (name, spread(a), spread(b), spread(difference(a, b), "+"))
-        for name, a, b in table_rows(found)
+        for name, a, b in table_rows(results)
     ]
 
 
-HEADER = ("", "without PRe", "with PRe", "difference")
-
-
-def caption(found: dict[str, Any]) -> str:
+def caption(results: dict[str, Any]) -> str:
     """What the table shows, and how it was read."""
-    settings = found["settings"]
-    numbers = ", ".join(str(seed["seed"]) for seed in found["seeds"])
+    settings = results["settings"]
+    numbers = ", ".join(str(seed["seed"]) for seed in results["seeds"])
     return (
-        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of {settings['layers']}. Mean ± standard "
-        f"deviation over seeds {numbers}; differences are taken within each seed, whose two runs share the pre-trained "
-        "parts, the data and its order. Everything is read on scenes of digits that no training saw. L_PRe: of a "
-        "predictor fitted after training on the frozen states of further scenes, in the same way for both columns; of "
-        "the predictor that was trained along; and of a constant, the mean direction of the embeddings. The linear "
-        "probe, fitted after training too, names each digit from the mean of its patches (chance 0.1); layer 0 is what "
-        "enters the LLM. The semantic contrast ratio is the mean cosine similarity of patches of one digit over that "
-        "of patches of different digits."
+        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of "
+        f"{settings['layers']}. Mean ± standard deviation over seeds {numbers}; differences are "
+        "taken within each seed, whose two runs share the pre-trained parts, the data and its "
+        "order. Everything is read on scenes of digits that no training saw. L_PRe: of a predictor "
+        "fitted after training on the frozen states of further scenes, in the same way for both "
+        "columns; of the predictor that was trained along; and of a constant, the mean direction "
+        "of the embeddings. The linear probe, fitted after training too, names each digit from the "
+        "mean of its patches (chance 0.1); layer 0 is what enters the LLM. The semantic contrast "
+        "ratio is the mean cosine similarity of patches of one digit over that of patches of "
+        "different digits."
     )
 
 
-def conclusion(found: dict[str, Any]) -> list[str]:
+def conclusion(results: dict[str, Any]) -> list[str]:
     """The differences in words that follow from the numbers."""
-    settings = found["settings"]
+    settings = results["settings"]
     layer, depth = settings["layer"], settings["layers"]
-    runs = found["seeds"]
+    runs = results["seeds"]
 
     def deep(arm: str, key: str) -> list[float]:
         return [mean(run[arm][key][layer:]) for run in runs]
@@ -100,9 +102,9 @@ def conclusion(found: dict[str, Any]) -> list[str]:
         for arm in ("before", "without", "with")
     ]
     return [
-        f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, {fall[1]:.3f} after training "
-        f"without PRe and {fall[2]:.3f} with it.",
-        *training(found),
+        f"From layer 0 to {depth} the probe loses {fall[0]:.3f} before visual training, "
+        f"{fall[1]:.3f} after training without PRe and {fall[2]:.3f} with it.",
+        *training(results),
         effect(
             f"Linear probe, mean of layers {layer} to {depth}",
             deep("without", "probe"),
@@ -117,14 +119,15 @@ def conclusion(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def training(found: dict[str, Any]) -> list[str]:
+def training(results: dict[str, Any]) -> list[str]:
     """Those of the conclusions that are not about depth."""
-    runs = found["seeds"]
+    runs = results["seeds"]
     curves = [run["with"]["train_pre_loss"] for run in runs]
     first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
     verb = "fell" if last < first else "did not fall"
     return [
-        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over the last 5.",
+        f"L_PRe {verb} in training with PRe: {first:.3f} over the first 5 steps, {last:.3f} over "
+        "the last 5.",
         effect(
             "Task accuracy",
             [r["without"]["accuracy"] for r in runs],
@@ -133,15 +136,16 @@ def training(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def document(found: dict[str, Any]) -> dict[str, Any]:
-    """The same as what `diagnostics.report.html` shows, each seed a run."""
-    settings, seeds = found["settings"], found["seeds"]
+def document(results: dict[str, Any]) -> dict[str, Any]:
+    """The same as a document for `diagnostics.report.page.html`, each seed a run."""
+    settings = results["settings"]
+    seeds = results["seeds"]
     layers = range(settings["layers"] + 1)
 
-    def rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-        names = {name: column for name, column in COLUMNS.items() if name in figures}
+    def rows(lists: dict[str, Any]) -> list[dict[str, Any]]:
+        names = {name: metric for name, metric in METRICS.items() if name in lists}
         return [
-            {"layer": n} | {column: figures[name][n] for name, column in names.items()}
+            {"layer": n} | {metric: lists[name][n] for name, metric in names.items()}
             for n in layers
         ]
 
@@ -167,30 +171,30 @@ def document(found: dict[str, Any]) -> dict[str, Any]:
             }
             for n, seed in enumerate(seeds)
         ],
-        "findings": training(found),
+        "findings": training(results),
         "notes": [
-            caption(found),
+            caption(results),
             "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         ],
         "data": {"images": settings["test_scenes"], "masks": "the patches of each digit"},
-    } | {name: found[name] for name in ("device", "versions", "date")}
+    } | {name: results[name] for name in ("device", "versions", "date")}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(found)]
-    lines += ["", caption(found), "", *(f"- {sentence}" for sentence in conclusion(found)), ""]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
+    lines += ["", caption(results), "", *(f"- {sentence}" for sentence in conclusion(results)), ""]
     return "\n".join(lines)
 
 
-def save(found: dict[str, Any], folder: Path) -> list[Path]:
+def save(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write demo.json, demo.md, demo.png and demo.html; returns their paths."""
-    from .picture import draw
+    from .plot import draw
 
     paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]
-    shown = document(found)
-    paths[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(found), encoding="utf-8")
+    shown = document(results)
+    paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(markdown(results), encoding="utf-8")
     draw(shown, paths[2])
     paths[3].write_text(page.html(shown), encoding="utf-8")
     return paths

@@ -1,4 +1,4 @@
-"""`pre-kernels demo`: run the comparison, show and save what it found."""
+"""`pre-kernels demo`: run the comparison, show and save its results."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ def run(
     restore = quiet()
     try:
         with bars(console) as bar:
-            found = compare(settings, device, bar, jobs, out)
+            results = compare(settings, device, bar, jobs, out)
     finally:
         restore()
 
     table = Table(*HEADER, title="A tiny LLaVA on scenes of handwritten digits")
-    for row in cells(found):
+    for row in cells(results):
         table.add_row(*row)
     console.print(table)
-    console.print(caption(found), style="dim")
+    console.print(caption(results), style="dim")
     console.print()
-    for sentence in conclusion(found):
+    for sentence in conclusion(results):
         console.print(f"• {sentence}")
     console.print()
     for path, what in zip(
-        save(found, out), ("all numbers", "the table", "the curves", "the report"), strict=True
+        save(results, out), ("all numbers", "the table", "the curves", "the report"), strict=True
     ):
         console.print(f"{what}: {path}", soft_wrap=True)
-    models, scenes = out / "models", out / "scenes"
+    models = out / "models"
+    scenes = out / "scenes"
     console.print("more of seed 0's models, layer by layer:")
     more = [
         models / "without",
@@ -56,4 +57,4 @@ def run(
     ]
     command = shlex.join(map(str, ["pre-kernels", "diagnose", *more, "--out", out / "diagnosis"]))
     console.print(f"  {command}", soft_wrap=True, markup=False)
-    return found
+    return results

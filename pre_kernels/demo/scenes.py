@@ -9,9 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-DIGIT = 8  # pixels along a side of scikit-learn's handwritten digits
-PATCH = 4  # pixels along a side of a patch: a digit covers 2 x 2 patches
-GRID = 3  # digits along a side of a scene
+# pixels along a side of scikit-learn's handwritten digits
+DIGIT = 8
+# pixels along a side of a patch: a digit covers 2 x 2 patches
+PATCH = 4
+# digits along a side of a scene
+GRID = 3
 SIDE = GRID * DIGIT
 PATCHES = (SIDE // PATCH) ** 2
 OBJECTS = GRID * GRID

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class Settings:
     """Everything that a run depends on besides its seed and the installed versions."""
 
-    seeds: int = 2  # runs 0 .. seeds - 1
+    seeds: int = 2  # the runs are of seeds 0 .. seeds - 1
     weight: float = 0.5  # λ
-    layer: int | None = None  # None: half of the decoder's
+    layer: int | None = None  # None: half the decoder's depth
 
     width: int = 64
     layers: int = 8
@@ -20,18 +20,17 @@ class Settings:
     align_steps: int = 30  # LLaVA's first stage: projector only
     tune_steps: int = 400  # LLaVA's second stage: projector and LLM
     batch: int = 32
-    tune_batch: int = 16  # of both of LLaVA's stages
-    text_length: int = 64  # bytes
+    tune_batch: int = 16  # the batch in both of LLaVA's stages
+    text_length: int = 64  # in bytes
     text_bytes: int = 2_000_000
     vision_rate: float = 2e-3
     text_rate: float = 3e-3
-    align_rate: float = (
-        3e-4  # a tenth of the text's, as LLaVA also tunes gently: what the LLM knows is to stay
-    )
+    # A tenth of the text's: LLaVA also tunes gently, so that the LLM keeps what it knows.
+    align_rate: float = 3e-4
     tune_rate: float = 3e-4
     train_scenes: int = 4000
     test_scenes: int = 500  # as many again to fit probes and predictors on
-    readout_steps: int = 200  # of the predictors that are fitted after training
+    readout_steps: int = 200  # for the predictors that are fitted after training
 
     @property
     def pre_layer(self) -> int:

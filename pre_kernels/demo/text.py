@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .scenes import MIDDLE, PATCHES, Scenes
 
-IMAGE, BEGIN, VOCABULARY = (
-    256,
-    257,
-    258,
-)  # ids after those of the 256 bytes, and how many ids there are
+# ids after those of the 256 bytes, and how many ids there are
+IMAGE = 256
+BEGIN = 257
+VOCABULARY = 258
 QUESTION = b" middle odd? "
-IGNORED = -100  # label of tokens without a loss
+# the label of tokens without a loss
+IGNORED = -100
 
 
 def library_source(limit: int) -> Tensor:

@@ -56,12 +56,14 @@ def train_stage(
             seed=seed,
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # nn.DataParallel would gain nothing at this size
+            # nn.DataParallel would gain nothing at this size.
+            arguments._n_gpu = 1
+        numbers: Any = list(range(len(scenes)))
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=list(range(len(scenes))),  # type: ignore[arg-type]
-            data_collator=lambda index: visual_batch(scenes, torch.tensor(index)),
+            train_dataset=numbers,
+            data_collator=lambda batch: visual_batch(scenes, torch.tensor(batch)),
             callbacks=[_Advance(advance)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -74,7 +76,8 @@ class _Advance(TrainerCallback):
     """Moves a progress bar on."""
 
     def __init__(self, advance: Advance) -> None:
-        self.advance, self.loss = advance, float("nan")
+        self.advance = advance
+        self.loss = float("nan")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.loss = logs.get("loss", self.loss)

@@ -15,9 +15,10 @@ from threadpoolctl import threadpool_limits
 
 from .model import Advance
 
-# a bar on screen: told its name and number of steps, gives the function that moves it on
+# Makes a bar on the screen of a name and a number of steps; gives the function that moves it on.
 Bar = Callable[[str, int], AbstractContextManager[Advance]]
-# what a process tells of its bar: (seed, name and steps | the loss of one step | None at its end)
+# The queue in which a process tells of its bar. An event is (seed, what), where `what` is the bar's
+# name and steps at its beginning, the loss of each step, and None at its end.
 _events: Any = None
 
 
@@ -28,10 +29,10 @@ def each_seed(
     in this one."""
     if jobs == 1:
         return [run(seed, *arguments, bar) for seed in range(seeds)]
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a forked child would inherit thread pools without their threads
-    events = context.SimpleQueue()  # writes at once, so what a seed tells comes before its end
+    # A forked child would inherit thread pools without their threads.
+    context = multiprocessing.get_context("spawn")
+    # A SimpleQueue writes at once, so that what a seed tells comes before its end.
+    events = context.SimpleQueue()
     shown: dict[int, tuple[AbstractContextManager[Advance], Advance]] = {}
     with ProcessPoolExecutor(jobs, context, _begin, (events,)) as pool:
         futures = [pool.submit(_run, run, seed, arguments) for seed in range(seeds)]
@@ -56,17 +57,19 @@ def each_seed(
 
 def quiet() -> Callable[[], None]:
     """One thread and no chatter in this process; returns what puts both back."""
-    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(
-        1
-    )  # more gain nothing at this width, and take several times as long on a busy machine
-    limits = threadpool_limits(1)  # the same for scikit-learn's probes
+    log: Any = transformers.logging
+    verbosity = log.get_verbosity()
+    threads = torch.get_num_threads()
+    log.set_verbosity_error()
+    # More threads gain nothing at this width, and take several times as long on a busy machine.
+    torch.set_num_threads(1)
+    # the same for the thread pools of numpy and scipy
+    limits = threadpool_limits(1)
 
     def restore() -> None:
         limits.unregister()
         torch.set_num_threads(threads)
-        transformers.logging.set_verbosity(verbosity)
+        log.set_verbosity(verbosity)
 
     return restore
 

@@ -1,8 +1,8 @@
 """What the paper measures on hidden states of visual tokens (arXiv 2603.20808): pure functions of
 tensors, a model's images through them, along a training too.
 
-`measures` knows no model. What `run` has is imported when it is asked for: `load_samples`, `Sample`,
-`measure` and `LayerCallback`, which needs transformers.
+`measures` knows no model. What `run` has is imported when it is first asked for: `load_samples`,
+`Sample`, `measure` and `LayerCallback`, which needs transformers.
 """
 
 import importlib
@@ -49,6 +49,7 @@ __all__ = [
     "spatial_contrast",
 ]
 
+# the module in `run` of each name that is imported when it is first asked for
 _RUN = {
     "LayerCallback": "callback",
     "Sample": "measure",

@@ -1,1 +1,2 @@
-"""The fused loss: the autograd Function, its operators, the loop over chunks and its implementations."""
+"""The fused loss: the autograd Function, its operators, the loop over chunks and its
+implementations."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import Options, Problem
+from ..problem import Options, Problem
 from . import ops
 
 INSTEAD = "reference.pre_loss, the equations in plain PyTorch, does"
@@ -50,27 +51,32 @@ class _PreLoss(torch.autograd.Function):
         tensors = (hidden, w1, b1, w2, b2, anchor, rows, weight, normalizer)
         wanted = list(ctx.needs_input_grad[:5]) if grad_enabled else [False] * 5
         recompute = recomputes(Options(*options))
-        token = hidden.new_empty(0)  # what `_Once` hangs on
-        loss, divisor, place, dh, *sums = ops.call(
+        token = hidden.new_empty(0)  # an output, by which `_Once` reaches this node of the graph
+        loss, divisor, scatter_map, dh, *sums = ops.call(
             "loss", *tensors, [False] * 5 if recompute else wanted, impl, *options
         )
         if any(wanted):
-            ctx.options, ctx.impl, ctx.wanted, ctx.recompute = options, impl, wanted, recompute
+            ctx.options = options
+            ctx.impl = impl
+            ctx.wanted = wanted
+            ctx.recompute = recompute
             ctx.dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:5]]
-            ctx.total, ctx.all_rows = hidden.shape[0], rows is None
+            ctx.total = hidden.shape[0]
+            ctx.all_rows = rows is None
             if recompute:
-                # a copy of the rows: the caller may reuse the tensor before the backward
+                # The rows are copied: the caller may reuse the tensor before the backward.
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(
                     *tensors[:5], _constant(anchor), rows, _constant(weight), divisor, token
                 )
             else:
-                ctx.save_for_backward(place, dh, *sums, token)
-        # torch.compile wants to see them leave: their first size may be one that only the device
-        # knows
-        ctx.mark_non_differentiable(dh, place)
-        ctx.set_materialize_grads(False)  # no zeros of dH's size as their gradients
-        return loss, dh, place, token
+                ctx.save_for_backward(scatter_map, dh, *sums, token)
+        # dH and the scatter map are outputs because under torch.compile their first size may depend
+        # on data, and such a size must not stay hidden in ctx.
+        ctx.mark_non_differentiable(dh, scatter_map)
+        # Otherwise autograd would make zeros of dH's size, as the gradient of that output.
+        ctx.set_materialize_grads(False)
+        return loss, dh, scatter_map, token
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -83,11 +89,11 @@ class _PreLoss(torch.autograd.Function):
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:
-                place, *sums, token = ctx.saved_tensors
-                place = None if ctx.all_rows else place
+                scatter_map, *sums, token = ctx.saved_tensors
+                scatter_map = None if ctx.all_rows else scatter_map
                 grads = ops.rescaled(
                     upstream,
-                    place,
+                    scatter_map,
                     sums,
                     ctx.total,
                     *ctx.dtypes,
@@ -96,27 +102,29 @@ class _PreLoss(torch.autograd.Function):
                 )
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [None if grad is None else _Once.apply(grad, upstream, token) for grad in grads]
+            once: Callable[..., Tensor] = _Once.apply
+            grads = [None if grad is None else once(grad, upstream, token) for grad in grads]
         return (*grads, *(None,) * 7)
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
     """As it is, or a copy that autograd can save: anchors may come from an encoder under inference
     mode."""
-    if tensor is None or torch.compiler.is_compiling():  # which cannot ask, and need not
+    # A compiler cannot ask whether a tensor is of inference mode, and need not.
+    if tensor is None or torch.compiler.is_compiling():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _donated(upstream: Tensor) -> bool:
-    """Whether nobody asks again for what this backward was given: it may become the gradients."""
+    """Whether this backward may scale the saved gradients where they lie, as nobody will ask for
+    them again."""
     if torch.compiler.is_compiling():
         return False
-    # `is_grads_batched`, and `torch.func.vmap` around `autograd.grad`: several gradients of what
-    # lies there once
-    if torch._C._functorch.is_legacy_batchedtensor(
-        upstream
-    ) or torch._C._functorch.is_batchedtensor(upstream):
+    # Under `is_grads_batched`, or `torch.func.vmap` around `autograd.grad`, one backward returns
+    # several gradients, and the memory holds one.
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -144,15 +152,16 @@ class _Once(torch.autograd.Function):
 
 def pre_loss(problem: Problem, impl: str) -> Tensor:
     """The loss of a checked problem, computed by `impl`."""
-    if (
-        not torch.compiler.is_compiling()
-    ):  # which would take these questions, or a `jvp` that raises, for a graph break
+    # torch.compile would take these questions, or a `jvp` that raises, for a graph break.
+    if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 f"fused_pre_loss: does not run under a transform of torch.func; {INSTEAD}"
             )
         if forward_ad._current_level >= 0 and any(_dual(tensor) for tensor in problem[:5]):
             raise NotImplementedError(f"fused_pre_loss: has no forward-mode derivative; {INSTEAD}")
-    # inside forward grad mode is always off, and needs_input_grad stays True
-    loss, *_ = _PreLoss.apply(*problem[:9], tuple(problem.options), impl, torch.is_grad_enabled())
+    # Grad mode is passed on because inside `forward` it is always off, and needs_input_grad says
+    # nothing of it.
+    apply: Callable[..., tuple[Tensor, ...]] = _PreLoss.apply
+    loss, *_ = apply(*problem[:9], tuple(problem.options), impl, torch.is_grad_enabled())
     return loss

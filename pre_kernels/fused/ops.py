@@ -15,34 +15,43 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import Options, Problem
+from ..problem import Options, Problem
 from .sweep import Gradients, Selection, Steps, allocate, sweep
 
+# The parts of the operators' schemas.
 TENSORS = (
-    "Tensor hidden, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor anchor, Tensor? rows, Tensor? weight, "
-    "Tensor? normalizer"
+    "Tensor hidden, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor anchor, Tensor? rows, "
+    "Tensor? weight, Tensor? normalizer"
 )
 OPTIONS = (
-    "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, bool anchor_compact, "
-    "bool weight_compact, float? divisor, int? workspace, SymInt? capacity, str? precision"
+    "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, "
+    "bool anchor_compact, bool weight_compact, float? divisor, int? workspace, SymInt? capacity, "
+    "str? precision"
 )
-DTYPES = "SymInt total, ScalarType hidden, ScalarType w1, ScalarType b1, ScalarType w2, ScalarType b2, str impl"
-FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+DTYPES = (
+    "SymInt total, ScalarType hidden, ScalarType w1, ScalarType b1, ScalarType w2, ScalarType b2, "
+    "str impl"
+)
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 LIBRARY = torch.library.Library("pre_kernels", "DEF")
 LIBRARY.define(
-    f"loss({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"loss({TENSORS}, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {FIVE}")
 LIBRARY.define(
-    "rescale(Tensor upstream, Tensor? place, Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
-    f"{DTYPES}) -> {FIVE}"
+    f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {GRADIENTS}"
 )
-# what has its gradient's shape and dtype already is scaled where it lies, and an empty tensor
-# returned for it
 LIBRARY.define(
-    "rescale_(Tensor upstream, Tensor? place, Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
-    f"{DTYPES}) -> {FIVE}"
+    "rescale(Tensor upstream, Tensor? scatter_map, "
+    f"Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, {DTYPES}) -> {GRADIENTS}"
+)
+# A gradient that has its final shape and dtype already is scaled where it lies, and an empty tensor
+# is returned for it.
+LIBRARY.define(
+    "rescale_(Tensor upstream, Tensor? scatter_map, "
+    "Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
+    f"{DTYPES}) -> {GRADIENTS}"
 )
 
 
@@ -66,15 +75,17 @@ def _problem(tensors: Sequence[Any], options: Sequence[Any]) -> Problem:
 
 
 def _prepared(problem: Problem) -> Problem:
-    """Contiguous weights and the dtypes that the steps count on; nothing is copied that is so
-    already."""
-    wide, device = problem.loss_dtype, problem.hidden.device
-    weight, normalizer = problem.weight, problem.normalizer
+    """The problem with contiguous row weights and the dtypes that the steps count on; what has them
+    already is not copied."""
+    accum_dtype = problem.loss_dtype
+    device = problem.hidden.device
+    weight = problem.weight
+    normalizer = problem.normalizer
     return problem._replace(
-        weight=None if weight is None else weight.to(wide).contiguous(),
+        weight=None if weight is None else weight.to(accum_dtype).contiguous(),
         normalizer=None
         if normalizer is None
-        else normalizer.to(device, wide, non_blocking=device.type != "cpu"),
+        else normalizer.to(device, accum_dtype, non_blocking=device.type != "cpu"),
     )
 
 
@@ -88,20 +99,22 @@ def _select(steps: type[Steps], problem: Problem) -> Selection:
     return selection
 
 
-def _outputs(like: Tensor, tensors: Any) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one stands for None."""
+def _empty_if_none(like: Tensor, tensors: Any) -> tuple[Tensor, ...]:
+    """What an operator returns: it cannot return None, so an empty tensor stands for it."""
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
-def _given(tensor: Tensor) -> Tensor | None:
+def _none_if_empty(tensor: Tensor) -> Tensor | None:
+    """The reverse of `_empty_if_none`."""
     return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """loss, D, what `scatter` wants, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient
-    of 1."""
+    """loss, D, the scatter map, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient of
+    1."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
-    problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
+    problem = _prepared(_problem(tensors, options))
+    steps = steps_of(impl)
     selection = _select(steps, problem)
     losses = problem.hidden.new_empty(selection.capacity, dtype=problem.loss_dtype)
     divisor = steps.divisor(problem, selection)
@@ -109,88 +122,100 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     loss = (
         losses if problem.options.reduction == "none" else steps.reduce(selection, losses, divisor)
     )
-    return _outputs(problem.hidden, (loss, divisor, selection.place, *grads))
+    return _empty_if_none(problem.hidden, (loss, divisor, selection.scatter_map, *grads))
 
 
 def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients of `upstream`, by another pass over the rows."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
-    problem, steps = _prepared(_problem(tensors, options)), steps_of(impl)
+    problem = _prepared(_problem(tensors, options))
+    steps = steps_of(impl)
     selection = steps.select(problem)
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
-    return _five(
-        steps, grads, selection.place, problem.hidden.shape[0], problem.hidden.dtype, dtypes, None
-    )
+    total, dtype = problem.hidden.shape[0], problem.hidden.dtype
+    return _finish(steps, grads, selection.scatter_map, total, dtype, dtypes, None)
 
 
 def _rescale(
-    upstream: Tensor, place: Tensor | None, *arguments: Any, in_place: bool = False
+    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any, in_place: bool = False
 ) -> tuple[Tensor, ...]:
-    grads, (total, hidden, *dtypes, impl) = Gradients(*map(_given, arguments[:5])), arguments[5:]
-    return _five(steps_of(impl), grads, place, total, hidden, tuple(dtypes), upstream, in_place)
+    grads = Gradients(*map(_none_if_empty, arguments[:5]))
+    total, dtype, *dtypes, impl = arguments[5:]
+    steps = steps_of(impl)
+    return _finish(steps, grads, scatter_map, total, dtype, tuple(dtypes), upstream, in_place)
 
 
 def _rescale_in_place(
-    upstream: Tensor, place: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    scaled = _rescale(upstream, place, *arguments, in_place=True)
-    # an operator may not return what it was given
+    scaled = _rescale(upstream, scatter_map, *arguments, in_place=True)
+    # An operator may not return one of its arguments.
     return tuple(
-        x.new_empty(0) if x is given else x for x, given in zip(scaled, arguments[:5], strict=True)
+        x.new_empty(0) if x is grad else x for x, grad in zip(scaled, arguments[:5], strict=True)
     )
 
 
 def rescaled(
-    upstream: Tensor, place: Tensor | None, grads: Sequence[Tensor], *rest: Any, in_place: bool
+    upstream: Tensor,
+    scatter_map: Tensor | None,
+    grads: Sequence[Tensor],
+    *rest: Any,
+    in_place: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of an upstream gradient of 1, scaled; `in_place`: in the memory of `grads`, as
-    far as possible."""
+    """`grads`, which are those of an upstream gradient of 1, times `upstream`; `in_place`: in their
+    memory as far as possible."""
     if not in_place:
-        return torch.ops.pre_kernels.rescale(upstream, place, *grads, *rest)
-    scaled = call("rescale_", upstream, place, *grads, *rest)
-    return tuple(grad if _given(x) is None else x for x, grad in zip(scaled, grads, strict=True))
+        fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(
+            upstream, scatter_map, *grads, *rest
+        )
+        return fresh
+    scaled = call("rescale_", upstream, scatter_map, *grads, *rest)
+    return tuple(
+        grad if _none_if_empty(x) is None else x for x, grad in zip(scaled, grads, strict=True)
+    )
 
 
-def _five(
+def _finish(
     steps: type[Steps],
     grads: Gradients,
-    place: Tensor | None,
+    scatter_map: Tensor | None,
     total: int,
     dtype: torch.dtype,
     dtypes: tuple[torch.dtype, ...],
     upstream: Tensor | None,
     in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    dh = (
-        None
-        if grads.hidden is None
-        else steps.scatter(grads.hidden, place, total, dtype, upstream, in_place)
-    )
+    """The five gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is None."""
+    dh = None
+    if grads.hidden is not None:
+        dh = steps.scatter(grads.hidden, scatter_map, total, dtype, upstream, in_place)
     like = next(x for x in grads if x is not None)
-    return _outputs(like, (dh, *steps.scale(grads, dtypes, upstream, in_place)))
+    return _empty_if_none(like, (dh, *steps.scale(grads, dtypes, upstream, in_place)))
 
 
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
-    problem, steps = _problem(tensors, options), steps_of(impl)
+    problem = _problem(tensors, options)
+    steps = steps_of(impl)
     layout = steps.layout(problem)
     capacity: Any = problem.bound
     shapes_something = layout.spread or wanted[0] or problem.options.reduction == "none"
     if problem.masked and (impl == "torch" or problem.count_on_host) and shapes_something:
         capacity = torch.library.get_ctx().new_dynamic_size()
-    new, wide = problem.hidden.new_empty, problem.loss_dtype
+    new = problem.hidden.new_empty
+    accum_dtype = problem.loss_dtype
     grads = allocate(problem, layout, capacity, wanted)
     if problem.rows is None:
-        place = new(0)
-    else:
-        place = (
-            new(capacity, dtype=torch.int64)
-            if layout.spread
-            else new(problem.hidden.shape[0], dtype=torch.int32)
-        )
+        scatter_map = new(0)
+    elif layout.spread:  # the torch steps: the index itself
+        scatter_map = new(capacity, dtype=torch.int64)
+    else:  # the Triton steps: the inverse of the index
+        scatter_map = new(problem.hidden.shape[0], dtype=torch.int32)
     shape = (capacity,) if problem.options.reduction == "none" else ()
-    return _outputs(problem.hidden, (new(shape, dtype=wide), new((), dtype=wide), place, *grads))
+    loss, divisor = new(shape, dtype=accum_dtype), new((), dtype=accum_dtype)
+    return _empty_if_none(problem.hidden, (loss, divisor, scatter_map, *grads))
 
 
 def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -201,7 +226,9 @@ def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> 
     )
 
 
-def _fake_rescale(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_rescale(
+    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     grads, (total, *dtypes, _) = arguments[:5], arguments[5:]
     shapes = [
         (total, grads[0].shape[-1]),
@@ -211,19 +238,19 @@ def _fake_rescale(upstream: Tensor, place: Tensor | None, *arguments: Any) -> tu
         grads[4].shape[1:],
     ]
     return tuple(
-        x.new_empty(0 if _given(x) is None else shape, dtype=dtype)
+        x.new_empty(0 if _none_if_empty(x) is None else shape, dtype=dtype)
         for x, shape, dtype in zip(grads, shapes, dtypes, strict=True)
     )
 
 
 def _fake_rescale_in_place(
-    upstream: Tensor, place: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    fresh = _fake_rescale(upstream, place, *arguments)
-    lies = [place is None or arguments[-1] == "torch", True, False, True, False]
+    fresh = _fake_rescale(upstream, scatter_map, *arguments)
+    keeps_shape = [scatter_map is None or arguments[-1] == "torch", True, False, True, False]
     return tuple(
-        x.new_empty(0) if stays and x.dtype == given.dtype else x
-        for x, given, stays in zip(fresh, arguments[:5], lies, strict=True)
+        x.new_empty(0) if stays and x.dtype == grad.dtype else x
+        for x, grad, stays in zip(fresh, arguments[:5], keeps_shape, strict=True)
     )
 
 
@@ -235,14 +262,16 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-# no tensors of somebody's own kind, and no symbols
+# The types of arguments that the dispatcher does nothing about: no subclass of Tensor, no symbol.
 PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
 
 
 def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """An operator, without grad mode; the function behind it where no mode, profiler or tensor of
-    its own kind sees operators: a small call on a CPU spends a tenth of its time in the
-    dispatcher."""
+    """Call an operator, with grad mode off.
+
+    Where no mode, profiler or subclass of Tensor watches operators, the function behind it is
+    called instead: a small call on a CPU spends a tenth of its time in the dispatcher.
+    """
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -251,13 +280,15 @@ def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
         or torch._C._autograd._profiler_enabled()
         or not PLAIN.issuperset(map(type, arguments))
     )
-    return (getattr(torch.ops.pre_kernels, name) if watched else OPERATORS[name][0])(*arguments)
+    function = getattr(torch.ops.pre_kernels, name) if watched else OPERATORS[name][0]
+    outputs: tuple[Tensor, ...] = function(*arguments)
+    return outputs
 
 
 def _constant(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Without grad mode, which an exported program's call may have on, with parameters that require
-    grad. It is off in `autograd.Function`, where turning it off again would take the host as long
-    as a launch."""
+    """`real` with grad mode off: an exported program may call it with grad mode on and parameters
+    that require grad. Inside `autograd.Function` it is off already, and turning it off again would
+    take the host as long as a launch."""
 
     def call(*arguments: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

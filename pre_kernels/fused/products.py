@@ -9,24 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-COPIED_ROWS = (
-    1024  # of half precision that are copied to float32 at a time, into memory that is used again
-)
+# So many rows of half precision are copied to float32 at a time, into memory that is used again.
+COPIED_ROWS = 1024
 
 
 def _half_units() -> str | None:
     """What makes this CPU's bfloat16 products faster than its float32 ones; None if nothing
     does."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        # a build without oneDNN, as Apple's, lacks the question too
+        # A build without oneDNN, such as Apple's, cannot answer the question either.
         known = (
             torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
         return "bf16 instructions" if known else None
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
-    # twice the products of float32 a cycle on AMD's; on Intel's without AMX they take 1.9 times as
-    # long as float32 ones
+    # AMD's do twice as many products a cycle as in float32; on Intel's without AMX products take
+    # 1.9 times as long as in float32.
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() and _is_amd() else None
 
 
@@ -86,8 +85,8 @@ def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
 
 @lru_cache
 def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
-    """Whether the library does so: older versions refuse the dtypes of a sum, and cuBLAS those of
-    float16 where `allow_fp16_accumulation` is set."""
+    """Whether the library does what `_widened` asks: older versions refuse the dtypes of a sum, and
+    cuBLAS those of float16 where `allow_fp16_accumulation` is set."""
     total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
     try:
         _widened(total, x, x, first)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import Problem
+from ..problem import Problem
 from .kernels.quantize import Quantized, quantize_weights
 from .products import add_product, linear, scaled_linear
 from .steps_triton import TritonSteps
@@ -14,23 +14,22 @@ from .steps_triton import TritonSteps
 
 class BlasSteps(TritonSteps):
     """A product takes its number of rows from the host. Where only the device knows N, all rows of
-    the capacity take part, zero beyond N: right, but as slow as the capacity is large."""
+    the capacity take part, zero beyond N: the result is right, and costs what the capacity
+    costs."""
 
-    clear = True
+    zero_padding = True
 
     @staticmethod
     def columns(problem: Problem) -> int:
-        # float8 rows take half of a bfloat16 row
-        return TritonSteps.columns(problem) + (
-            max(problem.widths) // 2 if problem.options.precision else 0
-        )
+        # A float8 row takes half the bytes of a bfloat16 row.
+        float8 = max(problem.widths) // 2 if problem.options.precision else 0
+        return TritonSteps.columns(problem) + float8
 
     @staticmethod
-    def apart(problem: Problem) -> int:
+    def fixed_bytes(problem: Problem) -> int:
         d, m, z = problem.widths
-        return TritonSteps.apart(problem) + (
-            2 * m * (d + z) if problem.options.precision else 0
-        )  # float8 weights
+        float8_weights = 2 * m * (d + z) if problem.options.precision else 0
+        return TritonSteps.fixed_bytes(problem) + float8_weights
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -45,7 +44,7 @@ class BlasSteps(TritonSteps):
             )
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
-        # one buffer, since the rows of a pass are used once, by the product after it
+        # One buffer serves all: the rows of a pass are used once, by the product after it.
         return None if self.float8 is None else self.float8.rows(*rows.shape)
 
     def _linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:

@@ -9,19 +9,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import Problem
+from ..problem import Problem
 from .products import add_product, linear
 from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
 aten = torch.ops.aten
 
-MIN_ROWS = 64  # of a chunk, however small the workspace; fewer make poor products
-FEW_ROWS = 512  # whose products lose little to those of more
-IN_CACHE = (
-    1 << 20
-)  # bytes of float32 rows that several passes take in turn, so that they stay in a CPU's cache
+# The rows of a chunk, however small the workspace: products of fewer rows are slow.
+MIN_ROWS = 64
+# Products of this many rows are nearly as fast per row as those of more.
+FEW_ROWS = 512
+# Several passes over a chunk take this many bytes of float32 rows in turn, so that the rows stay in
+# a CPU's cache from one pass to the next.
+IN_CACHE = 1 << 20
 
-# (forward, backward) into `out`; the backward takes (dG, Z)
+# Each activation forward and backward, into `out`; the backward takes (dG, Z).
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "gelu": (aten.gelu.out, aten.gelu_backward.grad_input),
     "gelu_tanh": (
@@ -34,30 +36,32 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    """-cos; as in `F.cosine_similarity` both norms are clamped at eps, and the derivative of p's
-    norm is not."""
+    """-cos(p, a). As in `F.cosine_similarity` both norms are clamped at eps, and the derivative of
+    p's norm is not."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
     p.div_(p_norm)
     a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
-    # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the rounding of
-    # r, not of 1
-    near = torch.linalg.vecdot(p, a).unsqueeze(1)
+    # From here on p is the unit vector u. Split the unit anchor into near · u, its part along p,
+    # and a residual r. For nearly parallel vectors r is tiny, and u · r is accurate to eps · |r|,
+    # where the cosine itself is accurate to eps only. The derivation is in docs/numerics.md, "The
+    # cosine".
+    near: Tensor = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
-    part = torch.linalg.vecdot(p, r).unsqueeze(1)
-    if (
-        norm.device.type == "cpu" and norm.min() >= 1e-8
-    ):  # where nobody waits for it, the answer saves a few passes
-        cosine, along = near + part, part
+    part: Tensor = torch.linalg.vecdot(p, r).unsqueeze(1)
+    # Where no norm was clamped a few passes are saved; on a CPU asking makes nobody wait.
+    if norm.device.type == "cpu" and norm.min() >= 1e-8:
+        cosine = near + part
+        along = part
     else:
-        length = torch.where(
-            norm < p_norm, norm / p_norm, 1.0
-        )  # of p by now; an infinite norm has left zeros
+        # |u| is less than 1 where the norm was clamped. An infinite norm has left zeros, and the
+        # formula for 1 is taken.
+        length = torch.where(norm < p_norm, norm / p_norm, 1.0)
         cosine = near * length.square() + part
-        # below eps the norm is a constant, and a zero row has no direction
+        # A row of zeros has no direction.
         along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
     if grad:
-        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
+        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p| = (along · u - r) / |p|
         scale = coefficient / p_norm
         p.mul_(along * scale).addcmul_(r, scale, value=-1)
     return -cosine
@@ -65,7 +69,7 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
 
 def _mse(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
     p.sub_(a)
-    loss = torch.linalg.vecdot(p, p).unsqueeze(1) / p.shape[1]
+    loss: Tensor = torch.linalg.vecdot(p, p).unsqueeze(1) / p.shape[1]
     if grad:
         p.mul_(coefficient * (2 / p.shape[1]))
     return loss
@@ -74,40 +78,45 @@ def _mse(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tenso
 def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
     p.sub_(a)
     slope = p.clamp(-1, 1)
-    loss = torch.linalg.vecdot(slope, p.sub_(slope, alpha=0.5)).unsqueeze(1) / p.shape[1]
+    loss: Tensor = torch.linalg.vecdot(slope, p.sub_(slope, alpha=0.5)).unsqueeze(1) / p.shape[1]
     if grad:
         torch.mul(slope, coefficient * (1 / p.shape[1]), out=p)
     return loss
 
 
-# (n, 1) losses of float32 (or wider) rows, which are overwritten; with `grad`, p becomes
-# coefficient · dℓ/dp
+# Each returns the (n, 1) losses of float32 or wider rows p and a. Both are overwritten: with `grad`
+# p becomes coefficient · dℓ/dp.
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
     @staticmethod
     def workspace(device: torch.device, dtype: torch.dtype) -> int:
-        """Bytes of a chunk's buffers, at most, for products in `dtype`. In float32 chunks cost a
-        CPU nothing; in half precision several chunks cost float32 products of the weights'
-        gradients."""
+        """The most bytes that a chunk's buffers take, for products in `dtype`.
+
+        In float32 chunks cost a CPU nothing; in half precision several chunks make it take the
+        products of the weights' gradients in float32.
+        """
         if device.type != "cpu":
             return 256 << 20
         return (32 if dtype.itemsize > 2 else 512) << 20
 
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
-        (d, m, z), hidden, dtype = problem.widths, problem.hidden, problem.options.dtype
+        d, m, z = problem.widths
+        hidden = problem.hidden
+        dtype = problem.options.dtype
         budget = problem.options.workspace or cls.workspace(hidden.device, dtype)
         rows = budget // ((d + 2 * m + z) * dtype.itemsize)
-        # float16 is too narrow for gradients that GradScaler's factor is still missing from
+        # float16 is too narrow for gradients before GradScaler's factor is in them.
         narrow = hidden.dtype == torch.float16 and dtype != torch.float16
         spread = problem.loss_dtype if narrow else hidden.dtype
         return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
-        most, options = layout.rows, problem.options
+        most = layout.rows
+        options = problem.options
         if (
             options.workspace is None
             and options.dtype == problem.loss_dtype
@@ -121,34 +130,36 @@ class TorchSteps:
         rows = problem.rows
         if rows is None:
             return Selection(None, None, None, problem.hidden.shape[0])
-        # a copy: the caller may reuse the tensor before the backward
+        # The rows are copied: the caller may reuse the tensor before the backward.
         index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
         return Selection(index, index, None, index.shape[0])
 
     def __init__(self, work: Work) -> None:
-        problem, selection, chunk = work.problem, work.selection, work.chunk
-        self.problem, self.index, self.losses, self.grads = (
-            problem,
-            selection.index,
-            work.losses,
-            work.grads,
-        )
+        self.problem = problem = work.problem
+        selection = work.selection
+        chunk = work.chunk
+        self.index = selection.index
+        self.losses = work.losses
+        self.grads = work.grads
         self.needs_dp = any(grad is not None for grad in self.grads)
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
         self.weight = None if self.losses is None else _weight(problem, selection)
-        (d, m, z), dtype, wide = problem.widths, problem.options.dtype, problem.loss_dtype
-        hidden, dh = problem.hidden, self.grads.hidden
+        d, m, z = problem.widths
+        dtype = problem.options.dtype
+        accum_dtype = problem.loss_dtype
+        hidden = problem.hidden
+        dh = self.grads.hidden
 
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
             return hidden.new_empty(rows, columns, dtype=dtype)
 
-        # products of rows that are no rows in memory add up one term after another: small ones are
-        # twice as wrong
+        # Products of rows that are not contiguous add up one term after another, which makes small
+        # ones twice as wrong.
         as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
         self.h = None if as_given else buffer(chunk, d)
         self.z, self.g = buffer(chunk, m), buffer(chunk, m)
-        # with one chunk dP is gone before dH is written, and P may lie there
+        # With a single chunk dP is used up before dH is written, so P may lie in dH's memory.
         if (
             dh is not None
             and dh.dtype == dtype
@@ -160,17 +171,15 @@ class TorchSteps:
             self.p = buffer(chunk, z)
         on_cpu = hidden.device.type == "cpu"
         self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
-        self.wide_p = None if wide == dtype else buffer(self.block, z, wide)
-        self.a = buffer(self.block, z, wide)
+        self.wide_p = None if accum_dtype == dtype else buffer(self.block, z, accum_dtype)
+        self.a = buffer(self.block, z, accum_dtype)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         """The chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
-        return (
-            _part(hidden, start, stop)
-            if self.h is None
-            else _take(hidden, self.index, start, stop, self.h)
-        )
+        if self.h is None:
+            return _part(hidden, start, stop)
+        return _take(hidden, self.index, start, stop, self.h)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
@@ -182,13 +191,16 @@ class TorchSteps:
 
     def row_loss(self, start: int, stop: int) -> None:
         linear(self.g_rows, self.w2, self.b2, self.p_rows)
-        row_loss, options = ROW_LOSSES[self.problem.options.loss], self.problem.options
-        anchor, index = self.problem.anchor, None if options.anchor_compact else self.index
+        options = self.problem.options
+        row_loss = ROW_LOSSES[options.loss]
+        anchor = self.problem.anchor
+        index = None if options.anchor_compact else self.index
+        factor = self.coefficient
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             p = _part(self.p_rows, first - start, last - start)
             wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
-            a, factor = _take(anchor, index, first, last, self.a), self.coefficient
+            a = _take(anchor, index, first, last, self.a)
             losses = row_loss(
                 wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None]
             )
@@ -205,7 +217,7 @@ class TorchSteps:
         add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0, copies=True)
 
     def backproject(self, start: int, stop: int) -> None:
-        torch.mm(self.p_rows, self.w2, out=self.g_rows)  # g itself is no longer needed
+        torch.mm(self.p_rows, self.w2, out=self.g_rows)  # dG, over g, which is no longer needed
         _, backward = ACTIVATIONS[self.problem.options.activation]
         for first in range(0, stop - start, self.block):
             last = min(first + self.block, stop - start)
@@ -223,7 +235,7 @@ class TorchSteps:
         if self.h is None:
             torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
             return
-        torch.mm(self.z_rows, self.w1, out=self.x)  # which is no longer needed
+        torch.mm(self.z_rows, self.w1, out=self.x)  # dH, over x, which is no longer needed
         if self.index is None:
             dh[start:stop].copy_(self.x)
             return
@@ -240,7 +252,8 @@ class TorchSteps:
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
-        options, weight = problem.options, _weight(problem, selection)
+        options = problem.options
+        weight = _weight(problem, selection)
         number: float = 1
         if options.reduction == "mean" and selection.capacity:
             divisor = problem.normalizer
@@ -260,7 +273,7 @@ class TorchSteps:
     @staticmethod
     def scatter(
         dh: Tensor,
-        place: Tensor | None,
+        scatter_map: Tensor | None,
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
@@ -269,11 +282,13 @@ class TorchSteps:
         scale = _factor(upstream)
         out = _scaled(dh, scale, dtype, in_place)
         if (
-            place is not None
+            scatter_map is not None
             and scale is not None
             and not (isinstance(scale, float) and math.isfinite(scale))
         ):
-            others = place.new_ones(total, dtype=torch.bool).index_fill_(0, place, False)
+            others = scatter_map.new_ones(total, dtype=torch.bool).index_fill_(
+                0, scatter_map, False
+            )
             out.masked_fill_(others[:, None], 0)  # 0 · nan is nan
         return out
 
@@ -296,7 +311,8 @@ class TorchSteps:
 
 
 def _part(rows: Tensor, start: int, stop: int) -> Tensor:
-    """A view costs a small call as much as a pass over its rows."""
+    """Rows [start, stop); the tensor itself where that is all of them, since a view costs a small
+    call as much as a pass over its rows."""
     return rows if stop - start == rows.shape[0] else rows[start:stop]
 
 
@@ -330,15 +346,13 @@ def _coefficient(
     problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor
 ) -> Tensor:
     """Factors of the rows' derivatives, (capacity,) or one for all: weight · upstream / divisor."""
-    weight, scale = (
-        _weight(problem, selection),
-        divisor.reciprocal() if upstream is None else upstream / divisor,
-    )
+    weight = _weight(problem, selection)
+    scale = divisor.reciprocal() if upstream is None else upstream / divisor
     return scale if weight is None else scale * weight
 
 
 def _factor(upstream: Tensor | None) -> Tensor | float | None:
-    """A number where reading it makes nobody wait."""
+    """`upstream`, as a number on a CPU, where reading it makes nobody wait."""
     return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import Problem
+from ..problem import Problem
 from .kernels import tiles
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.common import PROGRAMS, RowShape
@@ -19,25 +19,27 @@ from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
 from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
-CHUNK_MULTIPLE = 128  # rows: full tiles
+# Every chunk but the last has a multiple of this many rows, so that its tiles are full.
+CHUNK_MULTIPLE = 128
 
 
 class TritonSteps:
     """Passes over rows between products, all over buffers of a chunk."""
 
-    workspace = (
-        544 << 20
-    )  # bytes: 512 MiB of rows (16,384 of width 4,096 in bf16), their column sums
-    clear = False  # whether rows beyond a count that is on the device have to be zero
+    # Bytes: 512 MiB of rows (16,384 of width 4,096 in bf16) and their column sums.
+    workspace = 544 << 20
+    # True if rows at or beyond a count that only the device knows must be zero, because the
+    # products will read them.
+    zero_padding = False
 
     @staticmethod
     def columns(problem: Problem) -> int:
-        """Of all buffers of a chunk together."""
+        """The columns of all buffers of a chunk together."""
         d, m, z = problem.widths
         return 2 * m + z + (d if _copies(problem) else 0)
 
     @staticmethod
-    def apart(problem: Problem) -> int:
+    def fixed_bytes(problem: Problem) -> int:
         """Bytes of the workspace that do not grow with a chunk: the partial column sums."""
         _, m, z = problem.widths
         return 4 * PROGRAMS * (m + z)
@@ -45,28 +47,30 @@ class TritonSteps:
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
         _, m, z = problem.widths
-        budget = (problem.options.workspace or cls.workspace) - cls.apart(problem)
+        budget = (problem.options.workspace or cls.workspace) - cls.fixed_bytes(problem)
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
-        m, z = (
-            int(m),
-            int(z),
-        )  # under torch.compile they may be symbols, which are no keys of a cache
-        return Layout(rows, (RowShape.of(m).programs(chunk), RowShape.of(z).programs(chunk)))
+        # Under torch.compile the widths may be symbols, which cannot be keys of a cache.
+        slots = (RowShape.of(int(m)).programs(chunk), RowShape.of(int(z)).programs(chunk))
+        return Layout(rows, slots)
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
         if capacity <= layout.rows:
             return capacity
-        (d, m, z), like = problem.widths, problem.hidden
+        d, m, z = problem.widths
+        like = problem.hidden
         part = equal_parts(capacity, layout.rows, CHUNK_MULTIPLE)
-        tile, programs = tiles.largest(like, problem.options.dtype), tiles.multiprocessors(like)
-        return tiles.whole_turns(capacity, layout.rows, part, (m, z, m, d), tile, programs)
+        tile = tiles.largest(like, problem.options.dtype)
+        return tiles.whole_turns(
+            capacity, layout.rows, part, (m, z, m, d), tile, tiles.multiprocessors(like)
+        )
 
     @staticmethod
     def select(problem: Problem) -> Selection:
-        rows, total = problem.rows, problem.hidden.shape[0]
+        rows = problem.rows
+        total = problem.hidden.shape[0]
         if rows is None:
             return Selection(None, None, None, total)
         if not problem.masked:
@@ -76,21 +80,19 @@ class TritonSteps:
             nothing = rows.new_empty(0, dtype=torch.int32)
             return Selection(nothing, nothing, None, 0)
         if not problem.count_on_host:
-            index, place, count = select(rows.contiguous(), problem.bound)
-            return Selection(index, place, count, problem.bound)
-        index, place, count = select(rows.contiguous(), total)
+            index, scatter_map, count = select(rows.contiguous(), problem.bound)
+            return Selection(index, scatter_map, count, problem.bound)
+        index, scatter_map, count = select(rows.contiguous(), total)
         capacity = int(count)
-        return Selection(index[:capacity], place, None, capacity)
+        return Selection(index[:capacity], scatter_map, None, capacity)
 
     def __init__(self, work: Work) -> None:
-        problem, selection = work.problem, work.selection
-        self.problem, self.options, self.losses, self.grads = (
-            problem,
-            problem.options,
-            work.losses,
-            work.grads,
-        )
-        self.index, self.count = selection.index, selection.count
+        self.problem = problem = work.problem
+        self.options = problem.options
+        self.losses = work.losses
+        self.grads = work.grads
+        self.index = work.selection.index
+        self.count = work.selection.count
         self.w1, self.b1, self.w2, self.b2 = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": work.upstream, "divisor": work.divisor}
         d, m, z = problem.widths
@@ -123,11 +125,9 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows, self.g_rows, self.p_rows = (
-            _rows(self.z, 0, n),
-            _rows(self.g, 0, n),
-            _rows(self.p, 0, n),
-        )
+        self.z_rows = _rows(self.z, 0, n)
+        self.g_rows = _rows(self.g, 0, n)
+        self.p_rows = _rows(self.p, 0, n)
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
         self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
@@ -135,13 +135,17 @@ class TritonSteps:
         if self.h is not None or quantized is not None:
             copy = None if self.h is None else self.x
             gather(
-                hidden, copy, index=self.index, clear=self.clear, quantized=quantized, **self.live
+                hidden,
+                copy,
+                index=self.index,
+                zero_padding=self.zero_padding,
+                quantized=quantized,
+                **self.live,
             )
         self._linear(self.x, self.project_1, self.b1, self.z_rows)
         quantized = self._quantized(self.g_rows)
-        count = (
-            None if self.clear else self.count
-        )  # rows that are zero in hidden have a finite g, as they should
+        # With zero padding every row takes part: a row that is zero in hidden has a finite g.
+        count = None if self.zero_padding else self.count
         apply_activation(
             self.z_rows,
             self.g_rows,
@@ -153,7 +157,8 @@ class TritonSteps:
 
     def row_loss(self, start: int, stop: int) -> None:
         self._linear(self.g_rows, self.project_2, self.b2, self.p_rows)
-        indexed, needs_dp = self.index is not None, any(grad is not None for grad in self.grads)
+        indexed = self.index is not None
+        needs_dp = any(grad is not None for grad in self.grads)
         row_loss(
             self.p_rows,
             self.problem.anchor,
@@ -166,7 +171,7 @@ class TritonSteps:
             gather_weight=indexed and not self.options.weight_compact,
             sums=self.grads.b2,
             first=start == 0,
-            clear=self.clear,
+            zero_padding=self.zero_padding,
             quantized=self._quantized(self.p_rows) if needs_dp else None,
             **self.factors,
             **self.live,
@@ -177,10 +182,10 @@ class TritonSteps:
         self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
 
     def backproject(self, start: int, stop: int) -> None:
-        self._linear(self.p_rows, self.back_2, None, self.g_rows)  # g itself is no longer needed
-        count = (
-            None if self.clear else self.count
-        )  # rows that are zero in dP are so in dG, and stay so
+        # dG is written over g, which is no longer needed.
+        self._linear(self.p_rows, self.back_2, None, self.g_rows)
+        # With zero padding every row takes part: a row that is zero in dP is zero in dG and dZ.
+        count = None if self.zero_padding else self.count
         apply_activation_grad(
             self.g_rows,
             self.z_rows,
@@ -218,17 +223,17 @@ class TritonSteps:
     @staticmethod
     def scatter(
         dh: Tensor,
-        place: Tensor | None,
+        scatter_map: Tensor | None,
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
         in_place: bool,
     ) -> Tensor:
-        same = place is None and dh.dtype == dtype
+        same = scatter_map is None and dh.dtype == dtype
         if same and upstream is None:
             return dh
         out = dh if same and in_place else dh.new_empty(total, dh.shape[1], dtype=dtype)
-        scatter(dh, out, inverse=place, upstream=upstream)
+        scatter(dh, out, inverse=scatter_map, upstream=upstream)
         return out
 
     @staticmethod
@@ -243,12 +248,13 @@ class TritonSteps:
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """A view costs the host about as much as memory does."""
+    """Rows [start, stop); the tensor itself where that is all of them, since a view takes the host
+    about as long as an allocation."""
     return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
 def _copies(problem: Problem) -> bool:
-    """Whether the chunk's rows of hidden have to be gathered or cast, or are no rows in memory."""
+    """Whether the chunk's rows of hidden have to be gathered or cast, or are not contiguous."""
     hidden = problem.hidden
     return (
         problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import Problem, under_autocast
+from ..checks import under_autocast
+from ..problem import Problem
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class Selection:
     for it."""
 
     index: Tensor | None  # (capacity,) flat rows; None = every row in order
-    place: (
-        Tensor | None
-    )  # what the implementation's `scatter` wants to know of it; None = every row in order
+    # What the implementation's `scatter` reads to put dH back among all rows: the torch steps read
+    # `index` itself, (capacity,) int64; the Triton steps read its inverse, (R,) int32, the position
+    # of each row in the selection and -1 where it has none. None = every row in order.
+    scatter_map: Tensor | None
     count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
     capacity: int
 
@@ -30,9 +32,9 @@ class Layout(NamedTuple):
 
     rows: int  # of a chunk at most
     slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
-    spread: torch.dtype | None = (
-        None  # of a dH that lies as hidden does, other rows zero; None: compact
-    )
+    # The dtype of a dH that has all rows of hidden, zero where a row is not selected. None: dH has
+    # the selected rows alone.
+    spread: torch.dtype | None = None
 
 
 class Gradients(NamedTuple):
@@ -106,7 +108,7 @@ class Steps(Protocol):
     @staticmethod
     def scatter(
         dh: Tensor,
-        place: Tensor | None,
+        scatter_map: Tensor | None,
         total: int,
         dtype: torch.dtype,
         upstream: Tensor | None,
@@ -125,19 +127,22 @@ class Steps(Protocol):
         ...
 
 
-def equal_parts(rows: int, most: int, multiple: int) -> int:
-    """Rows of each of as few chunks as there can be of at most `most` rows, alike but for the last;
-    `multiple` divides them, and `most`."""
+def equal_parts(rows: int, most: int, chunk_multiple: int) -> int:
+    """The rows of a chunk: as few chunks as `most` rows allow, all but the last of one size.
+
+    Every chunk but the last has a multiple of `chunk_multiple` rows; `most` has to be one too.
+    """
     part = -(-rows // -(-rows // most))
-    return min(rows, -(-part // multiple) * multiple)
+    return min(rows, -(-part // chunk_multiple) * chunk_multiple)
 
 
 def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]) -> Gradients:
     """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16
     every chunk would round the sum again. One chunk needs no sum."""
-    wide, dtype = problem.loss_dtype, problem.options.dtype
+    accum_dtype = problem.loss_dtype
+    dtype = problem.options.dtype
     d, m, z = problem.widths
-    weights = dtype if problem.bound <= layout.rows else wide
+    weights = dtype if problem.bound <= layout.rows else accum_dtype
 
     def room(want: bool, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         return problem.hidden.new_empty(rows, columns, dtype=dtype) if want else None
@@ -147,9 +152,9 @@ def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]
         if layout.spread
         else room(wanted[0], capacity, d, dtype),
         room(wanted[1], m, d, weights),
-        room(wanted[2] and problem.b1 is not None, layout.slots[0], m, wide),
+        room(wanted[2] and problem.b1 is not None, layout.slots[0], m, accum_dtype),
         room(wanted[3], z, m, weights),
-        room(wanted[4] and problem.b2 is not None, layout.slots[1], z, wide),
+        room(wanted[4] and problem.b2 is not None, layout.slots[1], z, accum_dtype),
     )
 
 
@@ -163,7 +168,8 @@ def sweep(
     upstream: Tensor | None = None,
 ) -> Gradients:
     """One pass over the selected rows, chunk by chunk: the losses, and the gradients summed."""
-    layout, capacity = steps.layout(problem), selection.capacity
+    layout = steps.layout(problem)
+    capacity = selection.capacity
     grads = allocate(problem, layout, capacity, wanted)
     if capacity == 0:
         for grad in grads:
@@ -172,11 +178,12 @@ def sweep(
         return grads
     chunk = steps.cut(problem, layout, capacity)
     device = problem.hidden.device.type
-    # its dtype is the products' by now; entering it takes the host as long as a launch
+    # Autocast has done its part in the products' dtype. It is turned off only where it is on, since
+    # entering the context takes the host as long as a launch.
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
         for start in range(0, capacity, chunk):
-            span = start, min(start + chunk, capacity)
+            span = (start, min(start + chunk, capacity))
             run.project(*span)
             run.row_loss(*span)
             if grads.w2 is not None:

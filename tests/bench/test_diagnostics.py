@@ -5,7 +5,7 @@ import pytest
 from bench import diagnostics, record
 from pre_kernels.check import memory as resident
 
-from .test_suite import STAMP
+from .support import STAMP
 
 
 def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
@@ -30,8 +30,8 @@ def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
     assert cells[5] == ""
     assert any("torch " in line for line in page[-1:])
     monkeypatch.setattr(resident, "missing", lambda: "not twice")
-    wrong = {**diagnostics.PEERS, "ours": lambda *case: (0.0, 0.0, 0.0, 0.0)}
-    monkeypatch.setattr(diagnostics, "PEERS", wrong)
+    wrong = {**diagnostics.METHODS, "ours": lambda *case: (0.0, 0.0, 0.0, 0.0)}
+    monkeypatch.setattr(diagnostics, "METHODS", wrong)
     assert diagnostics.main([*size, "--out", str(tmp_path)]) == 1
     failed = record.load([file])[3]
     assert "a mean is off" in failed["failed"]

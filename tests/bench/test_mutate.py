@@ -1,6 +1,6 @@
 """The table of what mutation testing found, and the command's word on stale reasons."""
 
-from bench import mutate, mutation, record
+from bench import mutate, mutation_table, record
 from pre_kernels.check.device import Cpu
 from verify.mutation import mutants
 
@@ -23,10 +23,12 @@ def test_the_table_says_what_the_outcomes_are():
             ("e", "g.py", "chunk", "unreached", None),
         )
     ]
-    lines = mutation.aggregate(outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}})
+    lines = mutation_table.aggregate(
+        outcomes, {"equivalent": {"b": "as zero is"}, "gap": {"e": "a GPU"}}
+    )
     assert [line["killers"] for line in lines] == [{"t::a": ["a"]}, {}]
     stamp = record.stamp(Cpu())
-    text = mutation.page(
+    text = mutation_table.page(
         [{"kind": "mutation", "seed": 3, "drawn": 5, **line, **stamp} for line in lines]
     )
     rows = [

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from bench import goals, record, summary
+from bench import gpu_goals, record, summary
 
-from .test_report import gpu_results
+from .support import gpu_results
 
 STAMP = {
     "device": "G",
@@ -52,7 +52,7 @@ def hints(text):
 def test_a_run_that_met_its_goals():
     text = told()
     assert text[0].startswith("device G, torch 2, triton 3")
-    row = next(line for line in text if f"{goals.MAIN} index ours-blas" in line)
+    row = next(line for line in text if f"{gpu_goals.MAIN} index ours-blas" in line)
     assert row.split()[3:] == ["2.100", "1.050", "0.525", "0.952"]
     assert "guarantees: 3 of 3 kept" in text
     assert (
@@ -66,51 +66,65 @@ CHECKED = [
     {"impl": "blas", "check": "error", "outcome": "pass", "says": "fine"},
     {"impl": "blas", "check": "time", "outcome": "fail", "says": "slow"},
 ]
-MAIN = {"kind": "loss", "shape": goals.MAIN, "selection": "index"}
+MAIN = {"kind": "loss", "shape": gpu_goals.MAIN, "selection": "index"}
 RULES = {
     "slow blas": (
         [
             *changed({"median_ms": 2.4}, **MAIN, peer="ours-blas"),
             *(
                 {"kind": "kernel", "peer": "ours-blas", "item": name, "us": us, **STAMP}
-                for name, us in (("nvjet_hsh", 400.0), ("a_kernel", 90.0), ("b", 80.0), ("c", 70.0), ("d", 10.0))
+                for name, us in {
+                    "nvjet_hsh": 400.0, "a_kernel": 90.0, "b": 80.0, "c": 70.0, "d": 10.0,
+                }.items()
             ),
         ],
-        f"ours-blas at {goals.MAIN}, index: 1.20 × the floor > 1.1; "
+        f"ours-blas at {gpu_goals.MAIN}, index: 1.20 × the floor > 1.1; "
         "the slowest passes: a_kernel 90 µs, b 80 µs, c 70 µs",
     ),
     "slow triton": (
         changed({"median_ms": 2.6}, **MAIN, peer="ours-triton"),
-        f"ours-triton at {goals.MAIN}, index: 1.30 × the floor > 1.25; the slowest passes: not known",
+        f"ours-triton at {gpu_goals.MAIN}, index: 1.30 × the floor > 1.25; "
+        "the slowest passes: not known",
     ),
     "a better tile": (
         [tile("project", [128, 256], 0.50, True), tile("project", [256, 128], 0.45)],
         "put project [256, 128] into the table of tiles: 10% less time than the shipped one",
     ),
-    "no tile": ([tile("project", [128, 256], 0.50, True)], "project: no candidate is near cuBLAS (1.25 × its time)"),
+    "no tile": (
+        [tile("project", [128, 256], 0.50, True)],
+        "project: no candidate is near cuBLAS (1.25 × its time)",
+    ),
     "compile": (
         changed({"median_ms": 2.05}, **MAIN, peer="compile"),
-        f"compile is faster than ours at {goals.MAIN}: compare their kernels",
+        f"compile is faster than ours at {gpu_goals.MAIN}: compare their kernels",
     ),
     "the host": (
         changed({"enqueue_us": 2000.0}, **MAIN, peer="ours-blas"),
-        f"ours-blas at {goals.MAIN}, index: the host needs 2000 µs a step",
+        f"ours-blas at {gpu_goals.MAIN}, index: the host needs 2000 µs a step",
     ),
     "memory": (
         changed({"peak_mib": 400.0}, **MAIN, peer="ours-blas"),
-        f"ours-blas at {goals.MAIN}, index: 1.43 × the formula's memory",
+        f"ours-blas at {gpu_goals.MAIN}, index: 1.43 × the formula's memory",
     ),
     "workspace": (
         changed({"over_floor": 0.9}, kind="workspace", item=64),
         "ours-blas: 64 MiB of workspace by default, 11% less time than 512",
     ),
-    "fp8": (changed({"median_ms": 2.2}, **MAIN, peer="ours-fp8"), "fp8 is no gain: 1.10 against 1.05 × the floor"),
+    "fp8": (
+        changed({"median_ms": 2.2}, **MAIN, peer="ours-fp8"),
+        "fp8 is no gain: 1.10 against 1.05 × the floor",
+    ),
     "a wrong result": (
         changed({"failed": "w1"}, **MAIN, peer="ours-fp8"),
-        f"mend ours-fp8 at {goals.MAIN}, index: w1",
+        f"mend ours-fp8 at {gpu_goals.MAIN}, index: w1",
     ),
     "a failed test": (
-        [{"kind": "test", "item": "tests/test_a.py::b", "outcome": "failed", "message": "x\nE  boom", **STAMP}],
+        [
+            {
+                "kind": "test", "item": "tests/test_a.py::b", "outcome": "failed",
+                "message": "x\nE  boom", **STAMP,
+            },
+        ],
         "mend tests/test_a.py::b and 0 more",
     ),
     "a broken guarantee": (

@@ -58,14 +58,12 @@ def children(monkeypatch):
         real = command.subprocess.Popen
 
         def popen(arguments, **options):
-            if "pre_kernels.check.one" in arguments:  # else it is not ours
-                script = "import json, os, sys, time\ntell = lambda **line: print(json.dumps(line), flush=True)\n"
-                arguments = [
-                    sys.executable,
-                    "-S",
-                    "-c",
-                    script + textwrap.dedent(scripts[arguments[3]]),
-                ]
+            if "pre_kernels.check.one" in arguments:  # other processes are not ours
+                script = (
+                    "import json, os, sys, time\n"
+                    "tell = lambda **line: print(json.dumps(line), flush=True)\n"
+                ) + textwrap.dedent(scripts[arguments[3]])
+                arguments = [sys.executable, "-S", "-c", script]
             return real(arguments, **options)
 
         monkeypatch.setattr(command.subprocess, "Popen", popen)
@@ -90,7 +88,8 @@ def test_all_of_a_cpu(tmp_path, capsys):
         status("--impl", "torch", "blas", "--width", 64, "--rows", 64, "--out", tmp_path / "new")
         == 0
     )
-    kept, lines = written(tmp_path / "new"), capsys.readouterr().out.splitlines()
+    kept = written(tmp_path / "new")
+    lines = capsys.readouterr().out.splitlines()
     assert kept["finished"]
     assert kept["argv"][:2] == ["check", "--impl"]
     assert kept["settings"] == {"impl": ["torch", "blas"], "width": 64, "rows": 64, "dtype": "fp32"}
@@ -141,7 +140,8 @@ def test_what_is_wrong_and_what_crashes(tmp_path, capsys, monkeypatch):
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     assert status("--impl", "blas", "triton", "--out", tmp_path) == 1
-    printed, kept = capsys.readouterr().out, written(tmp_path)
+    printed = capsys.readouterr().out
+    kept = written(tmp_path)
     assert "FAIL  blas    error, small case         died of SIGABRT: " in printed
     (crash,) = (line for line in kept["results"] if line["impl"] == "blas")
     assert "a last word" in crash["traceback"]
@@ -182,10 +182,8 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
     [
         ("sys.exit(3)", "start: exit status 3: nothing on stderr"),
         ("1 / 0", "start: exit status 1: ZeroDivisionError: division by zero"),
-        (
-            'tell(begin="time"); os._exit(0)',
-            "time: exit status 0: nothing on stderr",
-        ),  # before its end
+        # before it has told that it is done
+        ('tell(begin="time"); os._exit(0)', "time: exit status 0: nothing on stderr"),
         (
             'tell(begin="time"); print(\'{"check": "ti\', end=""); sys.exit(4)',
             "time: exit status 4: nothing on stderr",
@@ -196,7 +194,7 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
         ),
     ],
 )
-def test_an_end_that_is_none(tmp_path, children, script, says):
+def test_an_end_that_is_too_early(tmp_path, children, script, says):
     children(torch=script)
     assert status("--impl", "torch", "--out", tmp_path) == 1
     (line,) = written(tmp_path)["results"]
@@ -229,7 +227,8 @@ def test_only_one_at_a_time_has_the_device_for_itself(tmp_path, children):
 
 def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, monkeypatch):
     children(torch=FINE.replace("tell(done=True)", "time.sleep(600)"))
-    real, started = command.Report.add, []
+    real = command.Report.add
+    started = []
 
     def add(self, impl, record):
         real(self, impl, record)
@@ -251,7 +250,8 @@ def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, mo
 def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
     """Before the first line: what is kept is not that of an earlier run."""
     (tmp_path / "check.json").write_text('{"finished": true}')
-    file, before = tmp_path / "pid", signal.getsignal(signal.SIGTERM)
+    file = tmp_path / "pid"
+    before = signal.getsignal(signal.SIGTERM)
     stop = (
         "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
     )
@@ -278,7 +278,8 @@ def test_what_a_process_that_died_has_left_is_ended(tmp_path, children):
 
 
 def gone(process):
-    state, end = Path(f"/proc/{process}/stat"), time.monotonic() + 10
+    state = Path(f"/proc/{process}/stat")
+    end = time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
         if time.monotonic() > end:
             return False
@@ -286,8 +287,9 @@ def gone(process):
     return True
 
 
-def test_figures_that_json_does_not_know(tmp_path, children):
-    tells = 'tell(check="time", outcome="fail", says="", values={"a": float("nan"), "b": [float("inf"), 1.5]})'
+def test_numbers_that_json_does_not_know(tmp_path, children):
+    values = '{"a": float("nan"), "b": [float("inf"), 1.5]}'
+    tells = f'tell(check="time", outcome="fail", says="", values={values})'
     children(torch=f"{tells}; tell(done=True)")
     assert status("--impl", "torch", "--out", tmp_path) == 1
     assert written(tmp_path)["results"][0]["values"] == {"a": None, "b": ["inf", 1.5]}
@@ -369,7 +371,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_the_library_imports_none_of_it_and_it_imports_no_models(tmp_path):
     code = "import sys, pre_kernels; print('pre_kernels.check' in sys.modules)"
-    code += "; import pre_kernels.check.one, pre_kernels.check.command; print('transformers' in sys.modules)"
+    code += "; import pre_kernels.check.one, pre_kernels.check.command"
+    code += "; print('transformers' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = command.subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

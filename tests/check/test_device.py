@@ -78,7 +78,8 @@ def test_what_nvidia_smi_says(monkeypatch):
 def test_the_host_queues_a_step_while_the_gpu_is_busy(monkeypatch):
     """The clock stands still but within a step: the wait for the device before it is not
     counted."""
-    order, now = [], [0.0]
+    order = []
+    now = [0.0]
     for name in ("synchronize", "_sleep"):
         monkeypatch.setattr(
             torch.cuda, name, lambda *a, name=name: order.append((name, *a)), raising=False

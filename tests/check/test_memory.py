@@ -13,7 +13,8 @@ def test_the_formula_of_the_peak_knows_each_implementation(impl):
     place = torch.device("cuda")
     for many in (False, True):
         shape = cases.Shape("tiny", 2, 2**20, 2**19 if many else 100, 128, 96, 64, "")
-        dh, sums = 2 * shape.visual * 128, 4 * 96 * (128 + 64)
+        dh = 2 * shape.visual * 128
+        sums = 4 * 96 * (128 + 64)
         wanted = cases.workspace(impl, place, torch.bfloat16) + 2 * dh + many * sums
         assert cases.formula(shape, torch.bfloat16, impl, place) == wanted
         if impl != "fp8":
@@ -27,7 +28,9 @@ def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
     monkeypatch.setattr(products, "HALF_UNITS", units)
     place = torch.device("cpu")
     few, some, many = (cases.Shape("tiny", 2, 2**17, n, 128, 96, 64, "") for n in (50, 500, 2**16))
-    row, weights, passes = 128 + 2 * 96 + 64, 4 * 96 * (128 + 64), 3 * steps_torch.IN_CACHE
+    row = 128 + 2 * 96 + 64
+    weights = 4 * 96 * (128 + 64)
+    passes = 3 * steps_torch.IN_CACHE
     size, more = (2, 0) if units else (4, 2 * weights)
     assert cases.formula(few, torch.bfloat16, "torch", place) == 100 * row * size + more + passes
     assert cases.formula(few, torch.float32, "torch", place) == 100 * row * 4 + passes

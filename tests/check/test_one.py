@@ -50,9 +50,8 @@ def checks(monkeypatch):
     monkeypatch.setattr(one, "current", StandIn)
     monkeypatch.setattr(one, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(guarantees, "captured", captured)
-    monkeypatch.setattr(
-        guarantees, "fullgraph", lambda *arguments: guarantees.WHOLE
-    )  # seconds; test_promises.py has it
+    # The true one takes seconds; test_guarantees.py has it.
+    monkeypatch.setattr(guarantees, "fullgraph", lambda *arguments: guarantees.NO_BREAK)
     return one.Checks("torch", 64, 64, "fp32")
 
 
@@ -122,7 +121,7 @@ def test_what_is_raised_names_the_call_and_keeps_its_traceback(checks):
     assert lines[-1] == {"done": True}
 
 
-def test_a_graph_and_a_break_that_are_not_as_promised(checks, monkeypatch):
+def test_a_graph_and_a_break_that_are_not_as_guaranteed(checks, monkeypatch):
     monkeypatch.setattr(
         guarantees, "captured", lambda step: (lambda: None, tuple(2 * x for x in step()))
     )
@@ -196,9 +195,10 @@ def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
     code = """if True:
         import torch
         from pre_kernels.check import memory, one
-        given = one.case(one.Checks("torch", 512, 2048, "fp32").real, torch.float32, torch.device("cpu"))
-        rise, _ = memory.second(lambda: one.Judge(given))
-        print(rise + sum(x.nbytes for x in given.tensors.values()) / 2**20)
+        shape = one.Checks("torch", 512, 2048, "fp32").real
+        call = one.case(shape, torch.float32, torch.device("cpu"))
+        rise, _ = memory.second(lambda: one.Judge(call))
+        print(rise + sum(x.nbytes for x in call.tensors.values()) / 2**20)
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -218,7 +218,7 @@ def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
         ("triton", "fp32", 64, None),
         ("fp8", "bf16", 8192, None),
         ("fp8", "bf16", 8208, "--width: got 8208, want at most 8192"),
-        ("fp8", "fp16", 64, "float8 products go with --dtype bf16 alone"),
+        ("fp8", "fp16", 64, "float8 products go with --dtype bf16 only"),
     ],
 )
 def test_what_runs_on_a_gpu(monkeypatch, impl, dtype, width, reason):
@@ -234,7 +234,7 @@ def test_what_runs_on_a_cpu(monkeypatch):
     assert "not on a GPU" in one.unfit("blas", *where)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert one.unfit("triton", *where) is None
-    assert "want a GPU" in one.unfit("fp8", *where)
+    assert "need a GPU" in one.unfit("fp8", *where)
     monkeypatch.setattr(loss, "HAS_TRITON", False)
     assert one.unfit("triton", *where) == "triton is not installed"
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import fused_pre_loss
-from pre_kernels.checks import Options, Problem
 from pre_kernels.fused import ops, products
 from pre_kernels.fused.steps_torch import TorchSteps
+from pre_kernels.problem import Options, Problem
 
 N, TOTAL, WIDTH = 512, 768, 256
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

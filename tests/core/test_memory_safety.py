@@ -64,7 +64,7 @@ def gathers(f, device, width):
     index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)
     out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
     rows.gather(x, out, index=index, **live(f, device, 5))
-    rows.gather(x, cleared, index=index, clear=True, **live(f, device, 5))
+    rows.gather(x, cleared, index=index, zero_padding=True, **live(f, device, 5))
     if width <= LONGEST:
         q = quantized(f, device, 4, width)
         rows.gather(x, None, index=index, quantized=q, **live(f, device, 5))
@@ -125,7 +125,7 @@ def row_losses(f, device, width):
             sums=sums,
             first=first,
             quantized=q,
-            clear=first,
+            zero_padding=first,
             **chosen,
             **live(f, device, n),
         )

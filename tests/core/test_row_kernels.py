@@ -67,7 +67,7 @@ def test_gather_zeroes_rows_beyond_the_count(device, columns, dtype):
     gather(x, out, index=index, count=count(5, device), start=2)
     assert torch.equal(out[:3], x[[3, 3, 1]].to(dtype))
     assert out[3:].isnan().all()
-    gather(x, out, index=index, count=count(5, device), start=2, clear=True)
+    gather(x, out, index=index, count=count(5, device), start=2, zero_padding=True)
     assert torch.equal(out[:3], x[[3, 3, 1]].to(dtype))
     assert not out[3:].any()
     gather(x, out, start=2)
@@ -138,7 +138,7 @@ def test_row_loss(device, loss, width):
         divisor=number(2.0, device),
         sums=sums,
         count=count(11, device),
-        clear=True,
+        zero_padding=True,
         start=4,
     )
     leaf = p.double().requires_grad_()
@@ -168,7 +168,7 @@ def test_row_loss(device, loss, width):
         grad=True,
         divisor=number(NAN, device),
         count=count(7, device),
-        clear=True,
+        zero_padding=True,
     )
     assert torch.equal(again.isnan().all(1), torch.arange(9, device=device) < 7)
     assert not again[7:].any()

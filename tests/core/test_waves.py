@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import shapes
-from pre_kernels.checks import Options, Problem
 from pre_kernels.fused.kernels import tiles
 from pre_kernels.fused.ops import steps_of
 from pre_kernels.fused.sweep import Selection, equal_parts, sweep
+from pre_kernels.problem import Options, Problem
 from verify.memory import KERNEL
 
 TILE = tiles.Tile(128, 256, 64, 8, 4)

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from pre_kernels import cli
-from pre_kernels.demo import compare, export, picture, results, workers
+from pre_kernels.demo import compare, export, plot, results, workers
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.evaluate import states
 from pre_kernels.demo.run import run
@@ -158,11 +158,11 @@ def test_end_to_end(tmp_path):
     assert saved["settings"]["layer"] == 1
     assert saved["versions"]["torch"] == torch.__version__
     assert [seed["seed"] for seed in saved["seeds"]] == [0, 1]
-    for figures in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
-        assert len(figures["probe"]) == len(figures["contrast"]) == TINY.layers + 1
-        assert all(0 <= value <= 1 for value in [*figures["probe"], figures["accuracy"]])
-        assert -1 <= figures["pre_loss"] <= 1
-        assert all(math.isfinite(value) for value in figures["cohesion"] + figures["coupling"])
+    for metrics in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
+        assert len(metrics["probe"]) == len(metrics["contrast"]) == TINY.layers + 1
+        assert all(0 <= value <= 1 for value in [*metrics["probe"], metrics["accuracy"]])
+        assert -1 <= metrics["pre_loss"] <= 1
+        assert all(math.isfinite(value) for value in metrics["cohesion"] + metrics["coupling"])
     assert len(saved["seeds"][0]["with"]["train_pre_loss"]) == TINY.align_steps + TINY.tune_steps
     assert "train_pre_loss" not in saved["seeds"][0]["without"]
 
@@ -242,7 +242,8 @@ def pretrained(seed=0):
 
 def test_the_model_is_a_plain_llava_again_after_training_with_pre():
     scenes, model = pretrained()
-    names, hooks = list(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
+    names = list(model.state_dict())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     compare.run_arm("with PRe", {}, model, scenes, scenes, scenes, TINY, 0, no_bar)
     assert list(model.state_dict()) == names
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -263,9 +264,8 @@ def test_the_arms_differ_in_nothing_but_pre():
 def test_an_answer_is_correct_if_the_model_would_generate_it():
     _, model = pretrained()
     scenes = sc.compose(sc.split_digits(0)[2], 30, seed=0)
-    with (
-        torch.no_grad()
-    ):  # a head that says "y" or "n" whatever it sees, as the last state's first entry has it
+    # A head that only says "y" or "n", by the sign of the last state's first entry.
+    with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.weight[ord("y"), 0], model.lm_head.weight[ord("n"), 0] = 1.0, -1.0
     batch = visual_batch(scenes, torch.arange(30))
@@ -298,7 +298,7 @@ def committed():
     return json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
 
 
-def test_the_report_has_the_figures_of_the_seeds(tmp_path):
+def test_the_report_has_the_metrics_of_the_seeds(tmp_path):
     found = committed()
     shown = results.document(found)
     assert [model["name"] for model in shown["models"]] == [
@@ -321,13 +321,13 @@ def test_the_report_has_the_figures_of_the_seeds(tmp_path):
     assert "difference +0.064 ± 0.049" in page
 
 
-def test_the_picture_has_probe_contrast_and_the_loss_along_training(monkeypatch, tmp_path):
+def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tmp_path):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
     found = committed()
-    picture.draw(results.document(found), tmp_path / "demo.png")
+    plot.draw(results.document(found), tmp_path / "demo.png")
     probe, contrast, training = drawn[0].axes
     for axes, key in ((probe, "probe"), (contrast, "contrast")):
         shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}

@@ -135,9 +135,8 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
         for y in range(place.shape[1] // 4)
         for x in range(place.shape[2] // 4)
     ]
-    torch.testing.assert_close(
-        found, torch.tensor(wanted), atol=0.13, rtol=0
-    )  # the borders repeat their pixels
+    # Not closer, since the borders repeat their pixels.
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=0.13, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ everywhere."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from pre_kernels import reference
-from pre_kernels.integrations import apply_pre, families, find_handle
+from pre_kernels.integrations import apply_pre, families
 
+from .support.attached import every_family, run
 from .support.by_hand import (
     assert_same_gradients,
     expected_gradients,
@@ -22,24 +22,7 @@ from .support.by_hand import (
     projector_rows,
     watch,
 )
-from .support.tiny.models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEOS, WIDTH, Batch, batch, build
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def run(
-    family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any
-) -> Any:
-    """(loss, gradients, handle, model) of one step of a fresh model with PRe."""
-    model = build(family)
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": checkpointing}
-        )
-    handle = apply_pre(model, **options)
-    loss = model(**(data or batch(family)).inputs).loss
-    loss.backward()
-    return loss.detach(), gradients(model), handle, model
+from .support.tiny.models import DEPTH, FAMILIES, IMAGE, PLAIN, VIDEOS, WIDTH, batch, build
 
 
 class Calls:
@@ -118,75 +101,6 @@ def test_head_options(options: dict[str, Any]) -> None:
     )
     torch.testing.assert_close(loss, wanted_loss)
     assert_same_gradients(found, wanted)
-
-
-@every_family
-def test_image_level_is_the_mean_over_each_image(family: str) -> None:
-    loss, found, handle, _ = run(family, level="image", layer=3)
-    wanted_loss, wanted = expected_gradients(
-        build(family), family, batch(family), handle.head, [3], level="image"
-    )
-    torch.testing.assert_close(loss, wanted_loss)
-    assert_same_gradients(found, wanted)
-    assert handle.metrics()["pre_rows"] == len(batch(family).lengths) == 3
-
-
-TOUCHING = [[("text", 2), ("image", 8, 8), ("image", 8, 16), ("text", 4)]]
-
-
-NEED_GAPS = (families.runs, families.runs_or_parts)
-
-
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if families.FAMILIES[f].images not in NEED_GAPS]
-)
-def test_image_level_with_images_that_touch(family: str) -> None:
-    data = batch(family, TOUCHING)
-    loss, _, handle, _ = run(family, data, level="image")
-    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
-    torch.testing.assert_close(loss, wanted)
-
-
-@pytest.mark.parametrize("family", ["llava_next", "llava_next_video", "llava_onevision"])
-def test_image_level_asks_for_help_where_images_touch(family: str) -> None:
-    data = batch(family, TOUCHING)
-    if family == "llava_onevision":
-        data.inputs["batch_num_images"] = torch.tensor([1, 1])
-    model = build(family)
-    apply_pre(model, level="image")
-    with pytest.raises(ValueError, match=r"2 images, so some images touch; pass a mask_fn"):
-        model(**data.inputs)
-
-    numbers = data.visual.long()
-    numbers[data.visual] = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(data.lengths))
-    loss, _, handle, _ = run(family, data, level="image", mask_fn=lambda inputs: numbers)
-    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
-    torch.testing.assert_close(loss, wanted)
-
-
-with_videos = pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if tiny.videos])
-
-
-@with_videos
-def test_image_level_with_videos_that_touch(family: str) -> None:
-    data = batch(family, [[("text", 2), ("video", 4, 8, 8), ("video", 4, 8, 8), ("text", 4)]])
-    loss, _, handle, _ = run(family, data, level="image")
-    wanted, _ = expected_gradients(build(family), family, data, handle.head, [2], level="image")
-    torch.testing.assert_close(loss, wanted)
-    assert handle.metrics()["pre_rows"] == 2
-
-
-@with_videos
-@pytest.mark.parametrize("level", ["patch", "image"])
-def test_videos_beside_images(family: str, level: str) -> None:
-    data = batch(family, FAMILIES[family].clips or VIDEOS)
-    loss, found, handle, _ = run(family, data, level=level)
-    wanted_loss, wanted = expected_gradients(
-        build(family), family, data, handle.head, [2], level=level
-    )
-    torch.testing.assert_close(loss, wanted_loss)
-    assert_same_gradients(found, wanted)
-    assert handle.metrics()["pre_rows"] == (3 if level == "image" else int(data.visual.sum()))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -273,7 +187,8 @@ def test_what_never_reaches_the_head(family: str) -> None:
         assert model(**inputs).loss == quiet
     handle.enabled = False
     assert model(**inputs).loss == plain
-    handle.enabled, handle.weight = True, 0
+    handle.enabled = True
+    handle.weight = 0
     assert model(**inputs).loss == plain
     handle.weight = 0.5
     model.generate(**unlabelled, max_new_tokens=2, do_sample=False)
@@ -356,7 +271,8 @@ def test_autocast_state_of_the_layer() -> None:
     """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
     model, data = build("llava"), batch("llava")
     handle = apply_pre(model)
-    forward, states = model.forward, []
+    forward = model.forward
+    states = []
 
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
@@ -394,89 +310,6 @@ def test_metrics() -> None:
     )
     assert (found["pre_rows"], found["pre_forwards"]) == (2 * 12, 3)
     assert handle.metrics()["pre_forwards"] == 0
-
-
-def fingerprint(model: nn.Module) -> Any:
-    """State-dict keys, hooks, attributes and submodules of every module."""
-    hooks = (
-        "_forward_pre_hooks",
-        "_forward_hooks",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks_with_kwargs",
-    )
-    modules = {
-        name: (sorted(vars(m)), [len(getattr(m, h)) for h in hooks])
-        for name, m in model.named_modules()
-    }
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    return list(model.state_dict()), modules, None if ignored is None else sorted(ignored)
-
-
-@every_family
-def test_remove_restores_the_model(family: str) -> None:
-    model, data = build(family), batch(family)
-    loss = model(**data.inputs).loss  # a first forward may set attributes
-    before = fingerprint(model)
-    with apply_pre(model, [1, 2]) as handle:
-        assert find_handle(model) is handle
-        assert model(**data.inputs).loss != loss
-        assert fingerprint(model) != before
-    assert fingerprint(model) == before
-    assert find_handle(model) is None
-    assert model(**data.inputs).loss == loss
-    handle.remove()
-    apply_pre(model).remove()
-    assert fingerprint(model) == before
-
-
-@every_family
-def test_save_pretrained_is_unchanged(family: str, tmp_path: Any) -> None:
-    from safetensors.torch import load_file
-
-    model = build(family)
-    model.save_pretrained(tmp_path / "plain")
-    apply_pre(model, [1, 2])
-    model.save_pretrained(tmp_path / "attached")
-    plain, attached = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "attached")
-    )
-    assert plain.keys() == attached.keys()
-    assert all(torch.equal(tensor, attached[name]) for name, tensor in plain.items())
-    loaded, info = type(model).from_pretrained(tmp_path / "attached", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    data = batch(family)
-    assert loaded.eval()(**data.inputs).loss == model.eval()(**data.inputs).loss
-
-
-def test_deepcopy_of_a_model_with_a_handle() -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model)
-    loss = model(**data.inputs).loss.detach()
-    twin = copy.deepcopy(model)
-    other = find_handle(twin)
-    assert other is not None
-    assert other is not handle
-    assert other.head is twin.pre_head
-    with torch.no_grad():
-        twin.pre_head.w2.add_(1)
-    assert model(**data.inputs).loss == loss
-    changed = twin(**data.inputs).loss
-    changed.backward()
-    assert changed != loss
-    assert model.pre_head.w1.grad is None
-    assert twin.pre_head.w1.grad is not None
-    other.remove()
-    assert twin(**data.inputs).loss != loss
-    assert model(**data.inputs).loss == loss
-    assert find_handle(model) is handle
-
-
-def test_each_head_is_made_where_its_layer_is() -> None:
-    model = build("llava")
-    model.model.language_model.layers[1].to("meta")
-    handle = apply_pre(model, [2, 3])
-    assert [h.w1.device.type for h in handle.head] == ["meta", "cpu"]
 
 
 def test_plain_samples_have_several_images_per_sample() -> None:

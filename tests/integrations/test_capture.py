@@ -79,7 +79,8 @@ def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
     apply_pre(plain)
     wanted = plain(**batch("llava").inputs).loss
     model = build("llava")
-    layer, again = model.model.language_model.layers[2], [False]
+    layer = model.model.language_model.layers[2]
+    again = [False]
 
     def twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         again[0] = not again[0]

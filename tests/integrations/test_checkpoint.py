@@ -34,9 +34,8 @@ def test_roundtrip(tmp_path: Path, layer: Any, bias: bool) -> None:
     )
     before = dict(second.head.named_parameters())
     second.load(tmp_path / "new" / "folder")
-    assert all(
-        p is before[name] for name, p in second.head.named_parameters()
-    )  # an optimizer keeps hold of them
+    # The same tensors, since an optimizer keeps hold of them.
+    assert all(p is before[name] for name, p in second.head.named_parameters())
     assert all(
         torch.equal(p, q)
         for p, q in zip(first.head.parameters(), second.head.parameters(), strict=True)
@@ -195,9 +194,8 @@ def test_a_broken_checkpoint_is_named_and_loads_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(p, before[n]) for n, p in handle.head.named_parameters())
         for name, content in good.items():
             (tmp_path / name).write_bytes(content)
-    changed_config(pre_kernels="99.0", later="?")(
-        tmp_path
-    )  # a later version of the same format may say more
+    # A later version of the same format may say more.
+    changed_config(pre_kernels="99.0", later="?")(tmp_path)
     handle.load(tmp_path)
     assert not torch.equal(handle.head[0].w1, before["0.w1"])
 

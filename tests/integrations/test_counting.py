@@ -7,96 +7,21 @@ own means.
 
 from __future__ import annotations
 
-import re
-import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
 
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 
-from .support.by_hand import copy_of
-from .support.tiny.models import IMAGE, batch, build
-from .support.tiny.training import (
-    UNEQUAL_IMAGES,
-    InOrder,
-    Recorder,
-    Samples,
-    arguments,
-    assert_head,
-    by_hand,
-    collate,
-)
+from .support.counting import of_the_step, only, own_means, run
+from .support.tiny.models import IMAGE, build
+from .support.tiny.training import UNEQUAL_IMAGES, InOrder, Samples, arguments, assert_head, collate
 from .support.two_ranks import both
-from .test_options import Waits
-
-TOKENS = [int(batch("llava", [sample]).visual.sum()) for sample in UNEQUAL_IMAGES]
-
-
-def run(
-    trainer_class: type,
-    folder: Path,
-    steps: int = 3,
-    accumulation: int = 2,
-    prepare: Any = None,
-    collator: Any = None,
-    samples: Any = UNEQUAL_IMAGES,
-    logged: bool = True,
-    **more: Any,
-) -> tuple[list[dict[str, torch.Tensor]], Any, list[str]]:
-    """(the gradients of each step, the handle, PRe's warnings); the parameters stay as they are."""
-    model, recorder = build("llava"), Recorder()
-    handle = apply_pre(model, mask_fn=more.pop("mask_fn", None))
-    before = copy_of(handle.head)
-    with warnings.catch_warnings(record=True) as caught, patch_trainer():
-        warnings.simplefilter("always")
-        trainer = trainer_class(
-            model=model,
-            args=arguments(
-                folder, accumulation, 4 // accumulation, max_steps=steps, learning_rate=0.0, **more
-            ),
-            train_dataset=Samples(samples),
-            data_collator=collator or collate("llava", samples),
-            callbacks=[recorder],
-        )
-        if prepare is not None:
-            prepare(trainer)
-        trainer.train()
-    assert all(torch.equal(p, before[name]) for name, p in handle.head.named_parameters())
-    assert not any(name.startswith("_pre") or name in METHODS for name in vars(trainer))
-    assert "pre_loss" in trainer.state.log_history[0] or not logged
-    said = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
-    return recorder.steps, handle, said
-
-
-def of_the_step(
-    handle: Any, samples: Any = UNEQUAL_IMAGES, times: float = 1.0
-) -> dict[str, torch.Tensor]:
-    """λ · ∇(Σℓ ÷ the visual tokens of the whole step)."""
-    tokens = sum(TOKENS)
-    return by_hand("llava", samples, handle, [times / tokens] * 4, "sum")
-
-
-def own_means(handle: Any, micro_batches: int = 2, times: float = 1.0) -> dict[str, torch.Tensor]:
-    """The mean of the micro-batches' own means, each of two samples."""
-    size = 4 // micro_batches
-    counts = [sum(TOKENS[i - i % size :][:size]) for i in range(4)]
-    return by_hand(
-        "llava",
-        UNEQUAL_IMAGES,
-        handle,
-        [times / (c * micro_batches) if c else 0 for c in counts],
-        "sum",
-    )
-
-
-def only(said: list[str], start: str) -> None:
-    assert len(said) == 1, said
-    assert re.match(f"PRe: {start}", said[0]), said
+from .support.waits import Waits
+from .support.warned import pre_warnings
 
 
 class PixelsLater(InOrder):
@@ -122,7 +47,8 @@ def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
         assert_head(step, own_means(handle))
     only(
         said,
-        r"0 visual tokens .* were counted ahead in the batches since the last log, and the forwards had 16: ",
+        r"0 visual tokens .* were counted ahead in the batches since the last log, "
+        r"and the forwards had 16: ",
     )
 
 
@@ -249,8 +175,8 @@ def one_rank_uncounted(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]
         options = arguments(folder, 1, 1, max_steps=3, learning_rate=0.0)
         data = {"train_dataset": Samples(UNEQUAL_IMAGES), "data_collator": collator}
         Some(model=model, args=options, **data).train()
-    said = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
-    return {name: p.detach().clone() for name, p in handle.head.named_parameters()}, said
+    head = {name: p.detach().clone() for name, p in handle.head.named_parameters()}
+    return head, pre_warnings(caught)
 
 
 def test_one_process_that_cannot_count(tmp_path: Path) -> None:
@@ -280,7 +206,8 @@ def test_a_mapping_without_input_ids(tmp_path: Path) -> None:
         assert_head(step, own_means(handle))
     only(
         said,
-        r"the batches of Prompts cannot be counted before their forwards \(ValueError: input_ids: the forward",
+        r"the batches of Prompts cannot be counted before their forwards "
+        r"\(ValueError: input_ids: the forward",
     )
 
 
@@ -294,89 +221,6 @@ def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
         said,
         r"the batches of Prompts cannot be counted before their forwards \(KeyError: 'input_ids'\)",
     )
-
-
-def nothing_left_out(name: str, trainer: Any) -> None:
-    """Another patch in the place of a method, on the class, without a word to the one that was
-    there."""
-    plain = vars(Trainer)[name].__wrapped__
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.others_seen = True
-        return plain(self, *args, **kwargs)
-
-    setattr(Trainer, name, method)
-
-
-METHODS = ["training_step", "get_batch_samples", "_inner_training_loop", "train", "log"]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_that_others_replace_later(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Unsloth does after the launcher."""
-    before = {method: vars(Trainer)[method] for method in METHODS}
-    try:
-        steps, handle, said = run(
-            InOrder, tmp_path, prepare=lambda trainer: nothing_left_out(name, trainer)
-        )
-        assert vars(Trainer)[name] is not before[name]  # it is theirs, and stays
-    finally:
-        for method, function in before.items():
-            setattr(Trainer, method, function)
-    for step in steps:
-        assert_head(step, of_the_step(handle))
-    assert said == []
-
-
-class OwnStep(InOrder):
-    """A subclass that does without the class's methods."""
-
-    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
-        model.train()
-        loss = model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-
-class OwnSamples(InOrder):
-    def get_batch_samples(self, iterator: Any, size: int, *_: Any) -> Any:
-        return [next(iterator) for _ in range(size)], None
-
-
-@pytest.mark.parametrize("kind", [OwnStep, OwnSamples])
-def test_methods_of_a_subclass(kind: type, tmp_path: Path) -> None:
-    steps, handle, said = run(kind, tmp_path)
-    for step in steps:
-        assert_head(step, of_the_step(handle))
-    assert said == []
-
-
-def test_a_training_step_that_is_replaced_during_the_training(tmp_path: Path) -> None:
-    def prepare(trainer: Any) -> None:
-        def begin(*_: Any, **__: Any) -> None:
-            trainer.training_step = types.MethodType(OwnStep.training_step, trainer)
-
-        trainer.callback_handler.callbacks[-1].on_train_begin = begin
-
-    steps, handle, said = run(InOrder, tmp_path, prepare=prepare)
-    for step in steps:  # each forward's own mean in output.loss
-        assert_head(step, own_means(handle))
-    only(said, r"a step of InOrder did not come through Trainer.training_step")
-
-
-def test_steps_that_ask_for_no_samples(tmp_path: Path) -> None:
-    def prepare(trainer: Any) -> None:
-        def begin(*_: Any, **__: Any) -> None:
-            trainer.get_batch_samples = types.MethodType(OwnSamples.get_batch_samples, trainer)
-
-        trainer.callback_handler.callbacks[-1].on_train_begin = begin
-
-    steps, handle, said = run(InOrder, tmp_path, prepare=prepare)
-    for step in steps:
-        assert_head(step, own_means(handle))
-    only(said, r"micro-batches of InOrder did not come from Trainer.get_batch_samples")
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:

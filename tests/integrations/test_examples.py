@@ -37,7 +37,7 @@ from pre_kernels.demo.settings import Settings
 from pre_kernels.demo.text import visual_batch
 from pre_kernels.diagnostics.run import callback, samples
 
-from .support.tiny.other import small
+from .support.tiny.nanovlm_like import small
 from .support.tiny.training import InOrder, arguments
 
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)

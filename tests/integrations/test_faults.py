@@ -24,25 +24,24 @@ from transformers import TrainerCallback
 
 from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
-from pre_kernels.integrations.distributed import Whole
+from pre_kernels.integrations.distributed import FullParameters
 from pre_kernels.integrations.llava import PREPARE
 
 from .support.by_hand import gradients
 from .support.original_llava import build_original, original_batch
 from .support.ranks import made, shard
+from .support.split_trainings import ddp_resumes, trained
 from .support.tiny.models import batch, build
+from .support.tiny.training import make
 from .support.two_ranks import both, join
-from .test_head_training import make
-from .test_two_processes import ddp_resumes, trained
-
-# --- what ends a step in its midst
 
 
 class Fault:
     """Raises when it is called for the `after`-th time, once."""
 
     def __init__(self, error: BaseException, after: int = 0) -> None:
-        self.error, self.left = error, after
+        self.error = error
+        self.left = after
 
     def __call__(self, *_: Any) -> None:
         self.left -= 1
@@ -127,7 +126,8 @@ def test_the_step_after(
     apply_pre(undisturbed, [2, 3], **options)
     wanted = step(undisturbed)
 
-    model, seen = build("llava"), []
+    model = build("llava")
+    seen = []
     for layer in model.model.language_model.layers:
         layer.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
     handle = apply_pre(model, [2, 3], **options)
@@ -135,9 +135,8 @@ def test_the_step_after(
         place(model, handle, Fault(error(), after), patch)
         fails(lambda: step(model), type(error()))
     interrupted = error is KeyboardInterrupt and not counted
-    if (
-        interrupted
-    ):  # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go
+    # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go.
+    if interrupted:
         with torch.no_grad():
             model(**batch("llava").inputs)
     gc.collect()
@@ -154,7 +153,8 @@ def test_the_step_after(
 
 
 def test_remove_lets_go_of_an_interrupted_forward() -> None:
-    model, seen = build("llava"), []
+    model = build("llava")
+    seen = []
     handle = apply_pre(model)
     layer = model.model.language_model.layers[3]
     layer.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0])))
@@ -186,9 +186,8 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
     model, undisturbed = build("llava"), build("llava")
     handle = apply_pre(model)
     apply_pre(undisturbed).head.load_state_dict(handle.head.state_dict())
-    model.model.language_model.layers[3].register_forward_pre_hook(
-        Fault(error(), 1)
-    )  # of the step's two forwards
+    # The fault comes in the second of the step's two forwards.
+    model.model.language_model.layers[3].register_forward_pre_hook(Fault(error(), 1))
     with patch_trainer():
         trainer = make(tmp_path, model)
         fails(trainer.train, type(error()))
@@ -197,9 +196,6 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
     assert handle._deferred is None
     for found, wanted in zip(step(model).values(), step(undisturbed).values(), strict=True):
         assert wanted is None or torch.equal(found, wanted)
-
-
-# --- ranks
 
 
 def ranks_that_die(folder: str, how: str) -> None:
@@ -223,7 +219,7 @@ def ranks_that_die(folder: str, how: str) -> None:
     call = {"save": save, "gather": save, "load": lambda: handle.load(f"{folder}/whole")}.get(how)
     if rank == 1:
         if how == "gather":
-            with mock.patch.object(Whole, "read", side_effect=out_of_memory()):
+            with mock.patch.object(FullParameters, "read", side_effect=out_of_memory()):
                 fails(save, torch.OutOfMemoryError)
         if how == "exit":
             model.model.language_model.layers[3].register_forward_pre_hook(lambda *_: os._exit(3))
@@ -242,9 +238,8 @@ def ranks_that_die(folder: str, how: str) -> None:
     Path(f"{folder}/over").touch()
     assert not os.path.exists(f"{folder}/half/{WEIGHTS}")
     torch.distributed.destroy_process_group()
-    if (
-        call is None
-    ):  # it goes on alone: both ranks had the same batch, so the mean over them is its own
+    # It goes on alone: both ranks had the same batch, so the mean over them is its own.
+    if call is None:
         assert handle._capture.seen is None
         alone = step(model)
         assert wanted is None or all(
@@ -269,9 +264,6 @@ def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
     found = both(ddp_resumes, str(tmp_path / "two"), 2, str(tmp_path / "one" / "checkpoint-1"))
     assert all(torch.equal(w1, head["w1"]) for w1 in found)
     assert not torch.equal(load_file(tmp_path / "two" / "last" / WEIGHTS)["w1"], head["w1"])
-
-
-# --- PRe removed before the end
 
 
 def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:

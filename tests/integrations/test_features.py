@@ -1,5 +1,4 @@
-"""What may be used beside PRe: loss scaling, EMA, compilers, packing, quantised bases, LoRA,
-resuming, export."""
+"""What may be used beside PRe: EMA, packing, quantised bases, LoRA, resuming, export."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -19,96 +16,12 @@ from transformers import PreTrainedModel
 
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 
-from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.attached import same_head
+from .support.by_hand import gradients
 from .support.tiny.models import batch, build
 from .support.tiny.training import EQUAL, InOrder, Samples, arguments, collate, one_image, train
 
 LORA = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
-
-
-def same_head(handle: Any) -> None:
-    """A head that does not depend on the random state."""
-    with torch.no_grad():
-        for parameter in handle.head.parameters():
-            parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter).sin())
-
-
-# --- loss scaling
-
-
-def test_fp16_with_a_gradient_scaler() -> None:
-    """Unscaled gradients are float32's within float16's error; a step with infinities is
-    skipped."""
-    data = batch("llava")
-    wanted_model = build("llava")
-    same_head(apply_pre(wanted_model))
-    wanted_model(**data.inputs).loss.backward()
-    wanted = gradients(wanted_model)
-
-    for scale, skipped in ((2.0**8, False), (2.0**60, True)):
-        model = build("llava")
-        handle = apply_pre(model)
-        same_head(handle)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        hook = handle.watch(optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        before = handle.head.w1.detach().clone()
-        with torch.autocast("cpu", torch.float16):
-            loss = model(**data.inputs).loss
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        if not skipped:
-            largest = max(float(g.norm()) for g in wanted.values() if g is not None)
-            for name, gradient in gradients(model).items():
-                if gradient is not None:  # some are 0 but for rounding: those of the keys' biases
-                    error = float((gradient - wanted[name]).norm())
-                    assert error < 0.02 * float(wanted[name].norm()) + 1e-4 * largest, name
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(before, handle.head.w1) == skipped
-        assert scaler.get_scale() == (scale / 2 if skipped else scale)
-        found = handle.metrics()
-        assert ("pre_head_grad_norm" in found) != skipped  # no step was taken
-        if not skipped:
-            norm = torch.nn.utils.get_total_norm(
-                [g for n, g in wanted.items() if n.startswith("pre_head")]
-            )
-            assert found["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
-        hook.remove()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_the_norm_of_a_scaled_gradient(fused: bool, unscaled: bool) -> None:
-    """A fused optimizer unscales inside its step, after the hook, unless the loop has done it."""
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
-    handle.watch(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(model(**data.inputs).loss).backward()
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in handle.head.parameters()])) / 1024
-    if unscaled:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    assert handle.metrics()["pre_head_grad_norm"] == pytest.approx(norm, rel=1e-5)
-
-
-def test_watching_an_optimizer_that_accelerate_prepared() -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model)
-    accelerator = Accelerator(cpu=True)
-    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    hook = handle.watch(optimizer)
-    accelerator.backward(prepared(**data.inputs).loss)
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in handle.head.parameters()]))
-    optimizer.step()
-    assert handle.metrics()["pre_head_grad_norm"] == pytest.approx(norm)
-    hook.remove()
-    assert not optimizer.optimizer._optimizer_step_pre_hooks
-
-
-# --- EMA
 
 
 def test_ema_copies_model_and_head() -> None:
@@ -131,91 +44,13 @@ def test_ema_copies_model_and_head() -> None:
     torch.testing.assert_close(other.head.w1, 0.5 * second + 0.5 * handle.head.w1)
     assert not torch.equal(first, second)
 
-    before, seen = handle.metrics(reset=False), other.metrics()["pre_forwards"]
+    before = handle.metrics(reset=False)
+    seen = other.metrics()["pre_forwards"]
     model.zero_grad()
     average.module(**data.inputs).loss.backward()  # the copy's hooks reach the copy's head alone
     assert handle.metrics() == before
     assert (seen, other.metrics()["pre_forwards"]) == (0, 1)
     assert handle.head.w1.grad is None
-
-
-# --- torch.compile
-
-
-def frames(model: nn.Module, run: Any, inputs: dict[str, Any]) -> int:
-    """The number of graphs of two steps: the second compiles nothing."""
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    # the vision tower is not what is tested, and takes longest
-    model.model.get_image_features = torch.compiler.disable(model.model.get_image_features)
-    compiled = run(model, counter)
-    counts = []
-    for _ in range(2):
-        model.zero_grad()
-        compiled(**inputs).loss.backward()
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[1]
-    return counts[0]
-
-
-def whole(model: nn.Module, backend: Any) -> Any:
-    return torch.compile(model, backend=backend)
-
-
-def by_layer(model: nn.Module, backend: Any) -> Any:
-    for layer in model.model.language_model.layers:
-        layer.compile(backend=backend, fullgraph=True)
-    return model
-
-
-@pytest.mark.parametrize("run", [whole, by_layer])
-def test_compilation_has_not_one_graph_more(run: Any) -> None:
-    model, data = build("llava"), batch("llava")
-    handle = apply_pre(model, [2, 4])
-    found = frames(model, run, data.inputs)
-    _, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2, 4])
-    assert_same_gradients(gradients(model), wanted)
-    assert found == frames(build("llava"), run, data.inputs)
-
-
-# --- Liger
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter here")
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one kernel of its that the interpreter runs; they replace functions and forwards, which
-    the hooks are not."""
-    liger = pytest.importorskip("liger_kernel.transformers")
-    if transformers.__version__.startswith("4."):
-        pytest.skip("Liger wants transformers 5")
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
-    model, data = build("llava"), batch("llava", [[("image", 8, 8), ("text", 2)]])
-    switches = {
-        "rms_norm": False,
-        "swiglu": False,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
-    if order == "before":
-        liger.apply_liger_kernel_to_llama(rope=True, **switches)
-    handle = apply_pre(model)
-    if order == "after":
-        liger.apply_liger_kernel_to_llama(rope=True, **switches, model=model.model.language_model)
-    loss = model(**data.inputs).loss
-    loss.backward()
-    assert "liger" in modeling_llama.apply_rotary_pos_emb.__module__
-    monkeypatch.undo()
-    wanted_loss, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2])
-    torch.testing.assert_close(loss.detach(), wanted_loss)
-    assert_same_gradients(gradients(model), wanted)
-
-
-# --- packing
 
 
 def packed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -254,9 +89,6 @@ def test_a_packed_row_is_its_samples(level: str) -> None:
     deferred.take().backward()
     for name, parameter in handle.head.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=2e-4, atol=1e-7)
-
-
-# --- quantised bases and LoRA
 
 
 class Int8Linear(nn.Module):
@@ -359,9 +191,6 @@ def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
     assert merged(**batch("llava").inputs).loss is not None
 
 
-# --- resuming
-
-
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
     """Bit by bit, losses and weights, although `save_pretrained` renames keys, which the Trainer
@@ -377,9 +206,8 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
     more |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     curves, ends = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        model = build(
-            family, seed=0 if resume is None else 7
-        )  # as somebody who only has the checkpoint
+        # Resumed by somebody who has the checkpoint alone.
+        model = build(family, seed=0 if resume is None else 7)
         apply_pre(model, schedule="cosine")
         with patch_trainer():
             trainer = InOrder(
@@ -397,9 +225,6 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
     assert curves[0] == curves[1]
     for name, parameter in ends[0].items():
         assert torch.equal(parameter, ends[1][name]), name
-
-
-# --- export
 
 
 def test_what_the_trainer_saves(tmp_path: Path) -> None:
@@ -448,7 +273,8 @@ PICKLES = "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrai
 def test_other_ways_of_saving(options: dict[str, Any], tmp_path: Path) -> None:
     """transformers 4 can still write its own pickles; later ones write safetensors, here in several
     files."""
-    model, names = build("llava"), []
+    model = build("llava")
+    names = []
     for folder in (tmp_path / "plain", tmp_path / "attached"):
         model.save_pretrained(folder, **options)
         if PICKLES:

@@ -17,9 +17,9 @@ import torch
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.follow import LAUNCHER, Following
 
+from .support.scripts import START
 from .support.tiny.models import batch, build
 from .support.tiny.training import UNEQUAL_IMAGES, assert_head, by_hand
-from .test_launch import START
 
 PY = sys.executable
 RUN = ["-m", LAUNCHER, "--layer=2", "--"]
@@ -250,7 +250,8 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
         "exec": [str(tmp_path / "becomes.py"), train],
     }[command]
     (tmp_path / "becomes.py").write_text(
-        "import os, sys\nos.execvpe(os.path.basename(sys.executable), ['python', '-u', *sys.argv[1:]], "
+        "import os, sys\n"
+        "os.execvpe(os.path.basename(sys.executable), ['python', '-u', *sys.argv[1:]], "
         "os.environ | {'PATH': os.path.dirname(sys.executable)})"
     )
     handle = apply_pre(build("llava"))
@@ -276,8 +277,9 @@ def test_trl_sft(tmp_path: Path) -> None:
     processor().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     conversations([1] * 4).to_parquet(tmp_path / "data" / "train.parquet")
-    words = "sft --model_name_or_path model --dataset_name data --output_dir out --max_steps 2 --logging_steps 1 --use_cpu"
-    words += " --per_device_train_batch_size 2 --bf16 False --report_to none --max_length none --save_strategy no"
+    words = "sft --model_name_or_path model --dataset_name data --output_dir out --max_steps 2"
+    words += " --logging_steps 1 --use_cpu --per_device_train_batch_size 2 --bf16 False"
+    words += " --report_to none --max_length none --save_strategy no"
     done = launched(tmp_path, "trl", *words.split(), options=["--layer", "2"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("PRe: attached to LlavaForConditionalGeneration: layer 2 of 4") == 1

@@ -63,9 +63,8 @@ def test_settings_of_the_launcher_are_not_evaluated(
     text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
-    named = [
-        name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)
-    ]  # module:name, by design
+    # Those of module:name import it by design.
+    named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]
     for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
         (folder / "pre.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
         # as YAML, and as a string in it
@@ -74,9 +73,8 @@ def test_settings_of_the_launcher_are_not_evaluated(
             ["--set", f"{name}={text}"],
             ["--set", f"{name}={json.dumps(text)}"],
         ):
-            assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), (
-                options
-            )  # 2: refused
+            # 2 means that it was refused.
+            assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), options
             assert "Traceback" not in capsys.readouterr().err
             assert not (folder / "pwned").exists()
 
@@ -156,9 +154,8 @@ def test_an_adapter_that_brings_a_pickle(folder: Path) -> None:
     save_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), folder / "adapter")
     assert load("adapter").model is not None
     weights = folder / "adapter" / "adapter_model.safetensors"
-    torch.save(
-        safetensors.torch.load_file(weights), weights.with_suffix(".bin")
-    )  # peft would take it
+    # PEFT would load the pickle.
+    torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         load("adapter")
@@ -184,9 +181,8 @@ def test_paths_with_spaces_and_any_letters(
         before = handle.head.w1.detach().clone()
     script = folder / "träin 1.py"
     script.write_text("import sys\nprint(sys.argv, sys.path[0])", encoding="utf-8")
-    (folder / "häkchen.py").write_text(
-        "def mask(inputs): ...", encoding="utf-8"
-    )  # a setting in the file names it
+    # A setting in the file names this module.
+    (folder / "häkchen.py").write_text("def mask(inputs): ...", encoding="utf-8")
     (folder / "pre ä.yaml").write_text("layer: 2  # λ\nmask_fn: häkchen:mask\n", encoding="utf-8")
     for script_name in (script.name, str(script)):
         launch.main(

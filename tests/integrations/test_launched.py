@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from transformers import Trainer
 from pre_kernels.integrations import launch
 from pre_kernels.integrations.launched import Launch
 
-from . import test_launch
+from .support.scripts import TRAIN, under_the_launcher
 
-run = test_launch.run
 NOTHING = "PRe: WARNING: nothing was trained with PRe"
 Captured = pytest.CaptureFixture[str]
 TEXT = "[[('text', 4)]] * 4"
@@ -34,6 +34,11 @@ def loop(model, steps=3):
         optimizer.step()
         print("STEP", file=sys.stderr)
 """
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    return under_the_launcher(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +63,8 @@ def test_the_report_comes_however_the_script_ends(
         assert left.value.args[:1] == code
         said = capsys.readouterr().err
         if training:
-            assert (
-                said.count(
-                    "WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe"
-                )
-                == 1
-            )
+            warning = "LlavaForConditionalGeneration was trained and no batch had a term of PRe"
+            assert said.count(f"WARNING: {warning}") == 1
         assert (NOTHING in said) is (reports and not training)
 
 
@@ -91,7 +92,8 @@ def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: C
         ),
         (
             f"t = trainer(plain(), samples={TEXT}, steps=3)\nt.add_callback(Says())\nt.train()",
-            "InOrder trains LlamaForCausalLM, which is no vision-language model as far as its config says",
+            "InOrder trains LlamaForCausalLM, which is no vision-language model "
+            "as far as its config says",
         ),
     ],
     ids=["a loop of one's own", "a text model"],
@@ -116,8 +118,9 @@ class Says(TrainerCallback):
     "training",
     [
         "trainer(build('llava'), steps=3).train()",
-        "trainer(build('llava'), samples=UNEQUAL_IMAGES[2:] * 2, size=1, steps=3).train()",  # the first without images
-        f"from pre_kernels.integrations import apply_pre\n{LOOP}\nm = build('llava')\napply_pre(m)\nloop(m)",
+        "trainer(build('llava'), samples=UNEQUAL_IMAGES[2:] * 2, size=1, steps=3).train()",
+        "from pre_kernels.integrations import apply_pre\n"
+        f"{LOOP}\nm = build('llava')\napply_pre(m)\nloop(m)",
         "trainer(build('llava'), steps=2, warmup_steps=1, lr_scheduler_type='linear').train()",
     ],
     ids=["images", "text first", "apply_pre in a loop", "warmup"],
@@ -145,18 +148,17 @@ def plainly(name):  # as one who makes a method anew from its source
 def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Captured) -> None:
     """PRe comes when `train()` begins, with the head of a training in which nothing was
     replaced."""
-    run(test_launch.TRAIN)
+    run(TRAIN)
     wanted = torch.load(tmp_path / "out" / "found")
     before = dict(vars(Trainer))
     capsys.readouterr()
     try:
-        run(f"{REPLACES}\nplainly('__init__')\n{test_launch.TRAIN}")
+        run(f"{REPLACES}\nplainly('__init__')\n{TRAIN}")
         after = dict(vars(Trainer))
     finally:
         Trainer.__init__ = before["__init__"]  # type: ignore[method-assign]
-    assert {name for name in before if after[name] is not before[name]} == {
-        "__init__"
-    }  # theirs stays
+    # The method of the others stays.
+    assert {name for name in before if after[name] is not before[name]} == {"__init__"}
     found = torch.load(tmp_path / "out" / "found")
     for name, gradient in wanted[0].items():
         torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0)
@@ -170,7 +172,8 @@ def test_all_methods_replaced_is_said_at_the_first_step(run: Any, capsys: Captur
     before = dict(vars(Trainer))
     try:
         run(
-            f"{REPLACES}\nplainly('__init__')\nplainly('train')\ntrainer(build('llava'), steps=2).train()"
+            f"{REPLACES}\nplainly('__init__')\nplainly('train')\n"
+            "trainer(build('llava'), steps=2).train()"
         )
     finally:
         for name in ("__init__", "train"):
@@ -178,8 +181,8 @@ def test_all_methods_replaced_is_said_at_the_first_step(run: Any, capsys: Captur
     said = capsys.readouterr().err
     assert said.count("WARNING") == 1
     assert (
-        "PRe: WARNING: InOrder trains LlavaForConditionalGeneration without PRe, because Trainer.__init__"
-        in said
+        "PRe: WARNING: InOrder trains LlavaForConditionalGeneration without PRe, "
+        "because Trainer.__init__" in said
     )
 
 

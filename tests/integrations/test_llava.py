@@ -1,5 +1,4 @@
-"""The original LLaVA code bases: visual rows behind a merge that loses them, counted ahead, trained
-in two stages."""
+"""The original LLaVA code bases: visual rows behind a merge that loses them, and counted ahead."""
 
 from __future__ import annotations
 
@@ -9,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from pre_kernels import reference
 from pre_kernels.integrations import apply_pre, patch_trainer
-from pre_kernels.integrations.handle import find_handle
-from pre_kernels.integrations.launch import Launch
 
 from .support.by_hand import assert_same_gradients, copy_of, gradients, means
 from .support.original_llava import (
@@ -83,7 +79,8 @@ def check(model: Any, inputs: dict[str, Any], **options: Any) -> None:
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2, **options)
     wanted, expected, truth = by_hand(twin, inputs, handle.head, **options)
-    tower, merge = parts(model)[2], handle._objective.parts.merge
+    tower = parts(model)[2]
+    merge = handle._objective.parts.merge
     assert merge.tokens == {
         (3, 8, 8): len(copy.deepcopy(model).encode_images(torch.zeros(1, 3, 8, 8))[0])
     }
@@ -153,7 +150,8 @@ def test_a_model_without_what_the_merge_needs() -> None:
         (Takes, "an argument labels of prepare_inputs_labels_for_multimodal, without"),
         (
             Gives,
-            "an argument input_ids of .* and an argument labels of .* and an argument attention_mask of",
+            "an argument input_ids of .* and an argument labels of .* "
+            "and an argument attention_mask of",
         ),
     ):
         with pytest.raises(
@@ -224,14 +222,12 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
     assert dict(vars(model)) == before | {"truth": model.truth}
 
-    with pytest.raises(
-        RuntimeError, match="to have 3 channels"
-    ):  # a forward that fails leaves nothing behind
+    # A forward that fails leaves nothing behind.
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
         model(**inputs | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
     assert "prepare_inputs_labels_for_multimodal" not in vars(model)
-    vars(model)["prepare_inputs_labels_for_multimodal"] = (
-        recorded  # somebody else's patch is kept, and called
-    )
+    # Somebody else's patch is kept, and called.
+    vars(model)["prepare_inputs_labels_for_multimodal"] = recorded
     model(**inputs).loss.backward()
     assert len(seen) == 1
     assert vars(model)["prepare_inputs_labels_for_multimodal"] is recorded
@@ -242,7 +238,9 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
 def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path) -> None:
     """The step's gradient is that of the sum over its visual tokens; the vision tower does not run
     for the count."""
-    model, recorder, square = build_original(kind), Recorder(), kind is TinyLlava
+    model = build_original(kind)
+    recorder = Recorder()
+    square = kind is TinyLlava
     twin = copy.deepcopy(model)
     handle = apply_pre(model, 2)
     head = copy.deepcopy(handle.head)
@@ -258,7 +256,8 @@ def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path)
         )
         trainer.train()
     assert parts(model)[2].runs == accumulation
-    total, wanted = 0, {n: torch.zeros_like(p) for n, p in head.named_parameters()}
+    total = 0
+    wanted = {n: torch.zeros_like(p) for n, p in head.named_parameters()}
     for i in range(0, 4, 4 // accumulation):
         inputs = original_batch(SAMPLES[i : i + 4 // accumulation], i, square)
         _, found, truth = by_hand(twin, inputs, head)
@@ -286,99 +285,6 @@ def test_nothing_to_find_the_images_in() -> None:
         model(inputs_embeds=torch.zeros(1, 3, 32), labels=torch.ones(1, 3, dtype=torch.long))
 
 
-class ByName(InOrder):
-    """Keeps and groups by name as the trainer of LLaVA does: stage 1 saves the projector alone."""
-
-    stage = 1
-
-    def create_optimizer(self, *_: Any) -> Any:
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            [p for n, p in named if ("mm_projector" in n) is projector]
-            for projector in (True, False)
-        ]
-        self.optimizer = torch.optim.SGD(
-            [{"params": g} for g in groups if g], lr=self.args.learning_rate
-        )
-        return self.optimizer
-
-    def _save_checkpoint(self, *args: Any) -> None:
-        if self.stage > 1:
-            return super()._save_checkpoint(*args)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir()
-        torch.save(
-            {n: p for n, p in self.model.named_parameters() if "mm_projector" in n},
-            folder / "mm_projector.bin",
-        )
-
-
-def test_two_stages(tmp_path: Path) -> None:
-    """Stage 1 trains the head beside the projector, stage 2 goes on with both; the model's own
-    files hold no head."""
-
-    def stage(number: int, model: Any, head: Path | None) -> Any:
-        more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-        with Launch({"layer": 2}, None if head is None else str(head)):
-            trainer = ByName(
-                model=model,
-                args=arguments(tmp_path / str(number), 1, 4, **more),
-                train_dataset=Samples(SAMPLES),
-                data_collator=lambda indices: original_batch([SAMPLES[i] for i in indices]),
-            )
-            trainer.stage = number
-            start = copy.deepcopy(model.pre_head.state_dict())
-            trainer.train()
-            if number > 1:
-                trainer.save_model()
-        assert not torch.equal(start["w1"], model.pre_head.w1)
-        return start, trainer.state.log_history
-
-    first = build_original()
-    first.requires_grad_(False)
-    first.model.mm_projector.requires_grad_(True)
-    frozen = first.model.layers[0].mlp.up_proj.weight.clone()
-    _, logs = stage(1, first, None)
-    assert torch.equal(frozen, first.model.layers[0].mlp.up_proj.weight)
-    assert logs[1]["pre_loss"] < logs[0]["pre_loss"]
-    assert {p.name for p in (tmp_path / "1").iterdir()} == {
-        *("checkpoint-1", "checkpoint-2"),
-        *("pre_head.json", "pre_head.safetensors"),
-    }
-    assert (tmp_path / "1" / "checkpoint-1" / "pre_head.safetensors").exists()
-
-    start, _ = stage(2, build_original(), tmp_path / "1")
-    assert all(torch.equal(start[n], p) for n, p in first.pre_head.named_parameters())
-    with safe_open(tmp_path / "2" / "model.safetensors", "pt") as file:
-        assert set(file.keys()) <= set(build_original().state_dict())
-
-
-def test_tinyllava_by_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Attached and trained, a term an image; its parts, which it saves one by one, hold no head."""
-    model = build_original(TinyLlava)
-    with Launch({"layer": 2, "level": "image"}) as launch:
-        trainer = InOrder(
-            model=model,
-            args=arguments(tmp_path, 1, 4, max_steps=3),
-            train_dataset=Samples(SAMPLES),
-            data_collator=lambda indices: original_batch(
-                [SAMPLES[i] for i in indices], square=True
-            ),
-        )
-        handle, start = find_handle(model), model.pre_head.w1.clone()
-        trainer.train()
-        launch.report()
-    said, logs = capsys.readouterr().err, trainer.state.log_history
-    assert "attached to TinyLlava: layer 2 of" in said
-    assert "WARNING" not in said
-    assert logs[0]["pre_tokens"] == 16
-    assert int(handle.count(original_batch(square=True))) == 4
-    assert logs[2]["pre_loss"] < logs[1]["pre_loss"] < logs[0]["pre_loss"]
-    assert not torch.equal(start, model.pre_head.w1)
-    assert (tmp_path / "pre_head.safetensors").exists()
-    assert not any("pre_head" in n for part in parts(model) for n, _ in part.named_parameters())
-
-
 @pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
 def test_lora(kind: type) -> None:
     """The merge is followed inside the PeftModel, and counted alike."""
@@ -388,9 +294,8 @@ def test_lora(kind: type) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     handle = apply_pre(wrapped, 2)
     inputs = original_batch(square=kind is TinyLlava)
-    wanted, expected, truth = by_hand(
-        twin, inputs, handle.head
-    )  # LoRA starts as the model it is put on
+    # LoRA starts as the model it is put on.
+    wanted, expected, truth = by_hand(twin, inputs, handle.head)
     assert int(handle.count(inputs)) == int((truth > 0).sum())
     loss = wrapped(**inputs).loss
     loss.backward()

@@ -12,12 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pre_kernels.integrations import apply_pre, attach, cosine, objective, patch_trainer
+from pre_kernels.integrations import (
+    apply_pre,
+    attach,
+    metrics,
+    objective,
+    patch_trainer,
+    terms,
+)
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
-from .test_head_training import make
-from .test_options import Waits
+from .support.tiny.training import make
+from .support.waits import Waits
 
 NAN, INF = float("nan"), float("inf")
 
@@ -119,9 +126,8 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     found = handle.metrics()
     assert not math.isfinite(found["pre_loss"])
     assert "pre_skipped" not in found
-    model, handle = attach_poisoned(
-        "llava", {where: bad_places(data)}, value
-    )  # a token of text alone
+    # Only a token of text is bad.
+    model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)
     assert model(**data.inputs).loss.isfinite()
     assert math.isfinite(handle.metrics()["pre_loss"])
 
@@ -181,15 +187,19 @@ def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
 def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waits, calls = Waits(), []
-    terms, finite = objective.Objective._terms, objective.finite
+    waits = Waits()
+    calls = []
+    find_terms = objective.find_terms
+    drop_nonfinite = terms.drop_nonfinite
 
     def watched(*args: Any) -> Any:
         with waits:
-            return terms(*args)
+            return find_terms(*args)
 
-    monkeypatch.setattr(objective.Objective, "_terms", watched)
-    monkeypatch.setattr(objective, "finite", lambda *args: calls.append(1) or finite(*args))
+    monkeypatch.setattr(objective, "find_terms", watched)
+    monkeypatch.setattr(
+        terms, "drop_nonfinite", lambda *args: calls.append(1) or drop_nonfinite(*args)
+    )
     for nonfinite in attach.NONFINITE:
         model = build("llava")
         apply_pre(model, nonfinite=nonfinite)
@@ -216,5 +226,7 @@ def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
     hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
     hidden[2:] = NAN
     assert (
-        cosine.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
+        metrics.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch")
+        .isfinite()
+        .all()
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,17 +19,9 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimize
 from pre_kernels.integrations import apply_pre, find_handle, optimizers, patch_trainer
 from pre_kernels.integrations.notices import WARNINGS, Notices
 
-from .support.by_hand import copy_of
 from .support.tiny.models import batch, build
-from .test_head_training import make
-
-
-def said(do: Callable[[], Any]) -> list[str]:
-    """PRe's warnings while `do` runs."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        do()
-    return [text for w in caught if (text := str(w.message)).startswith("PRe: ")]
+from .support.tiny.training import make
+from .support.warned import said
 
 
 def steps(
@@ -45,9 +35,6 @@ def steps(
             model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-# --- the optimizer of a loop of one's own
 
 
 def before(model: nn.Module) -> Any:
@@ -181,9 +168,6 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
     assert dict(hooks) == there
 
 
-# --- λ
-
-
 @pytest.mark.parametrize(
     "options", [{"schedule": "cosine"}, {"warmup": 0.5}, {"schedule": "cosine", "warmup": 0.1}]
 )
@@ -221,9 +205,6 @@ def test_a_schedule_without_progress(options: dict[str, Any], tmp_path: Path) ->
     assert any("handle.progress was never set" in text for text in said(lambda: trainer(False)))
 
 
-# --- nothing below the layer trains
-
-
 @pytest.mark.parametrize("trained", ["layers.3", "lm_head"])
 def test_nothing_below_the_layer_trains(trained: str) -> None:
     """The gradients are those without PRe, while the log looks well."""
@@ -256,9 +237,6 @@ def test_a_projector_below_the_layer_is_enough() -> None:
     model.model.multi_modal_projector.requires_grad_(True)
     apply_pre(model)
     assert said(lambda: model(**batch("llava").inputs).loss.backward()) == []
-
-
-# --- the model that is trained
 
 
 def test_the_handle_is_on_another_model(tmp_path: Path) -> None:
@@ -311,9 +289,6 @@ def test_lora_around_the_handles_model_is_no_other_model(tmp_path: Path) -> None
     assert said(training) == []
 
 
-# --- forwards that never reach the head
-
-
 @pytest.mark.parametrize("inner", [False, True])
 def test_training_forwards_without_labels(inner: bool) -> None:
     model, data = build("llava"), batch("llava")
@@ -346,57 +321,6 @@ def test_unlabelled_forwards_beside_labelled_ones_are_meant() -> None:
                 model(**inputs).logits.float().logsumexp(-1).mean().backward()
 
     assert said(loop) == []
-
-
-# --- the head's dtype
-
-
-@pytest.mark.parametrize("given", [None, torch.float32])
-def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
-    """As TRL does with every trainable parameter of a quantised model."""
-    model = build("llava").bfloat16() if given is not None else build("llava")
-    handle = apply_pre(model, head_dtype=given)
-    for parameter in handle.head.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    rounded = copy_of(handle.head)
-    trainer = make(tmp_path, model, learning_rate=0.0)
-    with patch_trainer():
-        texts = said(trainer.train)
-    assert texts == [
-        "PRe: the head's w1, b1, w2, b2 had been cast to torch.bfloat16 since apply_pre and are torch.float32 again"
-    ]
-    for name, parameter in handle.head.named_parameters():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, rounded[name].float())
-
-
-def test_a_head_that_was_cast_with_its_model_stays(tmp_path: Path) -> None:
-    """Without a head_dtype it has its layer's."""
-    model = build("llava")
-    handle = apply_pre(model)
-    model.bfloat16()
-    with patch_trainer():
-        assert said(make(tmp_path, model, learning_rate=0.0).train) == []
-    assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
-
-
-def test_the_head_of_a_quantised_layer_has_the_layers_dtype() -> None:
-    """PEFT's adapters over quantised weights are float32, whatever the layer computes in."""
-    model = build("llava").bfloat16()
-    for module in model.model.language_model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.data.to(torch.int8), requires_grad=False)
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*_proj"))
-    adapter = (
-        peft.base_model.model.model.language_model.layers[2]
-        .self_attn.q_proj.lora_A["default"]
-        .weight
-    )
-    adapter.data = adapter.data.float()
-    assert apply_pre(peft).head.w1.dtype == torch.bfloat16
-
-
-# --- once
 
 
 def test_each_is_said_once_a_training(tmp_path: Path) -> None:

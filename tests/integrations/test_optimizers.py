@@ -22,9 +22,8 @@ from pre_kernels.integrations.trainer import _create_optimizer
 
 from .support.ranks import config, deepspeed, need_deepspeed
 from .support.tiny.models import batch, build
-from .support.tiny.training import InOrder
+from .support.tiny.training import InOrder, make
 from .support.two_ranks import both
-from .test_head_training import make
 
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 
@@ -38,9 +37,6 @@ def train(
         trainer = make(folder, model, kind, **more)
         trainer.train(resume_from_checkpoint=resume)
     return trainer, [text for w in caught if (text := str(w.message)).startswith("PRe: ")]
-
-
-# --- that do not step by groups
 
 
 class Layerwise(InOrder):
@@ -97,9 +93,6 @@ def test_an_engine_with_an_optimizer_and_a_frozen_head() -> None:
 
     with pytest.warns(UserWarning, match=r"do nothing with the optimizer of a DeepSpeed config"):
         _create_optimizer(create, handle, trainer, None)
-
-
-# --- that refuse some
 
 
 class Matrices(InOrder):
@@ -173,9 +166,6 @@ def test_watching_an_optimizer_that_an_engine_wrapped() -> None:
     assert handle.metrics()["pre_head_grad_norm"] > 0
 
 
-# --- states of a training without PRe, or with it
-
-
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
 
 
@@ -214,7 +204,8 @@ def test_resuming_across_pre(
     model = build("llava")
     if resumed_with:
         apply_pre(model)
-    logger, records = logging.getLogger("transformers.trainer"), []
+    logger = logging.getLogger("transformers.trainer")
+    records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logger.addHandler(handler)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels.fused import steps_torch, steps_triton
-from pre_kernels.integrations import apply_pre, objective
-from pre_kernels.integrations.families import window_order
-from pre_kernels.integrations.tokens import sample
+from pre_kernels.integrations import apply_pre, objective, terms
+from pre_kernels.integrations.image_rules import window_order
+from pre_kernels.integrations.tokens import draw
 
 from .support.by_hand import (
     assert_same_gradients,
@@ -25,6 +24,7 @@ from .support.by_hand import (
 )
 from .support.pairs import pairs
 from .support.tiny.models import DEPTH, FAMILIES, batch, build
+from .support.waits import Waits
 
 SIZES = [
     [("text", 2), ("image", 8, 16), ("text", 3), ("image", 8, 8), ("text", 4)],
@@ -34,15 +34,15 @@ SIZES = [
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The masks that `sample` returns."""
+    """The masks that `draw` returns."""
     masks = []
 
     def keep(mask: torch.Tensor, fraction: float) -> Any:
-        found = sample(mask, fraction)
+        found = draw(mask, fraction)
         masks.append(found[0])
         return found
 
-    monkeypatch.setattr(objective, "sample", keep)
+    monkeypatch.setattr(terms, "draw", keep)
     return masks
 
 
@@ -86,12 +86,12 @@ def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) 
     loss = model(**data.inputs).loss
     loss.backward()
 
-    terms = len(data.lengths) if level == "image" else sum(data.lengths)
+    count = len(data.lengths) if level == "image" else sum(data.lengths)
     chosen = None
     if fraction < 1:
         (mask,) = drawn
         chosen = mask if level == "image" else mask[data.visual]
-        assert int(mask.sum()) == int(chosen.sum()) == round(fraction * terms)
+        assert int(mask.sum()) == int(chosen.sum()) == round(fraction * count)
     layers = [DEPTH // 2] if layer is None else [layer] if isinstance(layer, int) else layer
     plain = {
         "loss": case["loss"],
@@ -109,7 +109,7 @@ def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) 
     assert (
         handle.metrics()["pre_rows"]
         == handle.count(data.inputs)
-        == (len(data.lengths) if by_image else terms)
+        == (len(data.lengths) if by_image else count)
     )
 
 
@@ -135,7 +135,8 @@ def test_pre_projector_rows_of_a_merger(family: str) -> None:
 
 def test_window_order_of_videos() -> None:
     grid = torch.tensor([[2, 3, 5], [1, 4, 4], [3, 1, 7]])
-    wanted, offset = [], 0
+    wanted = []
+    offset = 0
     for frames, height, width in grid.tolist():
         for frame, top, left in itertools.product(
             range(frames), range(0, height, 2), range(0, width, 2)
@@ -148,14 +149,14 @@ def test_window_order_of_videos() -> None:
     assert window_order(grid, 2, offset).tolist() == wanted
 
 
-def test_sample_draws_every_subset_alike() -> None:
+def test_every_subset_is_drawn_alike() -> None:
     torch.manual_seed(3)
     mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()
     found: dict[tuple[int, ...], int] = {}
     draws = 6000
     for _ in range(draws):
-        chosen, share = sample(mask, 0.5)
-        assert share == 0.5
+        chosen, drawn_fraction = draw(mask, 0.5)
+        assert drawn_fraction == 0.5
         key = tuple(chosen.flatten().nonzero().flatten().tolist())
         found[key] = found.get(key, 0) + 1
     assert found.keys() == set(itertools.combinations([0, 2, 3, 5], 2))
@@ -167,12 +168,12 @@ def test_sample_draws_every_subset_alike() -> None:
     ("rows", "fraction", "size"),
     [(7, 0.3, 2), (7, 0.01, 1), (7, 0.99, 7), (1, 0.5, 1), (0, 0.5, 0)],
 )
-def test_sample_sizes(rows: int, fraction: float, size: int) -> None:
+def test_draw_sizes(rows: int, fraction: float, size: int) -> None:
     mask = torch.arange(9) < rows
-    chosen, share = sample(mask, fraction)
+    chosen, drawn_fraction = draw(mask, fraction)
     assert int(chosen.sum()) == size
     assert not (chosen & ~mask).any()
-    assert share == (size / rows if rows else 1)
+    assert drawn_fraction == (size / rows if rows else 1)
 
 
 @pytest.mark.parametrize(
@@ -195,18 +196,18 @@ def test_the_mean_over_all_draws_is_the_whole(
             k: v for k, v in gradients(model).items() if v is not None
         }
 
-    terms, size = (2, 1) if level == "image" else (5, 2)
+    count, size = (2, 1) if level == "image" else (5, 2)
     sums: dict[str, torch.Tensor] = {}
-    subsets = list(itertools.combinations(range(terms), size))
+    subsets = list(itertools.combinations(range(count), size))
     for subset in subsets:
 
-        def draw(mask: torch.Tensor, fraction: float, subset: Any = subset) -> Any:
+        def draw_subset(mask: torch.Tensor, fraction: float, subset: Any = subset) -> Any:
             chosen = torch.zeros_like(mask)
             chosen[tuple(mask.nonzero()[list(subset)].T)] = True
             return chosen, torch.tensor(fraction)
 
-        monkeypatch.setattr(objective, "sample", draw)
-        for name, value in step(fraction=size / terms).items():
+        monkeypatch.setattr(terms, "draw", draw_subset)
+        for name, value in step(fraction=size / count).items():
             sums[name] = sums.get(name, 0) + value / len(subsets)
     assert_same_gradients(sums, step())
 
@@ -281,32 +282,16 @@ def test_a_bound_is_given_where_the_rows_there_are_would_not_be_counted(
     assert "capacity" not in found._options(state, None, None)
 
 
-class Waits(TorchDispatchMode):
-    """The operators that read the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(
-            word in str(func)
-            for word in ("item", "local_scalar", "nonzero", "masked_select", "unique", "aten.equal")
-        ):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("divisor", [None, torch.tensor(5.0)], ids=["mean", "divisor"])
 def test_a_fraction_costs_no_host_sync(divisor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = Waits()
-    original = objective.Objective._terms
+    original = objective.find_terms
 
-    def watched(self: Any, seen: Any, rows: Any, device: Any, given: Any) -> Any:
+    def watched(options: Any, seen: Any, visual: Any, hidden: Any, given: Any) -> Any:
         with waits:
-            return original(self, seen, rows, device, divisor)
+            return original(options, seen, visual, hidden, divisor)
 
-    monkeypatch.setattr(objective.Objective, "_terms", watched)
+    monkeypatch.setattr(objective, "find_terms", watched)
     model = build("llava")
     apply_pre(model, fraction=0.5)
     model(**batch("llava").inputs)
@@ -373,7 +358,7 @@ def test_an_anchor_that_raises_keeps_its_traceback_and_leaves_nothing() -> None:
     assert handle._capture.inside is False
     with pytest.raises(KeyError, match=r"encoder"), handle.defer(4.0) as deferred:
         model(**data.inputs)
-    assert deferred.terms == []
+    assert deferred.counts == []
     broken = False
     assert torch.is_grad_enabled()
     model(**data.inputs).loss.backward()

@@ -18,7 +18,7 @@ from pre_kernels.integrations import apply_pre
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import batch, build
-from .support.tiny.other import IMAGE, OPTIONS, Small, small
+from .support.tiny.nanovlm_like import IMAGE, OPTIONS, Small, small
 
 
 def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) -> Tensor:
@@ -140,9 +140,6 @@ def test_a_loss_that_nobody_asked_for_is_gone() -> None:
     with torch.no_grad():  # a reference
         model(**inputs)
     assert handle.loss().requires_grad
-
-
-# --- what the saved model holds
 
 
 def test_a_save_pretrained_of_the_models_own(tmp_path: Path) -> None:

@@ -107,9 +107,8 @@ def item_shares() -> Any:
     averaged."""
     rank = torch.distributed.get_rank()
     data = [batches(UNEVEN, r)[0] for r in range(2)]
-    items = 2 * sum(
-        int(d.inputs["labels"][:, 1:].ne(-100).sum()) for d in data
-    )  # of two micro-batches, say
+    # As if the step had two micro-batches.
+    items = 2 * sum(int(d.inputs["labels"][:, 1:].ne(-100).sum()) for d in data)
     model, _ = made(group="world")
     (2 * model(**data[rank].inputs, num_items_in_batch=torch.tensor(items)).loss).backward()
     gradient = model.pre_head.w1.grad

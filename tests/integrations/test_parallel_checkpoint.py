@@ -79,9 +79,8 @@ def roundtrip(how: str, folder: str) -> None:
 
 def quiet_roundtrip(how: str, folder: str) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="PRe: "
-        )  # nothing is wrong, whatever splits the parameters
+        # Nothing is wrong, whatever splits the parameters.
+        warnings.filterwarnings("error", message="PRe: ")
         roundtrip(how, folder)
 
 
@@ -130,9 +129,8 @@ def errors_everywhere(folder: str) -> None:
     rank = torch.distributed.get_rank()
     model, handle = made()
     shard(model, False)
-    with pytest.raises(
-        FileExistsError
-    ):  # where rank 0 cannot make the directory, no rank waits for it
+    # Where rank 0 cannot make the directory, no rank waits for it.
+    with pytest.raises(FileExistsError):
         handle.save(f"{folder}/file")
     handle.save(f"{folder}/good")
     before = handle.head.w1.full_tensor()

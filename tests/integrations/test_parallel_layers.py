@@ -60,9 +60,8 @@ def sequence_parallel(sample: Any, level: str) -> Any:
         more = {"inputs_embeds": kwargs["inputs_embeds"][:, mine], "position_ids": places[:, mine]}
         return args, kwargs | more | {"attention_mask": None}
 
-    text.register_forward_pre_hook(
-        split, with_kwargs=True
-    )  # before apply_pre, so that it sees the half
+    # Before apply_pre, so that PRe sees the half.
+    text.register_forward_pre_hook(split, with_kwargs=True)
     apply_pre(model, group="world", level=level, mask_fn=lambda inputs: data.visual[:, mine])
     shifted = nn.functional.pad(data.inputs["labels"][:, 1:], (0, 1), value=-100)
     items = shifted.ne(-100).sum()

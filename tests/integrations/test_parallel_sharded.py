@@ -34,8 +34,6 @@ from .support.ranks import (
 from .support.tiny.models import IMAGE, build
 from .support.two_ranks import both
 
-# --- FSDP
-
 
 def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
     model, _ = made(frozen, group="world")
@@ -49,9 +47,8 @@ def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 def test_fsdp2(own: bool, samples: list[Any]) -> None:
-    frozen = (
-        samples is TEXT_ONLY
-    )  # FSDP2 reduces unequal sets of gradients otherwise, with PRe or without
+    # Otherwise FSDP2 reduces unequal sets of gradients, with PRe or without.
+    frozen = samples is TEXT_ONLY
     check(both(fsdp2, samples, own, frozen), by_hand(samples, frozen=frozen))
 
 
@@ -201,9 +198,6 @@ def test_attached_after_wrapping(how: str) -> None:
     both(attach_late, how)
 
 
-# --- DeepSpeed
-
-
 def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
     ds = engine(model, stage, accumulation=len(samples[0]))
     head = model.pre_head
@@ -214,7 +208,8 @@ def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
     )
     from deepspeed.utils import safe_get_full_grad
 
-    losses, found = [], {}
+    losses = []
+    found = {}
     for d in batches(samples, torch.distributed.get_rank()):
         loss = ds(**d.inputs).loss
         losses.append(loss.detach())

@@ -44,7 +44,8 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
     loss.backward()
 
     plain = lora(build(family))
-    seen, head = watch(plain, family, BASE), copy_of(handle.head)
+    seen = watch(plain, family, BASE)
+    head = copy_of(handle.head)
     wanted = plain(**data.inputs).loss + 0.5 * pre_loss(seen, data, [2], head)
     wanted.backward()
     torch.testing.assert_close(loss, wanted)

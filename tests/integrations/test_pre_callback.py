@@ -13,9 +13,8 @@ from pre_kernels.integrations import apply_pre, find_handle
 from pre_kernels.integrations.pre_callback import PreCallback
 
 from .support.tiny.models import batch, build
-from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand
+from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand, make
 from .support.two_ranks import both
-from .test_head_training import make
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -25,7 +24,9 @@ def test_a_training(later: bool, tmp_path: Path) -> None:
     """Gradients as by hand, the metrics in the log, the head beside the checkpoint; the class is
     untouched."""
     before = dict(vars(Trainer))
-    model, callback, recorder = build("llava"), PreCallback(layer=2, weight=0.5), Recorder()
+    model = build("llava")
+    callback = PreCallback(layer=2, weight=0.5)
+    recorder = Recorder()
     trainer = make(
         tmp_path,
         model,
@@ -53,7 +54,8 @@ def test_a_training(later: bool, tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_by_hand(tmp_path: Path) -> None:
-    recorder, callback = Recorder(), PreCallback()
+    recorder = Recorder()
+    callback = PreCallback()
     trainer = make(tmp_path, build("llava"), learning_rate=0.0, callbacks=[recorder, callback])
     with apply_pre(build("llava")) as fresh:
         callback.handle.head.load_state_dict(fresh.head.state_dict())
@@ -152,8 +154,6 @@ def test_wrong_settings() -> None:
         PreCallback(head_lr=0.1)
 
 
-# --- Lightning
-
 lightning = pytest.importorskip("lightning")
 from pre_kernels.integrations.lightning import PreLightningCallback  # noqa: E402
 
@@ -207,9 +207,8 @@ def test_lightning(tmp_path: Path) -> None:
     straight = Module()
     for name, parameter in straight.model.pre_head.named_parameters():
         parameter.data.copy_(saved["pre_head"][f"model.pre_head.{name}"])
-    assert not torch.equal(
-        again.model.pre_head.w1, straight.model.pre_head.w1
-    )  # it went on from there
+    # The training went on from the checkpoint.
+    assert not torch.equal(again.model.pre_head.w1, straight.model.pre_head.w1)
     Module(attached=False).load_state_dict(saved["state_dict"])
     with pytest.raises(RuntimeError, match=r"PreLightningCallback: Module has no PRe"):
         fit(tmp_path, Module(attached=False), 1)

@@ -173,9 +173,8 @@ def test_bad_input() -> None:
     with Reader(model) as reader:
         with pytest.raises(ValueError, match="inputs: got no visual tokens"):
             reader.read({"input_ids": torch.tensor([[1, 5, 6]])})
-        with pytest.raises(
-            ValueError, match="inputs: got no visual tokens"
-        ):  # a literal token is not an image
+        # A literal token is not an image.
+        with pytest.raises(ValueError, match="inputs: got no visual tokens"):
             reader.read({"input_ids": torch.tensor([[1, IMAGE, 6]])})
         with pytest.raises(
             RuntimeError, match="call: it never called the LlavaForConditionalGeneration"

@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from pre_kernels.integrations import apply_pre, patch_trainer
 
 from .support.tiny.models import build
-from .support.tiny.training import EQUAL, InOrder, Samples, arguments, collate, train
-
-
-class Starts(TrainerCallback):
-    """Keeps the head as it is when training begins."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
-        self.w1, self.step = model.pre_head.w1.detach().clone(), state.global_step
+from .support.tiny.training import EQUAL, InOrder, Samples, Starts, arguments, collate, train
 
 
 def test_resume_restores_the_head(tmp_path: Path) -> None:
@@ -33,7 +23,8 @@ def test_resume_restores_the_head(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     assert (folder / "pre_head.safetensors").exists()
 
-    model, starts = build("llava"), Starts()
+    model = build("llava")
+    starts = Starts()
     torch.manual_seed(99)
     apply_pre(model)
     assert not torch.equal(model.pre_head.w1, saved)

@@ -40,10 +40,8 @@ def local(family: str) -> nn.Module:
 def one_image(family: str, size: tuple[int, int]) -> tuple[Batch, str]:
     data = batch(family, [[("text", 2), ("image", *size), ("text", 3)]])
     name = next(name for name in ("pixel_values", "pixel_values_images") if name in data.inputs)
-    if family in (
-        "idefics3",
-        "smolvlm",
-    ):  # the second tile is padding, which an image alone has not
+    # The second tile is padding, which an image alone has not.
+    if family in ("idefics3", "smolvlm"):
         data.inputs |= {
             key: data.inputs[key][:, :1]
             for key in (name, "pixel_attention_mask")
@@ -74,7 +72,8 @@ def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
 
 def changes(model: nn.Module, data: Batch, name: str, places: Tensor) -> Tensor:
     """How far other pixels at each row of `places` move each token, (rows, tokens)."""
-    before, pixels = embeddings(model, data), data.inputs[name]
+    before = embeddings(model, data)
+    pixels = data.inputs[name]
     rows = []
     for seed, place in enumerate(places):
         other = pixels.clone().flatten()

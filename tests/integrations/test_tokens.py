@@ -11,28 +11,27 @@ import pytest
 import torch
 from torch import nn
 
-from pre_kernels.integrations import Reader, apply_pre, families, objective
-from pre_kernels.integrations import tokens as rows
+from pre_kernels.integrations import Reader, apply_pre, families, objective, tokens
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
+from .support.tiny.fuyu import fuyu
+from .support.tiny.home_made import home_made
 from .support.tiny.models import IMAGE, VIDEO, batch, build
-from .test_attach_errors import fuyu
-from .test_families import home_made
-from .test_head_training import make
-from .test_options import Waits
+from .support.tiny.training import make
+from .support.waits import Waits
+from .support.warned import pre_warnings
 
 NEW = 55  # no word of the batches
-FOUND_NONE = r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 .*pass mask_fn="
+FOUND_NONE = (
+    r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 "
+    r".*pass mask_fn="
+)
 
 
 def renamed(data: Any, old: int, new: int) -> Any:
     ids = data.inputs["input_ids"]
     data.inputs["input_ids"] = ids.where(ids != old, new)
     return data
-
-
-def said(recwarn: pytest.WarningsRecorder) -> list[str]:
-    return [str(w.message) for w in recwarn if str(w.message).startswith("PRe: ")]
 
 
 def without_pixels(model: nn.Module) -> nn.Module:
@@ -85,14 +84,14 @@ def test_images_without_a_visual_token_are_said_once(
     model, data = without_pixels(build(family)), batch(family)
     handle = apply_pre(model)
     model.config.image_token_id = NEW  # and the collator knows nothing of it
-    for number in range(1, 2 * rows.PATIENCE + 2):
+    for number in range(1, 2 * tokens.PATIENCE + 2):
         model(**data.inputs).loss.backward()
-        assert len(said(recwarn)) == (number >= rows.PATIENCE)
+        assert len(pre_warnings(recwarn)) == (number >= tokens.PATIENCE)
     assert handle.metrics()["pre_tokens"] == 0
     handle._objective.parts.notices.forget()
-    for _ in range(2 * rows.PATIENCE):
+    for _ in range(2 * tokens.PATIENCE):
         model(**data.inputs)
-    first, second = said(recwarn)
+    first, second = pre_warnings(recwarn)
     assert first == second
     assert re.search(FOUND_NONE, first)
 
@@ -103,8 +102,11 @@ def test_a_trainer_that_finds_no_visual_token_says_it(
     model = without_pixels(build("llava"))
     apply_pre(model)
     model.config.image_token_id = NEW
-    make(tmp_path, model, max_steps=rows.PATIENCE).train()
-    assert len([text for text in said(recwarn) if "has none of the image tokens 55" in text]) == 1
+    make(tmp_path, model, max_steps=tokens.PATIENCE).train()
+    assert (
+        len([text for text in pre_warnings(recwarn) if "has none of the image tokens 55" in text])
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", ["masked", "dummies first", "no images", "image_flags"])
@@ -131,19 +133,19 @@ def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.Warnin
         ] * 6
     for one in inputs:
         model(**one).loss.backward()
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []
 
 
 def test_what_a_forward_tells_of_images_without_tokens() -> None:
     model, data = without_pixels(build("llava")), batch("llava")
     found = apply_pre(model)._objective
     parts = found.parts
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is False
+    assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is False
     dummy = {**data.inputs, "attention_mask": torch.zeros_like(data.inputs["attention_mask"])}
-    assert rows.find_rows(parts, dummy, None).empty.tolist() is False
-    assert rows.find_rows(parts, data.inputs, lambda inputs: data.visual).empty is None
+    assert tokens.find_tokens(parts, dummy, None).empty.tolist() is False
+    assert tokens.find_tokens(parts, data.inputs, lambda inputs: data.visual).empty is None
     model.config.image_token_id = NEW
-    assert rows.find_rows(parts, data.inputs, None).empty.tolist() is True
+    assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is True
     found.parts.notices.settle("images without image tokens")
     kept = []
     losses = found.losses
@@ -153,9 +155,10 @@ def test_what_a_forward_tells_of_images_without_tokens() -> None:
 
 
 def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, counts = Waits(), []
-    for name in ("find_rows", "warn_of_images"):
-        original = getattr(rows, name)
+    waits = Waits()
+    counts = []
+    for name in ("find_tokens", "warn_of_images"):
+        original = getattr(tokens, name)
 
         def watched(*args: Any, original: Any = original) -> Any:
             with waits:
@@ -172,12 +175,14 @@ def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_in_an_unlisted_family_is_looked_at_ever_more_seldom() -> None:
-    waits, model, text = Waits(), build("llava"), batch("llava", [[("text", 6)]]).inputs
+    waits = Waits()
+    model = build("llava")
+    text = batch("llava", [[("text", 6)]]).inputs
     parts = families.find_parts(model)
     parts.family = families.GENERIC
     with waits:
         for _ in range(64):
-            assert rows.find_rows(parts, text, None) is None
+            assert tokens.find_tokens(parts, text, None) is None
     assert len(waits.found) == 7  # the 1st, 2nd, 4th, ..., 64th
 
 
@@ -188,27 +193,30 @@ def test_images_that_come_late_in_an_unlisted_family(recwarn: pytest.WarningsRec
     text, ids = torch.tensor([[1, 5, 6, 7, 8]]), torch.tensor([[1, IMAGE, IMAGE, 5, 6]])
     for _ in range(20):
         model(input_ids=text, labels=text)
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []
     for _ in range(20):
         model(input_ids=ids, labels=text)
-    (found,) = said(recwarn)
+    (found,) = pre_warnings(recwarn)
     assert re.search(r"2 image tokens, .* none of pixel_values, image_embeds", found)
 
 
 def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, model, data = Waits(), build("llava"), batch("llava")
+    waits = Waits()
+    model = build("llava")
+    data = batch("llava")
     parts = families.find_parts(model)
-    monkeypatch.setattr(rows, "capturing", lambda: True)
+    monkeypatch.setattr(tokens, "capturing", lambda: True)
     with waits:
-        rows.warn_of_images(parts, rows.find_rows(parts, data.inputs, None), data.inputs)
+        tokens.warn_of_images(parts, tokens.find_tokens(parts, data.inputs, None), data.inputs)
         parts.family = families.GENERIC
-        rows.find_rows(parts, {"input_ids": data.inputs["input_ids"]}, None)
+        tokens.find_tokens(parts, {"input_ids": data.inputs["input_ids"]}, None)
     assert waits.found == []
 
 
 def test_a_config_without_the_token_says_where_to_set_it() -> None:
     model, inputs = home_made()
-    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, or in model\.config; or pass mask_fn="
+    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, "
+    message += r"or in model\.config; or pass mask_fn="
     with pytest.raises(ValueError, match=message):
         apply_pre(model, layers="trunk.blocks")
     model.config.image_token_id = IMAGE

@@ -42,9 +42,8 @@ from .support.tiny.training import (
     train,
 )
 
-both = pytest.mark.parametrize(
-    "family", ["llava", "qwen2_5_vl"]
-)  # the first is given num_items_in_batch
+# The first family is given num_items_in_batch.
+both = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 
 
 @both
@@ -103,7 +102,8 @@ TWO_SIZES = [
 
 @pytest.mark.parametrize("level", ["patch", "image"])
 def test_with_the_patch_every_image_weighs_the_same(level: str, tmp_path: Path) -> None:
-    family, images = "qwen2_5_vl", 4
+    family = "qwen2_5_vl"
+    images = 4
     for accumulation in (1, 2, 4):
         found, handle, _ = train(
             family, TWO_SIZES, tmp_path, accumulation, patched=True, level=level, weighting="image"
@@ -200,7 +200,8 @@ class Rows(InOrder):
 def test_batches_that_are_no_mappings_are_not_counted(tmp_path: Path) -> None:
     found = []
     for patched in (False, True):
-        model, recorder = build("llava"), Recorder()
+        model = build("llava")
+        recorder = Recorder()
         apply_pre(model)
         with patch_trainer() if patched else contextlib.nullcontext():
             trainer = Rows(
@@ -302,9 +303,8 @@ def test_training_lowers_the_loss_and_logs_it(
 def test_autocast_training(patched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {}
     for precision in ("bf16", "no"):
-        monkeypatch.setenv(
-            "ACCELERATE_MIXED_PRECISION", "no"
-        )  # transformers 4 sets it and leaves it
+        # transformers 4 sets the variable and leaves it.
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         AcceleratorState._reset_state(reset_partial_state=True)
         found, _, trainer = train("llava", EQUAL, tmp_path, 2, patched, bf16=precision == "bf16")
         assert trainer.accelerator.mixed_precision == precision
@@ -332,7 +332,8 @@ def test_patch_is_reversible_and_leaves_other_trainers_alone(tmp_path: Path) -> 
         patch_trainer()
     with pytest.raises(RuntimeError, match=r"InOrder is patched already"):
         patch_trainer(InOrder)
-    model, recorder = build("llava"), Recorder()
+    model = build("llava")
+    recorder = Recorder()
     trainer = InOrder(
         model=model,
         args=arguments(tmp_path, 2, 2),

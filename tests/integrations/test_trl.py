@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from .support.by_hand import copy_of, pre_loss, watch
 from .support.tiny.models import IMAGE, Batch, build
+from .support.tiny.training import own_loss
 from .support.tiny.trl import batches, train
 
 needs_5_18 = pytest.mark.skipif(
@@ -22,14 +23,6 @@ needs_5_18 = pytest.mark.skipif(
     reason="TRL wants transformers 5.18 for it",
 )
 COUNTS = [1, 0, 2, 1]  # images in each conversation
-
-
-def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    flat = outputs.logits[:, :-1].flatten(0, 1)
-    return (
-        torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
-        / num_items_in_batch
-    )
 
 
 def auxiliary(
@@ -63,9 +56,8 @@ def auxiliary(
         (2, {"gradient_checkpointing": True}),
         (2, {"average_tokens_across_devices": False}),
     ],
-    ids=lambda value: (
-        str(value) if isinstance(value, int) else "-".join(value) or "plain"
-    ),  # alike in each process
+    # Without the addresses of functions, so that they are alike in each process of pytest-xdist.
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",
 )
 def test_exactly_the_auxiliary_gradient_is_added(
     accumulation: int, options: dict[str, Any], tmp_path: Path
@@ -87,9 +79,8 @@ def test_exactly_the_auxiliary_gradient_is_added(
 def test_lora(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
     found, handle, trainer = train(COUNTS, tmp_path, 2, peft_config=config)
-    added = auxiliary(
-        batches(trainer, COUNTS), handle.head
-    )  # B is 0 at first, so the model is the plain one
+    # LoRA's B is 0 at first, so that the model is the plain one.
+    added = auxiliary(batches(trainer, COUNTS), handle.head)
     for name in ("w1", "b1", "w2", "b2"):
         torch.testing.assert_close(
             found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7

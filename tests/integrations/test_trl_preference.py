@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from .support.tiny.models import IMAGE
 from .support.tiny.preference import auxiliary, train
 
+# Whether terms are counted ahead: batches of rows cannot be.
 AHEAD = {
     "DPO": True,
     "KTO": True,
     "GRPO": False,
     "RLOO": False,
-}  # batches of rows cannot be counted ahead
+}
 
 
 @pytest.mark.filterwarnings("default:.* is deprecated:FutureWarning")
@@ -63,9 +64,8 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
 def test_lora(kind: str, tmp_path: Path) -> None:
     """The reference is the model itself, without its adapter or with a copy of it."""
     found, handle, trainer, forwards, told = train(kind, tmp_path, lora=True)
-    added = auxiliary(
-        forwards, handle.head, AHEAD[kind]
-    )  # B is 0 at first, so the model is the plain one
+    # LoRA's B is 0 at first, so that the model is the plain one.
+    added = auxiliary(forwards, handle.head, AHEAD[kind])
     for name in ("w1", "b1", "w2", "b2"):
         torch.testing.assert_close(
             found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7

@@ -17,8 +17,8 @@ from pre_kernels.integrations.visible import visible
 
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.tiny.models import FAMILIES, Batch, batch, build
-from .test_options import Waits
-from .test_tokens import said
+from .support.waits import Waits
+from .support.warned import pre_warnings
 
 TOKENS = 20
 WINDOW = 8  # of the tiny Gemma 3
@@ -121,13 +121,11 @@ def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
 def test_padding_under_a_square_mask(form: str, where: str) -> None:
     _, valid = padded(where)
     mask = FORMS[form](square(valid))
-    if (
-        where == "all" and "to all" in form
-    ):  # nothing tells it from a sample that attends in both directions
+    # Nothing tells it from a sample that attends in both directions.
+    if where == "all" and "to all" in form:
         valid[1] = True
-    if (
-        where in ("right", "last") and "to itself" in form
-    ):  # nor its last token from that of a whole sample
+    # Nor its last token from that of a whole sample.
+    if where in ("right", "last") and "to itself" in form:
         valid[1, -1] = True
     assert torch.equal(look(mask), valid)
 
@@ -172,9 +170,8 @@ def test_masks_without_padding() -> None:
     every = torch.ones(1, 1, TOKENS, TOKENS).bool()
     causal = every.tril()
     block = causal.clone()
-    block[..., 6:11, 6:11] = block[..., -3:, -3:] = (
-        True  # two images that attend in both directions, one at the end
-    )
+    # Two images that attend in both directions, one at the end.
+    block[..., 6:11, 6:11] = block[..., -3:, -3:] = True
     prefix = causal.clone()
     prefix[..., :9, :9] = True
     window = causal & ~every.tril(-WINDOW)
@@ -230,9 +227,8 @@ def test_keys_before_the_tokens() -> None:
 def check_gradients(family: str, data: Batch, valid: torch.Tensor) -> None:
     model, plain = build(family), build(family)
     for one in (model, plain):
-        one.config.get_text_config().use_cache = (
-            False  # a cache keeps models from seeing packed sequences
-        )
+        # A cache keeps models from seeing packed sequences.
+        one.config.get_text_config().use_cache = False
     handle = apply_pre(model)
     assert 0 < handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
     data.visual = data.visual & valid
@@ -313,13 +309,11 @@ def test_position_ids_that_tell_nothing() -> None:
     assert torch.equal(look(None, position_ids=left), wanted.flip(1))
     for ids in (torch.stack([row] * 3), row.float(), row[:, :9], row[None], None, PACKED):
         assert look(None, position_ids=ids) is None
-    assert (
-        look(None, (2, 1), position_ids=torch.zeros(2, 1).long()) is None
-    )  # a token is all there is
+    # One token is all there is.
+    assert look(None, (2, 1), position_ids=torch.zeros(2, 1).long()) is None
     assert look(None, (6,), position_ids=torch.zeros(1, 6).long()) is None
-    assert look(
-        torch.ones(2, TOKENS), position_ids=row
-    ).all()  # transformers then does not look at them either
+    # Beside a mask transformers does not look at them either.
+    assert look(torch.ones(2, TOKENS), position_ids=row).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -344,7 +338,8 @@ def test_padding_by_cumulative_lengths(dtype: torch.dtype) -> None:
 
 def test_masks_cost_no_host_sync() -> None:
     _, valid = padded("left")
-    waits, causal = Waits(), square(valid)
+    waits = Waits()
+    causal = square(valid)
     arguments = [
         {"attention_mask": valid.long()},
         {"attention_mask": to_all(causal)},
@@ -399,4 +394,4 @@ def test_nothing_is_said_of_a_mask_that_is_known(recwarn: pytest.WarningsRecorde
     apply_pre(model)
     for mask in (None, valid, square(valid), to_all(square(valid))):
         model(**data.inputs, attention_mask=mask)
-    assert said(recwarn) == []
+    assert pre_warnings(recwarn) == []

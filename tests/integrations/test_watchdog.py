@@ -12,7 +12,7 @@ import torch
 from pre_kernels.integrations import apply_pre
 
 from .support.tiny.models import batch, build
-from .test_head_training import make
+from .support.tiny.training import make
 
 
 def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn: Any) -> None:
@@ -22,9 +22,8 @@ def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn
     (first + model(**data.inputs).loss).backward()  # two forwards, one backward
     del first
     for _ in range(3):
-        model(
-            **data.inputs
-        )  # one that is only looked at, one whose gradient is, and one that is trained
+        # A forward that is only looked at, one whose gradient is, and one that is trained.
+        model(**data.inputs)
         model(**data.inputs).logits.float().mean().backward()
         model(**data.inputs).loss.backward()
     make(tmp_path, model).train()

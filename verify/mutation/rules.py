@@ -37,7 +37,9 @@ LEFT_OUT = {
         "cache_file remembered _device_name multiprocessors _multiprocessors pointer_tile programs "
         "RowShape.of"
     ),
-    "how many rows a chunk has, by the workspace": "columns apart layout cut largest whole_turns",
+    "how many rows a chunk has, by the workspace": (
+        "columns fixed_bytes layout cut largest whole_turns"
+    ),
     "a cast or `tl.dot` when compiled": "widen narrow dot",
     "a question to the library": "_widens",
 }

@@ -30,8 +30,8 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
 
     With s(i, j) the cosine similarity of patches i and j of one image and O an object's patches:
 
-        cohesion(O)    = mean of s(i, j) over i ≠ j in O                 objects of at least two patches
-        coupling(O, Q) = mean of s(i, j) over i in O, j in Q             pairs of different objects of one image
+        cohesion(O)    = mean of s(i, j) over i ≠ j in O      objects of at least two patches
+        coupling(O, Q) = mean of s(i, j) over i in O, j in Q  pairs of different objects, one image
         ratio          = mean cohesion / mean coupling
 
     The means run over all objects, and all pairs of objects, of all images, each counting once
@@ -70,8 +70,11 @@ class Contrast:
     """
 
     def __init__(self) -> None:
-        self._within, self._objects = 0.0, 0
-        self._between, self._pairs = 0.0, 0
+        # sums of similarities within and between objects, and the numbers of terms
+        self._within = 0.0
+        self._objects = 0
+        self._between = 0.0
+        self._pairs = 0
 
     def update(self, features: Tensor, masks: Tensor) -> None:
         """Add images."""
@@ -86,27 +89,33 @@ class Contrast:
         objects, patches)."""
         member = masks.to(unit.device, unit.dtype)
         size = member.sum(-1)  # (images, objects)
-        # a sum of similarities over pairs is the product of the sums of unit vectors: no
-        # patch-by-patch matrix
+        # A sum of similarities over pairs is the product of the sums of unit vectors, so that no
+        # patch-by-patch matrix is made.
         total = member @ unit
-        length = torch.linalg.vector_norm(unit, dim=-1)  # 1, or 0 of a patch of zeros
+        # 1, or 0 for a patch of zeros
+        length = torch.linalg.vector_norm(unit, dim=-1)
         itself = (member @ length.square()[..., None]).squeeze(-1)
         pairs = total @ total.transpose(1, 2)  # (images, objects, objects)
 
-        several, present = size >= 2, size > 0
+        several = size >= 2
+        present = size > 0
         within = (pairs.diagonal(dim1=1, dim2=2) - itself) / (size * (size - 1))
         both = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
         between = pairs / (size[:, :, None] * size[:, None, :])
         sums = torch.stack(
             [within[several].sum(), several.sum(), between[both].sum(), both.sum()]
         ).tolist()
-        self._within, self._objects = self._within + sums[0], self._objects + int(sums[1])
-        self._between, self._pairs = self._between + sums[2], self._pairs + int(sums[3])
+        self._within += sums[0]
+        self._objects += int(sums[1])
+        self._between += sums[2]
+        self._pairs += int(sums[3])
 
     def merge(self, other: Contrast) -> None:
         """Add the images that another one saw."""
-        self._within, self._objects = self._within + other._within, self._objects + other._objects
-        self._between, self._pairs = self._between + other._between, self._pairs + other._pairs
+        self._within += other._within
+        self._objects += other._objects
+        self._between += other._between
+        self._pairs += other._pairs
 
     def result(self) -> ContrastRatio:
         """Of all images so far."""
@@ -124,7 +133,8 @@ def check_masks(masks: object, features: Tensor) -> Tensor:
     images, patches, _ = features.shape
     if masks.dim() != 3 or masks.shape[0] != images or masks.shape[2] != patches:
         raise ValueError(
-            f"masks: got shape {tuple(masks.shape)}, want (images, objects, patches) = ({images}, any, {patches})"
+            f"masks: got shape {tuple(masks.shape)}, want (images, objects, patches) = ({images}, "
+            f"any, {patches})"
         )
     if masks.sum(1).gt(1).any():
         raise ValueError("masks: some patches belong to more than one object, want at most one")

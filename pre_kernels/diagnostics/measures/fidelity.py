@@ -34,12 +34,13 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
     """Centred kernel alignment of the linear kernels of two feature matrices (Kornblith et al.
     2019); no unit.
 
-        CKA = HSIC(x, y) / √(HSIC(x, x) · HSIC(y, y)),     HSIC(x, y) = |x̄ᵀ ȳ|²_F,     x̄, ȳ centred over the rows
+        CKA        = HSIC(x, y) / √(HSIC(x, x) · HSIC(y, y))
+        HSIC(x, y) = |x̄ᵀ ȳ|²_F                                  x̄, ȳ centred over the rows
 
     In 0..1; 1 when the rows of one are a rotated, scaled and moved copy of the other's. With fewer
     rows than some times the width it is well above 0 even for independent features; `debiased`
     takes the unbiased HSIC of Song et al. 2012 instead (at most 1, about 0 for independent
-    features, and so sometimes just below), which wants 4 rows. Unchanged by rotating, moving and
+    features, and so sometimes just below), which needs 4 rows. Unchanged by rotating, moving and
     scaling either side and by reordering rows of both; not by scaling single features or rows. nan
     where one side does not vary.
 
@@ -66,12 +67,13 @@ def cka_of_moments(xx: Moments, xy: Moments, yy: Moments, *, debiased: bool = Fa
     least one."""
     if not xx.rows == xy.rows == yy.rows > 0:
         raise ValueError(
-            f"xx, xy, yy: got {xx.rows}, {xy.rows} and {yy.rows} rows, want as many in each, at least one"
+            f"xx, xy, yy: got {xx.rows}, {xy.rows} and {yy.rows} rows, want as many in each, at "
+            "least one"
         )
     if not all(xy.varies()):
         return math.nan
     both = [moments.hsic(debiased) for moments in (xx, yy)]
-    if not min(both) > 0:  # nan too
+    if not min(both) > 0:  # or nan
         return math.nan
     return xy.hsic(debiased) / math.sqrt(both[0]) / math.sqrt(both[1])
 
@@ -119,8 +121,8 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
         _hsic(similar, similar, near)
         for similar, near in ((similar_x, near_x), (similar_y, near_y))
     ]
-    # similarities of unit vectors: below this they are equal but for rounding, and any rows the
-    # nearest
+    # The similarities of unit vectors that differ by less are equal but for rounding: which rows
+    # are the nearest would be chance.
     spread = [(similar.max() - similar.min()).item() for similar in (similar_x, similar_y)]
     if min(spread) <= 1e-12 or not min(own) > 0:
         return math.nan
@@ -138,7 +140,9 @@ def _neighbourhood(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
 def _hsic(k: Tensor, l: Tensor, near: Tensor) -> float:  # noqa: E741
     """Song et al. 2012, equation 5, up to its factor 1 / (n(n - 3)), of k and l where `near`, which
     has no diagonal."""
-    n, k, l = len(k), k.where(near, 0), l.where(near, 0)  # noqa: E741
+    n = len(k)
+    k = k.where(near, 0)
+    l = l.where(near, 0)  # noqa: E741
     mixed = k.sum(0) @ l.sum(1)
     return ((k * l.T).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)).item()
 

@@ -16,12 +16,10 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    # a sum is the cheaper look: whatever is not finite shows in it, though it may overflow by
-    # itself
-    if (
-        not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
-        and not value.isfinite().all()
-    ):
+    # The sum is cheaper than a look at each number, and is not finite if any of them is not. It may
+    # also overflow by itself, so the numbers are looked at then.
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    if not total.isfinite() and not value.isfinite().all():
         raise ValueError(f"{name}: got nan or infinite values, want finite ones")
 
 
@@ -64,9 +62,8 @@ def unit(features: Tensor) -> Tensor:
     """Rows over their lengths, in float64 and in memory of their own; a row of zeros stays one."""
     x = features.detach().to(torch.float64, copy=True)
     tiny = torch.finfo(x.dtype).tiny
-    if (
-        features.dtype == x.dtype
-    ):  # squares of the narrower types neither over- nor underflow in float64
+    if features.dtype == x.dtype:
+        # squares of float64 can over- or underflow; those of narrower types cannot, in float64
         x /= x.abs().amax(-1, keepdim=True).clamp(min=tiny)
     return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=tiny))
 

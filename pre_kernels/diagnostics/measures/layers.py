@@ -1,4 +1,4 @@
-"""All measures of all layers, image by image, in one object: what a report or a callback prints."""
+"""All metrics of all layers, image by image, in one object: what a report or a callback prints."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .spatial import Spatial, check_grid
 from .spectrum import Spectrum, SpectrumSummary
 
 METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
-"""What a `LayerReport` can measure."""
+"""The groups of metrics that a `LayerReport` can measure."""
 
 
 class LayerReport:
-    """The measures of this package for each layer, over a stream of images whose hidden states come
+    """The metrics of this package for each layer, over a stream of images whose hidden states come
     one at a time.
 
     ```python
@@ -39,25 +39,25 @@ class LayerReport:
 
     `rows` gives a dict for each layer, of plain numbers and None, for json.dump or csv.DictWriter.
 
-    | metric    | columns                                                 | measured on images given       |
-    |-----------|---------------------------------------------------------|--------------------------------|
-    | structure | cohesion, coupling, contrast (`contrast_ratio`)         | `masks`                        |
-    |           | near, far, spatial_contrast                             | `grid`                         |
-    | cosine    | cosine (`mean_cosine` with the anchor)                  | an anchor as wide as the layer |
-    | spectrum  | those of `SpectrumSummary`                              | all                            |
-    | cka       | cka, cka_debiased (`linear_cka` with the anchor)        | all                            |
-    | cknna     | cknna (with the anchor, on a sample of tokens)          | all                            |
-    | probe     | linear_probe, knn_probe on the mean over each image     | `label`                        |
-    | (always)  | lens_share, lens_tokens (`LogitLens`)                   | `logits`                       |
+    | group     | metrics                                          | measured on images given     |
+    |-----------|--------------------------------------------------|------------------------------|
+    | structure | cohesion, coupling, contrast (`contrast_ratio`)  | `masks`                      |
+    |           | near, far, spatial_contrast                      | `grid`                       |
+    | cosine    | cosine (`mean_cosine` with the anchor)           | anchors as wide as the layer |
+    | spectrum  | those of `SpectrumSummary`                       | all                          |
+    | cka       | cka, cka_debiased (`linear_cka` with the anchor) | all                          |
+    | cknna     | cknna (with the anchor, on a sample of tokens)   | all                          |
+    | probe     | linear_probe, knn_probe on each image's mean     | `label`                      |
+    | (always)  | lens_share, lens_tokens (`LogitLens`)            | `logits`                     |
 
-    Each also has layer, images, tokens, and notes: why a figure that its input was given for is
-    missing. None is what could not be measured.
+    Each row also has layer, images, tokens, and notes: why a metric is missing although its input
+    was given. None stands for what could not be measured.
 
     Memory is flat in the number of images. Per layer of width d with an anchor of width z, in
     float64 on the layer's device: 8·d² bytes for spectrum or cka and 8·d·z more for cka, 8.3 GiB
     for 33 layers 4,096 wide; and 2·d² and 2·d·z operations a token. In float32 on the CPU, per
     layer: `tokens`·d for cknna and `labelled`·d for the probes. During training take the cheap
-    ones, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
+    groups, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
 
     Args:
         metrics: some of `METRICS`.
@@ -83,17 +83,21 @@ class LayerReport:
         if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
             raise ValueError(f"metrics: got {metrics!r}, want some of {', '.join(METRICS)}")
         counts = {"tokens": tokens, "neighbours": neighbours, "labelled": labelled, "top": top}
-        for name, value in (
-            counts.items() if radius is None else {**counts, "radius": radius}.items()
-        ):
+        if radius is not None:
+            counts["radius"] = radius
+        for name, value in counts.items():
             inputs.check_positive(name, value)
         self.metrics = tuple(name for name in METRICS if name in metrics)
-        self.radius, self.neighbours, self.top, self.seed = radius, neighbours, top, seed
+        self.radius = radius
+        self.neighbours = neighbours
+        self.top = top
+        self.seed = seed
         self.images = self.tokens = 0
         self._widths: dict[int | str, int] = {}
         self._layers: dict[int, _Layer] = {}
         self._anchors = Moments()
-        self._sample, self._labelled = Reservoir(tokens, seed), Reservoir(labelled, seed)
+        self._sample = Reservoir(tokens, seed)
+        self._labelled = Reservoir(labelled, seed)
 
     @torch.no_grad()
     def update(
@@ -113,7 +117,7 @@ class LayerReport:
             hidden: by layer number, (patches, width) each, floating point, finite; the same layers
                 for every image.
             anchor: (patches, z), what the layers are compared with; pass it as a layer too for its
-                own figures.
+                own metrics.
             masks: (objects, patches) bool, as for `contrast_ratio`.
             grid: (rows, columns) of the patches, as for `spatial_contrast`.
             label: the image's class.
@@ -133,8 +137,10 @@ class LayerReport:
         for number, counts in decoded.items():
             layers[number].lens.check(counts)
 
-        self._widths, self._layers = widths, layers
-        self.images, self.tokens = self.images + 1, self.tokens + len(anchor)
+        self._widths = widths
+        self._layers = layers
+        self.images += 1
+        self.tokens += len(anchor)
         units = {"structure", "cosine"} & set(self.metrics)
         anchor_unit = inputs.unit(anchor) if "cosine" in self.metrics else None
         if "cka" in self.metrics:
@@ -180,7 +186,8 @@ class LayerReport:
                 mine.lens.check(layer.lens.counts)
         self._widths = other._widths
         self._layers = self._layers or {number: _Layer(self.radius) for number in other._layers}
-        self.images, self.tokens = self.images + other.images, self.tokens + other.tokens
+        self.images += other.images
+        self.tokens += other.tokens
         self._anchors.merge(other._anchors)
         for number, layer in self._layers.items():
             layer.merge(other._layers[number])
@@ -191,7 +198,7 @@ class LayerReport:
         """Write all that was seen so far to `path`, a safetensors file, whole or not at all;
         `more`: what JSON holds.
 
-        A report that `load` returns goes on as this one would.
+        A report that `load` returns continues as this one would.
         """
         state.save(Path(path), {"report": self, "more": more}, CLASSES)
 
@@ -206,8 +213,8 @@ class LayerReport:
             FileNotFoundError, ValueError: naming the file, if it is not there, is broken, or of
                 another version.
         """
-        found = state.load(Path(path), CLASSES, device)
-        return found["report"], found["more"]
+        saved = state.load(Path(path), CLASSES, device)
+        return saved["report"], saved["more"]
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each layer, in order, all with the same keys; ValueError before the first
@@ -225,14 +232,16 @@ class LayerReport:
     ) -> dict[str, Any]:
         notes: list[str] = []
 
-        def attempt(wanted: bool, figure: Callable[[], float]) -> float:
+        def attempt(wanted: bool, metric: Callable[[], float]) -> float:
             try:
-                return figure() if wanted else math.nan
-            except ValueError as error:  # too few rows, say: no reason to lose the other figures
+                return metric() if wanted else math.nan
+            except ValueError as error:
+                # too few rows, for example: the other metrics can still be measured
                 notes.append(str(error))
                 return math.nan
 
-        contrast, spatial = layer.contrast.result(), layer.spatial.result()
+        contrast = layer.contrast.result()
+        spatial = layer.spatial.result()
         spectrum = "spectrum" in self.metrics
         cosine = "cosine" in self.metrics and self._widths[number] == self._widths["anchor"]
         moments = (layer.spectrum.moments, layer.cross, self._anchors)
@@ -306,7 +315,8 @@ class LayerReport:
         widths["anchor"] = anchor.shape[1]
         if self._widths and widths != self._widths:
             raise ValueError(
-                f"hidden, anchor: got layers of widths {widths}, want those of the images before, {self._widths}"
+                f"hidden, anchor: got layers of widths {widths}, want those of the images before, "
+                f"{self._widths}"
             )
         return widths
 
@@ -315,8 +325,10 @@ class _Layer:
     """The sums of one layer."""
 
     def __init__(self, radius: int | None) -> None:
-        self.contrast, self.spatial = Contrast(), Spatial(radius)
-        self.spectrum, self.cross = Spectrum(), Moments()
+        self.contrast = Contrast()
+        self.spatial = Spatial(radius)
+        self.spectrum = Spectrum()
+        self.cross = Moments()
         self.lens = LogitLens()
         self.cosine = 0.0
 
@@ -326,16 +338,8 @@ class _Layer:
         self.cosine += other.cosine
 
 
-CLASSES = (
-    LayerReport,
-    _Layer,
-    Contrast,
-    Spatial,
-    Spectrum,
-    Moments,
-    LogitLens,
-    Reservoir,
-)  # what a file may hold
+# the only classes that are written to and made from a file
+CLASSES = (LayerReport, _Layer, Contrast, Spatial, Spectrum, Moments, LogitLens, Reservoir)
 
 
 def _taken(
@@ -343,12 +347,12 @@ def _taken(
 ) -> list[dict[int | str, Tensor]]:
     """Rows as items of a sample; each has memory of its own, so that one kept row does not keep its
     neighbours."""
-    found: list[dict[int | str, Tensor]] = [{} for _ in chosen]
+    items: list[dict[int | str, Tensor]] = [{} for _ in chosen]
     for name, tensor in tensors.items():
         rows = tensor.detach()[torch.tensor(chosen, device=tensor.device)].float().cpu()
-        for item, row in zip(found, rows, strict=True):
+        for item, row in zip(items, rows, strict=True):
             item[name] = row.clone()
-    return found
+    return items
 
 
 def _means(hidden: Mapping[int, Tensor]) -> dict[int, Tensor]:

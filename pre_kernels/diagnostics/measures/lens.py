@@ -38,7 +38,8 @@ class LogitLens:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(0, dtype=torch.int64)  # rows by vocabulary id
+        # how many rows decoded to each vocabulary id
+        self.counts = torch.zeros(0, dtype=torch.int64)
 
     @property
     def total(self) -> int:
@@ -66,7 +67,8 @@ class LogitLens:
         """ValueError unless the counts are of the vocabulary of those before."""
         if self.total and len(counts) != len(self.counts):
             raise ValueError(
-                f"logits: got a vocabulary of {len(counts)}, want that of before, {len(self.counts)}"
+                f"logits: got a vocabulary of {len(counts)}, want that of before, "
+                f"{len(self.counts)}"
             )
 
     def count(self, counts: Tensor) -> None:
@@ -87,14 +89,14 @@ class LogitLens:
         if not total:
             raise ValueError("hidden: got no rows so far, want at least one before the result")
         order = self.counts.argsort(descending=True, stable=True)[:top]
-        found = [int(token) for token in order if self.counts[token] > 0]
-        return LensSummary(int(self.counts[found].sum()) / total, found)
+        tokens = [int(token) for token in order if self.counts[token] > 0]
+        return LensSummary(int(self.counts[tokens].sum()) / total, tokens)
 
 
 @torch.no_grad()
 def decode(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 256) -> Tensor:
     """How often each id of the vocabulary is the argmax, (vocabulary,), int64 on the CPU."""
-    found = []
+    tokens = []
     for rows in hidden.split(chunk):
         scores = logits(rows)
         if not torch.is_tensor(scores) or scores.dim() != 2 or len(scores) != len(rows):
@@ -102,9 +104,9 @@ def decode(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 256)
             raise ValueError(
                 f"logits: returned {got}, want a tensor of shape ({len(rows)}, vocabulary)"
             )
-        largest, token = scores.max(1)
+        largest, decoded = scores.max(1)
         if largest.isnan().any():
             raise ValueError("logits: returned nan, want numbers")
-        found.append(token)
+        tokens.append(decoded)
         vocabulary = scores.shape[1]
-    return torch.bincount(torch.cat(found), minlength=vocabulary).cpu()
+    return torch.bincount(torch.cat(tokens), minlength=vocabulary).cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import inputs
 
-# standard deviation over mean below which a feature is constant but for float64's rounding
+# A feature whose standard deviation over mean is smaller is constant, but for float64's rounding.
 CONSTANT = 1e-12
 
 
@@ -113,7 +113,8 @@ class Moments:
 
         nan with fewer than 4 rows then.
         """
-        biased, n = self.product.square().sum(), self.rows
+        biased = self.product.square().sum()
+        n = self.rows
         if not debiased:
             return biased.item()
         if n < 4:
@@ -128,21 +129,22 @@ class Moments:
     def _check_widths(self, d: int, z: int) -> None:
         if self.product.shape != (d, z):
             raise ValueError(
-                f"x, y: got widths {d} and {z}, want those of the rows before, {tuple(self.product.shape)}"
+                f"x, y: got widths {d} and {z}, want those of the rows before, "
+                f"{tuple(self.product.shape)}"
             )
 
     def _move_to(self, mean_x: Tensor, mean_y: Tensor, rows: int) -> None:
         """Centre the sums where the mean will be once `rows` rows with these means have come, and
         count those in."""
-        n, self.rows = self.rows, self.rows + rows
-        towards_x, towards_y = (
-            (mean_x - self.mean_x) * (rows / self.rows),
-            (mean_y - self.mean_y) * (rows / self.rows),
-        )
-        self.mean_x, self.mean_y = self.mean_x + towards_x, self.mean_y + towards_y
+        n = self.rows
+        self.rows += rows
+        towards_x = (mean_x - self.mean_x) * (rows / self.rows)
+        towards_y = (mean_y - self.mean_y) * (rows / self.rows)
+        self.mean_x = self.mean_x + towards_x
+        self.mean_y = self.mean_y + towards_y
         if not n:
             return
-        # with the new centre x becomes x + u and y becomes y + v, while Σ x = Σ y = 0
+        # With the new centre x becomes x + u and y becomes y + v, while Σ x = Σ y = 0.
         u, v = -towards_x, -towards_y
         uu, vv = u @ u, v @ v
         across_x, across_y = self.product @ v, u @ self.product

@@ -64,13 +64,12 @@ def linear_probe(
     inputs.check_positive("max_iter", max_iter)
     x, y, test_x, test_y = _parts(features, labels, test_features, test_labels, test_size, seed)
     mean, scale = x.mean(0), x.std(0, correction=0)
-    scale = scale.where(
-        scale > 1e-12 * mean.abs(), 1.0
-    )  # else a constant feature, but for rounding
+    # a smaller scale is that of a constant feature, but for rounding
+    scale = scale.where(scale > 1e-12 * mean.abs(), 1.0)
     classes, y = y.unique(return_inverse=True)
     weight = _fit((x - mean) / scale, y, len(classes), inverse_penalty, max_iter)
-    found = classes[_scores(weight, (test_x - mean) / scale).argmax(1)]
-    return (found == test_y).double().mean().item()
+    predicted = classes[_scores(weight, (test_x - mean) / scale).argmax(1)]
+    return _accuracy(predicted, test_y)
 
 
 def knn_probe(
@@ -108,14 +107,18 @@ def knn_probe(
     x, y, test_x, test_y = _parts(features, labels, test_features, test_labels, test_size, seed)
     classes, y = y.unique(return_inverse=True)
     x = inputs.unit(x)
-    found = []
+    predicted = []
     for part in inputs.unit(test_x).split(1024):
         similarity, nearest = (part @ x.T).topk(min(neighbours, len(x)), dim=1)
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        found.append(
+        predicted.append(
             votes.new_zeros(len(part), len(classes)).scatter_add_(1, y[nearest], votes).argmax(1)
         )
-    return (classes[torch.cat(found)] == test_y).double().mean().item()
+    return _accuracy(classes[torch.cat(predicted)], test_y)
+
+
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return float((predicted == labels).double().mean())
 
 
 def _parts(
@@ -151,10 +154,11 @@ def _parts(
 
 
 def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tensor:
-    """Which rows are for testing, (N,) bool; `number` is a row's class, `counts` has the rows of
-    each."""
+    """Which rows are for testing, (N,) bool; `number` has the class of each row, `counts` the rows
+    of each class."""
     order = torch.randperm(len(number), generator=torch.Generator().manual_seed(seed))
-    order = order[number[order].argsort(stable=True)]  # class by class, at random within
+    # class by class, in random order within a class
+    order = order[number[order].argsort(stable=True)]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     place -= (counts.cumsum(0) - counts)[number]
@@ -165,7 +169,8 @@ def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tenso
 def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: int) -> Tensor:
     """(outputs, width + 1), biases last; two classes have one output, the score of the second over
     the first's."""
-    each, penalty = torch.arange(len(x), device=x.device), 1 / (inverse_penalty * len(x))
+    each = torch.arange(len(x), device=x.device)
+    penalty = 1 / (inverse_penalty * len(x))
     weight = x.new_zeros(classes if classes > 2 else 1, x.shape[1] + 1)
     solver = torch.optim.LBFGS(
         [weight],
@@ -180,7 +185,8 @@ def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: i
     @torch.no_grad()
     def loss() -> Tensor:
         logarithms = _scores(weight, x).log_softmax(1)
-        excess = logarithms.exp()  # the gradient by the scores, times rows
+        # the gradient of the summed loss by the scores
+        excess = logarithms.exp()
         excess[each, y] -= 1
         excess = excess[:, -len(weight) :]
         linear = weight[:, :-1]
@@ -208,7 +214,8 @@ def _check(
     assert torch.is_tensor(features)
     if labels.shape != features.shape[:1]:
         raise ValueError(
-            f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},) as {name} has rows"
+            f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},) as {name} has "
+            "rows"
         )
     return features.detach().to(like.device, torch.float64), labels.detach().to(
         like.device, torch.int64

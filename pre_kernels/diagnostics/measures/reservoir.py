@@ -22,9 +22,8 @@ class Reservoir:
         inputs.check_positive("limit", limit)
         self.limit = limit
         self._random = random.Random(seed)
-        self._kept: list[
-            tuple[float, int, Any]
-        ] = []  # a heap; the count is there so that items are never compared
+        # A heap of (draw, count, item). Counts differ, so that items are never compared.
+        self._kept: list[tuple[float, int, Any]] = []
         self._seen = 0
 
     def offer(self, count: int, take: Callable[[Sequence[int]], Sequence[Any]]) -> None:

@@ -34,11 +34,11 @@ def spatial_contrast(
     columns:
 
         near  = mean of s(i, j) over i, j that share a side (4-neighbours)
-        far   = mean of s(i, j) over i, j more than `radius` rows or more than `radius` columns apart
-        ratio = mean near / mean far                                      means over images, each counting once
+        far   = mean of s(i, j) over i, j more than `radius` rows, or columns, apart
+        ratio = mean near / mean far
 
-    No unit; 1 means that place leaves no trace in similarity, larger is more structure. The ratio
-    is nan unless the mean of far is positive.
+    with means over images, each counting once. No unit; 1 means that place leaves no trace in
+    similarity, larger is more structure. The ratio is nan unless the mean of far is positive.
 
     Why it can stand in: two patches that share a side mostly show one object, patches far apart
     mostly do not, so near follows cohesion and far follows coupling, and similarity that spills
@@ -80,8 +80,11 @@ class Spatial:
         if radius is not None:
             inputs.check_positive("radius", radius)
         self.radius = radius
-        self._near, self._with_near = 0.0, 0
-        self._far, self._with_far = 0.0, 0
+        # sums over images, and how many images had such pairs
+        self._near = 0.0
+        self._with_near = 0
+        self._far = 0.0
+        self._with_far = 0
 
     def update(self, features: Tensor, grid: tuple[int, int]) -> None:
         """Add images of one grid."""
@@ -92,12 +95,14 @@ class Spatial:
 
     def add(self, unit: Tensor, grid: tuple[int, int]) -> None:
         """The same for checked input: unit vectors (images, patches, width) in float64."""
-        x, (rows, columns) = unit.unflatten(1, grid), grid
+        x = unit.unflatten(1, grid)
+        rows, columns = grid
         radius = max(1, min(grid) // 4) if self.radius is None else self.radius
         band = _band(columns, radius).to(x)
 
         near, close = x.new_zeros(()), x.new_zeros(())
-        window = torch.zeros_like(x[:, 0])  # sums of the rows within the radius, column by column
+        # sums of the rows within the radius, column by column
+        window = torch.zeros_like(x[:, 0])
         for row in range(-radius, rows):
             if row + radius < rows:
                 window += x[:, row + radius]
@@ -112,19 +117,23 @@ class Spatial:
         far = unit.sum(1).square().sum() - close
 
         sides = rows * (columns - 1) + (rows - 1) * columns
-        pairs = (rows * columns) ** 2 - int(
-            _band(rows, radius).sum() * _band(columns, radius).sum()
-        )  # each twice
+        # distant pairs, each counted twice, as in `far`
+        close_pairs = int(_band(rows, radius).sum() * _band(columns, radius).sum())
+        pairs = (rows * columns) ** 2 - close_pairs
         sums = torch.stack([near, far]).tolist()
         if sides:
-            self._near, self._with_near = self._near + sums[0] / sides, self._with_near + len(x)
+            self._near += sums[0] / sides
+            self._with_near += len(x)
         if pairs:
-            self._far, self._with_far = self._far + sums[1] / pairs, self._with_far + len(x)
+            self._far += sums[1] / pairs
+            self._with_far += len(x)
 
     def merge(self, other: Spatial) -> None:
         """Add the images that another one saw; it has to have the same radius."""
-        self._near, self._with_near = self._near + other._near, self._with_near + other._with_near
-        self._far, self._with_far = self._far + other._far, self._with_far + other._with_far
+        self._near += other._near
+        self._with_near += other._with_near
+        self._far += other._far
+        self._with_far += other._with_far
 
     def result(self) -> SpatialContrast:
         """Of all images so far."""
@@ -161,9 +170,9 @@ def similarity_map(features: Tensor, patch: int, grid: tuple[int, int] | None = 
         grid = check_grid(grid, patches)
     inputs.check_finite("features", features)
     x = inputs.unit(features)
-    found = (x @ x[..., patch, :, None]).squeeze(-1).clamp(-1, 1)
-    found = found.to(torch.promote_types(features.dtype, torch.float32))
-    return found if grid is None else found.unflatten(-1, grid)
+    similarity = (x @ x[..., patch, :, None]).squeeze(-1).clamp(-1, 1)
+    similarity = similarity.to(torch.promote_types(features.dtype, torch.float32))
+    return similarity if grid is None else similarity.unflatten(-1, grid)
 
 
 def check_grid(grid: object, patches: int) -> tuple[int, int]:
@@ -174,7 +183,8 @@ def check_grid(grid: object, patches: int) -> tuple[int, int]:
         or grid[0] * grid[1] != patches
     ):
         raise ValueError(
-            f"grid: got {grid!r}, want (rows, columns), two positive integers whose product is {patches}"
+            f"grid: got {grid!r}, want (rows, columns), two positive integers whose product is "
+            f"{patches}"
         )
     return grid[0], grid[1]
 

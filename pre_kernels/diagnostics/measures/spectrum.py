@@ -43,14 +43,16 @@ class Spectrum:
         effective_dimension = (Σ λ)² / Σ λ² = (tr C)² / |C|²_F      the participation ratio
         components_90       = the least k whose k largest eigenvalues make 90 % of Σ λ
         correlation         = mean over i ≠ j of |C_ij| / √(C_ii C_jj)
-        norm_*              = mean, median, largest of |row|₂; the median within 0.6 % (a histogram of its logarithm)
-        massive_activations = share of numbers a of a row h with |a| > `above` and |a| ≥ `times` · median |h|
+        norm_*              = mean, median, largest of |row|₂; the median within 0.6 %, from a
+                              histogram of its logarithm
+        massive_activations = share of numbers a of a row h with |a| > `above` and
+                              |a| ≥ `times` · median |h|
         massive_tokens      = share of rows that have any
 
     The last two follow Sun et al. 2024 (Massive Activations in Large Language Models: magnitude
     above 100 and about 1,000 times the median of the hidden state); the median is that of the row
-    itself, so the figure does not depend on which rows came together. A covariance of n rows has at
-    most n - 1 directions: compare figures of as many rows.
+    itself, so the share does not depend on which rows came together. A covariance of n rows has at
+    most n - 1 directions: compare dimensions of as many rows.
 
     | unchanged by        | effective_dimension, components_90 | correlation | norms | massive |
     |---------------------|------------------------------------|-------------|-------|---------|
@@ -65,18 +67,23 @@ class Spectrum:
     `result`.
     """
 
-    BINS = 64  # of the histogram of norms, per doubling
-    OCTAVES = 128  # doublings below and above 1
+    # the histogram of norms: bins for each doubling, and how many doublings below and above 1
+    BINS = 64
+    OCTAVES = 128
 
     def __init__(self, *, above: float = 100.0, times: float = 1000.0) -> None:
         if not above > 0:
             raise ValueError(f"above: got {above}, want a positive magnitude")
         if not times > 0:
             raise ValueError(f"times: got {times}, want a positive factor")
-        self.above, self.times = above, times
+        self.above = above
+        self.times = times
         self.moments = Moments()
-        self._norm_sum, self._norm_max = 0.0, 0.0
-        self._massive, self._with_massive = 0, 0
+        self._norm_sum = 0.0
+        self._norm_max = 0.0
+        # massive activations, and rows that have any
+        self._massive = 0
+        self._with_massive = 0
         self._histogram = torch.zeros(2 * self.OCTAVES * self.BINS, dtype=torch.int64)
 
     def update(self, rows: Tensor) -> None:
@@ -85,7 +92,8 @@ class Spectrum:
         inputs.check_rows("rows", rows)
         if self.moments.rows and rows.shape[1] != len(self.moments.mean_x):
             raise ValueError(
-                f"rows: got width {rows.shape[1]}, want that of the rows before, {len(self.moments.mean_x)}"
+                f"rows: got width {rows.shape[1]}, want that of the rows before, "
+                f"{len(self.moments.mean_x)}"
             )
         self.add(rows)
 
@@ -103,7 +111,8 @@ class Spectrum:
         bins = bins.long() + self.OCTAVES * self.BINS
         self._histogram += torch.bincount(bins, minlength=len(self._histogram)).cpu()
 
-        large = x.abs().amax(1) > self.above  # few rows, if any, need their median
+        # only these rows, few if any, need their median
+        large = x.abs().amax(1) > self.above
         if large.any():
             size = x[large].abs()
             massive = (size > self.above) & (
@@ -118,7 +127,8 @@ class Spectrum:
         left alone."""
         if (self.above, self.times) != (other.above, other.times):
             raise ValueError(
-                f"other: got above {other.above}, times {other.times}, want {self.above} and {self.times} as here"
+                f"other: got above {other.above}, times {other.times}, want {self.above} and "
+                f"{self.times} as here"
             )
         self.moments.merge(other.moments)
         self._norm_sum += other._norm_sum
@@ -128,7 +138,7 @@ class Spectrum:
         self._with_massive += other._with_massive
 
     def result(self) -> SpectrumSummary:
-        """The figures of all rows so far; ValueError before the first."""
+        """The summary of all rows so far; ValueError before the first."""
         count = self.moments.rows
         if not count:
             raise ValueError("rows: got none so far, want at least one before the result")
@@ -149,9 +159,8 @@ class Spectrum:
         if not self.moments.varies()[0]:
             return math.nan, math.nan, math.nan
         variance = c.diagonal()
-        relative = (
-            c / variance.sum()
-        )  # eigenvalues that sum to 1: no power of the features' unit over- or underflows
+        # Its eigenvalues sum to 1, so that no power of the features' unit over- or underflows.
+        relative = c / variance.sum()
         dimension = 1 / relative.square().sum().item()
         shares = torch.linalg.eigvalsh(relative).flip(0).cumsum(0)
         components = int((shares < 0.9 * (1 - 1e-9)).sum()) + 1
@@ -161,12 +170,10 @@ class Spectrum:
         if features < 2:
             return dimension, float(components), math.nan
         scale = variance.rsqrt().where(varies, 0.0)
-        correlation = (c.abs() * scale).T @ scale  # Σ over i of |C_ij| / √C_ii, over √C_jj
-        return (
-            dimension,
-            float(components),
-            ((correlation.sum() - features) / (features * (features - 1))).item(),
-        )
+        # for each feature j: Σ over i of |C_ij| / √(C_ii C_jj)
+        correlation = (c.abs() * scale).T @ scale
+        mean_correlation = (correlation.sum() - features) / (features * (features - 1))
+        return dimension, float(components), mean_correlation.item()
 
     def _median_norm(self) -> float:
         """The middle, on the scale of the logarithm, of the bin that holds the median (the lower of

@@ -54,9 +54,7 @@ def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cp
             json.loads(about["value"]), {kind.__name__: kind for kind in classes}, tensors
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read, so it cannot be gone on with: {error}"
-        ) from error
+        raise ValueError(f"{path}: cannot be read, so the run cannot resume: {error}") from error
 
 
 def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor]) -> Any:
@@ -67,14 +65,14 @@ def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor
         return value
     if torch.is_tensor(value):
         name = str(len(tensors))
-        # a clone: safetensors refuses tensors that share memory, and views of larger ones
+        # A clone, since safetensors refuses tensors that share memory, and views of larger ones.
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {KIND: "tensor", "name": name, "cpu": value.device.type == "cpu"}
     if isinstance(value, list):
         return [within(item) for item in value]
     if isinstance(value, tuple):
         return {KIND: "tuple", "items": [within(item) for item in value]}
-    if isinstance(value, dict):  # JSON has no keys but strings
+    if isinstance(value, dict):  # as pairs: in JSON keys can only be strings
         return {KIND: "dict", "items": [[within(key), within(item)] for key, item in value.items()]}
     if isinstance(value, random.Random):
         return {KIND: "random", "state": within(value.getstate())}
@@ -84,7 +82,8 @@ def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor
             "fields": {name: within(item) for name, item in vars(value).items()},
         }
     raise TypeError(
-        f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or {classes}"
+        f"value: got a {type(value).__name__} in it, want numbers, tensors, containers of them, or "
+        f"{classes}"
     )
 
 
@@ -98,8 +97,8 @@ def _restore(value: Any, classes: Mapping[str, type], tensors: Mapping[str, Tens
         return value
     kind = value[KIND]
     if kind == "tensor":
-        found = tensors[value["name"]]
-        return found.cpu() if value["cpu"] else found
+        tensor = tensors[value["name"]]
+        return tensor.cpu() if value["cpu"] else tensor
     if kind == "tuple":
         return tuple(within(item) for item in value["items"])
     if kind == "dict":

@@ -1,1 +1,1 @@
-"""What `measures` found, as tables, pictures and a page."""
+"""Metrics as columns, statistics, plots and a page."""

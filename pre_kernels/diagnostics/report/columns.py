@@ -1,106 +1,121 @@
-"""The columns of a report that are shown: what each is called, how it is defined and what input it
-takes."""
+"""The columns of a report: the title, definition and needed input of each metric that is shown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
 
 
-class Measure(NamedTuple):
-    """A column of `LayerReport.rows()`, as it is shown."""
+class Column(NamedTuple):
+    """How a metric of `LayerReport.rows()` is shown.
 
-    column: str
+    Attributes:
+        name: the metric's key in a row.
+        title: what people read.
+        axis: the label of the y axis.
+        formula: how the metric is defined.
+        needs: the input without which it cannot be measured.
+        digits: how many are printed after the point.
+        scale: of the y axis, as matplotlib names it.
+        in_unit_interval: whether the metric is in 0..1 by definition.
+    """
+
+    name: str
     title: str
-    axis: str  # what the numbers are
+    axis: str
     formula: str
-    needs: str  # the input that measures it
-    digits: int = 3  # after the point
-    scale: str = "linear"  # of the axis
-    share: bool = False  # in 0..1 by definition
+    needs: str
+    digits: int = 3
+    scale: str = "linear"
+    in_unit_interval: bool = False
 
 
 _ALL = (
-    Measure(
+    Column(
         "linear_probe",
         "Linear probe",
         "test accuracy",
-        "share of test items whose class a logistic regression reads from mean-pooled visual tokens (arXiv 2603.20808)",
+        "share of test items whose class a logistic regression reads from mean-pooled visual "
+        "tokens (arXiv 2603.20808)",
         "labels, a class for each image",
-        share=True,
+        in_unit_interval=True,
     ),
-    Measure(
+    Column(
         "knn_probe",
         "k-NN probe",
         "test accuracy",
-        "the same share for a vote of the nearest neighbours, weighted by exp(cosine / 0.07) (Wu et al. 2018)",
+        "the same share for a vote of the nearest neighbours, weighted by exp(cosine / 0.07) (Wu "
+        "et al. 2018)",
         "labels, a class for each image",
-        share=True,
+        in_unit_interval=True,
     ),
-    Measure(
+    Column(
         "contrast",
         "Semantic contrast ratio",
         "cohesion ÷ coupling",
         "cohesion ÷ coupling; at 1 object borders leave no trace (arXiv 2603.20808)",
         "masks, the patches of each object",
     ),
-    Measure(
+    Column(
         "cohesion",
         "Cohesion",
         "mean cosine",
         "mean cosine similarity of two patches of one object",
         "masks, the patches of each object",
     ),
-    Measure(
+    Column(
         "coupling",
         "Coupling",
         "mean cosine",
         "mean cosine similarity of patches of two objects of one image",
         "masks, the patches of each object",
     ),
-    Measure(
+    Column(
         "spatial_contrast",
         "Spatial contrast",
         "near ÷ far",
-        "mean cosine similarity of patches that share a side ÷ that of patches more than a quarter of the image's side "
-        "apart: what stands in for the semantic contrast ratio without masks, not a value of it",
+        "mean cosine similarity of patches that share a side ÷ that of patches more than a quarter "
+        "of the image's side apart: what stands in for the semantic contrast ratio without masks, "
+        "not a value of it",
         "the grid of the patches",
     ),
-    Measure(
+    Column(
         "cosine",
         "Cosine with the anchor",
         "mean cosine",
-        "mean over visual tokens of cos(hidden state, anchor): what L_PRe is the negative of, without its predictor",
+        "mean over visual tokens of cos(hidden state, anchor): what L_PRe is the negative of, "
+        "without its predictor",
         "an anchor as wide as the layer",
     ),
-    Measure(
+    Column(
         "cka_debiased",
         "CKA with the anchor, debiased",
         "CKA",
-        "HSIC(x, y) ÷ √(HSIC(x, x) · HSIC(y, y)) of linear kernels, HSIC unbiased (Kornblith et al. 2019, Song et al. "
-        "2012); about 0 for independent features",
+        "HSIC(x, y) ÷ √(HSIC(x, x) · HSIC(y, y)) of linear kernels, HSIC unbiased (Kornblith et "
+        "al. 2019, Song et al. 2012); about 0 for independent features",
         "at least 4 visual tokens and the metric “cka”",
     ),
-    Measure(
+    Column(
         "cknna",
         "CKNNA with the anchor",
         "CKNNA",
-        "CKA over pairs of tokens that are nearest neighbours in both spaces, on a sample of tokens (Huh et al. 2024)",
+        "CKA over pairs of tokens that are nearest neighbours in both spaces, on a sample of "
+        "tokens (Huh et al. 2024)",
         "more visual tokens than neighbours and the metric “cknna”",
     ),
-    Measure(
+    Column(
         "effective_dimension",
         "Effective dimension",
         "directions",
-        "(Σ λ)² ÷ Σ λ², λ the eigenvalues of the tokens' covariance (participation ratio, arXiv 2603.20808)",
+        "(Σ λ)² ÷ Σ λ², λ the eigenvalues of the tokens' covariance (participation ratio, arXiv "
+        "2603.20808)",
         "tokens that differ and the metric “spectrum”",
         digits=1,
     ),
-    Measure(
+    Column(
         "components_90",
         "90 %-variance components",
         "components",
@@ -108,15 +123,16 @@ _ALL = (
         "tokens that differ and the metric “spectrum”",
         digits=1,
     ),
-    Measure(
+    Column(
         "correlation",
         "Mean |correlation| of features",
         "mean |correlation|",
-        "mean over pairs of features i ≠ j of |C_ij| ÷ √(C_ii C_jj), C the tokens' covariance (arXiv 2603.20808)",
+        "mean over pairs of features i ≠ j of |C_ij| ÷ √(C_ii C_jj), C the tokens' covariance "
+        "(arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
-        share=True,
+        in_unit_interval=True,
     ),
-    Measure(
+    Column(
         "norm_mean",
         "Norm of the tokens",
         "mean norm",
@@ -124,88 +140,43 @@ _ALL = (
         "the metric “spectrum”",
         scale="log",
     ),
-    Measure(
+    Column(
         "massive_tokens",
         "Tokens with massive activations",
         "share of tokens",
-        "share of tokens with a number above 100 and 1,000 times the median of the token (Sun et al. 2024)",
+        "share of tokens with a number above 100 and 1,000 times the median of the token (Sun et "
+        "al. 2024)",
         "the metric “spectrum”",
-        share=True,
+        in_unit_interval=True,
     ),
-    Measure(
+    Column(
         "lens_share",
         "Logit lens",
         "share of tokens",
-        "share of tokens that the model's own head decodes to one of the few most frequent ones (nostalgebraist 2020)",
+        "share of tokens that the model's own head decodes to one of the few most frequent ones "
+        "(nostalgebraist 2020)",
         "logits, the model's final norm and unembedding",
-        share=True,
+        in_unit_interval=True,
     ),
 )
-MEASURES: dict[str, Measure] = {measure.column: measure for measure in _ALL}
+COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
-def by_layer(runs: Iterable[Iterable[Row]], column: str) -> dict[int, list[float]]:
-    """The figures of each layer, in order; a value for each run that has one. Layers without any
+def by_layer(runs: Iterable[Iterable[Row]], metric: str) -> dict[int, list[float]]:
+    """The values of a metric by layer, in order: one for each run that has it. Layers without any
     are left out."""
-    found: dict[int, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for run in runs:
         for row in run:
-            value = row.get(column)
+            value = row.get(metric)
             if value is not None and math.isfinite(value):
-                found.setdefault(row["layer"], []).append(value)
-    return dict(sorted(found.items()))
+                values.setdefault(row["layer"], []).append(value)
+    return dict(sorted(values.items()))
 
 
-def measured(models: Iterable[Mapping[str, Any]]) -> list[Measure]:
-    """Those of `MEASURES` that at least one model has a figure of."""
+def measured_columns(models: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """Those of `COLUMNS` whose metric was measured for at least one model."""
     models = list(models)
-    return [m for m in _ALL if any(by_layer(model["runs"], m.column) for model in models)]
-
-
-def spread(values: Sequence[float] | None, sign: str = "", digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds; "–" for None."""
-    if values is None:
-        return "–"
-    text = f"{mean(values):{sign}.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
-
-
-def effect(
-    name: str,
-    before: Sequence[float],
-    after: Sequence[float],
-    names: tuple[str, str] = ("without", "with PRe"),
-    digits: int = 3,
-) -> str:
-    """One difference and, of several seeds, whether it is larger than chance over them explains
-    (paired t-test).
-
-    Args:
-        name: what is compared.
-        before, after: a value for each seed, of the same seeds in the same order; ValueError if
-            their numbers differ.
-        names: what follows each of the two means.
-        digits: after the point.
-    """
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    means = ", ".join(
-        f"{mean(v):.{digits}f} {n}" for v, n in zip((before, after), names, strict=True)
-    )
-    text = f"{name}: {means}, difference {spread(changes, '+', digits)}"
-    if len(changes) < 2:
-        return f"{text}."
-    low, high = interval(changes)
-    verdict = "within" if low <= 0 <= high else "clear of"
-    above = sum(change > 0 for change in changes)
-    return (
-        f"{text}; positive in {above} of {len(changes)} seeds, {verdict} the noise between seeds (95 % interval of "
-        f"the mean {low:+.{digits}f} to {high:+.{digits}f})."
-    )
-
-
-def interval(changes: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of at least two differences (Student's t)."""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5
-    return mean(changes) - half, mean(changes) + half
+    return [
+        column for column in _ALL if any(by_layer(model["runs"], column.name) for model in models)
+    ]

@@ -12,13 +12,17 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from .columns import MEASURES, Measure, by_layer, effect, measured, spread
+from .columns import COLUMNS, Column, by_layer, measured_columns
+from .statistics import effect, spread
 
 Document = Mapping[str, Any]
+# the metrics whose course is put into words
 MAIN = ("linear_probe", "contrast", "effective_dimension", "cosine")
+# what is reported in the place of a metric that was not measured
 STAND_INS = {"contrast": "spatial_contrast"}
 TEMPLATE = "report.html.jinja"
-CLASSES = 30  # of the data that the page names
+# how many classes of the data the page names
+CLASSES = 30
 
 
 def html(document: Document) -> str:
@@ -33,11 +37,11 @@ def html(document: Document) -> str:
             title: str
             models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], rows as
                 of `LayerReport.rows()`, a run for each seed, the runs of two models in the same
-                order; "style" as for `figures.depth`
+                order; "style" as for `plots.depth`
             marked: [layer, ...] that PRe reads
             maps: [{"image", "picture", "grid", "patch", "layers", "similarity"}] as for
-                `figures.heat_maps`
-            curves: [{"name", "label", "values"}] as for `figures.steps`; those of one label share a
+                `plots.heat_maps`
+            curves: [{"name", "label", "values"}] as for `plots.steps`; those of one label share a
                 plot
             findings, notes: [str], said before what `sentences` says, and of how it was measured
             command, date, device: str
@@ -56,7 +60,8 @@ def html(document: Document) -> str:
     template = environment.from_string(
         resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     )
-    models, data = document["models"], document.get("data") or {}
+    models = document["models"]
+    data = document.get("data") or {}
     return template.render(
         title=document["title"],
         meta=[
@@ -66,14 +71,18 @@ def html(document: Document) -> str:
         findings=findings(document),
         legend=list(_legend(models)),
         panels=[
-            (p, _depth_image(document, p), " ".join(_course(m, p) for m in models))
-            for p in measured(models)
+            (
+                column,
+                _depth_image(document, column),
+                " ".join(_course(model, column) for model in models),
+            )
+            for column in measured_columns(models)
         ],
         marked=document.get("marked") or [],
         curves=list(_curve_images(document.get("curves") or [])),
         maps=[
-            (found, _map_image(found), len(found["layers"]) + 1)
-            for found in document.get("maps") or []
+            (heat_map, _map_image(heat_map), len(heat_map["layers"]) + 1)
+            for heat_map in document.get("maps") or []
         ],
         tables=[(model["name"], *_table(model["runs"])) for model in models],
         notes=[*(document.get("notes") or []), *_notes(models)],
@@ -87,7 +96,7 @@ def sentences(document: Document) -> list[str]:
 
 
 def findings(document: Document) -> dict[str, list[str]]:
-    """By measure: how it goes through the depth of each model, and how each model differs from the
+    """By metric: how it goes through the depth of each model, and how each model differs from the
     one before it.
 
     Differences are those of the mean over the deep half, layers from L/2, and of the last layer
@@ -95,22 +104,21 @@ def findings(document: Document) -> dict[str, list[str]]:
     measured says what would measure it.
     """
     models = document["models"]
-    available = measured(models)
-    found: dict[str, list[str]] = {}
+    available = measured_columns(models)
+    texts: dict[str, list[str]] = {}
     unknown: list[str] = []
     for name in MAIN:
-        measure = MEASURES[name]
-        if measure not in available:
-            unknown.append(f"{measure.title}: it takes {measure.needs}.")
-            measure = MEASURES[STAND_INS.get(name, name)]
-        if measure in available:
-            texts = [_course(model, measure) for model in models]
-            found[measure.title] = texts + [
-                text for a, b in pairwise(models) for text in _differences(a, b, measure)
+        column = COLUMNS[name]
+        if column not in available:
+            unknown.append(f"{column.title}: it takes {column.needs}.")
+            column = COLUMNS[STAND_INS.get(name, name)]
+        if column in available:
+            texts[column.title] = [_course(model, column) for model in models] + [
+                text for a, b in pairwise(models) for text in _differences(a, b, column)
             ]
     if len(models) > 1 and any(len(model["runs"]) < 2 for model in models):
         unknown.append("Noise between seeds: it takes several runs of each model.")
-    return found | ({"Not measured": unknown} if unknown else {})
+    return texts | ({"Not measured": unknown} if unknown else {})
 
 
 def csv_text(document: Document) -> str:
@@ -130,33 +138,35 @@ def csv_text(document: Document) -> str:
     return buffer.getvalue()
 
 
-def _course(model: Mapping[str, Any], measure: Measure) -> str:
-    """Where a measure starts, where it is least, and how it ends."""
-    found = by_layer(model["runs"], measure.column)
-    if not found:
+def _course(model: Mapping[str, Any], column: Column) -> str:
+    """Where a metric starts, where it is least, and how it ends."""
+    values = by_layer(model["runs"], column.name)
+    if not values:
         return f"{model['name']}: not measured."
-    first, last = min(found), max(found)
-    least = min(found, key=lambda layer: mean(found[layer]))
+    first, last = min(values), max(values)
+    least = min(values, key=lambda layer: mean(values[layer]))
+
+    def shown(layer: int) -> str:
+        return f"{spread(values[layer], digits=column.digits)} at layer {layer}"
+
+    if first == last:
+        return f"{model['name']}: {shown(first)}, the only one measured."
     points = [
-        f"{spread(found[layer], digits=measure.digits)} at layer {layer}{' (the minimum)' if layer == least else ''}"
+        shown(layer) + (" (the minimum)" if layer == least else "")
         for layer in sorted({first, least, last})
     ]
-    if first == last:
-        return f"{model['name']}: {spread(found[first], digits=measure.digits)} at layer {first}, the only one measured."
-    runs = [by_layer([run], measure.column) for run in model["runs"]]
+    runs = [by_layer([run], column.name) for run in model["runs"]]
     changes = [run[last][0] - run[first][0] for run in runs if first in run and last in run]
-    change = f"; {spread(changes, '+', measure.digits)} from first to last" if changes else ""
+    change = f"; {spread(changes, '+', column.digits)} from first to last" if changes else ""
     return f"{model['name']}: {', '.join(points)}{change}."
 
 
-def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], measure: Measure
-) -> list[str]:
-    """Of the deep half, and of its last layer."""
-    deep = [_deep(model, measure) for model in (before, after)]
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], column: Column) -> list[str]:
+    """How two models differ in the mean of the deep half, and in its last layer."""
+    deep = [_deep(model, column) for model in (before, after)]
     if not all(deep):
         return []
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for start in (0, -1):
         layers = [[*runs[0]][start:] for runs in deep]
         old, new = (
@@ -165,10 +175,10 @@ def _differences(
         )
         where = " and ".join(dict.fromkeys(map(_ranges, layers)))
         name = ("mean of " if len(layers[0]) > 1 else "") + where
-        found[where] = _effect(
-            name, old, new, (f"({before['name']})", f"({after['name']})"), measure.digits
+        texts[where] = _effect(
+            name, old, new, (f"({before['name']})", f"({after['name']})"), column.digits
         )
-    return [*found.values()]
+    return [*texts.values()]
 
 
 def _effect(
@@ -177,26 +187,24 @@ def _effect(
     if len(before) == len(after):
         return effect(name, before, after, names, digits)
     return (
-        f"{name}: {spread(before, digits=digits)} {names[0]}, {spread(after, digits=digits)} {names[1]}, difference of "
-        f"the means {mean(after) - mean(before):+.{digits}f}; {len(before)} and {len(after)} runs cannot be paired."
+        f"{name}: {spread(before, digits=digits)} {names[0]}, {spread(after, digits=digits)} "
+        f"{names[1]}, difference of the means {mean(after) - mean(before):+.{digits}f}; "
+        f"{len(before)} and {len(after)} runs cannot be paired."
     )
 
 
-def _deep(model: Mapping[str, Any], measure: Measure) -> list[dict[int, float]]:
-    """For each run its figures of layers from L/2 on, those that every run has; empty if there are
+def _deep(model: Mapping[str, Any], column: Column) -> list[dict[int, float]]:
+    """For each run its values of the layers from L/2 on that every run has; empty if there are
     none."""
-    found = by_layer(model["runs"], measure.column)
-    depth = model.get("depth") or max(found, default=0)
+    by_number = by_layer(model["runs"], column.name)
+    depth = model.get("depth") or max(by_number, default=0)
+    runs = range(len(model["runs"]))
     layers = [
         layer
-        for layer, values in found.items()
-        if layer >= depth // 2 and len(values) == len(model["runs"])
+        for layer, values in by_number.items()
+        if layer >= depth // 2 and len(values) == len(runs)
     ]
-    return (
-        [{layer: found[layer][run] for layer in layers} for run in range(len(model["runs"]))]
-        if layers
-        else []
-    )
+    return [{layer: by_number[layer][run] for layer in layers} for run in runs] if layers else []
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -224,11 +232,11 @@ def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str
         yield model["name"], to_hex(style["color"]), dashes.get(style["linestyle"], "none")
 
 
-def _depth_image(document: Document, panel: Measure) -> str:
+def _depth_image(document: Document, column: Column) -> str:
     from .plots import grid, over_depth
 
     figure, [axes] = grid(1)
-    over_depth(axes, document["models"], panel._replace(title=""), document.get("marked") or [])
+    over_depth(axes, document["models"], column._replace(title=""), document.get("marked") or [])
     return _source(figure)
 
 
@@ -241,21 +249,23 @@ def _curve_images(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, st
         yield label, _source(figure)
 
 
-def _map_image(found: Mapping[str, Any]) -> str:
+def _map_image(heat_map: Mapping[str, Any]) -> str:
     from .plots import heat_maps
 
-    return _source(heat_maps(found))
+    return _source(heat_maps(heat_map))
 
 
 def _source(figure: Any) -> str:
-    """Of an <img>: an image of its own can neither run a script nor share ids with another."""
+    """The src of an <img>: an image of its own can neither run a script nor share ids with
+    another."""
     from .plots import svg
 
     return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()
 
 
 def _table(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """Columns that hold anything, and their cells line by line; the notes are said elsewhere."""
+    """The names of the columns that hold anything, and their cells line by line, without the
+    notes."""
     lines = [
         ({"run": number} if len(runs) > 1 else {}) | dict(row)
         for number, run in enumerate(runs)

@@ -1,8 +1,8 @@
-"""The pictures of a report: curves over depth and over training, the paper's trajectory, heat maps
-on an image.
+"""The plots of a report: curves over depth and over training, the paper's trajectory, heat maps on
+an image.
 
-Needs matplotlib, which is imported at the first figure. Nothing here uses pyplot: no state is
-shared or left behind.
+Needs matplotlib, which is imported at the first plot. Nothing here uses pyplot: no state is shared
+or left behind.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .columns import Measure, by_layer, measured
+from .columns import Column, by_layer, measured_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the dashes also survive a print in
-# grey
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The dashes also survive a
+# print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
-PANEL = (4.3, 3.0)  # inches
+# width and height of a panel in inches
+PANEL = (4.3, 3.0)
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -44,34 +45,34 @@ Runs = Sequence[Sequence[Mapping[str, Any]]]
 
 def depth(
     models: Sequence[Mapping[str, Any]],
-    panels: Sequence[Measure] | None = None,
+    panels: Sequence[Column] | None = None,
     marked: Sequence[int] = (),
 ) -> Figure:
-    """Curves over depth, one panel for each measure: the models in one plot, several runs with mean
-    and ± 1 sd.
+    """Curves over depth, a panel for each metric with a line for each model; of several runs the
+    mean and ± 1 standard deviation.
 
     Args:
-        models: {"name": str, "runs": [[row, ...], ...]} each, a row a dict with "layer" and columns
+        models: {"name": str, "runs": [[row, ...], ...]} each, a row a dict with "layer" and metrics
             of `LayerReport.rows()`; None and absent keys are not drawn. Optional "style": keywords
             of matplotlib's Line2D.
-        panels: None: every one of `MEASURES` that a model has.
+        panels: None: every one of `COLUMNS` that was measured for a model.
         marked: layers that get a grey vertical line, where PRe reads.
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    panels = measured(models) if panels is None else panels
+    panels = measured_columns(models) if panels is None else panels
     if not panels:
-        raise ValueError("models: got no figure of any measure, want at least one")
+        raise ValueError("models: got no value of any metric, want at least one")
     figure, axes = grid(len(panels))
-    for one, panel in zip(axes, panels, strict=True):
-        over_depth(one, models, panel, marked)
+    for place, panel in zip(axes, panels, strict=True):
+        over_depth(place, models, panel, marked)
     legend(figure, models)
     return figure
 
 
 def grid(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, up to three in a row (two rows of two)."""
+    """An empty figure of `count` panels, up to three in a row; four are two rows of two."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -109,47 +110,47 @@ def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords
     lines = [Line2D([], [], linewidth=2, **style) for style in styles(curves)]
     with rc_context(STYLE):
         made = place.legend(lines, ["name"] * len(lines), **keywords)
-    # a name is a user's: no mathematics between its dollars, no meaning of an underscore in front
+    # Names are the user's: dollars do not enclose mathematics, a leading underscore hides nothing.
     for text, curve in zip(made.get_texts(), curves, strict=True):
         text.set(text=curve["name"], parse_math=False)
 
 
 def over_depth(
-    axes: Axes, models: Sequence[Mapping[str, Any]], panel: Measure, marked: Sequence[int] = ()
+    axes: Axes, models: Sequence[Mapping[str, Any]], panel: Column, marked: Sequence[int] = ()
 ) -> None:
     """One panel of `depth`, without a legend of the models."""
     from matplotlib.ticker import MaxNLocator
 
     for model, style in zip(models, styles(models), strict=True):
-        _curve(axes, model["name"], model["runs"], panel.column, style)
+        _curve(axes, model["name"], model["runs"], panel.name, style)
     for layer in marked:
         axes.axvline(layer, **MARK)
     axes.set(title=panel.title, xlabel="LLM layer", ylabel=panel.axis, yscale=panel.scale)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    if panel.share:
+    if panel.in_unit_interval:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
-def _curve(axes: Axes, name: str, runs: Runs, column: str, style: Mapping[str, Any]) -> None:
-    found = by_layer(runs, column)
-    if not found:
+def _curve(axes: Axes, name: str, runs: Runs, metric: str, style: Mapping[str, Any]) -> None:
+    """The mean over the runs; if there are several, also each of them and a band."""
+    by_number = by_layer(runs, metric)
+    if not by_number:
         return
-    centre = [mean(values) for values in found.values()]
+    centre = [mean(values) for values in by_number.values()]
     if len(runs) > 1:
         for run in runs:
-            layers = by_layer([run], column)
+            layers = by_layer([run], metric)
             axes.plot(
                 [*layers],
                 [values[0] for values in layers.values()],
                 **{**style, "linewidth": 0.6, "alpha": 0.6},
             )
-        half = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+        half = [stdev(values) if len(values) > 1 else 0.0 for values in by_number.values()]
         low, high = ([c + sign * h for c, h in zip(centre, half, strict=True)] for sign in (-1, 1))
-        axes.fill_between([*found], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.plot(
-        [*found], centre, **{"linewidth": 2, "marker": "o", "markersize": 3.5, **style}, label=name
-    )
+        axes.fill_between([*by_number], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    line = {"linewidth": 2, "marker": "o", "markersize": 3.5, **style}
+    axes.plot([*by_number], centre, **line, label=name)
 
 
 def steps(axes: Axes, curves: Sequence[Mapping[str, Any]], title: str = "") -> None:
@@ -173,7 +174,7 @@ def steps(axes: Axes, curves: Sequence[Mapping[str, Any]], title: str = "") -> N
 
 
 def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """The paper's figure of a training: task score and probe over steps, and one against the other
+    """The paper's plot of a training: task score and probe over steps, and one against the other
     (arXiv 2603.20808).
 
     Args:
@@ -237,14 +238,14 @@ def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def heat_maps(found: Mapping[str, Any]) -> Figure:
+def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
     """One image with a chosen patch, and that patch's similarity with all patches: a row a model, a
     column a layer.
 
     All maps share one colour scale, from the smallest similarity to 1.
 
     Args:
-        found: {"image": its name, "picture": a PNG in base64, "grid": [rows, columns], "patch":
+        heat_map: {"image": its name, "picture": a PNG in base64, "grid": [rows, columns], "patch":
             [row, column], "layers": [int, ...], "similarity": {model's name: for each layer
             `similarity_map`'s rows · columns}}.
 
@@ -257,25 +258,29 @@ def heat_maps(found: Mapping[str, Any]) -> Figure:
     from matplotlib.image import imread
     from matplotlib.patches import Rectangle
 
-    picture = imread(io.BytesIO(base64.b64decode(found["picture"])), format="png")
+    picture = imread(io.BytesIO(base64.b64decode(heat_map["picture"])), format="png")
     height, width = picture.shape[:2]
-    (rows, columns), (row, column) = found["grid"], found["patch"]
-    layers, similarity = found["layers"], found["similarity"]
+    rows, columns = heat_map["grid"]
+    row, column = heat_map["patch"]
+    layers = heat_map["layers"]
+    similarity = heat_map["similarity"]
     for name, maps in similarity.items():
-        sizes = {len(one) for one in maps}
+        sizes = {len(values) for values in maps}
         if len(maps) != len(layers) or sizes - {rows * columns}:
             raise ValueError(
-                f"similarity: got {len(maps)} maps of {sorted(sizes)} patches of {name!r}, want {len(layers)} of "
-                f"{rows * columns}"
+                f"similarity: got {len(maps)} maps of {sorted(sizes)} patches of {name!r}, want "
+                f"{len(layers)} of {rows * columns}"
             )
 
     scale = Normalize(
-        min((value for maps in similarity.values() for one in maps for value in one), default=0), 1
+        min((v for maps in similarity.values() for values in maps for v in values), default=0), 1
     )
-    side = 1.5 * math.sqrt(height / width)  # inches, of a tile as large as one of a square image
+    # inches: whatever the image's shape, its tile has the area of one of 1.5 x 1.5
+    tile_width = 1.5 / math.sqrt(height / width)
+    tile_height = 1.5 * math.sqrt(height / width)
     size = (
-        1.5 / math.sqrt(height / width) * (len(layers) + 1) + 1,
-        (side + 0.12) * len(similarity) + 0.3,
+        tile_width * (len(layers) + 1) + 1,
+        (tile_height + 0.12) * len(similarity) + 0.3,
     )
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
@@ -296,10 +301,8 @@ def heat_maps(found: Mapping[str, Any]) -> Figure:
             if number == 0:
                 place.set_title(f"layer {layer}", fontsize=9)
         for place in line:
-            corner, cell = (
-                (column * width / columns, row * height / rows),
-                (width / columns, height / rows),
-            )
+            cell = (width / columns, height / rows)
+            corner = (column * width / columns, row * height / rows)
             place.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="white", linewidth=2.4))
             place.add_patch(
                 Rectangle(corner, *cell, fill=False, edgecolor=COLOURS[1], linewidth=1.4)
@@ -314,7 +317,7 @@ def heat_maps(found: Mapping[str, Any]) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The picture as SVG: the same for the same figure, its text as text."""
+    """The figure as SVG: the same text for the same figure, and its labels as text."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

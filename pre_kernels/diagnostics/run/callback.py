@@ -1,5 +1,9 @@
 """The diagnostics during a training: a small held-out set, every so many steps, into the trainer's
-own log."""
+own log.
+
+The only module of the diagnostics that imports transformers at the top, since `LayerCallback` is a
+`TrainerCallback`; `pre_kernels.diagnostics` imports it when `LayerCallback` is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,8 @@ from pre_kernels.integrations.reader import Reader, evaluating
 from ..measures.layers import LayerReport
 from .measure import Sample, measure
 
-LABELS = (
-    "layer",
-    "images",
-    "tokens",
-    "notes",
-    "lens_tokens",
-)  # columns of a report that are no figures
+# what a row of a report holds beside its metrics
+LABELS = ("layer", "images", "tokens", "notes", "lens_tokens")
 
 
 class LayerCallback(TrainerCallback):
@@ -34,15 +33,15 @@ class LayerCallback(TrainerCallback):
     trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
     ```
 
-    The trainer logs, and its integrations show, `layer_<l>/<figure>` for every figure of
+    The trainer logs, and its integrations show, `layer_<l>/<metric>` for every metric of
     `LayerReport.rows()` that was measured, "score" or what `score` named, "layers_seconds" (this
     measurement's) and "layers_share" (of the time of the training so far, all measurements
-    together). `pre-kernels trace` draws the paper's figure from that log (arXiv 2603.20808: the
+    together). `pre-kernels trace` draws the paper's plot from that log (arXiv 2603.20808: the
     task's score against probe accuracy along training).
 
     The model is in eval mode meanwhile, and afterwards as it was; no random number of the
-    training's is drawn, so the training goes on bit for bit as without this. Every process measures
-    the same images, since sharded models need all of them; rank 0's trainer logs.
+    training's is drawn, so the training continues bit for bit as without this. Every process
+    measures the same images, since sharded models need all of them; rank 0's trainer logs.
 
     Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds
     it: a measurement after which more than that share of the training's time would have gone into
@@ -91,38 +90,51 @@ class LayerCallback(TrainerCallback):
         if wrong is not None or not self.samples:
             got = "none" if wrong is None else type(wrong).__name__
             raise TypeError(f"samples: got {got}, want at least one Sample")
-        LayerReport(metrics)  # complains now, not at the first measurement
-        with Reader(trainer.model, layers, **reader) as found:
-            depth = found.depth
+        # these complain now about arguments that they refuse, not at the first measurement
+        LayerReport(metrics)
+        with Reader(trainer.model, layers, **reader) as first:
+            depth = first.depth
         self.layers = (
             tuple(sorted({0, max(depth // 2, 1), depth})) if layers is None else tuple(layers)
         )
-        self.trainer, self.every, self.metrics, self.score = trainer, every, metrics, score
-        self.max_share, self.seed, self.options = max_share, seed, reader
-        self._measured: int | None = None  # the last step
+        self.trainer = trainer
+        self.every = every
+        self.metrics = metrics
+        self.score = score
+        self.max_share = max_share
+        self.seed = seed
+        self.options = reader
+        # the step that was measured last
+        self._measured: int | None = None
         self._warned = False
 
     def measure(self) -> dict[str, float]:
-        """The figures by the names they are logged under, of the model as it is now."""
-        model, device = self.trainer.model, self.trainer.args.device
+        """The metrics by the names they are logged under, of the model as it is now."""
+        model = self.trainer.model
+        device = self.trainer.args.device
         report = LayerReport(self.metrics, seed=self.seed)
         devices = [device] if device.type == "cuda" else []
         with Reader(model, self.layers, **self.options) as reader, torch.random.fork_rng(devices):
-            # DeepSpeed's engine autocasts around the model; FSDP's wrapper is trainer.model itself
+            # The wrapper is called, since DeepSpeed's engine autocasts around the model. FSDP's
+            # wrapper is trainer.model itself.
             for _ in measure(
                 reader, self.samples, report, call=self.trainer.model_wrapped, device=device
             ):
                 pass
-            found = {} if self.score is None else self._scores(model)
+            measured = {} if self.score is None else self._scores(model)
         for row in report.rows():
             for name, value in row.items():
                 if name not in LABELS and value is not None:
-                    found[f"layer_{row['layer']}/{name}"] = value
-        return found
+                    measured[f"layer_{row['layer']}/{name}"] = value
+        return measured
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure before the first step."""
-        self._begun, self._spent, self._last, self._measured = time.monotonic(), 0.0, 0.0, None
+        # when the training began; seconds of all measurements, and of the last one
+        self._begun = time.monotonic()
+        self._spent = 0.0
+        self._last = 0.0
+        self._measured = None
         self._log(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -137,15 +149,16 @@ class LayerCallback(TrainerCallback):
 
     def _log(self, state: Any) -> None:
         start = time.monotonic()
-        found = self.measure()
+        measured = self.measure()
         self._last = time.monotonic() - start
         self._spent += self._last
         self._measured = state.global_step
-        found["layers_seconds"] = round(self._last, 3)
-        found["layers_share"] = round(self._spent / max(time.monotonic() - self._begun, 1e-9), 4)
+        measured["layers_seconds"] = round(self._last, 3)
+        measured["layers_share"] = round(self._spent / max(time.monotonic() - self._begun, 1e-9), 4)
+        # `log` resets this, and the step's own log would then count as written.
         due = self.trainer.control.should_log
-        self.trainer.log(found)
-        self.trainer.control.should_log = due  # or the step's own log would count as written
+        self.trainer.log(measured)
+        self.trainer.control.should_log = due
 
     def _affordable(self) -> bool:
         if self.max_share is None:
@@ -156,9 +169,10 @@ class LayerCallback(TrainerCallback):
         if not afforded and not self._warned:
             self._warned = True
             warnings.warn(
-                f"PRe: a measurement of the layers takes {self._last:.1f} s, and another one now would be a share of "
-                f"{share:.2f} of the training's time, more than max_share={self.max_share}; some are left out. Pass a "
-                "larger every or max_share, or fewer samples or layers",
+                f"PRe: a measurement of the layers takes {self._last:.1f} s, and another one now "
+                f"would be a share of {share:.2f} of the training's time, more than "
+                f"max_share={self.max_share}; some are left out. Pass a larger every or max_share, "
+                "or fewer samples or layers",
                 stacklevel=2,
             )
         return afforded
@@ -175,8 +189,8 @@ class LayerCallback(TrainerCallback):
     def _scores(self, model: torch.nn.Module) -> dict[str, float]:
         assert self.score is not None
         with evaluating(model), torch.no_grad():
-            found = self.score(model)
-        scores = dict(found) if isinstance(found, dict) else {"score": found}
+            returned = self.score(model)
+        scores = dict(returned) if isinstance(returned, dict) else {"score": returned}
         for name, value in scores.items():
             if (
                 isinstance(value, bool)

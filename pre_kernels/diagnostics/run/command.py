@@ -16,23 +16,33 @@ from .. import METRICS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DIAGNOSE = """\
 examples:
-  pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/                     curves over depth, for any images
-  pre-kernels diagnose out/without photos/ --compare out/with              did PRe help? both models in one report
-  pre-kernels diagnose MODEL photos/ --masks masks/                        with objects: the semantic contrast ratio
+  pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/            curves over depth, for any images
+  pre-kernels diagnose out/without photos/ --compare out/with      did PRe help? both models in one
+                                                                   report
+  pre-kernels diagnose MODEL photos/ --masks masks/                with objects: the semantic
+                                                                   contrast ratio
   pre-kernels diagnose MODEL val2017/ --masks instances_val2017.json --limit 500
-  pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32   a folder for each class: linear probes
-  pre-kernels diagnose MODEL photos/ --labels labels.csv                   ... or a CSV: image,label
+  pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32
+                                                                   a folder for each class: linear
+                                                                   probes
+  pre-kernels diagnose MODEL photos/ --labels labels.csv           ... or a CSV: image,label
 
-images/ has images, or a folder of images for each class. --masks is a folder with a PNG for each image, whose values
-are objects, or a file of COCO annotations. An interrupted run goes on when the same command is given again.
+images/ has images, or a folder of images for each class. --masks is a folder with a PNG for each
+image, whose values are objects, or a file of COCO annotations. An interrupted run resumes when the
+same command is given again.
 """
 TRACE = """\
 examples:
-  pre-kernels trace out/checkpoint-5000                                    what LayerCallback logged, drawn over steps
-  pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy          against a figure that the trainer logged
-  pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv  two runs, scores from elsewhere: step,score
+  pre-kernels trace out/checkpoint-5000                            what LayerCallback logged, drawn
+                                                                   over steps
+  pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy  against a score that the trainer
+                                                                   logged
+  pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv
+                                                                   two runs, scores from elsewhere:
+                                                                   step,score
 
-Reads trainer_state.json, which the Trainer writes into every checkpoint, in the folder or its last checkpoint-*.
+Reads trainer_state.json, which the Trainer writes into every checkpoint, in the folder or its last
+checkpoint-*.
 """
 
 
@@ -41,9 +51,9 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     show = commands.add_parser(
         "diagnose",
         help="measure what each layer of a model keeps of its visual tokens: an HTML report",
-        description="Stream images through a vision-language model and measure, layer by layer, what its visual tokens "
-        "keep: probes, patch structure, spectrum, likeness to what entered the LLM, a logit lens. Writes report.html, "
-        "layers.csv and diagnosis.json.",
+        description="Stream images through a vision-language model and measure, layer by layer, "
+        "what its visual tokens keep: probes, patch structure, spectrum, likeness to what entered "
+        "the LLM, a logit lens. Writes report.html, layers.csv and diagnosis.json.",
         epilog=DIAGNOSE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -73,7 +83,7 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         type=integers,
         default=(0, 255),
         metavar="A,B",
-        help="values of PNGs that are no object (0,255)",
+        help="mask values to treat as background (default: 0,255)",
     )
     show.add_argument(
         "--labels",
@@ -93,7 +103,10 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     )
     show.add_argument("--no-lens", action="store_true", help="leave the logit lens out")
     show.add_argument(
-        "--limit", type=whole, metavar="N", help="images at most, classes in turn (default: all)"
+        "--limit",
+        type=whole,
+        metavar="N",
+        help="use at most N images, balanced over classes (default: all)",
     )
     show.add_argument(
         "--maps",
@@ -138,8 +151,8 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     trace = commands.add_parser(
         "trace",
         help="draw a training's score against its probe accuracy, from the trainer's log",
-        description="The paper's figure from the log of a training with LayerCallback: the task's score and a layer's "
-        "probe accuracy over steps, and one against the other.",
+        description="The paper's plot from the log of a training with LayerCallback: the task's "
+        "score and a layer's probe accuracy over steps, and one against the other.",
         epilog=TRACE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -154,10 +167,11 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         "--layer", type=int, metavar="L", help="(default: the middle one of those logged)"
     )
     trace.add_argument(
+        "--metric",
         "--figure",
         default="linear_probe",
         metavar="NAME",
-        help="of the layer (default: %(default)s)",
+        help="of the layer (default: %(default)s); --figure is its old name",
     )
     trace.add_argument(
         "--score", default="score", metavar="NAME", help="in the log (default: %(default)s)"
@@ -240,7 +254,8 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
 def check_device(name: str) -> None:
     """ValueError unless torch can use it."""
     try:
-        torch.zeros(1, device=name).item()  # "meta" has tensors, but no values
+        # read back, since "meta" has tensors, but no values
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}"
@@ -251,9 +266,8 @@ def trace(options: argparse.Namespace) -> None:
     """Draw it; ValueError and OSError say what is wrong."""
     from .trace import draw
 
-    print(
-        draw(
-            options.logs, options.layer, options.figure, options.score, options.scores, options.out
-        )
+    lines = draw(
+        options.logs, options.layer, options.metric, options.score, options.scores, options.out
     )
-    print(f"the figure: {options.out}", file=sys.stdout)
+    print(lines)
+    print(f"the plot: {options.out}", file=sys.stdout)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name")
 CLASS_COLUMNS = ("label", "class")
-MOST_OBJECTS = 255  # of an image, which uint8 can number
+# how many objects of an image uint8 can number
+MOST_OBJECTS = 255
 INSTALL = "pip install 'pre-kernels[diagnose]'"
 
 
@@ -37,8 +38,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Images:
-    """What `find_images` found; `classes` names the labels, in order of their index, and is empty
-    without any."""
+    """The images of a folder; `classes` names the labels, in order of their index, and is empty if
+    there are none."""
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
@@ -68,13 +69,12 @@ def find_images(
 
     Raises:
         ValueError: naming the argument, what came and what is wanted. One class without `labels` is
-            no error, though no probe can be trained on it.
+            not an error, though no probe can be trained on it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
-            f"images: {folder} is {'no folder' if folder.exists() else 'not there'}, want a folder"
-        )
+        what = "not a folder" if folder.exists() else "not there"
+        raise ValueError(f"images: {folder} is {what}, want a folder")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: got {limit!r}, want a positive integer")
     named = _by_folder(folder) if labels is None else _by_table(folder, Path(labels))
@@ -99,25 +99,25 @@ def find_images(
 
 def _by_folder(folder: Path) -> dict[str | None, list[str]]:
     """Names of images by class; None is the class of those that have none."""
-    found = _optional("sklearn.datasets").load_files(folder, load_content=False, shuffle=False)
     named: dict[str | None, list[str]] = {}
-    for path, number in zip(map(Path, found.filenames), found.target, strict=True):
-        if _is_image(path) and not path.parent.name.startswith("."):
-            named.setdefault(found.target_names[number], []).append(
-                path.relative_to(folder).as_posix()
-            )
+    for subfolder in sorted(folder.iterdir()):
+        if subfolder.is_dir() and not subfolder.name.startswith("."):
+            images = [path for path in sorted(subfolder.iterdir()) if _is_image(path)]
+            if images:
+                named[subfolder.name] = [path.relative_to(folder).as_posix() for path in images]
     direct = [path.name for path in folder.iterdir() if _is_image(path)]
     if direct and named:
         raise ValueError(
             f"images: {folder} has {len(direct)} images beside {len(named)} subfolders with images "
-            f"({', '.join(sorted(map(repr, named)))}), want either images or a subfolder for each class"
+            f"({', '.join(sorted(map(repr, named)))}), want either images or a subfolder for each "
+            "class"
         )
     if direct:
         return {None: direct}
     if not named:
         raise ValueError(
-            f"images: {folder} has no images, neither directly in it nor in its subfolders, want files that end in "
-            f"{', '.join(EXTENSIONS)}"
+            f"images: {folder} has no images, neither directly in it nor in its subfolders, want "
+            f"files that end in {', '.join(EXTENSIONS)}"
         )
     return named
 
@@ -136,7 +136,8 @@ def _by_table(folder: Path, labels: Path) -> dict[str | None, list[str]]:
             raise ValueError(f"{where} has image {name!r} and class {label!r}, want both")
         if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
             raise ValueError(
-                f"{where} names {name!r}, want the path of an image in {folder}, with forward slashes"
+                f"{where} names {name!r}, want the path of an image in {folder}, with forward "
+                "slashes"
             )
         if (first := seen.setdefault(path.as_posix(), line)) != line:
             raise ValueError(
@@ -146,7 +147,8 @@ def _by_table(folder: Path, labels: Path) -> dict[str | None, list[str]]:
     if len(named) < 2:
         got = ", ".join(map(repr, named)) if named else "no rows"
         raise ValueError(
-            f"labels: {labels} has {got}, want images of at least two classes, for a probe to tell apart"
+            f"labels: {labels} has {got}, want images of at least two classes, for a probe to tell "
+            "apart"
         )
     return named
 
@@ -170,13 +172,13 @@ def _rows(labels: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _column(labels: Path, header: list[str], names: tuple[str, ...]) -> str:
-    found = [name for name in header if name.lower() in names]
-    if len(found) != 1:
+    matching = [name for name in header if name.lower() in names]
+    if len(matching) != 1:
         raise ValueError(
-            f"labels: {labels} has columns {', '.join(map(repr, header)) or '(none)'}, want a header with exactly one "
-            f"of {', '.join(names)}"
+            f"labels: {labels} has columns {', '.join(map(repr, header)) or '(none)'}, want a "
+            f"header with exactly one of {', '.join(names)}"
         )
-    return found[0]
+    return matching[0]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -190,7 +192,8 @@ def open_image(path: Path) -> Image.Image:
     with _opened("images", path) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels are of mode {image.mode!r}, want 8 bits a channel")
-        return turned(image).convert("RGB")
+        upright: Image.Image = turned(image).convert("RGB")
+    return upright
 
 
 @contextlib.contextmanager
@@ -199,7 +202,8 @@ def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
     try:
         with opened(path) as image:
             yield image
-    except Exception as error:  # decoders raise whatever comes to them on broken files
+    except Exception as error:
+        # On broken files decoders raise anything.
         raise ValueError(f"{argument}: cannot read {path} as an image: {error}") from error
 
 
@@ -244,13 +248,15 @@ def open_masks(path: Path, background: Collection[int] = (0, 255)) -> MaskSource
     if path.suffix.lower() == ".json" and path.is_file():
         return _Coco(path)
     raise ValueError(
-        f"masks: {path} is {'neither' if path.exists() else 'not there'}, want a folder of PNG files or a COCO *.json"
+        f"masks: {path} is {'neither' if path.exists() else 'not there'}, want a folder of PNG "
+        "files or a COCO *.json"
     )
 
 
 class _Folder:
     def __init__(self, folder: Path, background: Collection[int]) -> None:
-        self.folder, self.background = folder, np.array(sorted(background), dtype=np.int64)
+        self.folder = folder
+        self.background = np.array(sorted(background), dtype=np.int64)
 
     def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
         path = self.folder / PurePosixPath(item.name).with_suffix(".png")
@@ -269,9 +275,11 @@ class _Folder:
 
 class _Coco:
     def __init__(self, path: Path) -> None:
-        self.path, coco = path, _optional("pycocotools.coco").COCO
+        self.path = path
+        coco = _optional("pycocotools.coco").COCO
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
+            # pycocotools prints its progress
+            with contextlib.redirect_stdout(io.StringIO()):
                 self.coco = coco(str(path))
             self.images: dict[str, Any] = {
                 image["file_name"]: image for image in self.coco.dataset["images"]
@@ -279,7 +287,8 @@ class _Coco:
             self.coco.dataset["annotations"]
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ValueError(
-                f"masks: cannot read {path} as COCO annotations, want an object with images and annotations: {error!r}"
+                f"masks: cannot read {path} as COCO annotations, want an object with images and "
+                f"annotations: {error!r}"
             ) from error
         if len(self.images) < len(self.coco.dataset["images"]):
             raise ValueError(f"masks: {path} names some image twice, want each file_name once")
@@ -292,18 +301,19 @@ class _Coco:
         _check_size(where, (image.get("width"), image.get("height")), size)
         annotations = [a for a in self.coco.imgToAnns[image["id"]] if not a.get("iscrowd")]
         masks = [self._mask(annotation, size) for annotation in annotations]
-        found = np.zeros((size[1], size[0]), dtype=np.int64)
-        for number, mask in sorted(enumerate(masks, 1), key=lambda one: one[1].sum(), reverse=True):
-            found[mask] = number
-        return _numbered(found, 0, where)
+        numbers = np.zeros((size[1], size[0]), dtype=np.int64)
+        for number, mask in sorted(enumerate(masks, 1), key=lambda n: n[1].sum(), reverse=True):
+            numbers[mask] = number
+        return _numbered(numbers, 0, where)
 
     def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         try:
-            mask = self.coco.annToMask(annotation).astype(bool)
-        except Exception as error:  # raised in C, for what is no outline
+            mask: np.ndarray = self.coco.annToMask(annotation).astype(bool)
+        except Exception as error:
+            # What is not an outline makes pycocotools' C code raise anything.
             raise ValueError(
-                f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can be read, want "
-                f"polygons or RLE: {error!r}"
+                f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can "
+                f"be read, want polygons or RLE: {error!r}"
             ) from error
         _check_size(
             f"annotation {annotation['id']} in {self.path}", (mask.shape[1], mask.shape[0]), size
@@ -321,24 +331,24 @@ def _optional(module: str) -> Any:
 def _check_size(where: str, got: tuple[Any, Any], want: tuple[int, int]) -> None:
     if got != want:
         raise ValueError(
-            f"masks: {where} is {got[0]} x {got[1]} pixels (width x height), want those of its image upright, "
-            f"{want[0]} x {want[1]}"
+            f"masks: {where} is {got[0]} x {got[1]} pixels (width x height), want those of its "
+            f"image upright, {want[0]} x {want[1]}"
         )
 
 
 def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
     """`values` as 1..k in their order, `none` as 0."""
-    found = np.unique(values[values != none])
-    if len(found) > MOST_OBJECTS:
-        raise ValueError(f"masks: {where} has {len(found)} objects, want at most {MOST_OBJECTS}")
-    return np.where(values == none, 0, np.searchsorted(found, values) + 1).astype(np.uint8)
+    objects = np.unique(values[values != none])
+    if len(objects) > MOST_OBJECTS:
+        raise ValueError(f"masks: {where} has {len(objects)} objects, want at most {MOST_OBJECTS}")
+    return np.where(values == none, 0, np.searchsorted(objects, values) + 1).astype(np.uint8)
 
 
 def names(sources: tuple[str, ...]) -> list[str]:
     """What to call each model: the end of its path, as much as tells them apart."""
     parts = [Path(source).parts for source in sources]
     for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(set(sources)):
-            return found
+        ends = ["/".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(set(sources)):
+            return ends
     return list(sources)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 Process = Callable[..., Mapping[str, Any]]
 PIXELS = ("pixel_values", "pixel_values_images")
-UNMAPPED = {  # by config.model_type: why the number and order of tokens say nothing about places
+# by config.model_type: why the number and order of its tokens say nothing about places
+UNMAPPED = {
     "aria": "a resampler makes its tokens",
     "emu3": "ends of lines are among its tokens",
     "idefics2": "a resampler makes its tokens",
 }
 NO_MASKS = "masks cannot be used with this model (all else in a report needs none)"
-# Blue of each pixel of a map of objects: no processor pads with it
+# The blue of each pixel of a map of objects. No processor pads with it, so that it tells padding.
 MARK = 200
 
 
@@ -43,13 +44,13 @@ class Packing:
 
 def find_packing(model: nn.Module) -> Packing | None:
     """That of a transformers model, by its own `pack_image_features`; None if it has none."""
-    found = [module for module in model.modules() if hasattr(type(module), "pack_image_features")]
-    if not found:
+    able = [module for module in model.modules() if hasattr(type(module), "pack_image_features")]
+    if not able:
         return None
-    # the innermost: LLaVA-OneVision's outer model hands on an argument that the inner one does not
-    # take
-    make: Any = found[-1].pack_image_features
-    config: Any = found[-1].config
+    # The innermost one, since LLaVA-OneVision's outer model hands on an argument that the inner one
+    # does not take.
+    make: Any = able[-1].pack_image_features
+    config: Any = able[-1].config
     names = ("vision_feature_select_strategy", "vision_aspect_ratio")
     options = {
         name: getattr(config, name) for name in names if name in inspect.signature(make).parameters
@@ -83,7 +84,7 @@ def token_objects(
     pixel_inputs: Mapping[str, Any],
     tokens: int,
     model_type: str,
-    share: float = 0.5,
+    coverage: float = 0.5,
     packing: Packing | None = None,
 ) -> Tensor:
     """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for
@@ -91,7 +92,7 @@ def token_objects(
 
     The map of objects goes the way of the image: it is drawn as images, two bits of the numbers in
     each, that `process` resizes, crops, pads and tiles, and each token looks at its own pixels. It
-    belongs to the object that covers most of them, if that is at least `share`, else to none;
+    belongs to the object that covers most of them, if that is at least `coverage`, else to none;
     padding belongs to none. Where an image is cut into tiles beside a thumbnail of the whole, an
     object has tokens in both. An object without tokens has a row of False.
 
@@ -108,13 +109,13 @@ def token_objects(
             `image_grid_thw` and `image_sizes`; of one image.
         tokens: how many visual tokens the image has in the model.
         model_type: of the model's config.
-        share: above 0, at most 1.
+        coverage: the least share of its pixels, above 0, at most 1.
         packing: `find_packing(model)`; without it LLaVA-NeXT's and LLaVA-OneVision's tokens are in
             no layout above.
 
     Raises:
-        ValueError: naming the argument; for a model whose tokens are no places of the image, or not
-            in a layout above.
+        ValueError: naming the argument; for a model whose tokens are not places of the image, or
+            not in a layout above.
     """
     if (
         not isinstance(objects, np.ndarray)
@@ -128,8 +129,8 @@ def token_objects(
             else type(objects).__name__
         )
         raise ValueError(f"objects: got {got}, want an array of uint8 (height, width), not empty")
-    if not 0 < share <= 1:
-        raise ValueError(f"share: got {share}, want a number above 0, at most 1")
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage: got {coverage}, want a number above 0, at most 1")
     count = max(int(objects.max()), 1)
     if packing is None:
         covered = _covered(process, objects, pixel_inputs, tokens, model_type, count)
@@ -140,7 +141,7 @@ def token_objects(
                 f"tokens: got {tokens}, want {len(covered)}, which the model makes of such an image"
             )
     first = torch.arange(count) == covered.argmax(1, keepdim=True)
-    return (first & (covered >= share)).mT[: int(objects.max())]
+    return (first & (covered >= coverage)).mT[: int(objects.max())]
 
 
 def _packed(
@@ -201,8 +202,8 @@ def _numbers(
     count = int(objects.max())
     numbers = torch.zeros((), dtype=torch.long)
     for bit in range(0, max(count.bit_length(), 1), 2):
-        # halfway between two objects all their bits change at once, so that interpolation makes up
-        # no third one
+        # Halfway between two objects all their bits change at once, so that interpolation does not
+        # make up a third one.
         planes = [
             (objects >> bit & 1) * 255,
             (objects >> bit + 1 & 1) * 255,
@@ -213,15 +214,16 @@ def _numbers(
         want, got = _pixels(pixel_inputs).shape, _pixels(processed).shape
         if got != want or _layout(processed, tokens, model_type) != layout:
             raise ValueError(
-                f"process: made pixels of shape {tuple(got)} of the objects and {tuple(want)} of the image, want the "
-                "same: objects of the image's size, and the processor with the same settings"
+                f"process: made pixels of shape {tuple(got)} of the objects and {tuple(want)} of "
+                "the image, want the same: objects of the image's size, and the processor with the "
+                "same settings"
             )
         low, high, mark = cut(processed, tokens, model_type).float().unbind(1)
         inside = (mark - MARK).abs() < 8
         if not inside.any():
             raise ValueError(
-                f"process: left no pixel's blue at {MARK}, want a processor that leaves colours alone when do_rescale "
-                "and do_normalize are False"
+                f"process: left no pixel's blue at {MARK}, want a processor that leaves colours "
+                "alone when do_rescale and do_normalize are False"
             )
         numbers = numbers + inside * (((low > 127) << bit) + ((high > 127) << bit + 1))
     return numbers * (numbers <= count)
@@ -238,14 +240,15 @@ def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor
         )
     tiles = pixels.flatten(0, -4)
     side = _side(tiles, tokens // len(tiles))
-    tiles = tiles[
-        ..., : rows * side, : columns * side
-    ]  # what is left over at the edges enters no patch
+    # What is left over at the edges enters no patch.
+    tiles = tiles[..., : rows * side, : columns * side]
     return rearrange(tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side)
 
 
 def _pixels(inputs: Mapping[str, Any]) -> Tensor:
-    pixels = next((inputs[name] for name in PIXELS if torch.is_tensor(inputs.get(name))), None)
+    pixels: Tensor | None = next(
+        (inputs[name] for name in PIXELS if torch.is_tensor(inputs.get(name))), None
+    )
     if pixels is None:
         raise ValueError(
             f"pixel_inputs: got {', '.join(inputs) or 'nothing'}, want {PIXELS[0]}; {NO_MASKS}"
@@ -267,14 +270,14 @@ def _layout(inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[in
             side = 0
         if pixels.dim() != 2 or not side or side**2 * tokens != height * width:
             raise ValueError(
-                f"tokens: {what} and image_grid_thw {grids.tolist()}, want those of one image, where squares of "
-                f"patches make a token: {NO_MASKS}"
+                f"tokens: {what} and image_grid_thw {grids.tolist()}, want those of one image, "
+                f"where squares of patches make a token: {NO_MASKS}"
             )
         return 1, (height // side, width // side)
 
     channels = pixels.dim() in (4, 5) and pixels.shape[-3] == 3
-    # of one sample, and not LLaVA-NeXT's tiles, from whose tokens those of padding are taken and
-    # among which lines end
+    # Five dimensions are tiles of one sample. LLaVA-NeXT's are another layout: the tokens of its
+    # padding are taken out, and lines end with a token of their own.
     if not channels or (pixels.dim() == 5 and (len(pixels) != 1 or "image_sizes" in inputs)):
         raise ValueError(f"tokens: {what}, want tiles that all have the same tokens: {NO_MASKS}")
     tiles = pixels.flatten(0, -4)

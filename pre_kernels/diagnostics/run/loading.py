@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-SPREAD = "spread"  # over all GPUs, as accelerate's device_map="auto" does
+# the --device that spreads a model over all GPUs, as accelerate's device_map="auto" does
+SPREAD = "spread"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def load(
     """The model in a folder that `save_pretrained` wrote (a PEFT adapter's too), or of that name on
     the hub.
 
-    Weights are read from safetensors alone.
+    Weights are only read from safetensors.
 
     Args:
         dtype: None: as the weights are saved.
@@ -37,35 +38,40 @@ def load(
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: naming the argument, if it is no vision-language model or has no processor of
-            images and text.
+        ValueError: naming the argument, if it is not a vision-language model or has no processor
+            of images and text.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import cached_file, find_adapter_config_file
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     more: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"device_map": "auto"} if device == SPREAD else {}
     where = f"model: {source}"
     if Path(source).exists() and not Path(source).is_dir():
         raise ValueError(
-            f"{where} is no folder, want one that save_pretrained wrote, or a model's name on the hub"
+            f"{where} is not a folder, want one that save_pretrained wrote, or a model's name on "
+            "the hub"
         )
     try:
         if find_adapter_config_file(source) is None:
             AutoConfig.from_pretrained(source, **more)
         else:
-            cached_file(source, "adapter_model.safetensors")  # or an adapter's pickle would do
-        model = AutoModelForImageTextToText.from_pretrained(
+            # raises where the adapter is a pickle, which from_pretrained would load
+            cached_file(source, "adapter_model.safetensors")
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, **placed, **more
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error
+    processors: Any = AutoProcessor
     try:
-        processor = AutoProcessor.from_pretrained(source, **more)
+        processor = processors.from_pretrained(source, **more)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} has no processor that can be loaded: {error}") from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
-            f"{where} has a {type(processor).__name__}, want a processor of images and text; save the model's there too"
+            f"{where} has a {type(processor).__name__}, want a processor of images and text; save "
+            "the model's there too"
         )
     return Loaded(model.eval() if placed else model.eval().to(device), processor)

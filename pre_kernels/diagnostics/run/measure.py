@@ -61,8 +61,8 @@ def measure(
     logits = reader.logits() if lens else None
     for sample in samples:
         inputs = {
-            k: v.to(device) if device is not None and torch.is_tensor(v) else v
-            for k, v in sample.inputs.items()
+            name: value.to(device) if device is not None and torch.is_tensor(value) else value
+            for name, value in sample.inputs.items()
         }
         images = reader.read(inputs, call)
         hidden = {

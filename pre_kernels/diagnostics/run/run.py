@@ -1,5 +1,5 @@
 """`pre-kernels diagnose`: images through each model, its layers measured, the report; an
-interrupted run goes on."""
+interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ from .loading import SPREAD, Loaded, load
 from .measure import Sample, measure
 from .samples import PROMPT, Preparation, Unusable, ahead, counted, none_left
 
-PARTS = "parts"  # the folder of what each model gave, and of how far an interrupted run came
-PARTIAL = ".partial"  # ends the name of a file while it is being written
-THUMBNAIL = 336  # pixels
-SAVING = 0.05  # share of the time that may go into saving how far a run is
+# the folder of what each model gave, and of how far an interrupted run came
+PARTS = "parts"
+# the end of a file's name while it is being written
+PARTIAL = ".partial"
+# pixels along the longer side of an image in the report
+THUMBNAIL = 336
+# the share of the time that may go into saving how far a run is
+SAVING = 0.05
 FILES = {
     "diagnosis.json": "all numbers",
     "layers.csv": "a line for each layer",
@@ -77,8 +81,8 @@ def diagnose(
 
     What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name
     made of all that it depends on: the settings, the model's files and the images. A run with the
-    same goes on from there, or from the last save, half a minute or more before, where it was
-    stopped while an image was being added.
+    same name resumes there; where it was stopped while an image was being added, at the last save,
+    half a minute or more before.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted; before any work where that is
@@ -89,7 +93,7 @@ def diagnose(
     images = find_images(settings.images, settings.labels, settings.limit, settings.seed)
     masks = None if settings.masks is None else open_masks(settings.masks, settings.background)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    found = []
+    results = []
     for source, name in zip(settings.models, names(settings.models), strict=True):
         part = Part.of(settings, source, images, out / PARTS)
         result = part.result()
@@ -97,8 +101,8 @@ def diagnose(
             result = examine(settings, source, name, images, masks, part, console)
         else:
             console.print(f"{name}: measured before ({part.path.name})")
-        found.append(result | {"name": name})
-    document = described(settings, images, found, command)
+        results.append(result | {"name": name})
+    document = described(settings, images, results, command)
     texts = (
         json.dumps(document, indent=1) + "\n",
         page.csv_text(document),
@@ -144,15 +148,16 @@ class Part:
         return self.path.with_suffix(".safetensors")
 
     def result(self) -> dict[str, Any] | None:
-        """What was found, if it was; ValueError naming the file if that is broken."""
+        """What was measured, or None before that; ValueError naming the file if that is broken."""
         if not self.path.exists():
             return None
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"out: {self.path} is broken: {error}; delete it to measure again"
             ) from error
+        return result
 
     def keep(self, result: dict[str, Any]) -> None:
         write(self.path, json.dumps(result) + "\n")
@@ -171,7 +176,7 @@ def examine(
     """Rows, heat maps and notes of one model, also kept in `part`."""
     if part.state.exists():
         layers, more = LayerReport.load(part.state, sums_device(settings.device))
-        console.print(f"{name}: goes on after {more['done']} of {len(images.items)} images")
+        console.print(f"{name}: resuming after {more['done']} of {len(images.items)} images")
     else:
         layers = LayerReport(settings.metrics, seed=settings.seed)
         more = {"done": 0, "masked": 0, "left_out": [], "maps": [], "seconds": 0.0}
@@ -197,8 +202,8 @@ def examine(
                 bar.update(task, completed=more["done"])
                 saver.now_and_then()
     finally:
-        # an image that was stopped in is added in part, and not done: it would be added again; the
-        # last save stands
+        # An image that was stopped in is added in part, and not done: after a save now it would be
+        # added again. The last save stands then.
         if more["done"] and more["done"] == layers.images + len(more["left_out"]):
             more["seconds"] += saver.elapsed()
             saver.save()
@@ -262,24 +267,19 @@ def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -
 
 
 def described(
-    settings: Settings, images: Images, found: list[dict[str, Any]], command: str
+    settings: Settings, images: Images, results: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The document that `page.html` draws."""
     labelled = sum(item.label is not None for item in images.items)
     maps: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for result in found:
-        for one in result["maps"]:
-            key = (
-                one["image"],
-                *one["grid"],
-                *one["patch"],
-                *one["layers"],
-            )  # models may cut an image differently
-            maps.setdefault(key, one | {"similarity": {}})["similarity"][result["name"]] = one[
-                "similarity"
-            ]
+    for result in results:
+        for drawn in result["maps"]:
+            # Models may cut an image differently: only maps of one grid, patch and layers join.
+            key = (drawn["image"], *drawn["grid"], *drawn["patch"], *drawn["layers"])
+            joined = maps.setdefault(key, drawn | {"similarity": {}})
+            joined["similarity"][result["name"]] = drawn["similarity"]
     models = []
-    for result in found:
+    for result in results:
         notes = counted(result["left_out"])
         if settings.masks is not None and not result["masked"]:
             notes.append(f"{settings.masks} has no mask of any of these images")
@@ -292,13 +292,14 @@ def described(
                 "notes": notes,
             }
         )
-    masked = max(result["masked"] for result in found)
+    masked = max(result["masked"] for result in results)
     return {
-        "title": "Visual tokens, layer by layer: " + ", ".join(result["name"] for result in found),
+        "title": "Visual tokens, layer by layer: "
+        + ", ".join(result["name"] for result in results),
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": ", ".join(dict.fromkeys(result["device"] for result in found)),
-        "seconds": {result["name"]: round(result["seconds"], 1) for result in found},
+        "device": ", ".join(dict.fromkeys(result["device"] for result in results)),
+        "seconds": {result["name"]: round(result["seconds"], 1) for result in results},
         "versions": versions(),
         "data": {
             "images": len(images.items),
@@ -347,8 +348,8 @@ def progress(console: Console) -> Progress:
 
 
 def sums_device(device: str) -> str:
-    """Where sums that were saved go on: with layers on several GPUs, what each adds is moved to the
-    first."""
+    """The device on which saved sums continue: with layers on several GPUs, what each adds is moved
+    to the first."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == SPREAD else device
 
 

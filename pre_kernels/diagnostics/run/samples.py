@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from pre_kernels.integrations.families import visual_tokens
+from pre_kernels.integrations.model_config import visual_tokens
 
 from .data import Images, Item, MaskSource, find_images, open_image, open_masks
 from .geometry import find_packing, token_grid, token_objects
 from .measure import Sample
 
 PROMPT = "Describe the image."
-AHEAD = 4  # images that are prepared while the model is busy
+# how many images are prepared while the model is busy
+AHEAD = 4
 LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the model's processor"}
 
 
@@ -38,8 +39,11 @@ class Preparation:
     def __init__(
         self, model: Any, processor: Any, masks: MaskSource | None = None, prompt: str = PROMPT
     ) -> None:
-        self.config, self.dtype, self.packing = model.config, model.dtype, find_packing(model)
-        self.processor, self.masks = processor, masks
+        self.config = model.config
+        self.dtype = model.dtype
+        self.packing = find_packing(model)
+        self.processor = processor
+        self.masks = masks
         self.text = _text(processor, prompt)
 
     def __call__(self, item: Item) -> Sample:
@@ -55,12 +59,8 @@ class Preparation:
             raise Unusable("unreadable", str(error)) from error
         try:
             inputs = dict(self._process(image, return_tensors="pt"))
-        except (
-            ValueError,
-            RuntimeError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # what sizes and pixels may lead to
+        except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+            # Sizes and pixels can lead to these. Other errors are not the image's.
             name = type(self.processor).__name__
             raise Unusable(
                 "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
@@ -68,8 +68,9 @@ class Preparation:
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
-                f"processor: {type(self.processor).__name__} put no visual tokens into the text {self.text!r}, want "
-                "the model's own processor and a text with a place for the image"
+                f"processor: {type(self.processor).__name__} put no visual tokens into the text "
+                f"{self.text!r}, want the model's own processor and a text with a place for the "
+                "image"
             )
         tokens = int(placed.sum())
         kind = self.config.model_type
@@ -115,7 +116,7 @@ def load_samples(
     """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
 
     Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the
-    callback's figures. Images that cannot be read, or that the processor refuses, are left out, and
+    callback's metrics. Images that cannot be read, or that the processor refuses, are left out, and
     a warning names each of them.
 
     ```python
@@ -126,34 +127,35 @@ def load_samples(
         ValueError: naming the argument, what came and what is wanted; if every image is left out.
     """
     source = None if masks is None else open_masks(Path(masks), background)
-    found = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
+    images = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
     prepare = Preparation(model, processor, source, prompt)
     samples: list[Sample] = []
     left_out: list[tuple[str, str]] = []
-    for item in found.items:
+    for item in images.items:
         try:
             samples.append(prepare(item))
         except Unusable as error:
             left_out.append((item.name, error.reason))
             warnings.warn(f"left out: {error}", stacklevel=2)
     if not samples:
-        raise ValueError(none_left(found, left_out))
+        raise ValueError(none_left(images, left_out))
     return samples
 
 
 def none_left(images: Images, left_out: Sequence[tuple[str, str]]) -> str:
     """What is wrong where no image is left; `left_out` has the name and the reason of each."""
-    return f"images: none of the {len(images.items)} in {images.folder} can be used: {'; '.join(counted(left_out))}"
+    reasons = "; ".join(counted(left_out))
+    return f"images: none of the {len(images.items)} in {images.folder} can be used: {reasons}"
 
 
 def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
     """For each reason how many images it was, and the first of them."""
-    found = []
+    lines = []
     for reason, what in LEFT_OUT.items():
         names = [name for name, its in left_out if its == reason]
         if names:
-            found.append(f"{len(names)} images {what}: {', '.join(names[:10])}")
-    return found
+            lines.append(f"{len(names)} images {what}: {', '.join(names[:10])}")
+    return lines
 
 
 def ahead(
@@ -183,12 +185,14 @@ def ahead(
 def _text(processor: Any, prompt: str) -> str:
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template(
+        text: str = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
+        return text
     token = getattr(processor, "image_token", None)
     if token is None:
         raise ValueError(
-            f"processor: {type(processor).__name__} has neither a chat template nor an image token, want one of them"
+            f"processor: {type(processor).__name__} has neither a chat template nor an image "
+            "token, want one of them"
         )
     return f"{token}\n{prompt}"

@@ -1,5 +1,5 @@
-"""The paper's figure out of a training's log: the task's score against a layer's probe accuracy
-(arXiv 2603.20808)."""
+"""The paper's plot from a training's log: the task's score against a layer's probe accuracy (arXiv
+2603.20808)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SUFFIXES = (".png", ".svg", ".pdf")
 def draw(
     logs: list[Path],
     layer: int | None,
-    figure: str,
+    metric: str,
     score: str,
     scores: list[Path] | None,
     out: Path,
 ) -> str:
-    """Write the figure to `out`; returns a line for each run that says what it holds.
+    """Write the plot to `out`; returns a line for each run that says what it shows.
 
     Args:
         logs: trainer_state.json of each run, or folders that have one.
         layer: None: the middle one of those logged.
-        figure: of the layer, as `LayerCallback` logs it.
+        metric: of the layer, as `LayerCallback` logs it.
         score: the name of the task's score in the log.
         scores: a CSV for each run with the columns step and score, instead.
 
@@ -47,21 +47,22 @@ def draw(
             history(log),
             name,
             layer,
-            figure,
+            metric,
             score,
             None if scores is None else table(scores[number]),
         )
         for number, (log, name) in enumerate(zip(logs, named, strict=True))
     ]
     if not out.parent.is_dir():
-        raise ValueError(f"out: {out.parent} is no folder")
+        raise ValueError(f"out: {out.parent} is not a folder")
     trajectory(runs).savefig(out, dpi=150)
     return "\n".join(
-        f"{one['name']}: {len(one['steps'])} steps"
+        f"{drawn['name']}: {len(drawn['steps'])} steps"
         + "".join(
-            f", {one[f'{k}_name']} {one[k][0]:.3f} → {one[k][-1]:.3f}" for k in ("probe", "score")
+            f", {drawn[f'{key}_name']} {drawn[key][0]:.3f} → {drawn[key][-1]:.3f}"
+            for key in ("probe", "score")
         )
-        for one in runs
+        for drawn in runs
     )
 
 
@@ -75,26 +76,27 @@ def history(path: Path) -> list[dict[str, Any]]:
         last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=path)
         path = path / STATE if (path / STATE).exists() else last / STATE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise TypeError("log_history is no list of objects")
+        entries = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise TypeError("log_history is not a list of objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"log: cannot read {path}, want the {STATE} of a transformers.Trainer: {error!r}"
         ) from error
-    return found
+    return entries
 
 
 def run(
     entries: list[dict[str, Any]],
     name: str,
     layer: int | None,
-    figure: str,
+    metric: str,
     score: str,
-    given: dict[int, float] | None,
+    scores: dict[int, float] | None,
 ) -> dict[str, Any]:
-    """The steps of one run that have both a figure of the layer and a score."""
-    suffix = f"/{figure}"
+    """The steps of one run that have both a metric of the layer and a score; `scores`: by step,
+    instead of those in the log."""
+    suffix = f"/{metric}"
     keys = {
         key
         for entry in entries
@@ -105,7 +107,7 @@ def run(
     layers = sorted(int(number) for number in numbers if number.isascii() and number.isdecimal())
     if not layers:
         raise ValueError(
-            f"log: {name} has no figure {figure!r} of a layer, want a training with LayerCallback"
+            f"log: {name} has no metric {metric!r} of a layer, want a training with LayerCallback"
         )
     number = layers[len(layers) // 2] if layer is None else layer
     if number not in layers:
@@ -114,27 +116,27 @@ def run(
         )
     key = f"layer_{number}{suffix}"
     probe = points(entries, key)
-    scored = points(entries, score) if given is None else given
+    scored = points(entries, score) if scores is None else scores
     steps = sorted(probe.keys() & scored.keys())
     if not steps:
         others = sorted({k for e in entries for k in e if k.startswith("eval_") or k == "score"})
         raise ValueError(
-            f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} ({len(scored)}) as "
-            "numbers; pass score= to LayerCallback, or evaluate at the same steps; the log has "
-            f"{', '.join(others) or 'no scores'}"
+            f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} "
+            f"({len(scored)}) as numbers; pass score= to LayerCallback, or evaluate at the same "
+            f"steps; the log has {', '.join(others) or 'no scores'}"
         )
     return {
         "name": name,
         "steps": steps,
         "probe": [probe[step] for step in steps],
         "score": [scored[step] for step in steps],
-        "probe_name": f"{figure.replace('_', ' ')}, layer {number}",
+        "probe_name": f"{metric.replace('_', ' ')}, layer {number}",
         "score_name": score.removeprefix("eval_").replace("_", " "),
     }
 
 
 def points(entries: list[dict[str, Any]], key: str) -> dict[int, float]:
-    """The values of a key by step; what is no finite number is left out."""
+    """The values of a key by step; what is not a finite number is left out."""
     return {
         entry["step"]: entry[key]
         for entry in entries
@@ -150,14 +152,14 @@ def table(path: Path) -> dict[int, float]:
     """Scores by step."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            found = {int(row["step"]): float(row["score"]) for row in csv.DictReader(file)}
+            scores = {int(row["step"]): float(row["score"]) for row in csv.DictReader(file)}
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"scores: cannot read {path}, want a CSV with columns step and score: {error!r}"
         ) from error
-    if not found or not all(map(math.isfinite, found.values())):
-        raise ValueError(f"scores: {path} has {len(found)} rows, want finite scores, at least one")
-    return found
+    if not scores or not all(map(math.isfinite, scores.values())):
+        raise ValueError(f"scores: {path} has {len(scores)} rows, want finite scores, at least one")
+    return scores
 
 
 def unique(paths: list[Path]) -> list[str]:

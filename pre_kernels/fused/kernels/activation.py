@@ -44,7 +44,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """dy · act'(x), float32; DTYPE as above."""
+    """dy · act'(x), float32; DTYPE as in `activate`."""
     if ACTIVATION == "gelu":
         if tl.float32 == DTYPE:
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -61,7 +61,7 @@ def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
         s, slope = sigmoid_grad(x, DTYPE)
         dx = dy * (s + x * slope)
     elif ACTIVATION == "relu":
-        dx = tl.where(x > 0, dy, 0.0)  # not 0 · inf, which is no number
+        dx = tl.where(x > 0, dy, 0.0)  # a product with 0 would make nan of an infinite dy
     else:
         tl.static_assert(False, "activate_grad: no branch for this ACTIVATION")
     return dx

@@ -13,21 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter computes a bfloat16 dot from raw bits, truncates where a GPU rounds to
-# bfloat16, and reads a bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN:
-# there, and only there, conversions are done by hand
+# bfloat16, and reads a bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN. So in
+# the interpreter, and only there, conversions are done by hand.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on
+# Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on.
 OPTIONS = {"enable_fp_fusion": True}
 
-TILE = 4096  # elements that a program of a row kernel holds at a time: many short rows, or one of up to LONGEST
-LONGEST = 8192  # columns; a longer row is read in blocks of TILE
-WARPS = (
-    16  # of a row kernel: 8 elements a thread, 16 bytes of a half-precision row; AMD takes no more
-)
-PROGRAMS = (
-    264  # of a row kernel at most, two for each SM of an H200; each keeps a column sum of its own
-)
+# A program of a row kernel holds TILE elements at a time, many short rows, or one row of up to
+# LONGEST columns. A longer row is read in blocks of TILE.
+TILE = 4096
+LONGEST = 8192
+# The warps of a row kernel: 8 elements a thread, 16 bytes of a half-precision row. AMD allows no
+# more.
+WARPS = 16
+# The most programs of a row kernel, two for each SM of an H200. Each keeps a column sum of its own.
+PROGRAMS = 264
 
 
 def cdiv(a: int, b: int) -> int:
@@ -62,7 +63,7 @@ class RowShape(NamedTuple):
 def _arch(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx"
-    # consumer Blackwell (sm_120) has the shared memory of its Ampere kin
+    # Consumer Blackwell (sm_120) has as much shared memory as consumer Ampere.
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(
         torch.cuda.get_device_capability(index)[0], "sm80"
     )
@@ -102,9 +103,8 @@ def narrow(x, DTYPE: tl.constexpr):
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     if INTERPRET and tl.float8e4nv == DTYPE:
         quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.abs(x))), -6.0) - 3.0)
-        rounded = (
-            x / quantum + 12582912.0 - 12582912.0
-        ) * quantum  # adding 1.5 · 2^23 rounds to an integer
+        # Adding 1.5 · 2^23 rounds to an integer.
+        rounded = (x / quantum + 12582912.0 - 12582912.0) * quantum
         bits = rounded.to(DTYPE).to(tl.uint8, bitcast=True)
         return tl.where(x == x, bits, 0x7F).to(tl.uint8).to(DTYPE, bitcast=True)
     return x.to(DTYPE)
@@ -140,7 +140,7 @@ def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
 @triton.jit
 def sum_two(a, b):
     """The sums of two (rows, block) along the rows, both in one exchange between warps."""
-    if INTERPRET:  # takes the rows apart in Python, and adds one number after another
+    if INTERPRET:  # there `tl.reduce` would add one number after another in Python
         return tl.sum(a, 1), tl.sum(b, 1)
     return tl.reduce((a, b), 1, add_two)
 

@@ -1,5 +1,5 @@
-"""What goes before all chunks and after them: the divisor of a mean, the loss, the scaled
-gradients; a launch each."""
+"""What is computed before all chunks and after them, in a launch each: the divisor of a mean, the
+loss, the scaled gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .common import OPTIONS, cdiv, live_rows, narrow, on_device, widen
 from .rows import load_scale
 
 BLOCK = 4096  # rows that the one program of a reduction adds at a time
-ELEMENTS = 4096  # of a weight's gradient, for a program
-SLOTS = 32  # rows of partial column sums added at a time,
-COLUMNS = 128  # and columns of a program
+ELEMENTS = 4096  # elements of a weight's gradient that one program scales
+# A program of a bias gradient adds SLOTS rows of partial column sums at a time, in COLUMNS columns.
+SLOTS = 32
+COLUMNS = 128
 
 
 @triton.jit
@@ -57,9 +58,9 @@ def divisor_kernel(
             divisor = sum_rows(weight_ptr, index_ptr, tl.minimum(count, capacity), BLOCK)
         else:
             divisor = count * 1.0
-        # an empty batch is 0, not nan; a mean of some rows over nothing is nan
+        # The mean of an empty batch is 0, not nan; a mean of some rows with the divisor 0 is nan.
         divisor = tl.where(count == 0, 1.0, tl.where(divisor == 0.0, float("nan"), divisor))
-    # rows were dropped: the host does not know, so the numbers have to say it
+    # Beyond the capacity rows were dropped. The host does not know it, so the result has to be nan.
     tl.store(divisor_ptr, tl.where(count > capacity, float("nan"), divisor))
 
 
@@ -227,7 +228,8 @@ def scale_gradients(
         for x, dtype in ((w1, dtypes[0]), (w2, dtypes[1]))
     )
     if upstream is None:
-        w1, w2 = None if w1_out is w1 else w1, None if w2_out is w2 else w2
+        w1 = None if w1_out is w1 else w1
+        w2 = None if w2_out is w2 else w2
     some = next((x for x in (b1, b2, w1, w2) if x is not None), None)
     if some is None:
         return w1_out, w2_out, None, None
@@ -236,12 +238,11 @@ def scale_gradients(
     )
     b1_out = None if b1 is None else b1.new_empty(columns_b1, dtype=dtypes[2])
     b2_out = None if b2 is None else b2.new_empty(columns_b2, dtype=dtypes[3])
-    size_w1, size_w2 = 0 if w1 is None else w1.numel(), 0 if w2 is None else w2.numel()
-    blocks_w1, blocks_w2, blocks_b1 = (
-        cdiv(size_w1, ELEMENTS),
-        cdiv(size_w2, ELEMENTS),
-        cdiv(columns_b1, COLUMNS),
-    )
+    size_w1 = 0 if w1 is None else w1.numel()
+    size_w2 = 0 if w2 is None else w2.numel()
+    blocks_w1 = cdiv(size_w1, ELEMENTS)
+    blocks_w2 = cdiv(size_w2, ELEMENTS)
+    blocks_b1 = cdiv(columns_b1, COLUMNS)
     with on_device(some):
         scale_kernel[(blocks_w1 + blocks_w2 + blocks_b1 + cdiv(columns_b2, COLUMNS),)](
             w1,

@@ -48,12 +48,12 @@ def matmul_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # rows and columns beyond the edge repeat others instead of taking a mask; they are not stored
-    p_x = (
+    # Rows and columns beyond the edge repeat others instead of taking a mask; they are not stored.
+    p_x = (  # (M, K)
         x_ptr
         + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm
         + o_k[None, :] * stride_xk
-    )  # (M, K)
+    )
     p_w = w_ptr + o_k[:, None] * stride_wk + (o_n % N).to(tl.int64)[None, :] * stride_wn  # (K, N)
 
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -91,8 +91,9 @@ def matmul_descriptor_kernel(
     GROUP_M: tl.constexpr,
 ):
     live = live_rows(count_ptr, start, n, COUNT)
-    tiles_m, tiles_n = tl.cdiv(live, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # flattened, the loads of the next tile are under way during the epilogue of this one
+    tiles_m = tl.cdiv(live, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # Flattened, the loop loads the next tile during the epilogue of this one.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         i_m, i_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
         b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -139,13 +140,14 @@ def matmul(
 
     Where tensor descriptors can be had (see `tiles.descriptor_tile`) the kernel is persistent.
     """
-    n, (K, N) = y.shape[0], w.shape
+    n = y.shape[0]
+    K, N = w.shape
     transposed = w.stride(0) == 1
     w_rows = w.t() if transposed else w
-    found = tiles.descriptor_tile(x, w_rows, (y,), "rows", n, N)
+    by_descriptor = tiles.descriptor_tile(x, w_rows, (y,), "rows", n, N)
     with on_device(x):
-        if found is not None:
-            tile = tile or found
+        if by_descriptor is not None:
+            tile = tile or by_descriptor
             matmul_descriptor_kernel[(tiles.programs(tile, n, N, x),)](
                 tiles.describe(x, tile.m, tile.k),
                 tiles.describe(w_rows, tile.n, tile.k)

@@ -1,5 +1,5 @@
-"""float8 rows (e4m3), each with a scale of its own. The passes over rows write theirs, since they
-hold the rows in registers anyway; the weights have a pass of their own."""
+"""float8 rows (e4m3), each with a scale of its own. The passes over a chunk write its float8 rows,
+since they hold the rows in registers anyway; the weights have a pass of their own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .common import OPTIONS, WARPS, RowShape, cdiv, narrow, on_device, widen
 
-LARGEST = tl.constexpr(448.0)  # of e4m3
-SMALLEST = tl.constexpr(
-    1e-30
-)  # scale, whose inverse is still finite; what it makes 0 is less than 1e-32
-TALL, WIDE = 256, 32  # elements of a strip of columns that a program holds at a time
+# The largest number of e4m3.
+LARGEST = tl.constexpr(448.0)
+# The smallest scale: its inverse is still finite, and what it rounds to 0 is less than 1e-32.
+SMALLEST = tl.constexpr(1e-30)
+# A program holds TALL × WIDE elements of a strip of columns at a time.
+TALL = 256
+WIDE = 32
 
 
 class Quantized(NamedTuple):
@@ -37,8 +39,7 @@ class Quantized(NamedTuple):
 
 @triton.jit
 def scale_of(largest):
-    """What brings the largest element to that of e4m3, and what to multiply with instead of a
-    division by it."""
+    """The scale of a row whose largest element is `largest`, and its inverse to multiply with."""
     scale = tl.maximum(largest * (1.0 / LARGEST), SMALLEST)
     return scale, tl.div_rn(1.0, scale)
 
@@ -113,7 +114,8 @@ def quantize_kernel(
 ):
     """One grid over both layouts of both weights; the strips of columns, which take longest, come
     first."""
-    strips_1, strips_2 = tl.cdiv(K1, WIDE), tl.cdiv(K2, WIDE)
+    strips_1 = tl.cdiv(K1, WIDE)
+    strips_2 = tl.cdiv(K2, WIDE)
     rows_1 = tl.cdiv(M1, ROWS_1)
     pid = tl.program_id(0)
     if pid < strips_1:

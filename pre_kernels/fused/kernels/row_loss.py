@@ -20,8 +20,8 @@ from .common import (
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
-# 32 bytes a thread of a half-precision row; twice as many warps make half as much more
-# instructions a row, as each repeats what is done once for a row
+# Each thread holds 32 bytes of a half-precision row. Twice as many warps would take half as many
+# instructions again for a row, since each warp repeats what is done once for a row.
 WARPS = 8
 
 
@@ -51,22 +51,23 @@ def row_loss_kernel(
     SUM: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    CLEAR: tl.constexpr,  # dP of the rows beyond the count becomes 0
-    WHOLE: tl.constexpr,  # a row fits a block
+    ZERO_PADDING: tl.constexpr,  # dP of the rows beyond the count becomes 0
+    WHOLE: tl.constexpr,  # a row fits one block
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     live = live_rows(count_ptr, start, n, COUNT)
-    last = n if CLEAR else live
+    last = n if ZERO_PADDING else live
     o_b = tl.arange(0, BLOCK)
     b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     if SUM and FIRST and not WHOLE:
         for z in range(0, Z, BLOCK):
             add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
-    stop = BLOCK if WHOLE else Z  # known to the compiler, a loop of one turn is none
-    # -0, as -0 + x is x to the compiler, and 0 + x is an addition
+    # If a row fits one block the bound is a compile-time constant, and the compiler removes loops.
+    stop = BLOCK if WHOLE else Z
+    # Sums begin at -0: to the compiler -0 + x is x, while 0 + x is an addition.
     b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
-    # before the loop, from which the compiler moves no load over a store
+    # What all rows share is loaded before the loop: the compiler moves no load over a store.
     share = tl.div_rn(1.0, Z * 1.0)
     if GRAD:
         factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
@@ -84,61 +85,20 @@ def row_loss_kernel(
             weight = tl.load(
                 weight_ptr + (selected if GATHER_WEIGHT else rows), mask=m_n, other=0.0
             )
+        b_p, b_a = None, None
         if WHOLE:
-            mask = m_n[:, None] & (o_b < Z)[None, :]
-            b_p = widen(tl.load(p_p, mask=mask, other=0.0))
-            b_a = widen(tl.load(p_a, mask=mask, other=0.0))
+            b_p, b_a = load_block(p_p, p_a, 0, Z, stride_az, m_n, o_b)
 
         if LOSS == "cosine":
-            b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
-            for z in range(0, stop, BLOCK):
-                if not WHOLE:
-                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
-                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(
-                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
-                    )
-                b_pp += b_p * b_p
-                b_aa += b_a * b_a
-                b_pa += b_p * b_a
-            pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
-            # as in F.cosine_similarity both norms are clamped at eps, and the derivative of p's
-            # norm is not
-            norm = tl.sqrt_rn(pp)
-            p_norm = clamp_min(norm, 1e-8)
-            # a GPU's `/` is off by up to 2 ulp, one way for all of a row: what cancels would keep
-            # it
-            p_inverse = tl.div_rn(1.0, p_norm)
-            a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
-            # a/|a| = near · p/|p| + r, where little of p is left in r: its part is known to the
-            # rounding of r, not of 1
-            near = pa * p_inverse * a_inverse
-            b_pr, b_uu = b_nothing, b_nothing
-            for z in range(0, stop, BLOCK):
-                if not WHOLE:
-                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
-                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(
-                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
-                    )
-                b_u = b_p * p_inverse[:, None]
-                b_pr += b_u * (b_a * a_inverse[:, None] - near[:, None] * b_u)
-                b_uu += b_u * b_u
-            part, square = sum_two(b_pr, b_uu)
-            cosine = near * square + part
+            cosine, along, near, p_inverse, a_inverse = cosine_parts(
+                b_p, b_a, p_p, p_a, Z, stride_az, m_n, o_b, b_nothing, stop, WHOLE, BLOCK
+            )
             loss = -cosine
-            along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
-            along = tl.where(norm == 0.0, 0.0, along)
         elif LOSS == "mse" or LOSS == "smooth_l1":
             b_loss = b_nothing
             for z in range(0, stop, BLOCK):
-                if not WHOLE:
-                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
-                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(
-                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
-                    )
-                b_d = b_p - b_a
+                b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
+                b_d = b_x - b_y
                 if LOSS == "mse":
                     b_loss += b_d * b_d
                 elif LOSS == "smooth_l1":
@@ -156,21 +116,14 @@ def row_loss_kernel(
             else:
                 weight *= factor
             for z in range(0, stop, BLOCK):
-                if not WHOLE:
-                    mask = m_n[:, None] & (z + o_b < Z)[None, :]
-                    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-                    b_a = widen(
-                        tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0)
-                    )
+                b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
                 if LOSS == "cosine":
-                    # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p|
-                    b_u = b_p * p_inverse[:, None]
-                    b_dp = along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
+                    b_dp = cosine_grad(b_x, b_y, along, near, p_inverse, a_inverse)
                     b_dp *= (weight * p_inverse)[:, None]
                 elif LOSS == "mse":
-                    b_dp = (weight * 2.0 * share)[:, None] * (b_p - b_a)
+                    b_dp = (weight * 2.0 * share)[:, None] * (b_x - b_y)
                 elif LOSS == "smooth_l1":
-                    b_dp = (weight * share)[:, None] * clamp_one(b_p - b_a)
+                    b_dp = (weight * share)[:, None] * clamp_one(b_x - b_y)
                 b_dp = tl.where(m_n[:, None], b_dp, 0.0)
                 m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
                 tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
@@ -183,6 +136,80 @@ def row_loss_kernel(
                         add_column_sum(sums_ptr + z, b_dp, o_b, Z, Z - z, False)
     if SUM and WHOLE:
         add_column_sum(sums_ptr, b_sum, o_b, Z, Z, FIRST)
+
+
+@triton.jit
+def load_block(p_p, p_a, z, Z, stride_az, m_n, o_b):
+    """The columns z + o_b of the rows p and a, float32."""
+    mask = m_n[:, None] & (z + o_b < Z)[None, :]
+    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
+    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
+    return b_p, b_a
+
+
+@triton.jit
+def block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE: tl.constexpr):
+    """The same columns: b_p and b_a, which hold them already, if a row fits one block."""
+    if WHOLE:
+        return b_p, b_a
+    return load_block(p_p, p_a, z, Z, stride_az, m_n, o_b)
+
+
+@triton.jit
+def cosine_parts(
+    b_p,
+    b_a,
+    p_p,
+    p_a,
+    Z,
+    stride_az,
+    m_n,
+    o_b,
+    b_nothing,
+    stop,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """cos(p, a) of each row, and what `cosine_grad` needs: along, near, 1/|p| and 1/|a|."""
+    b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
+    for z in range(0, stop, BLOCK):
+        b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
+        b_pp += b_x * b_x
+        b_aa += b_y * b_y
+        b_pa += b_x * b_y
+    pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
+    # As in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is
+    # not.
+    norm = tl.sqrt_rn(pp)
+    p_norm = clamp_min(norm, 1e-8)
+    # A GPU's `/` is off by up to 2 ulp, in the same direction for all of a row, and that error
+    # would stay where the row's terms cancel. `div_rn` is rounded exactly.
+    p_inverse = tl.div_rn(1.0, p_norm)
+    a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
+    # Split the unit anchor into near · u, its part along p, and a residual r. For nearly parallel
+    # vectors r is tiny, and u · r is accurate to eps · |r|, where the cosine itself is accurate to
+    # eps only. The derivation is in docs/numerics.md, "The cosine".
+    near = pa * p_inverse * a_inverse
+    b_pr, b_uu = b_nothing, b_nothing
+    for z in range(0, stop, BLOCK):
+        b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
+        b_u = b_x * p_inverse[:, None]
+        b_pr += b_u * (b_y * a_inverse[:, None] - near[:, None] * b_u)
+        b_uu += b_u * b_u
+    part, square = sum_two(b_pr, b_uu)
+    cosine = near * square + part
+    # A clamped norm makes u shorter than 1. A row of zeros has no direction.
+    along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
+    along = tl.where(norm == 0.0, 0.0, along)
+    return cosine, along, near, p_inverse, a_inverse
+
+
+@triton.jit
+def cosine_grad(b_p, b_a, along, near, p_inverse, a_inverse):
+    """|p| · d(-cos)/dp = cos · u - a/|a| = along · u - r, where u = p/|p| and r = a/|a| - near · u:
+    cos = near + along, unless the norm of p is clamped."""
+    b_u = b_p * p_inverse[:, None]
+    return along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
 
 
 @triton.jit
@@ -211,7 +238,7 @@ def row_loss(
     sums: Tensor | None = None,
     first: bool = True,
     count: Tensor | None = None,
-    clear: bool = False,
+    zero_padding: bool = False,
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
@@ -223,8 +250,8 @@ def row_loss(
     `gather_anchor`, else start + i; weight likewise (·,) float32, None = 1; losses: (capacity,)
     float32; upstream: (capacity,) or 0-d, None = 1; divisor: 0-d float32, None = 1; sums: (S, Z)
     float32, whose S rows add up to the sum: as many programs share the work; count: 0-d int32, None
-    = all; clear: dP of rows beyond the count is 0, else they are left alone; quantized: the rows of
-    dP.
+    = all; zero_padding: dP of rows beyond the count is 0, else they are left alone; quantized: the
+    rows of dP.
     """
     n, Z = p.shape
     shape = RowShape.of(Z)
@@ -255,7 +282,7 @@ def row_loss(
             SUM=sums is not None,
             FIRST=first and sums is not None,
             COUNT=count is not None,
-            CLEAR=clear,
+            ZERO_PADDING=zero_padding,
             WHOLE=shape.block >= Z,
             ROWS=shape.rows,
             BLOCK=shape.block,

@@ -11,8 +11,8 @@ from torch import Tensor
 from .common import OPTIONS, WARPS, RowShape, cdiv, live_rows, narrow, on_device, power_of_2, widen
 from .quantize import Quantized, store_quantized
 
-BLOCK = 1024  # rows of the mask of a program
-TILE = 2048  # elements of a program of the scatter
+BLOCK = 1024  # rows of a mask that one program counts or selects
+TILE = 2048  # elements that one program of the scatter writes
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -66,7 +66,7 @@ def gather_kernel(
     stride_xd,
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
-    CLEAR: tl.constexpr,  # rows beyond the count become 0
+    ZERO_PADDING: tl.constexpr,  # rows beyond the count become 0
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,7 +77,7 @@ def gather_kernel(
         rows = tl.load(index_ptr + start + o_n, mask=o_n < live, other=0).to(tl.int64)
     else:
         rows = (start + o_n).to(tl.int64)
-    last = n if CLEAR else live
+    last = n if ZERO_PADDING else live
     m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
     p_x = x_ptr + rows[:, None] * stride_xm + o_d.to(tl.int64)[None, :] * stride_xd
     b_x = widen(tl.load(p_x, mask=m_x, other=0.0))
@@ -117,7 +117,7 @@ def scatter_kernel(
     m_out = m_r[:, None] & (o_d < D)[None, :]
     live = m_out & (sources >= 0)[:, None]
     b_x = widen(tl.load(x_ptr + sources[:, None] * D + o_d[None, :], mask=live, other=0.0))
-    # not scale · 0: an infinite or NaN scale must not reach other rows
+    # A choice and not a product with 0: an infinite or NaN scale must not reach the other rows.
     b_x = tl.where(live, b_x * scale, 0.0)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=m_out)
@@ -167,18 +167,18 @@ def gather(
     *,
     index: Tensor | None = None,
     count: Tensor | None = None,
-    clear: bool = False,
+    zero_padding: bool = False,
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
     """out[i] = x[index[start + i]] in out's dtype, over the rows i of `out` with start + i < count.
 
     x: (·, D), any strides; out: (n, D) contiguous; index: (capacity,), None = row start + i; count:
-    0-d int32, None = all; clear: rows from the count on are 0, else they are left alone; quantized:
-    the same rows.
+    0-d int32, None = all; zero_padding: rows from the count on are 0, else they are left alone;
+    quantized: the same rows.
     """
     q, scales = quantized or (None, None)
-    n, D = next(given for given in (out, q) if given is not None).shape
+    n, D = next(rows for rows in (out, q) if rows is not None).shape
     shape = RowShape.of(D)
     with on_device(x):
         gather_kernel[cdiv(n, shape.rows), cdiv(D, shape.block)](
@@ -194,7 +194,7 @@ def gather(
             *x.stride(),
             GATHER=index is not None,
             COUNT=count is not None,
-            CLEAR=clear,
+            ZERO_PADDING=zero_padding,
             ROWS=shape.rows,
             BLOCK=shape.block,
             num_warps=WARPS,

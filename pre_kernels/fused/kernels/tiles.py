@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import arch, cdiv
+from .common import arch as arch
+from .common import cdiv
 
 
 class Tile(NamedTuple):
@@ -29,10 +30,10 @@ class Tile(NamedTuple):
     blocks: int = 1  # persistent programs that share a multiprocessor
 
 
-# By architecture and width of an element; of a row's tiles `choose` takes the one that fills the
-# device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on sm80 (99 KiB on its
-# consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores and needs its accumulators'
-# registers for operands.
+# The shipped tiles by architecture and bytes of an element; of those in a row `choose` takes the
+# one that fills the device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on
+# sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and needs
+# for operands the registers that larger accumulators would take.
 POINTER_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("sm100", 4): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -43,37 +44,36 @@ POINTER_TILES = {
     ("gfx", 2): (Tile(128, 128, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("gfx", 4): (Tile(128, 128, 16, 8, 2), Tile(64, 64, 16, 4, 2)),
 }
-# Where rows do not start at multiples of 16 elements, loads are an element wide and pass through
+# Where rows do not start at multiples of 16 elements, loads are one element wide and pass through
 # registers.
 UNALIGNED = Tile(64, 64, 16, 4, 2)
-# Operands that come by tensor descriptor take no registers: a stage more fits beside 32 KiB for the
-# epilogue.
+# Loads by tensor descriptor (TMA) bypass registers, so one more pipeline stage fits in shared
+# memory beside the 32 KiB of the epilogue.
 DESCRIPTOR_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
     ("sm90", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
 }
-GROUP_M = 8  # row tiles that share a column tile of the weight while it is in the L2 cache
+# So many row tiles in turn share a column tile of the weight while it is in the L2 cache.
+GROUP_M = 8
 
 
 @lru_cache
 def _multiprocessors(index: int | None) -> int:
-    return (
-        132 if index is None else int(torch.cuda.get_device_properties(index).multi_processor_count)
-    )
+    if index is None:
+        return 132
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's device; those of an H200 where that is no GPU."""
+    """The multiprocessors of the tensor's device; those of an H200 where that is not a GPU."""
     return _multiprocessors(tensor.device.index if tensor.is_cuda else None)
 
 
 def cache_file() -> Path:
     """Where `pre-kernels tune` keeps what it found: $PRE_KERNELS_CACHE, else
     ~/.cache/pre_kernels."""
-    return (
-        Path(os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels")
-        / "tiles.json"
-    )
+    folder = os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels"
+    return Path(folder) / "tiles.json"
 
 
 @lru_cache
@@ -81,13 +81,14 @@ def remembered() -> dict[str, Tile]:
     """Tuned tiles by `key`; none if there is no file, or one that cannot be read."""
     path: Path | str = "tiles.json"
     try:
-        path = cache_file()  # there may be no home, or one that may not be entered
+        path = cache_file()  # raises where there is no home
         return {key: Tile(*map(int, tile)) for key, tile in json.loads(path.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"{path} is ignored, it cannot be read as tuned tiles: {error}; PRE_KERNELS_CACHE may name another folder",
+            f"{path} is ignored, it cannot be read as tuned tiles: {error}; PRE_KERNELS_CACHE may "
+            "name another folder",
             stacklevel=2,
         )
         return {}
@@ -104,11 +105,14 @@ def _device_name(index: int | None) -> str:
 
 
 def key(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> str:
-    """Of a tuned tile. kind: "descriptor" | "pointer"; role: "rows" of a chunk by a weight |
-    "weight", its gradient; rows, columns: of the output."""
+    """The name of a tuned tile in the file. kind: "descriptor" | "pointer"; role: "rows" of a chunk
+    by a weight | "weight", its gradient; rows, columns: of the output."""
     device = _device_name(operand.device.index if operand.is_cuda else None)
-    size, rows_of = operand.element_size(), rows_class(rows)
-    return f"{device}, triton {triton.__version__}: {role} by {kind}, {size} bytes, {columns} columns, {rows_of} rows"
+    size = operand.element_size()
+    return (
+        f"{device}, triton {triton.__version__}: {role} by {kind}, {size} bytes, "
+        f"{columns} columns, {rows_class(rows)} rows"
+    )
 
 
 def table(kind: str, tensor: Tensor, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -137,9 +141,11 @@ def choose(candidates: tuple[Tile, ...], rows: int, columns: int, tensor: Tensor
 
 @lru_cache(4096)  # N is ragged
 def _fastest(candidates: tuple[Tile, ...], rows: int, columns: int, multiprocessors: int) -> Tile:
-    """What takes turns on a multiprocessor takes time for its products (m · n) and for what it
-    loads (m + n, which weighs 64 times as much: a 128 × 128 tile then reaches 7/8 of the rate of
-    128 × 256)."""
+    """The candidate of the lowest cost: turns of a multiprocessor times the cost of a tile.
+
+    The cost of a tile is its products, m · n, and 64 × its operands' loads, m + n. With the factor
+    64 a tile of 128 × 128 reaches 7/8 of the rate of one of 128 × 256.
+    """
 
     def cost(tile: Tile) -> int:
         tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
@@ -155,7 +161,7 @@ def largest(tensor: Tensor, dtype: torch.dtype) -> Tile:
 
 
 # What another chunk costs, in turns: its part of the weights' gradients is added to sums in
-# float32, and ten launches begin and end
+# float32, and ten launches begin and end.
 CHUNK_TURNS = 2
 
 
@@ -204,10 +210,10 @@ def descriptor_tile(
         return None
     for tensor in (x, w, *others):
         if tensor is not None:
-            stride, one = tensor.stride()
+            stride, column_stride = tensor.stride()
             overlapping = stride < tensor.shape[1]  # as expanded rows are
             if (
-                one != 1
+                column_stride != 1
                 or overlapping
                 or stride * tensor.element_size() % 16
                 or tensor.data_ptr() % 16

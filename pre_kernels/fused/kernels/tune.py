@@ -20,7 +20,7 @@ from .weight_grad import add_weight_grad
 
 ROWS = (256, 2048, 9216)  # one of each class of `tiles.rows_class`
 
-# the likeliest first; what does not fit the device's shared memory is passed over
+# The likeliest first; what does not fit the device's shared memory is passed over.
 CANDIDATES = {
     "descriptor": [
         Tile(128, 256, 64, 8, 4),
@@ -45,8 +45,8 @@ CANDIDATES = {
 
 
 class Tuned(NamedTuple):
-    """Of one role and size: milliseconds of each tile that ran, the shipped one first; and its key
-    in the file."""
+    """The tuning of one role and size: milliseconds of each tile that ran, the shipped one first,
+    and its key in the file."""
 
     name: str
     times: dict[Tile, float]
@@ -91,11 +91,10 @@ def tune(
                     except Exception:  # too much shared memory, or registers
                         continue
                 if times:
-                    found = Tuned(
-                        f"{role}, n = {n}, width {width}", times, tiles.key(kind, role, *size, w)
-                    )
-                    remember(found.key, found.best)
-                    yield found
+                    name = f"{role}, n = {n}, width {width}"
+                    tuned = Tuned(name, times, tiles.key(kind, role, *size, w))
+                    remember(tuned.key, tuned.best)
+                    yield tuned
 
 
 def remember(key: str, tile: Tile) -> None:

@@ -39,7 +39,7 @@ def weight_grad_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # columns beyond the edge wrap around instead of taking a mask; they are not stored
+    # Columns beyond the edge wrap around instead of taking a mask; they are not stored.
     p_dy = dy_ptr + o_k[None, :] * M + (o_m % M)[:, None]  # (M, K)
     p_x = x_ptr + (o_n % N).to(tl.int64)[None, :] * stride_xn  # (1, N)
 
@@ -59,10 +59,8 @@ def weight_grad_kernel(
         first = i_n * BLOCK_N + i * QUARTER
         base = (i_m * BLOCK_M).to(tl.int64) * N + first
         o_q = tl.arange(0, QUARTER)[None, :]
-        p_total, m_total = (
-            total_ptr + base + m * N + o_q,
-            (i_m * BLOCK_M + m < M) & (first + o_q < N),
-        )
+        p_total = total_ptr + base + m * N + o_q
+        m_total = (i_m * BLOCK_M + m < M) & (first + o_q < N)
         b_part = parts[i]
         if not FIRST:
             b_part += tl.load(p_total, mask=m_total, other=0.0)
@@ -87,9 +85,10 @@ def weight_grad_descriptor_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # never negative: flattened, a negative number of blocks would be taken for one
+    # Never negative: in a flattened loop a negative number of blocks would count as one.
     live = tl.maximum(live_rows(count_ptr, start, n, COUNT), 0)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
     stop = tiles_m * tiles_n
     if not FIRST:
         stop = tl.where(live > 0, stop, 0)
@@ -110,7 +109,7 @@ def weight_grad_descriptor_kernel(
             offsets = [i_m * BLOCK_M, i_n * BLOCK_N + i * (BLOCK_N // 4)]
             if FIRST:
                 total.store(offsets, narrow(parts[i], total.dtype))
-            elif INTERPRET:  # which has no additions by descriptor
+            elif INTERPRET:  # it has no addition by descriptor
                 total.store(offsets, total.load(offsets) + parts[i])
             else:
                 total.atomic_add(offsets, parts[i])
@@ -133,11 +132,12 @@ def add_weight_grad(
     +=, zeros where there is no row. Each element is summed by one program in a fixed order:
     deterministic. Rows from the count on may hold anything. tile: as in `matmul`.
     """
-    (n, M), N = dy.shape, x.shape[1]
-    found = tiles.descriptor_tile(x, dy, (total,), "weight", M, N)
+    n, M = dy.shape
+    N = x.shape[1]
+    by_descriptor = tiles.descriptor_tile(x, dy, (total,), "weight", M, N)
     with on_device(x):
-        if found is not None:
-            tile = tile or found
+        if by_descriptor is not None:
+            tile = tile or by_descriptor
             weight_grad_descriptor_kernel[(tiles.programs(tile, M, N, x),)](
                 tiles.describe(dy, tile.k, tile.m),
                 tiles.describe(x, tile.k, tile.n),
@@ -149,7 +149,7 @@ def add_weight_grad(
                 N,
                 COUNT=count is not None,
                 FIRST=first,
-                # flattened on sm100, triton 3.6 gives each part of the epilogue memory of its own
+                # Flattened on sm100, triton 3.6 gives each part of the epilogue its own memory.
                 FLATTEN=tiles.arch(x) == "sm90",
                 **tiles.constants(tile),
                 **OPTIONS,

@@ -50,7 +50,8 @@ def gram_cka_debiased(x, y):
 
 def cknna_by_numpy(x, y, neighbours):
     """The definition, in NumPy and one row's neighbours at a time."""
-    n, sides = len(x), []
+    n = len(x)
+    sides = []
     for side in (x.numpy(), y.numpy()):
         rows = side / np.sqrt((side**2).sum(1))[:, None]
         near = [
@@ -166,11 +167,9 @@ def test_mean_cosine():
     assert mean_cosine(x, -3 * x) == pytest.approx(-1)
     assert mean_cosine(torch.eye(3), torch.eye(3).roll(1, 0)) == 0
     assert mean_cosine(torch.tensor([[0.0, 0], [1, 1]]), torch.ones(2, 2)) == pytest.approx(0.5)
-    turn, scale, order = (
-        rotation(6).float(),
-        torch.rand(20, 1, generator=g) + 0.1,
-        torch.randperm(20),
-    )
+    turn = rotation(6).float()
+    scale = torch.rand(20, 1, generator=g) + 0.1
+    order = torch.randperm(20)
     assert mean_cosine((x * scale @ turn)[order], (y @ turn)[order]) == pytest.approx(
         expected, rel=1e-4
     )
@@ -208,7 +207,8 @@ def test_cknna_known_answers_and_invariances():
     x, y = pair()
     expected = cknna(x, y, 4)
     assert cknna(x, 2 * x @ rotation(7), 4) == pytest.approx(1)
-    order, scale = torch.randperm(40), torch.rand(40, 1, dtype=torch.double) + 0.1
+    order = torch.randperm(40)
+    scale = torch.rand(40, 1, dtype=torch.double) + 0.1
     assert cknna((x * scale @ rotation(7))[order], (y @ rotation(5))[order], 4) == pytest.approx(
         expected, rel=1e-9
     )

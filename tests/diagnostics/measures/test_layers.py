@@ -22,50 +22,10 @@ from pre_kernels.diagnostics import (
 )
 from pre_kernels.diagnostics.measures.reservoir import Reservoir
 
-GRID, WIDTH, ANCHOR = (4, 5), 6, 6
-LAYERS = (0, 2, 5)
-CLASSES = 3
+from .support import ANCHOR, GRID, LAYERS, WIDTH, assert_rows_equal, data, logits, report
 
 
-def data(images=12, seed=0):
-    """Images as `update` takes them: four objects each, and a class."""
-    g = torch.Generator().manual_seed(seed)
-    mix = {layer: torch.randn(WIDTH, WIDTH, generator=g) for layer in LAYERS}
-    found = []
-    for image in range(images):
-        label = image % CLASSES
-        anchor = torch.randn(20, ANCHOR, generator=g) + label
-        hidden = {
-            layer: anchor @ mix[layer] + torch.randn(20, WIDTH, generator=g) for layer in LAYERS[1:]
-        }
-        masks = torch.zeros(4, 20, dtype=torch.bool)
-        masks[torch.randint(4, (20,), generator=g), torch.arange(20)] = True
-        masks[:, torch.rand(20, generator=g) < 0.2] = False
-        found.append(
-            {"hidden": {0: anchor, **hidden}, "anchor": anchor, "masks": masks, "label": label}
-        )
-    return found
-
-
-def logits(h):
-    return h @ torch.randn(WIDTH, 40, generator=torch.Generator().manual_seed(9))
-
-
-def report(images, **options):
-    found = LayerReport(**options)
-    for image in images:
-        found.update(**image, grid=GRID, logits=logits)
-    return found
-
-
-def assert_rows_equal(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert one == {
-            k: pytest.approx(v, rel=1e-9) if isinstance(v, float) else v for k, v in other.items()
-        }
-
-
-def test_every_figure_is_its_functions():
+def test_every_metric_is_its_functions():
     images = data()
     rows = report(images).rows()
     assert [row["layer"] for row in rows] == [0, 2, 5]
@@ -75,7 +35,8 @@ def test_every_figure_is_its_functions():
     for row in rows:
         hidden = torch.stack([image["hidden"][row["layer"]] for image in images])
         tokens = hidden.flatten(0, 1)
-        spectrum, lens = Spectrum(), LogitLens()
+        spectrum = Spectrum()
+        lens = LogitLens()
         spectrum.update(tokens)
         lens.update(tokens, logits)
         cohesion, coupling, contrast = contrast_ratio(hidden, masks)
@@ -87,7 +48,8 @@ def test_every_figure_is_its_functions():
             "near": near, "far": far, "spatial_contrast": spatial,
             "cosine": mean_cosine(tokens, anchor),
             **spectrum.result()._asdict(),
-            "cka": linear_cka(tokens, anchor), "cka_debiased": linear_cka(tokens, anchor, debiased=True),
+            "cka": linear_cka(tokens, anchor),
+            "cka_debiased": linear_cka(tokens, anchor, debiased=True),
             "cknna": cknna(tokens, anchor),
             "lens_share": lens.result().share, "lens_tokens": lens.result().tokens,
             "linear_probe": linear_probe(means, labels), "knn_probe": knn_probe(means, labels),
@@ -155,13 +117,13 @@ def test_without_masks_labels_grid_and_logits_the_rest_is_measured():
     for row in found.rows():
         missing = {name for name, value in row.items() if value is None}
         assert missing == {
-            "cohesion", "coupling", "contrast", "near", "far", "spatial_contrast", "cosine", "lens_share",
-            "lens_tokens", "linear_probe", "knn_probe",
+            "cohesion", "coupling", "contrast", "near", "far", "spatial_contrast", "cosine",
+            "lens_share", "lens_tokens", "linear_probe", "knn_probe",
         }  # fmt: skip
         assert row["notes"] == ""
 
 
-def test_what_cannot_be_measured_is_noted_and_costs_no_other_figure():
+def test_what_cannot_be_measured_is_noted_and_costs_no_other_metric():
     one_class = [image | {"label": 4} for image in data()]
     rows = report(one_class, neighbours=300).rows()
     for row in rows:

@@ -6,15 +6,13 @@ import torch
 from pre_kernels.diagnostics import LayerReport
 from pre_kernels.diagnostics.measures import state
 
-from .test_layers import GRID, assert_rows_equal, data, logits, report
+from .support import GRID, assert_rows_equal, data, logits, report
 
 
-def test_a_loaded_report_goes_on_as_the_saved_one(tmp_path):
+def test_a_loaded_report_continues_as_the_saved_one(tmp_path):
     images = data(40)
-    options = {
-        "tokens": 64,
-        "labelled": 16,
-    }  # fewer than there are: the samples' draws have to go on too
+    # fewer than there are, so that the samples' draws have to continue too
+    options = {"tokens": 64, "labelled": 16}
     whole = report(images, **options)
     first = report(images[:23], **options)
     first.save(tmp_path / "state", done=23, classes=["a", "b"])
@@ -72,7 +70,7 @@ def test_bad_files(tmp_path, monkeypatch):
     report(data(2)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="state: cannot be read, so it cannot be gone on with"):
+    with pytest.raises(ValueError, match="state: cannot be read, so the run cannot resume"):
         LayerReport.load(path)
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="state: cannot be read"):

@@ -12,10 +12,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from pre_kernels.diagnostics.report import page as report
-from pre_kernels.diagnostics.report.columns import effect, spread
+from pre_kernels.diagnostics.report.statistics import effect, spread
 
 EVIL = "<script>alert('&')</script>"
-PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mOMqjjBwMDAxMDAwMDAAAAS9AGepVZD1AAAAABJRU5ErkJggg=="
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mOMqjjBwMDAxMDAwMDAAAAS9AGepVZD1AAA"
+    "AABJRU5ErkJggg=="
+)
 VOID = {"meta", "img", "path", "br", "link"}
 
 
@@ -146,7 +149,7 @@ def test_a_page_shows_everything_it_was_given():
     assert page.tags.count("table") == page.tags.count("details") == 2
     assert page.tags.count("tr") == 2 * (1 + 3)
     assert "1 2" in page.text
-    assert len(page.alts) == 2 + 1 + 1  # two measures, a curve, an image
+    assert len(page.alts) == 2 + 1 + 1  # two metrics, a curve, an image
     assert "Linear probe over depth." in page.alts[0]
     assert "0.500 at layer 4 (the minimum)" in page.alts[0]
 
@@ -175,7 +178,8 @@ def test_the_least_document_has_a_page():
 def test_a_model_says_where_it_starts_is_least_and_ends():
     found = report.findings(document(("a", [rows([0.9, 0.5, 0.6])])))
     assert found["Linear probe"] == [
-        "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first to last."
+        "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first "
+        "to last."
     ]
     found = report.findings(document(("a", [rows([0.5, 0.7, None])])))
     assert found["Linear probe"] == [
@@ -185,7 +189,8 @@ def test_a_model_says_where_it_starts_is_least_and_ends():
     assert found["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
     found = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
     assert found["Linear probe"] == [
-        "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from first to last."
+        "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from "
+        "first to last."
     ]
 
 
@@ -244,7 +249,7 @@ def test_without_masks_spatial_contrast_stands_in():
     assert "Spatial contrast" not in report.findings(document(("a", [with_masks])))
 
 
-def test_sentences_name_their_measure():
+def test_sentences_name_their_metric():
     one = document(("a", [rows([0.9, 0.5, 0.6], effective_dimension=[3.0, 2.25, 2.0])]))
     found = report.sentences(one)
     assert found[0].startswith("Linear probe – a: 0.900 at layer 0")

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imsave
 
 from pre_kernels.diagnostics.report import plots
-from pre_kernels.diagnostics.report.columns import MEASURES, by_layer, measured
+from pre_kernels.diagnostics.report.columns import COLUMNS, by_layer, measured_columns
 
 
 def run(values, column="linear_probe", layers=(0, 4, 8)):
@@ -53,10 +53,10 @@ def test_every_column_that_is_shown_is_one_of_a_report():
 
     report = LayerReport()
     report.update({0: torch.randn(4, 3)}, torch.randn(4, 3))
-    assert set(MEASURES) <= set(report.rows()[0])
+    assert set(COLUMNS) <= set(report.rows()[0])
 
 
-def test_figures_by_layer_leave_out_what_was_not_measured():
+def test_values_by_layer_leave_out_what_was_not_measured():
     runs = [
         [{"layer": 8, "x": 1.0}, {"layer": 0, "x": None}],
         [{"layer": 8, "x": 3}, {"layer": 4}],
@@ -67,7 +67,7 @@ def test_figures_by_layer_leave_out_what_was_not_measured():
     assert by_layer(runs, "y") == {}
 
 
-def test_a_panel_for_each_measure_that_some_model_has():
+def test_a_panel_for_each_metric_that_some_model_has():
     models = [
         {"name": "a", "runs": [run([1.0, 0.5, None])]},
         {"name": "b", "runs": [run([2.0, 3.0, 4.0], "effective_dimension")]},
@@ -81,7 +81,7 @@ def test_a_panel_for_each_measure_that_some_model_has():
     assert ([4, 4], [0, 1]) in lines(probe)
     assert (probe.get_ylabel(), probe.get_xlabel()) == ("test accuracy", "LLM layer")
     assert legend_of(figure) == ["a", "b"]
-    chosen = plots.depth(models, [MEASURES["linear_probe"]._replace(title="digits")])
+    chosen = plots.depth(models, [COLUMNS["linear_probe"]._replace(title="digits")])
     assert [axes.get_title() for axes in chosen.axes] == ["digits"]
 
 
@@ -118,8 +118,8 @@ def test_models_differ_in_colour_and_dash_unless_they_say_otherwise():
 
 def test_nothing_measured_is_an_error():
     models = [{"name": "a", "runs": [run([None, None, None])]}]
-    assert measured(models) == []
-    with pytest.raises(ValueError, match="models: got no figure"):
+    assert measured_columns(models) == []
+    with pytest.raises(ValueError, match="models: got no value of any metric"):
         plots.depth(models)
 
 
@@ -209,10 +209,8 @@ def test_heat_maps_share_a_scale_and_outline_the_patch():
     assert {image.get_clim() for image in shown} == {(-0.5, 1.0)}
     assert shown[0].get_array().flatten().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     for axes in panels:  # 12 × 8 pixels on a grid of 2 × 3: patches of 4 × 4
-        corner, size = (
-            axes.patches[-1].get_xy(),
-            (axes.patches[-1].get_width(), axes.patches[-1].get_height()),
-        )
+        corner = axes.patches[-1].get_xy()
+        size = (axes.patches[-1].get_width(), axes.patches[-1].get_height())
         assert (corner, size) == ((8.0, 4.0), (4.0, 4.0))
         assert axes.images[0].get_extent() == [0, 12, 8, 0]
     assert bar.get_ylabel() == "cosine similarity"

@@ -9,7 +9,7 @@ def there(tmp_path_factory):
     from pre_kernels.demo.export import save_model, save_scenes
     from pre_kernels.demo.scenes import split_digits
 
-    from .test_run import EACH, tiny
+    from .support import EACH, tiny
 
     folder = tmp_path_factory.mktemp("with spaces é")
     for seed, name in enumerate("ab"):

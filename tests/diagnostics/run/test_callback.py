@@ -16,7 +16,7 @@ import torch
 from pre_kernels.diagnostics import LayerReport, Sample, measure
 from pre_kernels.diagnostics.run.callback import LayerCallback
 from pre_kernels.integrations import Reader, apply_pre, patch_trainer
-from tests.integrations import test_two_processes as pair
+from tests.integrations.support import split_trainings
 from tests.integrations.support.ranks import need_deepspeed
 from tests.integrations.support.tiny.models import DEPTH, batch, build
 from tests.integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
@@ -56,7 +56,7 @@ def measured(trainer: Any) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "layers_seconds" in entry]
 
 
-def figures(entry: dict[str, Any]) -> dict[str, float]:
+def metrics(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name.startswith("layer_")}
 
 
@@ -81,25 +81,24 @@ def test_the_log_is_what_the_checkpoints_give(tmp_path: Path) -> None:
         trainer.train()
     entries = measured(trainer)
     assert [entry["step"] for entry in entries] == [0, 2, 4, 5]
-    assert figures(entries[0]) == pytest.approx(first)
+    assert metrics(entries[0]) == pytest.approx(first)
     assert {
         "layer_0/linear_probe",
         "layer_2/contrast",
         f"layer_{DEPTH}/cosine",
         "layer_2/near",
     } <= first.keys()
-    assert figures(entries[1]) != pytest.approx(first)
+    assert metrics(entries[1]) != pytest.approx(first)
     for entry in entries[1:3]:
         saved = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{entry['step']}")
-        assert figures(entry) == pytest.approx(offline(saved), rel=1e-5)
+        assert metrics(entry) == pytest.approx(offline(saved), rel=1e-5)
     assert all(0 < entry["layers_share"] <= 1 for entry in entries)
-    assert [
-        e for e in trainer.state.log_history if "pre_loss" in e
-    ]  # the training's own logs are still PRe's
+    # The training's own logs still have PRe's values.
+    assert any("pre_loss" in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_training_goes_on_bit_for_bit(attached: bool, tmp_path: Path) -> None:
+def test_training_continues_bit_for_bit(attached: bool, tmp_path: Path) -> None:
     losses, weights = [], []
     for watched in (False, True):
         torch.manual_seed(0)
@@ -148,7 +147,7 @@ def test_scores(tmp_path: Path) -> None:
     trainer.train()
     assert [entry["vqa"] for entry in measured(trainer)] == [0.25, 0.25]
     assert modes == [False, False]
-    assert figures(measured(trainer)[0]).keys() == {"layer_2/linear_probe", "layer_2/knn_probe"}
+    assert metrics(measured(trainer)[0]).keys() == {"layer_2/linear_probe", "layer_2/knn_probe"}
 
     other = trainer_of(tmp_path)
     assert LayerCallback(other, held_out(), 1, score=lambda model: 1).measure()["score"] == 1
@@ -164,11 +163,12 @@ def test_scores(tmp_path: Path) -> None:
 def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
     """DeepSpeed's torch_autocast is around the call of its engine, not inside the model."""
     trainer = trainer_of(tmp_path)
-    callback, plain = LayerCallback(trainer, held_out(), 1), offline(trainer.model)
+    callback = LayerCallback(trainer, held_out(), 1)
+    plain = offline(trainer.model)
     trainer.model_wrapped = torch.autocast("cpu", torch.bfloat16)(trainer.model.__call__)
-    found, wanted = figures(callback.measure())["layer_2/contrast"], plain["layer_2/contrast"]
-    assert found == pytest.approx(wanted, rel=0.05)
-    assert found != pytest.approx(wanted, rel=1e-6)
+    wrapped = metrics(callback.measure())["layer_2/contrast"]
+    assert wrapped == pytest.approx(plain["layer_2/contrast"], rel=0.05)
+    assert wrapped != pytest.approx(plain["layer_2/contrast"], rel=1e-6)
 
 
 class Watched(InOrder):
@@ -180,11 +180,11 @@ class Watched(InOrder):
 def in_two_processes(how: str, folder: str) -> Any:
     trainers: list[Any] = []
     with mock.patch.object(
-        pair, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]
+        split_trainings, "InOrder", lambda **more: trainers.append(Watched(**more)) or trainers[-1]
     ):
-        run, *settings = pair.RUNS[how]
+        run, *settings = split_trainings.RUNS[how]
         run(*settings, folder, 2, None)
-    return [(entry["step"], figures(entry)) for entry in measured(trainers[0])]
+    return [(entry["step"], metrics(entry)) for entry in measured(trainers[0])]
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2", "ZeRO-3"])

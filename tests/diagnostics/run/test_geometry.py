@@ -178,14 +178,14 @@ def same(image, **options):
     return {"pixel_values": torch.from_numpy(np.array(image)).movedim(-1, 0)[None]}
 
 
-def found_in(objects, tokens, share=0.5, process=same):
+def found_in(objects, tokens, coverage=0.5, process=same):
     objects = np.array(objects, np.uint8)
     return token_objects(
-        process, objects, process(Image.fromarray(objects).convert("RGB")), tokens, "", share
+        process, objects, process(Image.fromarray(objects).convert("RGB")), tokens, "", coverage
     ).int()
 
 
-def test_share():
+def test_coverage():
     objects = [[1, 1, 2, 0], [1, 3, 0, 0]]
     assert found_in(objects, 2).tolist() == [[1, 0], [0, 0], [0, 0]]
     assert found_in(objects, 2, 0.75).tolist() == [[1, 0], [0, 0], [0, 0]]
@@ -225,7 +225,7 @@ def test_padding_belongs_to_no_object(name, pad, colour):
     for column, number in enumerate((*pad, 255)):
         objects[:, 100 * column : 100 * column + 100] = number
     inputs = process(Image.new("RGB", (400, 200)), return_tensors="pt")
-    found = token_objects(process, objects, inputs, 256, "", share=0.001).any(0).view(16, 16)
+    found = token_objects(process, objects, inputs, 256, "", coverage=0.001).any(0).view(16, 16)
     assert found.tolist() == [[False] * 16] * 4 + [[True] * 16] * 8 + [[False] * 16] * 4
 
 
@@ -330,7 +330,8 @@ PATCHES = {"pixel_values": torch.zeros(308, 1176), "image_grid_thw": torch.tenso
             {"pixel_values": torch.zeros(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])},
             8,
             "llava_next",
-            "tokens: .*want tiles that all have the same tokens: masks cannot be used with this model",
+            "tokens: .*want tiles that all have the same tokens: masks cannot be used with this "
+            "model",
         ),
         (
             {"pixel_values": torch.zeros(1, 1, 3, 8, 8)},
@@ -372,16 +373,18 @@ def test_layouts_that_are_not_understood(inputs, tokens, model_type, message):
 
 
 @pytest.mark.parametrize(
-    ("objects", "share", "message"),
+    ("objects", "coverage", "message"),
     [
         ([[1]], 0.5, "objects: got list, want an array of uint8"),
         (np.ones((8, 8)), 0.5, r"objects: got float64 \(8, 8\), want an array of uint8"),
         (np.ones((8, 8, 3), np.uint8), 0.5, "objects: got uint8"),
         (np.ones((0, 8), np.uint8), 0.5, "objects: got uint8"),
-        (np.ones((8, 8), np.uint8), 0, "share: got 0, want a number above 0"),
-        (np.ones((8, 8), np.uint8), 1.5, "share: got 1.5"),
+        (np.ones((8, 8), np.uint8), 0, "coverage: got 0, want a number above 0"),
+        (np.ones((8, 8), np.uint8), 1.5, "coverage: got 1.5"),
     ],
 )
-def test_bad_input_names_the_argument(objects, share, message):
+def test_bad_input_names_the_argument(objects, coverage, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        token_objects(same, objects, {"pixel_values": torch.zeros(1, 3, 8, 8)}, 4, "llava", share)
+        token_objects(
+            same, objects, {"pixel_values": torch.zeros(1, 3, 8, 8)}, 4, "llava", coverage
+        )

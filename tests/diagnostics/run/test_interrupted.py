@@ -1,4 +1,4 @@
-"""`pre-kernels diagnose` that is interrupted and goes on: every image counts once."""
+"""`pre-kernels diagnose` that is interrupted and resumes: every image counts once."""
 
 import re
 import shutil
@@ -12,10 +12,10 @@ pytest.importorskip("matplotlib")
 from pre_kernels.diagnostics.measures.moments import Moments
 from pre_kernels.diagnostics.run import run
 
-from .test_run import EACH, Stop, close, diagnose, document, interrupted
+from .support import EACH, Stop, close, diagnose, document, interrupted
 
 
-def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes(there, tmp_path, monkeypatch, capsys):
     pictures = shutil.copytree(there / "images", tmp_path / "images")
     for digit in range(5):  # among the first, too
         (pictures / str(digit) / "broken.png").write_bytes(b"")
@@ -23,7 +23,7 @@ def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
     assert diagnose(*settings, "--out", tmp_path / "whole") == 0
     interrupted(monkeypatch, 7, KeyboardInterrupt())
     assert diagnose(*settings, "--out", tmp_path / "parted") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert not (tmp_path / "parted" / "report.html").exists()
     done = interrupted(monkeypatch, 5, RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -33,7 +33,7 @@ def test_an_interrupted_run_goes_on(there, tmp_path, monkeypatch, capsys):
     done = interrupted(monkeypatch, 100, Stop())
     assert diagnose(*settings, "--out", tmp_path / "parted") == 0
     assert len(done) == 10 * EACH - 7 - 5
-    assert re.search(r"a: goes on after 1[3-7] of 25 images", capsys.readouterr().out)
+    assert re.search(r"a: resuming after 1[3-7] of 25 images", capsys.readouterr().out)
     whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
     for one, other in zip(
         whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True
@@ -53,7 +53,8 @@ def test_an_image_that_was_half_added_is_not_added_twice(
     not counted."""
     settings = (there / "a", there / "images", "--maps", 5)
     assert diagnose(*settings, "--out", tmp_path / "whole") == 0
-    real, calls = getattr(place, name), []
+    real = getattr(place, name)
+    calls = []
 
     def stopped(*args):
         calls.append(args)

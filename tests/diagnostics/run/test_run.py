@@ -1,7 +1,6 @@
 """`pre-kernels diagnose`: from a model and images on disk to the report, whatever comes between."""
 
 import csv
-import json
 import math
 import shutil
 
@@ -12,50 +11,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from pre_kernels.cli import main
 from pre_kernels.demo.export import processor, save_model
-from pre_kernels.demo.model import build
 from pre_kernels.demo.scenes import PATCHES
-from pre_kernels.demo.settings import Settings
 from pre_kernels.diagnostics import LayerReport, measure
 from pre_kernels.diagnostics.run import run, samples
 from pre_kernels.integrations import Reader
 
-EACH = 2  # scenes of each digit
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    model = build(Settings(width=16, layers=2)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
-
-
-def diagnose(*arguments):
-    return main(["diagnose", *map(str, arguments)])
-
-
-def document(out):
-    return json.loads((out / "diagnosis.json").read_text(encoding="utf-8"))
-
-
-def close(row, wanted):
-    return row == {
-        k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in wanted.items()
-    }
-
-
-def images(folder, count, kind="L"):
-    """A folder of plain images without classes."""
-    from PIL import Image
-
-    folder.mkdir()
-    for index in range(count):
-        Image.new(kind, (24, 24), 10 * index).save(folder / f"{index}.png")
-    return folder
+from .support import EACH, Stop, close, diagnose, document, images, interrupted, tiny
 
 
 def test_end_to_end(there, tmp_path, capsys):
@@ -117,24 +79,6 @@ def test_end_to_end(there, tmp_path, capsys):
     assert [path.suffix for path in (out / "parts").iterdir()] == [".json", ".json"]
 
 
-class Stop(Exception):
-    pass
-
-
-def interrupted(monkeypatch, after, error):
-    """`run.measure` that raises `error` instead of measuring the image after so many."""
-    done = []
-
-    def measured(*args, **kwargs):
-        if len(done) == after:
-            raise error
-        done.append(args)
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(run, "measure", measured)
-    return done
-
-
 def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, capsys):
     settings = (there / "a", there / "images", "--layers", "0,2", "--limit", 10, "--maps", 0)
     assert diagnose(*settings, "--out", tmp_path / "out") == 0
@@ -154,7 +98,8 @@ def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
     """That what is written lies around the model is no reason to take the model for a part of
     it."""
     save_model(tiny(0), tmp_path / "a")
-    pictures, out = images(tmp_path / "images", 3), tmp_path / folder
+    pictures = images(tmp_path / "images", 3)
+    out = tmp_path / folder
     assert diagnose(tmp_path / "a", pictures, "--out", out) == 0
     first = document(out)
     save_model(tiny(1), tmp_path / "a")
@@ -163,7 +108,7 @@ def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
 
 
 @pytest.mark.parametrize("out", ["diagnose-out", "."])
-def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(
+def test_what_is_written_into_the_models_folder_is_not_a_part_of_the_model(
     there, tmp_path, monkeypatch, out
 ):
     shutil.copytree(there / "a", tmp_path / "a")
@@ -174,111 +119,6 @@ def test_what_is_written_into_the_models_folder_is_no_part_of_the_model(
     for given in (out, tmp_path / "link" / out):
         assert diagnose(".", pictures, "--masks", ".", "--out", given) == 0
     assert len(done) == 3
-
-
-def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, capsys):
-    pictures = images(tmp_path / "images", 4)
-    (pictures / "broken.png").write_bytes(b"\x89PNG no more")
-    assert diagnose(there / "a", pictures, "--out", tmp_path / "out") == 0
-    (model,) = document(tmp_path / "out")["models"]
-    assert model["runs"][0][0]["images"] == 4
-    assert model["notes"][0] == "1 images could not be read: broken.png"
-    assert "broken.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "left out: images: cannot read" in capsys.readouterr().out
-
-    for path in pictures.glob("?.png"):
-        path.unlink()
-    assert diagnose(there / "a", pictures, "--out", tmp_path / "out") == 2
-    assert "images: none of the 1 in" in capsys.readouterr().err
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """The processors refuse what is long and thin, as that of Qwen2-VL does, and stumble over what
-    is too small."""
-    process = samples.Preparation._process
-
-    def limited(self, image, **options):
-        if (ratio := max(image.size) / min(image.size)) > 200:
-            raise ValueError(f"absolute aspect ratio must be smaller than 200, got {ratio}")
-        1 / (image.width - 1)
-        return process(self, image, **options)
-
-    monkeypatch.setattr(samples.Preparation, "_process", limited)
-
-
-def thin(folder):
-    """Images that are refused, and one that is broken, before, between and after others."""
-    from PIL import Image
-
-    for name, size in (("00.png", (1, 300)), ("20.png", (300, 1)), ("99.png", (1, 1))):
-        Image.new("L", size).save(folder / name)
-    (folder / "broken.png").write_bytes(b"\x89PNG no more")
-    return folder
-
-
-def test_images_that_the_processor_refuses_are_left_out_and_named(there, tmp_path, capsys, narrow):
-    pictures = images(tmp_path / "images", 4)
-    assert diagnose(there / "a", pictures, "--out", tmp_path / "plain") == 0
-    thin(pictures)
-    assert diagnose(there / "a", pictures, "--compare", there / "b", "--out", tmp_path / "out") == 0
-    (plain,) = document(tmp_path / "plain")["models"]
-    for model in document(tmp_path / "out")["models"]:
-        assert model["runs"][0][0]["images"] == 4
-        read, refused = model["notes"][:2]
-        assert read == "1 images could not be read: broken.png"
-        number, names = refused.split(" images were refused by the model's processor: ")
-        assert number == "3"
-        assert sorted(names.split(", ")) == ["00.png", "20.png", "99.png"]
-    first = document(tmp_path / "out")["models"][0]["runs"][0]
-    for row, wanted in zip(first, plain["runs"][0], strict=True):
-        assert row["norm_mean"] == pytest.approx(wanted["norm_mean"], rel=1e-6)
-    assert "20.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    said = capsys.readouterr().out
-    assert said.count("left out: images: ") == 2 * 4
-    assert (
-        f"LlavaProcessor refuses {pictures / '20.png'}: ValueError: absolute aspect ratio" in said
-    )
-    assert f"LlavaProcessor refuses {pictures / '99.png'}: ZeroDivisionError: " in said
-
-    for path in pictures.glob("?.png"):
-        path.unlink()
-    assert diagnose(there / "a", pictures, "--out", tmp_path / "out") == 2
-    wanted = "can be used: 1 images could not be read: broken.png; 3 images were refused by the model's processor: "
-    assert wanted in capsys.readouterr().err
-
-
-def test_an_interrupted_run_goes_on_after_refused_images(there, tmp_path, monkeypatch, narrow):
-    pictures = thin(images(tmp_path / "images", 6))
-    settings = (there / "a", pictures)
-    assert diagnose(*settings, "--out", tmp_path / "whole") == 0
-    interrupted(monkeypatch, 3, KeyboardInterrupt())
-    assert diagnose(*settings, "--out", tmp_path / "parted") == 130
-    done = interrupted(monkeypatch, 100, Stop())
-    assert diagnose(*settings, "--out", tmp_path / "parted") == 0
-    assert len(done) == 3
-    (whole,), (parted,) = (document(tmp_path / out)["models"] for out in ("whole", "parted"))
-    assert whole["notes"] == parted["notes"]
-    assert all(close(a, b) for a, b in zip(whole["runs"][0], parted["runs"][0], strict=True))
-
-
-def test_samples_leave_out_what_cannot_be_used(tmp_path, narrow):
-    pictures = thin(images(tmp_path / "images", 4))
-    with pytest.warns(UserWarning, match="left out: images: ") as said:
-        found = samples.load_samples(tiny(), processor(), pictures)
-    assert len(found) == 4
-    texts = sorted(str(w.message) for w in said if str(w.message).startswith("left out"))
-    assert [
-        name
-        for name in ("00.png", "20.png", "99.png", "broken.png")
-        if any(name in text for text in texts)
-    ]
-    assert len(texts) == 4
-    for path in pictures.glob("?.png"):
-        path.unlink()
-    wanted = r"images: none of the 4 in .* can be used: 1 images could not be read: broken.png; 3 images were refused"
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match=wanted):
-        samples.load_samples(tiny(), processor(), pictures)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +214,7 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
     assert "cannot be loaded as a vision-language model" in error(
         tmp_path / "nowhere-model", pictures
     )
-    assert "is no folder, want one that save_pretrained wrote" in error(
+    assert "is not a folder, want one that save_pretrained wrote" in error(
         there / "a" / "config.json", pictures
     )
     assert "layers: got 9 among them, want integers in 0..2" in error(
@@ -408,7 +248,7 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
     assert diagnose(there / "a", pictures, "--out", tmp_path / "file") == 2
     assert "--out: cannot write into" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "diagnose needs scikit-learn" in error(there / "a", pictures)
+    assert "diagnose needs matplotlib" in error(there / "a", pictures)
 
 
 def test_weights_in_pickles_are_refused(tmp_path, capsys):

@@ -19,7 +19,7 @@ from pre_kernels.diagnostics.run.callback import LayerCallback
 from pre_kernels.diagnostics.run.samples import load_samples
 from pre_kernels.integrations import apply_pre, patch_trainer
 
-from .test_run import diagnose, document, tiny
+from .support import diagnose, document, tiny
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,17 @@ def training(tmp_path_factory):
     model = tiny()
     handle = apply_pre(model)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4,
-        learning_rate=0.01, remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -100,8 +108,8 @@ def drawn(*arguments):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_the_figure_of_a_log(training, tmp_path, suffix, capsys):
-    out = tmp_path / f"figure.{suffix}"
+def test_the_plot_of_a_log(training, tmp_path, suffix, capsys):
+    out = tmp_path / f"plot.{suffix}"
     assert drawn(training[0], "--out", out) == 0
     said = capsys.readouterr().out
     assert "3 steps, linear probe, layer 1" in said
@@ -110,13 +118,19 @@ def test_the_figure_of_a_log(training, tmp_path, suffix, capsys):
     assert out.read_bytes().startswith(start)
 
 
+def test_the_metric_can_be_chosen_also_by_its_old_name(training, tmp_path, capsys):
+    for option in ("--metric", "--figure"):
+        assert drawn(training[0], option, "contrast", "--out", tmp_path / "plot.png") == 0
+        assert "3 steps, contrast, layer 1" in capsys.readouterr().out
+
+
 def test_what_is_drawn(training):
     history = trace.history(training[0] / "trainer_state.json")
-    one = trace.run(history, "x", 2, "contrast", "score", None)
+    logged = trace.run(history, "x", 2, "contrast", "score", None)
     by_step = {entry["step"]: entry for entry in history if "score" in entry}
-    assert one["steps"] == [0, 2, 4]
-    assert one["probe"] == [by_step[step]["layer_2/contrast"] for step in one["steps"]]
-    assert one["score"] == [0.1, 0.3, 0.5]
+    assert logged["steps"] == [0, 2, 4]
+    assert logged["probe"] == [by_step[step]["layer_2/contrast"] for step in logged["steps"]]
+    assert logged["score"] == [0.1, 0.3, 0.5]
     other = trace.run(history, "x", None, "linear_probe", "score", {2: 0.7, 4: 0.8, 9: 0.9})
     assert other["steps"] == [2, 4]
     assert other["score"] == [0.7, 0.8]
@@ -136,7 +150,7 @@ def test_what_is_no_number_is_left_out(tmp_path, capsys):
             {"layer_1/linear_probe": 0.9, "score": 0.9},
         ]
         (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
-        status = drawn(tmp_path, "--out", tmp_path / "figure.png")
+        status = drawn(tmp_path, "--out", tmp_path / "plot.png")
         return status, "".join(capsys.readouterr())
 
     for change in (
@@ -168,8 +182,8 @@ def test_what_is_no_number_is_left_out(tmp_path, capsys):
     assert drawn(tmp_path) == 2
     said = capsys.readouterr().err
     assert (
-        f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) as numbers"
-        in said
+        f"{tmp_path.name} has no step with both 'layer_1/linear_probe' (1 steps) and 'score' (0) "
+        "as numbers" in said
     )
 
 
@@ -201,24 +215,24 @@ def test_bad_input(training, tmp_path, capsys):
         return capsys.readouterr().err
 
     folder = training[0]
-    assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "figure.jpeg")
-    assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "figure.png")
+    assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
+    assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "plot.png")
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0, "step": 1}]}')
-    assert "has no figure 'linear_probe' of a layer" in error(
-        tmp_path, "--out", tmp_path / "figure.png"
+    assert "has no metric 'linear_probe' of a layer" in error(
+        tmp_path, "--out", tmp_path / "plot.png"
     )
     (tmp_path / "trainer_state.json").write_text("[]")
-    assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "figure.png")
+    assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "plot.png")
     assert "layer: got 7, want one of those" in error(
-        folder, "--layer", 7, "--out", tmp_path / "figure.png"
+        folder, "--layer", 7, "--out", tmp_path / "plot.png"
     )
     assert "no step with both 'layer_1/linear_probe' (3 steps) and 'eval_x' (0)" in error(
-        folder, "--score", "eval_x", "--out", tmp_path / "figure.png"
+        folder, "--score", "eval_x", "--out", tmp_path / "plot.png"
     )
     assert "scores: got 1 files for 2 logs" in error(folder, folder, "--scores", tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("step,score\n1,none\n")
     assert "scores: cannot read" in error(
-        folder, "--scores", tmp_path / "a.csv", "--out", tmp_path / "figure.png"
+        folder, "--scores", tmp_path / "a.csv", "--out", tmp_path / "plot.png"
     )
-    assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "figure.png")
-    assert not list(tmp_path.glob("figure*"))
+    assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
+    assert not list(tmp_path.glob("plot*"))

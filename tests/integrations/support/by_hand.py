@@ -58,7 +58,8 @@ def projector_rows(family: str, data: Batch) -> Tensor:
 
     Rows that the projector merges are concatenated.
     """
-    model, tiny = build(family), FAMILIES[family]
+    model = build(family)
+    tiny = FAMILIES[family]
     entered, left = [], []
     model.get_submodule(tiny.projector).register_forward_pre_hook(
         lambda module, args: entered.append(args[0])
@@ -78,7 +79,7 @@ def projector_rows(family: str, data: Batch) -> Tensor:
     assert distance.max() < 1e-5
     assert len(row.unique()) == len(row) == len(made)
     return torch.cat(
-        [given.reshape(len(rows), -1) for given, rows in zip(entered, left, strict=True)]
+        [inputs.reshape(len(rows), -1) for inputs, rows in zip(entered, left, strict=True)]
     )[row]
 
 

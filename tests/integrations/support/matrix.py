@@ -32,8 +32,8 @@ AXES: dict[str, list[Any]] = {
 
 MAJOR = transformers.__version__.split(".")[0]
 
-# what does not work without PRe either: (transformers' major version, the values that make a case
-# fail)
+# What does not work without PRe either: (transformers' major version, the values that make a case
+# fail).
 UPSTREAM: dict[tuple[Any, ...], str] = {
     **{
         (
@@ -44,19 +44,15 @@ UPSTREAM: dict[tuple[Any, ...], str] = {
         for family in ("vipllava", "llama4", "gemma3n")
     },
     ("4", "paligemma", "TRL"): "attends by whether there are labels, which TRL keeps back",
-    (
-        "4",
-        "emu3",
-        "TRL",
-    ): "the batch norms of its image tokenizer are in training mode: codes depend on what ran before",
+    ("4", "emu3", "TRL"): (
+        "the batch norms of its image tokenizer are in training mode: "
+        "codes depend on what ran before"
+    ),
     ("4", "llama4", "TRL"): "TRL looks for .model, which it lacks",
-    (
-        "4",
-        "glm4v_moe",
-        "reentrant",
-        "full",
-        2,
-    ): "an expert without tokens has no gradient: DDP has to find it, which reentrant checkpointing rules out",
+    ("4", "glm4v_moe", "reentrant", "full", 2): (
+        "an expert without tokens has no gradient: DDP has to find it, "
+        "which reentrant checkpointing rules out"
+    ),
     ("5", "glm4v_moe", "TRL"): "TRL looks for num_experts, which its config calls otherwise",
     ("5", "llama4", "TRL"): "TRL looks for last_hidden_state, which its output lacks",
 }
@@ -73,7 +69,8 @@ def allowed(case: dict[str, Any]) -> bool:
     return upstream(case) is None
 
 
-LAYER, WEIGHT = DEPTH // 2, 0.5
+LAYER = DEPTH // 2
+WEIGHT = 0.5
 # unequal numbers of images, but equal numbers of labels: so all rules for the scale of the model's
 # own loss agree
 SAMPLES: list[Any] = [
@@ -155,7 +152,8 @@ def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tenso
 
 
 def plain(case: Case, model: nn.Module) -> dict[str, Tensor]:
-    rank, mine = 0, range(len(SAMPLES))
+    rank = 0
+    mine = range(len(SAMPLES))
     wrapped: Any = model
     if case.processes == 2:
         rank = torch.distributed.get_rank()
@@ -169,7 +167,8 @@ def plain(case: Case, model: nn.Module) -> dict[str, Tensor]:
 
 
 def trainer(case: Case, model: nn.Module, folder: Path, attached: bool) -> dict[str, Tensor]:
-    recorder, (kind, arguments) = Recorder(), TRAINERS[case.loop]()
+    recorder = Recorder()
+    kind, arguments = TRAINERS[case.loop]()
     reentrant = CHECKPOINTING[case.checkpointing]
     with patch_trainer() if attached else contextlib.nullcontext():
         kind(

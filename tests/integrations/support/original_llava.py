@@ -23,7 +23,10 @@ from transformers import (
 
 from .tiny.models import WORDS, text_config
 
-PLACE, SIDE, PATCH, SEEN = -200, 8, 4, 24
+PLACE = -200
+SIDE = 8
+PATCH = 4
+SEEN = 24
 
 
 class Tower(nn.Module):
@@ -78,7 +81,8 @@ class Merging:
     ) -> tuple[Any, ...]:
         """(attention mask, embeddings, labels), padded; whether masks and labels come back is as
         they came."""
-        features, rows = iter(enumerate(self.features(images), 1)), []
+        features = iter(enumerate(self.features(images), 1))
+        rows = []
         for i, sample in enumerate(ids):
             kept = torch.ones_like(sample, dtype=torch.bool) if mask is None else mask[i].bool()
             words, targets = (
@@ -86,7 +90,9 @@ class Merging:
                 (torch.full_like(sample, -100) if labels is None else labels[i])[kept],
             )
             number, unused = (None, None) if (words == PLACE).any() else next(features)
-            embeds, out, owner = [] if number is None else [unused[:0]], [], []
+            embeds = [] if number is None else [unused[:0]]
+            out = []
+            owner = []
             places = (words == PLACE).nonzero()[:, 0].tolist()
             for start, stop in zip([0, *(p + 1 for p in places)], [*places, None], strict=True):
                 part = slice(start, stop)
@@ -264,11 +270,9 @@ class TinyConfig(PretrainedConfig):
     model_type = "tinyllava"
 
     def __init__(self, queries: int = 0, **more: Any) -> None:
-        self.text_config, self.image_token_index, self.queries = (
-            LlamaConfig(**text_config()),
-            PLACE,
-            queries,
-        )
+        self.text_config = LlamaConfig(**text_config())
+        self.image_token_index = PLACE
+        self.queries = queries
         self.hidden_size = self.text_config.hidden_size
         super().__init__(**more)
 
@@ -381,11 +385,11 @@ def original_batch(
         rows.append(torch.tensor(ids))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     labels = ids.masked_fill((ids < 3) | (ids == PLACE), -100)
-    given = torch.cat([image[:1] for image in images]) if square else images
+    pixels = torch.cat([image[:1] for image in images]) if square else images
     return {
         "input_ids": ids,
         "attention_mask": ids.ne(0),
         "labels": labels,
-        "images": given,
+        "images": pixels,
         **more,
     }

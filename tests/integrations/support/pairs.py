@@ -27,7 +27,7 @@ def pairs(
     # a case's gain only falls, so its last known one bounds it: recompute at the top of the heap
     # alone
     heap = [(-(len(axes) ** 2), case) for case in candidates]
-    found = []
+    cases = []
     while missing:
         _, case = heapq.heappop(heap)
         gain = len(covers(case) & missing)
@@ -35,5 +35,5 @@ def pairs(
             heapq.heappush(heap, (-gain, case))
             continue
         missing -= covers(case)
-        found.append(values(case))
-    return found
+        cases.append(values(case))
+    return cases

@@ -18,16 +18,15 @@ from .by_hand import assert_same_gradients, copy_of, expected_gradients, gradien
 from .tiny.models import Batch, batch, build
 from .tiny.training import one_image
 
-PLAIN, TWO_IMAGES = (
-    one_image(3),
-    [("text", 4), ("image", 8, 8), ("text", 1), ("image", 8, 8), ("text", 8)],
-)
+PLAIN = one_image(3)
+TWO_IMAGES = [("text", 4), ("image", 8, 8), ("text", 1), ("image", 8, 8), ("text", 8)]
 TEXT = [("text", 7)]
+# A dummy image under the attention mask, as some data pipelines add.
 MASKED = [
     ("image", 8, 8),
     ("text", 7),
-]  # a dummy image under the attention mask, as some data pipelines add
-# the samples of each rank, one forward each
+]
+# The samples of each rank, one forward each.
 UNEVEN = [[TWO_IMAGES, PLAIN], [PLAIN, TWO_IMAGES]]
 TEXT_ONLY = [[TWO_IMAGES, PLAIN], [TEXT, TWO_IMAGES]]
 DUMMY = [[TWO_IMAGES, PLAIN], [MASKED, TWO_IMAGES]]
@@ -148,7 +147,8 @@ def need_zero_init() -> None:
     need_deepspeed()
     if transformers.__version__.startswith("4."):
         pytest.skip(
-            "transformers 4.57 on torch 2.9 and gloo loads wrong weights under zero.Init now and then, by itself"
+            "transformers 4.57 on torch 2.9 and gloo loads wrong weights under zero.Init now and "
+            "then, by itself"
         )
 
 

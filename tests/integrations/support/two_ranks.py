@@ -1,14 +1,17 @@
 """Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once,
 returns both results.
 
-    def gradient_of(rank_seed):                  # a module-level function of the test module
-        rank = torch.distributed.get_rank()      # world size 2, gloo, in torch.distributed and in accelerate
+    def gradient_of(seed):
+        rank = torch.distributed.get_rank()
         ...
-        return tensor                            # what pickle can carry; tensors are copied
+        return tensor
 
     def test_it():
-        zero, one = both(gradient_of, 3)         # [result of rank 0, of rank 1]
+        zero, one = both(gradient_of, 3)
 
+- The function is one of a module that both ranks can import, a test module or not. It returns what
+  pickle can carry; tensors are copied.
+- The world size is 2 and the backend gloo, in torch.distributed and in accelerate.
 - The pair starts with the first call (about 6 s) and serves all later ones of this pytest process;
   each worker of `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
 - Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
@@ -110,7 +113,7 @@ class Pair:
         self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float
     ) -> list[Any]:
         question = pickle.dumps((sys.path, timeout, pickle.dumps((function, args, kwargs))))
-        found: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         failed: dict[int, str] = {}
         for rank, pipe in enumerate(self.questions):
             try:
@@ -120,9 +123,11 @@ class Pair:
         # a worker that takes too long ends itself and says where it was; this is for one that
         # cannot
         end = time.monotonic() + timeout + 60
-        while len(found) + len(failed) < 2:
+        while len(results) + len(failed) < 2:
             left = [
-                a for rank, a in enumerate(self.answers) if rank not in found and rank not in failed
+                a
+                for rank, a in enumerate(self.answers)
+                if rank not in results and rank not in failed
             ]
             ready = wait(left, max(end - time.monotonic(), 0))
             if not ready:
@@ -134,13 +139,13 @@ class Pair:
                 except EOFError:
                     ok, value = False, self._end(rank)
                 if ok:
-                    found[rank] = value
+                    results[rank] = value
                 else:
                     failed[rank] = value
                     end = min(end, time.monotonic() + GRACE)
-        if len(found) == 2:
-            return [found[0], found[1]]
-        for rank in {0, 1} - found.keys() - failed.keys():
+        if len(results) == 2:
+            return [results[0], results[1]]
+        for rank in {0, 1} - results.keys() - failed.keys():
             self.processes[rank].send_signal(SIGABRT)  # faulthandler writes where it is
             failed[rank] = "did not answer\n" + self._end(rank)
         said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
@@ -192,7 +197,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # looked at by libraries, never opened: the group is there before them
+        # Looked at by libraries, never opened: the group is there before them.
+        "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": "lo",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -224,7 +230,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         else:
             failed = False
         if failed and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the other rank's next collective fails instead of waiting
+            # The other rank's next collective fails instead of waiting.
+            torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
         os.environ.clear()
         os.environ |= environment

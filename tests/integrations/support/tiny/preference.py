@@ -33,7 +33,7 @@ def said(role: str, first: int, words: int) -> list[dict[str, str]]:
 def rows(kind: str) -> Dataset:
     """One prompt for each number of images, with what the trainer wants beside it."""
     generator = np.random.default_rng(0)
-    found: list[dict[str, Any]] = []
+    conversations: list[dict[str, Any]] = []
     for index, count in enumerate(ROWS):
         pixels = generator.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
         row = {"images": [Image.fromarray(image) for image in pixels], "prompt": said("user", 4, 3)}
@@ -44,8 +44,8 @@ def rows(kind: str) -> Dataset:
             }
         elif kind == "KTO":
             row |= {"completion": said("assistant", 10 + index, 2 + index), "label": index % 2 == 0}
-        found.append(row)
-    return Dataset.from_list(found)
+        conversations.append(row)
+    return Dataset.from_list(conversations)
 
 
 def length(completions: list[Any], **_: Any) -> list[float]:
@@ -86,7 +86,8 @@ def train(
             model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
         )
     handle = apply_pre(model) if attached else None
-    recorder, forwards = Recorder(), Forwards(model)
+    recorder = Recorder()
+    forwards = Forwards(model)
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -100,28 +101,26 @@ def train(
         "gradient_checkpointing": False,
         **QUIET,
     }
-    given: dict[str, Any] = {
+    trainer_arguments: dict[str, Any] = {
         "args": None,
         "train_dataset": rows(kind),
         "processing_class": processor(),
     }
     if kind in ("DPO", "KTO"):
         options["max_length"] = None
-        given["ref_model"] = None if lora else build("llava", seed=1).eval()
+        trainer_arguments["ref_model"] = None if lora else build("llava", seed=1).eval()
     else:
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
-        options |= {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 4,
-        }  # rows are shuffled
-        given["reward_funcs"] = length
-    given["args"] = config(**(options | more))
+        # Rows are shuffled, so that each forward has one.
+        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        trainer_arguments["reward_funcs"] = length
+    trainer_arguments["args"] = config(**(options | more))
     with (
         warnings.catch_warnings(record=True) as caught,
         patch_trainer() if attached else contextlib.nullcontext(),
     ):
         warnings.simplefilter("always")
-        trainer = trainer_class(model=model, callbacks=[recorder], **given)
+        trainer = trainer_class(model=model, callbacks=[recorder], **trainer_arguments)
         trainer.train()
     told = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
     return recorder.steps[0], handle, trainer, forwards.seen, told
@@ -135,7 +134,8 @@ def auxiliary(
     With `ahead` L_PRe is the mean over the visual tokens of all forwards, else that of the
     forwards' own means.
     """
-    model, head = build("llava"), copy_of(like)
+    model = build("llava")
+    head = copy_of(like)
     seen = watch(model, "llava")
     tokens = [int((inputs["input_ids"] == IMAGE).sum()) for inputs in forwards]
     for inputs, own in zip(forwards, tokens, strict=True):

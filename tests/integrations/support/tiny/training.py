@@ -177,3 +177,44 @@ def assert_head(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 def labels_of(family: str, sample: Any, index: int) -> int:
     return int(batch(family, [sample], seed=index).inputs["labels"][..., 1:].ne(-100).sum())
+
+
+def make(
+    folder: Path, model: Any, trainer_class: type = InOrder, samples: Any = EQUAL, **more: Any
+) -> Any:
+    """A Trainer, patched or not, one of whose steps takes all `samples` in two micro-batches."""
+    callbacks = more.pop("callbacks", None)
+    accumulation = more.pop("accumulation", 2)
+    size = more.pop("size", len(samples) // accumulation)
+    extra = {
+        name: more.pop(name)
+        for name in ("optimizers", "eval_dataset", "compute_loss_func", "model_init")
+        if name in more
+    }
+    return trainer_class(
+        model=model,
+        args=arguments(folder, accumulation, size, **more),
+        train_dataset=Samples(samples),
+        data_collator=collate("llava", samples),
+        callbacks=callbacks,
+        **extra,
+    )
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A `compute_loss_func`: the model's own loss, from its logits."""
+    flat = outputs.logits[:, :-1].flatten(0, 1).float()
+    return (
+        torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+        / num_items_in_batch
+    )
+
+
+class Starts(TrainerCallback):
+    """Keeps the head as it is when training begins."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.w1 = model.pre_head.w1.detach().clone()
+        self.step = state.global_step

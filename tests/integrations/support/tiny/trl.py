@@ -24,7 +24,8 @@ from .training import QUIET, Recorder
 
 TEMPLATE = """{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}
 {%- for part in message.content %}{{ part.text }} {% endfor %}{% endgeneration %}
-{%- else %}{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}
+{%- else %}{% for part in message.content %}
+{{- '<image>' if part.type == 'image' else part.text }} {% endfor %}
 {%- endif %}{% endfor %}"""
 
 
@@ -36,10 +37,8 @@ def processor() -> LlavaProcessor:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model,
         additional_special_tokens=["<image>"],
-        model_input_names=[
-            "input_ids",
-            "attention_mask",
-        ],  # generate() refuses transformers 4's token_type_ids
+        # Without token_type_ids, which transformers 4 adds and its generate() refuses.
+        model_input_names=["input_ids", "attention_mask"],
         **special,
     )
     images = CLIPImageProcessor(do_resize=False, do_center_crop=False)

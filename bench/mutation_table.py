@@ -6,14 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .report import markdown, provenance
+from .tables import markdown, provenance
 
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
-FAILED = (
-    "killed",
-    "crash",
-    "invalid",
-)  # a test failed, the process ended, the package was no longer imported
+# a test failed, the process ended, the package was no longer imported
+FAILED = ("killed", "crash", "invalid")
 SURVIVED = ("equivalent", "gap", "unreached", "survived")
 
 
@@ -28,7 +25,8 @@ def aggregate(
     lines = []
     for file, members in sorted(files.items()):
         counts = {operator: Counter[str]() for operator in OPERATORS}
-        killers, survivors = defaultdict[str, list[str]](list), []
+        killers = defaultdict[str, list[str]](list)
+        survivors = []
         for one in members:
             outcome, reason = one["outcome"], ""
             if outcome in SURVIVED:
@@ -101,12 +99,14 @@ def _killed(each: Mapping[str, int]) -> int:
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     total = sum(_sum(records).values(), Counter[str]())
-    number, killed = sum(total.values()), _killed(total)
+    number = sum(total.values())
+    killed = _killed(total)
     drawn = (
         "every mutant" if records[0]["drawn"] is None else f"a sample of seed {records[0]['seed']}"
     )
     ways = ", ".join(f"{total[name]:,} {text}" for name, text in (
-        ("timeout", "by a timeout"), ("crash", "by the end of the process"), ("invalid", "by failing to import"),
+        ("timeout", "by a timeout"), ("crash", "by the end of the process"),
+        ("invalid", "by failing to import"),
     ) if total[name])  # fmt: skip
     return (
         f"{number:,} mutants ({drawn}): {killed:,} killed ({ways}), {100 * killed / number:.1f} %; "

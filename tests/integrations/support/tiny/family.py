@@ -1,18 +1,32 @@
-"""A row of the table of tiny models: what it says of a family, and what rows are made of."""
+"""A row of the table of tiny families: how a model is made and its batches are written."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import nn
 
-WIDTH, DEPTH = 32, 4
-IMAGE, VIDEO, START, END, PAD, WORDS = 60, 61, 62, 63, 0, 50
+WIDTH = 32
+DEPTH = 4
+# The vocabulary: padding is 0, words are below WORDS, the others stand for what is seen.
+PAD = 0
+WORDS = 50
+IMAGE = 60
+VIDEO = 61
+START = 62
+END = 63
+
+# A vision tower's sizes.
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+SQUARE_TOWER = {**TOWER, "image_size": 8, "patch_size": 4}
 
 
 def text_config(**more: Any) -> dict[str, Any]:
@@ -31,42 +45,13 @@ def text_config(**more: Any) -> dict[str, Any]:
     }
 
 
-def square_image(height: int, width: int) -> list[int]:
-    return [IMAGE] * 4  # whatever the size: it is resized to 8 x 8
+def text(model_type: str, **more: Any) -> dict[str, Any]:
+    """A text config as the settings of a vision-language one hold it."""
+    return {"model_type": model_type, **text_config(**more)}
 
 
-def square_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(len(sizes), 3, 8, 8, generator=generator)}
-
-
-def bracketed(height: int, width: int) -> list[int]:
-    return [START, *[IMAGE] * 4, END]
-
-
-def grid_image(height: int, width: int) -> list[int]:
-    return [START, *[IMAGE] * (height * width // 16), END]
-
-
-def grid_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    grid = torch.tensor([[1, h // 2, w // 2] for h, w in sizes])
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2 * 2, generator=generator)
-    return {"pixel_values": pixels, "image_grid_thw": grid}
-
-
-def grid_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    grid = torch.tensor([[f // 2, h // 2, w // 2] for f, h, w in sizes])
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2 * 2, generator=generator)
-    return {"pixel_values_videos": pixels, "video_grid_thw": grid}
-
-
-def token_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processors of Qwen add from transformers 5 on."""
-    if (
-        "mm_token_type_ids"
-        not in inspect.signature(hf.Qwen2VLForConditionalGeneration.forward).parameters
-    ):
-        return {}
-    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+def tower(kind: type) -> Any:
+    return kind(**SQUARE_TOWER)
 
 
 def nothing(ids: torch.Tensor) -> dict[str, torch.Tensor]:

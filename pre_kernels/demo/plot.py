@@ -1,4 +1,4 @@
-"""The picture: probe and contrast ratio over depth, and L_PRe along training."""
+"""The plot: probe and contrast ratio over depth, and L_PRe along training."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from pre_kernels.diagnostics.report import plots
-from pre_kernels.diagnostics.report.columns import MEASURES
+from pre_kernels.diagnostics.report.columns import COLUMNS
 
 PANELS = (
-    MEASURES["linear_probe"]._replace(
+    COLUMNS["linear_probe"]._replace(
         title="Linear probe: which digit?", axis="accuracy on unseen digits"
     ),
-    MEASURES["contrast"],
+    COLUMNS["contrast"],
 )
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write the picture of a `report.document`: thin lines are seeds, bands ± one standard
-    deviation over them."""
+    """Write the plot of a `results.document`: thin lines are seeds, bands ± one standard deviation
+    over them."""
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
     figure, axes = plots.grid(len(PANELS) + 1)
-    for one, panel in zip(axes, PANELS, strict=False):
-        plots.over_depth(one, models, panel, marked)
+    for place, panel in zip(axes, PANELS, strict=False):
+        plots.over_depth(place, models, panel, marked)
     plots.steps(axes[-1], curves, curves[0]["label"])
     plots.legend(figure, models)
     figure.savefig(path, dpi=120)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from .report import markdown, provenance
+from .tables import markdown, provenance
 
 TENSORS = {"loss": "loss", "hidden": "dH", "w1": "dW1", "b1": "db1", "w2": "dW2", "b2": "db2"}
 GROUP = ("impl", "dtype", "loss", "activation")
@@ -31,9 +31,9 @@ def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if verdict == "violation"
         ]
         tensors = {
-            new: figures
+            new: metrics
             for old, new in TENSORS.items()
-            if (figures := _figures(one for one in _of(members, old)))
+            if (metrics := _metrics(one for one in _of(members, old)))
         }
         group = dict(zip(GROUP, key, strict=True))
         item = f"{group['impl']} {group['loss']} {group['activation']}"
@@ -47,7 +47,7 @@ def _of(members: Iterable[dict[str, Any]], name: str) -> Iterable[Sequence[Any]]
     return (outcome for case in members for outcome in case["outcomes"] if outcome[0] == name)
 
 
-def _figures(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
+def _metrics(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
     """Of one tensor; empty if it was never wanted."""
     outcomes = list(outcomes)
     if not outcomes:
@@ -116,9 +116,9 @@ def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     return markdown(rows)
 
 
-def _cell(figures: Sequence[dict[str, Any]]) -> str:
-    weighed = [(one["median"], one["cases"]) for one in figures if one["median"] is not None]
-    worst = [one["largest_bounded"] for one in figures if one["largest_bounded"] is not None]
+def _cell(metrics: Sequence[dict[str, Any]]) -> str:
+    weighed = [(one["median"], one["cases"]) for one in metrics if one["median"] is not None]
+    worst = [one["largest_bounded"] for one in metrics if one["largest_bounded"] is not None]
     if not weighed or not worst:
         return ""
     middle = sum(value * cases for value, cases in weighed) / sum(cases for _, cases in weighed)
@@ -126,20 +126,19 @@ def _cell(figures: Sequence[dict[str, Any]]) -> str:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
-    figures = [one for record in records for one in record["tensors"].values()]
-    count = {name: sum(one[name] for one in figures) for name in (*VERDICTS, "turned")}
-    total, failed = (
-        sum(one["cases"] for one in figures),
-        sum(len(one["violations"]) for one in records),
-    )
+    metrics = [one for record in records for one in record["tensors"].values()]
+    count = {name: sum(one[name] for one in metrics) for name in (*VERDICTS, "turned")}
+    total = sum(one["cases"] for one in metrics)
+    failed = sum(len(one["violations"]) for one in records)
     cases = sum(one["cases"] for one in records)
     return (
-        f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: {count['within']:,} within the "
-        f"rule; {count['overflow']:,} where eager overflows or is about to; {count['luck']:,} where eager's own "
-        f"error is luck, and the rule holds over an ensemble of neighbouring cases; {failed:,} violations. "
-        f"Held against ours by the same rule, eager is outside in {count['turned']:,}. A cell: error ÷ eager's error, "
-        "the median · the largest, for which eager's error counts at least as what the rule allows in any case. The "
-        "oracle is float64, that of float64 80-bit floats."
+        f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: "
+        f"{count['within']:,} within the rule; {count['overflow']:,} where eager overflows or is "
+        f"about to; {count['luck']:,} where eager's own error is luck, and the rule holds over an "
+        f"ensemble of neighbouring cases; {failed:,} violations. Held against ours by the same "
+        f"rule, eager is outside in {count['turned']:,}. A cell: error ÷ eager's error, the median "
+        "· the largest, for which eager's error counts at least as what the rule allows in any "
+        "case. The oracle is float64, that of float64 80-bit floats."
     )
 
 

@@ -16,7 +16,8 @@ IMAGE = 9  # the token that stands for a visual one
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.mlp = nn.RMSNorm(width), nn.Linear(width, width)
+        self.norm1 = nn.RMSNorm(width)
+        self.mlp = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         return x + self.mlp(self.norm1(x)).tanh(), cache
@@ -25,10 +26,8 @@ class Block(nn.Module):
 class Language(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.embed, self.blocks = (
-            nn.Embedding(10, width),
-            nn.ModuleList(Block(width) for _ in range(depth)),
-        )
+        self.embed = nn.Embedding(10, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +42,8 @@ class Small(nn.Module):
 
     def __init__(self, width: int = 12, depth: int = 4) -> None:
         super().__init__()
-        self.vision, self.decoder = nn.Linear(6, width), Language(width, depth)
+        self.vision = nn.Linear(6, width)
+        self.decoder = Language(width, depth)
         self.tokenizer = SimpleNamespace(image_token_id=IMAGE)
 
     def forward(self, input_ids: Tensor, images: Tensor, targets: Any = None) -> tuple[Tensor, Any]:

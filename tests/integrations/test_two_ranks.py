@@ -81,7 +81,8 @@ def test_a_group_is_joined_by_both(tmp_path: Path) -> None:
     [
         (
             one_raises,
-            r"(?s)test_two.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*KeyError: 'only here'",
+            r"(?s)test_two_ranks.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*"
+            r"KeyError: 'only here'",
         ),
         (one_waits, r"(?s)rank 0: exit code 1\n.*Timeout.*in one_waits.*rank 1: returned"),
         (one_dies, r"(?s)rank 0: exit code 3\n.*rank 1: returned"),

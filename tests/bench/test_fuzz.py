@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("rich", reason="rich is not installed")
 
-from bench import fuzz, numerics, record
+from bench import fuzz, fuzz_table, record
 from pre_kernels.check.device import Cpu
+from verify import ROOT
 
 
 def case(*outcomes, seed=0, **group):
@@ -36,11 +37,11 @@ CASES = [
 
 def lines():
     stamp = {"kind": "fuzz", "seed": 6, **record.stamp(Cpu())}
-    return [{**stamp, **line} for line in numerics.aggregate(CASES)]
+    return [{**stamp, **line} for line in fuzz_table.aggregate(CASES)]
 
 
 def test_ratios_and_counts():
-    cosine, gelu, relu = numerics.aggregate(CASES)
+    cosine, gelu, relu = fuzz_table.aggregate(CASES)
     assert gelu["cases"] == 3
     assert gelu["tensors"]["loss"] == {
         "cases": 3, "median": 2.0, "largest": 3.0, "largest_bounded": 1.0,
@@ -62,7 +63,7 @@ def test_ratios_and_counts():
 
 def test_page():
     old = [{**one, "seed": 5, "date": "2026-01-01"} for one in lines()]
-    text = numerics.page(lines() + old)
+    text = fuzz_table.page(lines() + old)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
@@ -75,21 +76,31 @@ def test_page():
         ["torch", "float32", "mse", "gelu", "3", "2.00 · 1.00", "", "1.00 · 1.50", "", "", ""],
         ["torch", "float32", "mse", "relu", "1", "", "", "4.50 · 4.50", "", "", ""],
     ]
-    assert (
-        "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager overflows or is"
-        in text
-    )
+    assert "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager" in text
+    assert "eager overflows or is" in text
     assert "1 where eager's own error is luck" in text
     assert "2 violations" in text
     assert "eager is outside in 1." in text
-    assert numerics.page([]) == "No results yet."
+    assert fuzz_table.page([]) == "No results yet."
 
 
 def test_blocks_are_what_was_asked_for_and_their_cases_can_be_drawn_again():
     wanted = fuzz.blocks(1000)
     assert sum(fuzz.BLOCK[impl] for impl, _ in wanted) >= 1000
-    assert {impl for impl, _ in wanted} == set(fuzz.SHARES)
+    assert {impl for impl, _ in wanted} == set(fuzz.FRACTIONS)
     assert len(fuzz.distinct([*CASES, *CASES])) == len(CASES)
+
+
+def test_other_rules_keep_their_blocks_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "ROOT", tmp_path)
+    for name in fuzz.RULES:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / name).read_bytes())
+    before = fuzz._kept(1)
+    assert fuzz._kept(1) == before
+    path.write_text("edited")
+    assert fuzz._kept(1) != before
 
 
 def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

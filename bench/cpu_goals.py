@@ -1,0 +1,164 @@
+"""The goals on a CPU beside what was measured: each number comes out of records, or is said to be
+missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from . import goals
+from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, runs
+
+SHAPES = ("cpu-16k", "cpu-4k-encoder")
+SMALL = "cpu-small"
+MODES = ("compile", "compile-max")
+VLM = "smolvlm-256m"
+# Other records of a CPU are of no goal, and of other numbers of threads.
+KINDS = ("loss", "workspace", "training")
+A_CPU = "a CPU"
+
+
+def milliseconds(one: Record) -> float | None:
+    return one["median_ms"]
+
+
+def extra(one: Record) -> float | None:
+    """Peak MiB beyond the gradients returned."""
+    return one["peak_mib"] - one["returned_mib"] if "peak_mib" in one else None
+
+
+def over(
+    others: Sequence[str],
+    metric: Callable[[Record], float | None],
+    dtypes: Sequence[str],
+    names: Sequence[str],
+    records: list[Record],
+) -> Finding | None:
+    """A metric of ours ÷ the least of some baselines in the same run: the worst of the shapes of
+    `names`, of how the rows are given, of `dtypes`."""
+    findings: list[Finding] = []
+    for run in runs(records, kind="loss"):
+        ours = fastest_of_ours(run)
+        if ours is None or ours["shape"] not in names or ours["dtype"] not in dtypes:
+            continue
+        own = metric(ours)
+        known = {name: value for name in others if name in run and (value := metric(run[name]))}
+        if own is not None and known:
+            least = min(known, key=lambda name: known[name])
+            what = (
+                f"{ours['shape']} {ours['dtype']} {ours.get('selection', 'mask')}, beside {least}"
+            )
+            findings.append(Finding(own / known[least], "", [ours], what))
+    return _worst(findings)
+
+
+def _worst(findings: Sequence[Finding]) -> Finding | None:
+    worst = max(findings, key=lambda finding: finding.value or 0.0, default=None)
+    if worst is None or len(findings) == 1:
+        return worst
+    return worst._replace(what=f"{worst.what}, the worst of {len(findings)}")
+
+
+def small_memory(dtype: str, records: list[Record]) -> Finding | None:
+    """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of
+    the shapes."""
+    sweeps: dict[str, list[Record]] = {}
+    for one in records:
+        if (
+            one["kind"] == "workspace"
+            and one["dtype"] == dtype
+            and one["shape"] in SHAPES
+            and "peak_mib" in one
+        ):
+            sweeps.setdefault(one["group"], []).append(one)
+    findings = []
+    for sweep in sweeps.values():
+        eager = next((extra(one) for one in sweep if one["peer"] == "eager"), None)
+        ours = min(
+            (one for one in sweep if "item" in one), key=lambda one: extra(one) or 0.0, default=None
+        )
+        if eager and ours:
+            time = f"{ours['over_floor']:.2f} × the floor's time"
+            what = f"{ours['shape']} {dtype}, {ours['item']} MiB: {time}"
+            findings.append(Finding((extra(ours) or 0.0) / eager, "", [ours], what))
+    return _worst(findings)
+
+
+def outside(records: list[Record]) -> Finding | None:
+    """How many runs of ours broke the error rule, and so have no time either."""
+    judged = [
+        one
+        for one in records
+        if one["kind"] == "loss"
+        and one["shape"] in (*SHAPES, SMALL)
+        and one["peer"].startswith("ours-")
+        and ("failed" in one or "error_ratio" in one)
+    ]
+    broken = [one for one in judged if one.get("failed") or one.get("outside_rule")]
+    where = [f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}" for one in broken]
+    text = f"{len(broken)} of {len(judged)} runs"
+    return Finding(len(broken), text, broken or judged, "; ".join(where)) if judged else None
+
+
+def _of_dtype(dtype: str, over_compiled: float) -> list[Goal]:
+    def ratio(
+        others: Sequence[str], metric: Callable[[Record], float | None]
+    ) -> Callable[..., Finding | None]:
+        return partial(over, others, metric, (dtype,), SHAPES)
+
+    return [
+        Goal(
+            f"{dtype}: time ÷ the best of torch.compile",
+            "≤",
+            over_compiled,
+            ratio(MODES, milliseconds),
+        ),
+        Goal(f"{dtype}: time ÷ eager", "≤", 0.60, ratio(("eager",), milliseconds)),
+        Goal(f"{dtype}: extra peak ÷ torch.compile's", "≤", 1.0, ratio(MODES, extra)),
+        Goal(
+            f"{dtype}: extra peak ÷ eager's, a small workspace",
+            "≤",
+            0.20,
+            partial(small_memory, dtype),
+        ),
+    ]
+
+
+GOALS = [
+    *_of_dtype("bf16", 0.95),
+    *_of_dtype("fp32", 0.85),
+    Goal(
+        "fp16: time ÷ eager",
+        "≤",
+        1.0,
+        partial(over, ("eager",), milliseconds, ("fp16",), SHAPES),
+    ),
+    Goal(
+        "N = 64, widths of 64: time ÷ eager",
+        "≤",
+        1.5,
+        partial(over, ("eager",), milliseconds, ("bf16", "fp32"), (SMALL,)),
+    ),
+    Goal("runs outside the error rule", "≤", 0, outside),
+    Goal(
+        "training step of SmolVLM-256M, time",
+        "≤",
+        1.02,
+        partial(field, "training", "time_ratio", item=VLM),
+    ),
+    Goal(
+        "training step of SmolVLM-256M, memory",
+        "≤",
+        1.02,
+        partial(field, "training", "memory_ratio", item=VLM),
+    ),
+]
+
+
+def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
+    """Header and a row for each goal and CPU, from the records with its last versions and number of
+    threads; `absent` stands where there are none."""
+    of_cpus = goals.by_device(
+        one for one in records if not one.get("capability") and one["kind"] in KINDS
+    )
+    return goals.table(GOALS, "CPU", of_cpus, A_CPU, absent)

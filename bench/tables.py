@@ -1,0 +1,154 @@
+"""Records as tables: the loss beside its baselines, any other kind of record, and where the numbers
+come from. All that shows records stands on this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+HEAD = (
+    "shape", "N · d→m→z", "dtype", "rows", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager",
+    "÷ floor", "peak MiB", "÷ eager", "less gradients, ÷ eager", "error ÷ eager",
+)  # fmt: skip
+
+
+def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Records by baseline, for each run of a shape."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in records:
+        runs.setdefault(one["group"], {})[one["peer"]] = one
+    return list(runs.values())
+
+
+def over_floor(run: dict[str, dict[str, Any]], name: str) -> float | None:
+    """A baseline's time over that of the six bare matmuls that were sampled beside it."""
+    one = run.get(name, {})
+    floor = one.get("floor_ms", run.get("floor", {}).get("median_ms"))
+    return one["median_ms"] / floor if floor and "median_ms" in one else None
+
+
+def ratios(run: dict[str, dict[str, Any]], name: str) -> dict[str, float | None]:
+    """Of a baseline: its time over eager's and the floor's, its peak memory over eager's, with and
+    without gradients. Times of different processes are compared by the floor beside each."""
+    over, eager = over_floor(run, name), over_floor(run, "eager")
+
+    def of(which: str, *fields: str) -> float | None:
+        values = [run.get(which, {}).get(field) for field in fields]
+        if any(value is None for value in values):
+            return None
+        return values[0] - sum(values[1:])
+
+    def ratio(other: str, *fields: str) -> float | None:
+        ours, theirs = of(name, *fields), of(other, *fields)
+        return ours / theirs if ours is not None and theirs else None
+
+    return {
+        "eager": over / eager if over and eager else ratio("eager", "median_ms"),
+        "floor": over,
+        "peak": ratio("eager", "peak_mib"),
+        "extra": ratio("eager", "peak_mib", "returned_mib"),
+    }
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
+    """Header and rows; a baseline without times is left out (see `refusals`)."""
+    table: list[Sequence[str]] = [HEAD]
+    for run in groups(records):
+        for name, one in run.items():
+            if "median_ms" not in one:
+                continue
+            ratio = ratios(run, name)
+            digits = 3 if one["median_ms"] < 100 else 0
+            time = [_number(one[key], digits) for key in ("median_ms", "q1_ms", "q3_ms")]
+            table.append(
+                (
+                    one["shape"],
+                    f"{one['n']:,} · {one['d']}→{one['m']}→{one['z']}",
+                    one["dtype"],
+                    one.get("selection", "mask"),
+                    name,
+                    f"{time[0]} ({time[1]}–{time[2]})",
+                    _number(one["tflops"], 1 if one["tflops"] >= 10 else 2),
+                    _number(ratio["eager"]),
+                    _number(ratio["floor"]),
+                    _number(one.get("peak_mib"), 0),
+                    _number(ratio["peak"]),
+                    _number(ratio["extra"]),
+                    _number(one.get("error_ratio")) + _rule(one),
+                )
+            )
+    return table
+
+
+def _rule(one: dict[str, Any]) -> str:
+    if one.get("own_rule"):
+        return ", own rule"
+    return ", outside the rule" if one.get("outside_rule") else ""
+
+
+def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each measurement that was not taken, with the reason."""
+    lines = []
+    for one in records:
+        for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
+            if one.get(what):
+                which = f"{one['shape']} {one['dtype']} {one['peer']}"
+                lines.append(f"{which}: {what.replace('_', ' ')}: {one[what]}")
+    return lines
+
+
+def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
+    """Records of any other kind: a column for each field that is not the same in all, but no lists
+    and no stamp."""
+    hidden = {
+        "kind",
+        "group",
+        "date",
+        "commit",
+        "source",
+        "power.draw",
+        "temperature.gpu",
+        "clocks.sm",
+    }
+    names = dict.fromkeys(
+        name for one in records for name, value in one.items() if not isinstance(value, list | dict)
+    )
+    shown = [
+        name
+        for name in names
+        if name not in hidden and len({str(one.get(name)) for one in records}) > 1
+    ]
+
+    def text(value: Any) -> str:
+        return (
+            _number(value, 3) if isinstance(value, float) else "" if value is None else str(value)
+        )
+
+    return [shown, *([text(one.get(name)) for name in shown] for one in records)]
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose source lines up too."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each device, version and commit that the numbers come from."""
+    lines = {}
+    for one in records:
+        extras = [f"driver {one['driver_version']}"] if one.get("driver_version") else []
+        extras += [f"{one['threads']} threads"] if one.get("threads") else []
+        parts = [one["device"], *extras, f"torch {one['torch']}", f"triton {one['triton']}"]
+        lines[", ".join([*parts, one["date"][:10], f"commit {one['commit']}"])] = None
+    return list(lines)

@@ -1,0 +1,214 @@
+"""The logged metrics: what is summed over forwards on the device, and what is reported of the
+sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pre_kernels import PreHead
+
+SAMPLE = 256  # rows of a forward whose cosines are computed for the log alone
+NOT_LOGGED = ("pre_rows", "pre_forwards")
+
+
+class Totals:
+    """Named sums over the forwards since the last reset, packed in one tensor on the device, so
+    that `read` is the only host sync.
+
+    Args:
+        layers: the numbers of the layers, one head each.
+        loss: the head's.
+        skips: whether visual tokens with a nan or inf are left out and counted.
+
+    Attributes:
+        names: of the sums, in the order in which they are packed: "count" of the terms, "tokens",
+            "cosine" and "sampled" of the sampled rows, "loss_<l>" for each layer, "skipped" if
+            `skips`, then those of `gradient`.
+        gradient: the norm of the head's gradient.
+        forwards: of this process.
+    """
+
+    def __init__(self, layers: Sequence[int], loss: str, skips: bool) -> None:
+        self.layers = {number: f"loss_{number}" for number in layers}
+        self.loss = loss
+        self.summed = ["count", "tokens", "cosine", "sampled", *self.layers.values()]
+        if skips:
+            self.summed.append("skipped")
+        self.names = [*self.summed, *GradientNorm.NAMES]
+        self.gradient = GradientNorm()
+        self.forwards = 0
+        self._sums: Tensor | None = None  # those of `summed`; None before the first forward
+        self._contributed = False
+
+    def add(
+        self,
+        losses: Sequence[Tensor],
+        *,
+        full_divisor: Tensor | float,
+        count: Tensor,
+        tokens: Tensor,
+        cosines: Sequence[Tensor],
+        skipped: Tensor | None,
+    ) -> None:
+        """Add a forward, whose attributes of `Losses` these are; no host sync."""
+        device = losses[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        divisor = torch.as_tensor(full_divisor).to(device)
+        # There are none where the loss is the cosine.
+        sampled = [pair.to(device, dtype) for pair in cosines] or [
+            torch.zeros(2, dtype=dtype, device=device)
+        ]
+        values = dict(zip(("cosine", "sampled"), torch.stack(sampled).sum(0), strict=True))
+        values |= {"count": count, "tokens": tokens}
+        for name, loss in zip(self.layers.values(), losses, strict=True):
+            values[name] = loss.detach().to(device) * divisor
+        if skipped is not None:
+            values["skipped"] = skipped
+        packed = torch.stack([values[name].to(device, dtype) for name in self.summed])
+        self._sums = packed if self._sums is None else self._sums + packed
+        self.forwards += 1
+
+    @property
+    def contributed(self) -> bool:
+        """Whether a forward ever had a term; reading it may be a host sync."""
+        return self._contributed or bool(self._packed()[self.summed.index("count")] > 0)
+
+    def read(self, combine: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The metrics, see `PreHandle.metrics`; one host sync. `combine` sums the packed tensor
+        over processes."""
+        packed = self._packed()
+        packed = torch.cat([packed, self.gradient.packed(packed)])
+        combined = packed if combine is None else combine(packed)
+        sums = dict(zip(self.names, combined.tolist(), strict=True))
+        count = sums["count"]
+        self._contributed |= count > 0
+
+        means = {
+            number: sums[name] / count if count else math.nan
+            for number, name in self.layers.items()
+        }
+        metrics = {"pre_loss": sum(means.values()) / len(means)}
+        if len(means) > 1:
+            metrics |= {f"pre_loss/layer_{number}": mean for number, mean in means.items()}
+        if self.loss == "cosine":
+            metrics["pre_cosine"] = -metrics["pre_loss"]
+        else:
+            sampled = sums["sampled"]
+            metrics["pre_cosine"] = sums["cosine"] / sampled if sampled else math.nan
+        metrics["pre_rows"] = count
+        metrics["pre_tokens"] = sums["tokens"]
+        metrics["pre_forwards"] = self.forwards
+        if "skipped" in sums:
+            metrics["pre_skipped"] = sums["skipped"]
+        norm = self.gradient.read(sums)
+        if norm is not None:
+            metrics["pre_head_grad_norm"] = norm
+        return metrics
+
+    def reset(self) -> None:
+        """Forget the forwards; `contributed` and the gradient's norm stay."""
+        self._sums = None
+        self.forwards = 0
+
+    def _packed(self) -> Tensor:
+        if self._sums is None:
+            return torch.zeros(len(self.summed), dtype=torch.double)
+        return self._sums
+
+
+def saw_tokens(metrics: Mapping[str, float]) -> bool:
+    """Whether there were visual tokens, if only some that were left out."""
+    return bool(metrics["pre_rows"] or metrics.get("pre_skipped"))
+
+
+def to_log(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of `PreHandle.metrics()` that a training's log gets."""
+    return {name: value for name, value in metrics.items() if name not in NOT_LOGGED}
+
+
+class GradientNorm:
+    """The norm of the head's gradient as the last step of an optimizer took it, also where each
+    process has a part of it; no host sync, and no collective but FSDP2's."""
+
+    NAMES = ("gradient_square", "gradient_elements")  # of the sums in `packed`
+
+    def __init__(self) -> None:
+        self.norm = torch.zeros(())
+        self.elements_here = 0  # of the gradient in this process
+        self.elements = 0  # of the gradient in all processes, each counted once
+
+    def measure(self, head: nn.Module, optimizer: Any) -> None:
+        """Look at the gradients there are at the beginning of a step of `optimizer`."""
+        gradients = [p.grad for p in head.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # Where the optimizer's step itself unscales (fused), it has the GradScaler's scale.
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            self.norm = self.norm / scale.to(self.norm.device)
+        self.elements_here = sum(gradient.numel() for gradient in gradients)
+        self.elements = sum(
+            _trained_elements(module) for module in head.modules() if isinstance(module, PreHead)
+        )
+
+    def packed(self, like: Tensor) -> Tensor:
+        """The norm's square and the number of elements of what this process has, (2,) as `like`;
+        those of several processes are added."""
+        return torch.stack([self.norm.to(like).square(), like.new_tensor(self.elements_here)])
+
+    def read(self, sums: Mapping[str, float]) -> float | None:
+        """The norm by the sums of `packed`, where each element may be there several times; None
+        where one is missing."""
+        seen = sums["gradient_elements"]
+        if not seen >= self.elements > 0:
+            return None
+        return math.sqrt(sums["gradient_square"] * self.elements / seen)
+
+
+def _trained_elements(head: PreHead) -> int:
+    """The number of elements that train, however they are split over processes."""
+    sizes = {"w1": head.hidden_dim * head.dim, "b1": head.hidden_dim}
+    sizes |= {"w2": head.out_dim * head.hidden_dim, "b2": head.out_dim}
+    return sum(sizes[name] for name, p in head.named_parameters(recurse=False) if p.requires_grad)
+
+
+@torch.no_grad()
+def sample_cosine(
+    head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor | None, impl: str
+) -> Tensor:
+    """The sum and the number (2,) of the cosines between predictions and anchors of at most
+    `SAMPLE` rows, spread evenly, for the logs of losses that are no cosine; no host sync.
+
+    Args:
+        head: a `PreHead`.
+        hidden: (..., d).
+        anchor: hidden's leading shape + (z,), else (N, z) in selection order.
+        mask: bool of hidden's leading shape with N rows set, or None for all rows.
+    """
+    flat = hidden.flatten(0, -2)
+    target = anchor.flatten(0, -2)
+    if mask is None:
+        mask = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    size = min(SAMPLE, len(target))
+    if size == 0:
+        # The head is called all the same, on a row that does not count: a sharded head gathers its
+        # parameters at each call, on all processes.
+        size = 1
+        mask = mask.new_zeros(1)
+        flat = flat.new_zeros(1, flat.shape[-1])
+        target = target.new_zeros(1, target.shape[-1])
+    places = mask.flatten().cumsum(0)
+    count = places[-1]
+    # which of the N rows are taken
+    ranks = (torch.arange(size, device=flat.device) * (count / size).clamp(min=1)).long()
+    valid = ranks < count
+    rows = torch.searchsorted(places, ranks + 1).clamp(max=len(flat) - 1)
+    matching = rows if len(target) == len(flat) else ranks.clamp(max=len(target) - 1)
+    cosines = -head(flat[rows], target[matching], None, loss="cosine", reduction="none", impl=impl)
+    # The cosine of what stands in for a row that does not count may be nan.
+    return torch.stack([cosines.where(valid, 0).sum(), valid.sum().to(cosines.dtype)])

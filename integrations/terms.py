@@ -1,0 +1,243 @@
+"""The terms of one forward's loss: which visual tokens or images count, what they are to predict,
+and what their sum is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pre_kernels.checks import debugging
+
+from .capture import CapturedForward
+from .distributed import Group
+from .families import Parts
+from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool
+
+
+@dataclass(kw_only=True)
+class TermOptions:
+    """What decides on the terms; the arguments of `apply_pre` of the same names."""
+
+    parts: Parts
+    anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
+    anchor_dim: int
+    level: str
+    mask_fn: Callable[[dict[str, Any]], Tensor] | None
+    weighting: str = "token"
+    fraction: float = 1.0
+    group: Group | None = None
+    nonfinite: str = "propagate"
+
+    @property
+    def by_image(self) -> bool:
+        """Whether images are counted, not visual tokens."""
+        return "image" in (self.level, self.weighting)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of one forward's loss: visual tokens, or images at level "image".
+
+    Attributes:
+        tokens: bool mask (B, T) of the visual tokens that count.
+        rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for
+            all.
+        anchor: its leading shape + (z,), else (N, z) in the order of the rows.
+        weight: of the rows' leading shape, or None for 1.
+        count: Σ weight over all rows, drawn or not; 0-d.
+        full_divisor: what Σ weight · ℓ over all rows is divided by.
+        drawn_divisor: what it is divided by over `rows`, None for Σ weight.
+        images: the number of each visual token's image, at level "image".
+        skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are
+            not.
+        counted: what `Objective.count` should have said of this forward: its terms, before any were
+            left out; 0-d.
+    """
+
+    tokens: Tensor
+    rows: Tensor | None
+    anchor: Tensor
+    weight: Tensor | None
+    count: Tensor
+    full_divisor: Tensor | float
+    drawn_divisor: Tensor | float | None
+    images: Tensor | None
+    skipped: Tensor | None
+    counted: Tensor
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Visual tokens: their mask (B, T), their anchors, (B, T, z) or (N, z), and their images'
+    numbers (N,), if those are asked for."""
+
+    mask: Tensor
+    anchor: Tensor
+    images: Tensor | None
+
+    def count(self) -> Tensor:
+        """The number of images if they are told apart, else of tokens; 0-d."""
+        return self.mask.sum() if self.images is None else count_images(self.images)
+
+    def finite(self, hidden: Sequence[Tensor]) -> _Tokens:
+        """Those of them without a nan or inf in the anchor or in one of `hidden`."""
+        mask = drop_nonfinite(self.mask, self.anchor, hidden)
+        flat = self.anchor.shape[:-1] != mask.shape
+        if not flat and self.images is None:
+            return _Tokens(mask, self.anchor, None)
+        # This waits for the device, as finding flat anchors or images has done before.
+        kept = mask[self.mask]
+        return _Tokens(
+            mask,
+            self.anchor[kept.to(self.anchor.device)] if flat else self.anchor,
+            None if self.images is None else self.images[kept.to(self.images.device)],
+        )
+
+
+@dataclass(frozen=True)
+class _Undrawn:
+    """All terms: a mask of them, and what `Terms` has of the same names."""
+
+    mask: Tensor
+    rows: Tensor | None
+    anchor: Tensor
+    weight: Tensor | None
+    count: Tensor
+
+
+def find_terms(
+    options: TermOptions,
+    seen: CapturedForward,
+    visual: VisualTokens,
+    hidden: Sequence[Tensor],
+    divisor: Tensor | float | None,
+) -> Terms:
+    """The terms of a forward with the visual tokens `visual` and the layers' states `hidden`.
+
+    Args:
+        divisor: the full one; None: `group`'s, or without a group the forward's own count.
+    """
+    tokens = _Tokens(
+        visual.mask,
+        find_anchor(options, seen, visual),
+        visual.images(options.parts, seen.inputs) if options.by_image else None,
+    )
+    skipped = counted = None
+    if options.nonfinite == "skip":
+        counted = tokens.count()
+        tokens = tokens.finite(hidden)
+        skipped = visual.mask.sum() - tokens.mask.sum()
+
+    undrawn = _undrawn(options, tokens)
+    agreed = agreed_divisor(options.group, undrawn.count, hidden[0].device, divisor)
+    full_divisor = undrawn.count if agreed is None else agreed
+    rows = undrawn.rows
+    anchor = undrawn.anchor
+    drawn_divisor = agreed
+    if options.fraction < 1:
+        rows, drawn_fraction = draw(undrawn.mask, options.fraction)
+        if anchor.shape[:-1] != undrawn.mask.shape:
+            anchor = anchor[rows[undrawn.mask].to(anchor.device)]
+        if torch.is_tensor(full_divisor):
+            drawn_divisor = drawn_fraction * full_divisor.to(drawn_fraction.device)
+        else:
+            drawn_divisor = drawn_fraction * full_divisor
+    return Terms(
+        tokens=tokens.mask,
+        rows=rows,
+        anchor=anchor,
+        weight=undrawn.weight,
+        count=undrawn.count,
+        full_divisor=full_divisor,
+        drawn_divisor=drawn_divisor,
+        images=tokens.images if options.level == "image" else None,
+        skipped=skipped,
+        counted=undrawn.count if counted is None else counted,
+    )
+
+
+def count_images(numbers: Tensor) -> Tensor:
+    """How many images the numbers of visual tokens' images name, 0-d."""
+    return torch.tensor(numbers.unique().numel())
+
+
+def agreed_divisor(
+    group: Group | None, count: Tensor, device: torch.device, divisor: Tensor | float | None
+) -> Tensor | float | None:
+    """`divisor` if it is given, else the group's, of which every process has to ask; None without
+    either."""
+    if divisor is not None or group is None:
+        return divisor
+    return group.divisor(count.to(device, non_blocking=True))
+
+
+def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualTokens) -> Tensor:
+    """What the visual tokens are to predict: (B, T, z), or (N, z) in the order of the tokens."""
+    if options.anchor == "pre_llm":
+        return seen.anchor()
+    if callable(options.anchor):
+        anchor = options.anchor(seen.inputs, visual.mask)
+        if not torch.is_tensor(anchor) or not anchor.is_floating_point():
+            what = anchor.dtype if torch.is_tensor(anchor) else type(anchor).__name__
+            raise TypeError(f"anchor: the callable returned {what}, want a floating point tensor")
+    else:
+        anchor = _projector_anchor(options.parts, seen, visual)
+    if anchor.shape[:-1] != visual.mask.shape and (
+        anchor.dim() != 2 or len(anchor) != int(visual.mask.sum())
+    ):
+        raise ValueError(
+            f"anchor: got shape {tuple(anchor.shape)} for {int(visual.mask.sum())} visual tokens "
+            f"in a batch of {tuple(visual.mask.shape)}; want (N, z) or (batch, tokens, z)"
+        )
+    if anchor.shape[-1] != options.anchor_dim:
+        raise ValueError(
+            f"anchor: got shape {tuple(anchor.shape)}, want width {options.anchor_dim} (anchor_dim)"
+        )
+    if debugging() and options.nonfinite != "skip":
+        _check_finite(anchor, visual.mask)
+    return anchor
+
+
+def _undrawn(options: TermOptions, tokens: _Tokens) -> _Undrawn:
+    mask = tokens.mask
+    anchor = tokens.anchor
+    images = tokens.images
+    if images is None:
+        return _Undrawn(mask, mask, anchor, None, mask.sum())
+    if options.level != "image":
+        weight, count = image_weights(mask, images)
+        return _Undrawn(mask, mask, anchor, weight, count)
+    pooled = pool(anchor, mask.to(anchor.device), images.to(anchor.device))
+    every = mask.new_ones(len(pooled))
+    return _Undrawn(every, None, pooled, None, torch.tensor(len(pooled)))
+
+
+def _projector_anchor(parts: Parts, seen: CapturedForward, visual: VisualTokens) -> Tensor:
+    """What the projector maps to the visual tokens, (N, z)."""
+    if not seen.projector:
+        raise RuntimeError(
+            "anchor: the batch has images but the projector did not run; pass a callable anchor"
+        )
+    if not all(torch.is_tensor(rows) for rows in seen.projector):
+        raise TypeError(
+            f"anchor: the projector got a {type(seen.projector[0]).__name__}, not the tensor of "
+            'its rows; use "pre_llm", or pass a callable anchor'
+        )
+    rows = parts.family.projector_rows(seen.projector, seen.inputs, parts.config)
+    if parts.merge is not None:
+        return parts.merge.projected(seen.inputs, rows)
+    return visual.kept(rows)
+
+
+def _check_finite(anchor: Tensor, mask: Tensor) -> None:
+    """Reads the device, so only under PRE_KERNELS_DEBUG=1."""
+    rows = anchor[mask.to(anchor.device)] if anchor.shape[:-1] == mask.shape else anchor
+    bad = int((~rows.isfinite()).any(-1).sum())
+    if bad:
+        raise ValueError(
+            f"anchor: got nan or inf in {bad} of {len(rows)} visual tokens, want finite values"
+        )

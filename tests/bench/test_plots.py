@@ -1,0 +1,34 @@
+"""The plots that are made of records."""
+
+import pytest
+
+from bench import plots
+
+from .support import cpu_results, gpu_results, results
+
+
+def test_curves_over_the_workspace_of_a_cpu(tmp_path):
+    picture = tmp_path / "workspace.png"
+    assert plots.workspaces(gpu_results(), picture) == []
+    assert not picture.exists()
+    titles = plots.workspaces([*cpu_results(), *gpu_results()], picture)
+    assert [title.partition(":")[0] for title in titles] == ["bf16", "bf16", "fp32", "fp32"]
+    assert picture.stat().st_size > 10_000
+    without = [one for one in cpu_results() if one["dtype"] == "bf16"]
+    for one in without:
+        one.pop("peak_mib", None)  # a system that does not tell
+    assert len(plots.workspaces(without, picture)) == 2
+    swept = [one for one in cpu_results() if one["kind"] == "workspace"]
+    assert plots.curves(swept, tmp_path / "curves.png") == ["time ÷ floor over the workspace"]
+
+
+def test_curves(tmp_path):
+    picture = tmp_path / "curves.png"
+    assert plots.curves([], picture) == []
+    assert not picture.exists()
+    assert len(plots.curves(gpu_results() + results(), picture)) == len(plots.PANELS)
+    assert picture.stat().st_size > 10_000
+    without = [one for one in gpu_results() if one["kind"] != "workspace"]
+    assert "time ÷ floor over the workspace" not in plots.curves(without, picture)
+    square = {"n": 1 << 40, "d": 4096, "m": 4096, "z": 4096, "dtype": "bf16"}
+    assert plots.intensity(square) == pytest.approx(12 * 4096**2 / (3 * 4096 * 2))

@@ -1,0 +1,16 @@
+"""The sweep of tiles, where it cannot be."""
+
+from bench import tile_sweep
+from pre_kernels.check.device import Cpu
+
+
+def test_tiles_that_cannot_be_tried(monkeypatch):
+    tiles = {"device": Cpu(), "role": "project", "n": 80, "d": 60, "m": 96, "dtype": "bf16"}
+    (line,) = tile_sweep.tiles(**tiles, kinds=["descriptor"])
+    assert (
+        line["unavailable"]
+        == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+    )
+    monkeypatch.setattr(tile_sweep, "unavailable", lambda device, dtype: "triton is not installed")
+    (line,) = tile_sweep.tiles(**tiles)
+    assert line["unavailable"] == "triton is not installed"

@@ -1,0 +1,37 @@
+"""Tiny models with PRe attached: one step of them, and a head that is alike each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pre_kernels.integrations import apply_pre
+
+from .by_hand import gradients
+from .tiny.models import FAMILIES, Batch, batch, build
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def run(
+    family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any
+) -> Any:
+    """(loss, gradients, handle, model) of one step of a fresh model with PRe."""
+    model = build(family)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": checkpointing}
+        )
+    handle = apply_pre(model, **options)
+    loss = model(**(data or batch(family)).inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model), handle, model
+
+
+def same_head(handle: Any) -> None:
+    """A head that does not depend on the random state."""
+    with torch.no_grad():
+        for parameter in handle.head.parameters():
+            parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter).sin())

@@ -1,0 +1,104 @@
+"""One training that saves and resumes, by each way of splitting it over two processes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from pre_kernels.integrations import apply_pre, patch_trainer
+
+from .ranks import config, deepspeed
+from .tiny.models import build
+from .tiny.training import EQUAL, InOrder, Samples, Starts, arguments, collate
+
+
+def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
+    """Saves after each of `steps` and at the end; returns the head's `w1` at the beginning."""
+    model = build("llava")
+    starts = Starts()
+    # The tower's last layer is not used, which FSDP's optimizer states miss.
+    model.model.vision_tower.requires_grad_(False)
+    torch.manual_seed(99 if resume else 3)
+    apply_pre(model)
+    options = {
+        "per_device_train_batch_size": 1,
+        "ddp_find_unused_parameters": True,
+        "save_steps": 1,
+    }
+    options |= {"save_strategy": "steps", "max_steps": steps, "max_grad_norm": 1.0} | more
+    args = arguments(Path(folder), 1, 1, **options)
+    if "fsdp" in options:
+        assert args.device.type == "cpu"  # which also sets accelerate up
+        # accelerate does not shard on CPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 does not take "cpu:0"
+    with patch_trainer(), warnings.catch_warnings():
+        # Nothing is wrong, whatever splits the parameters.
+        warnings.filterwarnings("error", message="PRe: ")
+        trainer = InOrder(
+            model=model,
+            args=args,
+            train_dataset=Samples(EQUAL),
+            data_collator=collate("llava", EQUAL),
+            callbacks=[starts],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(f"{folder}/last")
+    return starts.w1
+
+
+def zero(stage: int, folder: str, steps: int, resume: str | None) -> None:
+    deepspeed()
+    settings = config(stage, 1, gradient_clipping=1.0)
+    trained(folder, steps, resume, optim="adamw_torch", learning_rate=0.01, deepspeed=settings)
+
+
+def ddp_resumes(folder: str, steps: int, resume: str | None) -> Any:
+    return trained(folder, steps, resume, ddp_backend="gloo")
+
+
+def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -> Any:
+    plugin: dict[str, Any] = {
+        "version": version,
+        "use_orig_params": True,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": kind,
+    }
+    # Both look for an accelerator.
+    plugin |= {
+        "sync_module_states": False,
+        "cpu_ram_efficient_loading": False,
+    }
+    # as `accelerate launch` says it, which is the way of transformers 4
+    os.environ |= {"FSDP_VERSION": str(version), "FSDP_STATE_DICT_TYPE": kind}
+    options = {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": plugin,
+        "max_grad_norm": 0.0,
+        "ddp_backend": "gloo",
+    }
+    # accelerate does not load the state of an optimizer in shards of FSDP1, and SGD has none
+    options |= {"optim": "adamw_torch" if version == 2 else "sgd", "learning_rate": 0.01}
+    w1: Any = trained(folder, steps, resume, **options)
+    if version == 1:  # each has those of the elements that fell to it
+        parts: list[Any] = [None, None]
+        torch.distributed.all_gather_object(parts, w1.flatten())
+        return torch.cat(parts).view(32, 32)
+    assert w1.to_local().shape == (16, 32)
+    return w1.full_tensor()
+
+
+RUNS = {
+    "DDP": (ddp_resumes,),
+    "FSDP1": (fsdp, 1, "SHARDED_STATE_DICT"),  # the whole one crashes on CPUs, in torch
+    "FSDP2": (fsdp, 2, "FULL_STATE_DICT"),
+    "FSDP2, sharded": (fsdp, 2, "SHARDED_STATE_DICT"),
+    "ZeRO-2": (zero, 2),
+    "ZeRO-3": (zero, 3),
+}
