@@ -33,7 +33,6 @@ def is_test(module: str) -> bool:
     return module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
 
 
-@pytest.mark.xfail(reason="tests/bench, diagnostics and integrations share by importing tests")
 def test_no_test_module_imports_another(graph: grimp.ImportGraph) -> None:
     """What two of them need stands in a support module beside them, or in verify."""
     found = {
