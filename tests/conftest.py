@@ -29,9 +29,8 @@ def old_interpreter() -> None:
     InterpretedFunction.run, InterpretedFunction.__getitem__ = run, launcher
 
 
-os.environ["PRE_KERNELS_CACHE"] = (
-    os.devnull
-)  # the shipped tiles, whatever was tuned on this machine
+# The shipped tiles are tested, whatever was tuned on this machine.
+os.environ["PRE_KERNELS_CACHE"] = os.devnull
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

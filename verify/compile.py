@@ -240,7 +240,7 @@ def launches(targets: list[str]) -> list[Launch]:
     for target in targets:
         add(target, torch.bfloat16, WIDE, "mask")
         add(target, torch.float32, WIDE, "index", row_weight=weight)
-        # each tile: few rows for the products, small weights for their gradients
+        # Few rows take the small tiles of products, small weights those of their gradients.
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
             found += recorded(
                 target, lambda n=n, width=width: each_product(torch.bfloat16, n, width)
@@ -257,7 +257,7 @@ def launches(targets: list[str]) -> list[Launch]:
             add("sm90", dtype, ODD, "mask")
         for dtype in (torch.bfloat16, torch.float32):
             add("sm90", dtype, (8192, 8192, 8192), "index", impl="blas", total=SOME)
-        # rows longer than a block; chunks that are added up
+        # These rows are longer than a block, and their chunks are added up.
         add("sm90", torch.bfloat16, LONG, "index", impl="blas", workspace=1, total=SOME)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         add("sm90", torch.float32, WIDE, "index")

@@ -14,7 +14,7 @@ from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors
 
 from . import oracle_wide
 
-# the tests find those of the rule here
+# Tests import the names of the rule from here.
 __all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -87,7 +87,7 @@ def scales(case: Case) -> dict[str, float]:
     probe = Case(t, case.rows, {**no_reduction, "reduction": "none"})
     losses = run(reference.pre_loss, probe, torch.float64)["loss"]
     reduced = run(reference.pre_loss, case, torch.float64)["loss"]
-    # the factor that the reduction puts on each row
+    # This is the factor that the reduction puts on each row.
     factor = abs((reduced.sum() / losses.sum()).item()) if losses.numel() and losses.sum() else 1.0
 
     index = oracle_wide.selected(case)
@@ -136,8 +136,8 @@ def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
     compared, oracle = run(eager, case), exact(case)
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
     scale, eps = scales(case), torch.finfo(case.product_dtype).eps
-    # the elements of a weight's gradient from few rows are no independent samples: their RMS is
-    # luck too
+    # The elements of a weight's gradient from few rows are no independent samples: their RMS is
+    # luck too.
     few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}
     return [
         Comparison(

@@ -88,9 +88,8 @@ def _cosine(p: Wide, a: Wide) -> tuple[Wide, Wide]:
     clamped = np.maximum(norm, LONG(1e-8))
     p, a = p / clamped, a / np.maximum(np.sqrt((a**2).sum(1, keepdims=True)), LONG(1e-8))
     cosine = (p * a).sum(1, keepdims=True)
-    along = np.where(
-        norm > 0, clamped / np.where(norm > 0, norm, 1), 0
-    )  # PyTorch clamps no derivative of the norm
+    # PyTorch clamps the norm and not its derivative.
+    along = np.where(norm > 0, clamped / np.where(norm > 0, norm, 1), 0)
     return -cosine[:, 0], (cosine * along * p - a) / clamped
 
 

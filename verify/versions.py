@@ -75,10 +75,8 @@ def differences(row: str) -> list[str]:
     wanted = table()[row]
     if row == "oldest":
         wanted = {**wanted, **oldest()}
-    exact = row in (
-        "oldest",
-        "image",
-    )  # of the others there may be newer releases than when the table was written
+    # Of the others there may be newer releases than when the table was written.
+    exact = row in ("oldest", "image")
     found = {name: installed(name) for name in wanted}
     return [
         f"{name} {found[name]}, want {version}{'' if exact else ' or newer'}"

@@ -79,10 +79,9 @@ def test_upstream_gradients_of_any_layout(call):
             torch.autograd.grad(loss, leaves, upstream.clone().contiguous(), retain_graph=True),
         )
     ones = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
-    equal(
-        torch.autograd.grad(loss.sum(), leaves, retain_graph=True), ones
-    )  # expanded from one element
-    # and they do enter
+    # The gradient of a sum is expanded from one element.
+    equal(torch.autograd.grad(loss.sum(), leaves, retain_graph=True), ones)
+    # Upstream gradients do enter.
     assert not torch.equal(torch.autograd.grad(loss, leaves, upstream_of(loss) * 3)[1], ones[1])
 
 

@@ -28,12 +28,13 @@ DESCRIPTOR = {"matmul_descriptor_kernel", "weight_grad_descriptor_kernel"}
 def kernels(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("aot") / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Status 1 is tested below.
     subprocess.run(
         [sys.executable, "-m", "verify.compile", "--json", str(file)],
         cwd=ROOT,
         env=environment,
         check=False,
-    )  # status 1 is tested below
+    )
     return json.loads(file.read_text())["kernels"]
 
 

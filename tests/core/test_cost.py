@@ -163,9 +163,8 @@ def test_memory_of_a_step(impl, precision, request):
     if precision == "fp8":
         request.getfixturevalue("row_scales")
     n, width = 4096, 128
-    workspace = (
-        4 * 264 * 2 * width + n // 4 * 4 * width * 2
-    )  # partial sums, and a quarter of the rows in four buffers
+    # Room for partial sums, and for a quarter of the rows in four buffers.
+    workspace = 4 * 264 * 2 * width + n // 4 * 4 * width * 2
     found = count(
         impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision
     )
@@ -205,9 +204,8 @@ def test_without_gradients_only_the_loss_is_computed(bias):
     product = "aten.mm.out" if bias is None else "aten.addmm.out"
     passes = ("activate_kernel", "row_loss_kernel", "divisor_kernel", "reduce_kernel")
     assert dict(steps.launches) == {product: 2} | dict.fromkeys(passes, 1)
-    assert steps.allocated == 4 * (
-        3 * 256 * 64 + 256 + 2
-    )  # Z, G, P; the rows' losses; the loss and its divisor
+    # Z, G and P; the rows' losses; the loss and its divisor.
+    assert steps.allocated == 4 * (3 * 256 * 64 + 256 + 2)
 
 
 # What the host does, in counts; bench/host.py has it in microseconds.
@@ -262,10 +260,10 @@ def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
     assert found["ours"] <= ours
     assert steps.allocations <= allocations
     assert found["__post_init__"] <= descriptors
-    assert (
-        found["cdiv"] == found["next_power_of_2"] == 0
-    )  # made for kernels as well: microseconds a call
-    assert found["autocast"] == 0  # there is none to turn off
+    # Triton's own are made for kernels as well, and take microseconds a call.
+    assert found["cdiv"] == found["next_power_of_2"] == 0
+    # Outside of autocast there is none to turn off.
+    assert found["autocast"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles the kernels")

@@ -242,9 +242,8 @@ def test_row_offsets_beyond_31_bits(device):
     """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a
     stride does that without the memory, and an offset that wrapped would read elsewhere."""
     stride = 2**30 + 64
-    storage = torch.empty(
-        2 * stride + 64, dtype=torch.float16, device=device
-    )  # 4 GiB of addresses, three pages touched
+    # These are 4 GiB of addresses, of which three pages are touched.
+    storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=device)
     x = storage.as_strided((3, 32), (stride, 1))
     x[0], x[1], x[2] = 1, 3, 2
     rows = torch.tensor([2, 0], dtype=torch.int32, device=device)

@@ -36,8 +36,8 @@ KERNELS = {name for module in MODULES for name in vars(module) if name.endswith(
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"
 )
-# each kernel, with results that are promised; sizes that are multiples of nothing, rows longer than
-# a block
+# Each kernel with results that are guaranteed, in sizes that are multiples of nothing, and in rows
+# longer than a block.
 
 
 def randn(device, *shape, dtype=torch.float32):
@@ -60,9 +60,8 @@ def read(q, n):
 
 def gathers(f, device, width):
     x = f(randn(device, 9, 2 * width)[:, ::2])
-    index = f(
-        torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5
-    )  # 8 is the last
+    # Row 8 is the last that there is.
+    index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)
     out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
     rows.gather(x, out, index=index, **live(f, device, 5))
     rows.gather(x, cleared, index=index, zero_padding=True, **live(f, device, 5))

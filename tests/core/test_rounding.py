@@ -74,7 +74,7 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
         torch.full((16, 4096), NAN, device=device),
     )
     apply_activation(x, value, "gelu")
-    # a program a row: what it adds up is a row by itself, in float32
+    # Each program has one row, so what it adds up is the row itself, in float32.
     apply_activation_grad(torch.ones_like(value), x.clone(), "gelu", sums=slope)
     x, value, slope = (t.cpu() for t in (x, value, slope))
     y, finite = x[x.isfinite()].double(), x.isfinite()

@@ -365,9 +365,8 @@ def test_scaled_in_place_by_torch(upstream):
     kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
     got = TorchSteps.scale(given, kinds, scale, in_place=True)
     assert got[0] is given.w1
-    assert (given.w1._version > 0) == (
-        upstream != 1.0
-    )  # where nothing is to be scaled, nothing is touched
+    # Where nothing is to be scaled, nothing is touched.
+    assert (given.w1._version > 0) == (upstream != 1.0)
     torch.testing.assert_close(got[0], w1 * upstream, rtol=0, atol=0)
     torch.testing.assert_close(got[2], (w2 * upstream).bfloat16(), rtol=0, atol=0)
     assert torch.equal(given.w2, w2)

@@ -40,9 +40,8 @@ def test_torch_func_is_refused_by_name(transform):
         ):
             TRANSFORMS[transform](lambda hidden: head(hidden, anchor), hidden)
     weights = [p.detach() for p in (head.w1, head.b1, head.w2, head.b2)]
-    TRANSFORMS[transform](
-        lambda hidden: reference.pre_loss(hidden, anchor, *weights), hidden
-    )  # as the message says
+    # The reference can be transformed, as the message says.
+    TRANSFORMS[transform](lambda hidden: reference.pre_loss(hidden, anchor, *weights), hidden)
 
 
 def test_forward_mode_is_refused_by_name():
@@ -60,7 +59,6 @@ def test_forward_mode_is_refused_by_name():
         w2 = forward_ad.make_dual(head.w2.detach(), head.w2.detach())
         with pytest.raises(NotImplementedError, match="forward-mode"):
             fused_pre_loss(hidden, anchor, head.w1, None, w2, None)
-        anchored = head(
-            hidden, forward_ad.make_dual(anchor, anchor)
-        )  # a constant, in either direction
+        # An anchor is a constant, in either direction.
+        anchored = head(hidden, forward_ad.make_dual(anchor, anchor))
         assert forward_ad.unpack_dual(anchored).tangent is None

@@ -50,9 +50,8 @@ def test_the_best_is_kept_and_used(device, folder, monkeypatch):
     for rows in (1, 200, 512, 5000, 9000, 131072):  # classes, not N
         assert tiles.best("descriptor", "rows", rows, 256, operand) == SMALL
     assert tiles.best("descriptor", "rows", 9216, 512, operand) != SMALL
-    assert (
-        tiles.best("descriptor", "weight", 9216, 256, operand) != SMALL
-    )  # only 256 × 256 was timed
+    # Of weights only 256 × 256 was timed.
+    assert tiles.best("descriptor", "weight", 9216, 256, operand) != SMALL
     assert tiles.best("descriptor", "rows", 9216, 256, operand.half()) == SMALL  # by bytes
     assert tiles.key("pointer", "rows", 9, 256, operand) != tiles.key(
         "pointer", "rows", 9, 256, operand.float()
@@ -106,9 +105,8 @@ def test_no_home_is_no_error(monkeypatch):
     """As of a user in a container that no passwd entry knows."""
     monkeypatch.delenv("PRE_KERNELS_CACHE")
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(
-        os.path, "expanduser", lambda path: path
-    )  # what it does where nobody is known
+    # That is what it does where the user is not known.
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*home directory"):
         assert tiles.remembered() == {}
     with warnings.catch_warnings():
@@ -150,9 +148,8 @@ def test_the_sweep_of_tiles_runs_each_candidate_and_not_the_tuned_tile(monkeypat
 
     operand = torch.empty(64, 64, dtype=shapes.DTYPES[dtype])
     for kind in tune.CANDIDATES:
-        tune.remember(
-            tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2)
-        )  # no candidate
+        # This tile is no candidate.
+        tune.remember(tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2))
     seen, real = [], tiles.constants
     monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(list(tile)) or real(tile))
     found = list(tile_sweep.tiles(Cpu(), "project", 32, 64, 64, dtype))

@@ -168,9 +168,8 @@ def _hidden(spec: Spec, randn: Any, g: torch.Generator) -> Tensor:
             .reshape(-1, spec.d)
         )
     channels = torch.randint(spec.d, (2,), generator=g)
-    if (
-        spec.outliers == "tokens"
-    ):  # massive activations: the same few channels of a few tokens, at 1,000 times the rest
+    if spec.outliers == "tokens":
+        # Massive activations: the same few channels of a few tokens, at 1,000 times the rest.
         few = torch.rand(len(hidden), generator=g) < 0.05
         hidden[few.nonzero(), channels] = 1000.0
     elif spec.outliers == "channels":

@@ -56,9 +56,8 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
     anchor = "random" if by_numpy else pick(*ANCHORS)
     pattern = pick(*PATTERNS) if rows != "all" else "all"
     total = math.prod(leading)
-    alone = (
-        pattern == "one" or total == 1 or (rows != "all" and total < 12)
-    )  # there may be but one row
+    # There may be but one row.
+    alone = pattern == "one" or total == 1 or (rows != "all" and total < 12)
     return Spec(
         impl=impl,
         seed=draw(st.integers(0, 2**32 - 1)),

@@ -72,8 +72,6 @@ class Visitor(Places):
         self.optional, self.arguments = optional, set[str]()
         self.left_out = {name for names in LEFT_OUT.values() for name in names.split()}
 
-    # what is left out
-
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.scope.append(node.name)
         if not self.left_out & {node.name, ".".join(self.scope)}:
@@ -117,8 +115,6 @@ class Visitor(Places):
         for key, value in zip(node.keys, node.values, strict=True):
             if not (isinstance(key, ast.Constant) and key.value in KNOBS):
                 self.visit(value)
-
-    # expressions
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         left, right = self.text(node.left), self.text(node.right)
@@ -272,8 +268,6 @@ class Visitor(Places):
         while self.data[end : end + 1] in b", \n" and end < self.stop(call) - 1:
             end += 1
         self.add("mask", start, end, "")
-
-    # statements
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         lists = isinstance(node.value, ast.List | ast.ListComp)

@@ -55,7 +55,7 @@ class Tests:
             for item in items
             if not any(name in item.nodeid for name in PASSED_OVER)
         }
-        # of a test that has got parameters since, all of them
+        # A test may have got parameters since it was recorded: then all of its cases are meant.
         meant = [
             name
             for wanted in self.seconds or ()

@@ -23,7 +23,7 @@ class Places(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         outer = self.statement
         if isinstance(node, ast.stmt):
-            # the head of a function is run on import: its tests are those of the function
+            # The head of a function is run on import, but its tests are those of the function.
             body = None if isinstance(node, ast.FunctionDef) else getattr(node, "body", None)
             self.statement = (
                 node.lineno,
