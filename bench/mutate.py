@@ -194,15 +194,9 @@ def campaign(
 
 
 def recorded() -> dict[str, str]:
-    """The test that killed a mutant, by `Mutant.short`. Results name it by the folder that its file
-    lay in then: it is looked for where the tests of the core are."""
+    """The test that killed a mutant, by `Mutant.short`, as the results name it."""
     lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
-    killers = {}
-    for line in lines:
-        for test, keys in line["killers"].items():
-            file, _, name = test.partition("::")
-            killers |= dict.fromkeys(keys, f"tests/core/{Path(file).name}::{name}")
-    return killers
+    return {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
 
 
 def again(
