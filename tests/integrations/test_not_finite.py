@@ -216,5 +216,7 @@ def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
     hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
     hidden[2:] = NAN
     assert (
-        metrics.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch").isfinite().all()
+        metrics.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch")
+        .isfinite()
+        .all()
     )
