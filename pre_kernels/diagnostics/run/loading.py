@@ -64,9 +64,8 @@ def load(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded as a vision-language model: {error}") from error
-    processors: Any = AutoProcessor
     try:
-        processor = processors.from_pretrained(source, **more)
+        processor: Any = AutoProcessor.from_pretrained(source, **more)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where} has no processor that can be loaded: {error}") from error
     if getattr(processor, "image_processor", None) is None:
