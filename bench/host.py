@@ -88,7 +88,9 @@ def without_device(ours: bool) -> Iterator[None]:
 
 def step(device: str, rows: str = "index", **options: Any) -> Callable[[], Any]:
     """A forward and backward with every gradient wanted: 256 rows, as of one small image."""
-    width, total, n = 3584 if device == "cuda" else 64, 1024, 256
+    width = 3584 if device == "cuda" else 64
+    total = 1024
+    n = 256
     shapes = ((total, width), (width, width), (width,), (width, width), (width,))
     leaves = [
         torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True)

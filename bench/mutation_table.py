@@ -28,11 +28,13 @@ def aggregate(
         killers = defaultdict[str, list[str]](list)
         survivors = []
         for one in members:
-            outcome, reason = one["outcome"], ""
+            outcome = one["outcome"]
+            reason = ""
             if outcome in SURVIVED:
                 for kind, reasons in named.items():
                     if one["key"] in reasons:
-                        outcome, reason = kind, reasons[one["key"]]
+                        outcome = kind
+                        reason = reasons[one["key"]]
                 survivors.append({"mutant": one["key"], "outcome": outcome, "reason": reason})
             elif one["test"]:
                 killers[one["test"]].append(one["short"])

@@ -116,7 +116,8 @@ def judged(
 ) -> tuple[dict[str, Any], baselines.Step | None]:
     """What is to be said of a baseline before it is timed, and its step if it is to be. `judges`
     keeps the judge of each own case."""
-    place, dtype = case.tensors["hidden"].device, case.product_dtype
+    place = case.tensors["hidden"].device
+    dtype = case.product_dtype
     if missing := baseline.missing(place, dtype):
         return {"unavailable": missing}, None
     if baseline.build is None:
@@ -159,7 +160,8 @@ def timed(milliseconds: list[float], floor: list[float] | None) -> dict[str, flo
 def too_large(shape: shapes.Shape, device: Cpu | Cuda) -> str | None:
     """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it
     fits."""
-    need, free = needed(shape, torch.float64, FLUSH), device.free()
+    need = needed(shape, torch.float64, FLUSH)
+    free = device.free()
     if free is None or need <= free:
         return None
     return f"judging it takes {need / 2**30:.0f} GiB, of which {free / 2**30:.0f} are free"

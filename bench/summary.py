@@ -176,7 +176,8 @@ def _broken(records: Sequence[Record]) -> list[str]:
 
 
 def _guarantees(records: Sequence[Record]) -> list[str]:
-    calls, broken = _kind(records, *KEPT), _broken(records)
+    calls = _kind(records, *KEPT)
+    broken = _broken(records)
     kept = f"guarantees: {len(calls) - len(broken)} of {len(calls)} kept"
     return [kept, *_few(broken, 2)] if calls else []
 
@@ -272,7 +273,8 @@ def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
         if name.startswith("ours-") and one.get("failed"):
             yield f"mend {name} at {one['shape']}, {one['selection']}: {one['failed']}"
     for name, one in ours.items():
-        where, over = f"{name} at {one['shape']}, {one['selection']}", ratios(run, name)["floor"]
+        where = f"{name} at {one['shape']}, {one['selection']}"
+        over = ratios(run, name)["floor"]
         goal = {"ours-blas": BLAS, "ours-triton": MASK}.get(name)
         if one.get("enqueue_us", 0.0) > 900 * one["median_ms"]:
             host = f"{one['enqueue_us']:.0f} µs a step"

@@ -11,7 +11,8 @@ class Samples:
     table shows ours."""
 
     def __init__(self) -> None:
-        self.now, self.ahead = 0.0, iter(())
+        self.now = 0.0
+        self.ahead = iter(())
 
     def __call__(self) -> float:
         return self.now

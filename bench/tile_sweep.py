@@ -150,7 +150,10 @@ def _product(
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=dtype, device=place)
 
-    x, dy, w, bias = randn(n, d), randn(n, m), randn(m, d) / d**0.5, randn(m)
+    x = randn(n, d)
+    dy = randn(n, m)
+    w = randn(m, d) / d**0.5
+    bias = randn(m)
     if role == "project":
         y, out = randn(n, m), randn(n, m)
         truth = x.double() @ w.double().t() + bias.double()
@@ -163,7 +166,8 @@ def _product(
             y,
             dy.double() @ w.double(),
         )
-    total, out = torch.zeros(m, d, device=place), torch.empty_like(w)
+    total = torch.zeros(m, d, device=place)
+    out = torch.empty_like(w)
     truth = dy.double().t() @ x.double()
     return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
 

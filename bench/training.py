@@ -192,8 +192,10 @@ class Step:
 
     def __init__(self, size: Size, device: Cpu | Cuda) -> None:
         torch.manual_seed(0)
-        self.size, place = size, device.torch_device
-        self.model, self.inputs = build(size, place), batch(size, place)
+        self.size = size
+        place = device.torch_device
+        self.model = build(size, place)
+        self.inputs = batch(size, place)
         trained = (p for p in self.model.parameters() if p.requires_grad)
         # so small a rate that the model stays where it was: every step then costs the same
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

@@ -28,5 +28,6 @@ def token_ids(config: Any, kind: str) -> tuple[int, ...]:
 def visual_tokens(config: Any, inputs: Inputs) -> Tensor | None:
     """Mask (B, T) of the image tokens in `input_ids`; None without ids, or if the config names no
     image token."""
-    ids, tokens = inputs.get("input_ids"), token_ids(config, "image")
+    ids = inputs.get("input_ids")
+    tokens = token_ids(config, "image")
     return torch.isin(ids, ids.new_tensor(tokens)) if torch.is_tensor(ids) and tokens else None

@@ -129,7 +129,8 @@ def row_values(problem: Problem) -> None:
 
 def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
     selection = _tensor("rows", rows, device)
-    shape, dtype = tuple(selection.shape), selection.dtype
+    shape = tuple(selection.shape)
+    dtype = selection.dtype
     if dtype == torch.bool:
         _shape("rows", selection, tuple(leading), "hidden's leading shape")
         return selection.flatten()

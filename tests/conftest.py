@@ -89,10 +89,8 @@ def impl(request) -> str:
 def row_scales(device):
     """What the products of "fp8" are taken with: on a CPU older torches have one scale a tensor
     alone."""
-    x, rows = (
-        torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device),
-        torch.ones(16, 1, device=device),
-    )
+    x = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device)
+    rows = torch.ones(16, 1, device=device)
     try:
         torch._scaled_mm(x, x.t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16)
     except RuntimeError:

@@ -104,7 +104,8 @@ class FencedAllocations(TorchDispatchMode):
             real, _ = ops.OPERATORS[function._schema.name.split("::")[1]]
             with self:
                 return real(*args)
-        result, name = function(*args, **(kwargs or {})), function._schema.name.split("::")[1]
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1]
         if (
             name in ("empty", "new_empty", "empty_like", "new_full", "new_ones", "new_zeros")
             and result.numel()
@@ -118,7 +119,10 @@ class WatchedMemory:
     there: it reads as zeros, and takes what is written."""
 
     def __init__(self, far=()) -> None:
-        self.real, self.far, self.names, self.reached = interpreter._interpreter, far, set(), {}
+        self.real = interpreter._interpreter
+        self.far = far
+        self.names = set()
+        self.reached = {}
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -150,7 +154,9 @@ class WatchedMemory:
         return away
 
     def run(self, kernel, *args, grid, warmup, **kwargs):
-        self.name, self.loads, self.stores = kernel.__name__, [], []
+        self.name = kernel.__name__
+        self.loads = []
+        self.stores = []
         self.names.add(self.name)
         tensors = [x.base if isinstance(x, TensorDescriptor) else x for x in args]
         spans = sorted(span(x) for x in tensors if isinstance(x, torch.Tensor) and x.numel())
@@ -185,7 +191,8 @@ class WatchedMemory:
 def span(x: torch.Tensor) -> tuple[int, int, int, int]:
     """First address, the one after the last, and how far apart and how long the pieces without a
     gap are."""
-    size, begin = x.element_size(), x.data_ptr()
+    size = x.element_size()
+    begin = x.data_ptr()
     end = begin + size * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
     if x.is_contiguous() or x.dim() != 2:
         return begin, end, end - begin, end - begin
@@ -219,7 +226,8 @@ class LastProgram(WatchedMemory):
         self.program = program
 
     def execute(self, kernel, grid, args, kwargs):
-        builder, last = interpreter.interpreter_builder, [n - 1 for n in grid]
+        builder = interpreter.interpreter_builder
+        last = [n - 1 for n in grid]
         last = last if self.program is None else [self.program, 0, 0]
         with (
             mock.patch.object(

@@ -133,9 +133,11 @@ def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
     """The loss and every gradient of `function`, beside eager's in the same dtype and the
     oracle's."""
     ours = run(function, case, **extra)
-    compared, oracle = run(eager, case), exact(case)
+    compared = run(eager, case)
+    oracle = exact(case)
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
-    scale, eps = scales(case), torch.finfo(case.product_dtype).eps
+    scale = scales(case)
+    eps = torch.finfo(case.product_dtype).eps
     # The elements of a weight's gradient from few rows are no independent samples: their RMS is
     # luck too.
     few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}

@@ -38,7 +38,9 @@ def selected(case: Case) -> Tensor:
 def erfc(x: Wide) -> Wide:
     """Its power series near 0, its continued fraction elsewhere; by absolute value, as erfc(-x) = 2
     - erfc(x)."""
-    y, near, far = np.abs(x), np.minimum(np.abs(x), 1), np.maximum(np.abs(x), 1)
+    y = np.abs(x)
+    near = np.minimum(np.abs(x), 1)
+    far = np.maximum(np.abs(x), 1)
     term = total = near
     for n in range(1, 40):
         term = term * 2 * near**2 / (2 * n + 1)
@@ -61,7 +63,8 @@ def _gelu(z: Wide) -> tuple[Wide, Wide]:
 
 
 def _gelu_tanh(z: Wide) -> tuple[Wide, Wide]:
-    cubic, c = LONG("0.044715"), np.sqrt(2 / PI)
+    cubic = LONG("0.044715")
+    c = np.sqrt(2 / PI)
     u, slope = 2 * c * (z + cubic * z**3), 2 * c * (1 + 3 * cubic * z**2)
     return z * _sigmoid(u), _sigmoid(u) + z * (_sigmoid(u) * _sigmoid(-u)) * slope
 
@@ -122,11 +125,13 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         name: None if x is None else x.detach().double().cpu().numpy().astype(LONG)
         for name, x in case.tensors.items()
     }
-    options, index = case.options, selected(case).cpu().numpy()
+    options = case.options
+    index = selected(case).cpu().numpy()
     h = t["hidden"].reshape(-1, t["hidden"].shape[-1])
     compact = case.tensors["anchor"].shape[:-1] != case.tensors["hidden"].shape[:-1]
     a = t["anchor"].reshape(-1, t["anchor"].shape[-1])
-    x, a = h[index], a if compact else a[index]
+    x = h[index]
+    a = a if compact else a[index]
 
     def linear(x: Wide, weight: Wide, bias: Wide | None) -> Wide:
         return x @ weight.T if bias is None else x @ weight.T + bias
@@ -134,11 +139,9 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     g, slope = ACTIVATIONS[options.get("activation", "gelu")](linear(x, t["w1"], t["b1"]))
     losses, dp = ROW_LOSSES[options.get("loss", "cosine")](linear(g, t["w2"], t["b2"]), a)
 
-    weight, reduction, divisor = (
-        options.get("row_weight"),
-        options.get("reduction", "mean"),
-        LONG(len(index)),
-    )
+    weight = options.get("row_weight")
+    reduction = options.get("reduction", "mean")
+    divisor = LONG(len(index))
     if weight is not None:
         masked = case.rows is not None and case.rows.dtype == torch.bool
         leading = weight.shape != index.shape or (
@@ -146,7 +149,9 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         )
         weight = weight.double().cpu().numpy().reshape(-1).astype(LONG)
         weight = weight[index] if leading else weight
-        losses, dp, divisor = losses * weight, dp * weight[:, None], weight.sum()
+        losses = losses * weight
+        dp = dp * weight[:, None]
+        divisor = weight.sum()
     if options.get("normalizer") is not None:
         divisor = LONG(float(options["normalizer"]))
     if reduction == "none":

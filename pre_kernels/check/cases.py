@@ -109,7 +109,9 @@ def floor(case: Case) -> Step:
     assert rows is not None
     x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
     z = x @ w1.t()
-    g, p, dx = torch.nn.functional.gelu(z), torch.empty_like(dp), torch.empty_like(x)
+    g = torch.nn.functional.gelu(z)
+    p = torch.empty_like(dp)
+    dx = torch.empty_like(x)
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
 
     def run() -> tuple[Tensor, ...]:

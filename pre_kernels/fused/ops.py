@@ -134,7 +134,8 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
-    total, dtype = problem.hidden.shape[0], problem.hidden.dtype
+    total = problem.hidden.shape[0]
+    dtype = problem.hidden.dtype
     return _finish(steps, grads, selection.scatter_map, total, dtype, dtypes, None)
 
 

@@ -142,7 +142,9 @@ def test_hooks_on_parameters(impl, device):
     wanted = {name: p.grad.clone() for name, p in head.named_parameters()} | {
         "hidden": hidden.grad.clone()
     }
-    seen, stepped, modules = {}, [], []
+    seen = {}
+    stepped = []
+    modules = []
     head.zero_grad()
     hidden.grad = None
     for name, tensor in (*head.named_parameters(), ("hidden", hidden)):

@@ -66,11 +66,10 @@ OLD = {"head-0.1.0": 0.4392769282}
 
 @pytest.mark.parametrize("name", OLD)
 def test_heads_of_earlier_versions_load_and_mean_the_same(name, impl, device):
-    load_file, folder = pytest.importorskip("safetensors.torch").load_file, DATA / name
-    config, state = (
-        json.loads((folder / "pre_head.json").read_text()),
-        load_file(folder / "pre_head.safetensors"),
-    )
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    folder = DATA / name
+    config = json.loads((folder / "pre_head.json").read_text())
+    state = load_file(folder / "pre_head.safetensors")
     shapes = {"w1": (2, 32), "b1": (2,), "w2": (32, 2), "b2": (32,)}
     assert {name: tuple(x.shape) for name, x in state.items()} == shapes
     options = {name: config[name] for name in ("bias", "activation", "loss")}

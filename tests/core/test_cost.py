@@ -31,7 +31,11 @@ class Steps(TorchDispatchMode):
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.rows, self.launches, self.waits, self.bytes, self.allocated = rows, Counter(), [], 0, 0
+        self.rows = rows
+        self.launches = Counter()
+        self.waits = []
+        self.bytes = 0
+        self.allocated = 0
         self.allocations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -39,7 +43,8 @@ class Steps(TorchDispatchMode):
             real, _ = ops.OPERATORS[function._schema.name.split("::")[1]]
             with self:
                 return real(*args)
-        name, result = str(function), function(*args, **(kwargs or {}))
+        name = str(function)
+        result = function(*args, **(kwargs or {}))
         if any(word in name for word in WAITS):
             self.waits.append(name)
         if isinstance(result, torch.Tensor) and ("empty" in name or "new_" in name):
@@ -215,7 +220,9 @@ def test_without_gradients_only_the_loss_is_computed(bias):
 def calls(*targets):
     """How often functions of this package are called, all of them together, and each of the targets
     (owner, name)."""
-    package, found, before = str(Path(pre_kernels.__file__).parent), Counter(), sys.getprofile()
+    package = str(Path(pre_kernels.__file__).parent)
+    found = Counter()
+    before = sys.getprofile()
 
     def profile(frame, event, arg):
         if event == "call" and frame.f_code.co_filename.startswith(package):

@@ -22,7 +22,10 @@ class Counted(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.products, self.passes, self.allocated, self.calls = Counter(), 0.0, 0, 0
+        self.products = Counter()
+        self.passes = 0.0
+        self.allocated = 0
+        self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pre_kernels":
@@ -30,7 +33,8 @@ class Counted(TorchDispatchMode):
             with self:
                 return real(*args)
         kwargs = kwargs or {}
-        result, name = function(*args, **kwargs), str(function)
+        result = function(*args, **kwargs)
+        name = str(function)
         self.calls += 1
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         kept = {x.untyped_storage().data_ptr() for x in given}

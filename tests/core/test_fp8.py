@@ -41,7 +41,8 @@ def test_each_pass_leaves_float8_rows(device, width):
     x = torch.randn(21, width, device=device) * torch.logspace(-6, 4, 21, device=device)[:, None]
     x[3] = 0
     x[:, 5] *= 1e-4  # subnormal beside the largest
-    index, room = torch.randperm(21, device=device), Quantized.empty(x, 21, width)
+    index = torch.randperm(21, device=device)
+    room = Quantized.empty(x, 21, width)
     gather(x, None, index=index, quantized=room)
     check_quantized(room, x[index])
     g = torch.empty_like(x)
@@ -83,10 +84,8 @@ def test_weights_in_both_layouts(device, bad):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(device, bad):
-    x, room = (
-        torch.randn(4, 32, device=device),
-        Quantized.empty(torch.empty(0, device=device), 4, 32),
-    )
+    x = torch.randn(4, 32, device=device)
+    room = Quantized.empty(torch.empty(0, device=device), 4, 32)
     x[2, 7] = bad
     gather(x, None, quantized=room)
     assert not (room.values.float() * room.scales[:, None])[2, 7].isfinite()

@@ -101,7 +101,8 @@ def test_weight_grad_ignores_what_lies_beyond_the_count(device, first):
 
 @pytest.mark.parametrize("start", [30, 60])
 def test_a_chunk_beyond_the_count_does_nothing(device, start):
-    dy, total = torch.full((20, 32), NAN, device=device), torch.ones(32, 32, device=device)
+    dy = torch.full((20, 32), NAN, device=device)
+    total = torch.ones(32, 32, device=device)
     add_weight_grad(total, dy, dy, count=count(30, device), start=start)
     assert (total == 1).all()
     add_weight_grad(total, dy, dy, count=count(30, device), start=start, first=True)
@@ -261,10 +262,8 @@ def test_row_offsets_beyond_31_bits(device):
     row_loss(x.contiguous(), x, losses, loss="mse", grad=False)
     assert not losses.any()
     eye = torch.eye(32, dtype=torch.float16, device=device)
-    far, y = (
-        storage.as_strided((2, 32), (2 * stride, 1)),
-        torch.empty(2, 32, dtype=torch.float16, device=device),
-    )
+    far = storage.as_strided((2, 32), (2 * stride, 1))
+    y = torch.empty(2, 32, dtype=torch.float16, device=device)
     matmul(far, eye, y)
     assert y[:, 0].tolist() == [1, 2]
     for weight in (eye, eye.float()):  # a cast: by pointers
@@ -325,7 +324,8 @@ def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
 @pytest.mark.parametrize("current", [0, 1])
 def test_the_tensors_device_is_not_the_current_one(monkeypatch, current):
     class Far:
-        is_cuda, device = True, torch.device("cuda:1")
+        is_cuda = True
+        device = torch.device("cuda:1")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     entered = on_device(Far())

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 E4M3 = torch.float8_e4m3fn
-R, D = 2**19 + 512, 4096
+R = 2**19 + 512
+D = 4096
 M, N = 2**16, 2**15 + 128
 ZEROS = torch.zeros(R)
 
@@ -78,7 +79,8 @@ def far_row_loss_columns(far):
 
 
 def far_matmul(far):
-    many, float32 = 2**26 + 64, torch.float32
+    many = 2**26 + 64
+    float32 = torch.float32
     matmul.matmul(far(many, 32, dtype=float32), torch.zeros(32, 16), far(many, 16, dtype=float32))
     matmul.matmul(torch.zeros(R, 16), torch.zeros(16, D), far(R, D, dtype=float32))
 
@@ -88,7 +90,8 @@ def far_matmul_columns(far):
 
 
 def far_weight(far):
-    many, float32 = 2**26 + 64, torch.float32
+    many = 2**26 + 64
+    float32 = torch.float32
     matmul.matmul(torch.zeros(1, 32), far(many, 32, dtype=float32).t(), far(1, many, dtype=float32))
 
 

@@ -62,7 +62,9 @@ def gathers(f, device, width):
     x = f(randn(device, 9, 2 * width)[:, ::2])
     # Row 8 is the last that there is.
     index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)
-    out, cleared, q = f.out(4, width, device=device), f.out(4, width, device=device), None
+    out = f.out(4, width, device=device)
+    cleared = f.out(4, width, device=device)
+    q = None
     rows.gather(x, out, index=index, **live(f, device, 5))
     rows.gather(x, cleared, index=index, zero_padding=True, **live(f, device, 5))
     if width <= LONGEST:
@@ -72,9 +74,11 @@ def gathers(f, device, width):
 
 
 def scatters(f, device, width):
-    x, out = f(randn(device, 4, width)), f.out(7, width, dtype=torch.bfloat16, device=device)
+    x = f(randn(device, 4, width))
+    out = f.out(7, width, dtype=torch.bfloat16, device=device)
     inverse = f(torch.tensor([-1, 2, 0, -1, 3, 1, -1], dtype=torch.int32, device=device))
-    upstream, mine = f(torch.tensor(3.0, device=device)), f.both(x)
+    upstream = f(torch.tensor(3.0, device=device))
+    mine = f.both(x)
     rows.scatter(x, out, inverse=inverse, upstream=upstream)
     rows.scatter(mine, mine, upstream=upstream)
     return [out, mine]
@@ -92,8 +96,11 @@ def selects(f, device, width):
 
 def activations(f, device, width):
     z, dg = randn(device, 9, width), randn(device, 9, width)
-    g, dz, more = f.out(9, width, device=device), f.both(z, 7), f.both(z)
-    sums, added = f.out(3, width, device=device), f.both(randn(device, 3, width))
+    g = f.out(9, width, device=device)
+    dz = f.both(z, 7)
+    more = f.both(z)
+    sums = f.out(3, width, device=device)
+    added = f.both(randn(device, 3, width))
     activation.apply_activation(f(z, 7), g, "silu", **live(f, device, 9))
     activation.apply_activation_grad(f(dg, 7), dz, "gelu", sums=sums, **live(f, device, 9))
     activation.apply_activation_grad(f(dg), more, "gelu", sums=added, first=False)
@@ -108,10 +115,12 @@ def activations(f, device, width):
 
 def row_losses(f, device, width):
     anchor, weight = f(randn(device, 20, 2 * width)[:, ::2]), f(randn(device, 20).abs())
-    results, n = [], 9 if width <= LONGEST else 4
+    results = []
+    n = 9 if width <= LONGEST else 4
     index, upstream = f(torch.arange(21, 1, -1, device=device) % 20, n), f(randn(device, 20), n)
     for loss, first in zip(LOSSES, itertools.cycle((True, False)), strict=False):
-        p, losses = f.both(randn(device, n, width), n - 2), f.out(20, device=device)
+        p = f.both(randn(device, n, width), n - 2)
+        losses = f.out(20, device=device)
         sums = f.out(2, width, device=device) if first else f.both(randn(device, 2, width))
         q = quantized(f, device, n, width) if width <= LONGEST else None
         chosen = {"index": index, "gather_anchor": True, "weight": weight, "gather_weight": True}
@@ -145,10 +154,8 @@ def finishes(f, device, width):
     loss = finish.reduce_loss(losses, divisor, count)
     matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
     sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
-    dtypes, upstream = (
-        (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
-        f(torch.tensor(3.0, device=device)),
-    )
+    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
+    upstream = f(torch.tensor(3.0, device=device))
     new = finish.scale_gradients(matrices, sums, dtypes, upstream)
     mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float())
     return [
@@ -174,10 +181,12 @@ def products(f, device, width, dtype=torch.float32, k=None):
     y, back = (f.out(21, n, dtype=dtype, device=device) for n in (width, k))
     matmul.matmul(f(x, 16), w, y, bias=bias, **live(f, device, 18))
     matmul.matmul(f(dy), w.t(), back)
-    first, total = f.out(width, k, device=device), f.both(randn(device, width, k))
+    first = f.out(width, k, device=device)
+    total = f.both(randn(device, width, k))
     weight_grad.add_weight_grad(first, f(dy, 16), f(x, 16), first=True, **live(f, device, 18))
     weight_grad.add_weight_grad(total, f(dy), f(x))
-    strided, last = f(randn(device, k, 21, dtype=dtype)).t(), f.out(width, k, device=device)
+    strided = f(randn(device, k, 21, dtype=dtype)).t()
+    last = f.out(width, k, device=device)
     weight_grad.add_weight_grad(last, f(dy), strided, first=True)
     return [y[:16], back, first, total, last]
 

@@ -114,7 +114,8 @@ def test_export(device):
 @pytest.mark.parametrize("rows", ["mask", "all"])
 def test_export_of_a_head_that_is_trained(impl, device, rows):
     """Its program calls the operator in grad mode, with parameters that require grad."""
-    case, head = make(4, device=device, rows=rows), PreHead(24, 40).to(device)
+    case = make(4, device=device, rows=rows)
+    head = PreHead(24, 40).to(device)
 
     class Loss(torch.nn.Module):
         def __init__(self):
@@ -171,10 +172,8 @@ class Kind(torch.Tensor):
 def test_who_looks_at_operators_sees_them(impl, device, call):
     """And gets the bits that a call without them gives."""
     case = make(4, device=device, **CALLS[call])
-    function, names = (
-        partial(fused, case, impl),
-        ("loss", "recompute" if call == "none" else "rescale_"),
-    )
+    function = partial(fused, case, impl)
+    names = ("loss", "recompute" if call == "none" else "rescale_")
     wanted = {f"pre_kernels::{name}" for name in names}
     plain = results(function, case)
     with Watching() as watching:
@@ -196,7 +195,8 @@ def test_who_looks_at_operators_sees_them(impl, device, call):
 def test_a_graph_from_before_autograd_has_the_operator(impl, device):
     """And takes another mask of more rows."""
     case = make(4, device=device, leading=(60,), share=0.2, loss="mse", reduction="sum")
-    few, many = case.rows, ~case.rows
+    few = case.rows
+    many = ~case.rows
 
     def function(hidden, rows):
         return fused(case, impl, {**case.tensors, "hidden": hidden}, rows)

@@ -28,7 +28,8 @@ def test_only_a_refusal_is_an_answer(monkeypatch, first, error):
         raise error
 
     monkeypatch.setattr(torch.ops.aten.mm if first else torch.ops.aten.addmm, "dtype_out", refuse)
-    total, dy = torch.zeros(16, 16).as_subclass(Cuda), torch.zeros(16, 16, dtype=torch.float16)
+    total = torch.zeros(16, 16).as_subclass(Cuda)
+    dy = torch.zeros(16, 16, dtype=torch.float16)
     if isinstance(error, torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError):
             products.add_product(total, dy, dy, first)

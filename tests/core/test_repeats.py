@@ -39,7 +39,8 @@ def train(seed, impl, device):
     for p in head.parameters():
         p.data.copy_(torch.rand(p.shape, generator=generator) - 0.5)
     head.to(device)
-    optimizer, seen = torch.optim.SGD(head.parameters(), lr=0.1), []
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    seen = []
     for step in range(3 if INTERPRETED and impl != "torch" else 30):
         n = 5 + 7 * seed + step
         hidden, anchor = (
@@ -57,7 +58,8 @@ def train(seed, impl, device):
 def test_two_models_in_two_threads(impl, device, monkeypatch):
     if INTERPRETED:
         # the interpreter is no thread's own: one launch at a time, all but the launches overlap
-        run, lock = KERNEL.run, threading.Lock()
+        run = KERNEL.run
+        lock = threading.Lock()
 
         def one_at_a_time(*arguments, **keywords):
             with lock:
@@ -65,7 +67,9 @@ def test_two_models_in_two_threads(impl, device, monkeypatch):
 
         monkeypatch.setattr(KERNEL, "run", one_at_a_time)
     wanted = [train(seed, impl, device) for seed in range(2)]
-    found, errors, start = [None, None], [], threading.Barrier(2)
+    found = [None, None]
+    errors = []
+    start = threading.Barrier(2)
 
     def work(seed):
         try:
@@ -106,7 +110,8 @@ def results(function, leaves):
 @pytest.mark.parametrize("name", REPEATED)
 def test_the_same_bits_every_time(impl, device, name):
     case = make(22, d=32, m=32, z=32, weight="leading", device=device, **REPEATED[name])
-    function, leaves = as_function(case, impl), leaves_of(case)
+    function = as_function(case, impl)
+    leaves = leaves_of(case)
     wanted = results(function, leaves)
     # interpreted, programs run one after another: repeats show no more than memory that is used as
     # it was found
@@ -123,7 +128,8 @@ def test_deterministic_algorithms(impl, device, name):
     """Nothing raises, the bits are those of always, and what torch then puts into fresh memory, NaN
     and the largest integer, reaches no result."""
     case = make(22, d=32, m=32, z=32, weight="leading", device=device, **REPEATED[name])
-    function, leaves = as_function(case, impl), leaves_of(case)
+    function = as_function(case, impl)
+    leaves = leaves_of(case)
     wanted = results(function, leaves)
     torch.use_deterministic_algorithms(True)
     try:

@@ -77,7 +77,8 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
     # Each program has one row, so what it adds up is the row itself, in float32.
     apply_activation_grad(torch.ones_like(value), x.clone(), "gelu", sums=slope)
     x, value, slope = (t.cpu() for t in (x, value, slope))
-    y, finite = x[x.isfinite()].double(), x.isfinite()
+    y = x[x.isfinite()].double()
+    finite = x.isfinite()
     leaf = y.clone().requires_grad_()
     want = leaf * torch.special.erfc(-leaf / 2**0.5) / 2
     last_place = torch.exp2(want.detach().abs().log2().floor()).clamp_min(torch.finfo(dtype).tiny)
@@ -98,7 +99,8 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
 def test_gelu_of_what_is_no_number(device, dtype):
     """As float64's, and a zero keeps its sign."""
     x = torch.tensor([[float("inf"), -float("inf"), NAN, 0.0, -0.0]], dtype=dtype, device=device)
-    value, slope = torch.empty(1, 5, device=device), x.clone()
+    value = torch.empty(1, 5, device=device)
+    slope = x.clone()
     apply_activation(x, value, "gelu")
     apply_activation_grad(torch.ones_like(x), slope, "gelu")
     leaf = x.double().requires_grad_()
@@ -138,7 +140,8 @@ def test_sums_in_one_exchange(monkeypatch):
     results = []
     for interpret in (True, False):
         monkeypatch.setattr(common, "INTERPRET", tl.constexpr(interpret))
-        dp, losses = p.clone(), torch.zeros(5)
+        dp = p.clone()
+        losses = torch.zeros(5)
         row_loss(dp, a, losses, loss="cosine", grad=True)
         results.append((dp, losses))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)

@@ -120,8 +120,10 @@ def test_activations(device, activation, columns):
 def test_row_loss(device, loss, width):
     """Short rows, one in a block, and rows longer than a block; gathered anchors and weights, a
     scale on the device."""
-    p, a = torch.randn(9, width, device=device), torch.randn(20, 2 * width, device=device)[:, ::2]
-    index, weight = torch.randperm(20, device=device), torch.rand(20, device=device)
+    p = torch.randn(9, width, device=device)
+    a = torch.randn(20, 2 * width, device=device)[:, ::2]
+    index = torch.randperm(20, device=device)
+    weight = torch.rand(20, device=device)
     losses, sums = torch.full((20,), NAN, device=device), torch.full((2, width), NAN, device=device)
     dp = p.clone()
     row_loss(
@@ -199,7 +201,8 @@ def test_rows_smaller_than_the_cosines_eps(device, cosine, width, small):
     leaf = p.double().requires_grad_()
     each = reference.ROW_LOSSES["cosine"](leaf, a.double())
     (want,) = torch.autograd.grad(each.sum(), leaf)
-    ours, losses = p.to(device), torch.zeros(6, device=device)
+    ours = p.to(device)
+    losses = torch.zeros(6, device=device)
     if cosine == "triton":
         row_loss(ours, a.to(device), losses, loss="cosine", grad=True)
     else:
@@ -224,7 +227,8 @@ def test_rows_as_large_as_float32(device, cosine, large):
     leaf = p.double().requires_grad_()
     each = reference.ROW_LOSSES["cosine"](leaf, a.double())
     (want,) = torch.autograd.grad(each[:3].sum(), leaf)
-    ours, losses = p.clone().to(device), torch.full((6,), NAN, device=device)
+    ours = p.clone().to(device)
+    losses = torch.full((6,), NAN, device=device)
     if cosine == "triton":
         row_loss(ours, a.to(device), losses, loss="cosine", grad=True)
     else:
@@ -256,13 +260,12 @@ def test_what_no_branch_computes_is_no_kernel(device):
 @pytest.mark.parametrize("start", [30, 60])
 def test_a_chunk_beyond_the_count(device, start):
     """Nothing is read, nothing written but zeros where sums begin."""
-    p, losses = torch.full((20, 32), NAN, device=device), torch.zeros(90, device=device)
+    p = torch.full((20, 32), NAN, device=device)
+    losses = torch.zeros(90, device=device)
     for first, was in ((True, NAN), (False, 1.0)):
         sums = torch.full((4, 32), was, device=device)
-        anchor, live = (
-            torch.randn(90, 32, device=device),
-            {"count": count(30, device), "start": start},
-        )
+        anchor = torch.randn(90, 32, device=device)
+        live = {"count": count(30, device), "start": start}
         row_loss(p, anchor, losses, loss="mse", grad=True, sums=sums, first=first, **live)
         assert torch.equal(sums, torch.full_like(sums, 0.0 if first else was))
         sums = torch.full((4, 32), was, device=device)
@@ -307,7 +310,8 @@ def test_reduce_of_nothing_over_nothing_and_over_zero(device):
 
 
 def test_scaled_gradients_in_one_launch(device):
-    w1, w2 = torch.randn(70, 123, device=device), torch.randn(33, 70, device=device).bfloat16()
+    w1 = torch.randn(70, 123, device=device)
+    w2 = torch.randn(33, 70, device=device).bfloat16()
     b1, b2 = torch.randn(264, 70, device=device), torch.randn(1, 33, device=device)
     dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
     upstream = number(-1.5, device)
@@ -361,7 +365,8 @@ def test_scaled_in_place(device, upstream):
 @pytest.mark.parametrize("upstream", [1.0, 2.0, -1.5])
 def test_scaled_in_place_by_torch(upstream):
     w1, w2 = torch.randn(7, 12), torch.randn(5, 7)
-    given, scale = Gradients(None, w1.clone(), None, w2.clone(), None), number(upstream, "cpu")
+    given = Gradients(None, w1.clone(), None, w2.clone(), None)
+    scale = number(upstream, "cpu")
     kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
     got = TorchSteps.scale(given, kinds, scale, in_place=True)
     assert got[0] is given.w1

@@ -75,7 +75,9 @@ def test_a_product_takes_the_tuned_tile(device, monkeypatch):
 def test_a_given_tile_is_taken(device, monkeypatch, dtype):
     """By descriptors and by pointers: what is tuned is what is timed."""
     x, w = (torch.randn(40, 40, device=device).to(dtype) for _ in range(2))
-    seen, real, given = [], tiles.constants, tiles.Tile(64, 64, 16, 4, 2, 3)
+    seen = []
+    real = tiles.constants
+    given = tiles.Tile(64, 64, 16, 4, 2, 3)
     monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(tile) or real(tile))
     total = torch.empty(40, 40, device=device)
     matmul(x, w, torch.empty_like(x), tile=given)
@@ -150,7 +152,8 @@ def test_the_sweep_of_tiles_runs_each_candidate_and_not_the_tuned_tile(monkeypat
     for kind in tune.CANDIDATES:
         # This tile is no candidate.
         tune.remember(tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2))
-    seen, real = [], tiles.constants
+    seen = []
+    real = tiles.constants
     monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(list(tile)) or real(tile))
     found = list(tile_sweep.tiles(Cpu(), "project", 32, 64, 64, dtype))
     assert found

@@ -63,7 +63,8 @@ def problem_of(shape, rows, workspace, device="meta"):
         return torch.empty(size, dtype=dtype, device=device)
 
     d, m, z = shape.d, shape.m, shape.z
-    total, capacity = shape.rows, shape.selected if rows == "index" else shape.rows
+    total = shape.rows
+    capacity = shape.selected if rows == "index" else shape.rows
     index = empty(capacity, dtype=torch.int64)
     workspace = None if workspace is None else workspace << 20
     options = Options(
@@ -78,7 +79,8 @@ def products_of(impl, shape, rows, workspace):
     """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing
     runs."""
     problem, selection = problem_of(shape, rows, workspace)
-    losses, seen = problem.hidden.new_empty(selection.capacity, dtype=torch.float32), []
+    losses = problem.hidden.new_empty(selection.capacity, dtype=torch.float32)
+    seen = []
 
     class Recorded(steps_of(impl)):
         def _linear(self, x, weight, bias, out):

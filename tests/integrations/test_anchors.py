@@ -184,7 +184,8 @@ def test_images_for_the_encoder_alone() -> None:
 
 
 def test_the_encoder_is_no_part_of_the_model() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     plain = copy.deepcopy(model)
     encoder = dino()
     before = copy.deepcopy(encoder.state_dict())
@@ -205,7 +206,8 @@ def test_the_encoder_is_no_part_of_the_model() -> None:
 
 
 def test_an_encoder_in_half_precision() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     found = EncoderAnchor(dino().half(), model, **CLIP)(data.inputs, data.visual)
     wanted = EncoderAnchor(dino(), model, **CLIP)(data.inputs, data.visual)
     assert found.dtype == torch.float32

@@ -174,7 +174,8 @@ def test_a_literal_image_token_is_text(anchor: str) -> None:
 
 @every_family
 def test_what_never_reaches_the_head(family: str) -> None:
-    model, inputs = build(family), batch(family).inputs
+    model = build(family)
+    inputs = batch(family).inputs
     plain = model(**inputs).loss.detach()
     with torch.no_grad():  # for which some models and processors have kernels that round otherwise
         quiet = model(**inputs).loss
@@ -203,7 +204,8 @@ def test_what_never_reaches_the_head(family: str) -> None:
 
 
 def test_tuple_output_and_keys() -> None:
-    model, inputs = build("llava"), batch("llava").inputs
+    model = build("llava")
+    inputs = batch("llava").inputs
     before = model(**inputs)
     handle = apply_pre(model)
     after = model(**inputs)
@@ -216,7 +218,8 @@ def test_tuple_output_and_keys() -> None:
 
 
 def test_positional_arguments() -> None:
-    model, inputs = build("llava"), batch("llava").inputs
+    model = build("llava")
+    inputs = batch("llava").inputs
     apply_pre(model)
     wanted = model(**inputs).loss
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "pixel_values")}
@@ -269,7 +272,8 @@ def test_mask_fn_replaces_input_ids() -> None:
 
 def test_autocast_state_of_the_layer() -> None:
     """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     forward = model.forward
     states = []
@@ -289,7 +293,8 @@ def test_autocast_state_of_the_layer() -> None:
 
 
 def test_half_precision_model() -> None:
-    model, data = build("llava").to(torch.bfloat16), batch("llava")
+    model = build("llava").to(torch.bfloat16)
+    data = batch("llava")
     data.inputs["pixel_values"] = data.inputs["pixel_values"].bfloat16()
     handle = apply_pre(model)
     assert {p.dtype for p in handle.head.parameters()} == {torch.bfloat16}
@@ -298,7 +303,8 @@ def test_half_precision_model() -> None:
 
 
 def test_metrics() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     base = model(**data.inputs).loss.detach()
     handle = apply_pre(model, [1, 3], weight=0.25)
     losses = [(model(**data.inputs).loss.detach() - base) / 0.25 for _ in range(2)]

@@ -279,7 +279,8 @@ def test_dtensor_hidden(mesh: Any) -> None:
 
 
 def test_pickle_keeps_the_handle(tmp_path: Any) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)

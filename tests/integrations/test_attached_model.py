@@ -32,7 +32,8 @@ def fingerprint(model: nn.Module) -> Any:
 
 @every_family
 def test_remove_restores_the_model(family: str) -> None:
-    model, data = build(family), batch(family)
+    model = build(family)
+    data = batch(family)
     loss = model(**data.inputs).loss  # a first forward may set attributes
     before = fingerprint(model)
     with apply_pre(model, [1, 2]) as handle:
@@ -68,7 +69,8 @@ def test_save_pretrained_is_unchanged(family: str, tmp_path: Any) -> None:
 
 
 def test_deepcopy_of_a_model_with_a_handle() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     loss = model(**data.inputs).loss.detach()
     twin = copy.deepcopy(model)

@@ -45,7 +45,8 @@ def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> N
 
 
 def test_an_exception_in_the_forward_leaves_nothing() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     norm = model.model.language_model.norm
     hook = norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("stop")))
@@ -61,7 +62,8 @@ def test_an_exception_in_the_forward_leaves_nothing() -> None:
 def test_what_an_interrupt_leaves_is_dropped() -> None:
     """No hook is called after a KeyboardInterrupt, so the next forward begins with what this one
     captured."""
-    model, inputs = build("llava"), batch("llava").inputs
+    model = build("llava")
+    inputs = batch("llava").inputs
     plain = model.eval()(**inputs).loss
     apply_pre(model)
     hook = model.model.language_model.norm.register_forward_pre_hook(

@@ -45,7 +45,8 @@ def by_layer(model: nn.Module, backend: Any) -> Any:
 
 @pytest.mark.parametrize("run", [whole, by_layer])
 def test_compilation_has_not_one_graph_more(run: Any) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model, [2, 4])
     found = frames(model, run, data.inputs)
     _, wanted = expected_gradients(build("llava"), "llava", data, handle.head, [2, 4])
@@ -64,7 +65,8 @@ def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
-    model, data = build("llava"), batch("llava", [[("image", 8, 8), ("text", 2)]])
+    model = build("llava")
+    data = batch("llava", [[("image", 8, 8), ("text", 2)]])
     switches = {
         "rms_norm": False,
         "swiglu": False,

@@ -51,7 +51,8 @@ def test_tests_and_table_agree() -> None:
 
 @pytest.mark.parametrize("by", ["path", "module"])
 def test_text_model_can_be_passed(by: str) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     path = "model.language_model"
     handle = apply_pre(model, text_model=path if by == "path" else model.get_submodule(path))
     loss = model(**data.inputs).loss
@@ -79,7 +80,8 @@ def test_the_generic_rule_finds_the_layers_of_every_family(
 
 def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
     unlist(monkeypatch, "internvl")
-    model, data = build("internvl"), batch("internvl")
+    model = build("internvl")
+    data = batch("internvl")
     handle = apply_pre(model, 3, level="image")
     loss = model(**data.inputs).loss
     loss.backward()

@@ -46,7 +46,8 @@ class Fault:
     def __call__(self, *_: Any) -> None:
         self.left -= 1
         if self.left == -1:
-            error, self.error = self.error, KeyError("called again")
+            error = self.error
+            self.error = KeyError("called again")
             raise error
 
 
@@ -167,7 +168,8 @@ def test_remove_lets_go_of_an_interrupted_forward() -> None:
 
 def test_an_interrupt_inside_the_original_llava() -> None:
     """Its merge is followed during a forward, once, however the last one ended."""
-    model, data = build_original(), original_batch()
+    model = build_original()
+    data = original_batch()
     handle = apply_pre(model)
     wanted = model(**data).loss
     for _ in range(2):
@@ -268,7 +270,8 @@ def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
 
 def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:
     """`remove` leaves nothing that needs the head; what does need it says why it cannot."""
-    model, inputs = build("llava"), batch("llava").inputs
+    model = build("llava")
+    inputs = batch("llava").inputs
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = apply_pre(model)
     handle.watch(optimizer)

@@ -25,7 +25,8 @@ LORA = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
 
 
 def test_ema_copies_model_and_head() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     other = find_handle(average.module)
@@ -119,7 +120,8 @@ def nf4(like: nn.Linear) -> nn.Module:
 def test_a_quantised_base(quantise: Any) -> None:
     """The head has the dtype of the layer's norms, the gradient passes the frozen integers to the
     adapters below."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     for layer in model.model.language_model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer.mlp, name, quantise(getattr(layer.mlp, name)))

@@ -13,14 +13,16 @@ from .support.tiny.models import FAMILIES, IMAGE, batch, build
 
 
 def test_inner_model_computes_no_loss() -> None:
-    model, inputs = build("llava"), batch("llava").inputs
+    model = build("llava")
+    inputs = batch("llava").inputs
     apply_pre(model.model)
     with pytest.raises(RuntimeError, match=r"labels were given but the output has no loss"):
         model.model(**inputs)
 
 
 def test_pre_projector_with_other_rows_than_tokens() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model, anchor="pre_projector")
     projector = model.model.multi_modal_projector
     projector.register_forward_pre_hook(lambda module, args: (args[0][:, :3],), prepend=True)
@@ -59,7 +61,8 @@ def test_bad_callable_anchor(returned: Any, error: type[Exception], message: str
 
 
 def test_no_input_ids() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model)
     embeds = model.get_input_embeddings()(data.inputs["input_ids"])
     with pytest.raises(ValueError, match=r"input_ids: the forward got none.*pass mask_fn="):
@@ -88,7 +91,8 @@ def test_bad_mask_fn(returned: Any, error: type[Exception], message: str) -> Non
 @pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if not tiny.silent])
 def test_other_image_tokens_than_features(family: str) -> None:
     """The model says so itself; nothing of the forward is kept, and the next one is right."""
-    model, data = build(family), batch(family)
+    model = build(family)
+    data = batch(family)
     handle = apply_pre(model)
     loss = model(**data.inputs).loss
     broken = {**data.inputs, "input_ids": data.inputs["input_ids"].clone()}
@@ -103,7 +107,8 @@ def test_other_image_tokens_than_features(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_grid_that_means_other_tokens(family: str) -> None:
-    model, data = build(family), batch(family)
+    model = build(family)
+    data = batch(family)
     handle = apply_pre(model, level="image")
     data.inputs["input_ids"][0, 3] = IMAGE
     with pytest.raises(

@@ -58,7 +58,8 @@ def test_fp16_with_a_gradient_scaler() -> None:
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_the_norm_of_a_scaled_gradient(fused: bool, unscaled: bool) -> None:
     """A fused optimizer unscales inside its step, after the hook, unless the loop has done it."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
     handle.watch(optimizer)
@@ -72,7 +73,8 @@ def test_the_norm_of_a_scaled_gradient(fused: bool, unscaled: bool) -> None:
 
 
 def test_watching_an_optimizer_that_accelerate_prepared() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -146,7 +146,8 @@ def bad_anchor(count: int) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_skip_in_the_anchors_of_a_callable(debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRE_KERNELS_DEBUG", debug)
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model, anchor=bad_anchor(2), anchor_dim=7, nonfinite="skip")
     loss = model(**data.inputs).loss
     loss.backward()
@@ -160,7 +161,8 @@ def test_skip_in_the_anchors_of_a_callable(debug: str, monkeypatch: pytest.Monke
 
 
 def test_a_count_made_ahead_keeps_skipped_rows_as_terms_of_0() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model, anchor=bad_anchor(4), anchor_dim=7, nonfinite="skip")
     mean = float(model(**data.inputs).loss.detach() - build("llava")(**data.inputs).loss.detach())
     with handle.defer(12.0) as deferred:
@@ -173,7 +175,8 @@ def test_a_count_made_ahead_keeps_skipped_rows_as_terms_of_0() -> None:
     "more", [{}, {"loss": "mse"}, {"level": "image"}, {"weighting": "image"}, {"fraction": 0.5}]
 )
 def test_nothing_left_but_what_is_skipped(more: dict[str, Any]) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model, anchor=bad_anchor(12), anchor_dim=7, nonfinite="skip", **more)
     loss = model(**data.inputs).loss
     loss.backward()
@@ -223,7 +226,8 @@ def test_a_training_logs_what_it_skipped(tmp_path: Path) -> None:
 def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
     """Fewer rows than the sample's size, and nan in the one that is read instead."""
     handle = apply_pre(build("llava"), loss="mse")
-    hidden, mask = torch.ones(6, 32), torch.tensor([True, True, False, False, False, False])
+    hidden = torch.ones(6, 32)
+    mask = torch.tensor([True, True, False, False, False, False])
     hidden[2:] = NAN
     assert (
         metrics.sample_cosine(handle.head, hidden, torch.ones(6, 32), mask, "torch")

@@ -291,7 +291,8 @@ def test_lora_around_the_handles_model_is_no_other_model(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_training_forwards_without_labels(inner: bool) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model.model if inner else model)
     inputs = {name: value for name, value in data.inputs.items() if name != "labels"}
 
@@ -310,7 +311,8 @@ def test_training_forwards_without_labels(inner: bool) -> None:
 
 def test_unlabelled_forwards_beside_labelled_ones_are_meant() -> None:
     """As in semi-supervised training."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model)
     inputs = {name: value for name, value in data.inputs.items() if name != "labels"}
 

@@ -214,7 +214,8 @@ def test_the_mean_over_all_draws_is_the_whole(
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_draw_is_made_once_per_forward(reentrant: bool, drawn: list[torch.Tensor]) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     apply_pre(model, [1, 3], fraction=0.5)
     losses = []
@@ -228,7 +229,8 @@ def test_a_draw_is_made_once_per_forward(reentrant: bool, drawn: list[torch.Tens
 
 
 def test_the_whole_draws_no_random_number() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     before = torch.get_rng_state()
     model(**data.inputs)
@@ -261,7 +263,8 @@ def test_the_head_computes_the_share_alone(
 
         monkeypatch.setattr(steps, "select", staticmethod(kept))
     for options in ({}, {"fraction": 1 / 3}, {"weight": 0, "fraction": 0.5}):
-        model, data = build("llava"), batch("llava")
+        model = build("llava")
+        data = batch("llava")
         apply_pre(model, impl=impl, **options)
         model(**data.inputs)
     assert computed == [whole, third]
@@ -334,7 +337,8 @@ def test_weighting_counts_tokens_that_are_not_masked() -> None:
 
 
 def test_an_anchor_that_requires_grad_is_detached() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     target = torch.randn(12, 7, requires_grad=True)
     apply_pre(model, anchor=lambda inputs, rows: target, anchor_dim=7)
     model(**data.inputs).loss.backward()
@@ -342,7 +346,8 @@ def test_an_anchor_that_requires_grad_is_detached() -> None:
 
 
 def test_an_anchor_that_raises_keeps_its_traceback_and_leaves_nothing() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     broken = True
 
     def anchor(inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,8 @@ def test_loss_and_gradients(way: str) -> None:
 
 
 def test_a_huggingface_model_whose_loss_is_the_users() -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model, labels=None)
     loss = model(**data.inputs).loss + handle.loss()
     loss.backward()

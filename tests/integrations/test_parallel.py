@@ -128,10 +128,8 @@ def test_the_term_is_kept_in_the_graph_of_the_logits(
 ) -> None:
     """Where the output has no loss; without a copy, and with the gradients as they were."""
     monkeypatch.setattr(output, "initialized", lambda: True)
-    source, term = (
-        torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True),
-        torch.ones((), requires_grad=True),
-    )
+    source = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    term = torch.ones((), requires_grad=True)
     logits = source * 2
     kinds: dict[str, Any] = {
         "dict": {"logits": logits},

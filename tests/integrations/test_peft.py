@@ -32,7 +32,8 @@ def lora(model: Any, **more: Any) -> Any:
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None:
-    model, data = lora(build(family)), batch(family)
+    model = lora(build(family))
+    data = batch(family)
     if reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(
@@ -58,7 +59,8 @@ def test_a_base_whose_hooks_are_passed_by() -> None:
     called."""
     wanted = lora(build("llava"))
     apply_pre(wanted)
-    model, inputs = lora(build("llava")), batch("llava").inputs
+    model = lora(build("llava"))
+    inputs = batch("llava").inputs
     base = model.get_base_model()
     model.forward = lambda **kwargs: base.forward(**kwargs)
     apply_pre(model)
@@ -85,7 +87,8 @@ def test_saved_adapter_has_no_head(tmp_path: Any) -> None:
     ("layer", "other"), [(2, ', or put "pre_head" in modules_to_save'), ([1, 2], "")]
 )
 def test_wrapped_after_attaching(layer: Any, other: str) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model, layer)
     peft = lora(model)
     with pytest.raises(
@@ -95,7 +98,8 @@ def test_wrapped_after_attaching(layer: Any, other: str) -> None:
 
 
 def test_wrapped_after_attaching_with_modules_to_save(tmp_path: Any) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     peft = lora(model, modules_to_save=["pre_head"])
     peft(**data.inputs).loss.backward()
@@ -129,7 +133,8 @@ def test_the_head_is_nothing_that_all_linear_wraps() -> None:
 
 
 def test_a_head_frozen_on_purpose_is_fine() -> None:
-    model, data = lora(build("llava")), batch("llava")
+    model = lora(build("llava"))
+    data = batch("llava")
     handle = apply_pre(model)
     handle.head.requires_grad_(False)
     model(**data.inputs).loss.backward()

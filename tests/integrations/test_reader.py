@@ -25,7 +25,8 @@ def one_image(**more: object) -> Sample:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_what_the_layers_made(family: str) -> None:
-    model, data = build(family), batch(family)
+    model = build(family)
+    data = batch(family)
     inputs = {name: value for name, value in data.inputs.items() if name != "labels"}
     with Reader(model) as reader:
         images = reader.read(inputs)
@@ -108,7 +109,8 @@ def test_peft() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_logits_of_the_last_layer_are_the_models(family: str) -> None:
-    model, data = build(family), batch(family)
+    model = build(family)
+    data = batch(family)
     with Reader(model) as reader:
         logits = reader.logits()
         assert (logits is None) == (family == "gemma3n")
@@ -143,10 +145,8 @@ def test_measure_feeds_the_report() -> None:
 
 
 def test_tiles_are_one_image_without_a_grid() -> None:
-    model, data = (
-        build("idefics3"),
-        batch("idefics3", [[("text", 2), ("image", 8, 8), ("image", 8, 8), ("text", 3)]]),
-    )
+    model = build("idefics3")
+    data = batch("idefics3", [[("text", 2), ("image", 8, 8), ("image", 8, 8), ("text", 3)]])
     report = LayerReport(metrics=("structure",))
     with Reader(model) as reader:
         list(measure(reader, [Sample(data.inputs, grid=(2, 2))], report))

@@ -25,7 +25,8 @@ from .support.tiny.training import make
     ],
 )
 def test_schedule(options: dict[str, Any], wanted: dict[float, float]) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     base = float(model(**data.inputs).loss.detach())
     handle = apply_pre(model, weight=0.8, **options)
     calls: list[int] = []

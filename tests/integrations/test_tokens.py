@@ -70,7 +70,8 @@ def test_a_video_token_that_is_set_after_attaching() -> None:
 
 
 def test_a_reader_takes_the_config_as_it_is() -> None:
-    model, data = build("llava"), renamed(batch("llava"), IMAGE, NEW)
+    model = build("llava")
+    data = renamed(batch("llava"), IMAGE, NEW)
     with Reader(model, [0]) as reader:
         model.config.image_token_id = NEW
         assert [len(image.anchor) for image in reader.read(data.inputs)] == data.lengths
@@ -81,7 +82,8 @@ def test_images_without_a_visual_token_are_said_once(
     family: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     warnings.simplefilter("always")
-    model, data = without_pixels(build(family)), batch(family)
+    model = without_pixels(build(family))
+    data = batch(family)
     handle = apply_pre(model)
     model.config.image_token_id = NEW  # and the collator knows nothing of it
     for number in range(1, 2 * tokens.PATIENCE + 2):
@@ -113,7 +115,8 @@ def test_a_trainer_that_finds_no_visual_token_says_it(
 def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.WarningsRecorder) -> None:
     """Dummy images: under the attention mask; before the first real one; as an empty tensor;
     flagged as dummies."""
-    model, data = without_pixels(build("llava")), batch("llava")
+    model = without_pixels(build("llava"))
+    data = batch("llava")
     text = batch("llava", [[("text", 6)], [("text", 9)]]).inputs
     apply_pre(model)
     inputs = [data.inputs] * 6
@@ -137,7 +140,8 @@ def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.Warnin
 
 
 def test_what_a_forward_tells_of_images_without_tokens() -> None:
-    model, data = without_pixels(build("llava")), batch("llava")
+    model = without_pixels(build("llava"))
+    data = batch("llava")
     found = apply_pre(model)._objective
     parts = found.parts
     assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is False
@@ -165,7 +169,8 @@ def test_images_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 return original(*args)
 
         monkeypatch.setattr(objective, name, watched)
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     for _ in range(3):
         model(**data.inputs)

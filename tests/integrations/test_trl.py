@@ -30,7 +30,8 @@ def auxiliary(
 ) -> dict[str, torch.Tensor]:
     """The gradients of 0.5 · Σℓ ÷ the number of visual tokens of all `data`, on a fresh model with
     this head."""
-    model, head = build("llava"), copy_of(like)
+    model = build("llava")
+    head = copy_of(like)
     seen = watch(model, "llava")
     tokens = sum(int((inputs["input_ids"] == IMAGE).sum()) for inputs in data)
     for inputs in data:

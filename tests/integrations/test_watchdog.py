@@ -16,7 +16,8 @@ from .support.tiny.training import make
 
 
 def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn: Any) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     apply_pre(model)
     first = model(**data.inputs).loss
     (first + model(**data.inputs).loss).backward()  # two forwards, one backward
@@ -33,7 +34,8 @@ def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: Any) -> None:
     """Forwards in a row whose losses are only looked at, or lost to what raises after them."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     for _ in range(3):
         with (
@@ -50,7 +52,8 @@ def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: A
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple: bool) -> None:
     """Also where nothing below the head's layer trains."""
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in f".{name}")
     apply_pre(model)
@@ -67,7 +70,8 @@ def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "own loss"])
 def test_the_watchdog_warns_of_a_training_in_eval_mode(labelled: bool) -> None:
     """As `from_pretrained` leaves the model."""
-    model, data = build("llava").eval(), batch("llava")
+    model = build("llava").eval()
+    data = batch("llava")
     handle = apply_pre(model)
     for number in range(4):
         expected = pytest.warns(
@@ -84,7 +88,8 @@ def test_the_watchdog_warns_of_a_training_in_eval_mode(labelled: bool) -> None:
 
 
 def test_the_watchdog_is_quiet_in_evaluation(recwarn: Any) -> None:
-    model, data = build("llava"), batch("llava")
+    model = build("llava")
+    data = batch("llava")
     handle = apply_pre(model)
     for _ in range(3):
         model.eval()

@@ -16,7 +16,8 @@ NAMES = {"torch", "triton", "transformers"}
 
 
 def test_the_table_begins_with_the_oldest_that_are_claimed() -> None:
-    table, oldest = versions.table(), versions.oldest()
+    table = versions.table()
+    oldest = versions.oldest()
     assert tuple(table) == versions.ROWS
     assert all(row.keys() == NAMES for row in table.values())
     differ = {name for name in NAMES if table["oldest"][name] != oldest[name]}

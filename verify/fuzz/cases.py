@@ -74,7 +74,8 @@ class Spec:
 def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, dict[str, Any]]:
     """The case, and the keywords that only `fused_pre_loss` has."""
     g = torch.Generator().manual_seed(spec.seed)
-    dtype, total = getattr(torch, spec.dtype), math.prod(spec.leading)
+    dtype = getattr(torch, spec.dtype)
+    total = math.prod(spec.leading)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)

@@ -54,9 +54,11 @@ def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
         with mock.patch.object(products, "HALF_UNITS", spec.units):
             return fused_pre_loss(**arguments, **extra, impl=spec.impl)
 
-    ensemble, outcomes = Ensemble(function, case), []
+    ensemble = Ensemble(function, case)
+    outcomes = []
     for one in oracle.comparisons(function, case):
-        verdict, message = WITHIN, ""
+        verdict = WITHIN
+        message = ""
         try:
             oracle.judge(one)
         except AssertionError as error:

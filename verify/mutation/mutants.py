@@ -80,7 +80,8 @@ def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutan
     `after`."""
     visitor = Visitor(source, optional)
     visitor.visit(ast.parse(source))
-    found, seen = [], Counter[tuple[str, ...]]()
+    found = []
+    seen = Counter[tuple[str, ...]]()
     for operator, function, lines, start, stop, text in sorted(
         visitor.found, key=lambda one: one[3:]
     ):
@@ -120,7 +121,8 @@ def stale(every: Iterable[Mutant]) -> list[str]:
 
 def _around(data: bytes, start: int, stop: int, text: bytes) -> tuple[str, str]:
     """The lines of the change before and after it, on one line each and cut where they are long."""
-    first, last = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", stop)
+    first = data.rfind(b"\n", 0, start) + 1
+    last = data.find(b"\n", stop)
     both = data[first:last], data[first:start] + text + data[stop:last]
     before, after = (" ".join(re.sub(r"  +#.*", "", x.decode()).split()) for x in both)
     return tuple(x if len(x) <= 200 else x[:200] + "…" for x in (before, after))  # type: ignore[return-value]

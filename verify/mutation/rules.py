@@ -69,13 +69,15 @@ class Visitor(Places):
 
     def __init__(self, source: str, optional: dict[str, set[str]]) -> None:
         super().__init__(source)
-        self.optional, self.arguments = optional, set[str]()
+        self.optional = optional
+        self.arguments = set[str]()
         self.left_out = {name for names in LEFT_OUT.values() for name in names.split()}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.scope.append(node.name)
         if not self.left_out & {node.name, ".".join(self.scope)}:
-            outer, self.arguments = self.arguments, {a.arg for a in node.args.args}
+            outer = self.arguments
+            self.arguments = {a.arg for a in node.args.args}
             for part in (*node.args.defaults, *node.args.kw_defaults, *node.body):
                 if part is not None:
                     self.visit(part)
@@ -258,13 +260,15 @@ class Visitor(Places):
     def _mask(self, node: ast.Call) -> None:
         given = {keyword.arg: keyword for keyword in node.keywords}
         if "mask" in given:
-            start, end = self.stop(node.args[-1]), self.stop(node) - 1
+            start = self.stop(node.args[-1])
+            end = self.stop(node) - 1
             end = start + self.data[start:end].rstrip(b", \n").__len__()
             self.add("mask", start, end, "")
             self.replace("mask", given["mask"].value, f"~({self.text(given['mask'].value)})")
 
     def _drop(self, keyword: ast.keyword, call: ast.Call) -> None:
-        start, end = self.start(keyword.value) - len(f"{keyword.arg}="), self.stop(keyword.value)
+        start = self.start(keyword.value) - len(f"{keyword.arg}=")
+        end = self.stop(keyword.value)
         while self.data[end : end + 1] in b", \n" and end < self.stop(call) - 1:
             end += 1
         self.add("mask", start, end, "")

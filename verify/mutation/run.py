@@ -47,7 +47,9 @@ class Tests:
     fails."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds, self.failed, self.ran = seconds, None, 0
+        self.seconds = seconds
+        self.failed = None
+        self.ran = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         known = {
@@ -88,7 +90,8 @@ class Reach(Tests):
 
     def __init__(self, package: Path) -> None:
         super().__init__()
-        self.package, self.took = package, dict[str, float]()
+        self.package = package
+        self.took = dict[str, float]()
         self.coverage = coverage.Coverage(
             data_file=None, config_file=False, include=[f"{package}/*"]
         )
@@ -210,7 +213,8 @@ def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
 def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple[str, str | None]:
     """Outcome, and the test that failed. None: the tests of `GENERAL`."""
     path = folder / PACKAGE.relative_to(ROOT) / mutant.file
-    original, stat = path.read_text(), path.stat()
+    original = path.read_text()
+    stat = path.stat()
     path.write_text(mutant.apply(original))
     plugin = Tests(seconds)
 

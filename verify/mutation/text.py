@@ -13,7 +13,8 @@ class Places(ast.NodeVisitor):
     text)."""
 
     def __init__(self, source: str) -> None:
-        self.data, self.lines = source.encode(), [0]
+        self.data = source.encode()
+        self.lines = [0]
         for line in self.data.split(b"\n"):
             self.lines.append(self.lines[-1] + len(line) + 1)
         self.found: list[tuple[str, str, tuple[int, int], int, int, str]] = []

@@ -63,7 +63,8 @@ def linear_probe(
         raise ValueError(f"inverse_penalty: got {inverse_penalty}, want a positive number")
     inputs.check_positive("max_iter", max_iter)
     x, y, test_x, test_y = _parts(features, labels, test_features, test_labels, test_size, seed)
-    mean, scale = x.mean(0), x.std(0, correction=0)
+    mean = x.mean(0)
+    scale = x.std(0, correction=0)
     # a smaller scale is that of a constant feature, but for rounding
     scale = scale.where(scale > 1e-12 * mean.abs(), 1.0)
     classes, y = y.unique(return_inverse=True)

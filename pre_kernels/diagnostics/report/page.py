@@ -143,7 +143,8 @@ def _course(model: Mapping[str, Any], column: Column) -> str:
     values = by_layer(model["runs"], column.name)
     if not values:
         return f"{model['name']}: not measured."
-    first, last = min(values), max(values)
+    first = min(values)
+    last = max(values)
     least = min(values, key=lambda layer: mean(values[layer]))
 
     def shown(layer: int) -> str:

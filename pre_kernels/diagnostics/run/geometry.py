@@ -211,7 +211,8 @@ def _numbers(
         ]
         drawn = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
         processed = process(drawn, return_tensors="pt", do_rescale=False, do_normalize=False)
-        want, got = _pixels(pixel_inputs).shape, _pixels(processed).shape
+        want = _pixels(pixel_inputs).shape
+        got = _pixels(processed).shape
         if got != want or _layout(processed, tokens, model_type) != layout:
             raise ValueError(
                 f"process: made pixels of shape {tuple(got)} of the objects and {tuple(want)} of "

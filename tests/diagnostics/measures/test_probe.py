@@ -64,7 +64,8 @@ def test_same_seed_same_split():
 def test_accuracy_is_that_of_the_test_part():
     # with more columns than rows any labels are learned by heart
     g = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(100, 300, generator=g), torch.randint(2, (100,), generator=g)
+    features = torch.randn(100, 300, generator=g)
+    labels = torch.randint(2, (100,), generator=g)
     assert linear_probe(features, labels, features, labels) == 1.0
     assert linear_probe(features, labels) < 0.8
     assert linear_probe(features, labels, features, 1 - labels) == 0.0
@@ -120,10 +121,8 @@ def test_it_is_scikit_learns(rows, width, classes, gap, inverse_penalty):
 def test_its_weights_are_scikit_learns(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     g = torch.Generator().manual_seed(0)
-    x, y = (
-        torch.randn(100, 5, generator=g, dtype=torch.double),
-        torch.randint(classes, (100,), generator=g),
-    )
+    x = torch.randn(100, 5, generator=g, dtype=torch.double)
+    y = torch.randint(classes, (100,), generator=g)
     model = linear_model.LogisticRegression(C=0.1, tol=1e-9, max_iter=1000).fit(
         x.numpy(), y.numpy()
     )

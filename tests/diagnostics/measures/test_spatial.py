@@ -133,10 +133,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_patch_by_patch_matrix_is_made():
-    features, masks = (
-        torch.randn(2, 400, 5),
-        torch.eye(4).bool().repeat_interleave(100, 1).expand(2, -1, -1),
-    )
+    features = torch.randn(2, 400, 5)
+    masks = torch.eye(4).bool().repeat_interleave(100, 1).expand(2, -1, -1)
     with Largest() as largest:
         contrast_ratio(features, masks)
         spatial_contrast(features, (20, 20))

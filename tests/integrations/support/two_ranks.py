@@ -137,7 +137,8 @@ class Pair:
                 try:
                     ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
-                    ok, value = False, self._end(rank)
+                    ok = False
+                    value = self._end(rank)
                 if ok:
                     results[rank] = value
                 else:

@@ -30,7 +30,8 @@ class HomeMade(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = SimpleNamespace(hidden_size=8, **config)
-        self.words, self.eye = nn.Embedding(64, 8), nn.Linear(5, 8)
+        self.words = nn.Embedding(64, 8)
+        self.eye = nn.Linear(5, 8)
         self.trunk = nn.Module()
         self.trunk.blocks = nn.ModuleList(Block(i) for i in range(DEPTH))
         self.out = nn.Linear(8, 64)
