@@ -91,7 +91,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
 def run_case(spec: Any) -> dict[str, Any]:
     """A case as `fuzz_table.aggregate` wants it; an exception is a violation."""
-    from verify.fuzz.rule import run
+    from verify.fuzz.verdicts import run
 
     try:
         outcomes: list[Sequence[Any]] = list(run(spec, current().torch_device))
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     _prepare()
     if options.case is not None:
-        from verify.fuzz.cases import Spec
+        from verify.fuzz.specs import Spec
 
         outcomes = run_case(Spec.of(options.case))["outcomes"]
         names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")

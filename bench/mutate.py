@@ -51,7 +51,17 @@ from verify.mutation.mutants import (
     named,
     stale,
 )
-from verify.mutation.run import GENERAL, ROOT, TESTS, Reach, copy, forked, prepare, pytest_in, run
+from verify.mutation.runner import (
+    GENERAL,
+    ROOT,
+    TESTS,
+    Reach,
+    copy,
+    forked,
+    prepare,
+    pytest_in,
+    run,
+)
 
 KEPT = ROOT / "build" / "mutation"
 RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
@@ -77,7 +87,7 @@ def reach(folder: Path) -> dict[str, Any]:
     }
     for name in (f"tests/core/test_{one}.py" for one in TESTS):
         known["hash"][name] = digest(
-            ROOT / path for path in (name, "verify/oracle.py", "verify/memory.py")
+            ROOT / path for path in (name, "verify/oracle.py", "verify/fences.py")
         )
         path = KEPT / f"reach-{source}-{Path(name).stem}-{known['hash'][name]}.json"
         if not path.exists():

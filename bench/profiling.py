@@ -38,7 +38,7 @@ from pre_kernels.check.timing import interleaved, spread
 
 from . import ROOT, baselines, record, shapes, suite, tables
 from .gpu_goals import KEPT
-from .guarantees import guarantees, impls
+from .kept_guarantees import guarantees, impls
 
 # MiB of workspace in a sweep, and the baselines beside it
 MIBS = {

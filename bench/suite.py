@@ -21,7 +21,7 @@ from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import baselines, memory, record, shapes, tables
+from . import baselines, peak_memory, record, shapes, tables
 
 # of sampling a shape, beyond the least of rounds
 SECONDS = {"cpu": 8.0, "cuda": 5.0}
@@ -192,14 +192,14 @@ def _beside(
 
 def peak(device: Cpu | Cuda, step: baselines.Step, *named: Any) -> dict[str, Any]:
     """Peak and returned MiB of a step, which a process of its own finds by the arguments of
-    `memory.peak` on a CPU; or why they are not known."""
+    `peak_memory.peak` on a CPU; or why they are not known."""
     try:
         if isinstance(device, Cuda):
             most, returned = device.peak(step)
         elif missing := resident.missing():
             return {"memory_unavailable": missing}
         else:
-            most, returned = memory.peak(*named)
+            most, returned = peak_memory.peak(*named)
     except RuntimeError as error:
         return {"memory_unavailable": reason(error)}
     return {"peak_mib": most, "returned_mib": returned}

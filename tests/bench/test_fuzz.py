@@ -114,7 +114,7 @@ def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     blocks = record.load([path])
     assert [one["block"] for one in blocks] == [["torch", 0], ["torch", 1]]
     assert blocks[0]["cases"] != blocks[1]["cases"]
-    from verify.fuzz.cases import Spec
+    from verify.fuzz.specs import Spec
 
     again = fuzz.run_case(Spec.of(blocks[1]["cases"][-1]["spec"]))
     assert record.json.loads(record.json.dumps(again)) == blocks[1]["cases"][-1]

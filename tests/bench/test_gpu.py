@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import baselines, gpu, gpu_stages, memory, profiling, shapes, tile_sweep, training
+from bench import baselines, gpu, gpu_stages, peak_memory, profiling, shapes, tile_sweep, training
 from pre_kernels.check import device
 from pre_kernels.check.device import Cuda
 from verify import ROOT
@@ -83,7 +83,7 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     ]
     monkeypatch.setitem(gpu_stages.STAGES, "all", lambda dry, out: iter(slow))
     # It takes a process each, and other tests have it.
-    monkeypatch.setattr(memory, "peak", lambda *arguments: (3.0, 1.0))
+    monkeypatch.setattr(peak_memory, "peak", lambda *arguments: (3.0, 1.0))
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
     sound(lines)

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-from bench import baselines, cpu_goals, guarantees, memory, profiling, record, shapes, suite, tables
+from bench import (
+    baselines,
+    cpu_goals,
+    kept_guarantees,
+    peak_memory,
+    profiling,
+    record,
+    shapes,
+    suite,
+    tables,
+)
 from pre_kernels import reference
 from pre_kernels.check import memory as resident
 from pre_kernels.check.device import Cpu
@@ -131,7 +141,7 @@ def test_the_workspace_of_a_cpu_is_swept_beside_its_baselines(monkeypatch):
 
     in_suite = suite.judged
     monkeypatch.setattr(suite, "judged", judged)
-    monkeypatch.setattr(memory, "peak", peak)
+    monkeypatch.setattr(peak_memory, "peak", peak)
     monkeypatch.setattr(
         suite,
         "staged",
@@ -155,14 +165,14 @@ def test_the_peak_depends_on_the_workspace():
     if reason := resident.missing():
         pytest.skip(reason)
     (least, same), (most, returned) = (
-        memory.peak("cpu-4k-encoder", "fp32", "ours-torch", "index", x) for x in (2, 64)
+        peak_memory.peak("cpu-4k-encoder", "fp32", "ours-torch", "index", x) for x in (2, 64)
     )
     assert same == returned
     assert most - least > 8
 
 
 def test_what_a_guarantee_raises_is_its_outcome():
-    assert guarantees.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
+    assert kept_guarantees.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
 
 
 def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):

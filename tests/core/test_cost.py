@@ -20,7 +20,7 @@ import pre_kernels
 from pre_kernels import fused_pre_loss
 from pre_kernels.fused import ops
 from verify import ROOT
-from verify.memory import KERNEL
+from verify.fences import KERNEL
 
 WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
 

@@ -10,7 +10,7 @@ pytest.importorskip(
 from hypothesis import HealthCheck, Phase, given, settings
 
 from verify.fuzz.draw import specs
-from verify.fuzz.rule import VIOLATION, run
+from verify.fuzz.verdicts import VIOLATION, run
 
 
 @pytest.mark.parametrize(("impl", "examples"), [("torch", 100), ("blas", 10), ("triton", 10)])

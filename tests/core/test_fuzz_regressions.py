@@ -8,8 +8,8 @@ import torch
 
 from pre_kernels import fused_pre_loss
 from verify import oracle
-from verify.fuzz.cases import Spec, build
-from verify.fuzz.rule import LUCK, OVERFLOW, VIOLATION, WITHIN, Ensemble, run
+from verify.fuzz.specs import Spec, build
+from verify.fuzz.verdicts import LUCK, OVERFLOW, VIOLATION, WITHIN, Ensemble, run
 
 FOUND = {
     # the last chunk had 3 rows, whose products the vendor adds up in another order than those of 67
@@ -278,7 +278,7 @@ def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
         return done
 
     monkeypatch.setattr("pre_kernels.fused.steps_torch.add_product", worse)
-    monkeypatch.setattr("fuzz_rule.ENSEMBLES", (32,))  # what is this bad shows in few
+    monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))  # what is this bad shows in few
     spec = Spec(dtype=dtype, leading=(40,), d=16, m=16, z=16)
     found = {one.name: one.verdict for one in run(spec)}
     assert {name for name, verdict in found.items() if verdict == VIOLATION} == {"w1", "w2"}
@@ -297,7 +297,7 @@ def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():
 
 def test_an_error_of_the_case_alone_is_no_luck(monkeypatch):
     """However right its neighbours are."""
-    monkeypatch.setattr("fuzz_rule.ENSEMBLES", (32,))
+    monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))
     case = build(Spec(leading=(40,), d=16, m=16, z=16))[0]
     calls = []
 

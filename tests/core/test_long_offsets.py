@@ -17,7 +17,7 @@ from pre_kernels.fused.kernels import (
     weight_grad,
 )
 from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
-from verify.memory import INTERPRETED, LastProgram, Unbacked, span, watching
+from verify.fences import INTERPRETED, LastProgram, Unbacked, span, watching
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"

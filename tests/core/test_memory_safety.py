@@ -21,14 +21,7 @@ from pre_kernels.fused.kernels import (
 )
 from pre_kernels.fused.kernels.common import LONGEST, arch
 from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
-from verify.memory import (
-    INTERPRETED,
-    Fenced,
-    FencedAllocations,
-    Unfenced,
-    WatchedMemory,
-    watching,
-)
+from verify.fences import INTERPRETED, Fenced, FencedAllocations, Unfenced, WatchedMemory, watching
 from verify.oracle import LEAVES, make, run
 
 MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)

@@ -11,7 +11,7 @@ import torch
 
 from pre_kernels import PreHead
 from pre_kernels.fused.kernels import matmul
-from verify.memory import INTERPRETED, KERNEL
+from verify.fences import INTERPRETED, KERNEL
 from verify.oracle import make
 
 from .support import as_function, equal, leaves_of, upstream_of

@@ -10,7 +10,7 @@ from pre_kernels import checks, reference
 from pre_kernels.fused.kernels import common
 from pre_kernels.fused.kernels.activation import apply_activation, apply_activation_grad
 from pre_kernels.fused.kernels.row_loss import row_loss
-from verify.memory import INTERPRETED
+from verify.fences import INTERPRETED
 
 from .support import cosine_gradient_errors
 

@@ -14,7 +14,7 @@ from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.kernels.rows import BLOCK, gather, invert, scatter, select
 from pre_kernels.fused.steps_torch import ROW_LOSSES, TorchSteps
 from pre_kernels.fused.sweep import Gradients
-from verify.memory import WatchedMemory, watching
+from verify.fences import WatchedMemory, watching
 
 from .support import cosine_gradient_errors
 

@@ -13,7 +13,7 @@ from pre_kernels.fused.kernels import tiles
 from pre_kernels.fused.ops import steps_of
 from pre_kernels.fused.sweep import Selection, equal_parts, sweep
 from pre_kernels.problem import Options, Problem
-from verify.memory import KERNEL
+from verify.fences import KERNEL
 
 TILE = tiles.Tile(128, 256, 64, 8, 4)
 

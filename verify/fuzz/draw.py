@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pre_kernels.checks import ACTIVATIONS, LOSSES, REDUCTIONS
 
 from .. import oracle
-from .cases import Spec
+from .specs import Spec
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 AUTOCASTS = (None, None, None, "bfloat16", "float16")  # of float32

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import ast
 
-from .text import Places
+from .places import Places
 
 KNOBS = {"num_warps", "num_stages", "flatten", "FLATTEN", "non_blocking", "use_fast_accum"}
 LEFT_OUT = {

@@ -16,11 +16,12 @@ import torch
 from pre_kernels.diagnostics import LayerReport, Sample, measure
 from pre_kernels.diagnostics.run.callback import LayerCallback
 from pre_kernels.integrations import Reader, apply_pre, patch_trainer
-from tests.integrations.support import split_trainings
-from tests.integrations.support.ranks import need_deepspeed
-from tests.integrations.support.tiny.models import DEPTH, batch, build
-from tests.integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
-from tests.integrations.support.two_ranks import both
+
+from ...integrations.support import split_trainings
+from ...integrations.support.ranks import need_deepspeed
+from ...integrations.support.tiny.models import DEPTH, batch, build
+from ...integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
+from ...integrations.support.two_ranks import both
 
 MASKS = torch.tensor([[True, True, False, False], [False, False, True, True]])
 

@@ -17,7 +17,7 @@ from .. import oracle
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Arguments that reproduce a case: `run(Spec(...))` of fuzz_rule, or `python -m bench.fuzz
+    """Arguments that reproduce a case: `run(Spec(...))` of verdicts.py, or `python -m bench.fuzz
     --case '{...}'`."""
 
     impl: str = "torch"

@@ -1,5 +1,5 @@
-"""Peak memory of one step on the CPU, in a process of its own: `python -m bench.memory SHAPE DTYPE
-PEER ROWS [MIB]`.
+"""Peak memory of one step on the CPU, in a process of its own:
+`python -m bench.peak_memory SHAPE DTYPE PEER ROWS [MIB]`.
 
 Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the
 second of two steps above what it was before that step (so the inputs, the code and what the first
@@ -28,7 +28,7 @@ def peak(
     """(peak, returned) in MiB of a baseline, with that many MiB of workspace, measured in a fresh
     process."""
     given = [] if workspace is None else [str(workspace)]
-    result = fresh("bench.memory", shape, dtype, name, rows, *given, folder=ROOT)
+    result = fresh("bench.peak_memory", shape, dtype, name, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]
 
 

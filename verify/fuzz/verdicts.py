@@ -27,7 +27,7 @@ from pre_kernels import fused_pre_loss
 from pre_kernels.fused import products
 
 from .. import oracle
-from .cases import Spec, build
+from .specs import Spec, build
 
 ENSEMBLES = (32, 128, 512, 2048)  # the last decides: with so many an RMS is known to some percent
 WITHIN, OVERFLOW, LUCK, VIOLATION = "within", "overflow", "luck", "violation"
