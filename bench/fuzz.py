@@ -49,7 +49,7 @@ BLOCK = {"torch": 100, "triton": 10, "blas": 20}
 RULES = [
     "verify/oracle.py",
     "verify/oracle_wide.py",
-    *(f"verify/fuzz/{name}.py" for name in ("cases", "draw", "rule")),
+    *(f"verify/fuzz/{name}.py" for name in ("specs", "draw", "verdicts")),
 ]
 
 
