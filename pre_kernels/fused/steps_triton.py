@@ -19,7 +19,7 @@ from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
 from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
-# Every chunk but the last has a multiple of this many rows, so that its tiles are full.
+# Every chunk but the last has a multiple of this many rows, so that tiles of so many are full.
 CHUNK_MULTIPLE = 128
 
 

@@ -137,14 +137,14 @@ def test_no_file_is_no_warning(folder, monkeypatch, where):
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune"]) == 2
-    assert "torch sees no GPU" in capsys.readouterr().err
+    assert "tune needs a GPU, and torch sees none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["tune", "--width", "100"])
     assert "want a multiple of 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_sweep_of_tiles_runs_each_candidate_and_not_the_tuned_tile(monkeypatch, dtype):
+def test_the_sweep_of_tiles_times_the_shipped_tile_and_not_the_tuned_one(monkeypatch, dtype):
     from bench import shapes, tile_sweep
     from pre_kernels.check.device import Cpu
 

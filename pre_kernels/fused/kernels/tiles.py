@@ -30,8 +30,9 @@ class Tile(NamedTuple):
     blocks: int = 1  # persistent programs that share a multiprocessor
 
 
-# The shipped tiles by architecture and bytes of an element; of those in a row `choose` takes the
-# one that fills the device best. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on
+# The shipped tiles by architecture and bytes of an element (2 is float16 and bfloat16). Of those in
+# a row `choose` takes the one that fills the device best, the first where several do; the first is
+# also `largest`, by which chunks are cut. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on
 # sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and needs
 # for operands the registers that larger accumulators would take.
 POINTER_TILES = {
