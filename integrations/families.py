@@ -93,7 +93,7 @@ FAMILIES = {
     ),
     # An image is several tiles, and each frame of a video is an image.
     "internvl": Family(runs, LLAVA_PROJECTOR, name="InternVL"),
-    # Its projector pools patches, and so does Mistral 3's: what enters is not one row per token.
+    # Its projector pools patches: what enters is not one row per token.
     "gemma3": Family(equal_parts, name="Gemma 3"),
     "paligemma": Family(equal_parts, LLAVA_PROJECTOR, name="PaliGemma"),
     "mistral3": Family(patches, name="Mistral 3 (Pixtral)"),

@@ -34,7 +34,8 @@ def test_parts(family: str) -> None:
 
 
 def test_tests_and_table_agree() -> None:
-    """A row that no test builds on this transformers, or a version that is wrong here, is found."""
+    """A row that no test builds on this transformers, or a version that is wrong for the installed
+    one, is found."""
     assert families.FAMILIES.keys() == ALL.keys()
     here = Version(transformers.__version__)
     assert {

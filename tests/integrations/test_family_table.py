@@ -61,4 +61,4 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert cli.main(["env", "--models"]) == 0
     assert capsys.readouterr().out == family_table.text(None) + "\n"
     assert cli.main(["env", "--markdown"]) == 2
-    assert "--markdown: want --models with it" in capsys.readouterr().err
+    assert "--markdown needs --models" in capsys.readouterr().err

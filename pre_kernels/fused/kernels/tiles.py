@@ -32,9 +32,9 @@ class Tile(NamedTuple):
 
 # The shipped tiles by architecture and bytes of an element (2 is float16 and bfloat16). Of those in
 # a row `choose` takes the one that fills the device best, the first where several do; the first is
-# also `largest`, by which chunks are cut. Shared memory of a block: 227 KiB on sm90 and sm100, 163 KiB on
-# sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and needs
-# for operands the registers that larger accumulators would take.
+# also `largest`, by which chunks are cut. Shared memory of a block: 227 KiB on sm90 and sm100, 163
+# KiB on sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and
+# needs for operands the registers that larger accumulators would take.
 POINTER_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("sm100", 4): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),

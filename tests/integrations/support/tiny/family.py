@@ -77,8 +77,8 @@ class Tiny:
         video, frames: the same for videos, of (frames, height, width); VIDEO (or IMAGE) ids are
             visual tokens.
         extra: input_ids (B, T) → further arguments, for batches without images too.
-        made_by: path of the module that makes a visual token's embedding of each row of the
-            projector's, if another.
+        made_by: path of the module whose output rows are the visual tokens' embeddings, where that
+            is not the projector.
         text, projector: paths, written down here so that the tests do not rely on the library's
             search; no projector where no module's input rows are the visual tokens.
         clips: samples with videos, if the family takes no videos beside images.
