@@ -120,8 +120,9 @@ class PreHandle(ScheduledWeight):
     ) -> dict[str, float]:
         """What was seen since the last reset; reading it is the only host sync.
 
-        - "pre_loss": mean L_PRe per visual token (per image at level "image"; nan without any), the
-          layers averaged; "pre_loss/layer_<l>" for each of several;
+        - "pre_loss": mean L_PRe per term (a visual token; an image at level or weighting "image";
+          nan without any), the layers averaged, without λ; "pre_loss/layer_<l>" for each of
+          several;
         - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not
           -cosine, of at most `metrics.SAMPLE` rows of each forward;
         - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this

@@ -54,8 +54,8 @@ class Objective(TermOptions):
     loss: str = "cosine"
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """What Σ over a forward with these arguments has to be divided by: its visual tokens, or
-        its images; 0-d."""
+        """The number of terms of a forward with these arguments: its visual tokens, or its images;
+        0-d."""
         visual = find_tokens(self.parts, inputs, self.mask_fn)
         if visual is None:
             return torch.zeros((), dtype=torch.long)
@@ -113,11 +113,15 @@ class Objective(TermOptions):
         )
 
     def _options(
-        self, state: Tensor, divisor: Tensor | float | None, weight: Tensor | None
+        self, state: Tensor, drawn_divisor: Tensor | float | None, weight: Tensor | None
     ) -> dict[str, Any]:
         """Keywords of a head's call on `state`, in the autocast state of the products."""
         device = state.device
-        options: dict[str, Any] = {"impl": self.impl, "normalizer": divisor, "row_weight": weight}
+        options: dict[str, Any] = {
+            "impl": self.impl,
+            "normalizer": drawn_divisor,
+            "row_weight": weight,
+        }
         half = state.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
         if self.fraction < 1 and not (self.impl == "auto" and half):
             # A capacity makes "blas" compute exactly that many rows. In half precision leave it

@@ -40,7 +40,7 @@ class TermOptions:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of one forward's loss: visual tokens, or images at level "image".
+    """The terms of one forward's loss: visual tokens, or images at level or weighting "image".
 
     Attributes:
         tokens: bool mask (B, T) of the visual tokens that count.

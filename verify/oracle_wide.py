@@ -92,8 +92,8 @@ def _cosine(p: Wide, a: Wide) -> tuple[Wide, Wide]:
     p, a = p / clamped, a / np.maximum(np.sqrt((a**2).sum(1, keepdims=True)), LONG(1e-8))
     cosine = (p * a).sum(1, keepdims=True)
     # PyTorch clamps the norm and not its derivative.
-    along = np.where(norm > 0, clamped / np.where(norm > 0, norm, 1), 0)
-    return -cosine[:, 0], (cosine * along * p - a) / clamped
+    stretch = np.where(norm > 0, clamped / np.where(norm > 0, norm, 1), 0)
+    return -cosine[:, 0], (cosine * stretch * p - a) / clamped
 
 
 def _mse(p: Wide, a: Wide) -> tuple[Wide, Wide]:

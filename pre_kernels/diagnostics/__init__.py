@@ -58,7 +58,9 @@ _RUN = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _RUN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".run.{_RUN[name]}", __name__), name)
+if not TYPE_CHECKING:  # a checker would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RUN:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".run.{_RUN[name]}", __name__), name)

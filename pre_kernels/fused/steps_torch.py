@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    """-cos(p, a). As in `F.cosine_similarity` both norms are clamped at eps, and the derivative of
+    """-cos(p, a). As in `F.cosine_similarity` both norms are clamped at 1e-8, and the derivative of
     p's norm is not."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)

@@ -1,4 +1,4 @@
-"""`fused_pre_loss`, both implementations, against the float64 oracle."""
+"""`fused_pre_loss`, each implementation, against the float64 oracle."""
 
 import itertools
 import random

@@ -12,7 +12,7 @@ from pre_kernels.fused.kernels.activation import apply_activation, apply_activat
 from pre_kernels.fused.kernels.row_loss import row_loss
 from verify.fences import INTERPRETED
 
-from .support import cosine_gradient_errors
+from .support import cosine_gradient_errors, worse_than_eager
 
 NAN = float("nan")
 # of the interpreter's builder; tl.div_rn and tl.sqrt_rn are exact on a GPU too
@@ -49,7 +49,7 @@ def rounding(request, monkeypatch):
 @pytest.mark.parametrize("width", [2, 17, 300])
 def test_what_cancelling_leaves_where_divisions_are_not_exact(device, rounding, noise, width):
     ours, eager = cosine_gradient_errors(device, "triton", noise, width)
-    assert (ours <= eager).all(), (ours / eager).sqrt()
+    assert (ours <= eager).all(), worse_than_eager(ours, eager)
 
 
 def halves(dtype, device):

@@ -16,7 +16,7 @@ from pre_kernels.fused.steps_torch import ROW_LOSSES, TorchSteps
 from pre_kernels.fused.sweep import Gradients
 from verify.fences import WatchedMemory, watching
 
-from .support import cosine_gradient_errors
+from .support import cosine_gradient_errors, worse_than_eager
 
 NAN = float("nan")
 WIDTHS = [1, 33, 130, 5000]
@@ -181,13 +181,13 @@ def test_row_loss(device, loss, width):
 @pytest.mark.parametrize("width", [2, 17, 300, 5000])
 def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, width):
     ours, eager = cosine_gradient_errors(device, cosine, noise, width)
-    assert (ours <= eager).all(), (ours / eager).sqrt()
+    assert (ours <= eager).all(), worse_than_eager(ours, eager)
 
 
 @pytest.mark.parametrize("cosine", ["triton", "torch"])
 @pytest.mark.parametrize("width", [3, 5000])
 @pytest.mark.parametrize("small", ["predictions", "anchors"])
-def test_rows_smaller_than_the_cosines_eps(device, cosine, width, small):
+def test_rows_smaller_than_the_cosines_clamp(device, cosine, width, small):
     """Below 1e-8 a norm is clamped, and its derivative is not."""
     g = torch.Generator().manual_seed(0)
     p = (

@@ -302,15 +302,18 @@ def test_half_precision_model() -> None:
     assert handle.head.w1.grad.dtype == torch.bfloat16
 
 
-def test_metrics() -> None:
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_metrics(fraction: float) -> None:
+    """The mean of what was added, whatever was drawn."""
     model = build("llava")
     data = batch("llava")
     base = model(**data.inputs).loss.detach()
-    handle = apply_pre(model, [1, 3], weight=0.25)
+    handle = apply_pre(model, [1, 3], weight=0.25, fraction=fraction)
     losses = [(model(**data.inputs).loss.detach() - base) / 0.25 for _ in range(2)]
+    assert (losses[0] == losses[1]) == (fraction == 1.0)
     model(**batch("llava", TEXT).inputs)
     found = handle.metrics()
-    assert found["pre_loss"] == pytest.approx(float(losses[0]), abs=1e-5)
+    assert found["pre_loss"] == pytest.approx(float(sum(losses)) / 2, abs=1e-5)
     assert found["pre_loss"] == pytest.approx(
         (found["pre_loss/layer_1"] + found["pre_loss/layer_3"]) / 2
     )

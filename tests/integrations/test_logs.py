@@ -32,11 +32,12 @@ class Seen(TrainerCallback):
 
 @pytest.mark.parametrize("loss", ["cosine", "mse"])
 @pytest.mark.parametrize("level", ["patch", "image"])
-def test_logs(loss: str, level: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [[2], [1, 3]])
+def test_logs(loss: str, level: str, layers: list[int], tmp_path: Path) -> None:
     model = build("llava")
     seen = Seen()
     recorder = Recorder()
-    handle = apply_pre(model, loss=loss, level=level)
+    handle = apply_pre(model, layers, loss=loss, level=level)
     head = copy_of(handle.head)
     with patch_trainer():
         trainer = make(
@@ -58,10 +59,12 @@ def test_logs(loss: str, level: str, tmp_path: Path) -> None:
         plain(**data.inputs)
         for kind in sums:
             sums[kind] += float(
-                pre_loss(watched, data, [2], head, level, loss=kind, reduction="sum").detach()
+                pre_loss(watched, data, layers, head, level, loss=kind, reduction="sum").detach()
             )
         count += int(data.visual.sum()) if level == "patch" else len(data.lengths)
     assert log["pre_loss"] == pytest.approx(sums[loss] / count, rel=1e-5)
+    each = [log[f"pre_loss/layer_{layer}"] for layer in layers] if layers[1:] else [log["pre_loss"]]
+    assert log["pre_loss"] == pytest.approx(sum(each) / len(layers))
     assert log["pre_cosine"] == pytest.approx(-sums["cosine"] / count, rel=1e-5)
     gradients = [g for n, g in recorder.steps[-1].items() if n.startswith("pre_head")]
     assert log["pre_head_grad_norm"] == pytest.approx(

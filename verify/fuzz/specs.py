@@ -1,5 +1,5 @@
-"""Fuzzed cases: a `Spec` is all there is to say of one, which is built from its own seed.
-fuzz_draw.py draws them."""
+"""Fuzzed cases: a `Spec` is all there is to say of one, which is built from its own seed. draw.py
+draws them."""
 
 from __future__ import annotations
 

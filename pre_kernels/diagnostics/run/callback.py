@@ -50,7 +50,7 @@ class LayerCallback(TrainerCallback):
     Args:
         trainer: the `transformers.Trainer` (or subclass) that this is added to.
         samples: held-out images, some hundreds; at least two of each class for the probes.
-            `diagnose.load_samples` makes them from files.
+            `diagnostics.load_samples` makes them from files.
         every: steps, positive.
         layers: as in `Reader`; None: the embeddings, half the depth and the last layer.
         metrics: as in `LayerReport`; the default takes a few passes over the features.

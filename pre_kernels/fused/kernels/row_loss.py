@@ -170,7 +170,8 @@ def cosine_parts(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """cos(p, a) of each row, and what `cosine_grad` needs: along, near, 1/|p| and 1/|a|."""
+    """cos(p, a) of each row, and what `cosine_grad` needs: along, near, and the inverses of the
+    clamped norms."""
     b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
     for z in range(0, stop, BLOCK):
         b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
@@ -178,7 +179,7 @@ def cosine_parts(
         b_aa += b_y * b_y
         b_pa += b_x * b_y
     pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
-    # As in F.cosine_similarity both norms are clamped at eps, and the derivative of p's norm is
+    # As in F.cosine_similarity both norms are clamped at 1e-8, and the derivative of p's norm is
     # not.
     norm = tl.sqrt_rn(pp)
     p_norm = clamp_min(norm, 1e-8)
@@ -206,8 +207,8 @@ def cosine_parts(
 
 @triton.jit
 def cosine_grad(b_p, b_a, along, near, p_inverse, a_inverse):
-    """|p| · d(-cos)/dp = cos · u - a/|a| = along · u - r, where u = p/|p| and r = a/|a| - near · u:
-    cos = near + along, unless the norm of p is clamped."""
+    """P · d(-cos)/dp = cos · u - a/|a| = along · u - r, where P is the clamped norm of p, u = p/P and
+    r = a/|a| - near · u: cos = near + along, unless the norm is clamped."""
     b_u = b_p * p_inverse[:, None]
     return along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
 
