@@ -80,4 +80,4 @@ def cosine_gradient_errors(
 def worse_than_eager(ours: Tensor, eager: Tensor) -> str:
     """What an assertion on the squared errors of `cosine_gradient_errors` says."""
     ratios = [round(ratio, 3) for ratio in (ours / eager).sqrt().tolist()]
-    return f"error ÷ eager's, of elements and of sums over rows: {ratios}; docs/numerics.md, The cosine"
+    return f"error ÷ eager's, of elements and of sums: {ratios}; docs/numerics.md, The cosine"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pre_kernels import PreHead, fused_pre_loss
+from pre_kernels.checks import LOSSES
 from verify.oracle import make
 
 X = torch.randn
@@ -66,7 +67,7 @@ WRONG = [
         ValueError,
         "300 indices of which 6 are distinct, want no duplicates",
     ),
-    ("loss", {"loss": "l2"}, ValueError, "'cosine', 'mse', 'smooth_l1'"),
+    ("loss", {"loss": "l2"}, ValueError, ", ".join(map(repr, LOSSES))),
     ("activation", {"activation": "tanh"}, ValueError, "'gelu_tanh'"),
     ("reduction", {"reduction": "average"}, ValueError, "'mean', 'sum', 'none'"),
     ("row_weight", {"row_weight": 2.0}, TypeError, "want a torch.Tensor"),

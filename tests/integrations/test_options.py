@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pre_kernels.checks import LOSSES
 from pre_kernels.fused import steps_torch, steps_triton
 from pre_kernels.integrations import apply_pre, objective, terms
 from pre_kernels.integrations.image_rules import window_order
@@ -48,7 +49,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 AXES = {
     "family": ["llava", "qwen2_5_vl"],
-    "loss": ["cosine", "mse", "smooth_l1"],
+    "loss": list(LOSSES),
     "level": ["patch", "image"],
     "weighting": ["token", "image"],
     "fraction": [1.0, 0.4],

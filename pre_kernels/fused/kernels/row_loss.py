@@ -207,8 +207,8 @@ def cosine_parts(
 
 @triton.jit
 def cosine_grad(b_p, b_a, along, near, p_inverse, a_inverse):
-    """P · d(-cos)/dp = cos · u - a/|a| = along · u - r, where P is the clamped norm of p, u = p/P and
-    r = a/|a| - near · u: cos = near + along, unless the norm is clamped."""
+    """P · d(-cos)/dp = cos · u - a/|a| = along · u - r, where P is the clamped norm of p, u = p/P
+    and r = a/|a| - near · u: cos = near + along, unless the norm is clamped."""
     b_u = b_p * p_inverse[:, None]
     return along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
 
