@@ -163,7 +163,8 @@ def test_options_and_extras_exist(page: str) -> None:
     text = read(page)
     sources = "".join(
         path.read_text(encoding="utf-8")
-        for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]
+        for folder in ("tests", "bench", "verify")
+        for path in (ROOT / folder).rglob("*.py")
     )
     known = {
         *options(cli.parser()),
