@@ -100,12 +100,12 @@ class EncoderAnchor:
             )
         if (image_mean is None) != (image_std is None):
             raise ValueError("image_mean, image_std: got one of them, want both, or None for both")
-        self.normalised = (
+        self.given = (
             None
             if image_mean is None
             else (_color("image_mean", image_mean), _color("image_std", image_std))
         )
-        self.encoder_normalised = (
+        self.wanted = (
             _color("encoder_mean", encoder_mean),
             _color("encoder_std", encoder_std),
         )
@@ -241,10 +241,9 @@ class EncoderAnchor:
         return features
 
     def _prepare(self, images: Tensor) -> Tensor:
-        if self.normalised is not None:
+        if self.given is not None:
             mean, std, new_mean, new_std = (
-                images.new_tensor(color).view(3, 1, 1)
-                for color in (*self.normalised, *self.encoder_normalised)
+                images.new_tensor(color).view(3, 1, 1) for color in (*self.given, *self.wanted)
             )
             images = (images * std + mean - new_mean) / new_std
         if images.shape[2:] == (self.size, self.size):

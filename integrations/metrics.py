@@ -60,10 +60,10 @@ class Totals:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         divisor = torch.as_tensor(full_divisor).to(device)
         # There are none where the loss is the cosine.
-        sampled = [pair.to(device, dtype) for pair in cosines] or [
-            torch.zeros(2, dtype=dtype, device=device)
-        ]
-        values = dict(zip(("cosine", "sampled"), torch.stack(sampled).sum(0), strict=True))
+        sampled = torch.zeros(2, dtype=dtype, device=device)
+        if cosines:
+            sampled = torch.stack([pair.to(device, dtype) for pair in cosines]).sum(0)
+        values = dict(zip(("cosine", "sampled"), sampled, strict=True))
         values |= {"count": count, "tokens": tokens}
         for name, loss in zip(self.layers.values(), losses, strict=True):
             values[name] = loss.detach().to(device) * divisor

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import ROOT
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pre_kernels", "integrations")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pre_kernels", "integrations")
 EARLIEST = "315532800"  # 1980-01-01
 
 
@@ -40,8 +40,9 @@ def epoch() -> str:
         return EARLIEST
 
 
-def copy(folder: Path, time: float) -> None:
-    """The sources in `folder`, as of this time; `pre_kernels/integrations` stays the link it is."""
+def copy(folder: Path, time: float, linked: bool = True) -> None:
+    """The sources in `folder`, as of this time. `pre_kernels/integrations` stays the link it is, or
+    becomes the file that a zip archive and git on Windows make of it."""
     folder.mkdir(parents=True)
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -53,6 +54,11 @@ def copy(folder: Path, time: float) -> None:
             )
         else:
             shutil.copy(ROOT / name, folder / name)
+    if not linked:
+        link = folder / "pre_kernels" / "integrations"
+        text = os.readlink(link)
+        link.unlink()
+        link.write_text(text)
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -135,7 +141,9 @@ def main() -> int:
             print(f"two builds of {wheels[0].name}, two hashes: {hashes}", file=sys.stderr)
             return 1
         by_sdist = wheel_by_sdist(folder / "a", folder, more)
-        for wheel in (wheels[0], by_sdist):
+        copy(folder / "no-links", 10**9, linked=False)
+        unlinked = build(folder / "no-links", folder / "out-unlinked", "wheel", more)
+        for wheel in (wheels[0], by_sdist, unlinked):
             if found := wrong(contents(wheel)):
                 print(f"{wheel.parent.name}/{wheel.name}:", *found, sep="\n  ", file=sys.stderr)
                 return 1

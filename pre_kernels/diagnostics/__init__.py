@@ -2,7 +2,7 @@
 tensors, a model's images through them, along a training too.
 
 `measures` knows no model. What `run` has is imported when it is first asked for: `load_samples`,
-`Sample`, `measure` and `LayerCallback`, which needs transformers.
+`Sample`, `measure` and `LayerCallback`, which needs transformers and is left out of `import *`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from .measures.spatial import Spatial, SpatialContrast, similarity_map, spatial_
 from .measures.spectrum import Spectrum, SpectrumSummary
 
 if TYPE_CHECKING:
-    from .run.callback import LayerCallback
+    from .run.callback import LayerCallback as LayerCallback
     from .run.measure import Sample, measure
     from .run.samples import load_samples
 
@@ -26,7 +26,6 @@ __all__ = [
     "METRICS",
     "Contrast",
     "ContrastRatio",
-    "LayerCallback",
     "LayerReport",
     "LensSummary",
     "LogitLens",

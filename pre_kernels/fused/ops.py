@@ -42,14 +42,15 @@ LIBRARY.define(
 LIBRARY.define(
     f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {GRADIENTS}"
 )
+# `place` is the scatter map: programs that were exported know it by that name.
 LIBRARY.define(
-    "rescale(Tensor upstream, Tensor? scatter_map, "
+    "rescale(Tensor upstream, Tensor? place, "
     f"Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, {DTYPES}) -> {GRADIENTS}"
 )
 # A gradient that has its final shape and dtype already is scaled where it lies, and an empty tensor
 # is returned for it.
 LIBRARY.define(
-    "rescale_(Tensor upstream, Tensor? scatter_map, "
+    "rescale_(Tensor upstream, Tensor? place, "
     "Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
     f"{DTYPES}) -> {GRADIENTS}"
 )

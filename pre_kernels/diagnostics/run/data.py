@@ -188,7 +188,7 @@ def open_image(path: Path) -> Image.Image:
         ValueError: naming the file, if it is unreadable, truncated, empty, or of 16 or 32 bits a
             channel.
     """
-    turned = _optional("PIL.ImageOps").exif_transpose
+    turned = optional("PIL.ImageOps").exif_transpose
     with _opened("images", path) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels are of mode {image.mode!r}, want 8 bits a channel")
@@ -198,7 +198,7 @@ def open_image(path: Path) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
-    opened = _optional("PIL.Image").open
+    opened = optional("PIL.Image").open
     try:
         with opened(path) as image:
             yield image
@@ -276,7 +276,7 @@ class _Folder:
 class _Coco:
     def __init__(self, path: Path) -> None:
         self.path = path
-        coco = _optional("pycocotools.coco").COCO
+        coco = optional("pycocotools.coco").COCO
         try:
             # pycocotools prints its progress
             with contextlib.redirect_stdout(io.StringIO()):
@@ -321,7 +321,7 @@ class _Coco:
         return mask
 
 
-def _optional(module: str) -> Any:
+def optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

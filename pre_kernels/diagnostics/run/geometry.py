@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+
+from .data import optional
 
 Process = Callable[..., Mapping[str, Any]]
 PIXELS = ("pixel_values", "pixel_values_images")
@@ -236,14 +237,18 @@ def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor
     _, (rows, columns) = _layout(pixel_inputs, tokens, model_type)
     pixels = _pixels(pixel_inputs)
     if "image_grid_thw" in pixel_inputs:
-        return rearrange(
+        merged: Tensor = optional("einops").rearrange(
             pixels, "(tokens patches) (c n) -> tokens c (patches n)", tokens=tokens, c=3
         )
+        return merged
     tiles = pixels.flatten(0, -4)
     side = _side(tiles, tokens // len(tiles))
     # What is left over at the edges enters no patch.
     tiles = tiles[..., : rows * side, : columns * side]
-    return rearrange(tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side)
+    patches: Tensor = optional("einops").rearrange(
+        tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side
+    )
+    return patches
 
 
 def _pixels(inputs: Mapping[str, Any]) -> Tensor:
