@@ -16,7 +16,8 @@ CORE := loss kernels row_kernels rounding ops head reference checks
 OLDEST := $(CORE:%=tests/core/test_%.py) tests/project/test_versions.py tests/integrations tests/diagnostics/run
 ARGS ?=
 API := pre_kernels pre_kernels.integrations pre_kernels.integrations.pre_callback \
-	pre_kernels.integrations.lightning pre_kernels.diagnostics pre_kernels.diagnostics.run.callback
+	pre_kernels.integrations.lightning pre_kernels.diagnostics pre_kernels.diagnostics.run.samples \
+	pre_kernels.diagnostics.run.callback
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest test-versions matrix test-full compile bench fuzz mutate bench-report peers gpu \

@@ -88,11 +88,11 @@ def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str
         if where not in kept:
             seconds = config.getoption("--seconds")
             kept[where] = {}
-            for one in suite.measure(
+            for entry in suite.measure(
                 shape, dtype, device, together[where], seconds=seconds, rows=rows
             ):
-                record.append(path, one)
-                kept[where][one["peer"]] = one
+                record.append(path, entry)
+                kept[where][entry["peer"]] = entry
             config.stash[RECORDS] += kept[where].values()
         return kept[where]
 

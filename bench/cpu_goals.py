@@ -18,13 +18,13 @@ KINDS = ("loss", "workspace", "training")
 A_CPU = "a CPU"
 
 
-def milliseconds(one: Record) -> float | None:
-    return one["median_ms"]
+def milliseconds(entry: Record) -> float | None:
+    return entry["median_ms"]
 
 
-def extra(one: Record) -> float | None:
+def extra(entry: Record) -> float | None:
     """Peak MiB beyond the gradients returned."""
-    return one["peak_mib"] - one["returned_mib"] if "peak_mib" in one else None
+    return entry["peak_mib"] - entry["returned_mib"] if "peak_mib" in entry else None
 
 
 def over(
@@ -63,19 +63,21 @@ def small_memory(dtype: str, records: list[Record]) -> Finding | None:
     """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of
     the shapes."""
     sweeps: dict[str, list[Record]] = {}
-    for one in records:
+    for entry in records:
         if (
-            one["kind"] == "workspace"
-            and one["dtype"] == dtype
-            and one["shape"] in SHAPES
-            and "peak_mib" in one
+            entry["kind"] == "workspace"
+            and entry["dtype"] == dtype
+            and entry["shape"] in SHAPES
+            and "peak_mib" in entry
         ):
-            sweeps.setdefault(one["group"], []).append(one)
+            sweeps.setdefault(entry["group"], []).append(entry)
     findings = []
     for sweep in sweeps.values():
-        eager = next((extra(one) for one in sweep if one["peer"] == "eager"), None)
+        eager = next((extra(entry) for entry in sweep if entry["peer"] == "eager"), None)
         ours = min(
-            (one for one in sweep if "item" in one), key=lambda one: extra(one) or 0.0, default=None
+            (entry for entry in sweep if "item" in entry),
+            key=lambda entry: extra(entry) or 0.0,
+            default=None,
         )
         if eager and ours:
             time = f"{ours['over_floor']:.2f} × the floor's time"
@@ -87,15 +89,17 @@ def small_memory(dtype: str, records: list[Record]) -> Finding | None:
 def outside(records: list[Record]) -> Finding | None:
     """How many runs of ours broke the error rule, and so have no time either."""
     judged = [
-        one
-        for one in records
-        if one["kind"] == "loss"
-        and one["shape"] in (*SHAPES, SMALL)
-        and one["peer"].startswith("ours-")
-        and ("failed" in one or "error_ratio" in one)
+        entry
+        for entry in records
+        if entry["kind"] == "loss"
+        and entry["shape"] in (*SHAPES, SMALL)
+        and entry["peer"].startswith("ours-")
+        and ("failed" in entry or "error_ratio" in entry)
     ]
-    broken = [one for one in judged if one.get("failed") or one.get("outside_rule")]
-    where = [f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}" for one in broken]
+    broken = [entry for entry in judged if entry.get("failed") or entry.get("outside_rule")]
+    where = [
+        f"{entry['shape']} {entry['dtype']} {entry.get('selection', 'mask')}" for entry in broken
+    ]
     text = f"{len(broken)} of {len(judged)} runs"
     return Finding(len(broken), text, broken or judged, "; ".join(where)) if judged else None
 
@@ -159,6 +163,6 @@ def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]
     """Header and a row for each goal and CPU, from the records with its last versions and number of
     threads; `absent` stands where there are none."""
     of_cpus = goals.by_device(
-        one for one in records if not one.get("capability") and one["kind"] in KINDS
+        entry for entry in records if not entry.get("capability") and entry["kind"] in KINDS
     )
     return goals.table(GOALS, "CPU", of_cpus, A_CPU, absent)

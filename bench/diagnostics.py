@@ -195,7 +195,7 @@ def measure(
 
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The README's table: patch structure of a data set, and where the numbers come from."""
-    chosen = [one for one in records if one["kind"] == "diagnostics" and "median_ms" in one]
+    chosen = [entry for entry in records if entry["kind"] == "diagnostics" and "median_ms" in entry]
     if not chosen:
         return "Not yet measured."
     rows: list[Sequence[str]] = [
@@ -209,24 +209,24 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             "largest error",
         )
     ]
-    for one in chosen:
+    for entry in chosen:
         what = (
-            f"{one['images']} images × {one['patches']} patches × {one['layers']} layers × "
-            f"{one['width']:,} wide"
+            f"{entry['images']} images × {entry['patches']} patches × {entry['layers']} layers × "
+            f"{entry['width']:,} wide"
         )
-        memory = f"{one['peak_mib']:,.0f}" if "peak_mib" in one else ""
+        memory = f"{entry['peak_mib']:,.0f}" if "peak_mib" in entry else ""
         rows.append(
             (
                 what,
-                NAMES[one["peer"]],
-                f"{one['median_ms']:,.1f}",
-                f"{one['total_s']:,.0f}",
-                f"{one['slower_than_ours']:,.1f}",
+                NAMES[entry["peer"]],
+                f"{entry['median_ms']:,.1f}",
+                f"{entry['total_s']:,.0f}",
+                f"{entry['slower_than_ours']:,.1f}",
                 memory,
-                f"{one['largest_error']:.0e}",
+                f"{entry['largest_error']:.0e}",
             )
         )
-    kept = sorted({f"{one['all_pairs_mib']:,.0f} MiB" for one in chosen})
+    kept = sorted({f"{entry['all_pairs_mib']:,.0f} MiB" for entry in chosen})
     about = (
         "Contrast ratio and spatial contrast. One image of one layer is timed and the rest "
         "extrapolated, since images and layers are independent; keeping all pairwise similarities "

@@ -54,13 +54,13 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 DEEP = slice(DEPTH // 2, None)  # layers L/2 to L
 METRICS = {
-    "task accuracy": lambda one: one["accuracy"],
-    "linear probe, mean of L/2 to L": lambda one: mean(one["probe"][DEEP]),
-    "linear probe, layer L": lambda one: one["probe"][-1],
-    "contrast ratio, mean of L/2 to L": lambda one: mean(one["contrast"][DEEP]),
-    "cosine with layer 0, mean of L/2 to L": lambda one: mean(one["cosine"][DEEP]),
-    "effective dimension, mean of L/2 to L": lambda one: mean(one["effective_dimension"][DEEP]),
-    "feature correlation, mean of L/2 to L": lambda one: mean(one["correlation"][DEEP]),
+    "task accuracy": lambda entry: entry["accuracy"],
+    "linear probe, mean of L/2 to L": lambda entry: mean(entry["probe"][DEEP]),
+    "linear probe, layer L": lambda entry: entry["probe"][-1],
+    "contrast ratio, mean of L/2 to L": lambda entry: mean(entry["contrast"][DEEP]),
+    "cosine with layer 0, mean of L/2 to L": lambda entry: mean(entry["cosine"][DEEP]),
+    "effective dimension, mean of L/2 to L": lambda entry: mean(entry["effective_dimension"][DEEP]),
+    "feature correlation, mean of L/2 to L": lambda entry: mean(entry["correlation"][DEEP]),
 }
 
 
@@ -139,11 +139,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, and the difference to training without PRe, seed by
     seed."""
     seeds = sorted(
-        set.intersection(*({one["seed"] for one in records if one["arm"] == arm} for arm in ARMS))
+        set.intersection(
+            *({entry["seed"] for entry in records if entry["arm"] == arm} for arm in ARMS)
+        )
     )
     by_arm = {
         arm: [
-            next(one for one in records if (one["arm"], one["seed"]) == (arm, seed))
+            next(entry for entry in records if (entry["arm"], entry["seed"]) == (arm, seed))
             for seed in seeds
         ]
         for arm in (BEFORE, *ARMS)
@@ -152,8 +154,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for arm, runs in by_arm.items():
         cells = []
         for metric in METRICS.values():
-            values = [metric(one) for one in runs]
-            base = [metric(one) for one in by_arm[WITHOUT]]
+            values = [metric(entry) for entry in runs]
+            base = [metric(entry) for entry in by_arm[WITHOUT]]
             changes = [value - other for value, other in zip(values, base, strict=True)]
             above = f"{sum(change > 0 for change in changes)}/{len(changes)}"
             added = "" if arm in (BEFORE, WITHOUT) else f" ({spread(changes, '+')}; {above})"
@@ -170,7 +172,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the "
         "difference to training without PRe, seed by seed, and in how many seeds it is positive."
     )
-    sources = provenance(one for one in records if one["seed"] in seeds)
+    sources = provenance(entry for entry in records if entry["seed"] in seeds)
     findings = [
         "What the seeds show of the paper's findings and choices, each a difference within seeds:",
         "",
@@ -222,13 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     settings = dataclasses.replace(QUICK if options.quick else Settings(), seeds=options.seeds)
     others = {
-        one["item"]
-        for one in records
-        if {**one["settings"], "seeds": options.seeds} != vars(settings)
+        entry["item"]
+        for entry in records
+        if {**entry["settings"], "seeds": options.seeds} != vars(settings)
     }
     if others:
         parser.error(f"--results: {path} has results of other settings; want another folder")
-    done = {(one["seed"], one["arm"]) for one in records}
+    done = {(entry["seed"], entry["arm"]) for entry in records}
     jobs = min(options.jobs, options.seeds)
     restore = quiet()
     try:

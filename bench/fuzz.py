@@ -59,7 +59,7 @@ def blocks(cases: int) -> list[tuple[str, int]]:
     counts = {impl: math.ceil(cases * part / BLOCK[impl]) for impl, part in FRACTIONS.items()}
     return sorted(
         ((impl, i) for impl in FRACTIONS for i in range(counts[impl])),
-        key=lambda one: one[1] / counts[one[0]],
+        key=lambda entry: entry[1] / counts[entry[0]],
     )
 
 
@@ -157,7 +157,7 @@ def _kept(seed: int) -> Path:
 
 def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path) -> None:
     """Run the blocks that `path` does not have yet."""
-    done = {tuple(one["block"]) for one in record.load([path])} if path.exists() else set()
+    done = {tuple(entry["block"]) for entry in record.load([path])} if path.exists() else set()
     left = [block for block in wanted if block not in done]
     columns = (
         TextColumn("{task.description}"),
@@ -222,15 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         outcomes = run_case(Spec.of(options.case))["outcomes"]
         names = ("tensor", "verdict", "error", "eager's", "allowed", "turned", "message")
-        print(markdown([names, *([str(cell) for cell in one] for one in outcomes)]))
+        print(markdown([names, *([str(cell) for cell in entry] for entry in outcomes)]))
         return int(any(verdict == "violation" for _, verdict, *_ in outcomes))
 
     wanted = blocks(options.cases)
     path = _kept(options.seed)
     campaign(wanted, options.seed, options.jobs, path)
-    kept = [one for one in record.load([path]) if tuple(one["block"]) in wanted]
-    kept.sort(key=lambda one: wanted.index(tuple(one["block"])))
-    cases = distinct([case for one in kept for case in one["cases"]])
+    kept = [entry for entry in record.load([path]) if tuple(entry["block"]) in wanted]
+    kept.sort(key=lambda entry: wanted.index(tuple(entry["block"])))
+    cases = distinct([case for entry in kept for case in entry["cases"]])
     import hypothesis
 
     about = {
@@ -244,9 +244,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in lines:
         record.append(record.folder(options.results) / "fuzz.jsonl", {**line, "date": date})
     print(fuzz_table.page([{**line, "date": date} for line in lines]))
-    failed = [one for line in lines for one in line["violations"]]
+    failed = [entry for line in lines for entry in line["violations"]]
     if failed:
-        print(markdown(plain_table([{**one, "spec": json.dumps(one["spec"])} for one in failed])))
+        print(
+            markdown(
+                plain_table([{**entry, "spec": json.dumps(entry["spec"])} for entry in failed])
+            )
+        )
     return int(bool(failed))
 
 

@@ -33,7 +33,7 @@ def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         tensors = {
             new: metrics
             for old, new in TENSORS.items()
-            if (metrics := _metrics(one for one in _of(members, old)))
+            if (metrics := _metrics(entry for entry in _of(members, old)))
         }
         group = dict(zip(GROUP, key, strict=True))
         item = f"{group['impl']} {group['loss']} {group['activation']}"
@@ -59,14 +59,14 @@ def _metrics(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
         for _, _, error, eager, allowed, *_ in outcomes
         if allowed is not None and max(eager, allowed) > 0
     ]
-    verdicts = {name: sum(one[1] == name for one in outcomes) for name in VERDICTS}
+    verdicts = {name: sum(entry[1] == name for entry in outcomes) for name in VERDICTS}
     return {
         "cases": len(outcomes),
         "median": _rounded(median(ratios)) if ratios else None,
         "largest": _rounded(max(ratios)) if ratios else None,
         "largest_bounded": _rounded(max(bounded)) if bounded else None,
         **verdicts,
-        "turned": sum(one[5] for one in outcomes),
+        "turned": sum(entry[5] for entry in outcomes),
     }
 
 
@@ -77,11 +77,13 @@ def _rounded(value: float) -> float:
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The README's section, of the last campaign: rows by implementation, dtype and loss, and by
     activation too."""
-    records = [one for one in records if one["kind"] == "fuzz"]
+    records = [entry for entry in records if entry["kind"] == "fuzz"]
     if not records:
         return "No results yet."
-    last = max(records, key=lambda one: one["date"])
-    records = [one for one in records if (one["seed"], one["date"]) == (last["seed"], last["date"])]
+    last = max(records, key=lambda entry: entry["date"])
+    records = [
+        entry for entry in records if (entry["seed"], entry["date"]) == (last["seed"], last["date"])
+    ]
     by_activation = [
         "<details><summary>By activation</summary>",
         "",
@@ -104,21 +106,23 @@ def page(records: Sequence[dict[str, Any]]) -> str:
 
 def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for one in records:
-        groups.setdefault(tuple(one[name] for name in by), []).append(one)
+    for entry in records:
+        groups.setdefault(tuple(entry[name] for name in by), []).append(entry)
     rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *TENSORS.values())]
     for key, members in groups.items():
         cells = [
-            _cell([one["tensors"][name] for one in members if name in one["tensors"]])
+            _cell([entry["tensors"][name] for entry in members if name in entry["tensors"]])
             for name in TENSORS.values()
         ]
-        rows.append((*key, f"{sum(one['cases'] for one in members):,}", *cells))
+        rows.append((*key, f"{sum(entry['cases'] for entry in members):,}", *cells))
     return markdown(rows)
 
 
 def _cell(metrics: Sequence[dict[str, Any]]) -> str:
-    weighed = [(one["median"], one["cases"]) for one in metrics if one["median"] is not None]
-    worst = [one["largest_bounded"] for one in metrics if one["largest_bounded"] is not None]
+    weighed = [
+        (entry["median"], entry["cases"]) for entry in metrics if entry["median"] is not None
+    ]
+    worst = [entry["largest_bounded"] for entry in metrics if entry["largest_bounded"] is not None]
     if not weighed or not worst:
         return ""
     middle = sum(value * cases for value, cases in weighed) / sum(cases for _, cases in weighed)
@@ -126,11 +130,11 @@ def _cell(metrics: Sequence[dict[str, Any]]) -> str:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
-    metrics = [one for record in records for one in record["tensors"].values()]
-    count = {name: sum(one[name] for one in metrics) for name in (*VERDICTS, "turned")}
-    total = sum(one["cases"] for one in metrics)
-    failed = sum(len(one["violations"]) for one in records)
-    cases = sum(one["cases"] for one in records)
+    metrics = [entry for record in records for entry in record["tensors"].values()]
+    count = {name: sum(entry[name] for entry in metrics) for name in (*VERDICTS, "turned")}
+    total = sum(entry["cases"] for entry in metrics)
+    failed = sum(len(entry["violations"]) for entry in records)
+    cases = sum(entry["cases"] for entry in records)
     return (
         f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: "
         f"{count['within']:,} within the rule; {count['overflow']:,} where eager overflows or is "

@@ -32,29 +32,33 @@ class Goal(NamedTuple):
 def runs(records: Iterable[Record], **fields: Any) -> list[dict[str, Record]]:
     """Timed records of the loss by baseline, for each run that has these fields."""
     by_group: dict[str, dict[str, Record]] = {}
-    for one in records:
-        if "median_ms" in one and all(one.get(name) == value for name, value in fields.items()):
-            by_group.setdefault(one["group"], {})[one["peer"]] = one
+    for entry in records:
+        if "median_ms" in entry and all(entry.get(name) == value for name, value in fields.items()):
+            by_group.setdefault(entry["group"], {})[entry["peer"]] = entry
     return list(by_group.values())
 
 
 def fastest_of_ours(run: dict[str, Record]) -> Record | None:
     """The fastest of ours, fp8 apart."""
-    times = [one for name, one in run.items() if name.startswith("ours-") and name != "ours-fp8"]
-    return min(times, key=lambda one: one["median_ms"], default=None)
+    times = [
+        entry for name, entry in run.items() if name.startswith("ours-") and name != "ours-fp8"
+    ]
+    return min(times, key=lambda entry: entry["median_ms"], default=None)
 
 
 def field(kind: str, name: str, records: list[Record], **fields: Any) -> Finding | None:
     """The worst (largest) of a field, over the baselines."""
     kept = [
-        one
-        for one in records
-        if one["kind"] == kind and all(one.get(key) == fields[key] for key in fields)
+        entry
+        for entry in records
+        if entry["kind"] == kind and all(entry.get(key) == fields[key] for key in fields)
     ]
     worst = max(
-        (one for one in kept if one.get(name) is not None), key=lambda one: one[name], default=None
+        (entry for entry in kept if entry.get(name) is not None),
+        key=lambda entry: entry[name],
+        default=None,
     )
-    failed = next((one for one in kept if "failed" in one), None)
+    failed = next((entry for entry in kept if "failed" in entry), None)
     if failed:
         return Finding(None, "failed", [failed], failed["failed"])
     return worst and Finding(worst[name], "", [worst], worst.get("peer", worst.get("item", "")))
@@ -63,12 +67,12 @@ def field(kind: str, name: str, records: list[Record], **fields: Any) -> Finding
 def by_device(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Of each device what was measured with the setting of its last record."""
     devices: dict[str, list[Record]] = {}
-    for one in records:
-        devices.setdefault(one["device"], []).append(one)
+    for entry in records:
+        devices.setdefault(entry["device"], []).append(entry)
     for device, known in devices.items():
-        last = max(known, key=lambda one: one["date"])
+        last = max(known, key=lambda entry: entry["date"])
         devices[device] = [
-            one for one in known if all(one.get(name) == last.get(name) for name in SETTING)
+            entry for entry in known if all(entry.get(name) == last.get(name) for name in SETTING)
         ]
     return devices
 
@@ -92,5 +96,5 @@ def _row(goal: Goal, device: str, finding: Finding | None, absent: str) -> Seque
     if finding.value is not None:
         met = finding.value <= goal.bound if goal.sign == "≤" else finding.value >= goal.bound
         text = f"{text or format(finding.value, '.4g')}, {'met' if met else 'missed'}"
-    where = {f"{one['date'][:10]}, commit {one['commit']}": None for one in finding.source}
+    where = {f"{entry['date'][:10]}, commit {entry['commit']}": None for entry in finding.source}
     return name, device, text, "; ".join(filter(None, (finding.what, *where)))

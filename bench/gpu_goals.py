@@ -34,7 +34,7 @@ def _main(records: list[Record], **fields: Any) -> dict[str, Record]:
 def _over_floor(run: dict[str, Record], ours: Record | None) -> Finding | None:
     if ours is None or not (ratio := over_floor(run, ours["peer"])):
         return None
-    return Finding(ratio, "", [one for one in (ours, run.get("floor")) if one], ours["peer"])
+    return Finding(ratio, "", [entry for entry in (ours, run.get("floor")) if entry], ours["peer"])
 
 
 def blas_time(records: list[Record]) -> Finding | None:
@@ -45,23 +45,27 @@ def blas_time(records: list[Record]) -> Finding | None:
 def mask_time(records: list[Record]) -> Finding | None:
     """Of triton, if it was seen not to wait for the device with such a mask."""
     calls = [
-        one for one in records if one["kind"] == "sync" and one["item"] == "mask, leading anchor"
+        entry
+        for entry in records
+        if entry["kind"] == "sync" and entry["item"] == "mask, leading anchor"
     ]
-    kept = any(one["peer"] == "ours-triton" and one["outcome"] == KEPT["sync"] for one in calls)
+    kept = any(
+        entry["peer"] == "ours-triton" and entry["outcome"] == KEPT["sync"] for entry in calls
+    )
     run = _main(records, selection="mask")
     return _over_floor(run, run.get("ours-triton")) if kept else None
 
 
 def small_workspace(records: list[Record]) -> Finding | None:
     kept = [
-        one
-        for one in records
-        if one["kind"] == "workspace"
-        and one["shape"] == MAIN
-        and one.get("item", 65) <= 64
-        and "over_floor" in one
+        entry
+        for entry in records
+        if entry["kind"] == "workspace"
+        and entry["shape"] == MAIN
+        and entry.get("item", 65) <= 64
+        and "over_floor" in entry
     ]
-    best = min(kept, key=lambda one: one["over_floor"], default=None)
+    best = min(kept, key=lambda entry: entry["over_floor"], default=None)
     return best and Finding(best["over_floor"], "", [best], f"{best['peer']}, {best['item']} MiB")
 
 
@@ -88,7 +92,7 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Finding
     ours = fastest_of_ours(run)
     other = min(
         (run[name] for name in others if name in run),
-        key=lambda one: one["median_ms"],
+        key=lambda entry: entry["median_ms"],
         default=None,
     )
     if ours is None or other is None:
@@ -103,13 +107,13 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Finding
 def launches(records: list[Record]) -> Finding | None:
     """Of the implementation that is the fastest at that size, else of the one with the fewest."""
     steps = [
-        one
-        for one in records
-        if one["kind"] == "step" and one["shape"] == SMALL and "ours-" in one["peer"]
+        entry
+        for entry in records
+        if entry["kind"] == "step" and entry["shape"] == SMALL and "ours-" in entry["peer"]
     ]
     fastest = fastest_of_ours(_main(records, shape=SMALL))
-    steps = [one for one in steps if fastest and one["peer"] == fastest["peer"]] or steps
-    fewest = min(steps, key=lambda one: one["launches"], default=None)
+    steps = [entry for entry in steps if fastest and entry["peer"] == fastest["peer"]] or steps
+    fewest = min(steps, key=lambda entry: entry["launches"], default=None)
     return fewest and Finding(fewest["launches"], "", [fewest], fewest["peer"])
 
 
@@ -127,9 +131,9 @@ def memory(n: int, records: list[Record]) -> Finding | None:
 
 def kept_guarantees(kind: str, records: list[Record]) -> Finding | None:
     """How many calls broke a guarantee."""
-    calls = [one for one in records if one["kind"] == kind and one["shape"] == MAIN]
-    broken = [one for one in calls if one["outcome"] != KEPT[kind]]
-    names = "; ".join(f"{one['peer']}, {one['item']}: {one['outcome']}" for one in broken)
+    calls = [entry for entry in records if entry["kind"] == kind and entry["shape"] == MAIN]
+    broken = [entry for entry in calls if entry["outcome"] != KEPT[kind]]
+    names = "; ".join(f"{entry['peer']}, {entry['item']}: {entry['outcome']}" for entry in broken)
     text = f"{len(broken)} of {len(calls)} calls"
     return Finding(len(broken), text, calls, names) if calls else None
 
@@ -194,7 +198,7 @@ GOALS = [
 def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
     """Header and a row for each goal and GPU, from the records with its last version of torch and
     triton; `absent` stands where there are none."""
-    of_gpus = goals.by_device(one for one in records if one.get("capability"))
+    of_gpus = goals.by_device(entry for entry in records if entry.get("capability"))
     return goals.table(
         GOALS, "card", of_gpus, CARDS, NO_GPU if absent == ABSENT and not of_gpus else absent
     )

@@ -85,7 +85,7 @@ def reach(folder: Path) -> dict[str, Any]:
         "lines": defaultdict(lambda: defaultdict(list)),
         "hash": {},
     }
-    for name in (f"tests/core/test_{one}.py" for one in TESTS):
+    for name in (f"tests/core/test_{entry}.py" for entry in TESTS):
         known["hash"][name] = digest(
             ROOT / path for path in (name, "verify/oracle.py", "verify/fences.py")
         )
@@ -108,9 +108,9 @@ def reach(folder: Path) -> dict[str, Any]:
                 failed = reached and reached["failed"]
                 raise SystemExit(f"{name} fails on unchanged sources: {failed}, status {status}")
             path.write_text(json.dumps(reached))
-        one = json.loads(path.read_text())
-        known["seconds"].update(one["seconds"])
-        for file, lines in one["lines"].items():
+        entry = json.loads(path.read_text())
+        known["seconds"].update(entry["seconds"])
+        for file, lines in entry["lines"].items():
             for line, tests in lines.items():
                 known["lines"][file][int(line)] += tests
     return known
@@ -153,7 +153,7 @@ def campaign(
     """The outcome of each mutant by its key, those that are kept in `path` and those that are run
     now."""
     kept = (
-        {one["key"]: one for one in map(json.loads, path.read_text().splitlines())}
+        {entry["key"]: entry for entry in map(json.loads, path.read_text().splitlines())}
         if path.exists()
         else {}
     )
@@ -298,10 +298,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if not (options.again or options.only):
         write(list(outcomes.values()), {"seed": options.seed, "drawn": options.sample})
-    print(f"{len(outcomes)} mutants: {dict(Counter(one['outcome'] for one in outcomes.values()))}")
+    print(
+        f"{len(outcomes)} mutants: {dict(Counter(entry['outcome'] for entry in outcomes.values()))}"
+    )
     expected = NAMED["equivalent"].keys() | NAMED["gap"].keys()
     return int(
-        any(one["outcome"] not in KILLED and key not in expected for key, one in outcomes.items())
+        any(
+            entry["outcome"] not in KILLED and key not in expected
+            for key, entry in outcomes.items()
+        )
     )
 
 

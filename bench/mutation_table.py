@@ -20,31 +20,31 @@ def aggregate(
     """A line for each file. An outcome: key, short, file, operator, outcome, and the test that
     failed; named: the reasons of mutants, by "equivalent" and "gap"."""
     files: dict[str, list[Mapping[str, Any]]] = {}
-    for one in outcomes:
-        files.setdefault(one["file"], []).append(one)
+    for entry in outcomes:
+        files.setdefault(entry["file"], []).append(entry)
     lines = []
     for file, members in sorted(files.items()):
         counts = {operator: Counter[str]() for operator in OPERATORS}
         killers = defaultdict[str, list[str]](list)
         survivors = []
-        for one in members:
-            outcome = one["outcome"]
+        for entry in members:
+            outcome = entry["outcome"]
             reason = ""
             if outcome in SURVIVED:
                 for kind, reasons in named.items():
-                    if one["key"] in reasons:
+                    if entry["key"] in reasons:
                         outcome = kind
-                        reason = reasons[one["key"]]
-                survivors.append({"mutant": one["key"], "outcome": outcome, "reason": reason})
-            elif one["test"]:
-                killers[one["test"]].append(one["short"])
-            counts[one["operator"]][outcome] += 1
+                        reason = reasons[entry["key"]]
+                survivors.append({"mutant": entry["key"], "outcome": outcome, "reason": reason})
+            elif entry["test"]:
+                killers[entry["test"]].append(entry["short"])
+            counts[entry["operator"]][outcome] += 1
         lines.append(
             {
                 "item": file,
                 "mutants": len(members),
                 "operators": {operator: dict(each) for operator, each in counts.items()},
-                "survivors": sorted(survivors, key=lambda one: one["mutant"]),
+                "survivors": sorted(survivors, key=lambda entry: entry["mutant"]),
                 "killers": {test: sorted(keys) for test, keys in sorted(killers.items())},
             }
         )
@@ -53,9 +53,9 @@ def aggregate(
 
 def last(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The lines of the last campaign."""
-    records = [one for one in records if one["kind"] == "mutation"]
-    date = max((one["date"] for one in records), default="")
-    return [one for one in records if one["date"] == date]
+    records = [entry for entry in records if entry["kind"] == "mutation"]
+    date = max((entry["date"] for entry in records), default="")
+    return [entry for entry in records if entry["date"] == date]
 
 
 def page(records: Sequence[Mapping[str, Any]]) -> str:
@@ -66,15 +66,15 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     rows: list[Sequence[str]] = [
         ("file", "mutants", *OPERATORS, "timeouts", "equivalent", "survived")
     ]
-    for one in (*records, {"item": "all", "operators": _sum(records)}):
-        counts = {operator: one["operators"].get(operator, {}) for operator in OPERATORS}
+    for entry in (*records, {"item": "all", "operators": _sum(records)}):
+        counts = {operator: entry["operators"].get(operator, {}) for operator in OPERATORS}
         total = sum(map(Counter, counts.values()), Counter[str]())
         alive = sum(total[name] for name in SURVIVED)
         cells = [
             f"{_killed(each)}/{sum(each.values())}" if each else "" for each in counts.values()
         ]
         others = (total["timeout"], total["equivalent"], alive - total["equivalent"])
-        rows.append((one["item"], f"{sum(total.values()):,}", *cells, *map(str, others)))
+        rows.append((entry["item"], f"{sum(total.values()):,}", *cells, *map(str, others)))
     return "\n".join(
         [
             markdown(rows),
@@ -89,8 +89,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _sum(records: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
     total = {operator: Counter[str]() for operator in OPERATORS}
-    for one in records:
-        for operator, each in one["operators"].items():
+    for entry in records:
+        for operator, each in entry["operators"].items():
             total[operator].update(each)
     return total
 
@@ -121,8 +121,8 @@ def _named(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The survivors by their reason, folded away."""
     reasons = defaultdict[tuple[str, str], list[str]](list)
     for record in records:
-        for one in record["survivors"]:
-            reasons[one["outcome"], one["reason"]].append(one["mutant"])
+        for entry in record["survivors"]:
+            reasons[entry["outcome"], entry["reason"]].append(entry["mutant"])
     lines = ["<details><summary>The survivors</summary>", ""]
     for (outcome, reason), mutants in sorted(reasons.items()):
         lines += [f"{outcome}{': ' if reason else ''}{reason}", "", "```text", *mutants, "```", ""]

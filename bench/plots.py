@@ -18,14 +18,16 @@ def bars(records: Iterable[Record], path: Path) -> None:
     pyplot = _pyplot()
     runs = [
         run
-        for run in groups(one for one in records if one["kind"] == "loss")
+        for run in groups(entry for entry in records if entry["kind"] == "loss")
         if "floor" in run and "eager" in run
     ]
     if not runs:
         raise ValueError(
             f"plot: got no run of the loss with eager and the floor in it, want one for {path}"
         )
-    timed = dict.fromkeys(name for run in runs for name, one in run.items() if "median_ms" in one)
+    timed = dict.fromkeys(
+        name for run in runs for name, entry in run.items() if "median_ms" in entry
+    )
     names = [name for name in timed if name != "floor"]
     plot, axes = pyplot.subplots(
         1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained"
@@ -46,9 +48,10 @@ def bars(records: Iterable[Record], path: Path) -> None:
         axis.set_title(title)
     ticks = []
     for run in runs:
-        one = next(iter(run.values()))
+        entry = next(iter(run.values()))
         ticks.append(
-            f"{one['shape']} {one['dtype']} {one.get('selection', 'mask')}\n{one['device'][:28]}"
+            f"{entry['shape']} {entry['dtype']} {entry.get('selection', 'mask')}\n"
+            f"{entry['device'][:28]}"
         )
     axes[0].set_yticks(range(len(runs)), ticks)
     axes[0].invert_yaxis()
@@ -60,9 +63,9 @@ def bars(records: Iterable[Record], path: Path) -> None:
 def curves(records: Iterable[Record], path: Path) -> list[str]:
     """The panels there is data for, of one device, in one picture; their titles."""
     records = list(records)
-    device = next((one["device"] for one in reversed(records) if one.get("capability")), None)
-    device = device or next((one["device"] for one in records), None)
-    records = [one for one in records if one["device"] == device]
+    device = next((entry["device"] for entry in reversed(records) if entry.get("capability")), None)
+    device = device or next((entry["device"] for entry in records), None)
+    records = [entry for entry in records if entry["device"] == device]
     panels = {panel: data for panel, select in PANELS.items() if (data := select(records))}
     if not panels:
         return []
@@ -94,26 +97,26 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
     """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the
     titles."""
     swept = [
-        one
-        for one in records
-        if one["kind"] == "workspace" and not one.get("capability") and "over_floor" in one
+        entry
+        for entry in records
+        if entry["kind"] == "workspace" and not entry.get("capability") and "over_floor" in entry
     ]
     swept = [
-        one
-        for one in swept
-        if all(one.get(name) == swept[-1].get(name) for name in ("device", "threads", "shape"))
+        entry
+        for entry in swept
+        if all(entry.get(name) == swept[-1].get(name) for name in ("device", "threads", "shape"))
     ]
     if not swept:
         return []
     pyplot = _pyplot()
-    dtypes = list(dict.fromkeys(one["dtype"] for one in swept))
+    dtypes = list(dict.fromkeys(entry["dtype"] for entry in swept))
     plot, grid = pyplot.subplots(
         len(dtypes), 2, figsize=(12.5, 4.0 * len(dtypes)), squeeze=False, layout="constrained"
     )
     handles: dict[str, Any] = {}
     for dtype, row in zip(dtypes, grid, strict=True):
         for axis, panel in zip(row, (workspace, workspace_memory), strict=True):
-            panel(axis, [one for one in swept if one["dtype"] == dtype])
+            panel(axis, [entry for entry in swept if entry["dtype"] == dtype])
             axis.set_title(f"{dtype}: {axis.get_title()}")
             axis.grid(alpha=0.3)
             axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -142,12 +145,12 @@ def memory_over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
     _lines(axis, runs, _extra)
     formula = sorted(
         {
-            (one["n"], one["formula_mib"])
+            (entry["n"], entry["formula_mib"])
             for run in runs
-            for name, one in run.items()
-            if one["kind"] == "sweep"
+            for name, entry in run.items()
+            if entry["kind"] == "sweep"
             and name in ("ours-blas", "ours-triton")
-            and "formula_mib" in one
+            and "formula_mib" in entry
         }
     )
     if formula:
@@ -176,7 +179,7 @@ def workspace(axis: Any, records: list[Record]) -> None:
     axis.set(
         title="time ÷ floor over the workspace", xlabel="MiB of workspace", ylabel="time ÷ floor"
     )
-    _over_workspace(axis, records, lambda one: one["over_floor"])
+    _over_workspace(axis, records, lambda entry: entry["over_floor"])
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="floor")
 
 
@@ -186,56 +189,58 @@ def workspace_memory(axis: Any, records: list[Record]) -> None:
         xlabel="MiB of workspace",
         ylabel="peak MiB beyond the gradients",
     )
-    known = [one for one in records if "peak_mib" in one]
-    _over_workspace(axis, known, lambda one: one["peak_mib"] - one["returned_mib"])
+    known = [entry for entry in records if "peak_mib" in entry]
+    _over_workspace(axis, known, lambda entry: entry["peak_mib"] - entry["returned_mib"])
     axis.set_ylim(bottom=0)
 
 
 def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], float]) -> None:
     """Curves of the baselines that take one, lines across for those that take none."""
     axis.set_xscale("log", base=2)
-    for one in records:
-        if "item" not in one and one["peer"] != "floor":
-            axis.axhline(value(one), color=_color(one["peer"]), linestyle="--", label=one["peer"])
-    curves = [one for one in records if "item" in one]
-    for name in dict.fromkeys(one["peer"] for one in curves):
-        points = sorted((one["item"], value(one)) for one in curves if one["peer"] == name)
+    for entry in records:
+        if "item" not in entry and entry["peer"] != "floor":
+            axis.axhline(
+                value(entry), color=_color(entry["peer"]), linestyle="--", label=entry["peer"]
+            )
+    curves = [entry for entry in records if "item" in entry]
+    for name in dict.fromkeys(entry["peer"] for entry in curves):
+        points = sorted((entry["item"], value(entry)) for entry in curves if entry["peer"] == name)
         axis.plot(*zip(*points, strict=True), marker="o", color=_color(name), label=name)
-    axis.set_xticks(sorted({one["item"] for one in curves}))
+    axis.set_xticks(sorted({entry["item"] for entry in curves}))
     axis.minorticks_off()
 
 
-def intensity(one: Record) -> float:
+def intensity(entry: Record) -> float:
     """FLOP of the six products ÷ bytes that any implementation reads and writes at least once."""
-    n, d, m, z = (one[name] for name in "ndmz")
+    n, d, m, z = (entry[name] for name in "ndmz")
     # hidden and anchor; weights and their gradients; dH
     elements = n * (d + z) + 2 * m * (d + z) + n * d
-    return 6 * n * m * (d + z) / (elements * shapes.DTYPES[one["dtype"]].itemsize)
+    return 6 * n * m * (d + z) / (elements * shapes.DTYPES[entry["dtype"]].itemsize)
 
 
 def _timed(records: list[Record]) -> list[dict[str, Record]]:
     """Runs with a floor: the real shapes and, of the sweep, the widest predictor."""
     kept = [
-        one
-        for one in records
-        if one["kind"] in ("loss", "sweep")
-        and one["dtype"] == "bf16"
-        and one.get("selection", "mask") == "index"
-        and (one["kind"] == "loss" or one["m"] == one["d"])
-        and "median_ms" in one
+        entry
+        for entry in records
+        if entry["kind"] in ("loss", "sweep")
+        and entry["dtype"] == "bf16"
+        and entry.get("selection", "mask") == "index"
+        and (entry["kind"] == "loss" or entry["m"] == entry["d"])
+        and "median_ms" in entry
     ]
     return [run for run in groups(kept) if "floor" in run]
 
 
 def _with_memory(records: list[Record]) -> list[dict[str, Record]]:
-    return [run for run in _timed(records) if any("peak_mib" in one for one in run.values())]
+    return [run for run in _timed(records) if any("peak_mib" in entry for entry in run.values())]
 
 
 def _workspaces(records: list[Record]) -> list[Record]:
     return [
-        one
-        for one in records
-        if one["kind"] == "workspace" and "over_floor" in one and one["dtype"] == "bf16"
+        entry
+        for entry in records
+        if entry["kind"] == "workspace" and "over_floor" in entry and entry["dtype"] == "bf16"
     ]
 
 
@@ -248,8 +253,8 @@ PANELS: dict[Callable[[Any, Any], None], Callable[[list[Record]], list[Any]]] = 
 
 
 def _extra(run: dict[str, Record], name: str) -> float | None:
-    one = run[name]
-    return one["peak_mib"] - one["returned_mib"] if "peak_mib" in one else None
+    entry = run[name]
+    return entry["peak_mib"] - entry["returned_mib"] if "peak_mib" in entry else None
 
 
 def _lines(

@@ -99,7 +99,9 @@ def kernels(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    quick = [one.name for one in baselines.BASELINES if one.max_plan_entries > baselines.COMPILED]
+    quick = [
+        entry.name for entry in baselines.BASELINES if entry.max_plan_entries > baselines.COMPILED
+    ]
     for name in names or quick:
         baseline = baselines.BY_NAME[name]
         if baseline.missing(device.torch_device, shapes.DTYPES[dtype]):

@@ -32,10 +32,10 @@ from .tables import loss_table, markdown, plain_table, provenance
 def page(records: list[dict[str, Any]]) -> str:
     """The README's section: a table of the loss for each device, and where its numbers
     come from."""
-    timed = [one for one in records if one["kind"] == "loss"]
+    timed = [entry for entry in records if entry["kind"] == "loss"]
     parts = []
-    for device in dict.fromkeys(one["device"] for one in timed):
-        here = [one for one in timed if one["device"] == device]
+    for device in dict.fromkeys(entry["device"] for entry in timed):
+        here = [entry for entry in timed if entry["device"] == device]
         parts += [markdown(loss_table(here)), "", *(f"- {line}" for line in provenance(here)), ""]
     return "\n".join(parts[:-1]) if parts else "No results yet."
 
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     files = arguments.files or sorted(record.RESULTS.glob("*.jsonl"))
-    records = [one for one in record.latest(record.load(files)) if not one.get("dry_run")]
+    records = [entry for entry in record.latest(record.load(files)) if not entry.get("dry_run")]
     if arguments.kind:
-        chosen = [one for one in records if one["kind"] == arguments.kind]
+        chosen = [entry for entry in records if entry["kind"] == arguments.kind]
         print(markdown(plain_table(chosen)) if chosen else f"no record of kind {arguments.kind!r}")
         return
     goal_tables = {

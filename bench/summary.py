@@ -27,14 +27,14 @@ HEAD = "", "ms", "÷ floor", "÷ eager", "error", "÷ formula", "host µs"
 def of_folder(folder: Path) -> list[str]:
     """Of the last run whose records are there."""
     records = record.load(sorted(folder.glob("*.jsonl")))
-    last = max((one["run"] for one in records if "run" in one), default=None)
+    last = max((entry["run"] for entry in records if "run" in entry), default=None)
     file = folder / "check.json"
     checked = json.loads(file.read_text()) if file.exists() else {}
     # Both dates are in UTC; they are compared to the second.
     if last and checked.get("date", "")[:19] < last[:19]:
         # The file is of an earlier run.
         checked = {}
-    return lines(record.latest(one for one in records if one.get("run") == last), checked)
+    return lines(record.latest(entry for entry in records if entry.get("run") == last), checked)
 
 
 def lines(records: Sequence[Record], checked: Record) -> list[str]:
@@ -54,7 +54,7 @@ def lines(records: Sequence[Record], checked: Record) -> list[str]:
 
 
 def _kind(records: Sequence[Record], *kinds: str) -> list[Record]:
-    return [one for one in records if one["kind"] in kinds]
+    return [entry for entry in records if entry["kind"] in kinds]
 
 
 def _few(texts: Sequence[str], most: int) -> list[str]:
@@ -67,15 +67,17 @@ def _few(texts: Sequence[str], most: int) -> list[str]:
 
 
 def _head(records: Sequence[Record]) -> list[str]:
-    one = records[-1]
+    entry = records[-1]
     names = ("device", "driver_version", "cuda", "torch", "triton", "python", "commit", "run")
-    told = [", ".join(f"{name} {one[name]}" for name in names if one.get(name))]
-    for ceiling in [one for one in _kind(records, "ceiling") if "failed" not in one]:
+    told = [", ".join(f"{name} {entry[name]}" for name in names if entry.get(name))]
+    for ceiling in [entry for entry in _kind(records, "ceiling") if "failed" not in entry]:
         rate, unit = next((ceiling[key], unit) for key, unit in UNITS.items() if key in ceiling)
         told.append(f"{ceiling['item']} {rate:,.0f} {unit}")
     told[1:] = [f"ceilings: {', '.join(told[1:])}"] if told[1:] else []
     parts = _kind(records, "part")
-    wrong = [f"{one['item']}: {one['outcome']}" for one in parts if one["outcome"] != "exit 0"]
+    wrong = [
+        f"{entry['item']}: {entry['outcome']}" for entry in parts if entry["outcome"] != "exit 0"
+    ]
     well = f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}"
     return [*told, well.rstrip("; ")[:300]]
 
@@ -85,12 +87,14 @@ def _check(checked: Record) -> list[str]:
     results: dict[str, list[Record]] = {
         impl: [] for impl in checked.get("settings", {}).get("impl", [])
     }
-    for one in checked.get("results", []):
-        results.setdefault(one["impl"], []).append(one)
+    for entry in checked.get("results", []):
+        results.setdefault(entry["impl"], []).append(entry)
     texts = []
     for impl, checks in results.items():
-        wrong = [f"{one['check']}: {one['says']}" for one in checks if one["outcome"] == "fail"]
-        passed = sum(one["outcome"] == "pass" for one in checks)
+        wrong = [
+            f"{entry['check']}: {entry['says']}" for entry in checks if entry["outcome"] == "fail"
+        ]
+        passed = sum(entry["outcome"] == "pass" for entry in checks)
         unfinished = "" if checked.get("finished") else ", ended before its end"
         line = f"check {impl}: {passed} passed, {len(wrong)} failed{unfinished}"
         texts.append("; ".join([line, *wrong[:1]]))
@@ -98,18 +102,19 @@ def _check(checked: Record) -> list[str]:
 
 
 def _of_check(checked: Record) -> Iterator[str]:
-    for one in checked.get("results", []):
-        if one["outcome"] == "fail":
-            yield f"mend {one['impl']}, which check found wrong: {one['check']}: {one['says']}"
+    for entry in checked.get("results", []):
+        if entry["outcome"] == "fail":
+            wrong = f"{entry['check']}: {entry['says']}"
+            yield f"mend {entry['impl']}, which check found wrong: {wrong}"
 
 
 def _lacking(records: Sequence[Record]) -> list[str]:
     """What was to be measured and was not."""
     texts = []
-    for one in records:
-        reason = one.get("failed") or one.get("unavailable")
-        about = [str(one[name]) for name in ("kind", "shape", "peer", "item") if name in one]
-        if reason and (one.get("failed") or str(one.get("peer", "ours-")).startswith("ours-")):
+    for entry in records:
+        reason = entry.get("failed") or entry.get("unavailable")
+        about = [str(entry[name]) for name in ("kind", "shape", "peer", "item") if name in entry]
+        if reason and (entry.get("failed") or str(entry.get("peer", "ours-")).startswith("ours-")):
             texts.append(f"{' '.join(about)}: {reason}")
     return [f"not measured: {len(texts)}", *_few(texts, 2)] if texts else []
 
@@ -117,23 +122,25 @@ def _lacking(records: Sequence[Record]) -> list[str]:
 def _speeds(records: Sequence[Record]) -> list[str]:
     rows: list[Sequence[str]] = [HEAD]
     for run in groups(_kind(records, "loss", "hot")):
-        for name, one in run.items():
-            if not name.startswith(("ours-", "compile")) or one.get("unavailable"):
+        for name, entry in run.items():
+            if not name.startswith(("ours-", "compile")) or entry.get("unavailable"):
                 continue
-            about = f"{one['shape']} {one['selection']}{' hot' * (one['kind'] == 'hot')} {name}"
-            if one.get("failed"):
-                rows.append((about, one["failed"][:60]))
+            about = (
+                f"{entry['shape']} {entry['selection']}{' hot' * (entry['kind'] == 'hot')} {name}"
+            )
+            if entry.get("failed"):
+                rows.append((about, entry["failed"][:60]))
                 continue
             ratio = ratios(run, name)
             metrics = [
-                one.get("median_ms"),
+                entry.get("median_ms"),
                 ratio["floor"],
                 ratio["eager"],
-                one.get("error_ratio"),
-                _memory(one),
+                entry.get("error_ratio"),
+                _memory(entry),
             ]
             texts = ["" if metric is None else f"{metric:.3f}" for metric in metrics]
-            host = one.get("enqueue_us")
+            host = entry.get("enqueue_us")
             rows.append((about, *texts, "" if host is None else f"{host:.0f}"))
     if len(rows) == 1:
         return []
@@ -143,21 +150,22 @@ def _speeds(records: Sequence[Record]) -> list[str]:
     )
 
 
-def _memory(one: Record) -> float | None:
+def _memory(entry: Record) -> float | None:
     """Peak beyond the gradients returned ÷ the formula."""
-    if "peak_mib" not in one or "formula_mib" not in one:
+    if "peak_mib" not in entry or "formula_mib" not in entry:
         return None
-    return (one["peak_mib"] - one["returned_mib"]) / one["formula_mib"]
+    return (entry["peak_mib"] - entry["returned_mib"]) / entry["formula_mib"]
 
 
 def _tests(records: Sequence[Record]) -> list[str]:
     tests = _kind(records, "test")
-    failed = [one for one in tests if one["outcome"] == "failed"]
-    passed = sum(one["outcome"] == "passed" for one in tests)
+    failed = [entry for entry in tests if entry["outcome"] == "failed"]
+    passed = sum(entry["outcome"] == "passed" for entry in tests)
     if not tests:
         return []
     names = [
-        f"{one['item'].removeprefix('tests/')}: {_last(one.get('message', ''))}" for one in failed
+        f"{entry['item'].removeprefix('tests/')}: {_last(entry.get('message', ''))}"
+        for entry in failed
     ]
     return [f"tests: {passed} passed, {len(failed)} failed", *_few(names, 2)]
 
@@ -169,9 +177,9 @@ def _last(text: str) -> str:
 
 def _broken(records: Sequence[Record]) -> list[str]:
     return [
-        f"{one['kind']}, {one['peer']}, {one['item']}: {one['outcome']}"
-        for one in _kind(records, *KEPT)
-        if one["outcome"] != KEPT[one["kind"]]
+        f"{entry['kind']}, {entry['peer']}, {entry['item']}: {entry['outcome']}"
+        for entry in _kind(records, *KEPT)
+        if entry["outcome"] != KEPT[entry["kind"]]
     ]
 
 
@@ -184,28 +192,28 @@ def _guarantees(records: Sequence[Record]) -> list[str]:
 
 def _slowest(records: Sequence[Record], name: str, passes: bool = False) -> list[str]:
     """The kernels of a step that take most of it; of its passes over rows alone."""
-    of_baseline = [one for one in _kind(records, "kernel") if one["peer"] == name]
-    shown = [one for one in of_baseline if not (passes and PRODUCT.search(one["item"]))]
-    shown.sort(key=lambda one: -one["us"])
-    return [f"{one['item'][:40]} {one['us']:.0f} µs" for one in shown[:3]]
+    of_baseline = [entry for entry in _kind(records, "kernel") if entry["peer"] == name]
+    shown = [entry for entry in of_baseline if not (passes and PRODUCT.search(entry["item"]))]
+    shown.sort(key=lambda entry: -entry["us"])
+    return [f"{entry['item'][:40]} {entry['us']:.0f} µs" for entry in shown[:3]]
 
 
 def _kernels(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(
-        one["peer"] for one in _kind(records, "kernel") if one["peer"].startswith("ours-")
+        entry["peer"] for entry in _kind(records, "kernel") if entry["peer"].startswith("ours-")
     )
     return [f"slowest of {name}: {', '.join(_slowest(records, name))}" for name in list(names)[:3]]
 
 
 def _candidates(records: Sequence[Record]) -> Iterator[tuple[str, Record, Record]]:
     """(role, shipped tile, best tile) where both were timed."""
-    timed = [one for one in _kind(records, "tile") if "median_ms" in one]
-    for role in dict.fromkeys(one["role"] for one in timed):
-        tiles = [one for one in timed if one["role"] == role]
-        best = min(tiles, key=lambda one: one["median_ms"])
-        for shipped in [one for one in tiles if one["in_use"] and one["kernel"] == best["kernel"]][
-            :1
-        ]:
+    timed = [entry for entry in _kind(records, "tile") if "median_ms" in entry]
+    for role in dict.fromkeys(entry["role"] for entry in timed):
+        tiles = [entry for entry in timed if entry["role"] == role]
+        best = min(tiles, key=lambda entry: entry["median_ms"])
+        for shipped in [
+            entry for entry in tiles if entry["in_use"] and entry["kernel"] == best["kernel"]
+        ][:1]:
             yield role, shipped, best
 
 
@@ -213,8 +221,8 @@ def _tiles(records: Sequence[Record]) -> list[str]:
     texts = []
     for role, shipped, best in _candidates(records):
         pair = [
-            f"{tuple(one['tile'])} {one['over_blas']:.3f} × cuBLAS's time"
-            for one in (shipped, best)
+            f"{tuple(entry['tile'])} {entry['over_blas']:.3f} × cuBLAS's time"
+            for entry in (shipped, best)
         ]
         texts.append(f"tile of {role}: shipped {pair[0]}, best {pair[1]}")
     return texts[:2]
@@ -223,9 +231,9 @@ def _tiles(records: Sequence[Record]) -> list[str]:
 def _workspace_runs(records: Sequence[Record]) -> dict[str, dict[int, float]]:
     """÷ floor by MiB, for each of ours."""
     runs: dict[str, dict[int, float]] = {}
-    for one in _kind(records, "workspace"):
-        if "over_floor" in one and "item" in one:
-            runs.setdefault(one["peer"], {})[one["item"]] = one["over_floor"]
+    for entry in _kind(records, "workspace"):
+        if "over_floor" in entry and "item" in entry:
+            runs.setdefault(entry["peer"], {})[entry["item"]] = entry["over_floor"]
     return runs
 
 
@@ -241,7 +249,7 @@ def _workspaces(records: Sequence[Record]) -> list[str]:
 
 def _next(records: Sequence[Record]) -> Iterator[str]:
     """Simple rules from what was found to what it suggests, the gravest first."""
-    if failed := [one for one in _kind(records, "test") if one["outcome"] == "failed"]:
+    if failed := [entry for entry in _kind(records, "test") if entry["outcome"] == "failed"]:
         yield f"mend {failed[0]['item']} and {len(failed) - 1} more: no figure counts before"
     yield from (f"mend {text}" for text in _broken(records)[:1])
     for run in groups(_kind(records, "loss")):
@@ -259,38 +267,38 @@ def _next(records: Sequence[Record]) -> Iterator[str]:
         if 512 in sizes and sizes[best] < SOONER * sizes[512]:
             gain = 1 - sizes[best] / sizes[512]
             yield f"{name}: {best} MiB of workspace by default, {gain:.0%} less time than 512"
-    for one in _kind(records, "part"):
-        if one["outcome"] == "ended at its limit":
-            limit = f"{one['seconds']:.0f} s"
-            yield f"{one['item']} took more than its {limit}: the end of log.txt's part says where"
+    for entry in _kind(records, "part"):
+        if entry["outcome"] == "ended at its limit":
+            limit = f"{entry['item']} took more than its {entry['seconds']:.0f} s"
+            yield f"{limit}: the end of log.txt's part says where"
 
 
 def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
     """What the baselines of a shape, measured side by side, suggest."""
-    timed = {name: one for name, one in run.items() if "median_ms" in one}
-    ours = {name: one for name, one in timed.items() if name.startswith("ours-")}
-    for name, one in run.items():
-        if name.startswith("ours-") and one.get("failed"):
-            yield f"mend {name} at {one['shape']}, {one['selection']}: {one['failed']}"
-    for name, one in ours.items():
-        where = f"{name} at {one['shape']}, {one['selection']}"
+    timed = {name: entry for name, entry in run.items() if "median_ms" in entry}
+    ours = {name: entry for name, entry in timed.items() if name.startswith("ours-")}
+    for name, entry in run.items():
+        if name.startswith("ours-") and entry.get("failed"):
+            yield f"mend {name} at {entry['shape']}, {entry['selection']}: {entry['failed']}"
+    for name, entry in ours.items():
+        where = f"{name} at {entry['shape']}, {entry['selection']}"
         over = ratios(run, name)["floor"]
         goal = {"ours-blas": BLAS, "ours-triton": MASK}.get(name)
-        if one.get("enqueue_us", 0.0) > 900 * one["median_ms"]:
-            host = f"{one['enqueue_us']:.0f} µs a step"
+        if entry.get("enqueue_us", 0.0) > 900 * entry["median_ms"]:
+            host = f"{entry['enqueue_us']:.0f} µs a step"
             yield f"{where}: the host needs {host}: fewer launches, or a CUDA graph"
         elif goal and over and over > goal:
             slowest = ", ".join(_slowest(records, name, passes=True)) or "not known"
             yield f"{where}: {over:.2f} × the floor > {goal:g}; the slowest passes: {slowest}"
-        if (memory := _memory(one)) and memory > 1.0:
+        if (memory := _memory(entry)) and memory > 1.0:
             much = f"{memory:.2f} × the formula's memory"
             yield f"{where}: {much}: what is allocated beside the workspace?"
     same = [ratios(run, name)["eager"] or math.inf for name in ours if name != "ours-fp8"]
-    for name, one in timed.items():
+    for name, entry in timed.items():
         if name.startswith("compile") and (ratios(run, name)["eager"] or math.inf) < min(
             same, default=0.0
         ):
-            where = f"{name} is faster than ours at {one['shape']}"
+            where = f"{name} is faster than ours at {entry['shape']}"
             yield f"{where}: compare their kernels (--stage profile)"
     fp8, blas = (ratios(run, name)["floor"] for name in ("ours-fp8", "ours-blas"))
     if fp8 and blas and fp8 > blas:

@@ -16,16 +16,16 @@ HEAD = (
 def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     """Records by baseline, for each run of a shape."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in records:
-        runs.setdefault(one["group"], {})[one["peer"]] = one
+    for entry in records:
+        runs.setdefault(entry["group"], {})[entry["peer"]] = entry
     return list(runs.values())
 
 
 def over_floor(run: dict[str, dict[str, Any]], name: str) -> float | None:
     """A baseline's time over that of the six bare matmuls that were sampled beside it."""
-    one = run.get(name, {})
-    floor = one.get("floor_ms", run.get("floor", {}).get("median_ms"))
-    return one["median_ms"] / floor if floor and "median_ms" in one else None
+    entry = run.get(name, {})
+    floor = entry.get("floor_ms", run.get("floor", {}).get("median_ms"))
+    return entry["median_ms"] / floor if floor and "median_ms" in entry else None
 
 
 def ratios(run: dict[str, dict[str, Any]], name: str) -> dict[str, float | None]:
@@ -59,46 +59,46 @@ def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
     """Header and rows; a baseline without times is left out (see `refusals`)."""
     table: list[Sequence[str]] = [HEAD]
     for run in groups(records):
-        for name, one in run.items():
-            if "median_ms" not in one:
+        for name, entry in run.items():
+            if "median_ms" not in entry:
                 continue
             ratio = ratios(run, name)
-            digits = 3 if one["median_ms"] < 100 else 0
-            time = [_number(one[key], digits) for key in ("median_ms", "q1_ms", "q3_ms")]
+            digits = 3 if entry["median_ms"] < 100 else 0
+            time = [_number(entry[key], digits) for key in ("median_ms", "q1_ms", "q3_ms")]
             table.append(
                 (
-                    one["shape"],
-                    f"{one['n']:,} · {one['d']}→{one['m']}→{one['z']}",
-                    one["dtype"],
-                    one.get("selection", "mask"),
+                    entry["shape"],
+                    f"{entry['n']:,} · {entry['d']}→{entry['m']}→{entry['z']}",
+                    entry["dtype"],
+                    entry.get("selection", "mask"),
                     name,
                     f"{time[0]} ({time[1]}–{time[2]})",
-                    _number(one["tflops"], 1 if one["tflops"] >= 10 else 2),
+                    _number(entry["tflops"], 1 if entry["tflops"] >= 10 else 2),
                     _number(ratio["eager"]),
                     _number(ratio["floor"]),
-                    _number(one.get("peak_mib"), 0),
+                    _number(entry.get("peak_mib"), 0),
                     _number(ratio["peak"]),
                     _number(ratio["extra"]),
-                    _number(one.get("error_ratio")) + _rule(one),
+                    _number(entry.get("error_ratio")) + _rule(entry),
                 )
             )
     return table
 
 
-def _rule(one: dict[str, Any]) -> str:
-    if one.get("own_rule"):
+def _rule(entry: dict[str, Any]) -> str:
+    if entry.get("own_rule"):
         return ", own rule"
-    return ", outside the rule" if one.get("outside_rule") else ""
+    return ", outside the rule" if entry.get("outside_rule") else ""
 
 
 def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
     """A line for each measurement that was not taken, with the reason."""
     lines = []
-    for one in records:
+    for entry in records:
         for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
-            if one.get(what):
-                which = f"{one['shape']} {one['dtype']} {one['peer']}"
-                lines.append(f"{which}: {what.replace('_', ' ')}: {one[what]}")
+            if entry.get(what):
+                which = f"{entry['shape']} {entry['dtype']} {entry['peer']}"
+                lines.append(f"{which}: {what.replace('_', ' ')}: {entry[what]}")
     return lines
 
 
@@ -116,12 +116,15 @@ def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
         "clocks.sm",
     }
     names = dict.fromkeys(
-        name for one in records for name, value in one.items() if not isinstance(value, list | dict)
+        name
+        for entry in records
+        for name, value in entry.items()
+        if not isinstance(value, list | dict)
     )
     shown = [
         name
         for name in names
-        if name not in hidden and len({str(one.get(name)) for one in records}) > 1
+        if name not in hidden and len({str(entry.get(name)) for entry in records}) > 1
     ]
 
     def text(value: Any) -> str:
@@ -129,7 +132,7 @@ def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
             _number(value, 3) if isinstance(value, float) else "" if value is None else str(value)
         )
 
-    return [shown, *([text(one.get(name)) for name in shown] for one in records)]
+    return [shown, *([text(entry.get(name)) for name in shown] for entry in records)]
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -146,9 +149,9 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
     """A line for each device, version and commit that the numbers come from."""
     lines = {}
-    for one in records:
-        extras = [f"driver {one['driver_version']}"] if one.get("driver_version") else []
-        extras += [f"{one['threads']} threads"] if one.get("threads") else []
-        parts = [one["device"], *extras, f"torch {one['torch']}", f"triton {one['triton']}"]
-        lines[", ".join([*parts, one["date"][:10], f"commit {one['commit']}"])] = None
+    for entry in records:
+        extras = [f"driver {entry['driver_version']}"] if entry.get("driver_version") else []
+        extras += [f"{entry['threads']} threads"] if entry.get("threads") else []
+        parts = [entry["device"], *extras, f"torch {entry['torch']}", f"triton {entry['triton']}"]
+        lines[", ".join([*parts, entry["date"][:10], f"commit {entry['commit']}"])] = None
     return list(lines)

@@ -81,7 +81,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
     source = ASTSource(kernel, launch.signature, launch.constants, attributes)
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     code = compiled.asm.get("ptx", "")
-    found = {
+    present_words = {
         word: word in code
         for word in ("wgmma", "tcgen05.mma", "mma.sync", "tf32", "cp.async.bulk.tensor")
     }
@@ -97,7 +97,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "fusion": launch.options.get("enable_fp_fusion"),
         "budget": launch.budget,
         **resources(launch.target, compiled),
-        "instructions": [word for word, present in found.items() if present],
+        "instructions": [word for word, present in present_words.items() if present],
     }
 
 

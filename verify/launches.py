@@ -215,11 +215,11 @@ def each_product(dtype: torch.dtype, n: int, width: int) -> None:
 def launches(targets: list[str]) -> list[Launch]:
     """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
     weight = torch.ones(MANY)
-    found: list[Launch] = []
+    collected: list[Launch] = []
 
     def add(target: str, *arguments: Any, **options: Any) -> None:
         for workspace in (None, PARTS):  # sums are stored, and added to
-            found.extend(
+            collected.extend(
                 recorded(
                     target, lambda w=workspace: step(*arguments, **{"workspace": w, **options})
                 )
@@ -230,7 +230,7 @@ def launches(targets: list[str]) -> list[Launch]:
         add(target, torch.float32, WIDE, "index", row_weight=weight)
         # Few rows take the small tiles of products, small weights those of their gradients.
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
-            found += recorded(
+            collected += recorded(
                 target, lambda n=n, width=width: each_product(torch.bfloat16, n, width)
             )
     for target in {"sm90", "sm100"} & set(targets):
@@ -250,5 +250,5 @@ def launches(targets: list[str]) -> list[Launch]:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         add("sm90", torch.float32, WIDE, "index")
         torch.backends.cuda.matmul.fp32_precision = "none"
-    distinct = {repr(sorted(asdict(launch).items(), key=str)): launch for launch in found}
+    distinct = {repr(sorted(asdict(launch).items(), key=str)): launch for launch in collected}
     return list(distinct.values())

@@ -164,7 +164,7 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     dz = (dp @ t["w2"]) * slope
     dh = np.zeros_like(h)
     dh[index] = dz @ t["w1"]
-    found = {
+    results = {
         "hidden": dh.reshape(t["hidden"].shape),
         "w1": dz.T @ x,
         "b1": dz.sum(0),
@@ -173,7 +173,7 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     }
     wanted = {
         name: value
-        for name, value in found.items()
+        for name, value in results.items()
         if t[name] is not None and name not in case.frozen
     }
     return {

@@ -77,11 +77,11 @@ def differences(row: str) -> list[str]:
         wanted = {**wanted, **oldest()}
     # Of the others there may be newer releases than when the table was written.
     exact = row in ("oldest", "image")
-    found = {name: installed(name) for name in wanted}
+    present = {name: installed(name) for name in wanted}
     return [
-        f"{name} {found[name]}, want {version}{'' if exact else ' or newer'}"
+        f"{name} {present[name]}, want {version}{'' if exact else ' or newer'}"
         for name, version in wanted.items()
-        if found[name] is None or (found[name] != version if exact else found[name] < version)
+        if present[name] is None or (present[name] != version if exact else present[name] < version)
     ]
 
 

@@ -127,9 +127,9 @@ def main() -> int:
     parser.add_argument(
         "--no-isolation", action="store_true", help="with the environment's own setuptools"
     )
-    given = parser.parse_args()
-    more = ["--no-isolation"] if given.no_isolation else []
-    shutil.rmtree(given.out, ignore_errors=True)
+    options = parser.parse_args()
+    more = ["--no-isolation"] if options.no_isolation else []
+    shutil.rmtree(options.out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wheels = []
@@ -144,12 +144,12 @@ def main() -> int:
         copy(folder / "no-links", 10**9, linked=False)
         unlinked = build(folder / "no-links", folder / "out-unlinked", "wheel", more)
         for wheel in (wheels[0], by_sdist, unlinked):
-            if found := wrong(contents(wheel)):
-                print(f"{wheel.parent.name}/{wheel.name}:", *found, sep="\n  ", file=sys.stderr)
+            if faults := wrong(contents(wheel)):
+                print(f"{wheel.parent.name}/{wheel.name}:", *faults, sep="\n  ", file=sys.stderr)
                 return 1
-        given.out.mkdir(parents=True)
-        shutil.copy(wheels[0], given.out)
-    print(f"{hashes[0]}  {given.out / wheels[0].name}")
+        options.out.mkdir(parents=True)
+        shutil.copy(wheels[0], options.out)
+    print(f"{hashes[0]}  {options.out / wheels[0].name}")
     return 0
 
 

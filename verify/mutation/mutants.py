@@ -80,7 +80,7 @@ def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutan
     `after`."""
     visitor = Visitor(source, optional)
     visitor.visit(ast.parse(source))
-    found = []
+    all_mutants = []
     seen = Counter[tuple[str, ...]]()
     for operator, function, lines, start, stop, text in sorted(
         visitor.found, key=lambda one: one[3:]
@@ -89,8 +89,10 @@ def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutan
         seen[function, before, after] += 1
         if (times := seen[function, before, after]) > 1:
             after += f"  #{times}"
-        found.append(Mutant(file, function, lines, operator, before, after, start, stop, text))
-    return found
+        all_mutants.append(
+            Mutant(file, function, lines, operator, before, after, start, stop, text)
+        )
+    return all_mutants
 
 
 def every_mutant() -> list[Mutant]:

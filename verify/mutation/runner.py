@@ -225,14 +225,14 @@ def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple
         return status, plugin.failed, plugin.ran
 
     try:
-        found, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
+        outcome, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
     finally:
         path.write_text(original)
         # The compiled file next to it is of this text.
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    if found is None:
+    if outcome is None:
         return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
-    status, failed, ran = found
+    status, failed, ran = outcome
     if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise LookupError(f"no such tests: {', '.join(files)}")
     if failed:

@@ -248,7 +248,7 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
     assert diagnose(there / "a", pictures, "--out", tmp_path / "file") == 2
     assert "--out: cannot write into" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "diagnose needs matplotlib" in error(there / "a", pictures)
+    assert "diagnose needs einops, matplotlib" in error(there / "a", pictures)
 
 
 def test_weights_in_pickles_are_refused(tmp_path, capsys):
