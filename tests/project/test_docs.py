@@ -28,6 +28,8 @@ PAGES = (
     "CHANGELOG.md",
     "recipes/README.md",
     "docs/troubleshooting.md",
+    "docs/numerics.md",
+    "bench/README.md",
 )
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
