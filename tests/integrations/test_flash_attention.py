@@ -56,7 +56,7 @@ def in_float64(family: str, head: nn.Module) -> dict[str, Tensor | None]:
     return {"loss": loss, **found}
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize(
     "attention", ["sdpa", pytest.param("flash_attention_2", marks=needs_flash_attn)]
 )
