@@ -56,7 +56,7 @@ class EncoderAnchor:
         model: the model to be attached to; its config is read, nothing else.
         image_mean, image_std: of the normalisation that `pixels` have had, as in the model's image
             processor; both None if it was the encoder's own.
-        encoder_mean, encoder_std: of the normalisation that the encoder wants.
+        encoder_mean, encoder_std: of the normalisation that the encoder needs.
         size: of the encoder's images; None is its config's `image_size`.
         pixels: the argument of the model's forward that holds the images.
         mode: how features are resized: "bilinear" (antialiased) or "area" (the mean of what a token
@@ -96,7 +96,7 @@ class EncoderAnchor:
         if getattr(config, "image_grid_pinpoints", None):
             raise ValueError(
                 f"model: {type(model).__name__} cuts images into tiles and adds newline rows, so "
-                "its visual tokens are no grid; pass a callable anchor of your own"
+                "its visual tokens are not a grid; pass a callable anchor of your own"
             )
         if (image_mean is None) != (image_std is None):
             raise ValueError("image_mean, image_std: got one of them, want both, or None for both")
@@ -166,7 +166,7 @@ class EncoderAnchor:
             side = math.isqrt(total // max(len(pixels), 1))
             if total != len(pixels) * side**2:
                 raise ValueError(
-                    f"anchor: {total} visual tokens are no squares of {len(pixels)} images"
+                    f"anchor: {total} visual tokens are not squares of {len(pixels)} images"
                 )
             return [pixels], [(side, side)] * len(pixels)
         if grid is not None:

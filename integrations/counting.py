@@ -80,7 +80,7 @@ class Counting:
         all that."""
         trainer = type(self.trainer).__name__
         if not hasattr(batch, "keys"):
-            reason = f"they are no mappings but {type(batch).__name__}"
+            reason = f"they are not mappings but {type(batch).__name__}"
         else:
             try:
                 return self.handle.count(dict(batch)).to(self.trainer.args.device)

@@ -20,7 +20,7 @@ class Deferred:
         divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
         micro_batches: of the optimizer step.
         counted: the terms that the forwards should have, 0-d; None: not known.
-        alone: without a `divisor` the group of `apply_pre` is not asked for one either.
+        ungrouped: without a `divisor` the group of `apply_pre` is not asked for one either.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class Deferred:
         divisor: Tensor | float | None,
         micro_batches: int = 1,
         counted: Tensor | None = None,
-        alone: bool = False,
+        ungrouped: bool = False,
     ) -> None:
         self.divisor = divisor
         self.micro_batches = micro_batches
         self.counted = counted
-        self.alone = alone
+        self.ungrouped = ungrouped
         self.losses: list[Tensor] = []
         self.counts: list[Tensor] = []
         self.seen: Tensor | int = 0  # terms of all forwards
@@ -57,14 +57,14 @@ class Deferred:
         device = losses[0].device
         counts = torch.stack([count.to(device) for count in forwards_counts])
         values = torch.stack([loss.to(device) for loss in losses])
-        whole = counts.sum().clamp(min=1)
+        count = counts.sum().clamp(min=1)
         if self.divisor is None:
-            total = (values * (counts / whole)).sum() / self.micro_batches
+            total = (values * (counts / count)).sum() / self.micro_batches
         else:
             total = values.sum()
             if self.counted is not None:
                 divisor = torch.as_tensor(self.divisor, device=device)
-                own = divisor / (whole * self.micro_batches)
+                own = divisor / (count * self.micro_batches)
                 total = total * torch.where(counts.sum() <= self.counted.to(device), 1.0, own)
         self.added = self.added + total.detach()
         return total

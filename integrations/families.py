@@ -249,9 +249,9 @@ def find_parts(
     not looked for.
 
     Raises:
-        TypeError: if `text_model` is no module, or `layers` no ModuleList.
+        TypeError: if `text_model` is not a module, or `layers` no ModuleList.
         ValueError: if there is no config, no decoder layers where they are looked for, or nothing
-            at a path; if what was given is no part of the model.
+            at a path; if what was given is not part of the model.
     """
     config = getattr(model, "config", None)
     if config is None and layers is None:
@@ -322,7 +322,7 @@ def _module(model: nn.Module, name: str, given: Any) -> tuple[str, nn.Module]:
             return given, model.get_submodule(given)
         except AttributeError as error:
             raise ValueError(
-                f"{name}: got {given!r}, which is no module of the model: {error}"
+                f"{name}: got {given!r}, which is not a module of the model: {error}"
             ) from error
     if not isinstance(given, nn.Module):
         hint = "; numbers of layers go into layer=" if name == "layers" else ""
@@ -332,7 +332,7 @@ def _module(model: nn.Module, name: str, given: Any) -> tuple[str, nn.Module]:
     path = next((path for path, module in model.named_modules() if module is given), None)
     if path is None:
         raise ValueError(
-            f"{name}: the {type(given).__name__} that was given is no part of the model"
+            f"{name}: the {type(given).__name__} that was given is not part of the model"
         )
     return path, given
 

@@ -185,8 +185,8 @@ class PreHandle(ScheduledWeight):
         Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to
         call it: the parts are gathered, and all return when the files are there; elsewhere (DDP,
         ZeRO-1, ZeRO-2) the others return at once and need not call it. `model`: under FSDP1 its
-        wrapper around the model, which alone can gather. `writes`: whether this process writes the
-        files; None: if it is rank 0.
+        wrapper around the model, the only one that can gather. `writes`: whether this process
+        writes the files; None: if it is rank 0.
 
         Raises:
             RuntimeError: if the head is split in a way that is not known.
@@ -249,7 +249,7 @@ class PreHandle(ScheduledWeight):
         if self._labels is not None:
             raise RuntimeError(
                 f"labels: is {self._labels!r}, so L_PRe is added to output.loss where the forward "
-                "gets that argument; handle.loss() wants apply_pre(..., labels=None)"
+                "gets that argument; handle.loss() needs apply_pre(..., labels=None)"
             )
         loss = self._own
         self._own = None
@@ -270,11 +270,11 @@ class PreHandle(ScheduledWeight):
         divisor: Tensor | float | None,
         micro_batches: int = 1,
         counted: Tensor | None = None,
-        alone: bool = False,
+        ungrouped: bool = False,
     ) -> Iterator[Deferred]:
         """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see
         `Deferred`."""
-        self._deferred = Deferred(divisor, micro_batches, counted, alone)
+        self._deferred = Deferred(divisor, micro_batches, counted, ungrouped)
         try:
             yield self._deferred
         finally:
@@ -349,7 +349,7 @@ class PreHandle(ScheduledWeight):
         divisor = None if deferred is None else deferred.divisor
         heads = self.head if self._several else [self.head]
         losses = self._objective.losses(
-            seen, heads, divisor, deferred is not None and deferred.alone
+            seen, heads, divisor, deferred is not None and deferred.ungrouped
         )
         self._totals.add(
             losses.layers,

@@ -190,7 +190,7 @@ def _target(words: list[str]) -> Callable[[], Any]:
     if path is None:
         is_program = shutil.which(script) is not None
         raise ValueError(
-            f"script: {script!r} is no python program; put it in front: `{script} … {LINE}`"
+            f"script: {script!r} is not a python program; put it in front: `{script} … {LINE}`"
             if is_program
             else f"script: {script!r} is neither a file nor an installed console command"
         )
@@ -245,7 +245,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
             with open(options.config, encoding="utf-8") as file:
                 config = yaml.safe_load(file)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config: {options.config!r} is no valid YAML: {error}") from error
+            raise ValueError(f"--config: {options.config!r} is not valid YAML: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(
                 f"--config: {options.config!r} holds {type(config).__name__}, want a mapping of "
@@ -260,7 +260,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         try:
             values[_known(name, "--set")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set: {name}: {text!r} is no valid YAML value: {error}") from error
+            raise ValueError(f"--set: {name}: {text!r} is not valid YAML value: {error}") from error
     with _restored():
         sys.path += [] if options.followed is None else [options.followed]
         settings = {name: _value(name, value) for name, value in values.items()}
@@ -279,7 +279,7 @@ def _known(name: Any, where: str) -> str:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A YAML value as the parameter wants it: a number YAML reads as text, a dtype, a callable as
+    """A YAML value as the parameter needs it: a number YAML reads as text, a dtype, a callable as
     "module:name"."""
     wanted = str(PARAMETERS[name].annotation)
     if not isinstance(value, str):

@@ -69,7 +69,7 @@ class Launch:
         self._stepped = False  # whether an optimizer was seen to step
         self._active = False
         self._patched = False
-        # Trainers that have the callback, models that are no vision-language ones
+        # Trainers that have the callback, models that are not vision-language ones
         self._known = weakref.WeakSet[Any]()
         self._undo = contextlib.ExitStack()
 
@@ -151,7 +151,7 @@ class Launch:
         name = type(_inside(model)).__name__
         if "mask_fn" not in self.settings and not _is_vision_language(model):
             self._known.add(model)
-            _say(f"not attached to {name}: it is no vision-language model")
+            _say(f"not attached to {name}: it is not a vision-language model")
             return
         with _seeded(model, trainer.args.seed):
             handle = apply_pre(model, **self.settings)

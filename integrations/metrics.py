@@ -182,7 +182,7 @@ def sample_cosine(
     head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor | None, impl: str
 ) -> Tensor:
     """The sum and the number (2,) of the cosines between predictions and anchors of at most
-    `SAMPLE` rows, spread evenly, for the logs of losses that are no cosine; no host sync.
+    `SAMPLE` rows, spread evenly, for the logs of losses other than the cosine; no host sync.
 
     Args:
         head: a `PreHead`.

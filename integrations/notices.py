@@ -60,7 +60,7 @@ WARNINGS = {
         "handle.param_groups()"
     ),
     "optimizer without the model": (
-        "the optimizer ({optimizer}) steps `pre_head` alone, while other parameters of the model "
+        "the optimizer ({optimizer}) steps only `pre_head`, while other parameters of the model "
         "require grad; handle.param_groups() has the head's groups, the model's come beside them"
     ),
     # a transformers.Trainer under patch_trainer
@@ -132,11 +132,11 @@ WARNINGS = {
     # the launcher, which prints them
     "launched own loop": (
         "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches "
-        "to the models of those alone, so this training has no PRe; in a loop of your own write "
+        "only to models of such trainers, so this training has no PRe; in a loop of your own write "
         "`apply_pre(model)` before the optimizer is made, which needs no launcher"
     ),
     "launched no images": (
-        "{trainer} trains {model}, which is no vision-language model as far as its config says "
+        "{trainer} trains {model}, which is not a vision-language model as far as its config says "
         "(neither vision_config nor image_token_id), so this training has no PRe; if it sees "
         "images, give the launcher --set mask_fn=module:function, which finds its visual tokens "
         "(see apply_pre)"

@@ -68,14 +68,14 @@ class Objective(TermOptions):
         seen: CapturedForward,
         heads: Sequence[nn.Module],
         divisor: Tensor | float | None,
-        alone: bool = False,
+        ungrouped: bool = False,
     ) -> Losses:
         """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's
         or group's terms.
 
-        `alone`: the forward's, whatever the group, whose other processes may have a divisor.
+        `ungrouped`: the forward's, whatever the group, whose other processes may have a divisor.
         """
-        if alone:
+        if ungrouped:
             return replace(self, group=None).losses(seen, heads, divisor)
         visual = find_tokens(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]

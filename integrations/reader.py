@@ -94,7 +94,7 @@ class Reader:
         by batch row.
 
         An image is what `apply_pre`'s level "image" takes for one. References to what the forward
-        made: whoever wants to keep many has to copy.
+        made: whoever keeps many has to copy.
 
         Args:
             inputs: the forward's arguments by name, on the model's device.

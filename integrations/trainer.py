@@ -46,7 +46,7 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
       own), and the model too where the Trainer would not, because its keys were renamed on saving.
       A checkpoint made without PRe can be resumed with it, and the reverse.
 
-    Where terms cannot be counted ahead (batches that are no mappings, inputs that are made later),
+    Where terms cannot be counted ahead (batches that are not mappings, inputs that are made later),
     or forwards have more than were counted, a micro-batch adds its own mean, all weighing the same,
     and a warning says so. Before transformers 4.46 nothing is counted: each forward with labels
     adds its own mean, as without this patch.
@@ -280,13 +280,13 @@ def _training_step(
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
     # Other processes may have counted theirs, so the group is not asked for the divisor.
-    alone = counting.ahead and count is None
+    ungrouped = counting.ahead and count is None
     with (
-        handle.defer(divisor, step.size, count, alone) as deferred,
+        handle.defer(divisor, step.size, count, ungrouped) as deferred,
         _added_to_backward(trainer.accelerator, deferred),
     ):
         loss = original(*args, **kwargs)
-    counting.saw(deferred, uncounted=alone)
+    counting.saw(deferred, uncounted=ungrouped)
     counting.reached |= torch.is_tensor(deferred.added)
     # Where losses came to accelerator.backward before, the trainer left this one out on purpose: it
     # is nan, say, or was only looked at.

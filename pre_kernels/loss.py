@@ -42,7 +42,7 @@ def fp8_unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None  # the kernels are interpreted
     if torch.version.hip is not None:
-        return "the products' scales by row are there for NVIDIA alone"
+        return "the products' scales by row exist only for NVIDIA"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_90"
     return None
@@ -131,7 +131,7 @@ def fused_pre_loss(
             dtype.
         rows: bool mask of hidden's leading shape, or (N,) int32/int64 flat row indices in any
             order, or None for all. Indices must be unique and in range: checked on the CPU, and
-            elsewhere under PRE_KERNELS_DEBUG=1 alone (checking reads the device).
+            elsewhere only under PRE_KERNELS_DEBUG=1 (checking reads the device).
         loss: "cosine", "mse" or "smooth_l1" (beta 1).
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         row_weight: (N,) in selection order, or hidden's leading shape; multiplies the row losses.

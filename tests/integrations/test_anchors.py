@@ -257,7 +257,7 @@ UNFIT = [
         "llava",
         {"pixel_values": torch.zeros(2, 3, 8, 8)},
         ValueError,
-        "12 visual tokens are no squares of 2 images",
+        "12 visual tokens are not squares of 2 images",
     ),
     (
         "llava",

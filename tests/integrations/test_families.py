@@ -96,7 +96,7 @@ def test_an_unlisted_family(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_names_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", {"llava": families.Family(text="model.trunk")})
     with pytest.raises(
-        ValueError, match=r"text_model: got 'model.trunk', which is no module of the model"
+        ValueError, match=r"text_model: got 'model.trunk', which is not a module of the model"
     ):
         apply_pre(build("llava"))
 

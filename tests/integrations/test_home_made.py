@@ -94,20 +94,20 @@ def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
         (
             {"layers": "trunk.nothing"},
             ValueError,
-            "layers: got 'trunk.nothing', which is no module",
+            "layers: got 'trunk.nothing', which is not a module",
         ),
         ({"layers": [1, 2]}, TypeError, "layers: got list, .*go into layer="),
         (
             {"layers": nn.ModuleList()},
             ValueError,
-            "layers: the ModuleList that was given is no part",
+            "layers: the ModuleList that was given is not part",
         ),
         ({"layers": "empty"}, ValueError, "layers: got an empty ModuleList"),
         ({"text_model": 3}, TypeError, "text_model: got int"),
         (
             {"text_model": nn.Linear(1, 1)},
             ValueError,
-            "text_model: the Linear that was given is no part",
+            "text_model: the Linear that was given is not part",
         ),
         ({"layers": "trunk.blocks"}, ValueError, "names no visual tokens .*pass mask_fn="),
     ],

@@ -191,11 +191,12 @@ def test_models_that_are_left_alone_and_models_that_come_late(
         """
     )
     said = capsys.readouterr().err
-    assert "PRe: not attached to LlamaForCausalLM: it is no vision-language model" in said
+    assert "PRe: not attached to LlamaForCausalLM: it is not a vision-language model" in said
     assert said.count("PRe: attached") == 3
     assert said.count("WARNING") == 1  # of the first training, before its second step
     assert (
-        "PRe: WARNING: InOrder trains LlamaForCausalLM, which is no vision-language model" in said
+        "PRe: WARNING: InOrder trains LlamaForCausalLM, which is not a vision-language model"
+        in said
     )
 
 

@@ -30,10 +30,10 @@ from pre_kernels.integrations import launch
             "--set: unknown setting 'qqq'; want one of layer, weight",
         ),
         (["--set", "layer", "--", "ok.py"], "--set: got 'layer', want key=value"),
-        (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is no valid YAML value"),
+        (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is not valid YAML value"),
         (
             ["--set", "layer=!!python/object/apply:os.getcwd []", "--", "ok.py"],
-            "is no valid YAML value",
+            "is not valid YAML value",
         ),
         (["--layer", "middle", "--", "ok.py"], "layer: got 'middle', want an int"),
         (["--layer", "0", "--", "ok.py"], "layer: got 0, want 1"),
@@ -52,8 +52,8 @@ from pre_kernels.integrations import launch
             ["--config", "list.yaml", "--", "ok.py"],
             "--config: 'list.yaml' holds list, want a mapping of settings",
         ),
-        (["--config", "broken.yaml", "--", "ok.py"], "--config: 'broken.yaml' is no valid YAML"),
-        (["--config", "binary.yaml", "--", "ok.py"], "--config: 'binary.yaml' is no valid YAML"),
+        (["--config", "broken.yaml", "--", "ok.py"], "--config: 'broken.yaml' is not valid YAML"),
+        (["--config", "binary.yaml", "--", "ok.py"], "--config: 'binary.yaml' is not valid YAML"),
         (
             ["--config", "typo.yaml", "--", "ok.py"],
             "--config typo.yaml: unknown setting 'wieght'; did you mean weight",
@@ -70,7 +70,7 @@ from pre_kernels.integrations import launch
         ),
         (
             ["--", "env", "A=1", "ok.py"],
-            "script: 'env' is no python program; put it in front: `env … python -m pre_",
+            "script: 'env' is not a python program; put it in front: `env … python -m pre_",
         ),
         (
             ["--", "python", "-c", "x"],

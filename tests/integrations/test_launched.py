@@ -92,7 +92,7 @@ def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: C
         ),
         (
             f"t = trainer(plain(), samples={TEXT}, steps=3)\nt.add_callback(Says())\nt.train()",
-            "InOrder trains LlamaForCausalLM, which is no vision-language model "
+            "InOrder trains LlamaForCausalLM, which is not a vision-language model "
             "as far as its config says",
         ),
     ],
