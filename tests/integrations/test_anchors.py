@@ -128,7 +128,7 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
         mode=mode,
         anchor_dim=3,
     )
-    found = anchor(data.inputs, data.visual)
+    features = anchor(data.inputs, data.visual)
     wanted = [
         [y + 0.375, x + 0.375, n]
         for n, place in enumerate(places)
@@ -136,7 +136,7 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
         for x in range(place.shape[2] // 4)
     ]
     # Not closer, since the borders repeat their pixels.
-    torch.testing.assert_close(found, torch.tensor(wanted), atol=0.13, rtol=0)
+    torch.testing.assert_close(features, torch.tensor(wanted), atol=0.13, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,14 @@ def test_square_images_of_other_families(family: str) -> None:
         [torch.stack([y, x, torch.full_like(y, n)]) for n in range(images)]
     )
     anchor = EncoderAnchor(Pooled(1), build(family), **SAME, size=height, mode="area", anchor_dim=3)
-    found = anchor(data.inputs, data.visual).view(images, -1, 3)
-    side = int(found.shape[1] ** 0.5)
+    features = anchor(data.inputs, data.visual).view(images, -1, 3)
+    side = int(features.shape[1] ** 0.5)
     half = (height / side - 1) / 2 / height  # from a token's first pixel to its middle
     wanted = [
         [[i / side + half, j / side + half, n] for i in range(side) for j in range(side)]
         for n in range(images)
     ]
-    torch.testing.assert_close(found, torch.tensor(wanted))
+    torch.testing.assert_close(features, torch.tensor(wanted))
 
 
 def test_masked_dummy_images_have_no_anchor() -> None:

@@ -53,7 +53,7 @@ def test_loss_and_gradients(family: str, layer: Any) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     layers = [1, 2, DEPTH]
-    loss, found, handle, model = run(family, checkpointing=reentrant, layer=layers)
+    loss, grads, handle, model = run(family, checkpointing=reentrant, layer=layers)
     calls = Calls(handle)
     wanted_loss, wanted = expected_gradients(
         build(family), family, batch(family), handle.head, layers
@@ -63,7 +63,7 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
         wanted |= dict.fromkeys(
             (name for name in wanted if name.startswith(FAMILIES[family].lost)), None
         )
-    assert_same_gradients(found, wanted)
+    assert_same_gradients(grads, wanted)
     model(**batch(family).inputs).loss.backward()  # the recomputation fires the layers' hooks again
     assert calls.number == len(layers)
 
@@ -251,12 +251,12 @@ def test_callable_anchor(flat: bool) -> None:
         assert not torch.is_grad_enabled()
         return target[rows] if flat else target
 
-    loss, found, handle, _ = run("llava", data, anchor=anchor, anchor_dim=7)
+    loss, grads, handle, _ = run("llava", data, anchor=anchor, anchor_dim=7)
     wanted_loss, wanted = expected_gradients(
         build("llava"), "llava", data, handle.head, [2], anchor=target[data.visual]
     )
     torch.testing.assert_close(loss, wanted_loss)
-    assert_same_gradients(found, wanted)
+    assert_same_gradients(grads, wanted)
 
 
 def test_mask_fn_replaces_input_ids() -> None:
@@ -312,12 +312,12 @@ def test_metrics(fraction: float) -> None:
     losses = [(model(**data.inputs).loss.detach() - base) / 0.25 for _ in range(2)]
     assert (losses[0] == losses[1]) == (fraction == 1.0)
     model(**batch("llava", TEXT).inputs)
-    found = handle.metrics()
-    assert found["pre_loss"] == pytest.approx(float(sum(losses)) / 2, abs=1e-5)
-    assert found["pre_loss"] == pytest.approx(
-        (found["pre_loss/layer_1"] + found["pre_loss/layer_3"]) / 2
+    metrics = handle.metrics()
+    assert metrics["pre_loss"] == pytest.approx(float(sum(losses)) / 2, abs=1e-5)
+    assert metrics["pre_loss"] == pytest.approx(
+        (metrics["pre_loss/layer_1"] + metrics["pre_loss/layer_3"]) / 2
     )
-    assert (found["pre_rows"], found["pre_forwards"]) == (2 * 12, 3)
+    assert (metrics["pre_rows"], metrics["pre_forwards"]) == (2 * 12, 3)
     assert handle.metrics()["pre_forwards"] == 0
 
 

@@ -110,10 +110,10 @@ class Given:
             "PreLightningCallback": of_lightning.PreLightningCallback,
         }
         named = set(re.findall(r"\w+", code)) - {"scenes", "names"}
-        found = {name: getattr(self, name) for name in named if hasattr(self, name)}
+        variables = {name: getattr(self, name) for name in named if hasattr(self, name)}
         if "decoder.blocks" in code:  # a model that is not Hugging Face's
             model, inputs = small()
-            found |= {
+            variables |= {
                 "model": model,
                 "batches": [inputs],
                 "param_groups": [{"params": [*model.parameters()]}],
@@ -123,7 +123,7 @@ class Given:
             "lightning": lightning,
             "AutoModel": transformers.AutoModel,
             **public,
-            **found,
+            **variables,
         }
 
     @functools.cached_property

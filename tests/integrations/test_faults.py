@@ -145,9 +145,9 @@ def test_the_step_after(
     assert len(seen) >= (0 if place is before_the_forward else 3)
     assert handle._capture.seen is None
     assert not handle._capture.inside
-    found = handle.metrics()
-    assert found["pre_forwards"] == counted
-    assert math.isfinite(found["pre_loss"]) == counted
+    metrics = handle.metrics()
+    assert metrics["pre_forwards"] == counted
+    assert math.isfinite(metrics["pre_loss"]) == counted
     after_it = step(model)
     for parameter, gradient in wanted.items():
         assert gradient is None or torch.equal(after_it[parameter], gradient), parameter
@@ -196,8 +196,8 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
     assert "backward" not in vars(trainer.accelerator)
     assert "create_optimizer" not in vars(trainer)
     assert handle._deferred is None
-    for found, wanted in zip(step(model).values(), step(undisturbed).values(), strict=True):
-        assert wanted is None or torch.equal(found, wanted)
+    for gradient, wanted in zip(step(model).values(), step(undisturbed).values(), strict=True):
+        assert wanted is None or torch.equal(gradient, wanted)
 
 
 def ranks_that_die(folder: str, how: str) -> None:

@@ -80,7 +80,7 @@ def test_a_packed_row_is_its_samples(level: str) -> None:
     same_head(handle)
     model(**packed(parts), use_cache=False).loss.backward()
     assert handle.metrics()["pre_tokens"] == 12
-    found = {n: p.grad.clone() for n, p in handle.head.named_parameters()}
+    grads = {n: p.grad.clone() for n, p in handle.head.named_parameters()}
 
     model.zero_grad()
     terms = [4, 8] if level == "patch" else [1, 2]
@@ -89,7 +89,7 @@ def test_a_packed_row_is_its_samples(level: str) -> None:
             model(**part, use_cache=False)
     deferred.take().backward()
     for name, parameter in handle.head.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=2e-4, atol=1e-7)
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=2e-4, atol=1e-7)
 
 
 class Int8Linear(nn.Module):
@@ -253,9 +253,9 @@ def test_what_the_trainer_saves(tmp_path: Path) -> None:
         assert (folder / "config.json").read_bytes() == (
             tmp_path / "plain" / "config.json"
         ).read_bytes()
-        found = load_file(folder / "model.safetensors")
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+        weights = load_file(folder / "model.safetensors")
+        assert weights.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights.items())
         loaded, info = type(plain).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]

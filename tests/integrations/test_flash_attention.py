@@ -63,22 +63,22 @@ def in_float64(family: str, head: nn.Module) -> dict[str, Tensor | None]:
 def test_as_close_to_float64_as_eager_attention(
     attention: str, family: str, device: torch.device
 ) -> None:
-    found, head = step(family, attention, device)
+    grads, head = step(family, attention, device)
     eager, _ = step(family, "eager", device)
     wanted = in_float64(family, head)
-    assert found.keys() == eager.keys() == wanted.keys()
+    assert grads.keys() == eager.keys() == wanted.keys()
     without = {name for name, gradient in wanted.items() if gradient is None}
-    assert {name for name, gradient in found.items() if gradient is None} == without
+    assert {name for name, gradient in grads.items() if gradient is None} == without
     names = wanted.keys() - without - {"loss"}
     of_the_head = sorted(name for name in names if name.startswith("pre_head"))
     for group in (of_the_head, sorted(names - {*of_the_head})):
         truth, ours, theirs = (
             torch.cat([values[name].flatten().double().cpu() for name in group])
-            for values in (wanted, found, eager)
+            for values in (wanted, grads, eager)
         )
         # Attention in another order of its sums rounds all that comes after it otherwise, so that
         # errors of single tensors differ more than the error rule of the kernels lets them.
         bound = 2 * (theirs - truth).norm() + 0.5 * EPS * truth.norm()
         assert 0 < (ours - truth).norm() < bound < 0.3 * truth.norm()
-    loss, ours, theirs = (float(values["loss"]) for values in (wanted, found, eager))
+    loss, ours, theirs = (float(values["loss"]) for values in (wanted, grads, eager))
     assert abs(ours - loss) <= abs(theirs - loss) + 2 * EPS * abs(loss)

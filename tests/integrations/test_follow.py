@@ -47,9 +47,9 @@ def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Following:
         path.write_text(f"{first}\n")
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{Path(PY).parent}{os.pathsep}{tmp_path / 'bin'}")
-    found = Following(["--layer=2"])
-    found._active = True
-    return found
+    follower = Following(["--layer=2"])
+    follower._active = True
+    return follower
 
 
 def package(name: str) -> str:
@@ -123,13 +123,13 @@ def test_commands(command: Any, wanted: Any, following: Following, tmp_path: Pat
         )
 
     command = command if isinstance(command, str) else placed(command)
-    found = following.changed(command)
+    changed = following.changed(command)
     if wanted is None:
-        assert found is command
+        assert changed is command
         assert following.followed == 0
         assert not following.lost
     else:
-        assert found == placed(wanted)
+        assert changed == placed(wanted)
         assert following.followed == 1
 
 

@@ -22,7 +22,7 @@ from .support.warned import said
 def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
     data = batch("llava")
     data.inputs["pixel_values"] = data.inputs["pixel_values"].to(dtype)
-    found = {}
+    grads = {}
     for head_dtype in (None, torch.float32):
         model = build("llava").to(dtype)
         torch.manual_seed(5)
@@ -39,9 +39,9 @@ def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
         model(**data.inputs).loss.backward()
         assert dtypes == [head_dtype is not None]
         assert {p.dtype for p in handle.head.parameters()} == {head_dtype or dtype}
-        found[head_dtype] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    for name, gradient in found[None].items():
-        other = found[torch.float32][name]
+        grads[head_dtype] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in grads[None].items():
+        other = grads[torch.float32][name]
         assert other.dtype == (torch.float32 if name.startswith("pre_head") else dtype)
         torch.testing.assert_close(
             other.to(dtype), gradient, rtol=4 * torch.finfo(dtype).eps, atol=1e-5

@@ -187,11 +187,11 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path) -> None:
 
     class Fails(InOrder):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            found = super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
             if len(inputs["input_ids"]) > 3:
                 failed.append(1)
                 raise RuntimeError("CUDA out of memory. Tried to allocate")
-            return found
+            return loss
 
     model = build("llava")
     recorder = Recorder()

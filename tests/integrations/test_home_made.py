@@ -38,7 +38,7 @@ def test_home_made_model(given: Any) -> None:
     )
     loss = model(**inputs)["loss"]
     loss.backward()
-    found = gradients(model)
+    grads = gradients(model)
 
     plain, _ = home_made()
     given(plain)
@@ -57,7 +57,7 @@ def test_home_made_model(given: Any) -> None:
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
     assert_same_gradients(
-        found, gradients(plain) | {f"pre_head.{name}": p.grad for name, p in heads.items()}
+        grads, gradients(plain) | {f"pre_head.{name}": p.grad for name, p in heads.items()}
     )
 
 

@@ -39,9 +39,9 @@ def test_a_training_is_that_of_apply_pre_and_patch_trainer(
     assert dict(vars(Trainer)) == before
     assert (sys.argv, sys.path) == (argv, path)
 
-    found, logs = torch.load(tmp_path / "out" / "found")
+    grads, logs = torch.load(tmp_path / "out" / "found")
     tokens = sum(int(batch("llava", [s]).visual.sum()) for s in UNEQUAL_IMAGES)
-    assert_head(found, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
+    assert_head(grads, by_hand("llava", UNEQUAL_IMAGES, handle, [1 / tokens] * 4, "sum"))
     assert "pre_loss" in logs[0]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("PRe: ")]
     assert said == [

@@ -159,10 +159,10 @@ def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Ca
         Trainer.__init__ = before["__init__"]  # type: ignore[method-assign]
     # The method of the others stays.
     assert {name for name in before if after[name] is not before[name]} == {"__init__"}
-    found = torch.load(tmp_path / "out" / "found")
+    saved = torch.load(tmp_path / "out" / "found")
     for name, gradient in wanted[0].items():
-        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0)
-    assert found[1][0]["pre_loss"] == wanted[1][0]["pre_loss"]
+        torch.testing.assert_close(saved[0][name], gradient, rtol=0, atol=0)
+    assert saved[1][0]["pre_loss"] == wanted[1][0]["pre_loss"]
     said = capsys.readouterr().err
     assert said.count("PRe: attached") == 1
     assert "WARNING" not in said

@@ -216,9 +216,9 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
     before = dict(vars(model))
     merge = handle._objective.parts.merge
     merge.open()
-    found = model.prepare_inputs_labels_for_multimodal(*arguments)
+    merged = model.prepare_inputs_labels_for_multimodal(*arguments)
     merge.close()
-    for mine, theirs in zip(found, plain, strict=True):
+    for mine, theirs in zip(merged, plain, strict=True):
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
     assert dict(vars(model)) == before | {"truth": model.truth}
 
@@ -260,14 +260,14 @@ def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path)
     wanted = {n: torch.zeros_like(p) for n, p in head.named_parameters()}
     for i in range(0, 4, 4 // accumulation):
         inputs = original_batch(SAMPLES[i : i + 4 // accumulation], i, square)
-        _, found, truth = by_hand(twin, inputs, head)
+        _, grads, truth = by_hand(twin, inputs, head)
         count = int((truth > 0).sum())
         total += count
         for name in wanted if count else ():
-            wanted[name] += count * found[f"pre_head.{name}"]
+            wanted[name] += count * grads[f"pre_head.{name}"]
     for name in wanted:
-        found = recorder.steps[0][f"pre_head.{name}"]
-        torch.testing.assert_close(found, wanted[name] / total, rtol=2e-4, atol=1e-7)
+        gradient = recorder.steps[0][f"pre_head.{name}"]
+        torch.testing.assert_close(gradient, wanted[name] / total, rtol=2e-4, atol=1e-7)
 
 
 def test_an_image_size_that_the_model_cannot_take() -> None:

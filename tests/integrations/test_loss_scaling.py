@@ -44,13 +44,13 @@ def test_fp16_with_a_gradient_scaler() -> None:
         scaler.update()
         assert torch.equal(before, handle.head.w1) == skipped
         assert scaler.get_scale() == (scale / 2 if skipped else scale)
-        found = handle.metrics()
-        assert ("pre_head_grad_norm" in found) != skipped  # no step was taken
+        metrics = handle.metrics()
+        assert ("pre_head_grad_norm" in metrics) != skipped  # no step was taken
         if not skipped:
             norm = torch.nn.utils.get_total_norm(
                 [g for n, g in wanted.items() if n.startswith("pre_head")]
             )
-            assert found["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
+            assert metrics["pre_head_grad_norm"] == pytest.approx(float(norm), rel=0.02)
         hook.remove()
 
 

@@ -58,8 +58,8 @@ def attach_poisoned(
     def poison(module: nn.Module, args: Any, kwargs: dict[str, Any], places: Tensor) -> Any:
         true[module] = args, kwargs
         name = "inputs_embeds" if module is text else "hidden_states"
-        given = kwargs[name] if name in kwargs else args[0]
-        shown = torch.where(places[..., None], value, given)
+        states = kwargs[name] if name in kwargs else args[0]
+        shown = torch.where(places[..., None], value, states)
         return (args, kwargs | {name: shown}) if name in kwargs else ((shown, *args[1:]), kwargs)
 
     for module, places in modules:
@@ -95,7 +95,7 @@ def test_skip_is_the_batch_without_these_rows(
     )
     loss = model(**data.inputs).loss
     loss.backward()
-    more = {name: given for name, given in options.items() if name not in ("layer", "impl")}
+    more = {name: option for name, option in options.items() if name not in ("layer", "impl")}
     layers = [layer] if isinstance(layer, int) else layer
     rest = without(data, hidden | embeds)
     wanted_loss, wanted = expected_gradients(
@@ -104,13 +104,15 @@ def test_skip_is_the_batch_without_these_rows(
     torch.testing.assert_close(loss.detach(), wanted_loss)
     assert_same_gradients(gradients(model), wanted)
 
-    found = handle.metrics()
+    reported = handle.metrics()
     total, kept = int(data.visual.sum()), int(rest.visual.sum())
-    assert (found["pre_tokens"], found["pre_skipped"]) == (kept, total - kept) == (total - 5, 5)
-    assert found["pre_rows"] == (len(rest.lengths) if "image" in options.values() else kept)
+    assert (
+        (reported["pre_tokens"], reported["pre_skipped"]) == (kept, total - kept) == (total - 5, 5)
+    )
+    assert reported["pre_rows"] == (len(rest.lengths) if "image" in options.values() else kept)
     plain = build(family)(**data.inputs).loss.detach()
-    assert found["pre_loss"] == pytest.approx(float((wanted_loss - plain) / 0.5), abs=1e-5)
-    assert math.isfinite(found["pre_cosine"])
+    assert reported["pre_loss"] == pytest.approx(float((wanted_loss - plain) / 0.5), abs=1e-5)
+    assert math.isfinite(reported["pre_cosine"])
     assert handle.metrics()["pre_skipped"] == 0
 
 
@@ -123,9 +125,9 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     loss.backward()
     assert not loss.isfinite()
     assert not handle.head.w1.grad.isfinite().all()
-    found = handle.metrics()
-    assert not math.isfinite(found["pre_loss"])
-    assert "pre_skipped" not in found
+    reported = handle.metrics()
+    assert not math.isfinite(reported["pre_loss"])
+    assert "pre_skipped" not in reported
     # Only a token of text is bad.
     model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)
     assert model(**data.inputs).loss.isfinite()

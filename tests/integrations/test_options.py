@@ -153,16 +153,16 @@ def test_window_order_of_videos() -> None:
 def test_every_subset_is_drawn_alike() -> None:
     torch.manual_seed(3)
     mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()
-    found: dict[tuple[int, ...], int] = {}
+    counts: dict[tuple[int, ...], int] = {}
     draws = 6000
     for _ in range(draws):
         chosen, drawn_fraction = draw(mask, 0.5)
         assert drawn_fraction == 0.5
         key = tuple(chosen.flatten().nonzero().flatten().tolist())
-        found[key] = found.get(key, 0) + 1
-    assert found.keys() == set(itertools.combinations([0, 2, 3, 5], 2))
+        counts[key] = counts.get(key, 0) + 1
+    assert counts.keys() == set(itertools.combinations([0, 2, 3, 5], 2))
     sigma = (draws * (1 / 6) * (5 / 6)) ** 0.5
-    assert all(abs(n - draws / 6) < 5 * sigma for n in found.values())
+    assert all(abs(n - draws / 6) < 5 * sigma for n in counts.values())
 
 
 @pytest.mark.parametrize(

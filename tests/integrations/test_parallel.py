@@ -137,14 +137,14 @@ def test_the_term_is_kept_in_the_graph_of_the_logits(
         "tuple": (logits, "cache"),
         "no logits": {"last_hidden_state": logits},
     }
-    found = output.keep_in_graph(kinds[kind], term)
-    assert type(found) is type(kinds[kind])
+    model_output = output.keep_in_graph(kinds[kind], term)
+    assert type(model_output) is type(kinds[kind])
     if kind == "no logits":
-        assert found == {"last_hidden_state": logits}
+        assert model_output == {"last_hidden_state": logits}
         return
-    (tied,) = output.logits(found)
+    (tied,) = output.logits(model_output)
     assert tied.data_ptr() == logits.data_ptr()
-    assert kind != "tuple" or found[1] == "cache"
+    assert kind != "tuple" or model_output[1] == "cache"
     tied[:, 1:].mul_(2).div_(2)  # a temperature, in place
     tied.float().square().sum().backward()
     assert torch.equal(source.grad, 8 * source)

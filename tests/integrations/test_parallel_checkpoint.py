@@ -88,23 +88,25 @@ def quiet_roundtrip(how: str, folder: str) -> None:
 def test_roundtrip(how: str, tmp_path: Path) -> None:
     if "zero" in how:
         need_deepspeed()
-    given = apply_pre(build("llava", seed=8))
-    given.save(tmp_path / "given")
+    handle = apply_pre(build("llava", seed=8))
+    handle.save(tmp_path / "given")
     both(quiet_roundtrip, how, str(tmp_path))
 
     _, gradients = by_hand([r[:1] for r in UNEVEN], forwards=1)
     _, fresh = made()
     if how != "ddp":
-        found = load_file(tmp_path / "untrained" / WEIGHTS)
-        assert all(torch.equal(found[n], p) for n, p in fresh.head.named_parameters())
-    found = load_file(tmp_path / "trained" / WEIGHTS)
+        weights = load_file(tmp_path / "untrained" / WEIGHTS)
+        assert all(torch.equal(weights[n], p) for n, p in fresh.head.named_parameters())
+    weights = load_file(tmp_path / "trained" / WEIGHTS)
     for name, p in fresh.head.named_parameters():
-        torch.testing.assert_close(found[name], (p - RATE * gradients[f"pre_head.{name}"]).detach())
+        torch.testing.assert_close(
+            weights[name], (p - RATE * gradients[f"pre_head.{name}"]).detach()
+        )
     fresh.load(tmp_path / "trained")
-    assert all(torch.equal(found[n], p) for n, p in fresh.head.named_parameters())
+    assert all(torch.equal(weights[n], p) for n, p in fresh.head.named_parameters())
     for name in ("loaded", "kept"):
-        found = load_file(tmp_path / name / WEIGHTS)
-        assert all(torch.equal(found[n], p) for n, p in given.head.named_parameters()), name
+        weights = load_file(tmp_path / name / WEIGHTS)
+        assert all(torch.equal(weights[n], p) for n, p in handle.head.named_parameters()), name
         assert (tmp_path / name / CONFIG).read_bytes() == (tmp_path / "given" / CONFIG).read_bytes()
     assert sorted(os.listdir(tmp_path / "kept")) == [CONFIG, WEIGHTS]
 

@@ -67,12 +67,12 @@ def sequence_parallel(sample: Any, level: str) -> Any:
     items = shifted.ne(-100).sum()
     loss = model(**data.inputs, shift_labels=shifted[:, mine], num_items_in_batch=items).loss
     loss.backward()
-    found = gradients(model)
+    grads = gradients(model)
     for name, parameter in model.named_parameters():
-        total = torch.zeros_like(parameter) if found[name] is None else found[name]
+        total = torch.zeros_like(parameter) if grads[name] is None else grads[name]
         torch.distributed.all_reduce(total)
-        found[name] = None if found[name] is None else total
-    return loss.detach(), found
+        grads[name] = None if grads[name] is None else total
+    return loss.detach(), grads
 
 
 HALVES = {

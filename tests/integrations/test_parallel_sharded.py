@@ -93,7 +93,7 @@ def fsdp2_that_casts() -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     data = batches([[TWO_IMAGES]] * 2, 0)[0]
-    found = []
+    pairs = []
     for sharded in (False, True):
         model, handle = made(layer=[1, 2], weighting="image", mask_fn=seven_tokens)
         model.bfloat16()
@@ -104,8 +104,8 @@ def fsdp2_that_casts() -> Any:
             model(**data.inputs)
         term = deferred.take()
         term.backward()
-        found.append((term.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad))
-    return found
+        pairs.append((term.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad))
+    return pairs
 
 
 def test_fsdp2_does_not_cast_divisor_and_weights() -> None:
@@ -168,12 +168,12 @@ def test_fsdp1_groups_and_norm(own: bool) -> None:
     norm = float(
         torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm()
     )
-    for groups, found, alone in both(fsdp1_training, own):
+    for groups, total_norm, alone in both(fsdp1_training, own):
         assert [({n.split(".")[-1] for n in names}, decay) for names, decay in groups] == [
             ({"w1", "w2"}, 0.1),
             ({"b1", "b2"}, 0.0),
         ]
-        assert found == pytest.approx(norm, rel=1e-4)
+        assert total_norm == pytest.approx(norm, rel=1e-4)
         assert alone is None or alone == pytest.approx(norm, rel=1e-4)  # never the norm of a part
 
 
@@ -209,19 +209,19 @@ def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
     from deepspeed.utils import safe_get_full_grad
 
     losses = []
-    found = {}
+    grads = {}
     for d in batches(samples, torch.distributed.get_rank()):
         loss = ds(**d.inputs).loss
         losses.append(loss.detach())
         ds.backward(loss)
         if ds.is_gradient_accumulation_boundary():
-            found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
-            found = {n: None if g is None else g.clone() for n, g in found.items()}
+            grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+            grads = {n: None if g is None else g.clone() for n, g in grads.items()}
         ds.step()
     if stage == 3:
         assert set(whole.values()) == {(0,)} == {p.shape for p in head.parameters()}
         assert [i["w1"] for i in inside] == [(32, 32)] * len(inside)
-    return losses, found
+    return losses, grads
 
 
 def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:
@@ -260,16 +260,16 @@ def zero_init(folder: str, samples: list[Any]) -> Any:
     apply_pre(model, group="world")
     assert model.pre_head.w1.shape == (32, 32)
     head = {n: p.detach().clone() for n, p in model.pre_head.named_parameters()}
-    found = zero_steps(model, samples, 3)
+    losses_and_grads = zero_steps(model, samples, 3)
     del alive
-    return found, head
+    return losses_and_grads, head
 
 
 def test_zero3_init(tmp_path: Path) -> None:
     need_zero_init()
     model, handle = made()
     build("llava").save_pretrained(tmp_path)
-    zero, one = both(zero_init, str(tmp_path), UNEVEN)
+    zero, other = both(zero_init, str(tmp_path), UNEVEN)
     torch.manual_seed(7)
     handle.head.reset_parameters()
     assert all(torch.equal(p, zero[1][n]) for n, p in handle.head.named_parameters())
@@ -288,7 +288,7 @@ def test_zero3_init(tmp_path: Path) -> None:
         (sum(parts) / 2).backward()
         losses.append(sum(parts).detach())
     check(
-        [zero[0], one[0]],
+        [zero[0], other[0]],
         (losses, gradients(model) | {f"pre_head.{n}": p.grad for n, p in head.items()}),
     )
 
@@ -326,9 +326,9 @@ def test_an_encoder_that_zero3_has_split(tmp_path: Path) -> None:
     }
     encoder = Dinov2Model(Dinov2Config(num_hidden_layers=2, **sizes))
     encoder.save_pretrained(tmp_path)
-    found = both(zero_encoder, str(tmp_path))
+    ranks = both(zero_encoder, str(tmp_path))
     model = towards(encoder, build("llava"))
-    for rank, (losses, parameters) in enumerate(found):
+    for rank, (losses, parameters) in enumerate(ranks):
         torch.testing.assert_close(parameters, dict(encoder.named_parameters()), rtol=0, atol=0)
         for data, loss in zip(batches(UNEVEN, rank), losses, strict=True):
             torch.testing.assert_close(loss, model(**data.inputs).loss.detach())

@@ -36,9 +36,9 @@ def test_states_are_what_the_layers_made(family: str) -> None:
         model(**inputs)
     assert reader.layers == tuple(range(DEPTH + 1))
     for number in reader.layers:
-        found = torch.cat([image.hidden[number] for image in images])
+        states = torch.cat([image.hidden[number] for image in images])
         wanted = seen["embeds" if number == 0 else number][data.visual]
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(states, wanted)
     assert all(torch.equal(image.anchor, image.hidden[0]) for image in images)
     assert [len(image.anchor) for image in images] == data.lengths
 
@@ -119,10 +119,10 @@ def test_logits_of_the_last_layer_are_the_models(family: str) -> None:
         images, output = reader.read_with_output(
             {k: v for k, v in data.inputs.items() if k != "labels"}
         )
-        found = logits(torch.cat([image.hidden[DEPTH] for image in images]))
+        scores = logits(torch.cat([image.hidden[DEPTH] for image in images]))
     wanted = output.logits[data.visual]
     allowed = wanted[0] > torch.finfo(wanted.dtype).min
-    assert torch.equal(found[:, allowed].argsort(-1), wanted[:, allowed].argsort(-1))
+    assert torch.equal(scores[:, allowed].argsort(-1), wanted[:, allowed].argsort(-1))
 
 
 def test_measure_feeds_the_report() -> None:

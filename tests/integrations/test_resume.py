@@ -178,21 +178,21 @@ def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) 
     with patch_trainer():
         resumable(model, tmp_path, 1).train()
     weights = folder / "model.safetensors"
-    found = load_file(weights) if names == "saved" else tensors(model)
+    state_dict = load_file(weights) if names == "saved" else tensors(model)
     if names == "more":  # as old checkpoints have buffers that are none any more
-        found["model.language_model.rotary_emb.inv_freq"] = torch.ones(2)
+        state_dict["model.language_model.rotary_emb.inv_freq"] = torch.ones(2)
     weights.unlink()
     if sharded:
         index = {}
-        for number, name in enumerate(found):
+        for number, name in enumerate(state_dict):
             index[name] = f"pytorch_model-{number % 2}.bin"
         for file in set(index.values()):
-            torch.save({n: t for n, t in found.items() if index[n] == file}, folder / file)
+            torch.save({n: t for n, t in state_dict.items() if index[n] == file}, folder / file)
         (folder / "pytorch_model.bin.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": index})
         )
     else:
-        torch.save(found, folder / "pytorch_model.bin")
+        torch.save(state_dict, folder / "pytorch_model.bin")
 
     other = build("llava", 7)
     apply_pre(other)

@@ -36,10 +36,10 @@ def test_schedule(options: dict[str, Any], wanted: dict[float, float]) -> None:
         assert handle.scheduled_weight == pytest.approx(0.8 * factor, abs=1e-12)
         calls.clear()
         loss = float(model(**data.inputs).loss.detach())
-        found = handle.metrics()
-        assert ("pre_weight" in found) == bool(options)
+        metrics = handle.metrics()
+        assert ("pre_weight" in metrics) == bool(options)
         assert len(calls) == (factor > 1e-12)
-        added = 0.8 * factor * found["pre_loss"] if calls else 0
+        added = 0.8 * factor * metrics["pre_loss"] if calls else 0
         assert loss - base == pytest.approx(added, abs=2e-6)
 
 

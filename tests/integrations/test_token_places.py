@@ -53,10 +53,10 @@ def one_image(family: str, size: tuple[int, int]) -> tuple[Batch, str]:
 def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
     """The visual tokens as they enter the language model (tokens, width)."""
     parts = find_parts(model)
-    found: list[Tensor] = []
+    states: list[Tensor] = []
 
     def finish(output: Any, seen: Any) -> Any:
-        found.append(
+        states.append(
             parts.family.hidden(seen.anchor(), parts.config)
             if seen.anchor().dim() == 4
             else seen.anchor()
@@ -67,7 +67,7 @@ def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
     with torch.no_grad():
         model(**data.inputs | changed)
     capture.remove()
-    return found[0][data.visual]
+    return states[0][data.visual]
 
 
 def changes(model: nn.Module, data: Batch, name: str, places: Tensor) -> Tensor:
@@ -116,11 +116,11 @@ def test_a_packed_token_depends_on_the_tile_tokens_it_is_made_of(
     tiles = {name: numbered(data, name)[name][0]}
     number = len(tiles[name])
     total = number * packing.per_tile
-    found = changes(model, data, name, cut(tiles, total, family).flatten(1))
+    effects = changes(model, data, name, cut(tiles, total, family).flatten(1))
     made = packing.pack(
         torch.eye(total).view(number, packing.per_tile, total), data.inputs["image_sizes"]
     )
-    assert torch.equal(found > 1e-4, made.mT > 0)
+    assert torch.equal(effects > 1e-4, made.mT > 0)
     assert (made.sum(1) == 0).sum() >= 2  # the ends of lines
 
 

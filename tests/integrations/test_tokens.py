@@ -49,8 +49,8 @@ def test_an_image_token_that_is_set_after_attaching(name: str) -> None:
     data = renamed(batch("llava"), IMAGE, NEW)
     model, plain = build("llava"), build("llava")
     handle = apply_pre(model)
-    for one in (model, plain):
-        setattr(one.config, name, NEW)
+    for module in (model, plain):
+        setattr(module.config, name, NEW)
     assert handle.count(data.inputs) == sum(data.lengths)
     loss = model(**data.inputs).loss
     loss.backward()
@@ -134,26 +134,26 @@ def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.Warnin
                 "image_flags": torch.zeros(1, 1).long(),
             }
         ] * 6
-    for one in inputs:
-        model(**one).loss.backward()
+    for kwargs in inputs:
+        model(**kwargs).loss.backward()
     assert pre_warnings(recwarn) == []
 
 
 def test_what_a_forward_tells_of_images_without_tokens() -> None:
     model = without_pixels(build("llava"))
     data = batch("llava")
-    found = apply_pre(model)._objective
-    parts = found.parts
+    pre_objective = apply_pre(model)._objective
+    parts = pre_objective.parts
     assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is False
     dummy = {**data.inputs, "attention_mask": torch.zeros_like(data.inputs["attention_mask"])}
     assert tokens.find_tokens(parts, dummy, None).empty.tolist() is False
     assert tokens.find_tokens(parts, data.inputs, lambda inputs: data.visual).empty is None
     model.config.image_token_id = NEW
     assert tokens.find_tokens(parts, data.inputs, None).empty.tolist() is True
-    found.parts.notices.settle("images without image tokens")
+    pre_objective.parts.notices.settle("images without image tokens")
     kept = []
-    losses = found.losses
-    found.losses = lambda *args: kept.append(losses(*args)) or kept[-1]
+    losses = pre_objective.losses
+    pre_objective.losses = lambda *args: kept.append(losses(*args)) or kept[-1]
     model(**data.inputs)
     assert kept[0].empty.tolist() is True
 

@@ -117,7 +117,7 @@ def test_with_the_patch_every_image_weighs_the_same(level: str, tmp_path: Path) 
 def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(
     family: str, tmp_path: Path
 ) -> None:
-    found, handle, _ = train(family, UNEQUAL_IMAGES, tmp_path, 4, patched=True)
+    grads, handle, _ = train(family, UNEQUAL_IMAGES, tmp_path, 4, patched=True)
     model = build(family)
     recorder = Recorder()
     trainer = InOrder(
@@ -133,7 +133,7 @@ def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(
     for name, gradient in recorder.steps[0].items():
         wanted = gradient + auxiliary.get(name, 0)
         torch.testing.assert_close(
-            found[name], wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            grads[name], wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -198,7 +198,7 @@ class Rows(InOrder):
 
 
 def test_batches_that_are_no_mappings_are_not_counted(tmp_path: Path) -> None:
-    found = []
+    grads = []
     for patched in (False, True):
         model = build("llava")
         recorder = Recorder()
@@ -219,9 +219,9 @@ def test_batches_that_are_no_mappings_are_not_counted(tmp_path: Path) -> None:
             str(warning.message) for warning in caught if "not mappings" in str(warning.message)
         ]
         assert len(told) == patched
-        found.append(recorder.steps[0])
-    assert float(found[0]["pre_head.w1"].norm()) > 0
-    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+        grads.append(recorder.steps[0])
+    assert float(grads[0]["pre_head.w1"].norm()) > 0
+    assert all(torch.equal(gradient, grads[1][name]) for name, gradient in grads[0].items())
 
 
 class NoBackward(InOrder):
@@ -274,8 +274,8 @@ def test_the_head_is_on_another_gpu_than_the_loss() -> None:
             trainer.accelerator.backward(loss)
             return loss
 
-        found = _training_step(handle, step, trainer)
-    assert found.device == loss.device
+        step_loss = _training_step(handle, step, trainer)
+    assert step_loss.device == loss.device
 
 
 @pytest.mark.parametrize("mode", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])

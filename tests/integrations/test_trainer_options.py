@@ -61,7 +61,7 @@ def test_evaluation_in_the_middle_changes_nothing(tmp_path: Path) -> None:
 
 def test_compute_loss_func(tmp_path: Path) -> None:
     """It is given the labels instead of the model."""
-    found = []
+    grads = []
     for func in (None, own_loss):
         model = build("llava")
         recorder = Recorder()
@@ -74,10 +74,10 @@ def test_compute_loss_func(tmp_path: Path) -> None:
                 callbacks=[recorder],
                 compute_loss_func=func,
             ).train()
-        found.append(recorder.steps[0])
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=2e-6)
+        grads.append(recorder.steps[0])
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-3, atol=2e-6)
 
 
 def test_freezing_and_unfreezing_in_the_middle(tmp_path: Path) -> None:

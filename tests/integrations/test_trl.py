@@ -38,8 +38,8 @@ def auxiliary(
         model(**inputs)
         visual = Batch(inputs, inputs["input_ids"] == IMAGE)
         (0.5 / tokens * pre_loss(seen, visual, [2], head, reduction="sum")).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"pre_head.{name}": p.grad for name, p in head.items()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {f"pre_head.{name}": p.grad for name, p in head.items()}
 
 
 # what TRL deprecates is used as long as TRL takes it
@@ -63,11 +63,11 @@ def auxiliary(
 def test_exactly_the_auxiliary_gradient_is_added(
     accumulation: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    found, handle, trainer = train(COUNTS, tmp_path, accumulation, **options)
+    grads, handle, trainer = train(COUNTS, tmp_path, accumulation, **options)
     plain, _, _ = train(COUNTS, tmp_path, accumulation, attached=False, **options)
     added = auxiliary(batches(trainer, COUNTS), handle.head)
-    assert found.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
-    for name, gradient in found.items():
+    assert grads.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
+    for name, gradient in grads.items():
         wanted = plain.get(name, 0) + added.get(name, 0)
         torch.testing.assert_close(
             gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"

@@ -27,17 +27,17 @@ AHEAD = {
 @pytest.mark.filterwarnings("default:.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", AHEAD)
 def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> None:
-    found, handle, trainer, forwards, told = train(
+    grads, handle, trainer, forwards, told = train(
         kind, tmp_path, save_strategy="steps", save_steps=1
     )
     plain, _, _, again, _ = train(kind, tmp_path / "plain", attached=False)
     assert len(forwards) == len(again) == (2 if AHEAD[kind] else 4)
-    for one, other in zip(forwards, again, strict=True):  # what GRPO and RLOO generate too
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    for forward, other in zip(forwards, again, strict=True):  # what GRPO and RLOO generate too
+        assert all(torch.equal(forward[name], other[name]) for name in forward)
 
     added = auxiliary(forwards, handle.head, AHEAD[kind])
-    assert found.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
-    for name, gradient in found.items():
+    assert grads.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
+    for name, gradient in grads.items():
         wanted = plain.get(name, 0) + added.get(name, 0)
         torch.testing.assert_close(
             gradient, wanted, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
@@ -63,12 +63,12 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", AHEAD)
 def test_lora(kind: str, tmp_path: Path) -> None:
     """The reference is the model itself, without its adapter or with a copy of it."""
-    found, handle, trainer, forwards, told = train(kind, tmp_path, lora=True)
+    grads, handle, trainer, forwards, told = train(kind, tmp_path, lora=True)
     # LoRA's B is 0 at first, so that the model is the plain one.
     added = auxiliary(forwards, handle.head, AHEAD[kind])
     for name in ("w1", "b1", "w2", "b2"):
         torch.testing.assert_close(
-            found[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7
+            grads[f"pre_head.{name}"], added[f"pre_head.{name}"], rtol=2e-4, atol=1e-7
         )
     assert trainer.state.log_history[0]["pre_tokens"] == sum(
         int((i["input_ids"] == IMAGE).sum()) for i in forwards

@@ -77,20 +77,20 @@ def test_head_beside_every_checkpoint(how: str, tmp_path: Path) -> None:
         need_deepspeed()
     run = RUNS[how]
     both(*run, str(tmp_path / "a"), 2, None)
-    one, two, last = heads(tmp_path / "a", "checkpoint-1", "checkpoint-2", "last")
-    assert not same(one, two)
+    first, two, last = heads(tmp_path / "a", "checkpoint-1", "checkpoint-2", "last")
+    assert not same(first, two)
     assert same(two, last)
     model = build("llava")
     handle = apply_pre(model)
     handle.load(tmp_path / "a" / "checkpoint-1")
     assert isinstance(handle.head, PreHead)
-    assert same(one, {n: p.detach() for n, p in handle.head.named_parameters()})
+    assert same(first, {n: p.detach() for n, p in handle.head.named_parameters()})
 
     resumed = both(*run, str(tmp_path / "b"), 2, str(tmp_path / "a" / "checkpoint-1"))
     if "ZeRO" not in how:
-        assert all(torch.equal(w1, one["w1"]) for w1 in resumed)
+        assert all(torch.equal(w1, first["w1"]) for w1 in resumed)
     if how == "DDP":  # transformers 5 does not restore all of this model, so the next step differs
         alone = trained(str(tmp_path / "c"), 2, str(tmp_path / "a" / "checkpoint-1"))
-        assert torch.equal(alone, one["w1"])
+        assert torch.equal(alone, first["w1"])
     else:  # ends with the very head that training without a stop has
         assert same(*heads(tmp_path / "a", "last"), *heads(tmp_path / "b", "last"))

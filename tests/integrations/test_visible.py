@@ -226,9 +226,9 @@ def test_keys_before_the_tokens() -> None:
 
 def check_gradients(family: str, data: Batch, valid: torch.Tensor) -> None:
     model, plain = build(family), build(family)
-    for one in (model, plain):
+    for module in (model, plain):
         # A cache keeps models from seeing packed sequences.
-        one.config.get_text_config().use_cache = False
+        module.config.get_text_config().use_cache = False
     handle = apply_pre(model)
     assert 0 < handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
     data.visual = data.visual & valid
@@ -351,8 +351,8 @@ def test_masks_cost_no_host_sync() -> None:
         {"attention_mask": causal[0]},
     ]
     with waits:
-        for one in arguments:
-            visible(one, valid.shape, Notices())
+        for kwargs in arguments:
+            visible(kwargs, valid.shape, Notices())
     assert waits.found == []
 
 

@@ -140,14 +140,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assert_same_gradients(
-    found: dict[str, Tensor | None],
+    grads: dict[str, Tensor | None],
     wanted: dict[str, Tensor | None],
     rtol: float = 1e-4,
     atol: float = 2e-6,
 ) -> None:
-    assert found.keys() == wanted.keys()
+    assert grads.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        other = found[name]
+        other = grads[name]
         if gradient is None or other is None:
             assert gradient is None, f"{name}: no gradient, want one"
             assert other is None, f"{name}: a gradient, want none"
@@ -173,5 +173,5 @@ def expected_gradients(
     output = model(**batch.inputs)
     loss = output.loss + weight * pre_loss(seen, batch, layers, parameters, **options)
     loss.backward()
-    found = gradients(model) | {f"pre_head.{name}": p.grad for name, p in parameters.items()}
-    return loss.detach(), found
+    grads = gradients(model) | {f"pre_head.{name}": p.grad for name, p in parameters.items()}
+    return loss.detach(), grads

@@ -242,8 +242,8 @@ def wanted(case: Case, folder: str) -> dict[str, Tensor]:
         (
             own * (case.loop != "TRL") + WEIGHT * share * pre_loss(seen, data, [LAYER], head)
         ).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if case.loop == "TRL":
         own = gradients(case._replace(processes=1), folder, attached=False)
-        found = {name: own[name] + gradient for name, gradient in found.items()}
-    return found | {f"pre_head.{name}": p.grad for name, p in head.items()}
+        grads = {name: own[name] + gradient for name, gradient in grads.items()}
+    return grads | {f"pre_head.{name}": p.grad for name, p in head.items()}

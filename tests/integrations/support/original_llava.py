@@ -66,15 +66,15 @@ class Merging:
         if torch.is_tensor(images) and images.dim() == 4:
             return list(self.encode_images(images))
         images = [image if image.dim() == 4 else image[None] for image in images]
-        found = []
+        outputs = []
         for crops in self.encode_images(torch.cat(images)).split([len(image) for image in images]):
             if len(crops) > 1:
                 line = (
                     self.model.image_newline[None, None].expand(len(crops), 1, -1).to(crops.device)
                 )
                 crops = torch.cat([crops, line], 1)
-            found.append(crops.flatten(0, 1))
-        return found
+            outputs.append(crops.flatten(0, 1))
+        return outputs
 
     def merge(
         self: Any, ids: Tensor, mask: Tensor | None, labels: Tensor | None, images: Any

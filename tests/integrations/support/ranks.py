@@ -90,11 +90,11 @@ def plainly(data: Batch, level: str = "patch") -> tuple[Tensor, dict[str, Tensor
     return expected_gradients(model, "llava", data, head, [2], level=level)
 
 
-def check(found: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]]) -> None:
+def check(ranks: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]]) -> None:
     """(losses, gradients) of both ranks."""
-    for zero, one, loss in zip(found[0][0], found[1][0], wanted[0], strict=True):
-        torch.testing.assert_close((zero + one) / 2, loss)
-    for _, gradient in found:
+    for zero, other, loss in zip(ranks[0][0], ranks[1][0], wanted[0], strict=True):
+        torch.testing.assert_close((zero + other) / 2, loss)
+    for _, gradient in ranks:
         # a parameter that no rank used has no gradient, or zeros
         seen = (
             {n: gradient[n] for n in wanted[1]} if gradient.keys() >= wanted[1].keys() else gradient

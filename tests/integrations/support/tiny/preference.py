@@ -143,5 +143,5 @@ def auxiliary(
         visual = Batch(inputs, inputs["input_ids"] == IMAGE)
         divisor = sum(tokens) if ahead else own * len(forwards)
         (0.5 / divisor * pre_loss(seen, visual, [2], head, reduction="sum")).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"pre_head.{name}": p.grad for name, p in head.items()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {f"pre_head.{name}": p.grad for name, p in head.items()}
