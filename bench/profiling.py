@@ -287,8 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = current()
     path = record.file(record.folder(arguments.out), device)
     shape = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]]
-    given = {"names": arguments.peers, "mibs": arguments.mib}
-    options = {name: value for name, value in given.items() if value is not None}
+    choices = {"names": arguments.peers, "mibs": arguments.mib}
+    options = {name: value for name, value in choices.items() if value is not None}
     lines = []
     for dtype in arguments.dtype:
         about = {"shape": shape.name, "dtype": dtype, **record.stamp(device)}

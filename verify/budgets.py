@@ -80,10 +80,10 @@ def count(disassembly: str, warps: int) -> Count:
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(instruction[1])
     branches = [
-        (i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", one)) for i, one in enumerate(instructions)
+        (i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)) for i, text in enumerate(instructions)
     ]
     turns = [i + 1 - labels[to[1]] for i, to in branches if to and labels[to[1]] < i]
-    whole = sum(not one.startswith("NOP") for one in instructions)
-    names = [one.split()[one.startswith("@")] for one in instructions]
-    found = (sum(name.startswith(kind) for name in names) for kind in ("CALL", "MUFU", "BAR"))
-    return Count(warps * max(turns, default=whole), *found)
+    whole = sum(not text.startswith("NOP") for text in instructions)
+    names = [text.split()[text.startswith("@")] for text in instructions]
+    counts = (sum(name.startswith(kind) for name in names) for kind in ("CALL", "MUFU", "BAR"))
+    return Count(warps * max(turns, default=whole), *counts)

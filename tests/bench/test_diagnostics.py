@@ -13,7 +13,7 @@ def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
     size = ["--images", "2", "--patches", "48", "--layers", "3", "--width", "32", "--seconds", "0"]
     assert diagnostics.main([*size, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.iterdir()
-    lines = {one["peer"]: one for one in record.load([file])}
+    lines = {line["peer"]: line for line in record.load([file])}
     assert set(lines) == {"ours", "matrix", "pairs"}
     for line in lines.values():
         assert line.keys() >= STAMP

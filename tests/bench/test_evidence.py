@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 
 def records(**raised):
     """One for each arm and seed; `raised`: metric → what PRe at L/2 adds to it, by seed."""
-    found = []
+    lines = []
     for arm in (evidence.BEFORE, *evidence.ARMS):
         for seed in SEEDS:
             more = {
@@ -22,7 +22,7 @@ def records(**raised):
                 for name, by_seed in raised.items()
             }
             depth = range(evidence.DEPTH + 1)
-            one = {
+            metrics = {
                 "accuracy": 0.9 + 0.001 * seed,
                 "probe": [0.9 - 0.01 * layer + more.get("probe", 0.0) for layer in depth],
                 "contrast": [1.5 + 0.01 * seed + more.get("contrast", 0.0) for _ in depth],
@@ -37,8 +37,8 @@ def records(**raised):
                 "seed": seed,
                 "settings": {},
             }
-            found.append(line | one | record.stamp(Cpu()))
-    return found
+            lines.append(line | metrics | record.stamp(Cpu()))
+    return lines
 
 
 def line(text, beginning):

@@ -62,7 +62,7 @@ def test_ratios_and_counts():
 
 
 def test_page():
-    old = [{**one, "seed": 5, "date": "2026-01-01"} for one in lines()]
+    old = [{**entry, "seed": 5, "date": "2026-01-01"} for entry in lines()]
     text = fuzz_table.page(lines() + old)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -112,7 +112,7 @@ def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     fuzz.campaign([("torch", 0), ("torch", 1)], 1, 1, path)
     assert path.read_text().startswith(first)
     blocks = record.load([path])
-    assert [one["block"] for one in blocks] == [["torch", 0], ["torch", 1]]
+    assert [entry["block"] for entry in blocks] == [["torch", 0], ["torch", 1]]
     assert blocks[0]["cases"] != blocks[1]["cases"]
     from verify.fuzz.specs import Spec
 

@@ -14,7 +14,7 @@ def goal_row(records, name):
 def test_goals():
     records = gpu_results()
     of_cpu = [
-        {name: value for name, value in one.items() if name != "capability"} for one in records
+        {name: value for name, value in line.items() if name != "capability"} for line in records
     ]
     assert all(
         row[1:] == (gpu_goals.CARDS, gpu_goals.NO_GPU, "") for row in gpu_goals.table(of_cpu)[1:]
@@ -34,7 +34,7 @@ def test_goals():
     assert goal_row(records, "speed over VIRAL")[2] == "3.333, met"
     assert goal_row(records, "peak memory ÷ formula, N = 131,072")[2] == "0.9524, met"
     # each card has rows of its own, and one of which less is known says so
-    other = [{**one, "device": "H"} for one in records if one["kind"] == "step"]
+    other = [{**line, "device": "H"} for line in records if line["kind"] == "step"]
     cards = [
         row[1:3] for row in gpu_goals.table([*records, *other]) if row[0].startswith("blas ÷ floor")
     ]
@@ -99,9 +99,9 @@ def test_goals_on_a_cpu():
     fuzzed = {"kind": "fuzz", "device": "C", "threads": 1, "date": "2026-01-03"}
     assert cpu_goals.table([*records, *gpu_results(), fuzzed]) == cpu_goals.table(records)
     older = [
-        {**one, "threads": 1, "date": "2026-01-01", "median_ms": 99.0}
-        for one in records
-        if "median_ms" in one
+        {**line, "threads": 1, "date": "2026-01-01", "median_ms": 99.0}
+        for line in records
+        if "median_ms" in line
     ]
     assert cpu_goals.table([*records, *older]) == cpu_goals.table(records)
     assert all(
@@ -115,15 +115,19 @@ def test_goals_that_a_run_says_nothing_of():
             row[1:] == (cpu_goals.A_CPU, "absent", "")
             for row in cpu_goals.table(records, "absent")[1:]
         )
-    only = [one for one in cpu_results() if one.get("shape") == "cpu-16k" and one["kind"] == "loss"]
-    alone = [one for one in only if one["peer"] == "ours-torch"]
+    only = [
+        line for line in cpu_results() if line.get("shape") == "cpu-16k" and line["kind"] == "loss"
+    ]
+    alone = [line for line in only if line["peer"] == "ours-torch"]
     assert cpu_goal(only, "bf16: time ÷ eager")[2] == "0.5625, met"
     assert cpu_goal(only, "training step of SmolVLM-256M, time")[2] == "not yet measured"
     assert cpu_goal(alone, "bf16: time ÷ eager")[2] == "not yet measured"
     assert cpu_goal(alone, "runs outside")[2] == "0 of 4 runs, met"
     # eager of another run is nothing to be compared with
     apart = [
-        {**one, "group": f"{one['group']} {one['peer']}"} for one in cpu_results() if "group" in one
+        {**line, "group": f"{line['group']} {line['peer']}"}
+        for line in cpu_results()
+        if "group" in line
     ]
     assert cpu_goal(apart, "bf16: time ÷ eager")[2] == "not yet measured"
     assert cpu_goal(apart, "bf16: extra peak ÷ eager's, a small")[2] == "not yet measured"

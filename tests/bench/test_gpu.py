@@ -43,7 +43,7 @@ def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeyp
     status, lines = dry(stage, tmp_path)
     assert status == 0
     sound(lines)
-    kinds = {one["kind"] for one in lines}
+    kinds = {line["kind"] for line in lines}
     wanted = {
         "tests": {"test"},
         "sanitize": {"test"},
@@ -62,11 +62,11 @@ def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeyp
     }
     assert kinds >= wanted[stage] | {"part"}
     if stage == "bench":
-        assert {one["selection"] for one in lines if one["kind"] == "loss"} == set(shapes.ROWS)
+        assert {line["selection"] for line in lines if line["kind"] == "loss"} == set(shapes.ROWS)
     if stage == "profile":
-        assert all(one["over_floor"] > 0 for one in lines if one["kind"] == "workspace")
-        assert all(one["seconds"] > 0 for one in lines if one["kind"] == "firstcall")
-        assert all(one["time_ratio"] > 0 for one in lines if one["kind"] == "training")
+        assert all(line["over_floor"] > 0 for line in lines if line["kind"] == "workspace")
+        assert all(line["seconds"] > 0 for line in lines if line["kind"] == "firstcall")
+        assert all(line["time_ratio"] > 0 for line in lines if line["kind"] == "training")
 
 
 def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
@@ -87,12 +87,12 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
     sound(lines)
-    outcomes = {one["item"]: one["outcome"] for one in lines if one["kind"] == "part"}
+    outcomes = {line["item"]: line["outcome"] for line in lines if line["kind"] == "part"}
     assert list(outcomes) == planned
     assert outcomes["ceilings"] == "ended at its limit"
     assert outcomes["compile"] == f"exit {-signal.SIGABRT}"
     assert {outcomes[name] for name in planned if name not in ("ceilings", "compile")} == {"exit 0"}
-    kinds = {one["kind"] for one in lines}
+    kinds = {line["kind"] for line in lines}
     assert kinds == {
         "part",
         "loss",
@@ -105,7 +105,7 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
         "workspace",
         "fullgraph",
     }
-    assert {one["selection"] for one in lines if one["kind"] == "loss"} == set(shapes.ROWS)
+    assert {line["selection"] for line in lines if line["kind"] == "loss"} == set(shapes.ROWS)
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(files) >= {"dry-run.jsonl", "log.txt", "summary.txt"}
     assert len(files) <= 8

@@ -65,7 +65,7 @@ def test_a_run_that_is_stopped_ends_in_order(tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     status, lines = dry("all", tmp_path)
     assert status == 130
-    assert [(one["item"], one["outcome"]) for one in lines] == [
+    assert [(line["item"], line["outcome"]) for line in lines] == [
         ("done", "exit 0"),
         ("stops", "stopped with the run"),
     ]

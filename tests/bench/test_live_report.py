@@ -48,11 +48,11 @@ def test_a_lost_device_costs_the_tests_of_its_worker_alone(workers, tmp_path):
     )
     lines = record.load([tmp_path / "dry-run.jsonl"])
     ran = dict(line.split() for line in (tmp_path / "ran").read_text().splitlines())
-    outcomes = {one["item"].partition("::")[2]: one["outcome"] for one in lines}
+    outcomes = {entry["item"].partition("::")[2]: entry["outcome"] for entry in lines}
     assert outcomes["test_loses_the_device"] == "failed"
     assert (
         "illegal memory access"
-        in [one["message"] for one in lines if one["outcome"] == "failed"][-1]
+        in [entry["message"] for entry in lines if entry["outcome"] == "failed"][-1]
     )
     assert outcomes["test_is_refused"] == "failed"  # and nothing else came of it
     assert len(lines) == len(outcomes)  # that its worker ended is no second failure

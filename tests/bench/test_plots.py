@@ -14,11 +14,11 @@ def test_curves_over_the_workspace_of_a_cpu(tmp_path):
     titles = plots.workspaces([*cpu_results(), *gpu_results()], picture)
     assert [title.partition(":")[0] for title in titles] == ["bf16", "bf16", "fp32", "fp32"]
     assert picture.stat().st_size > 10_000
-    without = [one for one in cpu_results() if one["dtype"] == "bf16"]
-    for one in without:
-        one.pop("peak_mib", None)  # a system that does not tell
+    without = [line for line in cpu_results() if line["dtype"] == "bf16"]
+    for line in without:
+        line.pop("peak_mib", None)  # a system that does not tell
     assert len(plots.workspaces(without, picture)) == 2
-    swept = [one for one in cpu_results() if one["kind"] == "workspace"]
+    swept = [line for line in cpu_results() if line["kind"] == "workspace"]
     assert plots.curves(swept, tmp_path / "curves.png") == ["time ÷ floor over the workspace"]
 
 

@@ -102,9 +102,10 @@ def test_no_time_passes_a_failed_check(monkeypatch):
     ]
     monkeypatch.setattr(suite, "formula", lambda *_: 0)
     monkeypatch.setattr(baselines, "BASELINES", table)
-    monkeypatch.setattr(baselines, "BY_NAME", {one.name: one for one in table})
+    monkeypatch.setattr(baselines, "BY_NAME", {baseline.name: baseline for baseline in table})
     lines = {
-        one["peer"]: one for one in suite.measure(TINY, "fp32", Cpu(), seconds=0, with_memory=False)
+        entry["peer"]: entry
+        for entry in suite.measure(TINY, "fp32", Cpu(), seconds=0, with_memory=False)
     }
     for name in ("ours-wrong", "ours-coarse", "other-wrong"):
         assert "error" in lines[name]["failed"]
@@ -129,14 +130,14 @@ def test_no_time_passes_a_failed_check(monkeypatch):
 
 def test_the_workspace_of_a_cpu_is_swept_beside_its_baselines(monkeypatch):
     asked = []
-    given = []
+    workspaces = []
 
     def peak(*named):
         asked.append(named)
         return 3.0, 1.0
 
     def judged(baseline, *rest):
-        given.append(getattr(baseline.build(), "keywords", {}).get("workspace"))
+        workspaces.append(getattr(baseline.build(), "keywords", {}).get("workspace"))
         return in_suite(baseline, *rest)
 
     in_suite = suite.judged
@@ -149,15 +150,21 @@ def test_the_workspace_of_a_cpu_is_swept_beside_its_baselines(monkeypatch):
     )
     names = ["ours-torch", "eager"]
     lines = list(profiling.workspace(Cpu(), TINY, "fp32", names, [1, 64]))
-    found = {(one["peer"], one.get("item")): one for one in lines}
-    assert list(found) == [("ours-torch", 1), ("ours-torch", 64), ("eager", None), ("floor", None)]
-    assert given == [1 << 20, 64 << 20, None]
-    assert len({one["group"] for one in lines}) == 1
-    assert all((one["over_floor"], one["median_ms"]) == (1.0, 2.5) for one in found.values())
+    by_item = {(line["peer"], line.get("item")): line for line in lines}
+    assert list(by_item) == [
+        ("ours-torch", 1),
+        ("ours-torch", 64),
+        ("eager", None),
+        ("floor", None),
+    ]
+    assert workspaces == [1 << 20, 64 << 20, None]
+    assert len({line["group"] for line in lines}) == 1
+    assert all((line["over_floor"], line["median_ms"]) == (1.0, 2.5) for line in by_item.values())
     assert all(
-        (one["peak_mib"], one["returned_mib"]) == (3.0, 1.0) for one in list(found.values())[:3]
+        (line["peak_mib"], line["returned_mib"]) == (3.0, 1.0)
+        for line in list(by_item.values())[:3]
     )
-    assert asked == [("tiny", "fp32", name, "index", mib) for name, mib in list(found)[:3]]
+    assert asked == [("tiny", "fp32", name, "index", mib) for name, mib in list(by_item)[:3]]
     assert set(profiling.BESIDE["cpu"]) == {"eager", "compile"}
 
 
@@ -178,9 +185,9 @@ def test_what_a_guarantee_raises_is_its_outcome():
 def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
     names = ["floor", "eager", "ours-torch"]
     whole = list(suite.measure(TINY, "fp32", Cpu(), names, seconds=30, with_memory=False))
-    assert [one["peer"] for one in whole] == ["eager", "ours-torch", *names, *names]
-    assert all("median_ms" not in one and one["error_ratio"] > 0 for one in whole[:2])
-    assert all(one["floor_ms"] == whole[2]["median_ms"] for one in whole[2:5])
+    assert [line["peer"] for line in whole] == ["eager", "ours-torch", *names, *names]
+    assert all("median_ms" not in line and line["error_ratio"] > 0 for line in whole[:2])
+    assert all(line["floor_ms"] == whole[2]["median_ms"] for line in whole[2:5])
     assert all(
         late["samples"] > early["samples"]
         for early, late in zip(whole[2:5], whole[5:], strict=True)
@@ -198,7 +205,7 @@ def test_what_ends_a_measurement_early_leaves_what_was_known(monkeypatch):
     kept = []
     with pytest.raises(KeyboardInterrupt):
         kept.extend(suite.measure(TINY, "fp32", Cpu(), names, seconds=9.0, with_memory=False))
-    assert [one["median_ms"] for one in kept if "median_ms" in one] == [2.5] * 3
+    assert [line["median_ms"] for line in kept if "median_ms" in line] == [2.5] * 3
 
 
 def test_a_shape_that_the_memory_cannot_hold_is_not_tried(monkeypatch):

@@ -142,7 +142,7 @@ def test_what_to_try_next(name):
 
 
 def test_everything_at_once_is_40_lines(tmp_path):
-    more = [one for rule, _ in RULES.values() for one in rule]
+    more = [line for rule, _ in RULES.values() for line in rule]
     more += [
         {"kind": "test", "item": f"t{i}", "outcome": "failed", "message": "E no\n", **STAMP}
         for i in range(99)
@@ -152,9 +152,9 @@ def test_everything_at_once_is_40_lines(tmp_path):
         for i in range(99)
     ]
     more += [
-        {**one, "shape": f"{one['shape']}{i}", "group": f"g{i}"}
+        {**line, "shape": f"{line['shape']}{i}", "group": f"g{i}"}
         for i in range(9)
-        for one in changed({}, **MAIN)
+        for line in changed({}, **MAIN)
     ]
     more += [
         {"kind": "ceiling", "item": item, unit: 4321.0, **STAMP}
@@ -177,7 +177,7 @@ def test_what_failed_and_what_is_missing_is_told():
         {"kind": "workspace", "peer": "ours-blas", "item": 64, "unavailable": "too large"},
         {"kind": "loss", "shape": "s", "peer": "viral", "unavailable": "not installed"},
     ]
-    records = record.latest([{**one, **STAMP, "group": "g"} for one in more])
+    records = record.latest([{**line, **STAMP, "group": "g"} for line in more])
     ended = {"finished": False, "settings": {"impl": ["blas", "fp8"]}, "results": CHECKED}
     text = summary.lines(records, ended)
     assert "not measured: 3" in text
@@ -193,8 +193,10 @@ def test_the_last_run_of_a_folder_and_its_check(tmp_path):
         ("2026-01-03T00:00:00Z", "exit 0"),
         (None, "exit 9"),
     ):
-        one = {**part("blas", outcome), "run": run}
-        record.append(tmp_path / "gpu.jsonl", {name: value for name, value in one.items() if value})
+        entry = {**part("blas", outcome), "run": run}
+        record.append(
+            tmp_path / "gpu.jsonl", {name: value for name, value in entry.items() if value}
+        )
     line = "  check blas: 1 passed, 1 failed; time: slow"
     for date, is_told in (
         ("2026-01-03T00:00:00+00:00", True),

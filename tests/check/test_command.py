@@ -97,16 +97,16 @@ def test_all_of_a_cpu(tmp_path, capsys):
     assert kept["versions"]["torch"].startswith(torch.__version__)
     assert kept["device"]["device"] in lines[0]
     assert kept["date"].startswith("20")
-    found = {(line["impl"], line["check"]): line["outcome"] for line in kept["results"]}
+    outcomes = {(line["impl"], line["check"]): line["outcome"] for line in kept["results"]}
     small = {"error, small case": "pass", "no host sync": "skip", "CUDA graph, other rows": "skip"}
     small |= {"torch.compile, fullgraph": "pass"}
-    assert found.pop(("blas", "real size, memory, time")) == "skip"
-    peak = found.pop(("torch", "peak memory"))
+    assert outcomes.pop(("blas", "real size, memory, time")) == "skip"
+    peak = outcomes.pop(("torch", "peak memory"))
     assert peak in ("pass", "skip")  # /proc allows it, or not
     wanted = {
         (impl, name): outcome for impl in ("torch", "blas") for name, outcome in small.items()
     }
-    assert found == wanted | {("torch", "error, real size"): "pass", ("torch", "time"): "info"}
+    assert outcomes == wanted | {("torch", "error, real size"): "pass", ("torch", "time"): "info"}
     assert len(lines) == len(kept["results"]) + 2
     assert any(
         line.startswith("PASS  blas    error, small case") and "× the rule" in line

@@ -73,9 +73,9 @@ def test_upstream_gradients_of_any_layout(call):
     layouts.append(room[1].expand(loss.shape))
     layouts.append(room[:1].expand(5, n)[2].view(loss.shape))
     for upstream in layouts:
-        found = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+        grads = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
         equal(
-            found,
+            grads,
             torch.autograd.grad(loss, leaves, upstream.clone().contiguous(), retain_graph=True),
         )
     ones = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
@@ -205,10 +205,10 @@ def test_batched_upstream_gradients(call, transform):
             lambda upstream: torch.autograd.grad(loss, leaves, upstream, **options)
         )(batch)
 
-    found = batched(retain_graph=True)
+    grads = batched(retain_graph=True)
     for i, upstream in enumerate(batch):
         equal(
-            [grad[i] for grad in found],
+            [grad[i] for grad in grads],
             torch.autograd.grad(loss, leaves, upstream, retain_graph=True),
         )
-    equal(batched(), found)
+    equal(batched(), grads)

@@ -51,9 +51,9 @@ class Steps(TorchDispatchMode):
             self.allocated += result.nbytes
             self.allocations += 1
         if isinstance(result, torch.Tensor) and "empty" not in name:
-            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
             is_view = (
-                result.untyped_storage().data_ptr() in given and not function._schema.is_mutable
+                result.untyped_storage().data_ptr() in storages and not function._schema.is_mutable
             )
             if not is_view:
                 self.launches[name] += 1
@@ -154,11 +154,11 @@ def test_bytes_of_the_rows(impl):
         "scatter": 2,
     }
     n = total = 4096
-    found = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
+    steps = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
     model = sum(passes.values()) * n * 256 * 2
     sums = 2 * 2 * 256 * 256 * 4  # partial sums of db1 and db2 by 256 programs, written and read
     weights = 4 * 256 * 256 * 2  # dW1 and dW2, scaled
-    assert found.bytes == model + sums + weights
+    assert steps.bytes == model + sums + weights
 
 
 @pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
@@ -170,13 +170,13 @@ def test_memory_of_a_step(impl, precision, request):
     n, width = 4096, 128
     # Room for partial sums, and for a quarter of the rows in four buffers.
     workspace = 4 * 264 * 2 * width + n // 4 * 4 * width * 2
-    found = count(
+    steps = count(
         impl, "index", n=n, total=n, width=width, workspace=workspace, precision=precision
     )
     returned = 2 * (n * width + 2 * width * width + 2 * width)
-    assert found.launches["row_loss_kernel"] >= 4
+    assert steps.launches["row_loss_kernel"] >= 4
     assert (
-        found.allocated
+        steps.allocated
         <= workspace + 4 * width * 2 * width + n * width * 2 + returned + 8 * n + 4 * n + 1024
     )
 
@@ -221,25 +221,25 @@ def calls(*targets):
     """How often functions of this package are called, all of them together, and each of the targets
     (owner, name)."""
     package = str(Path(pre_kernels.__file__).parent)
-    found = Counter()
+    counts = Counter()
     before = sys.getprofile()
 
     def profile(frame, event, arg):
         if event == "call" and frame.f_code.co_filename.startswith(package):
-            found["ours"] += 1
+            counts["ours"] += 1
 
     with contextlib.ExitStack() as stack:
         for owner, name in targets:
             real = getattr(owner, name)
 
             def counted(*args, real=real, name=name, **kwargs):
-                found[name] += 1
+                counts[name] += 1
                 return real(*args, **kwargs)
 
             stack.enter_context(mock.patch.object(owner, name, counted))
         sys.setprofile(profile)
         try:
-            yield found
+            yield counts
         finally:
             sys.setprofile(before)
 
@@ -262,15 +262,15 @@ def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
         (triton, "next_power_of_2"),
         (torch, "autocast"),
     )
-    with calls(*targets) as found:
+    with calls(*targets) as counts:
         steps = count(impl, rows)
-    assert found["ours"] <= ours
+    assert counts["ours"] <= ours
     assert steps.allocations <= allocations
-    assert found["__post_init__"] <= descriptors
+    assert counts["__post_init__"] <= descriptors
     # Triton's own are made for kernels as well, and take microseconds a call.
-    assert found["cdiv"] == found["next_power_of_2"] == 0
+    assert counts["cdiv"] == counts["next_power_of_2"] == 0
     # Outside of autocast there is none to turn off.
-    assert found["autocast"] == 0
+    assert counts["autocast"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles the kernels")

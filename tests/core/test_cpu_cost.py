@@ -36,19 +36,21 @@ class Counted(TorchDispatchMode):
         result = function(*args, **kwargs)
         name = str(function)
         self.calls += 1
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        kept = {x.untyped_storage().data_ptr() for x in given}
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        kept = {x.untyped_storage().data_ptr() for x in tensors}
         fresh = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in kept
         if fresh:
             self.allocated += result.nbytes
         if "mm" in name:
-            self.products[next(x.dtype for x in given if x.dim() == 2)] += 1
+            self.products[next(x.dtype for x in tensors if x.dim() == 2)] += 1
         elif not name.startswith(("aten.empty", "aten.new_empty")) and (
             fresh or function._schema.is_mutable
         ):
             # gathered from, or scattered to: as many rows as the index has
-            most = next((x.numel() for x in given if x.dtype == torch.int64 and x.dim() == 1), None)
-            for x in (*given, result) if fresh else given:
+            most = next(
+                (x.numel() for x in tensors if x.dtype == torch.int64 and x.dim() == 1), None
+            )
+            for x in (*tensors, result) if fresh else tensors:
                 if x.dim() == 2 and x.shape[1] == WIDTH:
                     self.passes += (x.shape[0] if most is None else min(x.shape[0], most)) / N
             # what is written in place is read too, but for a plain store

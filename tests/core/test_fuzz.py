@@ -27,7 +27,7 @@ def test_drawn_cases_are_within_the_rule(impl, examples, device):
     )
     @given(specs(impl))
     def each(spec):
-        failed = [one.message for one in run(spec, device) if one.verdict == VIOLATION]
+        failed = [outcome.message for outcome in run(spec, device) if outcome.verdict == VIOLATION]
         assert not failed, "; ".join(failed)
 
     each()

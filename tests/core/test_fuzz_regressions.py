@@ -280,8 +280,8 @@ def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
     monkeypatch.setattr("pre_kernels.fused.steps_torch.add_product", worse)
     monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))  # what is this bad shows in few
     spec = Spec(dtype=dtype, leading=(40,), d=16, m=16, z=16)
-    found = {one.name: one.verdict for one in run(spec)}
-    assert {name for name, verdict in found.items() if verdict == VIOLATION} == {"w1", "w2"}
+    verdicts = {outcome.name: outcome.verdict for outcome in run(spec)}
+    assert {name for name, verdict in verdicts.items() if verdict == VIOLATION} == {"w1", "w2"}
 
 
 def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():

@@ -46,7 +46,7 @@ def test_other_rows(impl, device, dtype, precision, workspace, request):
     watched = torch.arange(0, 450, 7, device=device)
     others = torch.ones(450, dtype=torch.bool, device=device)
     others[watched] = False
-    found = []
+    outputs = []
     for change in ("nothing", "huge", "not finite"):
         if change == "huge":
             case.tensors["hidden"][others] *= -100
@@ -55,11 +55,11 @@ def test_other_rows(impl, device, dtype, precision, workspace, request):
             case.tensors["hidden"][others] = float("nan")
             case.tensors["anchor"][others] = float("inf")
         result = run(function(impl, workspace=workspace, precision=precision), case)
-        found.append((result["loss"][watched], result["hidden"][watched]))
+        outputs.append((result["loss"][watched], result["hidden"][watched]))
         assert result["loss"].isfinite().all() == (change != "not finite")
-    for losses, grads in found[1:]:
-        assert torch.equal(losses, found[0][0])
-        assert torch.equal(grads, found[0][1])
+    for losses, grads in outputs[1:]:
+        assert torch.equal(losses, outputs[0][0])
+        assert torch.equal(grads, outputs[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -86,7 +86,7 @@ def test_both_kinds_of_half_precision_products_of_a_cpu(monkeypatch, units, rows
         (torch.float32, torch.bfloat16),
     ):
         for z in (37, 300):
-            given = {
+            options = {
                 "rows": rows,
                 "dtype": dtype,
                 "autocast": autocast,
@@ -95,7 +95,7 @@ def test_both_kinds_of_half_precision_products_of_a_cpu(monkeypatch, units, rows
             }
             judge(
                 "torch",
-                make(20, leading=(3, 100), loss=loss, weight="leading", upstream=0.37, **given),
+                make(20, leading=(3, 100), loss=loss, weight="leading", upstream=0.37, **options),
             )
 
 

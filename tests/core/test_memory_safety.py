@@ -262,8 +262,8 @@ def test_a_whole_step_between_fences(impl, device, name, request):
     case.tensors = {key: x if x is None else fenced(x) for key, x in case.tensors.items()}
     case.rows = None if case.rows is None else fenced(case.rows)
     with watching(), FencedAllocations(fenced._place):
-        found = run(fused_pre_loss, case, impl=impl)
+        outputs = run(fused_pre_loss, case, impl=impl)
     fenced.check()
     assert len(fenced.watched) > 12
     for key in ("loss", *LEAVES):
-        assert torch.equal(found[key], wanted[key]), key
+        assert torch.equal(outputs[key], wanted[key]), key

@@ -182,8 +182,8 @@ def test_who_looks_at_operators_sees_them(impl, device, call):
     with torch.profiler.profile() as profile:
         profiled = results(function, case)
     assert {event.key for event in profile.key_averages()} >= wanted
-    for one in (seen, profiled):
-        assert all(map(torch.equal, plain, one))
+    for outputs in (seen, profiled):
+        assert all(map(torch.equal, plain, outputs))
     with FunctionMode() as mode:
         results(function, case)
     assert "loss" in mode.seen

@@ -67,14 +67,14 @@ def test_two_models_in_two_threads(impl, device, monkeypatch):
 
         monkeypatch.setattr(KERNEL, "run", one_at_a_time)
     wanted = [train(seed, impl, device) for seed in range(2)]
-    found = [None, None]
+    trained = [None, None]
     errors = []
     start = threading.Barrier(2)
 
     def work(seed):
         try:
             start.wait()
-            found[seed] = train(seed, impl, device)
+            trained[seed] = train(seed, impl, device)
         except BaseException as error:
             errors.append(error)
 
@@ -90,7 +90,7 @@ def test_two_models_in_two_threads(impl, device, monkeypatch):
     finally:
         sys.setswitchinterval(often)
     assert not errors
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(trained, wanted, strict=True):
         equal(ours, theirs)
 
 

@@ -32,10 +32,10 @@ def rounding(request, monkeypatch):
 
     def moved(exact):
         def function(builder, *operands):
-            found = exact(builder, *operands)
-            if found.data.dtype == np.float32:
-                found.data = found.data * np.float32(1 + way * 2**-22)
-            return found
+            result = exact(builder, *operands)
+            if result.data.dtype == np.float32:
+                result.data = result.data * np.float32(1 + way * 2**-22)
+            return result
 
         return function
 

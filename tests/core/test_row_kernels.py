@@ -291,10 +291,10 @@ def test_reduce(device, n, weighted):
         ({"mean": True, "number": 7.0}, 7.0),
         ({"mean": True, "normalizer": number(-3.0, device)}, -3.0),
     ):
-        found = mean_divisor(losses, n + 50, weight=weight, index=index, **options, **live)
-        loss = reduce_loss(losses, found, **live)
+        denominator = mean_divisor(losses, n + 50, weight=weight, index=index, **options, **live)
+        loss = reduce_loss(losses, denominator, **live)
         want = torch.as_tensor(divisor, dtype=torch.float64, device=device)
-        torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(denominator.double(), want, rtol=1e-6, atol=0)
         torch.testing.assert_close(loss.double(), total / divisor, rtol=1e-4, atol=1e-5)
 
 
@@ -323,9 +323,9 @@ def test_scaled_gradients_in_one_launch(device):
             x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5
         )
     for missing in itertools.product([False, True], repeat=4):
-        given = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
+        tensors = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
         for x, y, gone in zip(
-            scale_gradients(given[:2], given[2:], dtypes, upstream), got, missing, strict=True
+            scale_gradients(tensors[:2], tensors[2:], dtypes, upstream), got, missing, strict=True
         ):
             assert x is None if gone else torch.equal(x, y)
     ready = scale_gradients(
@@ -341,13 +341,13 @@ def test_scaled_in_place(device, upstream):
     """A matrix that has its dtype: the tensor itself comes back; where nothing is to be scaled,
     nothing is touched."""
     w1, w2, x = (torch.randn(70, 123, device=device) for _ in range(3))
-    given = w1.bfloat16(), w2.clone()
+    matrices = w1.bfloat16(), w2.clone()
     kinds = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
-    got = scale_gradients(given, (None, None), kinds, number(upstream, device), in_place=True)
-    assert got[0] is given[0]
+    got = scale_gradients(matrices, (None, None), kinds, number(upstream, device), in_place=True)
+    assert got[0] is matrices[0]
     torch.testing.assert_close(got[0], (w1.bfloat16() * upstream), rtol=0, atol=0)
     assert got[1].dtype == torch.bfloat16
-    assert torch.equal(given[1], w2)  # of another dtype, and so only read
+    assert torch.equal(matrices[1], w2)  # of another dtype, and so only read
     scaled = x.clone()
     scatter(scaled, scaled, upstream=number(upstream, device))
     torch.testing.assert_close(scaled, x * upstream, rtol=0, atol=0)
@@ -355,7 +355,7 @@ def test_scaled_in_place(device, upstream):
         memory = WatchedMemory()
         with watching(memory):
             scale_gradients(
-                (given[0], None), (None, None), kinds, number(1.0, device), in_place=True
+                (matrices[0], None), (None, None), kinds, number(1.0, device), in_place=True
             )
             assert not memory.stores
             scatter(x, x, upstream=number(1.0, device))

@@ -37,10 +37,10 @@ def test_the_best_is_kept_and_used(device, folder, monkeypatch):
 
     for name in ("matmul", "add_weight_grad"):
         monkeypatch.setattr(tune, name, lambda *_, tile, **__: taken.append(tile))
-    found = list(tune.tune([256], device=device, time=time))
-    assert len(found) == len(tune.ROWS) + 1
-    assert all(one.best == SMALL for one in found)
-    assert not any(tile.stages == 3 for one in found for tile in one.times)
+    timings = list(tune.tune([256], device=device, time=time))
+    assert len(timings) == len(tune.ROWS) + 1
+    assert all(timing.best == SMALL for timing in timings)
+    assert not any(tile.stages == 3 for timing in timings for tile in timing.times)
     kept = json.loads((folder / "tiles.json").read_text())
     assert set(map(tuple, kept.values())) == {tuple(SMALL)}
 
@@ -155,6 +155,6 @@ def test_the_sweep_of_tiles_times_the_shipped_tile_and_not_the_tuned_one(monkeyp
     seen = []
     real = tiles.constants
     monkeypatch.setattr(tiles, "constants", lambda tile: seen.append(list(tile)) or real(tile))
-    found = list(tile_sweep.tiles(Cpu(), "project", 32, 64, 64, dtype))
-    assert found
-    assert seen == [one["tile"] for one in found]
+    lines = list(tile_sweep.tiles(Cpu(), "project", 32, 64, 64, dtype))
+    assert lines
+    assert seen == [line["tile"] for line in lines]

@@ -134,15 +134,15 @@ def test_end_to_end(tmp_path):
     out.mkdir()
     console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
     threads = torch.get_num_threads()
-    found = run(TINY, "cpu", out, console, jobs=2)
+    measurements = run(TINY, "cpu", out, console, jobs=2)
     assert torch.get_num_threads() == threads
 
     printed = console.export_text()
     assert str(out / "demo.png") in printed
     (command,) = [line for line in printed.splitlines() if "pre-kernels diagnose" in line]
-    given = cli.parser().parse_args(shlex.split(command)[1:])
-    assert given.images == out / "scenes" / "images"
-    assert given.images.is_dir()
+    arguments = cli.parser().parse_args(shlex.split(command)[1:])
+    assert arguments.images == out / "scenes" / "images"
+    assert arguments.images.is_dir()
     assert "linear probe, layer 2" in printed
     for seed in (0, 1):
         assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed
@@ -153,7 +153,7 @@ def test_end_to_end(tmp_path):
     assert sum("contrast ratio, layer" in line for line in table) == TINY.layers + 1
 
     saved = json.loads((out / "demo.json").read_text())
-    assert saved == json.loads(json.dumps(found))
+    assert saved == json.loads(json.dumps(measurements))
     assert saved["settings"]["tune_steps"] == 3
     assert saved["settings"]["layer"] == 1
     assert saved["versions"]["torch"] == torch.__version__
@@ -187,9 +187,9 @@ def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
     )
     export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
     for digit, sources in enumerate(chosen):
-        found = load_digits().target[sources] == digit
-        assert found[:, sc.MIDDLE].all()
-        assert (found.sum(1) >= 5).all()
+        matches = load_digits().target[sources] == digit
+        assert matches[:, sc.MIDDLE].all()
+        assert (matches.sum(1) >= 5).all()
     files = sorted((tmp_path / "images").rglob("*.png"))
     assert [file.relative_to(tmp_path / "images").parts[0] for file in files] == [
         str(n // 2) for n in range(20)
@@ -281,17 +281,19 @@ def test_an_answer_is_correct_if_the_model_would_generate_it():
 def test_states_are_those_that_the_layers_made():
     _, model = pretrained()
     scenes = sc.compose(sc.split_digits(0)[2], 6, seed=0)
-    found = states(model, scenes, batch=4)
+    activations = states(model, scenes, batch=4)
     with torch.no_grad():
         output = model(**visual_batch(scenes, torch.arange(6)), output_hidden_states=True)
     visual = slice(1, 1 + sc.PATCHES)
     # the last of these is after the final norm, so it is not compared
     for layer in range(TINY.layers):
-        torch.testing.assert_close(found.hidden[layer], output.hidden_states[layer][:, visual])
-    last = model.model.language_model.norm(found.hidden[TINY.layers])
+        torch.testing.assert_close(
+            activations.hidden[layer], output.hidden_states[layer][:, visual]
+        )
+    last = model.model.language_model.norm(activations.hidden[TINY.layers])
     torch.testing.assert_close(last, output.hidden_states[TINY.layers][:, visual])
-    objects = found.objects(1).view(6, sc.OBJECTS, -1)
-    torch.testing.assert_close(objects[:, 0], found.hidden[1][:, sc.regions() == 0].mean(1))
+    objects = activations.objects(1).view(6, sc.OBJECTS, -1)
+    torch.testing.assert_close(objects[:, 0], activations.hidden[1][:, sc.regions() == 0].mean(1))
 
 
 def committed():
@@ -299,15 +301,15 @@ def committed():
 
 
 def test_the_report_has_the_metrics_of_the_seeds(tmp_path):
-    found = committed()
-    shown = results.document(found)
+    measurements = committed()
+    shown = results.document(measurements)
     assert [model["name"] for model in shown["models"]] == [
         "before visual training",
         "without PRe",
         "with PRe",
     ]
     for model, arm in zip(shown["models"], ("before", "without", "with"), strict=True):
-        for rows, seed in zip(model["runs"], found["seeds"], strict=True):
+        for rows, seed in zip(model["runs"], measurements["seeds"], strict=True):
             assert [row["layer"] for row in rows] == [*range(9)]
             for column, name in (
                 ("linear_probe", "probe"),
@@ -315,7 +317,7 @@ def test_the_report_has_the_metrics_of_the_seeds(tmp_path):
                 ("coupling", "coupling"),
             ):
                 assert [row[column] for row in rows] == seed[arm][name]
-    results.save(found, tmp_path)
+    results.save(measurements, tmp_path)
     page = (tmp_path / "demo.html").read_text()
     assert "Along training" in page
     assert "difference +0.064 ± 0.049" in page
@@ -326,8 +328,8 @@ def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tm
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
-    found = committed()
-    plot.draw(results.document(found), tmp_path / "demo.png")
+    measurements = committed()
+    plot.draw(results.document(measurements), tmp_path / "demo.png")
     probe, contrast, training = drawn[0].axes
     for axes, key in ((probe, "probe"), (contrast, "contrast")):
         shown = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
@@ -337,10 +339,10 @@ def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tm
             ("with PRe", "with"),
         ):
             assert shown[name] == pytest.approx(
-                torch.tensor([s[arm][key] for s in found["seeds"]]).mean(0).tolist()
+                torch.tensor([s[arm][key] for s in measurements["seeds"]]).mean(0).tolist()
             )
     curves = [list(line.get_ydata()) for line in training.get_lines()][:2]
-    assert curves == [seed["with"]["train_pre_loss"] for seed in found["seeds"]]
+    assert curves == [seed["with"]["train_pre_loss"] for seed in measurements["seeds"]]
     assert [30, 30] in [list(line.get_xdata()) for line in training.get_lines()]
 
 

@@ -124,8 +124,8 @@ def test_links_and_files_exist(page: str) -> None:
     assert not [link for link in links if not (folder / link.partition("#")[0]).exists()]
     named = [
         word.strip("()")
-        for one in code(text)
-        for word in one.split()
+        for line in code(text)
+        for word in line.split()
         if FILE.fullmatch(word.strip("()"))
     ]
     there = {
@@ -154,10 +154,13 @@ def test_commands_parse(page: str) -> None:
             words = words[words.index("pre_kernels.integrations.launch") + 1 : words.index("--")]
             launch._parser().parse_args(words)
         elif len(words) > 1 and words[0].endswith("pre-kernels"):
-            given = [word for word in words[1:] if word != "|"]
-            if not {"--help", "--version"} & set(given) and not set(given) <= commands().keys():
-                cli.parser().parse_args(given)
-            assert given[0] in {*commands(), "--help", "--version"}
+            arguments = [word for word in words[1:] if word != "|"]
+            if (
+                not {"--help", "--version"} & set(arguments)
+                and not set(arguments) <= commands().keys()
+            ):
+                cli.parser().parse_args(arguments)
+            assert arguments[0] in {*commands(), "--help", "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -173,10 +176,10 @@ def test_options_and_extras_exist(page: str) -> None:
         *options(launch._parser()),
         *re.findall(r'"(--[a-z-]+)"', sources),
     }
-    named = {m for one in code(text) for m in re.findall(r"(?<![\w-])--[a-z][a-z-]+", one)}
+    named = {m for line in code(text) for m in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
     others = {"--nproc-per-node"}  # torchrun's
     assert not named - known - others
-    asked = {name for given in re.findall(r"\.\[([a-z,-]+)\]", text) for name in given.split(",")}
+    asked = {name for extras in re.findall(r"\.\[([a-z,-]+)\]", text) for name in extras.split(",")}
     assert asked <= set(metadata.metadata("pre-kernels").get_all("Provides-Extra"))
 
 

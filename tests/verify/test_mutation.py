@@ -142,8 +142,8 @@ def test_the_reasons_of_survivors(tmp_path, monkeypatch):
             "f.py f: return 2 * x → return x": "seen on a GPU alone",
         },
     }
-    found = mutants("f.py", "def f(x):\n    x += y\n    return -x\n", {})
-    assert stale(found) == ["f.py f: return 2 * x → return x"]
+    mutations = mutants("f.py", "def f(x):\n    x += y\n    return -x\n", {})
+    assert stale(mutations) == ["f.py f: return 2 * x → return x"]
 
 
 def test_each_survivor_has_one_reason():

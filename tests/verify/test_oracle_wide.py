@@ -42,9 +42,9 @@ def test_agrees_with_the_equations(loss, activation, reduction):
         weight="leading",
         upstream=-3.0,
     )
-    found, want = wide.run(case), oracle.run(reference.pre_loss, case)
-    assert set(found) == set(want)
-    for name, (high, low) in found.items():
+    pairs, want = wide.run(case), oracle.run(reference.pre_loss, case)
+    assert set(pairs) == set(want)
+    for name, (high, low) in pairs.items():
         torch.testing.assert_close(high, want[name], rtol=1e-12, atol=1e-13)
         assert 0 < low.abs().max() < 1e-15 * high.abs().max()
 
@@ -63,7 +63,7 @@ def test_reads_the_arguments_alike(rows, anchor, weight, normalizer):
         normalizer=normalizer,
         frozen=("w1",),
     )
-    found, want = wide.run(case), oracle.run(reference.pre_loss, case)
-    assert set(found) == set(want)
-    for name, (high, _) in found.items():
+    pairs, want = wide.run(case), oracle.run(reference.pre_loss, case)
+    assert set(pairs) == set(want)
+    for name, (high, _) in pairs.items():
         torch.testing.assert_close(high, want[name], rtol=1e-12, atol=1e-13)

@@ -56,19 +56,20 @@ def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
 
     ensemble = Ensemble(function, case)
     outcomes = []
-    for one in oracle.comparisons(function, case):
+    for comparison in oracle.comparisons(function, case):
         verdict = WITHIN
         message = ""
         try:
-            oracle.judge(one)
+            oracle.judge(comparison)
         except AssertionError as error:
-            spared = _holds(oracle.judge, _without_overflow(one))
-            verdict = OVERFLOW if spared else LUCK if ensemble.holds(one.name) else VIOLATION
+            spared = _holds(oracle.judge, _without_overflow(comparison))
+            verdict = OVERFLOW if spared else LUCK if ensemble.holds(comparison.name) else VIOLATION
             message = str(error)
         turned = not _holds(
-            oracle.judge, _without_overflow(one._replace(ours=one.eager, eager=one.ours))
+            oracle.judge,
+            _without_overflow(comparison._replace(ours=comparison.eager, eager=comparison.ours)),
         )
-        outcomes.append(Outcome(one.name, verdict, *_sizes(one), turned, message))
+        outcomes.append(Outcome(comparison.name, verdict, *_sizes(comparison), turned, message))
     return outcomes
 
 
@@ -95,9 +96,12 @@ class Ensemble:
         """
         for size in ENSEMBLES:
             members = [_without_overflow(self.member(i)[name]) for i in range(size)]
-            if not all(torch.equal(one.ours.isfinite(), one.eager.isfinite()) for one in members):
+            if not all(
+                torch.equal(comparison.ours.isfinite(), comparison.eager.isfinite())
+                for comparison in members
+            ):
                 return False
-            errors = [one.errors() for one in members]
+            errors = [comparison.errors() for comparison in members]
             norms = [[x.norm().item() for x in member] for member in errors]
             (ours, _, exact), largest = norms[0], max(eager for _, eager, _ in norms)
             if ours > 2 * largest + members[0].eps * exact:
@@ -166,16 +170,23 @@ def _holds(rule: Callable[..., None], *arguments: Any) -> bool:
     return True
 
 
-def _sizes(one: oracle.Comparison) -> tuple[float, float, float]:
-    finite = one.ours.isfinite()
-    rest = one.rest[finite] if isinstance(one.rest, Tensor) else one.rest
-    known = one._replace(
-        ours=one.ours[finite], eager=one.eager[finite], oracle=one.oracle[finite], rest=rest
+def _sizes(comparison: oracle.Comparison) -> tuple[float, float, float]:
+    finite = comparison.ours.isfinite()
+    rest = comparison.rest[finite] if isinstance(comparison.rest, Tensor) else comparison.rest
+    known = comparison._replace(
+        ours=comparison.ours[finite],
+        eager=comparison.eager[finite],
+        oracle=comparison.oracle[finite],
+        rest=rest,
     )
     ours, eager, exact = known.errors()
     if not ours.numel():
         return (float("nan"),) * 3
-    if one.few is not None:
-        return ours.abs().max().item(), eager.abs().max().item(), 2 * one.eps * one.few
+    if comparison.few is not None:
+        return (
+            ours.abs().max().item(),
+            eager.abs().max().item(),
+            2 * comparison.eps * comparison.few,
+        )
     rms = [x.square().mean().sqrt().item() for x in (ours, eager, exact)]
-    return rms[0], rms[1], 0.5 * one.eps * rms[2]
+    return rms[0], rms[1], 0.5 * comparison.eps * rms[2]

@@ -62,7 +62,7 @@ class Mutant(NamedTuple):
 
 def optional_arguments(sources: Iterator[str]) -> dict[str, set[str]]:
     """The arguments with a default of every function, by its name."""
-    found: dict[str, set[str]] = {}
+    arguments: dict[str, set[str]] = {}
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
@@ -71,8 +71,8 @@ def optional_arguments(sources: Iterator[str]) -> dict[str, set[str]]:
                 names = {a.arg for a, default in named if default is not None} | {
                     a.arg for a in usual
                 }
-                found.setdefault(node.name, set()).update(names)
-    return found
+                arguments.setdefault(node.name, set()).update(names)
+    return arguments
 
 
 def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutant]:

@@ -305,13 +305,13 @@ class Visitor(Places):
                 "tl.range",
                 "tl.static_range",
             ):
-                given = [self.text(x) for x in args]
-                step = given[2] if len(given) == 3 else "1"
-                if len(given) == 1:
-                    self.replace("chunk", args[0], f"1, {given[0]}")
+                texts = [self.text(x) for x in args]
+                step = texts[2] if len(texts) == 3 else "1"
+                if len(texts) == 1:
+                    self.replace("chunk", args[0], f"1, {texts[0]}")
                 else:
-                    self.replace("chunk", args[0], f"{given[0]} + {step}")
-                bound = args[0 if len(given) == 1 else 1]
+                    self.replace("chunk", args[0], f"{texts[0]} + {step}")
+                bound = args[0 if len(texts) == 1 else 1]
                 self.replace("chunk", bound, f"{self.text(bound)} - {step}")
             case _:
                 self.replace("chunk", node.iter, f"list({self.text(node.iter)})[1:]")

@@ -16,7 +16,7 @@ def data(images=12, seed=0):
     """Images as `update` takes them: four objects each, and a class."""
     g = torch.Generator().manual_seed(seed)
     mix = {layer: torch.randn(WIDTH, WIDTH, generator=g) for layer in LAYERS}
-    found = []
+    samples = []
     for image in range(images):
         label = image % CLASSES
         anchor = torch.randn(20, ANCHOR, generator=g) + label
@@ -26,10 +26,10 @@ def data(images=12, seed=0):
         masks = torch.zeros(4, 20, dtype=torch.bool)
         masks[torch.randint(4, (20,), generator=g), torch.arange(20)] = True
         masks[:, torch.rand(20, generator=g) < 0.2] = False
-        found.append(
+        samples.append(
             {"hidden": {0: anchor, **hidden}, "anchor": anchor, "masks": masks, "label": label}
         )
-    return found
+    return samples
 
 
 def logits(h):

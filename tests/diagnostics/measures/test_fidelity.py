@@ -74,8 +74,8 @@ def cknna_by_numpy(x, y, neighbours):
         spread = (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
         return (np.trace(k @ l) + spread - 2 / (n - 2) * (ones @ k @ l @ ones)) / (n * (n - 3))
 
-    one, other = sides
-    return align(one, other) / math.sqrt(align(one, one) * align(other, other))
+    first, other = sides
+    return align(first, other) / math.sqrt(align(first, first) * align(other, other))
 
 
 def streamed(x, y, cuts, debiased):
@@ -108,8 +108,8 @@ def test_moments_merge_and_stay_exact_under_offsets():
     whole.update(x, y)
     parts = [Moments() for _ in range(3)]
     for part, a, b in zip(parts, (x + offset).split([1, 30, 9]), y.split([1, 30, 9]), strict=True):
-        for one, other in zip(a.split(8), b.split(8), strict=True):
-            part.update(one, other)
+        for chunk, other in zip(a.split(8), b.split(8), strict=True):
+            part.update(chunk, other)
     merged = Moments()
     for part in parts:
         merged.merge(part)

@@ -246,9 +246,9 @@ def test_a_reservoir_is_a_uniform_sample_however_the_stream_is_cut():
         )
     merged = Counter()
     for seed in range(3000):
-        one, other = sample([6], seed), sample([4], seed + 10_000)
-        one.merge(other)
-        merged.update(one.items())
+        reservoir, other = sample([6], seed), sample([4], seed + 10_000)
+        reservoir.merge(other)
+        merged.update(reservoir.items())
     # items 0..3 came in both halves: 3 of 10 places, each equally likely
     assert sum(merged.values()) == 9000
     assert merged[4] == pytest.approx(900, abs=120)

@@ -112,9 +112,9 @@ def test_it_is_scikit_learns(rows, width, classes, gap, inverse_penalty):
         model = make_pipeline(StandardScaler(), model).fit(x.double().numpy(), y.numpy())
         expected[tol] = model.score(test_x.double().numpy(), test_y.numpy())
     assert 1.1 / classes < expected[1e-8] < 0.98
-    found = linear_probe(x, y, test_x, test_y, inverse_penalty=inverse_penalty)
-    assert found == pytest.approx(expected[1e-4], abs=0.005)
-    assert found == pytest.approx(expected[1e-8], abs=0.001)
+    accuracy = linear_probe(x, y, test_x, test_y, inverse_penalty=inverse_penalty)
+    assert accuracy == pytest.approx(expected[1e-4], abs=0.005)
+    assert accuracy == pytest.approx(expected[1e-8], abs=0.001)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -143,11 +143,11 @@ def test_no_patch_by_patch_matrix_is_made():
 
 def test_similarity_map():
     features, grid = picture()
-    found = similarity_map(features, 9)
-    assert found.shape == (3, 35)
-    assert found.dtype == torch.float32
+    similarities = similarity_map(features, 9)
+    assert similarities.shape == (3, 35)
+    assert similarities.dtype == torch.float32
     expected = F.cosine_similarity(features, features[:, 9:10], dim=-1)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(similarities, expected)
     torch.testing.assert_close(similarity_map(features[1], 9, grid), expected[1].view(grid))
     torch.testing.assert_close(similarity_map(torch.stack([features, -features]), 9)[1], expected)
     order = torch.randperm(35)

@@ -82,19 +82,19 @@ def test_any_batches_and_merging_change_nothing():
 
 def test_known_spectra():
     axes = torch.eye(10).repeat_interleave(2, 0) * torch.tensor([1.0, -1.0]).repeat(10)[:, None]
-    found = measured(axes)  # ten equal, uncorrelated directions
-    assert found.effective_dimension == pytest.approx(10)
-    assert found.components_90 == 9
-    assert found.correlation == pytest.approx(0)
-    assert found.norm_mean == found.norm_max == pytest.approx(1)
+    spectrum = measured(axes)  # ten equal, uncorrelated directions
+    assert spectrum.effective_dimension == pytest.approx(10)
+    assert spectrum.components_90 == 9
+    assert spectrum.correlation == pytest.approx(0)
+    assert spectrum.norm_mean == spectrum.norm_max == pytest.approx(1)
     scales = torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0, 0, 0])  # variances 9 : 1
-    found = measured(axes * scales)
-    assert found.effective_dimension == pytest.approx((9 + 1) ** 2 / (81 + 1))
-    assert found.components_90 == 1
+    spectrum = measured(axes * scales)
+    assert spectrum.effective_dimension == pytest.approx((9 + 1) ** 2 / (81 + 1))
+    assert spectrum.components_90 == 1
     line = torch.randn(50, 1) * torch.tensor([1.0, -2, 3])  # one direction: all features are alike
-    found = measured(line)
-    assert found.effective_dimension == pytest.approx(1)
-    assert found.correlation == pytest.approx(1)
+    spectrum = measured(line)
+    assert spectrum.effective_dimension == pytest.approx(1)
+    assert spectrum.correlation == pytest.approx(1)
 
 
 def test_massive_activations():
@@ -103,16 +103,16 @@ def test_massive_activations():
     x[1, 0], x[1, 1] = -150.0, 101.0
     x[2] = 200.0  # large, but so is all of the row
     x[3, 5] = 1e6
-    found = measured(x)
-    assert found.massive_activations == 3 / 32
-    assert found.massive_tokens == 2 / 4
+    spectrum = measured(x)
+    assert spectrum.massive_activations == 3 / 32
+    assert spectrum.massive_tokens == 2 / 4
     assert (
         measured(x, above=99).massive_activations
         == measured(x, above=99, times=1600).massive_activations
         == 4 / 32
     )
     assert measured(x, times=1).massive_activations == 11 / 32
-    assert found.norm_max == pytest.approx(1e6)
+    assert spectrum.norm_max == pytest.approx(1e6)
 
 
 def test_offsets_of_massive_activations_cost_no_accuracy():
@@ -120,12 +120,12 @@ def test_offsets_of_massive_activations_cost_no_accuracy():
     expected = by_definition(x)
     offset = torch.zeros(9, dtype=torch.double)
     offset[2], offset[7] = 1e4, -1e8
-    for size, found in (
+    for size, spectrum in (
         (64, measured(*(x + offset).split(64))),
         (1, measured(*(x + offset).split(1))),
     ):
         # what remains is the rounding of the input at 1e8
-        assert found[:3] == pytest.approx(expected[:3], rel=1e-6), size
+        assert spectrum[:3] == pytest.approx(expected[:3], rel=1e-6), size
     single = (x + offset.clamp(-1e4, 1e4)).float()
     assert measured(*single.split(10))[:3] == pytest.approx(
         by_definition(single.double())[:3], rel=1e-7

@@ -43,10 +43,10 @@ def test_values_come_back_as_they_were(tmp_path):
         "random": generator,
     }
     state.save(tmp_path / "state", value, ())
-    found = state.load(tmp_path / "state", ())
-    assert found[1] == value[1]
-    assert all(torch.equal(a, b) for a, b in zip(found["two"], value["two"], strict=True))
-    assert found["random"].random() == generator.random()
+    loaded = state.load(tmp_path / "state", ())
+    assert loaded[1] == value[1]
+    assert all(torch.equal(a, b) for a, b in zip(loaded["two"], value["two"], strict=True))
+    assert loaded["random"].random() == generator.random()
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 

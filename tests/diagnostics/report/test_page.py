@@ -176,33 +176,33 @@ def test_the_least_document_has_a_page():
 
 
 def test_a_model_says_where_it_starts_is_least_and_ends():
-    found = report.findings(document(("a", [rows([0.9, 0.5, 0.6])])))
-    assert found["Linear probe"] == [
+    findings = report.findings(document(("a", [rows([0.9, 0.5, 0.6])])))
+    assert findings["Linear probe"] == [
         "a: 0.900 at layer 0, 0.500 at layer 4 (the minimum), 0.600 at layer 8; -0.300 from first "
         "to last."
     ]
-    found = report.findings(document(("a", [rows([0.5, 0.7, None])])))
-    assert found["Linear probe"] == [
+    findings = report.findings(document(("a", [rows([0.5, 0.7, None])])))
+    assert findings["Linear probe"] == [
         "a: 0.500 at layer 0 (the minimum), 0.700 at layer 4; +0.200 from first to last."
     ]
-    found = report.findings(document(("a", [rows([None, 0.7, None])])))
-    assert found["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
-    found = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
-    assert found["Linear probe"] == [
+    findings = report.findings(document(("a", [rows([None, 0.7, None])])))
+    assert findings["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
+    findings = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
+    assert findings["Linear probe"] == [
         "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from "
         "first to last."
     ]
 
 
 def test_two_models_differ_in_the_deep_half_and_at_the_last_layer():
-    found = report.findings(
+    findings = report.findings(
         document(("a", [rows([0.9, 0.5, 0.6])]), ("b", [rows([0.9, 0.8, 0.85])]))
     )
-    assert found["Linear probe"][2:] == [
+    assert findings["Linear probe"][2:] == [
         "mean of layers 4, 8: 0.550 (a), 0.825 (b), difference +0.275.",
         "layer 8: 0.600 (a), 0.850 (b), difference +0.250.",
     ]
-    assert "Noise between seeds: it takes several runs of each model." in found["Not measured"]
+    assert "Noise between seeds: it takes several runs of each model." in findings["Not measured"]
     last = report.findings(
         document(("a", [rows([0.9, None, 0.6])]), ("b", [rows([0.9, None, 0.85])]))
     )

@@ -45,18 +45,18 @@ def table(folder, text, encoding="utf-8"):
 
 
 def test_a_subfolder_is_a_class(folder):
-    found = find_images(folder)
-    assert found.folder == folder
-    assert found.classes == ("cat", "dog", "Ärger ü")
-    assert sorted(item.name for item in found.items) == sorted(
+    images = find_images(folder)
+    assert images.folder == folder
+    assert images.classes == ("cat", "dog", "Ärger ü")
+    assert sorted(item.name for item in images.items) == sorted(
         [f"cat/{i} é.png" for i in range(5)]
         + [f"dog/{i} é.png" for i in range(3)]
         + [f"Ärger ü/{i} é.png" for i in (0, 1)]
     )
-    for item in found.items:
+    for item in images.items:
         assert item.path == folder / item.name
         assert item.path.is_file()
-        assert found.classes[item.label] == item.name.split("/")[0]
+        assert images.classes[item.label] == item.name.split("/")[0]
 
 
 def test_classes_take_turns(folder):
@@ -230,9 +230,9 @@ def mask_image(values, kind):
 def test_a_folder_of_masks(tmp_path, kind):
     (tmp_path / "rooms").mkdir()
     mask_image(VALUES, kind).save(tmp_path / "rooms" / "a b.png")
-    found = open_masks(tmp_path).objects(ITEM, (4, 2))
-    assert found.dtype == np.uint8
-    assert found.tolist() == OBJECTS
+    objects = open_masks(tmp_path).objects(ITEM, (4, 2))
+    assert objects.dtype == np.uint8
+    assert objects.tolist() == OBJECTS
     assert open_masks(tmp_path, background=(255,)).objects(ITEM, (4, 2)).tolist() == [
         [1, 3, 3, 0],
         [2, 2, 1, 4],
@@ -306,14 +306,14 @@ def test_coco_annotations(tmp_path, capsys):
     # in runs of 0 and 1 by column: the whole of column 7
     runs = {"size": [6, 8], "counts": [42, 6]}
     path = annotations(tmp_path / "a.json", rectangle(1, 1, 3, 3), rectangle(0, 0, 6, 4), runs)
-    found = open_masks(path).objects(ITEM, (8, 6))
+    objects = open_masks(path).objects(ITEM, (8, 6))
     assert capsys.readouterr().out == ""
     want = np.zeros((6, 8), int)
     want[0:4, 0:6] = 2
     want[1:3, 1:3] = 1  # the smaller one is in front
     want[:, 7] = 3
-    assert found.dtype == np.uint8
-    assert found.tolist() == want.tolist()
+    assert objects.dtype == np.uint8
+    assert objects.tolist() == want.tolist()
     assert open_masks(path).objects(Item(None, "bare.jpg", None), (3, 2)).tolist() == [[0] * 3] * 2
     assert open_masks(path).objects(Item(None, "a b.jpg", None), (8, 6)) is None
     with pytest.raises(

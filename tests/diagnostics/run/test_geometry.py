@@ -13,17 +13,17 @@ def scene(size, left=0.13, top=0.22):
     """Four quarters, 1 to 4 in reading order, behind an off-centre rectangle, 5, and a frame
     without objects."""
     width, height = size
-    found = np.zeros((height, width), np.uint8)
+    objects = np.zeros((height, width), np.uint8)
     middle, centre = height // 2, width // 2
     for number, (rows, columns) in enumerate(
         (r, c)
         for r in ((3, middle), (middle, height - 3))
         for c in ((3, centre), (centre, width - 3))
     ):
-        found[slice(*rows), slice(*columns)] = number + 1
+        objects[slice(*rows), slice(*columns)] = number + 1
     x, y = int(left * width), int(top * height)
-    found[y : y + int(0.37 * height), x : x + int(0.61 * width)] = 5
-    return found
+    objects[y : y + int(0.37 * height), x : x + int(0.61 * width)] = 5
+    return objects
 
 
 def shares(objects, box, grid, points=24):
@@ -105,15 +105,15 @@ def test_tokens_of_objects_lie_where_the_image_processor_puts_them(process, size
     inputs = process(Image.new("RGB", size), return_tensors="pt")
     tokens = len(boxes) * grid[0] * grid[1]
     assert token_grid(inputs, tokens, "") == (grid if len(boxes) == 1 else None)
-    found = token_objects(process, objects, inputs, tokens, "")
-    assert found.shape == (5, tokens)
-    assert found.dtype == torch.bool
+    masks = token_objects(process, objects, inputs, tokens, "")
+    assert masks.shape == (5, tokens)
+    assert masks.dtype == torch.bool
     covered = torch.cat([shares(objects, box, grid) for box in boxes], dim=1)
     clear = (covered - 0.5).abs() > 0.1  # at the border of an object a pixel more or less decides
     assert clear.double().mean() > 0.9
-    assert torch.equal(found[clear], (covered >= 0.5)[clear])
-    assert found.any(1).all()
-    assert found.sum(0).max() == 1
+    assert torch.equal(masks[clear], (covered >= 0.5)[clear])
+    assert masks.any(1).all()
+    assert masks.sum(0).max() == 1
 
 
 PINPOINTS = [[224, 448], [448, 224], [448, 448]]
@@ -154,15 +154,15 @@ def test_tiles_whose_tokens_are_packed(name, more, grid):
     rows, columns = grid
     tokens = 64 + rows * (columns + 1)
     objects = scene(WIDE)
-    found = token_objects(process, objects, inputs, tokens, config.model_type, packing=packing)
-    lines = found[:, 64:].unflatten(1, (rows, columns + 1))
+    masks = token_objects(process, objects, inputs, tokens, config.model_type, packing=packing)
+    lines = masks[:, 64:].unflatten(1, (rows, columns + 1))
     assert not lines[:, :, -1].any()  # the end of each line
-    found = torch.cat([found[:, :64], lines[:, :, :-1].flatten(1)], dim=1)
+    masks = torch.cat([masks[:, :64], lines[:, :, :-1].flatten(1)], dim=1)
     covered = torch.cat([shares(objects, whole(WIDE), g) for g in ((8, 8), grid)], dim=1)
     clear = (covered - 0.5).abs() > 0.25  # few tokens, and in one case interpolated
     assert clear.double().mean() > 0.8
-    assert torch.equal(found[clear], (covered >= 0.5)[clear])
-    assert found.any(1).all()
+    assert torch.equal(masks[clear], (covered >= 0.5)[clear])
+    assert masks.any(1).all()
     assert token_objects(
         process, 0 * objects, inputs, tokens, config.model_type, packing=packing
     ).shape == (0, tokens)
@@ -267,10 +267,10 @@ def test_by_way_of_the_whole_processor():
 
     inputs = process(Image.new("RGB", WIDE), return_tensors="pt")
     tokens = int((inputs["input_ids"] == 0).sum())
-    found = token_objects(process, scene(WIDE), inputs, tokens, "llava")
+    masks = token_objects(process, scene(WIDE), inputs, tokens, "llava")
     alone = processor("CLIPImageProcessor")
     pixels = alone(Image.new("RGB", WIDE), return_tensors="pt")
-    assert torch.equal(found, token_objects(alone, scene(WIDE), pixels, tokens, "llava"))
+    assert torch.equal(masks, token_objects(alone, scene(WIDE), pixels, tokens, "llava"))
 
 
 def test_a_processor_that_changes_all_pixels():

@@ -35,10 +35,10 @@ def test_an_interrupted_run_resumes(there, tmp_path, monkeypatch, capsys):
     assert len(done) == 10 * EACH - 7 - 5
     assert re.search(r"a: resuming after 1[3-7] of 25 images", capsys.readouterr().out)
     whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
-    for one, other in zip(
+    for row, other in zip(
         whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True
     ):
-        assert close(one, other)
+        assert close(row, other)
     assert whole["maps"] == parted["maps"]
 
 
@@ -71,10 +71,10 @@ def test_an_image_that_was_half_added_is_not_added_twice(
     assert diagnose(*settings, "--out", tmp_path / "parted") == 0
     assert len(done) == 10 * EACH - saved
     whole, parted = document(tmp_path / "whole"), document(tmp_path / "parted")
-    for one, other in zip(
+    for row, other in zip(
         whole["models"][0]["runs"][0], parted["models"][0]["runs"][0], strict=True
     ):
-        assert close(one, other)
+        assert close(row, other)
     assert whole["maps"] == parted["maps"]
 
 

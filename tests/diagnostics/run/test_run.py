@@ -35,9 +35,9 @@ def test_end_to_end(there, tmp_path, capsys):
         )
         == 0
     )
-    found = document(out)
-    assert [model["name"] for model in found["models"]] == ["a", "b"]
-    for model, seed in zip(found["models"], (0, 1), strict=True):
+    report = document(out)
+    assert [model["name"] for model in report["models"]] == ["a", "b"]
+    for model, seed in zip(report["models"], (0, 1), strict=True):
         loaded = samples.load_samples(
             tiny(seed), processor(), there / "images", masks=there / "masks"
         )
@@ -57,19 +57,21 @@ def test_end_to_end(there, tmp_path, capsys):
                 row["lens_share"],
             )
             assert row["linear_probe"] is not None
-    assert found["data"]["classes"] == [str(digit) for digit in range(10)]
-    assert len(found["maps"]) == 3
-    for one in found["maps"]:
-        assert one["grid"] == [6, 6]
-        assert [*one["similarity"]] == ["a", "b"]
-        assert one["layers"] == [0, 1, 2]
-        row, column = one["patch"]
-        assert one["similarity"]["b"][2][row * 6 + column] == 1.0
+    assert report["data"]["classes"] == [str(digit) for digit in range(10)]
+    assert len(report["maps"]) == 3
+    for entry in report["maps"]:
+        assert entry["grid"] == [6, 6]
+        assert [*entry["similarity"]] == ["a", "b"]
+        assert entry["layers"] == [0, 1, 2]
+        row, column = entry["patch"]
+        assert entry["similarity"]["b"][2][row * 6 + column] == 1.0
     rows = list(csv.DictReader((out / "layers.csv").open(encoding="utf-8")))
     assert [(row["model"], row["layer"]) for row in rows] == [
         (m, str(n)) for m in "ab" for n in range(3)
     ]
-    assert float(rows[1]["contrast"]) == pytest.approx(found["models"][0]["runs"][0][1]["contrast"])
+    assert float(rows[1]["contrast"]) == pytest.approx(
+        report["models"][0]["runs"][0][1]["contrast"]
+    )
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<html" in page
     assert "--compare" in page

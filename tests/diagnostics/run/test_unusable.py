@@ -103,8 +103,8 @@ def test_an_interrupted_run_resumes_after_refused_images(there, tmp_path, monkey
 def test_samples_leave_out_what_cannot_be_used(tmp_path, narrow):
     pictures = thin(images(tmp_path / "images", 4))
     with pytest.warns(UserWarning, match="left out: images: ") as said:
-        found = samples.load_samples(tiny(), processor(), pictures)
-    assert len(found) == 4
+        loaded = samples.load_samples(tiny(), processor(), pictures)
+    assert len(loaded) == 4
     texts = sorted(str(w.message) for w in said if str(w.message).startswith("left out"))
     assert [
         name
