@@ -77,9 +77,9 @@ def test_head_beside_every_checkpoint(how: str, tmp_path: Path) -> None:
         need_deepspeed()
     run = RUNS[how]
     both(*run, str(tmp_path / "a"), 2, None)
-    first, two, last = heads(tmp_path / "a", "checkpoint-1", "checkpoint-2", "last")
-    assert not same(first, two)
-    assert same(two, last)
+    first, second, last = heads(tmp_path / "a", "checkpoint-1", "checkpoint-2", "last")
+    assert not same(first, second)
+    assert same(second, last)
     model = build("llava")
     handle = apply_pre(model)
     handle.load(tmp_path / "a" / "checkpoint-1")
