@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--versions", choices=versions.ROWS, help="stop unless what README's row names is installed"
     )
+    # Here, because older pytests read no deeper file before they read the options.
+    parser.addoption(
+        "--full-matrix",
+        action="store_true",
+        help="tests/integrations/test_matrix.py: every combination, not every pair",
+    )
 
 
 def pytest_report_header() -> str:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import PreHead, fused_pre_loss
+from pre_kernels.check import guarantees
 from verify import oracle
 from verify.oracle import make
 
@@ -49,13 +50,7 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def output_shapes():
-    """Outputs of some calls have the length that a mask selects: torch 2.9 captures these only
-    where it is told to."""
-    told = (
-        torch.__version__.startswith("2.9.")
-        or torch._dynamo.config.capture_dynamic_output_shape_ops
-    )
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=told):
+    with guarantees.output_shapes():
         yield
 
 
