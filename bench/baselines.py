@@ -64,7 +64,7 @@ def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
         return "no fp8 products before sm_89"
-    return None if dtype == torch.bfloat16 else "measured beside bfloat16 products alone"
+    return None if dtype == torch.bfloat16 else "measured only beside bfloat16 products"
 
 
 def _epilogue_missing(device: torch.device, dtype: torch.dtype) -> str | None:

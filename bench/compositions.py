@@ -108,7 +108,7 @@ def quack() -> Loss:
             raise ValueError("quack: its fused training step has gelu_tanh and no biases")
         widths = (w1.shape[1], w1.shape[0], w2.shape[0])
         if any(width % 8 for width in widths):
-            raise ValueError(f"quack: widths {widths}, its fused products want multiples of 8")
+            raise ValueError(f"quack: widths {widths}, its fused products need multiples of 8")
         if widths not in modules:
             # The weights that are made here are never read, and take no memory.
             modules[widths] = MLP(*widths, activation="gelu_tanh_approx", device="meta")

@@ -130,7 +130,15 @@ def run_seed(
             continue
         begin = time.monotonic()
         measured = run_arm(
-            arm, options, copy.deepcopy(start), training, fitting, test, settings, seed, bar
+            arm,
+            options,
+            copy.deepcopy(start),
+            training=training,
+            fitting=fitting,
+            test=test,
+            settings=settings,
+            seed=seed,
+            bar=bar,
         )
         keep(arm, measured, time.monotonic() - begin)
 

@@ -6,7 +6,7 @@ tests.
     python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
 
 Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is
-done: the same command goes on where it was stopped. Without a GPU the kernels are interpreted, and
+done: the same command resumes where it was stopped. Without a GPU the kernels are interpreted, and
 most cases are of the torch path.
 """
 

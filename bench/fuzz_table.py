@@ -53,7 +53,7 @@ def _metrics(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
     if not outcomes:
         return {}
     ratios = [error / eager for _, _, error, eager, *_ in outcomes if eager and eager > 0]
-    # eager may be exact by chance: beside what the rule allows in any case that says nothing
+    # Where eager is exact by chance, its error is no measure: the rule's own bound is.
     bounded = [
         error / max(eager, allowed)
         for _, _, error, eager, allowed, *_ in outcomes

@@ -21,7 +21,7 @@ the same command continues where it was stopped, and survivors meet the tests ag
 changed. Kernels are interpreted.
 
 A mutant is known by the text of its line. When that line changes, its key in survivors.txt is
-stale: each run prints such keys first, on stderr, and goes on. Exit status 1: a mutant survived
+stale: each run first prints such keys, on stderr. Exit status 1: a mutant survived
 that survivors.txt does not name, or with --stale, there are stale keys.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines
@@ -67,6 +67,14 @@ KEPT = ROOT / "build" / "mutation"
 RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
 NAMED = named()
 KILLED = ("killed", "timeout", "crash", "invalid")
+# what the tests judge by, besides themselves
+JUDGES = (
+    ROOT / "pre_kernels/check/rule.py",
+    ROOT / "tests/conftest.py",
+    ROOT / "tests/core/support.py",
+    *(ROOT / f"verify/{name}.py" for name in ("oracle", "oracle_wide", "fences")),
+    *(ROOT / "verify/fuzz").glob("*.py"),
+)
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -86,9 +94,7 @@ def reach(folder: Path) -> dict[str, Any]:
         "hash": {},
     }
     for name in (f"tests/core/test_{entry}.py" for entry in TESTS):
-        known["hash"][name] = digest(
-            ROOT / path for path in (name, "verify/oracle.py", "verify/fences.py")
-        )
+        known["hash"][name] = digest([ROOT / name, *JUDGES])
         path = KEPT / f"reach-{source}-{Path(name).stem}-{known['hash'][name]}.json"
         if not path.exists():
             print(f"tracing which lines {name} reaches", file=sys.stderr)
@@ -158,7 +164,7 @@ def campaign(
         else {}
     )
     known = reach(folder)
-    now = digest(ROOT / name for name in known["hash"])
+    now = digest([*(ROOT / name for name in known["hash"]), *JUDGES])
     killers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     done = Counter[str]()
     start = time.monotonic()
@@ -169,7 +175,8 @@ def campaign(
             last["outcome"] not in KILLED and (last["tests"], last["budget"]) != (now, budget)
         ):
             begin = time.monotonic()
-            outcome, test = "unreached", None
+            outcome = "unreached"
+            test = None
             if mutant.key in NAMED["equivalent"]:
                 outcome = "survived"
             elif seconds := reaching(mutant, known):
@@ -263,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stale",
         action="store_true",
-        help="print the named survivors that are no mutant any more, run nothing",
+        help="print the named survivors whose mutant no longer exists, run nothing",
     )
     options = parser.parse_args(argv)
     every = every_mutant()

@@ -9,8 +9,6 @@ from typing import Any
 from .tables import markdown, provenance
 
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
-# a test failed, the process ended, the package was no longer imported
-FAILED = ("killed", "crash", "invalid")
 SURVIVED = ("equivalent", "gap", "unreached", "survived")
 
 

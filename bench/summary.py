@@ -250,7 +250,7 @@ def _workspaces(records: Sequence[Record]) -> list[str]:
 def _next(records: Sequence[Record]) -> Iterator[str]:
     """Simple rules from what was found to what it suggests, the gravest first."""
     if failed := [entry for entry in _kind(records, "test") if entry["outcome"] == "failed"]:
-        yield f"mend {failed[0]['item']} and {len(failed) - 1} more: no figure counts before"
+        yield f"mend {failed[0]['item']} and {len(failed) - 1} more: no number counts before"
     yield from (f"mend {text}" for text in _broken(records)[:1])
     for run in groups(_kind(records, "loss")):
         yield from _of_run(run, records)
@@ -303,6 +303,6 @@ def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
     fp8, blas = (ratios(run, name)["floor"] for name in ("ours-fp8", "ours-blas"))
     if fp8 and blas and fp8 > blas:
         yield (
-            f"fp8 is no gain: {fp8:.2f} against {blas:.2f} × the floor; "
+            f"fp8 gains nothing: {fp8:.2f} against {blas:.2f} × the floor; "
             "its quantisation, or _scaled_mm itself"
         )

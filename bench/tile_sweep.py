@@ -68,7 +68,7 @@ def tiles(
             width * shapes.DTYPES[dtype].itemsize % 16 for width in (d, m)
         ):
             reason = (
-                f"rows of {d} and {m} elements are no multiples of 16 bytes, which descriptors want"
+                f"rows of {d} and {m} elements: not multiples of 16 bytes, which descriptors need"
             )
             yield {"kind": "tile", "role": role, "item": f"{role} {kind}", "unavailable": reason}
             continue

@@ -155,7 +155,7 @@ class EncoderAnchor:
             )
         if inputs.get("pixel_values_videos") is not None:
             raise ValueError(
-                "anchor: the batch has videos, which EncoderAnchor does not take; want images alone"
+                "anchor: the batch has videos, which EncoderAnchor does not take; want only images"
             )
         if inputs.get("image_sizes") is not None:
             raise ValueError(

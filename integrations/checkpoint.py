@@ -138,7 +138,7 @@ def _read(
     """The tensors in `directory`, which are those of the head so described, of these shapes."""
     if not os.path.isdir(directory):
         raise FileNotFoundError(
-            f"directory: {os.fspath(directory)!r} is no directory; want one that handle.save() "
+            f"directory: {os.fspath(directory)!r} is not a directory; want one that handle.save() "
             "wrote"
         )
     paths = {name: os.path.join(directory, name) for name in (CONFIG, WEIGHTS)}
@@ -176,7 +176,7 @@ def _read_config(path: str) -> dict[str, Any]:
         with open(path) as file:
             config = json.load(file)
     except ValueError as error:  # both JSON and unicode errors are
-        raise ValueError(f"{path!r}: no valid JSON: {error}") from error
+        raise ValueError(f"{path!r}: not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path!r}: format {got!r}, want {FORMAT}")
@@ -190,4 +190,4 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path!r}: no valid safetensors file: {error}") from error
+        raise ValueError(f"{path!r}: not a valid safetensors file: {error}") from error

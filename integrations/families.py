@@ -315,26 +315,26 @@ def check_tokens(parts: Parts, model: nn.Module) -> None:
         )
 
 
-def _module(model: nn.Module, name: str, given: Any) -> tuple[str, nn.Module]:
-    """The path and the module that the argument `name` means."""
-    if isinstance(given, str):
+def _module(model: nn.Module, name: str, part: Any) -> tuple[str, nn.Module]:
+    """The path and the module that the argument `name`, `part`, means."""
+    if isinstance(part, str):
         try:
-            return given, model.get_submodule(given)
+            return part, model.get_submodule(part)
         except AttributeError as error:
             raise ValueError(
-                f"{name}: got {given!r}, which is not a module of the model: {error}"
+                f"{name}: got {part!r}, which is not a module of the model: {error}"
             ) from error
-    if not isinstance(given, nn.Module):
+    if not isinstance(part, nn.Module):
         hint = "; numbers of layers go into layer=" if name == "layers" else ""
         raise TypeError(
-            f"{name}: got {type(given).__name__}, want a module of the model or its path{hint}"
+            f"{name}: got {type(part).__name__}, want a module of the model or its path{hint}"
         )
-    path = next((path for path, module in model.named_modules() if module is given), None)
+    path = next((path for path, module in model.named_modules() if module is part), None)
     if path is None:
         raise ValueError(
-            f"{name}: the {type(given).__name__} that was given is not part of the model"
+            f"{name}: the {type(part).__name__} that was given is not part of the model"
         )
-    return path, given
+    return path, part
 
 
 def _find_layers(

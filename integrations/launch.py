@@ -260,7 +260,9 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         try:
             values[_known(name, "--set")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set: {name}: {text!r} is not valid YAML value: {error}") from error
+            raise ValueError(
+                f"--set: {name}: {text!r} is not a valid YAML value: {error}"
+            ) from error
     with _restored():
         sys.path += [] if options.followed is None else [options.followed]
         settings = {name: _value(name, value) for name, value in values.items()}

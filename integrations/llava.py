@@ -58,7 +58,7 @@ class Merge:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.before: Any = None
-        self.found: tuple[Tensor, Tensor | None] | None = None
+        self.followed: tuple[Tensor, Tensor | None] | None = None
         self.tokens: dict[tuple[int, ...], int] = {}
         size = getattr(getattr(_tower(model), "config", None), "image_size", None)
         if isinstance(size, int):
@@ -70,7 +70,7 @@ class Merge:
     def open(self) -> None:
         """Follow the model's merges until `close()`."""
         self.before = vars(self.model).get(PREPARE)
-        self.found = None
+        self.followed = None
         vars(self.model)[PREPARE] = self._followed
 
     def close(self) -> None:
@@ -87,8 +87,8 @@ class Merge:
         Of the forward that was just followed they are known; of others the merge is run without the
         model's weights.
         """
-        followed = self.found
-        self.found = None
+        followed = self.followed
+        self.followed = None
         if followed is not None and followed[0] is inputs.get("input_ids"):
             return followed[1]
         return self._rehearsed(inputs)[0]
@@ -132,7 +132,7 @@ class Merge:
         given = inspect.signature(own).bind(*args, **kwargs).arguments
         ids = given["input_ids"]
         output, mask = _follow(self.before or own, given)
-        self.found = ids, mask
+        self.followed = ids, mask
         return output
 
     def _rehearsed(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
@@ -147,12 +147,12 @@ class Merge:
         stand_in = _stand_in(self.model, self._tokens)
         method = types.MethodType(getattr(type(self.model), PREPARE), stand_in)
         taken = inspect.signature(method).parameters
-        given = {name: _without_data(inputs[name], name) for name in taken if name in inputs}
+        arguments = {name: _without_data(inputs[name], name) for name in taken if name in inputs}
         for name in ("position_ids", "attention_mask", "past_key_values", "labels", "images"):
             if name in taken:
-                given.setdefault(name, None)
+                arguments.setdefault(name, None)
         with torch.no_grad():
-            output, mask = _follow(method, given)
+            output, mask = _follow(method, arguments)
         if mask is None:
             return None, torch.zeros(0)
         return mask.to(ids.device), output[4][..., 0]
@@ -183,17 +183,18 @@ class Merge:
 
 
 def _follow(
-    method: Callable[..., Any], given: dict[str, Any]
+    method: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Tensor | None]:
     """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged
     nothing."""
-    ids = given["input_ids"]
-    labels = given.get("labels")
-    attention = given.get("attention_mask")
-    given = given | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
-    if attention is None:  # tells padding from images
-        given["attention_mask"] = torch.ones_like(ids)
-    output = list(method(**given))
+    ids = arguments["input_ids"]
+    labels = arguments.get("labels")
+    attention = arguments.get("attention_mask")
+    numbered = arguments | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
+    if attention is None:
+        # In the mask that the merge returns padding is 0 and images are 1.
+        numbered["attention_mask"] = torch.ones_like(ids)
+    output = list(method(**numbered))
     if len(output) < 6:
         raise RuntimeError(
             f"{PREPARE}: returned {len(output)} values, want LLaVA's 6 (input_ids, position_ids, "
@@ -214,7 +215,7 @@ def _follow(
 
 
 def _without_data(value: Any, name: str) -> Any:
-    """An argument of the merge on the CPU; of the images the shapes alone."""
+    """An argument of the merge on the CPU; of the images only the shapes."""
     if name == "images" and value is not None:
         if isinstance(value, (list, tuple)):
             return [_without_data(v, name) for v in value]

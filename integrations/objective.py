@@ -30,8 +30,6 @@ class Losses:
         cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they
             are the loss.
         skipped, counted: as in `Terms`.
-        empty: 0-d bool, whether there were images but no visual token, masked or not; None without
-            images, and where `mask_fn` or the model's own merge finds the visual tokens.
     """
 
     layers: list[Tensor]
@@ -41,7 +39,6 @@ class Losses:
     cosines: list[Tensor]
     skipped: Tensor | None
     counted: Tensor
-    empty: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -109,7 +106,6 @@ class Objective(TermOptions):
             cosines=cosines,
             skipped=terms.skipped,
             counted=terms.counted,
-            empty=visual.empty,
         )
 
     def _options(

@@ -48,7 +48,8 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
     )
-    if stack <= 8:  # the frame of a call, to the slow path of a division or a root, and no spill
+    # The slow path of a division or a root is called, and a call has a frame, which is not a spill.
+    if stack <= 8:
         stack = 0
     return {
         "registers": registers,

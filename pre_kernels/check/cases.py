@@ -134,13 +134,35 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     d, m, z, n = shape.d, shape.m, shape.z, shape.selected
     products = fastest_dtype(dtype, device) if impl == "torch" else dtype
     precision = "fp8" if impl == "fp8" else None
-    options = Options("cosine", "gelu", "mean", products, True, False, None, None, None, precision)
+    options = Options(
+        loss="cosine",
+        activation="gelu",
+        reduction="mean",
+        dtype=products,
+        anchor_compact=True,
+        weight_compact=False,
+        divisor=None,
+        workspace=None,
+        capacity=None,
+        precision=precision,
+    )
     like = torch.empty((), dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
     hidden, anchor, w1, w2 = (
         like.expand(size) for size in ((shape.rows, d), (n, z), (m, d), (z, m))
     )
     rows = like.long().expand(n)
-    problem = Problem(hidden, w1, None, w2, None, anchor, rows, None, None, options)
+    problem = Problem(
+        hidden=hidden,
+        w1=w1,
+        b1=None,
+        w2=w2,
+        b2=None,
+        anchor=anchor,
+        rows=rows,
+        weight=None,
+        normalizer=None,
+        options=options,
+    )
     layout = _steps(impl).layout(problem)
     weights = 4 * m * (d + z)
     several: bool = n > layout.rows and dtype != torch.float32

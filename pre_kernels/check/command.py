@@ -23,7 +23,7 @@ from typing import Any
 
 from pre_kernels.fused.products import half_precision
 
-from . import one
+from . import implementation
 from .cases import DTYPES
 from .device import Cpu, Cuda, current
 
@@ -108,7 +108,8 @@ class Plan:
         self.dtype = options.dtype or dtype
         place = device.torch_device
         reasons = {
-            name: one.unfit(name, place, DTYPES[self.dtype], self.width) for name in IMPLEMENTATIONS
+            name: implementation.unfit(name, place, DTYPES[self.dtype], self.width)
+            for name in IMPLEMENTATIONS
         }
         fit = [name for name, reason in reasons.items() if reason is None]
         if options.impl:
@@ -144,7 +145,7 @@ class Child:
         command = [
             sys.executable,
             "-m",
-            "pre_kernels.check.one",
+            "pre_kernels.check.implementation",
             impl,
             str(plan.width),
             str(plan.rows),

@@ -18,14 +18,12 @@ def interleaved(
     device: Cpu | Cuda,
     steps: Mapping[Any, Callable[[], Any]],
     seconds: float,
-    warmup: int = 1,
     least: int | None = None,
 ) -> dict[Any, list[float]]:
     """Milliseconds of each step, round by round, the order rotating; for `seconds` and at least
     that many rounds."""
     for step in steps.values():
-        for _ in range(warmup):
-            step()
+        step()
     device.synchronize()
     samples: dict[Any, list[float]] = {name: [] for name in steps}
     names = list(steps)

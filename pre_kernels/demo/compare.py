@@ -93,7 +93,15 @@ def run_seed(
         options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
         model = copy.deepcopy(before)
         results[arm] = run_arm(
-            f"{arm} PRe", options, model, training, fitting, test, settings, seed, bar
+            f"{arm} PRe",
+            options,
+            model,
+            training=training,
+            fitting=fitting,
+            test=test,
+            settings=settings,
+            seed=seed,
+            bar=bar,
         )
         if models is not None:
             save_model(model, models / arm)
@@ -124,6 +132,7 @@ def run_arm(
     name: str,
     options: dict[str, Any] | None,
     model: LlavaForConditionalGeneration,
+    *,
     training: Scenes,
     fitting: Scenes,
     test: Scenes,

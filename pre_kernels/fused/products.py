@@ -87,7 +87,8 @@ def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
 def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
     """Whether the library does what `_widened` asks: older versions refuse the dtypes of a sum, and
     cuBLAS those of float16 where `allow_fp16_accumulation` is set."""
-    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    x = torch.zeros(16, 16, dtype=dtype, device=device)
     try:
         _widened(total, x, x, first)
     except torch.OutOfMemoryError:  # no answer to the question

@@ -112,7 +112,7 @@ RULES = {
     ),
     "fp8": (
         changed({"median_ms": 2.2}, **MAIN, peer="ours-fp8"),
-        "fp8 is no gain: 1.10 against 1.05 × the floor",
+        "fp8 gains nothing: 1.10 against 1.05 × the floor",
     ),
     "a wrong result": (
         changed({"failed": "w1"}, **MAIN, peer="ours-fp8"),

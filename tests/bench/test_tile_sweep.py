@@ -9,7 +9,7 @@ def test_tiles_that_cannot_be_tried(monkeypatch):
     (line,) = tile_sweep.tiles(**tiles, kinds=["descriptor"])
     assert (
         line["unavailable"]
-        == "rows of 60 and 96 elements are no multiples of 16 bytes, which descriptors want"
+        == "rows of 60 and 96 elements: not multiples of 16 bytes, which descriptors need"
     )
     monkeypatch.setattr(tile_sweep, "unavailable", lambda device, dtype: "triton is not installed")
     (line,) = tile_sweep.tiles(**tiles)

@@ -15,7 +15,7 @@ import torch
 
 import pre_kernels
 from pre_kernels import cli, loss
-from pre_kernels.check import command, one
+from pre_kernels.check import command, implementation
 from pre_kernels.check.device import Cpu
 
 NEEDS_TRITON = pytest.mark.skipif(not loss.HAS_TRITON, reason="triton is not installed")
@@ -58,7 +58,7 @@ def children(monkeypatch):
         real = command.subprocess.Popen
 
         def popen(arguments, **options):
-            if "pre_kernels.check.one" in arguments:  # other processes are not ours
+            if "pre_kernels.check.implementation" in arguments:  # other processes are not ours
                 script = (
                     "import json, os, sys, time\n"
                     "tell = lambda **line: print(json.dumps(line), flush=True)\n"
@@ -68,7 +68,9 @@ def children(monkeypatch):
 
         monkeypatch.setattr(command.subprocess, "Popen", popen)
         monkeypatch.setattr(
-            one, "unfit", lambda impl, *where: None if impl in scripts else "not in this test"
+            implementation,
+            "unfit",
+            lambda impl, *where: None if impl in scripts else "not in this test",
         )
 
     return put
@@ -119,7 +121,7 @@ def test_all_of_a_cpu(tmp_path, capsys):
 
 FAULTS = """
 import os, sys
-if "pre_kernels.check.one" in sys.orig_argv:
+if "pre_kernels.check.implementation" in sys.orig_argv:
     import pre_kernels
     real = pre_kernels.fused_pre_loss
 
@@ -315,7 +317,7 @@ def test_nothing_that_could_be_checked_is_no_success(tmp_path, children):
 
 
 def planned(monkeypatch, device, reasons, **given):
-    monkeypatch.setattr(one, "unfit", lambda impl, *where: reasons.get(impl))
+    monkeypatch.setattr(implementation, "unfit", lambda impl, *where: reasons.get(impl))
     options = SimpleNamespace(**{"impl": None, "width": None, "rows": None, "dtype": None} | given)
     return command.Plan(options, device)
 
@@ -371,12 +373,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_the_library_imports_none_of_it_and_it_imports_no_models(tmp_path):
     code = "import sys, pre_kernels; print('pre_kernels.check' in sys.modules)"
-    code += "; import pre_kernels.check.one, pre_kernels.check.command"
+    code += "; import pre_kernels.check.implementation, pre_kernels.check.command"
     code += "; print('transformers' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = command.subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.split() == ["False", "False"]
-    for path in Path(one.__file__).parent.glob("*.py"):
+    for path in Path(implementation.__file__).parent.glob("*.py"):
         assert "integrations" not in path.read_text()

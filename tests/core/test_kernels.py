@@ -129,7 +129,8 @@ def only_tile(request, monkeypatch) -> None:
 def test_matmul_by_descriptor(device, launched, dtype, transposed, live, size):
     if not has_descriptors(device):
         pytest.skip("no tensor descriptors on this device")
-    (n, K, N), start = size, 30
+    n, K, N = size
+    start = 30
     (x, _), (y, around) = (inside(n, columns, dtype, device) for columns in (K, N))
     rows = max(live, 0)
     x[:rows] = torch.randn(rows, K, device=device)
@@ -252,7 +253,8 @@ def test_row_offsets_beyond_31_bits(device):
     gather(x, y, index=rows)
     assert y[:, 0].tolist() == [2, 1]
     many = storage[: 2**31 + 64].view(-1, 64)
-    many[-1], out = 5, torch.zeros(3, 64, dtype=torch.float16, device=device)
+    many[-1] = 5
+    out = torch.zeros(3, 64, dtype=torch.float16, device=device)
     scatter(
         many, out, inverse=torch.tensor([-1, len(many) - 1, -1], dtype=torch.int32, device=device)
     )
@@ -280,7 +282,8 @@ def test_row_offsets_beyond_31_bits(device):
 def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
     """`device_map="auto"` computes on devices that are not the current one, on which Triton
     launches."""
-    inside, launches = [], []
+    inside = []
+    launches = []
 
     @contextlib.contextmanager
     def entered(tensor):

@@ -97,7 +97,8 @@ def products_of(impl, shape, rows, workspace):
 @pytest.mark.parametrize("case", WAVES, ids=lambda case: " ".join(map(str, case)))
 def test_turns_of_real_shapes(impl, case):
     name, rows, workspace = case
-    shape, (chunks, wanted, ideal) = shapes.BY_NAME[name], WAVES[case]
+    shape = shapes.BY_NAME[name]
+    chunks, wanted, ideal = WAVES[case]
     found = products_of(impl, shape, rows, workspace)
     assert len(found) == 4 * chunks
     assert sum(turns([n], [width]) for n, width in found) == wanted

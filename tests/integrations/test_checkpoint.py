@@ -106,7 +106,7 @@ def test_what_need_not_agree(tmp_path: Path) -> None:
 
 def test_missing(tmp_path: Path) -> None:
     handle = apply_pre(build("llava"))
-    with pytest.raises(FileNotFoundError, match=r"nowhere' is no directory"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' is not a directory"):
         handle.load(tmp_path / "nowhere")
     handle.save(tmp_path)
     (tmp_path / WEIGHTS).unlink()
@@ -123,7 +123,7 @@ def test_broken_config(tmp_path: Path, content: bytes) -> None:
     handle = apply_pre(build("llava"))
     handle.save(tmp_path)
     (tmp_path / CONFIG).write_bytes(content)
-    with pytest.raises(ValueError, match=r"json'?: (no valid JSON|format)"):
+    with pytest.raises(ValueError, match=r"json'?: (not valid JSON|format)"):
         handle.load(tmp_path)
 
 
@@ -152,10 +152,10 @@ def cut(name: str, share: float) -> Callable[[Path], None]:
 
 BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     *[
-        (WEIGHTS, cut(WEIGHTS, share), "no valid safetensors file")
+        (WEIGHTS, cut(WEIGHTS, share), "not a valid safetensors file")
         for share in (0, 0.0005, 0.01, 0.3, 0.6, 0.9999)
     ],
-    *[(CONFIG, cut(CONFIG, share), "no valid JSON") for share in (0.2, 0.9)],
+    *[(CONFIG, cut(CONFIG, share), "not valid JSON") for share in (0.2, 0.9)],
     (CONFIG, changed_config(format=0), "format 0, want 1"),
     (CONFIG, changed_config(format=2), "format 2, want 1"),
     (CONFIG, changed_config(format="1"), "format '1', want 1"),

@@ -30,10 +30,10 @@ from pre_kernels.integrations import launch
             "--set: unknown setting 'qqq'; want one of layer, weight",
         ),
         (["--set", "layer", "--", "ok.py"], "--set: got 'layer', want key=value"),
-        (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is not valid YAML value"),
+        (["--set", "layer=[2", "--", "ok.py"], "--set: layer: '[2' is not a valid YAML value"),
         (
             ["--set", "layer=!!python/object/apply:os.getcwd []", "--", "ok.py"],
-            "is not valid YAML value",
+            "is not a valid YAML value",
         ),
         (["--layer", "middle", "--", "ok.py"], "layer: got 'middle', want an int"),
         (["--layer", "0", "--", "ok.py"], "layer: got 0, want 1"),

@@ -136,7 +136,7 @@ def errors_everywhere(folder: str) -> None:
         handle.save(f"{folder}/file")
     handle.save(f"{folder}/good")
     before = handle.head.w1.full_tensor()
-    with pytest.raises(FileNotFoundError, match=r"absent' is no directory"):
+    with pytest.raises(FileNotFoundError, match=r"absent' is not a directory"):
         handle.load(f"{folder}/{'good' if rank == 0 else 'absent'}")
     other = apply_pre(build("llava"), hidden_dim=8)
     if rank == 0:

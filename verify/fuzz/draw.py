@@ -20,7 +20,7 @@ ANCHORS = ("random", "parallel", "opposite")
 
 
 @st.composite
-def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
+def specs(draw: st.DrawFn, impl: str) -> Spec:
     """Cases of all options. The kernels' are tiny, since they are interpreted.
 
     Left out, because the rule cannot hold there:
@@ -49,7 +49,8 @@ def specs(draw: st.DrawFn, impl: str = "torch") -> Spec:
             lambda x: math.prod(x) <= (420 if on_torch else 70)
         )
     )
-    reduction, rows = pick(*REDUCTIONS), pick("all", "mask", "index32", "index64")
+    reduction = pick(*REDUCTIONS)
+    rows = pick("all", "mask", "index32", "index64")
     half = "float16" in (dtype, autocast)
     scale = draw(st.integers(-4, 4))
     by_numpy = impl == "triton" and dtype == "float32" and autocast is None and loss == "cosine"

@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     error: float
     eager: float
     allowed: float  # what the rule allows beside eager's error
-    turned: bool  # whether eager is outside the rule, if ours is what it is held against
+    turned: bool  # whether eager is outside the rule when it is held against ours
     message: str
 
 
@@ -103,7 +103,8 @@ class Ensemble:
                 return False
             errors = [comparison.errors() for comparison in members]
             norms = [[x.norm().item() for x in member] for member in errors]
-            (ours, _, exact), largest = norms[0], max(eager for _, eager, _ in norms)
+            ours, _, exact = norms[0]
+            largest = max(eager for _, eager, _ in norms)
             if ours > 2 * largest + members[0].eps * exact:
                 continue
             alike = [

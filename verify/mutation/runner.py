@@ -171,7 +171,7 @@ def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
                 os._exit(0)
             except BaseException:
                 os._exit(3)
-        end = time.monotonic() + limit  # as where it waits
+        end = time.monotonic() + limit
         while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
             if time.monotonic() > end:
                 os.killpg(pid, signal.SIGALRM)

@@ -1,5 +1,5 @@
-"""The checks of one implementation, in a process of their own: `python -m pre_kernels.check.one
-IMPL WIDTH ROWS DTYPE`.
+"""The checks of one implementation, in a process of their own:
+`python -m pre_kernels.check.implementation IMPL WIDTH ROWS DTYPE`.
 
 Prints a JSON object a line: {"begin": check}, then its finding; {"ready": true} where the small
 checks are done and it waits for a line of input, because what follows needs the device for itself;
@@ -189,7 +189,7 @@ class Checks:
         if isinstance(self.device, Cpu):
             if reason := memory.missing():
                 return Finding("skip", reason)
-            measured = memory.fresh("pre_kernels.check.one", *self.argv, "--peak")
+            measured = memory.fresh("pre_kernels.check.implementation", *self.argv, "--peak")
             peak = measured["peak_mib"]
             returned = measured["returned_mib"]
         else:

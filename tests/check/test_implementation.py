@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pre_kernels import fused_pre_loss, loss, reference
-from pre_kernels.check import guarantees, memory, one
+from pre_kernels.check import guarantees, implementation, memory
 from pre_kernels.check.device import Cpu, Cuda
 
 
@@ -47,25 +47,25 @@ def captured(step):
 
 @pytest.fixture
 def checks(monkeypatch):
-    monkeypatch.setattr(one, "current", StandIn)
-    monkeypatch.setattr(one, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(implementation, "current", StandIn)
+    monkeypatch.setattr(implementation, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(guarantees, "captured", captured)
     # The true one takes seconds; test_guarantees.py has it.
     monkeypatch.setattr(guarantees, "fullgraph", lambda *arguments: guarantees.NO_BREAK)
-    return one.Checks("torch", 64, 64, "fp32")
+    return implementation.Checks("torch", 64, 64, "fp32")
 
 
 def told(checks, wait=lambda: True):
     lines = []
-    one.report(checks, lines.append, wait)
+    implementation.report(checks, lines.append, wait)
     return {line["check"]: line for line in lines if "check" in line}, lines
 
 
 def test_every_check_of_a_gpu(checks):
     results, lines = told(checks)
-    assert list(results) == list(one.NAMES)
+    assert list(results) == list(implementation.NAMES)
     outcomes = {name: line["outcome"] for name, line in results.items()}
-    assert outcomes == dict.fromkeys(one.NAMES, "pass") | {"time": "info"}
+    assert outcomes == dict.fromkeys(implementation.NAMES, "pass") | {"time": "info"}
     assert lines[8] == {"ready": True}  # four checks, of two lines each
     assert lines[-1] == {"done": True}
     assert results["CUDA graph, other rows"]["says"] == "integer rows"
@@ -76,7 +76,7 @@ def test_every_check_of_a_gpu(checks):
 
 
 def test_masks_are_among_the_calls_of_the_others(monkeypatch):
-    assert list(one.Checks("blas", 64, 64, "bf16").calls()) == [
+    assert list(implementation.Checks("blas", 64, 64, "bf16").calls()) == [
         "integer rows",
         "mask",
         "mask and weights",
@@ -159,18 +159,20 @@ def test_a_lost_device_ends_the_checks(checks):
 
 def test_nobody_listens(checks):
     results, lines = told(checks, wait=lambda: "")
-    assert list(results) == list(one.NAMES[:4])
+    assert list(results) == list(implementation.NAMES[:4])
     assert lines[-1] == {"ready": True}
 
 
 @pytest.mark.usefixtures("checks")
 def test_what_does_not_fit_is_left_out_and_the_rest_measured():
-    checks = one.Checks("torch", 64, 1024, "fp32")
+    checks = implementation.Checks("torch", 64, 1024, "fp32")
     large = (
-        one.needed(
-            checks.real, torch.float64, one.workspace("torch", torch.device("cpu"), torch.float64)
+        implementation.needed(
+            checks.real,
+            torch.float64,
+            implementation.workspace("torch", torch.device("cpu"), torch.float64),
         )
-        + one.FLUSH
+        + implementation.FLUSH
     )
     checks.device.room = large - 1
     results, _ = told(checks)
@@ -184,7 +186,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_measured():
     assert results["time"]["outcome"] == "info"
     checks.device.room = 1000  # not even the small ones
     results, _ = told(checks)
-    assert [line["outcome"] for line in results.values()] == ["skip"] * len(one.NAMES)
+    assert [line["outcome"] for line in results.values()] == ["skip"] * len(implementation.NAMES)
     assert all("are free; want a smaller --width" in line["says"] for line in results.values())
 
 
@@ -194,18 +196,18 @@ def test_what_does_not_fit_is_left_out_and_the_rest_measured():
 def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
     code = """if True:
         import torch
-        from pre_kernels.check import memory, one
-        shape = one.Checks("torch", 512, 2048, "fp32").real
-        call = one.case(shape, torch.float32, torch.device("cpu"))
-        rise, _ = memory.second(lambda: one.Judge(call))
+        from pre_kernels.check import memory, implementation
+        shape = implementation.Checks("torch", 512, 2048, "fp32").real
+        call = implementation.case(shape, torch.float32, torch.device("cpu"))
+        rise, _ = memory.second(lambda: implementation.Judge(call))
         print(rise + sum(x.nbytes for x in call.tensors.values()) / 2**20)
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    shape = one.Checks("torch", 512, 2048, "fp32").real
-    estimate = one.needed(shape, torch.float64, 0) / 2**20
+    shape = implementation.Checks("torch", 512, 2048, "fp32").real
+    estimate = implementation.needed(shape, torch.float64, 0) / 2**20
     assert 0.6 * estimate < float(done.stdout) < estimate
 
 
@@ -224,25 +226,28 @@ def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
 def test_what_runs_on_a_gpu(monkeypatch, impl, dtype, width, reason):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert one.unfit(impl, torch.device("cuda"), one.DTYPES[dtype], width) == reason
+    assert (
+        implementation.unfit(impl, torch.device("cuda"), implementation.DTYPES[dtype], width)
+        == reason
+    )
 
 
 def test_what_runs_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     where = (torch.device("cpu"), torch.float32, 64)
-    assert one.unfit("torch", *where) is None
-    assert "not on a GPU" in one.unfit("blas", *where)
+    assert implementation.unfit("torch", *where) is None
+    assert "not on a GPU" in implementation.unfit("blas", *where)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert one.unfit("triton", *where) is None
-    assert "need a GPU" in one.unfit("fp8", *where)
+    assert implementation.unfit("triton", *where) is None
+    assert "need a GPU" in implementation.unfit("fp8", *where)
     monkeypatch.setattr(loss, "HAS_TRITON", False)
-    assert one.unfit("triton", *where) == "triton is not installed"
+    assert implementation.unfit("triton", *where) == "triton is not installed"
 
 
 def test_an_implementation_is_what_its_name_says():
-    assert one.Checks("fp8", 64, 64, "bf16").function.keywords == {
+    assert implementation.Checks("fp8", 64, 64, "bf16").function.keywords == {
         "impl": "blas",
         "precision": "fp8",
     }
-    assert one.Checks("triton", 64, 64, "bf16").function.keywords == {"impl": "triton"}
-    assert one.Checks("torch", 64, 64, "bf16").function.func is fused_pre_loss
+    assert implementation.Checks("triton", 64, 64, "bf16").function.keywords == {"impl": "triton"}
+    assert implementation.Checks("torch", 64, 64, "bf16").function.func is fused_pre_loss
