@@ -35,11 +35,12 @@ def make(
     bias: tuple[bool, bool] = (True, True),
     contiguous: bool = True,
     scale: float = 1.0,
-    share: float = 0.7,
+    selected: float = 0.7,
     **case: Any,
 ) -> Case:
-    """rows: "mask" | "index32" | "index64" | "all"; anchor, weight: "leading" | "compact"; extra
-    keywords are options of the loss, or fields of `Case`."""
+    """rows: "mask" | "index32" | "index64" | "all"; selected: the part of the rows, as expected;
+    anchor, weight: "leading" | "compact"; extra keywords are options of the loss, or fields of
+    `Case`."""
     g = torch.Generator().manual_seed(seed)
     total = math.prod(leading)
 
@@ -50,7 +51,7 @@ def make(
     hidden = randn(*leading, d) * scale
     if not contiguous:
         hidden = hidden.transpose(0, -1).contiguous().transpose(0, -1)
-    mask = torch.rand(leading, generator=g) < share
+    mask = torch.rand(leading, generator=g) < selected
     index = torch.randperm(total, generator=g)[: int(mask.sum())]
     selection = {"mask": mask, "index32": index.int(), "index64": index, "all": None}[rows]
     n = total if rows == "all" else int(mask.sum())

@@ -9,7 +9,7 @@ from verify import oracle
 from verify.oracle import make, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPE = {"d": 64, "m": 96, "z": 64, "leading": (450,), "share": 0.8}
+SHAPE = {"d": 64, "m": 96, "z": 64, "leading": (450,), "selected": 0.8}
 # under 64 or 128 rows a chunk, the least there is; and all in one
 WORKSPACES = (1, 1 << 30)
 

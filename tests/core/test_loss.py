@@ -47,7 +47,7 @@ def random_case(seed: int, device) -> oracle.Case:
         contiguous=pick.random() < 0.7,
         frozen=tuple(name for name in oracle.LEAVES if pick.random() < 0.2),
         upstream=pick.choice([1.0, -3.0, 0.37]),
-        share=pick.choice([0.0, 0.3, 0.7, 1.0]),
+        selected=pick.choice([0.0, 0.3, 0.7, 1.0]),
         autocast=autocast,
         workspace=pick.choice([None, 1, 20_000]),
         **options,
@@ -169,7 +169,7 @@ def test_strides_change_no_bit(impl, device, dtype, rows):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", ["mask", "index64"])
 def test_no_rows_is_zero_and_attached(impl, device, reduction, rows):
-    case = make(1, device=device, rows=rows, share=0.0, reduction=reduction, weight="leading")
+    case = make(1, device=device, rows=rows, selected=0.0, reduction=reduction, weight="leading")
     got = run(ours(impl), case)
     assert got["loss"].shape == ((0,) if reduction == "none" else ())
     assert not got["loss"].any()
@@ -191,7 +191,7 @@ def test_more_rows_than_a_block_of_the_scatter(device):
 
 
 def test_no_rows_with_zero_normalizer_is_zero(impl, device):
-    got = run(ours(impl), make(1, device=device, share=0.0, normalizer=0))
+    got = run(ours(impl), make(1, device=device, selected=0.0, normalizer=0))
     assert got["loss"] == 0
     assert not got["w1"].any()
 

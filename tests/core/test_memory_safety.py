@@ -238,7 +238,7 @@ def test_every_kernel_has_a_case():
 
 STEPS = {
     "mask": {"dtype": torch.bfloat16},
-    "chunks": {"leading": (280,), "workspace": 1, "share": 0.5},
+    "chunks": {"leading": (280,), "workspace": 1, "selected": 0.5},
     "compact, none": {"anchor": "compact", "weight": "compact", "reduction": "none"},
     "index": {"rows": "index32", "dtype": torch.float16, "weight": "leading", "contiguous": False},
     "capacity": {"capacity": 45, "loss": "mse", "dtype": torch.bfloat16},

@@ -189,7 +189,7 @@ def test_who_looks_at_operators_sees_them(impl, device, call):
 
 def test_a_graph_from_before_autograd_has_the_operator(impl, device):
     """And takes another mask of more rows."""
-    case = make(4, device=device, leading=(60,), share=0.2, loss="mse", reduction="sum")
+    case = make(4, device=device, leading=(60,), selected=0.2, loss="mse", reduction="sum")
     few = case.rows
     many = ~case.rows
 
@@ -254,14 +254,14 @@ def of_real_calls(case, impl):
 def test_opcheck(impl, device, name):
     """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares
     it."""
-    case = make(4, device=device, share=1.0, **CALLS[name])
+    case = make(4, device=device, selected=1.0, **CALLS[name])
     for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call["rows"] == "mask"])
 def test_sizes_that_a_mask_selects(impl, device, name):
-    case = make(4, device=device, share=0.4, **CALLS[name])
+    case = make(4, device=device, selected=0.4, **CALLS[name])
     for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 

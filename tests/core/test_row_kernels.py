@@ -31,10 +31,10 @@ def count(n: int, device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("total", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK + 17])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("selected", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("capacity", [None, 4])
-def test_select(device, total, share, capacity):
-    mask = (torch.rand(total, generator=torch.Generator().manual_seed(total)) < share).to(device)
+def test_select(device, total, selected, capacity):
+    mask = (torch.rand(total, generator=torch.Generator().manual_seed(total)) < selected).to(device)
     index, inverse, found = select(mask, total if capacity is None else capacity)
     want = mask.nonzero().squeeze(1)
     assert found == len(want)

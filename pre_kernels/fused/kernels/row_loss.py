@@ -68,7 +68,7 @@ def row_loss_kernel(
     # Sums begin at -0: to the compiler -0 + x is x, while 0 + x is an addition.
     b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
     # What all rows share is loaded before the loop: the compiler moves no load over a store.
-    share = tl.div_rn(1.0, Z * 1.0)
+    inverse_width = tl.div_rn(1.0, Z * 1.0)
     if GRAD:
         factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
     for first in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
@@ -104,7 +104,7 @@ def row_loss_kernel(
                 elif LOSS == "smooth_l1":
                     b_slope = clamp_one(b_d)
                     b_loss += b_slope * (b_d - 0.5 * b_slope)
-            loss = tl.sum(b_loss, 1) * share
+            loss = tl.sum(b_loss, 1) * inverse_width
         else:
             tl.static_assert(False, "row_loss: no branch for this LOSS")
         if losses_ptr is not None:
@@ -121,9 +121,9 @@ def row_loss_kernel(
                     b_dp = cosine_grad(b_x, b_y, along, near, p_inverse, a_inverse)
                     b_dp *= (weight * p_inverse)[:, None]
                 elif LOSS == "mse":
-                    b_dp = (weight * 2.0 * share)[:, None] * (b_x - b_y)
+                    b_dp = (weight * 2.0 * inverse_width)[:, None] * (b_x - b_y)
                 elif LOSS == "smooth_l1":
-                    b_dp = (weight * share)[:, None] * clamp_one(b_x - b_y)
+                    b_dp = (weight * inverse_width)[:, None] * clamp_one(b_x - b_y)
                 b_dp = tl.where(m_n[:, None], b_dp, 0.0)
                 m_out = (o_n < last)[:, None] & (z + o_b < Z)[None, :]
                 tl.store(p_p + z, narrow(b_dp, p_ptr.dtype.element_ty), mask=m_out)
