@@ -59,3 +59,17 @@ def test_stale_reasons_are_told_and_fail_only_when_asked(tmp_path, monkeypatch, 
     path.write_text("", encoding="utf-8")
     assert mutate.main(["--stale"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_survivors_meet_the_tests_again_when_what_judges_has_changed(tmp_path, monkeypatch):
+    rule = tmp_path / "rule.py"
+    ran = []
+    mutant = next(m for m in mutants.every_mutant() if m.key not in mutate.NAMED["equivalent"])
+    monkeypatch.setattr(mutate, "JUDGES", (rule,))
+    monkeypatch.setattr(mutate, "reach", lambda folder: {"hash": {}})
+    monkeypatch.setattr(mutate, "reaching", lambda mutant, known: {"a test": 1.0})
+    monkeypatch.setattr(mutate, "run", lambda *arguments: ran.append(1) or ("survived", None))
+    for text, runs in (("a rule", 1), ("a rule", 1), ("another", 2)):
+        rule.write_text(text)
+        mutate.campaign([mutant], tmp_path / "kept.jsonl", 60.0, tmp_path)
+        assert len(ran) == runs
