@@ -14,14 +14,12 @@ PINS_image = $$($(BIN)/python -m verify.versions image) 'numpy<2.4' torchvision
 # the rest
 CORE := loss kernels row_kernels rounding ops head reference checks
 OLDEST := $(CORE:%=tests/core/test_%.py) tests/project/test_versions.py tests/integrations tests/diagnostics/run
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 ARGS ?=
-API := pre_kernels pre_kernels.integrations pre_kernels.integrations.pre_callback \
-	pre_kernels.integrations.lightning pre_kernels.diagnostics pre_kernels.diagnostics.run.samples \
-	pre_kernels.diagnostics.run.callback
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest test-versions matrix test-full compile bench fuzz mutate bench-report peers gpu \
-	lint format docs wheel clean
+	lint format docs docs-serve wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,7 +45,7 @@ test-oldest: .deps/oldest/.installed .deps/triton  ## kernels and integrations o
 	.deps/oldest/bin/python -m verify.compile --targets sm90
 	PYTHONPATH=.deps/triton $(BIN)/python -m verify.compile --targets sm90
 
-test-versions: $(OTHERS:%=.deps/%/.installed)  ## all tests on the other versions of the README's table
+test-versions: $(OTHERS:%=.deps/%/.installed)  ## all tests on the other versions of the table in docs/models.md
 	$(foreach row,$(OTHERS),$(subst $(BIN),.deps/$(row)/bin,$(PYTEST)) --versions $(row) &&) true
 
 # uv, because pip takes four times as long; torch compiles with setuptools
@@ -98,9 +96,11 @@ format: $(INSTALLED)  ## ruff, rewriting
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED)  ## the API reference, build/docs/index.html, from the docstrings
-	rm -rf build/docs
-	$(BIN)/python -m verify.docs build/docs $(API)
+docs: $(INSTALLED)  ## the site, build/docs/index.html: docs/ and the API reference (its search needs `make docs-serve`)
+	$(SITE) build --strict
+
+docs-serve: $(INSTALLED)  ## the site at http://127.0.0.1:8000, built again after each change
+	$(SITE) serve
 
 wheel: $(INSTALLED)  ## build the wheel twice, to one hash, and from an sdist; install it into a fresh environment, import it
 	rm -rf build/wheel

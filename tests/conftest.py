@@ -40,7 +40,9 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--versions", choices=versions.ROWS, help="stop unless what README's row names is installed"
+        "--versions",
+        choices=versions.ROWS,
+        help="stop unless what that row of docs/models.md names is installed",
     )
     # Here, because older pytests read no deeper file before they read the options.
     parser.addoption(
@@ -59,7 +61,9 @@ def pytest_report_header() -> str:
     ]
     told = f"versions: {', '.join(f'{name} {version}' for name, version in found.items())}"
     return told + (
-        f"\nversions: README's table has no {', '.join(newer)} as new as that" if newer else ""
+        f"\nversions: the table of docs/models.md has no {', '.join(newer)} as new as that"
+        if newer
+        else ""
     )
 
 

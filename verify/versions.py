@@ -1,4 +1,4 @@
-"""What pyproject.toml claims, what README's table says is tested, what is installed;
+"""What pyproject.toml claims, what the table of docs/models.md says is tested, what is installed;
 `python -m verify.versions image` prints a row of that table for an installer."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ else:
 
 from . import ROOT
 
+PAGE = ROOT / "docs" / "models.md"
 ROWS = ("oldest", "image", "ci", "newest")
 # Not in any row of the table: why, and what tests it instead.
 UNTESTED = {"flash-attn": "tested where it is installed, on a machine with a GPU"}
@@ -47,8 +48,8 @@ def oldest() -> dict[str, Version]:
 
 
 def table() -> dict[str, dict[str, Version]]:
-    """README's rows: the version of each package that heads a column."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The rows of docs/models.md: the version of each package that heads a column."""
+    text = PAGE.read_text(encoding="utf-8")
     head, _, *lines = (
         text.split("<!-- versions:begin -->\n")[1].split("\n<!-- versions:end -->")[0].splitlines()
     )

@@ -1,11 +1,14 @@
-"""The README's Python and the examples in docstrings run, against tiny stand-ins where they name a
-model or data."""
+"""Every Python block of every page and of every docstring runs, against tiny stand-ins where it
+names a model or data.
+
+A block of a page has what the blocks above it import, and nothing else of this library: what it
+names has to be imported on its page.
+"""
 
 from __future__ import annotations
 
 import ast
-import doctest
-import functools
+import dataclasses
 import inspect
 import re
 import shutil
@@ -16,60 +19,38 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from verify import ROOT
+from verify.docs import pages
 
 pytest.importorskip("sklearn")
 pytest.importorskip("lightning")
 
-import lightning
 import transformers
 
-import pre_kernels
-import pre_kernels.integrations.lightning as of_lightning
-import pre_kernels.integrations.pre_callback as pre_callback
-from pre_kernels import diagnostics, integrations
 from pre_kernels.demo.export import processor, save_scenes
-from pre_kernels.demo.model import build
-from pre_kernels.demo.scenes import PATCHES, compose, split_digits
-from pre_kernels.demo.settings import Settings
-from pre_kernels.demo.text import visual_batch
-from pre_kernels.diagnostics.run import callback, samples
+from pre_kernels.demo.scenes import split_digits
 
-from .support.tiny.nanovlm_like import small
-from .support.tiny.training import InOrder, arguments
-
-FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-MODULES = (
-    pre_kernels,
-    pre_kernels.reference,
-    integrations,
-    callback,
-    pre_callback,
-    of_lightning,
-    diagnostics,
-    samples,
-)
+from .support.examples import FENCED, MODULES, Block, Given, of_page, run
 
 
-def of_the_readme() -> Iterator[Any]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for found in FENCED.finditer(text):
-        yield pytest.param(found[1], id=f"README:{text[: found.start()].count(chr(10)) + 1}")
+def of_pages() -> Iterator[Any]:
+    for page in pages(ROOT):
+        yield from of_page(page, (ROOT / page).read_text(encoding="utf-8"))
 
 
 def of_docstrings() -> Iterator[Any]:
-    for file in sorted(
-        [*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
-    ):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                name = getattr(node, "name", "module")
-                for number, code in enumerate(FENCED.findall(ast.get_docstring(node) or "")):
-                    yield pytest.param(
-                        code, id=f"{file.stem}.{name}" + (f"-{number}" if number else "")
-                    )
+    for folder in ("pre_kernels", "integrations"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    name = getattr(node, "name", "module")
+                    found = FENCED.finditer(ast.get_docstring(node) or "")
+                    for number, match in enumerate(found):
+                        number_of = f"-{number}" if number else ""
+                        yield pytest.param(
+                            Block(match["code"]), id=f"{file.stem}.{name}{number_of}"
+                        )
 
 
 @pytest.fixture(scope="module")
@@ -84,116 +65,11 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Given:
-    """What the examples take as given, made when one names it."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder = str(out)
-        self.checkpoint = "checkpoint"
-        self.scenes = compose(split_digits(0)[0], 4, 0)
-        self.hidden, self.anchor = (
-            torch.randn(1, 3, 4096, requires_grad=True),
-            torch.randn(1, 3, 4096),
-        )
-        self.visual_mask = torch.tensor([[True, False, True]])
-        self.masks = torch.arange(PATCHES) % 2 == torch.arange(2)[:, None]
-
-    def names(self, code: str) -> dict[str, Any]:
-        public = {
-            name: getattr(module, name)
-            for module in MODULES
-            for name in getattr(module, "__all__", ())
-        }
-        public |= {"LayerCallback": callback.LayerCallback, "load_samples": samples.load_samples}
-        public |= {
-            "PreCallback": pre_callback.PreCallback,
-            "PreLightningCallback": of_lightning.PreLightningCallback,
-        }
-        named = set(re.findall(r"\w+", code)) - {"scenes", "names"}
-        variables = {name: getattr(self, name) for name in named if hasattr(self, name)}
-        if "decoder.blocks" in code:  # a model that is not Hugging Face's
-            model, inputs = small()
-            variables |= {
-                "model": model,
-                "batches": [inputs],
-                "param_groups": [{"params": [*model.parameters()]}],
-            }
-        return {
-            "torch": torch,
-            "lightning": lightning,
-            "AutoModel": transformers.AutoModel,
-            **public,
-            **variables,
-        }
-
-    @functools.cached_property
-    def model(self) -> Any:
-        return build(Settings(width=16, layers=32)).train()
-
-    @functools.cached_property
-    def processor(self) -> Any:
-        return processor()
-
-    @functools.cached_property
-    def module(self) -> Any:
-        """A LightningModule with PRe."""
-        model = self.model
-        integrations.apply_pre(model)
-
-        class Module(lightning.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def training_step(self, inputs: Any, index: int) -> torch.Tensor:
-                return self.model(**inputs).loss
-
-            def configure_optimizers(self) -> Any:
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-
-        return Module()
-
-    @property
-    def loader(self) -> Any:
-        return torch.utils.data.DataLoader(self.batches, batch_size=None)
-
-    @property
-    def batches(self) -> list[Any]:
-        return [visual_batch(self.scenes, torch.arange(2))]
-
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        return {name: value[:1] for name, value in self.batches[0].items() if name != "labels"}
-
-    @property
-    def data(self) -> list[Any]:
-        return [(self.inputs, self.masks, label) for label in (0, 0, 1, 1)]
-
-    @property
-    def images(self) -> list[Any]:
-        state = torch.randn(PATCHES, 16)
-        return [(state, state + 1, state * 2, self.masks, label) for label in (0, 0, 1, 1)]
-
-    @property
-    def samples(self) -> list[Any]:
-        return samples.load_samples(self.model, self.processor, "held-out")
-
-    @functools.cached_property
-    def trainer(self) -> Any:
-        return InOrder(
-            model=self.model,
-            args=arguments(Path(self.folder), 1, 2),
-            train_dataset=list(range(4)),
-            data_collator=lambda drawn: visual_batch(self.scenes, torch.tensor(drawn)),
-        )
-
-    def my_vqa_accuracy(self, model: Any) -> float:
-        return 0.5
-
-
 @pytest.fixture
 def given(held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
-    monkeypatch.chdir(held_out)
+    for path in held_out.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
     return Given(tmp_path)
 
 
@@ -211,34 +87,63 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.remove()
 
 
-@pytest.mark.parametrize("code", [*of_the_readme(), *of_docstrings()])
-def test_example(code: str, given: Given) -> None:
-    torch.manual_seed(0)
-    names = given.names(code)
-    if ">>>" not in code:
-        exec(compile(code, "<example>", "exec"), names)
-        return
-    test = doctest.DocTestParser().get_doctest(code, names, "example", None, 0)
-    said: list[str] = []
-    found = doctest.DocTestRunner().run(test, out=said.append)
-    assert found.attempted
-    assert not found.failed, "".join(said)
+@pytest.mark.parametrize("block", [*of_pages(), *of_docstrings()])
+def test_example(block: Block, given: Given) -> None:
+    run(block, given)
+
+
+MADE_UP = """
+```python
+from pre_kernels.integrations import apply_pre
+```
+
+It needs the block above.
+
+```python
+handle = apply_pre(model)
+```
+
+- In a list:
+
+  ```python
+  patch_trainer()
+  ```
+
+```text
+not Python
+```
+
+```python
+>>> 1 + 1
+3
+```
+"""
+
+
+def test_an_example_that_fails_is_found(given: Given) -> None:
+    _, attached, unknown, wrong = (param.values[0] for param in of_page("made-up.md", MADE_UP))
+    assert run(attached, given)["handle"].model is given.model
+    with pytest.raises(NameError, match="patch_trainer"):
+        run(unknown, given)
+    with pytest.raises(AssertionError, match=r"Expected:\s+3"):
+        run(wrong, given)
+
+
+def test_pages_and_docstrings_have_examples() -> None:
+    found = {param.id.partition(":")[0] for param in of_pages()}
+    assert {"README.md", "docs/training.md", "docs/loss.md", "docs/stacks.md"} <= found
+    assert any(param.id == "attach.apply_pre" for param in of_docstrings())
 
 
 def test_the_readme_trains_with_pre(given: Given) -> None:
     """The stand-ins are no excuse: the head is there before the training, and was trained."""
-    code = next(
-        code
-        for code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-        if "train()" in code
-    )
-    head = "before = handle.head.w1.detach().clone()\n"
-    code = code.replace(
-        "trainer.train()", f"{head}trainer.train()\nmoved = not torch.equal(before, handle.head.w1)"
-    )
-    names = given.names(code)
-    exec(code, names)
-    assert names["moved"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [param.values[0] for param in of_page("README.md", text)]
+    (block,) = (block for block in blocks if "trainer.train()" in block.code)
+    before = "before = handle.head.w1.detach().clone()"
+    after = "moved = not torch.equal(before, handle.head.w1)"
+    code = block.code.replace("trainer.train()", f"{before}\ntrainer.train()\n{after}")
+    assert run(dataclasses.replace(block, code=code), given)["moved"]
     assert any("pre_loss" in entry for entry in given.trainer.state.log_history)
 
 
@@ -287,12 +192,3 @@ def test_arguments_in_docstrings_are_those_of_the_function() -> None:
         var_keyword = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         unknown = [n for n in listed if n not in taken and not var_keyword]
         assert not unknown, f"{name}: its docstring has arguments {unknown}"
-
-
-def test_make_docs_has_these_modules() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    named = re.search(r"^API := (.*)$", makefile, re.MULTILINE)[1].split()
-    # pdoc documents what a listed module's __all__ names, modules too
-    assert sorted([*named, "pre_kernels.reference"]) == sorted(
-        module.__name__ for module in MODULES
-    )

@@ -1,6 +1,9 @@
-"""The table of supported families is one: the README's, the command's, and what the tests build."""
+"""The table of supported families is one: that of docs/models.md, the command's, and what the tests
+build."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -8,12 +11,34 @@ from pre_kernels import cli
 from pre_kernels.integrations import families, family_table
 from verify import ROOT
 
-README = ROOT / "README.md"
 
-
-def test_readme_shows_the_table() -> None:
-    found = README.read_text().split("<!-- models:begin -->\n")[1].split("\n<!-- models:end -->")[0]
+def test_the_page_shows_the_table() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    found = page.split("<!-- models:begin -->\n")[1].split("\n<!-- models:end -->")[0]
     assert found == family_table.markdown(), "run: pre-kernels env --models --markdown"
+
+
+def unnamed(text: str) -> list[str]:
+    """The families that a text does not name: "Gemma 3" in "Gemma 3n" or "LLaVA" in "LLaVA-NeXT"
+    names another family."""
+    words = " ".join(text.split())
+    return [
+        row.name
+        for row in families.FAMILIES.values()
+        if not re.search(rf"(?<![\w-]){re.escape(row.name)}(?![\w-]|\.\d)", words)
+    ]
+
+
+def test_readme_names_every_family() -> None:
+    assert not unnamed((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_a_family_that_is_not_named_is_found() -> None:
+    names = [row.name for row in families.FAMILIES.values()]
+    gemma = ", ".join(name for name in names if name != "Gemma 3")
+    assert "Gemma 3n" in gemma
+    assert unnamed(gemma) == ["Gemma 3"]
+    assert not unnamed(",\n".join(names))
 
 
 def test_every_row_has_a_name_and_stands_in_the_table_once() -> None:

@@ -1,8 +1,12 @@
-"""What README, CONTRIBUTING, changelog and help texts name exists, and what exists is named."""
+"""What the pages and the help texts name exists, and what exists is named.
+
+A new page is found by itself.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import os
 import re
@@ -20,17 +24,13 @@ from pre_kernels import cli, fused_pre_loss
 from pre_kernels.integrations import apply_pre, launch
 from pre_kernels.integrations.notices import WARNINGS
 from verify import ROOT
+from verify.docs import dead, pages
 
-# docs/stacks.md names files of others
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "recipes/README.md",
-    "docs/troubleshooting.md",
-    "docs/numerics.md",
-    "bench/README.md",
-)
+PAGES = pages(ROOT)
+# These name the files and options of other projects; test_recipes.py reads their commands.
+OF_OTHERS = {page for page in PAGES if page.startswith("recipes/")} - {"recipes/README.md"}
+OF_OTHERS.add("docs/stacks.md")
+OURS = [page for page in PAGES if page not in OF_OTHERS]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
 # file endings of what a page calls a file, where it is no name of a class or an attribute
@@ -43,18 +43,21 @@ WRITTEN = {
 }  # fmt: skip
 
 
+WEIGHTS = ("w1", "b1", "w2", "b2")
+
+
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(text: str) -> list[str]:
-    """The lines of code blocks without a language: what one types, without comments."""
+    """The lines of code blocks in bash or without a language: what one types, without comments."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     typed = [
         line
         for language, block in found
-        if not language
-        for line in block.splitlines()
+        if language in ("", "bash")
+        for line in block.replace("\\\n", " ").splitlines()
         if line.strip()
     ]
     return [re.split(" +#", line)[0].strip() for line in typed]
@@ -109,96 +112,167 @@ def test_examples_of_help_texts_parse(command: str) -> None:
         cli.parser().parse_args(shlex.split(re.split(r"  +", line)[0]))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_make_targets_exist(page: str) -> None:
-    named = {m for text in code(read(page)) for m in re.findall(r"(?:^|\n|; )make ([a-z-]+)", text)}
-    assert named <= set(TARGETS)
-    assert page != "README.md" or {"demo", "test", "help", "gpu"} <= named
+def missing_targets(text: str) -> set[str]:
+    named = {m for line in code(text) for m in re.findall(r"(?:^|\n|; )make ([a-z-]+)", line)}
+    return named - set(TARGETS)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_and_files_exist(page: str) -> None:
-    text = read(page)
-    folder = (ROOT / page).parent
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
-    assert not [link for link in links if not (folder / link.partition("#")[0]).exists()]
+@functools.cache
+def file_names() -> set[str]:
+    left_out = {".venv", ".deps", "build", ".git"}
+    return {path.name for path in ROOT.rglob("*") if not left_out & set(path.parts)}
+
+
+def missing_files(text: str) -> list[str]:
     named = [
         word.strip("()")
         for line in code(text)
         for word in line.split()
         if FILE.fullmatch(word.strip("()"))
     ]
-    there = {
-        path.name for path in ROOT.rglob("*") if not {".venv", ".deps", "build"} & set(path.parts)
-    }
-    missing = [
+    return [
         name
         for name in named
         if name not in WRITTEN and not name.startswith(("out/", "demo-out/", "without", "with"))
         if not (ROOT / name).exists()
-        if not ("/" not in name and name in there)
+        if not ("/" not in name and name in file_names())
         if not any(ROOT.glob(f"*/{name}"))
     ]
-    assert not missing
+
+
+def parse(line: str) -> None:
+    """A command of the command line or of the launcher; `pre-kernels demo | env` and a command by
+    itself only name commands."""
+    if not re.match(r"(\S+/)?pre-kernels |torchrun |python -m ", line):
+        return
+    words = shlex.split(line)
+    if "pre_kernels.integrations.launch" in words and "--" in words:
+        words = words[words.index("pre_kernels.integrations.launch") + 1 : words.index("--")]
+        launch._parser().parse_args([word for word in words if word != "…"])
+    elif len(words) > 1 and words[0].endswith("pre-kernels"):
+        arguments = [word for word in words[1:] if word != "|"]
+        if not {"--help", "--version"} & set(arguments) and not set(arguments) <= commands().keys():
+            cli.parser().parse_args(arguments)
+        assert arguments[0] in {*commands(), "--help", "--version"}
+
+
+@functools.cache
+def known_options() -> set[str]:
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("tests", "bench", "verify", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    torchrun = {"--nproc-per-node"}
+    ours = {*options(cli.parser()), *options(launch._parser())}
+    return {*ours, *torchrun, *re.findall(r'"(--[a-z-]+)"', sources)}
+
+
+def missing_options(text: str) -> set[str]:
+    named = {m for line in code(text) for m in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
+    return named - known_options()
+
+
+def missing_extras(text: str) -> set[str]:
+    lists = re.findall(r"(?:\.|pre-kernels)\[([a-z,-]+)\]", text)
+    extras = set(metadata.metadata("pre-kernels").get_all("Provides-Extra"))
+    return {name for names in lists for name in names.split(",")} - extras
+
+
+def test_every_kind_of_page_is_found() -> None:
+    some = {"README.md", "CONTRIBUTING.md", "docs/models.md", "docs/api/index.md"}
+    assert some | {"recipes/trl/README.md", "docs/generated/fuzz.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page: str) -> None:
+    assert not missing_targets(read(page))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "bench/NOTES.md"])
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    assert not dead(ROOT, page, read(page))
+
+
+@pytest.mark.parametrize("page", OURS)
+def test_files_exist(page: str) -> None:
+    assert not missing_files(read(page))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page: str) -> None:
-    """Of the command line and of the launcher; `pre-kernels demo | env` and a command by itself
-    only name commands."""
     for line in code(read(page)):
-        words = (
-            shlex.split(line) if re.match(r"(\S+/)?pre-kernels |torchrun |python -m ", line) else []
-        )
-        if "pre_kernels.integrations.launch" in words and "--" in words:
-            words = words[words.index("pre_kernels.integrations.launch") + 1 : words.index("--")]
-            launch._parser().parse_args(words)
-        elif len(words) > 1 and words[0].endswith("pre-kernels"):
-            arguments = [word for word in words[1:] if word != "|"]
-            if (
-                not {"--help", "--version"} & set(arguments)
-                and not set(arguments) <= commands().keys()
-            ):
-                cli.parser().parse_args(arguments)
-            assert arguments[0] in {*commands(), "--help", "--version"}
+        parse(line)
+
+
+@pytest.mark.parametrize("page", OURS)
+def test_options_exist(page: str) -> None:
+    assert not missing_options(read(page))
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_options_and_extras_exist(page: str) -> None:
-    text = read(page)
-    sources = "".join(
-        path.read_text(encoding="utf-8")
-        for folder in ("tests", "bench", "verify")
-        for path in (ROOT / folder).rglob("*.py")
-    )
-    known = {
-        *options(cli.parser()),
-        *options(launch._parser()),
-        *re.findall(r'"(--[a-z-]+)"', sources),
-    }
-    named = {m for line in code(text) for m in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
-    others = {"--nproc-per-node"}  # torchrun's
-    assert not named - known - others
-    asked = {name for extras in re.findall(r"\.\[([a-z,-]+)\]", text) for name in extras.split(",")}
-    assert asked <= set(metadata.metadata("pre-kernels").get_all("Provides-Extra"))
+def test_extras_exist(page: str) -> None:
+    assert not missing_extras(read(page))
 
 
-def table(after: str) -> set[str]:
-    """The names in the first column of the README's table whose heading starts like this."""
-    rows = read("README.md").split(after, 1)[1].split("\n\n")[0].splitlines()[2:]
+MADE_UP = """# A page
+
+See [there](nowhere.md), [the start](#a-page), [a `heading`](#no-such-heading),
+[the models](docs/models.md#no-such-family) and ![a picture](docs/pictures/no_such.png), but not
+`[this](code.md)`. Its file is `pre_kernels/no_such.py`.
+
+```bash
+make nonsense
+pip install -e '.[nonsense]'
+pre-kernels check --nonsense 3
+```
+
+```text
+make nothing of [this](output.md)
+```
+"""
+
+
+def test_what_a_page_says_wrongly_is_found() -> None:
+    assert dead(ROOT, "made-up.md", MADE_UP) == [
+        "made-up.md: nowhere.md: got no such file",
+        "made-up.md: #no-such-heading: got no such heading",
+        "made-up.md: docs/models.md#no-such-family: got no such heading",
+        "made-up.md: docs/pictures/no_such.png: got no such file",
+    ]
+    assert missing_targets(MADE_UP) == {"nonsense"}
+    assert missing_files(MADE_UP) == ["pre_kernels/no_such.py"]
+    # as a word without hyphens, because options in quotes in a test are taken to exist
+    assert [option.strip("-") for option in missing_options(MADE_UP)] == ["nonsense"]
+    assert missing_extras(MADE_UP) == {"nonsense"}
+    (command,) = (line for line in code(MADE_UP) if line.startswith("pre-kernels"))
+    with pytest.raises(SystemExit):
+        parse(command)
+
+
+def table(page: str, after: str) -> set[str]:
+    """The names in the first column of a page's table whose heading starts like this."""
+    rows = read(page).split(after, 1)[1].split("\n\n")[0].splitlines()[2:]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
 @pytest.mark.parametrize(
-    ("heading", "function", "explained"),
+    ("page", "heading", "function", "explained"),
     [
         # arguments that a sentence or an example explains
-        ("| option of `apply_pre` |", apply_pre, {"model", "anchor_dim", "impl"}),
-        ("| option | |", fused_pre_loss, {"hidden", "anchor", "w1", "b1", "w2", "b2"}),
+        (
+            "docs/training.md",
+            "| option of `apply_pre` |",
+            apply_pre,
+            {"model", "anchor_dim", "impl"},
+        ),
+        ("docs/loss.md", "| option | |", fused_pre_loss, {"hidden", "anchor", *WEIGHTS}),
     ],
 )
-def test_tables_of_options_are_complete(heading: str, function: Any, explained: set[str]) -> None:
-    assert table(heading) | explained == set(inspect.signature(function).parameters)
+def test_tables_of_options_are_complete(
+    page: str, heading: str, function: Any, explained: set[str]
+) -> None:
+    assert table(page, heading) | explained == set(inspect.signature(function).parameters)
 
 
 def test_every_warning_has_its_cause_and_remedy() -> None:

@@ -11,7 +11,10 @@ from packaging.version import Version
 
 from verify import ROOT, versions
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    "README.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+    "docs/models.md": versions.PAGE.read_text(encoding="utf-8"),
+}
 NAMES = {"torch", "triton", "transformers"}
 
 
@@ -22,7 +25,7 @@ def test_the_table_begins_with_the_oldest_that_are_claimed() -> None:
     assert all(row.keys() == NAMES for row in table.values())
     differ = {name for name in NAMES if table["oldest"][name] != oldest[name]}
     assert not differ, (
-        f"pyproject.toml claims another {differ} than the oldest that README's table says is tested"
+        f"pyproject.toml claims another {differ} than the oldest that docs/models.md says is tested"
     )
     for row in table.values():
         assert all(version in versions.claims()[name] for name, version in row.items()), (
@@ -30,18 +33,19 @@ def test_the_table_begins_with_the_oldest_that_are_claimed() -> None:
         )
 
 
-def test_readme_says_what_is_claimed() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_says_what_is_claimed(page: str) -> None:
     for name in NAMES:
-        said = {Version(found) for found in re.findall(rf"{name} ≥ (\d[\d.]*\d)", README)}
+        said = {Version(found) for found in re.findall(rf"{name} ≥ (\d[\d.]*\d)", PAGES[page])}
         assert said == {versions.oldest()[name]}, (
-            f"README and pyproject.toml differ in the oldest {name}"
+            f"{page} and pyproject.toml differ in the oldest {name}"
         )
 
 
 @pytest.mark.parametrize("row", versions.ROWS)
 def test_a_job_runs_with_each_row(row: str) -> None:
     """In the target of make that the table names, or in CI."""
-    line = re.search(rf"^\| {row} \|.*$", README, re.MULTILINE)[0]
+    line = re.search(rf"^\| {row} \|.*$", PAGES["docs/models.md"], re.MULTILINE)[0]
     target = re.search(r"`make ([a-z-]+)`", line)[1]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     full = subprocess.run(
