@@ -1,5 +1,5 @@
-"""What tests and measurements stand on: the oracle, fuzzing, mutants, memory fences, compilation
-ahead of time, versions. Not part of the wheel."""
+"""Tools for tests and measurements: the oracle, fuzzing, mutants, memory fences, ahead-of-time
+compilation, versions. Not part of the wheel."""
 
 from pathlib import Path
 

@@ -1,14 +1,14 @@
-"""How many instructions a kernel's machine code has, and how many it may have."""
+"""Counts the instructions in a kernel's machine code, and compares them with a budget."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-# Of what is compiled for sm_90, as `Count` has it: passes over bfloat16 rows of 4,096, products in
-# the tiles of common sizes, and what selects, sums and scales. Warp instructions are 6 % above the
-# most that triton 3.5, 3.6 and 3.9 make, the others are that most: sums that are no longer taken
-# together, a division that is one more, or one for each element, are over.
+# Budgets for sm_90, as (issued, calls, special, barriers) of `Count`: passes over bfloat16 rows of
+# 4,096, matmuls with common tiles, and the kernels that select, sum and scale. `issued` is 6 %
+# above the most that triton 3.5, 3.6 and 3.9 make; the others are exactly the most. So one more
+# division, a division for each element, or sums that are not taken together go over budget.
 BUDGETS = {
     "count_kernel": (420, 0, 0, 2),
     "select_kernel": (200, 0, 0, 15),
@@ -52,26 +52,33 @@ BUDGETS = {
 }
 
 
-AHEAD = "WARPGROUP.DEPBAR.LE gsb0, 0x1"  # a wait for all matrix instructions but the last group
+# waits for all matrix instructions except the last group
+AHEAD = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
 
 
 class Count(NamedTuple):
-    """Of one kernel."""
+    """The instructions of one kernel."""
 
-    issued: int  # warp instructions: its warps × those of its longest loop, or × all of them
-    calls: int  # of functions in the kernel: slow paths of divisions and roots that are exact
-    special: int  # reciprocals, roots and powers; with each `/` comes one
-    barriers: int  # a sum along a row has two, or several together
+    # its number of warps × the instructions of its longest loop, or × all of them without a loop
+    issued: int
+    # calls of functions inside the kernel: the slow paths of exact divisions and roots
+    calls: int
+    # reciprocals, roots and powers; each `/` adds one
+    special: int
+    # A sum along a row takes two; several sums taken together take two in all.
+    barriers: int
 
     def over(self, budget: str) -> bool:
-        """Whether it is more than the budget of that name; without one, nothing may be."""
+        """Whether any number is above the budget of that name; without one, whether any is above
+        0."""
         return any(
             x > most for x, most in zip(self, BUDGETS.get(budget, (0, 0, 0, 0)), strict=True)
         )
 
 
 def count(disassembly: str, warps: int) -> Count:
-    """Of what `nvdisasm -c` prints of a kernel, its functions and all but what fills up its end."""
+    """Counts in the output of `nvdisasm -c`: the kernel and its functions, without the NOPs that
+    pad its end."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in disassembly.splitlines():

@@ -22,8 +22,8 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel; on NVIDIA what `budgets` counts
-    of its instructions."""
+    """Registers, spills and shared memory of a compiled kernel; on NVIDIA also its
+    `budgets.Count`."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -48,7 +48,7 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
     )
-    # The slow path of a division or a root is called, and a call has a frame, which is not a spill.
+    # A call of the slow path of a division or a root needs a stack frame, which is not a spill.
     if stack <= 8:
         stack = 0
     return {
@@ -61,7 +61,7 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
-    """What came of compiling one launch: resources, and which matrix instructions it uses."""
+    """The result of compiling one launch: its resources and the matrix instructions it uses."""
     from pre_kernels.fused.kernels import (
         activation,
         finish,
@@ -113,15 +113,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes (default: 2)")
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
     )
-    parser.add_argument("--only", default="", help="launches whose name has this text")
+    parser.add_argument("--only", default="", help="only launches whose name contains this")
     arguments = parser.parse_args()
     todo = [launch for launch in launches(arguments.targets) if arguments.only in launch.name]
     if not todo:
-        parser.error(f"--only {arguments.only!r}: no launch has this text")
+        parser.error(f"--only: got {arguments.only!r}, want a part of the name of a launch")
     results = []
     print(f"{len(todo)} kernels, triton {triton.__version__}", flush=True)
     with ProcessPoolExecutor(arguments.jobs) as pool:

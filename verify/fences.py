@@ -1,5 +1,5 @@
-"""What watches memory in tests: fences of poison around tensors, the interpreter's loads and stores
-looked at, and addresses without memory."""
+"""Watches memory in tests: fences of poison around tensors, a check of the interpreter's loads and
+stores, and addresses without memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pre_kernels.fused import ops
 from pre_kernels.fused.kernels import matmul
 
-KERNEL = type(matmul.matmul_kernel)  # compiled, or interpreted
+# the class of compiled kernels, or that of interpreted ones
+KERNEL = type(matmul.matmul_kernel)
 INTERPRETED = KERNEL is interpreter.InterpretedFunction
 MARGIN = 4096  # bytes
 
 
 def poison(dtype: torch.dtype):
-    """What no result may hold: NaN, True, an index far out of range."""
+    """A value that no result may contain: NaN, True, or an index far out of range."""
     return float("nan") if dtype.is_floating_point else True if dtype == torch.bool else 2**30
 
 
 class Fenced:
-    """Tensors inside larger buffers, the rest of which is poison: margins, and the gaps of a
-    strided one."""
+    """Puts tensors into larger buffers that are filled with poison: in the margins, and in the gaps
+    of a strided tensor."""
 
     def __init__(self) -> None:
         self.watched: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -43,7 +44,7 @@ class Fenced:
             if like.numel()
             else 0
         )
-        small = like.dtype == torch.float8_e4m3fn  # torch cannot fill these
+        small = like.dtype == torch.float8_e4m3fn  # torch cannot fill float8
         buffer = torch.full(
             (span + 2 * margin,), 0x7F if small else poison(like.dtype), device=like.device
         )
@@ -62,11 +63,11 @@ class Fenced:
         return buffer.view(torch.uint8).view(buffer.shape[0], -1)
 
     def __call__(self, tensor, live=None):
-        """An input, which stays as it is; poison from row `live` on."""
+        """An input that must not change. Its rows from `live` on are poison."""
         return self._place(tensor, fill=True, constant=True, live=live)
 
     def both(self, tensor, live=None):
-        """An input that is written over."""
+        """An input that may be overwritten."""
         return self._place(tensor, fill=True, constant=False, live=live)
 
     def out(self, *shape, dtype=torch.float32, device=None):
@@ -80,7 +81,7 @@ class Fenced:
 
 
 class Unfenced:
-    """`Fenced` without fences, and with other values where nothing is promised yet."""
+    """Like `Fenced`, but without fences and poison: outputs begin as 0.5."""
 
     def __call__(self, tensor, live=None):
         return tensor
@@ -93,7 +94,7 @@ class Unfenced:
 
 
 class FencedAllocations(TorchDispatchMode):
-    """Fences around what is allocated on the way, and poison in what is allocated empty."""
+    """Puts fences around every tensor that is allocated inside it, and poison into empty ones."""
 
     def __init__(self, place) -> None:
         super().__init__()
@@ -115,8 +116,8 @@ class FencedAllocations(TorchDispatchMode):
 
 
 class WatchedMemory:
-    """Stands before the interpreter's loads and stores. `far`: (begin, end) of memory that is not
-    there: it reads as zeros, and takes what is written."""
+    """Checks the interpreter's loads and stores. `far`: (begin, end) of addresses without memory:
+    they read as zeros, and what is stored there is dropped."""
 
     def __init__(self, far=()) -> None:
         self.real = interpreter._interpreter
@@ -169,8 +170,8 @@ class WatchedMemory:
         interpreter.GridExecutor(kernel.rewrite(), kernel.arg_names, grid)(*args, **kwargs)
 
     def check_programs_are_apart(self):
-        """No two programs store to one address, and none loads what another stores: whatever the
-        order in which they run, and in which a GPU adds, the result is the same."""
+        """No two programs store to one address, and none loads what another one stores. So the
+        result does not depend on the order in which programs run, or in which a GPU adds."""
 
         def pairs(seen):
             programs = np.concatenate(
@@ -189,8 +190,8 @@ class WatchedMemory:
 
 
 def span(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """First address, the one after the last, and how far apart and how long the pieces without a
-    gap are."""
+    """The first address and the one after the last; the distance and the length of the contiguous
+    pieces, in bytes."""
     size = x.element_size()
     begin = x.data_ptr()
     end = begin + size * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
@@ -204,7 +205,7 @@ def span(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 @contextlib.contextmanager
 def watching(memory=None):
-    """Interpreted, kernels run under the eyes of a `WatchedMemory`; compiled, they run."""
+    """Interpreted kernels run under a `WatchedMemory`; compiled kernels just run."""
     memory = memory or WatchedMemory()
     if not INTERPRETED:
         yield memory
@@ -219,7 +220,7 @@ def watching(memory=None):
 
 
 class LastProgram(WatchedMemory):
-    """Runs the last program of each launch alone, or `program` of a grid of one dimension."""
+    """Runs only the last program of each launch, or only `program` of a one-dimensional grid."""
 
     def __init__(self, far=(), program: int | None = None) -> None:
         super().__init__(far)
@@ -241,7 +242,7 @@ class LastProgram(WatchedMemory):
 
 
 class Unbacked:
-    """Tensors in addresses without memory."""
+    """Makes tensors at addresses without memory."""
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []

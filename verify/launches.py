@@ -1,5 +1,5 @@
-"""The launches of the Triton kernels, recorded from real calls of `fused_pre_loss`: what is
-compiled ahead of time is what would run."""
+"""The launches of the Triton kernels, recorded from real calls of `fused_pre_loss`: exactly the
+kernels that would run are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
-MANY, SOME, FEW = 8192, 512, 256  # rows: each class takes other tiles
-PARTS = 256 << 20  # bytes of workspace that hold MANY rows of WIDE in several chunks
+# numbers of rows: each takes different tiles
+MANY, SOME, FEW = 8192, 512, 256
+# bytes of workspace in which MANY rows of WIDE take several chunks
+PARTS = 256 << 20
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Launch:
 
     @property
     def budget(self) -> str:
-        """Its name in `budgets.BUDGETS`; none where what is compiled is another target, or no
-        common width: of a pass over rows that is a block of bfloat16."""
+        """Its name in `budgets.BUDGETS`; empty for another target and for an uncommon width. For a
+        pass over rows the common width is a block of 4,096 in bfloat16."""
         rows = {"ROWS": 1, "BLOCK": 4096, "WHOLE": True}
         known = self.constants
         common = self.kernel in NO_WIDTH or bool(self.tile)
@@ -106,11 +108,13 @@ class Launch:
 
 
 def element_type(kind: str) -> str:
-    """Of a pointer or a descriptor: "*bf16" and "tensordesc<bf16[128, 64]>" are both of bf16."""
+    """The element type of a pointer or a descriptor: "bf16" for "*bf16" and for
+    "tensordesc<bf16[128, 64]>"."""
     return re.sub(r"^(\*|tensordesc<)(\w+).*", r"\2", kind)
 
 
-OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")  # a product is taken in their dtype
+# the operands whose dtype is that of the matmul
+OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 NO_WIDTH = (
     "count_kernel",
@@ -125,7 +129,7 @@ SHAPES = ("block_m", "block_n", "block_k", "group_m", "block", "rows", "columns"
 
 
 def recorded(target: str, run_step: Any) -> list[Launch]:
-    """The launches of `run_step()` with the tiles of `target`; nothing runs."""
+    """The launches of `run_step()` with the tiles of `target`; no kernel runs."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -200,7 +204,7 @@ def step(
 
 
 def each_product(dtype: torch.dtype, n: int, width: int) -> None:
-    """Each form of the products, in a size of its own."""
+    """Launch each form of the matmul kernels, with n rows and square weights."""
     from pre_kernels.fused.kernels.matmul import matmul
     from pre_kernels.fused.kernels.weight_grad import add_weight_grad
 
@@ -213,12 +217,13 @@ def each_product(dtype: torch.dtype, n: int, width: int) -> None:
 
 
 def launches(targets: list[str]) -> list[Launch]:
-    """Every specialisation that is tested: the main ones for all targets, the rest for sm_90."""
+    """Every specialisation to test: the main ones for all targets, the others only for sm_90."""
     weight = torch.ones(MANY)
     collected: list[Launch] = []
 
     def add(target: str, *arguments: Any, **options: Any) -> None:
-        for workspace in (None, PARTS):  # sums are stored, and added to
+        # One chunk stores its sums, several add to them.
+        for workspace in (None, PARTS):
             collected.extend(
                 recorded(
                     target, lambda w=workspace: step(*arguments, **{"workspace": w, **options})
@@ -228,7 +233,7 @@ def launches(targets: list[str]) -> list[Launch]:
     for target in targets:
         add(target, torch.bfloat16, WIDE, "mask")
         add(target, torch.float32, WIDE, "index", row_weight=weight)
-        # Few rows take the small tiles of products, small weights those of their gradients.
+        # Few rows take the small tiles of matmuls, small weights those of weight gradients.
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
             collected += recorded(
                 target, lambda n=n, width=width: each_product(torch.bfloat16, n, width)
@@ -245,7 +250,7 @@ def launches(targets: list[str]) -> list[Launch]:
             add("sm90", dtype, ODD, "mask")
         for dtype in (torch.bfloat16, torch.float32):
             add("sm90", dtype, (8192, 8192, 8192), "index", impl="blas", total=SOME)
-        # These rows are longer than a block, and their chunks are added up.
+        # These rows are longer than a block, and several chunks add up.
         add("sm90", torch.bfloat16, LONG, "index", impl="blas", workspace=1, total=SOME)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         add("sm90", torch.float32, WIDE, "index")

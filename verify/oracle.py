@@ -1,5 +1,5 @@
-"""Random cases and their float64 oracle; the rule by which an implementation is judged is the
-package's own."""
+"""Random cases and their float64 oracle. The rule that judges an implementation is part of the
+package: `pre_kernels/check/rule.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors
 
 from . import oracle_wide
 
-# Tests import the names of the rule from here.
+# Tests import the names of the rule from this module.
 __all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -38,9 +38,12 @@ def make(
     selected: float = 0.7,
     **case: Any,
 ) -> Case:
-    """rows: "mask" | "index32" | "index64" | "all"; selected: the part of the rows, as expected;
+    """A random case.
+
+    rows: "mask" | "index32" | "index64" | "all"; selected: the expected fraction of selected rows;
     anchor, weight: "leading" | "compact"; extra keywords are options of the loss, or fields of
-    `Case`."""
+    `Case`.
+    """
     g = torch.Generator().manual_seed(seed)
     total = math.prod(leading)
 
@@ -72,23 +75,23 @@ def make(
 
 
 def eager(**arguments: Any) -> Tensor:
-    """The reference on contiguous tensors: strides change the order in which the vendor's products
-    add up, and at small widths their error by a factor of two, but not what they compute."""
+    """The reference on contiguous tensors. Other strides change the order in which the vendor's
+    matmuls sum, and at small widths that changes their error by a factor of two."""
     return reference.pre_loss(
         **{k: x.contiguous() if isinstance(x, Tensor) else x for k, x in arguments.items()}
     )
 
 
 def scales(case: Case) -> dict[str, float]:
-    """What the sums in the loss and in each gradient would be without cancellation, in float64: the
-    scale on which rounding acts. It judges scalars, and tensors of so few independent elements that
-    eager's own error is luck."""
+    """The size that the sums in the loss and in each gradient would have without cancellation, in
+    float64: the scale on which rounding acts. It is used to judge scalars, and tensors with so few
+    independent elements that eager's own error is luck."""
     t = {name: None if x is None else x.detach().double() for name, x in case.tensors.items()}
     no_reduction = {k: v for k, v in case.options.items() if k not in ("reduction", "normalizer")}
     probe = Case(t, case.rows, {**no_reduction, "reduction": "none"})
     losses = run(reference.pre_loss, probe, torch.float64)["loss"]
     reduced = run(reference.pre_loss, case, torch.float64)["loss"]
-    # This is the factor that the reduction puts on each row.
+    # The reduction multiplies each row by this factor.
     factor = abs((reduced.sum() / losses.sum()).item()) if losses.numel() and losses.sum() else 1.0
 
     index = oracle_wide.selected(case)
@@ -121,8 +124,8 @@ def scales(case: Case) -> dict[str, float]:
 
 
 def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:
-    """In float64, or of a float64 case in long doubles, if there are any: the oracle and its
-    `rest`."""
+    """The oracle and its `rest`: in float64, or in long doubles for a float64 case, if this machine
+    has them."""
     if case.product_dtype == torch.float64 and oracle_wide.AVAILABLE:
         return oracle_wide.run(case)
     return {
@@ -131,7 +134,7 @@ def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:
 
 
 def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
-    """The loss and every gradient of `function`, beside eager's in the same dtype and the
+    """The loss and every gradient of `function`, each with eager's in the same dtype and the
     oracle's."""
     ours = run(function, case, **extra)
     compared = run(eager, case)
@@ -139,8 +142,8 @@ def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
     assert ours["loss"].dtype == torch.promote_types(case.product_dtype, torch.float32)
     scale = scales(case)
     eps = torch.finfo(case.product_dtype).eps
-    # The elements of a weight's gradient from few rows are no independent samples: their RMS is
-    # luck too.
+    # With few rows the elements of a weight's gradient are not independent samples, so their RMS
+    # is luck too.
     few = {name: value.numel() < 64 or scale["N"] < 8 for name, value in ours.items()}
     return [
         Comparison(
@@ -157,8 +160,8 @@ def comparisons(function: Any, case: Case, **extra: Any) -> list[Comparison]:
 
 
 def compare(function: Any, case: Case, **extra: Any) -> dict[str, Tensor]:
-    """Judge `function` on `case`: the loss and every gradient against float64, with eager in the
-    same dtype."""
+    """Judge the loss and every gradient of `function` on `case`: their errors against float64 are
+    compared with those of eager in the same dtype."""
     compared = comparisons(function, case, **extra)
     for comparison in compared:
         judge(comparison)

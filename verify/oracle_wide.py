@@ -1,8 +1,8 @@
-"""The oracle of float64 itself: loss and gradients by the equations' hand-made derivatives, in
+"""The oracle for float64: loss and gradients by hand-written derivatives of the equations, in
 NumPy's long doubles.
 
-An x86's have 64 bits of mantissa, 11 more than float64; other machines' more, or none: see
-`AVAILABLE`.
+On x86 these have 64 bits of mantissa, 11 more than float64. Other machines have more bits, or no
+long doubles: see `AVAILABLE`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def selected(case: Case) -> Tensor:
 
 
 def erfc(x: Wide) -> Wide:
-    """Its power series near 0, its continued fraction elsewhere; by absolute value, as erfc(-x) = 2
-    - erfc(x)."""
+    """erfc by its power series near 0 and by its continued fraction elsewhere, computed for |x|:
+    erfc(-x) = 2 - erfc(x)."""
     y = np.abs(x)
     near = np.minimum(np.abs(x), 1)
     far = np.maximum(np.abs(x), 1)
@@ -77,7 +77,7 @@ def _relu(z: Wide) -> tuple[Wide, Wide]:
     return np.maximum(z, 0), (z > 0).astype(LONG)
 
 
-# (value, derivative)
+# Each returns (value, derivative).
 ACTIVATIONS: dict[str, Callable[[Wide], tuple[Wide, Wide]]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
@@ -91,7 +91,7 @@ def _cosine(p: Wide, a: Wide) -> tuple[Wide, Wide]:
     clamped = np.maximum(norm, LONG(1e-8))
     p, a = p / clamped, a / np.maximum(np.sqrt((a**2).sum(1, keepdims=True)), LONG(1e-8))
     cosine = (p * a).sum(1, keepdims=True)
-    # PyTorch clamps the norm and not its derivative.
+    # PyTorch clamps the norm but not its derivative.
     stretch = np.where(norm > 0, clamped / np.where(norm > 0, norm, 1), 0)
     return -cosine[:, 0], (cosine * stretch * p - a) / clamped
 
@@ -105,7 +105,7 @@ def _smooth_l1(p: Wide, a: Wide) -> tuple[Wide, Wide]:
     return np.where(e < 1, e**2 / 2, e - LONG(0.5)).mean(1), np.clip(p - a, -1, 1) / p.shape[1]
 
 
-# ℓ of each row, dℓ/dp
+# Each returns (ℓ of each row, dℓ/dp).
 ROW_LOSSES: dict[str, Callable[[Wide, Wide], tuple[Wide, Wide]]] = {
     "cosine": _cosine,
     "mse": _mse,
@@ -114,9 +114,10 @@ ROW_LOSSES: dict[str, Callable[[Wide, Wide], tuple[Wide, Wide]]] = {
 
 
 def run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """Loss and gradients of a case, each as two float64 tensors whose sum it is: its rounding, and
-    what that lost."""
-    with np.errstate(all="ignore"):  # exp of much is inf, and 1 / inf is wanted
+    """Loss and gradients of a case, each as the sum of two float64 tensors: the rounded value, and
+    the rest that rounding lost."""
+    # exp of a large number is inf, and then 1 / inf = 0 is the right result.
+    with np.errstate(all="ignore"):
         return _run(case)
 
 

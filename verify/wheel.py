@@ -1,11 +1,11 @@
-"""The wheel, built twice from copies in other places, made at other times: one hash, or this fails.
-It has to hold the package with its integrations, nothing else, and so does a wheel out of an sdist.
+"""Builds the wheel twice, from copies in different places with different times, and fails unless
+both have the same hash. The wheel must contain the package with its integrations and nothing else,
+and so must a wheel that is built from an sdist.
 
     python -m verify.wheel       writes dist/*.whl and prints its hash
 
-Its files have the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a
-zip file can hold) and the permissions of a checkout under umask 022, because a wheel keeps those
-too.
+Its files get the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a
+zip file can hold) and the permissions of a checkout under umask 022, because a wheel stores both.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def epoch() -> str:
 
 
 def copy(folder: Path, time: float, linked: bool = True) -> None:
-    """The sources in `folder`, as of this time. `pre_kernels/integrations` stays the link it is, or
-    becomes the file that a zip archive and git on Windows make of it."""
+    """Copy the sources to `folder`, with this modification time. `pre_kernels/integrations` stays a
+    link if `linked`, else it becomes the file that a zip archive and git on Windows make of it."""
     folder.mkdir(parents=True)
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -67,7 +67,7 @@ def copy(folder: Path, time: float, linked: bool = True) -> None:
 
 
 def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
-    """The wheel ("wheel") or the sdist ("sdist") of `source`, in `out`."""
+    """Build the wheel ("wheel") or the sdist ("sdist") of `source` in `out`; returns its path."""
     environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
     command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), *more, str(source)]
     done = subprocess.run(
@@ -86,7 +86,7 @@ def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
 
 
 def wheel_by_sdist(source: Path, folder: Path, more: list[str]) -> Path:
-    """The wheel that pip makes of an sdist, as where no wheel is to be had."""
+    """The wheel that pip builds from an sdist, as it does if no wheel is available."""
     with tarfile.open(build(source, folder / "sdist", "sdist", more)) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
@@ -99,7 +99,7 @@ def contents(wheel: Path) -> set[str]:
 
 
 def wrong(names: set[str]) -> list[str]:
-    """What a wheel of these files lacks, and what it has too much."""
+    """The files that a wheel of these files lacks, and those that it should not have."""
     tops = {name.partition("/")[0] for name in names}
     others = sorted(top for top in tops if not top.endswith(".dist-info") and top != "pre_kernels")
     files = {
@@ -107,7 +107,7 @@ def wrong(names: set[str]) -> list[str]:
         for path in (ROOT / "pre_kernels").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    # rglob does not go through the link
+    # rglob does not follow the link.
     files |= {
         f"pre_kernels/integrations/{path.relative_to(ROOT / 'integrations').as_posix()}"
         for path in (ROOT / "integrations").rglob("*")
@@ -125,7 +125,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument(
-        "--no-isolation", action="store_true", help="with the environment's own setuptools"
+        "--no-isolation", action="store_true", help="build with the setuptools of this environment"
     )
     options = parser.parse_args()
     more = ["--no-isolation"] if options.no_isolation else []
@@ -138,7 +138,9 @@ def main() -> int:
             wheels.append(build(folder / place, folder / f"out{number}", "wheel", more))
         hashes = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
         if len(set(hashes)) > 1:
-            print(f"two builds of {wheels[0].name}, two hashes: {hashes}", file=sys.stderr)
+            print(
+                f"two builds of {wheels[0].name} have different hashes: {hashes}", file=sys.stderr
+            )
             return 1
         by_sdist = wheel_by_sdist(folder / "a", folder, more)
         copy(folder / "no-links", 10**9, linked=False)

@@ -1,1 +1,1 @@
-"""Random cases of the loss, and the rule by which each is judged."""
+"""Random cases of the loss, and the rule that judges each."""

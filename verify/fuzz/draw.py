@@ -1,4 +1,4 @@
-"""The strategy by which hypothesis draws fuzzed cases."""
+"""The hypothesis strategy that draws fuzzed cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import oracle
 from .specs import Spec
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-AUTOCASTS = (None, None, None, "bfloat16", "float16")  # of float32
+AUTOCASTS = (None, None, None, "bfloat16", "float16")  # for float32 inputs
 PATTERNS = ("random", "all", "one", "empty", "alternating", "runs")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 OUTLIERS = ("none", "tokens", "channels")
@@ -21,18 +21,18 @@ ANCHORS = ("random", "parallel", "opposite")
 
 @st.composite
 def specs(draw: st.DrawFn, impl: str) -> Spec:
-    """Cases of all options. The kernels' are tiny, since they are interpreted.
+    """Cases over all options. Those for the kernels are tiny, since the kernels are interpreted.
 
     Left out, because the rule cannot hold there:
-    - the cosine of a single number, which is a sign: rounding flips it, eager's or ours;
-    - one row through a width of 1, where the vendor multiplies: autograd hands it the same product
-      as one of columns, which it adds up in another order, with half the error;
-    - float32 cosines to parallel or opposite anchors of the Triton products: nothing is left but
-      the rounding of the predictions, and the interpreter's products are NumPy's, which at small
-      widths add up in another order than the vendor's. The row losses alone are held against
-      eager's there in test_row_kernels.py;
-    - float32 rows that all have one prediction, of the kernels: their sums are NumPy's too, which
-      adds one row after another. Added up exactly instead, they are closer than eager's.
+    - the cosine of a single number: it is a sign, which rounding flips in eager or in ours;
+    - a single row with a width of 1, in the vendor's matmuls: autograd passes the same matmul as
+      one of columns, which the vendor sums in another order, with half the error;
+    - float32 cosines to parallel or opposite anchors, with the Triton matmuls: only the rounding of
+      the predictions is left, and the interpreter's matmuls are NumPy's, which at small widths sum
+      in another order than the vendor's. There test_row_kernels.py compares only the row losses
+      with eager's;
+    - float32 rows that all have the same prediction, with the kernels: their sums are NumPy's too,
+      which adds one row after another. Exact sums are closer than eager's.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
@@ -57,7 +57,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
     anchor = "random" if by_numpy else pick(*ANCHORS)
     pattern = pick(*PATTERNS) if rows != "all" else "all"
     total = math.prod(leading)
-    # There may be but one row.
+    # Such a case may have only one row.
     alone = pattern == "one" or total == 1 or (rows != "all" and total < 12)
     return Spec(
         impl=impl,
@@ -83,7 +83,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
         weight=pick(None, "leading", "compact"),
         units=pick(None, "AMX") if on_torch and "bfloat16" in (dtype, autocast) else None,
         scale=scale,
-        # beyond float16's 65504 there is little to compare
+        # Larger values overflow float16 (65504), which leaves little to compare.
         scale_w2=draw(st.integers(-4, min(4, 4 - scale) if half else 4)),
         scale_anchor=draw(st.integers(-4, 4)),
         outliers=pick(*OUTLIERS),

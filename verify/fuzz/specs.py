@@ -1,5 +1,5 @@
-"""Fuzzed cases: a `Spec` is all there is to say of one, which is built from its own seed. draw.py
-draws them."""
+"""Fuzzed cases. A `Spec` describes a case completely: the case is built from the seed in it.
+draw.py draws specs."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Spec:
     pattern: str = "random"  # | "all" | "one" | "empty" | "alternating" | "runs"
     anchor_compact: bool = False
     anchor_dtype: str | None = None  # None = hidden's
-    anchor: str = "random"  # | "parallel" | "opposite", to the predictions
-    noise: float = 0.0  # of parallel and opposite anchors, relative
+    anchor: str = "random"  # | "parallel" | "opposite" to the predictions
+    noise: float = 0.0  # relative, added to parallel and opposite anchors
     weight: str | None = None  # "leading" | "compact"
-    scale: int = 0  # of hidden, a power of ten, as the next two
+    scale: int = 0  # The scales are exponents of ten; this one is for hidden.
     scale_w2: int = 0
     scale_anchor: int = 0
     outliers: str = "none"  # | "tokens" | "channels"
@@ -51,10 +51,9 @@ class Spec:
     upstream: float = 1.0
     frozen: tuple[str, ...] = ()
     workspace: int | None = None
-    capacity: int | None = None  # beyond what the mask selects
-    units: str | None = (
-        None  # what this CPU is taken to have for half precision, as products.HALF_UNITS
-    )
+    capacity: int | None = None  # how many rows more than the mask selects
+    # the half-precision units that this CPU is taken to have, as products.HALF_UNITS
+    units: str | None = None
 
     @property
     def product_dtype(self) -> str:
@@ -62,7 +61,7 @@ class Spec:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Spec:
-        """From JSON, which has no tuples."""
+        """A spec from JSON, which has lists instead of tuples."""
         return cls(
             **{
                 name: tuple(value) if isinstance(value, list) else value
@@ -72,7 +71,7 @@ class Spec:
 
 
 def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, dict[str, Any]]:
-    """The case, and the keywords that only `fused_pre_loss` has."""
+    """The case, and the keywords that only `fused_pre_loss` takes."""
     g = torch.Generator().manual_seed(spec.seed)
     dtype = getattr(torch, spec.dtype)
     total = math.prod(spec.leading)
@@ -155,14 +154,15 @@ def _mask(pattern: str, total: int, g: torch.Generator) -> Tensor:
         return torch.rand(total, generator=g) < 0.6
     if pattern == "one":
         return at == int(torch.randint(total, (1,), generator=g))
-    if pattern == "runs":  # images between text
+    if pattern == "runs":  # like images between text
         return (at // 11) % 2 == 1
     return {"all": at >= 0, "empty": at < 0, "alternating": at % 2 == 1}[pattern]
 
 
 def _hidden(spec: Spec, randn: Any, g: torch.Generator) -> Tensor:
     hidden = randn(math.prod(spec.leading), spec.d)
-    if spec.layout == "expanded":  # along the first dimension, made a view in `_laid_out`
+    # Equal along the first dimension: `_laid_out` makes it a view.
+    if spec.layout == "expanded":
         hidden = (
             hidden.reshape(*spec.leading, spec.d)[:1]
             .expand(*spec.leading, spec.d)
@@ -192,10 +192,10 @@ def _predictions(spec: Spec, tensors: dict[str, Tensor | None]) -> Tensor:
 
 
 def _laid_out(layout: str, x: Tensor) -> Tensor:
-    """The same values (of the first row alone if expanded) with other strides."""
+    """The same values with other strides; "expanded" keeps only the first row, and repeats it."""
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "strided":  # every other element of a larger tensor, beside NaN
+    if layout == "strided":  # every other element of a larger tensor, NaN between them
         wide = x.new_full((*x.shape, 2), math.nan)
         wide[..., 0] = x
         return wide[..., 0]

@@ -1,15 +1,15 @@
-"""The error rule on fuzzed cases, and what it says where eager's own error is luck.
+"""The error rule on fuzzed cases, and the verdict where eager's own error is luck.
 
-The rule of oracle.py compares two samples of rounding noise. Where a few rows or elements dominate
-a tensor, eager's error may be small by chance, and eager itself breaks the rule against its own
-error on another sample. So a tensor outside the rule is judged again by the same rule over an
-ensemble: the case and neighbours of it, alike but for the bits that are rounded, each of the same
-weight. What is worse than eager fails that too, and is a violation; what passes is counted as
-"luck".
+The rule of oracle.py compares two samples of rounding noise. If a few rows or elements dominate a
+tensor, eager's error may be small by chance: eager itself would break the rule against its own
+error on another sample. So a tensor that breaks the rule is judged again, by the same rule over an
+ensemble: the case and neighbours of it that differ only in the bits that are rounded, all with the
+same weight. An implementation that is worse than eager fails this too, which is a violation; one
+that passes is counted as "luck".
 
-An overflow in eager is no error to compare with: where eager is not finite while ours is, as the
-oracle is, or where ours overflows and eager is within 4 eps of the largest number, neither says
-anything ("overflow").
+An overflow in eager is not an error to compare with. If eager is not finite while ours and the
+oracle are, or if ours overflows while eager is within 4 eps of the largest number, the comparison
+says nothing ("overflow").
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from pre_kernels.fused import products
 from .. import oracle
 from .specs import Spec, build
 
-ENSEMBLES = (32, 128, 512, 2048)  # the last decides: with so many an RMS is known to some percent
+# The last size decides: with that many members an RMS is known to a few percent.
+ENSEMBLES = (32, 128, 512, 2048)
 WITHIN, OVERFLOW, LUCK, VIOLATION = "within", "overflow", "luck", "violation"
 
 
 class Outcome(NamedTuple):
-    """Of the loss or a gradient. Errors are RMS, or the largest where elements are few; nan if
-    nothing is finite."""
+    """The verdict on the loss or on a gradient. Errors are RMS, or the largest if there are few
+    elements; nan if no element is finite."""
 
     name: str
     verdict: str
     error: float
     eager: float
-    allowed: float  # what the rule allows beside eager's error
-    turned: bool  # whether eager is outside the rule when it is held against ours
+    allowed: float  # the error that the rule allows in addition to eager's
+    turned: bool  # whether eager breaks the rule when it is compared with ours
     message: str
 
 
@@ -74,25 +75,25 @@ def run(spec: Spec, device: torch.device | str = "cpu") -> list[Outcome]:
 
 
 class Ensemble:
-    """A case and its neighbours, computed when they are first asked for."""
+    """A case and its neighbours, computed on first use."""
 
     def __init__(self, function: Any, case: oracle.Case) -> None:
         self.function, self.case = function, case
         self.members: list[dict[str, oracle.Comparison]] = []
 
     def member(self, i: int) -> dict[str, oracle.Comparison]:
-        """Each tensor of neighbour `i`; 0 is the case itself."""
+        """The comparison of each tensor of neighbour `i`; 0 is the case itself."""
         while len(self.members) <= i:
             compared = oracle.comparisons(self.function, neighbour(self.case, len(self.members)))
             self.members.append({one.name: one for one in compared})
         return self.members[i]
 
     def holds(self, name: str) -> bool:
-        """Whether the rule holds for all members taken together, for the first size at which it
-        does.
+        """Whether the rule holds over all members together, at any of the ensemble sizes.
 
-        A member's errors are taken over the size of both, else the worst conditioned member would
-        decide alone; so that of the case itself may be no larger than twice the largest of eager's.
+        Each member's errors are divided by the size of ours and eager's together, or else the worst
+        conditioned member would decide. Therefore the error of the case itself may be at most twice
+        the largest of eager's.
         """
         for size in ENSEMBLES:
             members = [_without_overflow(self.member(i)[name]) for i in range(size)]
@@ -123,12 +124,14 @@ class Ensemble:
 
 
 def neighbour(case: oracle.Case, number: int) -> oracle.Case:
-    """0: the case itself; else the same problem for every purpose but rounding.
+    """Neighbour `number` of a case: 0 is the case itself, any other differs from it only in how it
+    rounds.
 
-    Inputs differ by up to 2 eps; row weights (one for all, where there are none), the upstream
-    gradient and each column of the predictions, with that of the anchors, by a factor between ½ and
-    1: parallel vectors stay parallel, and rows alike. The last bits alone would not do where rows
-    are the same: what is lost depends on the leading ones too.
+    Inputs differ by up to 2 eps. Row weights (one for all rows, if the case has none), the upstream
+    gradient, and each column of the predictions together with that of the anchors differ by a
+    factor between ½ and 1: parallel vectors stay parallel, and equal rows stay equal. If rows are
+    equal, changing only the last bits is not enough, because the rounding error depends on the
+    leading bits too.
     """
     if number == 0:
         return case
@@ -153,8 +156,8 @@ def neighbour(case: oracle.Case, number: int) -> oracle.Case:
 
 
 def _without_overflow(one: oracle.Comparison) -> oracle.Comparison:
-    """Both are taken for the oracle where eager alone has overflowed, or ours alone with eager at
-    the very edge."""
+    """Replace both by the oracle where only eager has overflowed, or where only ours has while
+    eager is at the very edge."""
     edge = (1 - 4 * one.eps) * torch.finfo(one.ours.dtype).max
     spared = ~one.eager.isfinite() & one.ours.isfinite() & one.oracle.isfinite()
     spared |= ~one.ours.isfinite() & one.eager.isfinite() & (one.eager.abs() >= edge)

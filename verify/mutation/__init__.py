@@ -1,1 +1,1 @@
-"""Small errors in the sources that compute, each of which a test has to see."""
+"""Small errors in the sources that compute. A test has to see each of them."""

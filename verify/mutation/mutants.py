@@ -1,5 +1,5 @@
-"""The mutants of the sources that compute: what is changed, where, and to what. Reads and writes
-text; runs nothing."""
+"""The mutants of the sources that compute: where each changes the text, and to what. Reads and
+writes text; runs nothing."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ FILES = (*(f"kernels/{name}.py" for name in KERNELS), *(f"{name}.py" for name in
 
 
 class Mutant(NamedTuple):
-    """One change of one place. `before` and `after`: the lines around it, by which it is known when
+    """One change at one place. `before` and `after` are the lines around it, which identify it when
     lines move."""
 
     file: str
     function: str
-    lines: tuple[int, int]  # of the statement, or of its head
+    lines: tuple[int, int]  # first and last line of the statement, or of its head
     operator: str
     before: str
     after: str
-    start: int  # bytes
+    start: int  # in bytes, as stop
     stop: int
     text: str
 
@@ -52,7 +52,7 @@ class Mutant(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The key, in a result file."""
+        """The key in a result file."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:8]
 
     def apply(self, source: str) -> str:
@@ -61,7 +61,7 @@ class Mutant(NamedTuple):
 
 
 def optional_arguments(sources: Iterator[str]) -> dict[str, set[str]]:
-    """The arguments with a default of every function, by its name."""
+    """The arguments that have a default, by the name of their function."""
     arguments: dict[str, set[str]] = {}
     for source in sources:
         for node in ast.walk(ast.parse(source)):
@@ -76,8 +76,8 @@ def optional_arguments(sources: Iterator[str]) -> dict[str, set[str]]:
 
 
 def mutants(file: str, source: str, optional: dict[str, set[str]]) -> list[Mutant]:
-    """Every mutant of a file, in the order of the text; those that read the same are numbered in
-    `after`."""
+    """Every mutant of a file, in the order of the text. `after` has a number if several read the
+    same."""
     visitor = Visitor(source, optional)
     visitor.visit(ast.parse(source))
     all_mutants = []
@@ -104,7 +104,7 @@ def every_mutant() -> list[Mutant]:
 
 
 def named() -> dict[str, dict[str, str]]:
-    """The reasons of those that no test kills, by "equivalent" and "gap" and by key."""
+    """The reasons why no test kills a mutant, by "equivalent" or "gap", then by key."""
     found: dict[str, dict[str, str]] = {"equivalent": {}, "gap": {}}
     kind = reason = ""
     for line in SURVIVORS.read_text().splitlines():
@@ -116,13 +116,13 @@ def named() -> dict[str, dict[str, str]]:
 
 
 def stale(every: Iterable[Mutant]) -> list[str]:
-    """The named keys that none of these mutants has: their line has changed since."""
+    """The named keys that none of these mutants has, because their line has changed."""
     keys = {mutant.key for mutant in every}
     return [key for reasons in named().values() for key in reasons if key not in keys]
 
 
 def _around(data: bytes, start: int, stop: int, text: bytes) -> tuple[str, str]:
-    """The lines of the change before and after it, on one line each and cut where they are long."""
+    """The changed lines before and after the change, each joined to one line and cut if long."""
     first = data.rfind(b"\n", 0, start) + 1
     last = data.find(b"\n", stop)
     both = data[first:last], data[first:start] + text + data[stop:last]

@@ -1,5 +1,4 @@
-"""Where the nodes of a syntax tree stand in its text, by the byte, and changes of the text
-there."""
+"""Finds the nodes of a syntax tree in its text, by byte, and collects changes of the text there."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ ATOMS = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Tup
 
 
 class Places(ast.NodeVisitor):
-    """Collects changes: (operator, function, lines of the statement or of its head, start, stop,
+    """Collects changes as (operator, function, lines of the statement or of its head, start, stop,
     text)."""
 
     def __init__(self, source: str) -> None:
@@ -24,7 +23,7 @@ class Places(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         outer = self.statement
         if isinstance(node, ast.stmt):
-            # The head of a function is run on import, but its tests are those of the function.
+            # The head of a function runs on import, but the tests of the function are its tests.
             body = None if isinstance(node, ast.FunctionDef) else getattr(node, "body", None)
             self.statement = (
                 node.lineno,
@@ -42,7 +41,7 @@ class Places(ast.NodeVisitor):
         return self.lines[node.end_lineno - 1] + node.end_col_offset
 
     def text(self, node: ast.expr) -> str:
-        """As an operand."""
+        """The text of a node as an operand, in parentheses if it needs them."""
         text = self.data[self.start(node) : self.stop(node)].decode()
         return text if isinstance(node, ATOMS) else f"({text})"
 
@@ -50,7 +49,7 @@ class Places(ast.NodeVisitor):
         self.add(operator, self.start(node), self.stop(node), text)
 
     def between(self, operator: str, left: ast.expr, right: ast.expr, old: str, new: str) -> None:
-        """Another operator between two operands."""
+        """Replace the operator between two operands."""
         start = self.stop(left) + self.data[self.stop(left) : self.start(right)].index(old.encode())
         self.add(operator, start, start + len(old), new)
 

@@ -1,27 +1,27 @@
-"""What is changed in a source text: one place of its syntax tree, by one of five operators.
+"""The rules that make mutants: each changes one place of a syntax tree, by one of five operators.
 
 sign
-    + for -, a minus dropped, a stored value or a constant negated, a comparison turned
+    exchanges + and -, drops a minus, negates a stored value or a constant, reverses a comparison
 index
-    a constant, a pointer, a block or a bound moved by 1, another axis or stride, `//` for `%`,
-    the larger for the smaller, a division that rounds down, no cast to 64 bits
+    moves a constant, a pointer, a block or a bound by 1, takes another axis or stride, exchanges
+    `//` and `%`, exchanges minimum and maximum, rounds a division down, drops a cast to 64 bits
 mask
-    a mask dropped or negated, either branch of a choice, < for <=, a condition dropped or negated,
-    an optional argument not passed
+    drops or negates a mask, takes either branch of a choice, exchanges < and <=, drops or negates
+    a condition, leaves out an optional argument
 scale
-    a factor or a divisor dropped, * for /, a constant doubled, nan for 0
+    drops a factor or a divisor, writes * for /, doubles a constant, writes 0 for nan
 chunk
-    the first or the last turn of a loop skipped, = for +=, a dot that forgets its sum, a call left
-    out
+    skips the first or the last turn of a loop, writes = for +=, makes a dot ignore its sum, drops
+    a call
 
-Left out, since no result depends on it, and where that is said:
+Some code is not mutated, since no result depends on it:
 
-| what                                                     | where             |
+| code                                                     | skipped by        |
 |----------------------------------------------------------|-------------------|
 | docstrings, annotations, decorators, `assert`, `raise`   | `visit_…`         |
-| what only the interpreter runs: `if INTERPRET`           | `visit_If`        |
+| lines that only the interpreter runs: `if INTERPRET`     | `visit_If`        |
 | warps, stages, tile sizes: arguments, constants, tables  | `KNOBS`, `_knob`  |
-| which tile is taken, how many rows a chunk has, …        | `LEFT_OUT`        |
+| the choice of tiles, the number of rows of a chunk, …    | `LEFT_OUT`        |
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ from .places import Places
 
 KNOBS = {"num_warps", "num_stages", "flatten", "FLATTEN", "non_blocking", "use_fast_accum"}
 LEFT_OUT = {
-    "which tile a product takes, how many programs share it, where, what was tuned": (
+    "the tile of a matmul, the number of its programs, the device, tuned tiles": (
         "arch _arch on_device choose _fastest best key rows_class table has_descriptors "
         "cache_file remembered _device_name multiprocessors _multiprocessors pointer_tile programs "
         "RowShape.of"
     ),
-    "how many rows a chunk has, by the workspace": (
-        "columns fixed_bytes layout cut largest whole_turns"
-    ),
+    "the number of rows of a chunk": ("columns fixed_bytes layout cut largest whole_turns"),
     "a cast or `tl.dot` when compiled": "widen narrow dot",
-    "a question to the library": "_widens",
+    "a query of what the library supports": "_widens",
 }
 
 TURNED = {
@@ -64,8 +62,8 @@ ACCESSES = ("load", "store", "atomic_add")
 
 
 class Visitor(Places):
-    """Collects the mutants of a file; `optional`: the arguments that may be left out, by the
-    function's name."""
+    """Collects the mutants of a file. `optional`: the arguments that may be left out, by the name
+    of the function."""
 
     def __init__(self, source: str, optional: dict[str, set[str]]) -> None:
         super().__init__(source)
@@ -227,7 +225,7 @@ class Visitor(Places):
                 self.visit(keyword.value)
 
     def _calls(self, node: ast.Call, name: str, method: str) -> None:
-        """What is particular to a function."""
+        """Add the mutants that are specific to the called function."""
         arguments = [self.text(x) for x in node.args]
         if name in ("tl.where", "torch.where"):
             for branch in arguments[1:]:

@@ -1,5 +1,5 @@
-"""A mutant meets the tests: a copy of the sources, a process that has imported all but the package,
-a fork for each."""
+"""Runs the tests on a mutant: in a copy of the sources, and in a fork of a process that has
+imported everything except the package."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TESTS = (
     *("autograd", "torch_func", "copies", "repeats"),
     *("checks", "fp8", "fuzz_regressions", "head", "cost", "tune"),
 )
-# These run in a process of their own, or look at other things than the kernels, or take long and
-# see no more than others.
+# These tests run in a separate process, test other things than the kernels, or take long and see
+# nothing that others miss.
 PASSED_OVER = (
     "importing_the_package",
     "training_ends_where",
@@ -39,12 +39,13 @@ PASSED_OVER = (
     "distributed_tensors",
     "two_models_in_two_threads",
 )
-PER_TEST = 20  # seconds, and ten times what it usually takes: an endless loop
+# A test that takes this many seconds plus ten times its usual time is in an endless loop.
+PER_TEST = 20
 
 
 class Tests:
-    """A pytest plugin: only the given tests, in their order, each under an alarm; the first that
-    fails."""
+    """A pytest plugin that runs only the given tests, in their order, each under an alarm, and
+    keeps the first failure."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds = seconds
@@ -57,7 +58,7 @@ class Tests:
             for item in items
             if not any(name in item.nodeid for name in PASSED_OVER)
         }
-        # A test may have got parameters since it was recorded: then all of its cases are meant.
+        # A test may have gained parameters since it was recorded: then all its cases run.
         meant = [
             name
             for wanted in self.seconds or ()
@@ -71,8 +72,8 @@ class Tests:
 
         torch.manual_seed(0)
         usual = (self.seconds or {}).get(item.nodeid, 10)
-        # The limit is of processor time, since others may use the machine. The signal ends the
-        # process, whatever that is at.
+        # The limit is one of processor time, since other processes may use the machine. The signal
+        # ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, PER_TEST + 10 * usual)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -85,8 +86,8 @@ class Tests:
 
 
 class Reach(Tests):
-    """The same over all tests, noting the seconds of each and the lines of the package that it
-    runs."""
+    """Runs all tests, and notes the seconds of each and the lines of the package that it
+    reaches."""
 
     def __init__(self, package: Path) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Reach(Tests):
             self.coverage.switch_context("")
 
     def lines(self) -> dict[str, dict[int, list[str]]]:
-        """The tests of each line of each file of the package."""
+        """The tests that reach each line of each file of the package."""
         self.coverage.stop()
         data = self.coverage.get_data()
         files = [Path(name) for name in data.measured_files()]
@@ -124,7 +125,7 @@ class Reach(Tests):
 
 
 def prepare() -> None:
-    """Import what takes time, but nothing of the package."""
+    """Import the modules that take time to import, but nothing of the package."""
     os.environ.update(
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
@@ -144,7 +145,7 @@ def prepare() -> None:
 
 
 def copy(folder: Path) -> Path:
-    """What the tests need, under `folder`; returns the mutated package there."""
+    """Copy the files that the tests need to `folder`; returns the package to mutate there."""
     for name in ("pre_kernels", "integrations", "verify", "tests", "bench"):
         shutil.copytree(
             ROOT / name,
@@ -157,8 +158,8 @@ def copy(folder: Path) -> Path:
 
 
 def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
-    """What `job` returns in a process of its own (JSON), and how that ended: its status, or minus a
-    signal."""
+    """Run `job` in a fork. Returns its result, through JSON, and its exit status, or minus the
+    signal that ended it."""
     with tempfile.TemporaryFile("w+") as answer:
         if (pid := os.fork()) == 0:
             try:
@@ -177,7 +178,8 @@ def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
                 os.killpg(pid, signal.SIGALRM)
                 end = float("inf")
             time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):  # what it started
+        # This also ends the processes that it started.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(done[1])
         answer.seek(0)
@@ -185,7 +187,7 @@ def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
 
 
 def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
-    """Run in the child: nothing of the package is imported yet."""
+    """Run pytest in the child, where nothing of the package is imported yet."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
     sys.path[:] = [
@@ -206,12 +208,13 @@ def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
     status = pytest.main([*options, *files], plugins=[plugin])
     package = sys.modules.get("pre_kernels")
     if package is not None and package.__file__ != str(folder / "pre_kernels" / "__init__.py"):
-        raise RuntimeError(f"not the mutant was tested but {package.__file__}")
+        raise RuntimeError(f"tested {package.__file__} instead of the mutant")
     return int(status)
 
 
 def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple[str, str | None]:
-    """Outcome, and the test that failed. None: the tests of `GENERAL`."""
+    """The outcome, and the test that failed. `seconds`: the tests to run; None: those of
+    `GENERAL`."""
     path = folder / PACKAGE.relative_to(ROOT) / mutant.file
     original = path.read_text()
     stat = path.stat()
@@ -228,7 +231,7 @@ def run(mutant: Mutant, folder: Path, seconds: dict[str, float] | None) -> tuple
         outcome, status = forked(job, 120 + (10 * sum(seconds.values()) if seconds else 900))
     finally:
         path.write_text(original)
-        # The compiled file next to it is of this text.
+        # The compiled file next to it belongs to this text.
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     if outcome is None:
         return ("timeout" if status in (-signal.SIGPROF, -signal.SIGALRM) else "crash"), None
