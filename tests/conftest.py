@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in its interpreter, which has to be chosen before triton is
+"""Chooses Triton's interpreter where there is no GPU. This has to happen before triton is
 imported."""
 
 import os
@@ -12,15 +12,16 @@ from verify import versions
 
 
 def old_interpreter() -> None:
-    """Triton 3.5's as it is from 3.6 on: strides of descriptors are multiples of 16 bytes, where it
-    asks for multiples of 16 elements; a launch goes through the class's `run`, which tests take the
-    place of."""
+    """Makes the interpreter of triton 3.5 behave like that of 3.6. Strides of descriptors have to
+    be multiples of 16 bytes, while 3.5 asks for multiples of 16 elements. A launch goes through
+    `run` of the class, which tests replace."""
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorDescHandle
 
     def run(kernel, *args, grid, warmup, **kwargs):
         return GridExecutor(kernel.rewrite(), kernel.arg_names, grid)(*args, **kwargs)
 
-    def launcher(kernel, grid):  # past the `run` that each kernel has of its own
+    # Each kernel of triton 3.5 has its own `run`; this launcher calls that of the class.
+    def launcher(kernel, grid):
         return lambda *args, **kwargs: type(kernel).run(
             kernel, *args, grid=grid, warmup=False, **kwargs
         )
@@ -29,7 +30,7 @@ def old_interpreter() -> None:
     InterpretedFunction.run, InterpretedFunction.__getitem__ = run, launcher
 
 
-# The shipped tiles are tested, whatever was tuned on this machine.
+# Tests use the shipped tiles, even if others were tuned on this machine.
 os.environ["PRE_KERNELS_CACHE"] = os.devnull
 
 if not torch.cuda.is_available():
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=versions.ROWS,
         help="stop unless what that row of docs/models.md names is installed",
     )
-    # Here, because older pytests read no deeper file before they read the options.
+    # It is in this file, because an older pytest reads no deeper conftest.py before the options.
     parser.addoption(
         "--full-matrix",
         action="store_true",
@@ -74,12 +75,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is deprecated is called neither by the library nor by its tests; what they call may do
-    as it likes."""
+    """Deprecation warnings from the library or its tests are errors; those from other packages are
+    not."""
     own = "pre_kernels|bench|verify|tests"
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", rf"error::{category}:({own})(\.|$)")
-    # deprecated too, though torch does not say so by the category: an `out=` of another shape
+    # An `out=` of another shape is deprecated too, though torch warns with another category.
     config.addinivalue_line(
         "filterwarnings", "error:An output with one or more elements was resized:UserWarning"
     )
@@ -97,8 +98,8 @@ def impl(request) -> str:
 
 @pytest.fixture
 def row_scales(device):
-    """What the products of "fp8" are taken with: on a CPU older torches have one scale a tensor
-    alone."""
+    """Skips the test where torch cannot compute the matmuls of "fp8": on a CPU an older torch has
+    only one scale per tensor."""
     x = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device)
     rows = torch.ones(16, 1, device=device)
     try:
@@ -107,5 +108,5 @@ def row_scales(device):
         if device.type != "cpu":
             raise
         pytest.skip(
-            f"torch {torch.__version__} has no float8 products with scales of rows on a CPU"
+            f"torch {torch.__version__} has no float8 matmuls with a scale per row on a CPU"
         )

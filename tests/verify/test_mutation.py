@@ -1,5 +1,5 @@
-"""The mutator on small sources. Whether tests kill the mutants of the real ones, `make
-mutate` tells."""
+"""The mutator on small sources. `make mutate` tells whether tests kill the mutants of the real
+ones."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from verify.mutation.mutants import (
 
 
 def changes(body: str, optional=None) -> dict[str, list[str]]:
-    """By operator, the last line of a function after each of its mutants."""
+    """The last line of a function in each of its mutants, by operator."""
     source = f"def f(x, n, stride_xm, stride_xk):\n    é = 'two bytes'\n    {body}\n"
     found: dict[str, list[str]] = {}
     for mutant in mutants("f.py", source, optional or {}):
@@ -124,22 +124,23 @@ SURVIVORS = """# why
 equivalent: as zero is
   f.py f: x += y → x -= y
 
-gap: seen on a GPU alone
+gap: seen only on a GPU
   f.py f: return -x → return x
   f.py f: return 2 * x → return x
 """
 
 
 def test_the_reasons_of_survivors(tmp_path, monkeypatch):
-    """By the text of a line: one that has changed is told, and takes no reason from another."""
+    """They are found by the text of a line. A line that has changed is reported as stale, and does
+    not take the reason of another."""
     path = tmp_path / "survivors.txt"
     path.write_text(SURVIVORS, encoding="utf-8")
     monkeypatch.setattr(module, "SURVIVORS", path)
     assert named() == {
         "equivalent": {"f.py f: x += y → x -= y": "as zero is"},
         "gap": {
-            "f.py f: return -x → return x": "seen on a GPU alone",
-            "f.py f: return 2 * x → return x": "seen on a GPU alone",
+            "f.py f: return -x → return x": "seen only on a GPU",
+            "f.py f: return 2 * x → return x": "seen only on a GPU",
         },
     }
     mutations = mutants("f.py", "def f(x):\n    x += y\n    return -x\n", {})

@@ -25,7 +25,7 @@ def test_erfc():
                 + mpmath.mpf(float(value - high))
                 - mpmath.erfc(mpmath.mpf(float(argument)))
             )
-            # the exponential of x² has the rounding of x²
+            # The exponential of x² inherits the rounding of x².
             assert abs(error) < 1e-18 * (2 + argument**2) * mpmath.erfc(float(argument)), argument
 
 
