@@ -1,9 +1,9 @@
 """Predictive Regularization (PRe) for vision-language models, in fused Triton kernels.
 
-The loss and its head are here, the equations in `pre_kernels.reference`. `pre_kernels.integrations`
-attaches them to models and trainers; `pre_kernels.diagnostics` measures what a model keeps of its
-visual tokens, also along a training with its `LayerCallback`, on images that its `load_samples`
-reads.
+This module has the loss and its head; `pre_kernels.reference` has the equations in plain PyTorch.
+`pre_kernels.integrations` attaches both to models and trainers. `pre_kernels.diagnostics` measures
+how much of its visual tokens a model keeps. Its `LayerCallback` measures that during a training, on
+images that its `load_samples` reads.
 """
 
 from . import reference

@@ -1,4 +1,4 @@
-"""Names under the import paths that they had before, each with a warning, for one version."""
+"""Keep names importable from their old paths for one version, each with a warning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 
 def moved(module: str, new: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `module` for names that are now those of the modules in `new`."""
+    """Return a `__getattr__` for `module` that finds each name of `new` in the module it has moved
+    to."""
 
     def get(name: str) -> Any:
         if name not in new:

@@ -1,4 +1,5 @@
-"""Every argument check of the front door: a wrong one raises here, by name, before any work."""
+"""Every argument check of `fused_pre_loss`: a wrong argument raises here, by name, before any
+work."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 REDUCTIONS = ("mean", "sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
-# Up to so many row indices Python counts as fast as torch does.
+# Up to this many row indices Python counts as fast as torch does.
 FEW = 256
-# The widest row, in elements, that one program finds the scale of.
+# The widest row, in elements, whose scale one program finds.
 FP8_LONGEST = 8192
 
 
@@ -52,7 +53,8 @@ def nonnegative(name: str, value: Any) -> float:
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
-    if hasattr(value, "placements"):  # without importing torch.distributed.tensor
+    # This test for a DTensor does not import torch.distributed.tensor.
+    if hasattr(value, "placements"):
         raise TypeError(
             f"{name}: got a DTensor, want a plain tensor; call the head through its own forward so "
             "that FSDP gathers its parameters, and pass hidden states as .to_local() or "
@@ -81,10 +83,11 @@ def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> N
 
 
 def under_autocast(device: str) -> bool:
-    # Asked this way because Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available.
+    # Dynamo of torch 2.9 cannot trace torch.amp.is_autocast_available, so the exception is the
+    # answer.
     try:
         return torch.is_autocast_enabled(device)
-    except RuntimeError:  # the device "meta" has no autocast
+    except RuntimeError:  # The device "meta" has no autocast.
         return False
 
 
@@ -106,8 +109,8 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
 
 
 def row_values(problem: Problem) -> None:
-    """Range and uniqueness of integer rows: reads the device, so on the CPU or under
-    PRE_KERNELS_DEBUG=1 only."""
+    """Check range and uniqueness of integer rows. This reads the device, so it happens only on the
+    CPU or under PRE_KERNELS_DEBUG=1."""
     rows = problem.rows
     total = problem.hidden.shape[0]
     if rows is None or problem.masked or not rows.numel():
@@ -207,7 +210,8 @@ def arguments(
     capacity: Any,
     precision: Any,
 ) -> Problem:
-    """Check the arguments of `fused_pre_loss` and flatten their leading shapes; reads no device."""
+    """Check the arguments of `fused_pre_loss` and flatten their leading shapes, without reading the
+    device."""
     choice("loss", loss, LOSSES)
     choice("activation", activation, ACTIVATIONS)
     choice("reduction", reduction, REDUCTIONS)
@@ -263,7 +267,7 @@ def arguments(
                 "mask `rows`)"
             )
         capacity = min(capacity, total)
-    # N; None where that is a mask's count, which is compared once it is known.
+    # This is N, or None for a mask, whose count is compared once it is known.
     count = total if rows is None else None if rows.dtype == torch.bool else rows.numel()
 
     anchor_compact = anchor.shape[:-1] != leading
@@ -279,7 +283,7 @@ def arguments(
         row_weight = _floating("row_weight", row_weight, device)
         if row_weight.requires_grad:
             raise TypeError("row_weight: requires grad, want a constant (detach it)")
-        # (N,) is the first reading, but the N of a mask is not known here: there a weight of the
+        # (N,) is the first reading, but the N of a mask is not known here: a weight that has the
         # mask's own shape is read as (R,).
         weight_compact = count is not None and tuple(row_weight.shape) == (count,)
         if not weight_compact and row_weight.shape != leading:
@@ -319,8 +323,8 @@ def arguments(
 
 
 def selected_count(problem: Problem, count: int) -> None:
-    """Compare capacity, compact anchors and weights with a mask's count, once that is known on the
-    host."""
+    """Compare a mask's count with the capacity and with compact anchors and weights, once the host
+    knows the count."""
     capacity = problem.options.capacity
     if capacity is not None and count > capacity:
         raise ValueError(

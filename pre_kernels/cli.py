@@ -26,7 +26,7 @@ from .loss import unavailable
 
 EXTRA = "pip install 'pre-kernels[demo]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
-# the modules that a command imports
+# These are the modules that each command imports.
 NEEDED = {
     "the demo": (
         "einops",
@@ -42,30 +42,29 @@ NEEDED = {
     "diagnose": ("einops", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
     "trace": ("matplotlib",),
 }
-# the packages of modules that have another name
+# These modules come from packages of another name.
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 EXAMPLES = """\
 examples:
-  pre-kernels check                       is the loss right and fast on this machine?
+  pre-kernels check                       check and time the loss on this machine
   pre-kernels demo                        train without and with PRe, then show the table and save
                                           the plot
   pre-kernels demo --quick                smoke test: too short to show an effect
   pre-kernels demo --seeds 5 --out runs   more seeds, files into runs/
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
-  pre-kernels diagnose MODEL IMAGES       what each layer keeps of the visual tokens: an HTML report
+  pre-kernels diagnose MODEL IMAGES       write an HTML report on the visual tokens of each layer
   pre-kernels trace out/                  score against probe accuracy along a training
-  pre-kernels tune --width 4096           time the Triton products' tiles on this GPU and keep the
-                                          best
-  pre-kernels env                         versions and devices, for a bug report
-  pre-kernels env --models                the vision-language models that PRe attaches to
+  pre-kernels tune --width 4096           time the tiles of the Triton matmuls and save the best
+  pre-kernels env                         print versions and devices, for a bug report
+  pre-kernels env --models                list the vision-language models that PRe attaches to
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a terminal may have no λ
+            # A terminal may not have λ.
             stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `--help` shows."""
+    """Return the parser of all commands, whose help texts `--help` prints."""
     top = argparse.ArgumentParser(
         prog="pre-kernels",
         description="Predictive Regularization (PRe) for vision-language models.",
@@ -100,26 +99,26 @@ def parser() -> argparse.ArgumentParser:
         help="train a tiny LLaVA without and with PRe and compare them",
         description="Train a tiny LLaVA on scenes of handwritten digits without and with PRe, "
         "several seeds each, and compare task accuracy, L_PRe, linear probes and the semantic "
-        "contrast ratio over depth. Minutes on a CPU.",
+        "contrast ratio over depth. This takes minutes on a CPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("--seeds", type=whole, metavar="N", help="run seeds 0 .. N-1 (default: 2)")
     show.add_argument(
-        "--quick", action="store_true", help="short trainings: a check that everything runs"
+        "--quick", action="store_true", help="smoke test: too short to show an effect"
     )
     show.add_argument(
         "--out",
         type=Path,
         default=Path("demo-out"),
         metavar="DIR",
-        help="for the files (default: %(default)s)",
+        help="folder for the results (default: %(default)s)",
     )
     show.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto: a GPU if there is one",
+        help="auto (the default) takes a GPU if there is one",
     )
     show.add_argument(
         "--jobs",
@@ -131,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         "--layer",
         type=int,
         metavar="L",
-        help="the layer PRe reads, 1 .. 8 (default: half the depth, 4)",
+        help="the layer that PRe reads, 1 .. 8 (default: half the depth, 4)",
     )
     show.add_argument(
         "--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)"
@@ -139,21 +138,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_parsers(commands, whole)
     tuning = commands.add_parser(
         "tune",
-        help="time the tiles of the Triton products on this GPU and keep the best",
-        description='Time the candidate tiles of impl="triton" for square weights on this GPU, '
-        "about a minute a width, and keep the best in $PRE_KERNELS_CACHE (else "
-        "~/.cache/pre_kernels), where later processes find them. Not needed: tiles for each "
-        "architecture are shipped.",
+        help="time the tiles of the Triton matmuls on this GPU and save the best",
+        description='Time the candidate tiles of impl="triton" for square weights on this GPU, and '
+        "save the fastest in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes "
+        "find them. Optional: the package ships tiles for each architecture.",
     )
     tuning.add_argument(
         "--width",
         type=width,
         action="append",
         metavar="D",
-        help="may be given again (default: 4096)",
+        help="width of the weights; repeat the option for more (default: 4096)",
     )
     tuning.add_argument(
-        "--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s"
+        "--dtype",
+        choices=("bf16", "fp16"),
+        default="bf16",
+        help="dtype of the matmuls (default: %(default)s)",
     )
     about = commands.add_parser(
         "env",
@@ -163,30 +164,30 @@ def parser() -> argparse.ArgumentParser:
         "vision-language models that apply_pre knows.",
     )
     about.add_argument(
-        "--models", action="store_true", help="the table of supported families instead"
+        "--models", action="store_true", help="print the table of supported families instead"
     )
     about.add_argument(
-        "--markdown", action="store_true", help="with --models: the table as the README has it"
+        "--markdown", action="store_true", help="with --models: print the table in Markdown"
     )
     return top
 
 
 def whole(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number of at least 1."""
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
     return int(text)
 
 
 def width(text: str) -> int:
-    """A width that tensor descriptors can take."""
+    """Parse a width that tensor descriptors can take: a multiple of 16."""
     if not text.isascii() or not text.isdecimal() or int(text) < 16 or int(text) % 16:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a multiple of 16")
     return int(text)
 
 
 def weight(text: str) -> float:
-    """A weight of the loss."""
+    """Parse a weight of the loss: a number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -197,7 +198,7 @@ def weight(text: str) -> float:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Check everything that can be wrong, then run the demo."""
+    """Check the arguments and the packages, then run the demo."""
     from .demo.settings import QUICK, Settings
 
     settings = QUICK if options.quick else Settings()
@@ -261,14 +262,15 @@ def trace(options: argparse.Namespace) -> int:
 
 
 def missing(name: str, extra: str) -> str | None:
-    """What has to be installed for a command, or None."""
+    """Name the packages that a command needs and how to install them; None if all are there."""
     absent = [module for module in NEEDED[name] if importlib.util.find_spec(module) is None]
     packages = [PACKAGES.get(module, module) for module in absent]
     return f"{name} needs {', '.join(packages)}: {extra}" if packages else None
 
 
 def unwritable(folder: Path, argument: str = "--out") -> str | None:
-    """Why no file can be written into `folder` (made if it is not there), or None."""
+    """Say why no file can be written into `folder`, or return None. Makes the folder if it is
+    missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -278,7 +280,7 @@ def unwritable(folder: Path, argument: str = "--out") -> str | None:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Time the tiles of the Triton products and keep the best."""
+    """Time the tiles of the Triton matmuls and save the best."""
     if not torch.cuda.is_available():
         return fail("tune needs a GPU, and torch sees none")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -297,12 +299,12 @@ def tune(options: argparse.Namespace) -> int:
         gain = tuned.times[shipped] / best
         print(f"{tuned.name}: {tuple(tuned.best)}, {best:.3f} ms", end="")
         print(f" ({gain:.2f} × as fast as {tuple(shipped)})", flush=True)
-    print(f"kept in {tiles.cache_file()}")
+    print(f"saved in {tiles.cache_file()}")
     return 0
 
 
 def env(options: argparse.Namespace) -> int:
-    """Print what a bug report needs, or the table of models."""
+    """Print the facts for a bug report, or the table of models."""
     if options.models:
         from .integrations import family_table
 
@@ -322,7 +324,7 @@ def env(options: argparse.Namespace) -> int:
 
 
 def facts() -> dict[str, str]:
-    """Versions, devices and settings, for bug reports."""
+    """Return versions, devices and settings, for bug reports."""
     packages = ("triton", "einops", "transformers", "accelerate", "peft", "trl")
     rows = [
         ("pre-kernels", version("pre-kernels") + commit()),
@@ -350,13 +352,13 @@ def facts() -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """The installed version."""
+    """Return the installed version of a package, or "not installed"."""
     return installed(package) or "not installed"
 
 
 def commit() -> str:
-    """The commit of an installation from a repository, from pip's record of it (PEP 610); else
-    nothing."""
+    """Return the commit of an installation from a repository, from pip's record of it (PEP 610), or
+    an empty string."""
     try:
         record = metadata.distribution("pre-kernels").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -366,7 +368,7 @@ def commit() -> str:
 
 
 def installed(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -374,7 +376,7 @@ def installed(package: str) -> str | None:
 
 
 def automatic() -> tuple[str, str]:
-    """The implementation that `impl="auto"` picks on this machine, and why."""
+    """Return the implementation that `impl="auto"` picks on this machine, and why."""
     if not torch.cuda.is_available():
         return "torch", "no GPU that torch can use"
     device = torch.device("cuda", torch.cuda.current_device())
@@ -389,7 +391,7 @@ def automatic() -> tuple[str, str]:
 
 
 def fail(message: str) -> int:
-    """Say what is wrong; returns argparse's exit status for bad arguments."""
+    """Print the error, and return argparse's exit status for wrong arguments."""
     print(f"pre-kernels: error: {message}", file=sys.stderr)
     return 2
 

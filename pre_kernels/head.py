@@ -1,4 +1,4 @@
-"""PreHead: the predictor as an ordinary module whose own forward uses its own parameters."""
+"""PreHead: the predictor as a module whose own forward uses its own parameters."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .loss import fused_pre_loss
 
 
 class Uncast:
-    """Wraps a tensor keyword of `PreHead.forward`, so that FSDP, which casts the tensors that it
-    finds in arguments, does not find it."""
+    """A wrapper that hides a tensor keyword of `PreHead.forward` from FSDP, which casts the tensors
+    that it finds in arguments."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class PreHead(nn.Module):
-    """The 2-layer predictor `w2 · act(w1 · h + b1) + b2` of PRe together with its loss (arXiv
-    2603.20808, eq. 3-5).
+    """The two-layer predictor of PRe together with its loss (arXiv 2603.20808, eq. 3-5).
 
-    The parameters are raw `nn.Parameter`s in `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1`
-    (hidden_dim,), `w2` (out_dim, hidden_dim), `b2` (out_dim,). `forward` returns the loss, so that
-    DDP, FSDP, ZeRO-3 and LoRA see a module like any other.
+    The predictor is `p = w2 · act(w1 · h + b1) + b2`. Its parameters are raw `nn.Parameter`s in
+    `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1` (hidden_dim,), `w2` (out_dim, hidden_dim),
+    `b2` (out_dim,). `forward` returns the loss, so DDP, FSDP, ZeRO-3 and LoRA handle the head like
+    any other module.
 
     ```python
     head = PreHead(dim=64, out_dim=48)
@@ -36,17 +36,18 @@ class PreHead(nn.Module):
     ```
 
     Args:
-        dim: width d of the hidden states.
-        hidden_dim: width m of the predictor; `dim` if None.
-        out_dim: width z of the anchors; `dim` if None.
-        bias: whether both layers have a bias.
+        dim: the width d of the hidden states.
+        hidden_dim: the width m between the two layers; None: `dim`.
+        out_dim: the width z of the anchors; None: `dim`.
+        bias: whether both layers have a bias. Without it `b1` and `b2` are None.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
-        loss: "cosine", "mse" or "smooth_l1"; `forward(loss=...)` overrides it for a call.
-        device, dtype: of the parameters.
+        loss: "cosine", "mse" or "smooth_l1"; `forward(loss=...)` overrides it for one call.
+        device: where the parameters are; None: PyTorch's default device.
+        dtype: float16, bfloat16, float32 or float64; None: PyTorch's default dtype.
 
     Raises:
-        ValueError, TypeError: for a width that is not a positive int, or an unknown activation or
-            loss.
+        ValueError: for a width below 1, or an unknown activation or loss.
+        TypeError: for a width that is not an int, or another dtype.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class PreHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Both layers, initialised as `nn.Linear` is."""
+        """Make both layers, initialised as `nn.Linear` initialises its own."""
         super().__init__()
         checks.width("dim", dim)
         hidden_dim = dim if hidden_dim is None else checks.width("hidden_dim", hidden_dim)
@@ -89,7 +90,7 @@ class PreHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as two `nn.Linear` layers are: uniform in ±1/sqrt(fan_in)."""
+        """Initialise the parameters as `nn.Linear` does: uniform in ±1/sqrt(fan_in)."""
         for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
             bound = 1 / math.sqrt(weight.shape[1])
             weight.uniform_(-bound, bound)
@@ -99,10 +100,25 @@ class PreHead(nn.Module):
     def forward(
         self, hidden: Tensor, anchor: Tensor, rows: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """The PRe loss of `hidden` against `anchor`; arguments and keywords as in `fused_pre_loss`.
+        """Compute the PRe loss of `hidden` against `anchor`, by `fused_pre_loss`.
 
-        Mixed precision of FSDP casts the tensors that a sharded module is given: under bfloat16 a
-        `normalizer` or `row_weight` is off by up to 0.4 %. `head.Uncast(tensor)` keeps it as it is.
+        Mixed precision of FSDP casts the tensors that it passes to a sharded module: in bfloat16 a
+        `normalizer` or `row_weight` is off by up to 0.4 %. `head.Uncast(tensor)` keeps the dtype.
+
+        Args:
+            hidden: (..., dim), outside autocast in the dtype of the parameters.
+            anchor: hidden's leading shape + (out_dim,), or (N, out_dim) for the N selected rows.
+            rows: a bool mask of hidden's leading shape, (N,) int32 or int64 indices, or None for
+                all rows.
+            options: further keywords of `fused_pre_loss`. `loss` and `activation` default to the
+                head's.
+
+        Returns:
+            A 0-d tensor, or (N,) with `reduction="none"`.
+
+        Raises:
+            ValueError: as `fused_pre_loss` does; so for TypeError, RuntimeError and
+                NotImplementedError.
         """
         options = {
             name: value.tensor if isinstance(value, Uncast) else value
@@ -113,7 +129,7 @@ class PreHead(nn.Module):
         return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)
 
     def extra_repr(self) -> str:
-        """Widths, activation and loss, for `repr`."""
+        """Return widths, activation and loss, for `repr`."""
         return (
             f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, "
             f"bias={self.b1 is not None}, activation={self.activation!r}, loss={self.loss!r}"

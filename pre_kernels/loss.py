@@ -1,4 +1,4 @@
-"""The front door: check the arguments, choose an implementation, call it."""
+"""The entry point: check the arguments, choose an implementation, call it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .fused.function import pre_loss
 from .fused.products import fastest_dtype
 from .problem import Problem
 
-# Looked up once, since Dynamo of torch 2.9 cannot trace the look-up.
+# The look-up stands here because Dynamo of torch 2.9 cannot trace it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`; None
-    if it can."""
+    """Return why `impl="triton"` or "blas" cannot run tensors of `device` with products in `dtype`,
+    or None if it can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -38,9 +38,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def fp8_unavailable(device: torch.device) -> str | None:
-    """Why `precision="fp8"` cannot run on `device`, where "blas" can; None if it can."""
+    """Return why `precision="fp8"` cannot run on `device`, where "blas" can, or None if it can."""
     if device.type != "cuda":
-        return None  # the kernels are interpreted
+        return None  # Here the kernels are interpreted.
     if torch.version.hip is not None:
         return "the products' scales by row exist only for NVIDIA"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -49,11 +49,11 @@ def fp8_unavailable(device: torch.device) -> str | None:
 
 
 def choose(impl: str, problem: Problem) -> str:
-    """The implementation that runs: `impl` itself, or for "auto" the one that is expected to be the
-    fastest.
+    """Return the implementation to run: `impl` itself, or for "auto" the one that is expected to be
+    the fastest.
 
-    On a GPU that is "blas", but "triton" where N stays on the device: "blas" would compute every
-    row of the mask.
+    On a GPU that is "blas". It is "triton" where N stays on the device, because "blas" would
+    compute every row of the mask.
     """
     checks.choice("impl", impl, checks.IMPLEMENTATIONS)
     device = problem.hidden.device
@@ -76,8 +76,8 @@ def choose(impl: str, problem: Problem) -> str:
         )
     if impl != "auto":
         return impl
-    # In float32 Triton's products have no tensor cores: they cost more than the unselected rows
-    # that "blas" computes in vain.
+    # In float32 Triton's products do not use tensor cores. They cost more than "blas" spends on the
+    # unselected rows.
     counted_on_device = (
         problem.masked and not problem.count_on_host and problem.options.capacity is None
     )
@@ -103,16 +103,19 @@ def fused_pre_loss(
     capacity: int | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """The Predictive Regularization loss of the selected rows (arXiv 2603.20808, eq. 3-5), with a
-    fused backward.
+    """Compute the Predictive Regularization (PRe) loss of the selected rows, with a fused backward.
 
-    Each selected row i of `hidden` passes the predictor p = w2 · act(w1 · h + b1) + b2 and is
-    compared with its anchor a; the row loss is -cos(p, a), or the mean over z of (p - a)² or of
-    smooth_l1(p - a). Gradients of the predictor and of `hidden` are computed chunk by chunk in the
-    forward, so no activation is kept; `reduction="none"` and float16 products recompute the chunks
-    in the backward instead, where the upstream gradient is known. On a CPU products of float16 are
-    taken in float32, and those of bfloat16 too where no units make them faster (`pre-kernels env`
-    says).
+    Each selected row h of `hidden` passes a two-layer predictor and is compared with its anchor a
+    (arXiv 2603.20808, eq. 3-5):
+
+        p = w2 · act(w1 · h + b1) + b2
+        ℓ = -cos(p, a)                         loss="cosine"
+        ℓ = mean over z of (p - a)²            loss="mse"
+        ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
+
+    The forward computes the gradients of the predictor and of `hidden` chunk by chunk, so it keeps
+    no activation. With `reduction="none"` and with float16 products the backward computes the
+    chunks again instead, because it has to know the upstream gradient before it rounds.
 
     ```python
     hidden = torch.randn(2, 10, 64, requires_grad=True)
@@ -123,54 +126,68 @@ def fused_pre_loss(
     ```
 
     Args:
-        hidden: (..., d) with at least one leading dimension; floating point of 16 bits or more, as
-            all that follow.
-        anchor: hidden's leading shape + (z,), else (N, z) in selection order; of any dtype. The
-            leading shape wins where both readings fit. Never receives a gradient.
-        w1, b1, w2, b2: (m, d), (m,) or None, (z, m), (z,) or None. Outside autocast of hidden's
-            dtype.
-        rows: bool mask of hidden's leading shape, or (N,) int32/int64 flat row indices in any
-            order, or None for all. Indices must be unique and in range: checked on the CPU, and
-            elsewhere only under PRE_KERNELS_DEBUG=1 (checking reads the device).
-        loss: "cosine", "mse" or "smooth_l1" (beta 1).
+        hidden: (..., d) with at least one leading dimension. The dtype is float16, bfloat16,
+            float32 or float64, as for all floating tensors below.
+        anchor: hidden's leading shape + (z,), or (N, z) in the order of the selection, in any
+            floating dtype. Where both readings fit, it is the leading shape. It never receives a
+            gradient.
+        w1: (m, d). Outside autocast w1, b1, w2 and b2 must have hidden's dtype. Under autocast the
+            matmuls run in autocast's dtype.
+        b1: (m,), or None.
+        w2: (z, m).
+        b2: (z,), or None.
+        rows: a bool mask of hidden's leading shape, or (N,) int32 or int64 flat row indices in any
+            order, or None for all rows. Indices must be unique and in range. This is checked on the
+            CPU, and on other devices only under PRE_KERNELS_DEBUG=1, because the check reads the
+            device.
+        loss: "cosine", "mse" or "smooth_l1".
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
-        row_weight: (N,) in selection order, or hidden's leading shape; multiplies the row losses.
-            (N,) wins where both fit.
-        reduction: "mean" (Σ ℓ / D; D = normalizer, else the sum of the weights, else N), "sum" or
-            "none".
-        normalizer: number or 0-d tensor, the D of "mean": under DDP, FSDP and ZeRO the global token
-            count ÷ world size. With tensors on a GPU, one on the CPU is copied, which the capture
-            of a CUDA graph may refuse.
-        impl: "blas" (the vendor's matrix products, Triton between them), "triton" (all of it),
-            "torch", or "auto": torch on the CPU; on a GPU blas, but triton in half precision where
-            N of a mask stays on the device.
-        workspace: bytes for the buffers of one chunk; None is a default that suits the device.
-        capacity: the most rows that a mask may select; None = all. Gradients of hidden are kept for
-            that many rows, and "blas" computes that many. If more are selected the result is nan,
-            or a ValueError where N is on the host or under PRE_KERNELS_DEBUG=1.
-        precision: "fp8" computes the four products with a weight in float8 e4m3, each row with a
-            scale of its own, and the two of the weights' gradients in bfloat16; gradients have a
-            few percent error. It needs bfloat16 products, widths that are multiples of 16 up to
-            8,192, and "blas" on sm_90 or newer. None: no float8.
+        row_weight: (N,) in the order of the selection, or hidden's leading shape; multiplies the
+            row losses. Where both readings fit, it is (N,). None: every weight is 1.
+        reduction: "mean" (Σ ℓ / D; D is the normalizer, else the sum of the weights, else N), "sum"
+            or "none".
+        normalizer: the D of "mean": a number or a 0-d tensor. Under DDP, FSDP and ZeRO, pass the
+            global token count divided by the world size. If the other tensors are on a GPU, a
+            normalizer on the CPU is copied there, which the capture of a CUDA graph may refuse.
+        impl: "blas" (matmuls by the vendor's library, Triton kernels for the rest), "triton"
+            (Triton kernels for everything), "torch" (plain PyTorch), or "auto": "torch" on the CPU;
+            on a GPU "blas", or "triton" in half precision where the N of a mask stays on the
+            device.
+        workspace: bytes for the buffers of one chunk. None: 544 MiB with "blas" and "triton"; with
+            "torch" 256 MiB on a GPU and at most 32 MiB on a CPU (512 MiB for products in bfloat16).
+        capacity: an upper bound on the rows that a mask may select; None: all rows. Gradients of
+            `hidden` are stored for that many rows, and "blas" computes that many. If the mask
+            selects more, the result is nan, or a ValueError where the host knows N or under
+            PRE_KERNELS_DEBUG=1.
+        precision: "fp8" computes the four matmuls with a weight in float8 (e4m3, one scale per
+            row), and the two for the gradients of the weights in bfloat16; gradients have a few
+            percent error. It needs bfloat16 products, widths that are multiples of 16 up to 8,192,
+            and "blas" on an NVIDIA GPU with sm_90 or newer. None: no float8.
 
     Returns:
-        0-d tensor, or (N,) for "none", in the dtype of the loss arithmetic, `promote_types(product
-        dtype, float32)`.
-        N = 0 gives 0 (or shape (0,)) with zero gradients; D = 0 with N > 0 gives nan.
+        A 0-d tensor, or (N,) for "none". Its dtype is that of the loss arithmetic, which is
+            `promote_types(product dtype, float32)`. If N = 0 the result is 0 (or has shape (0,))
+            and the gradients are zero. If D = 0 and N > 0 the result is nan.
 
     Raises:
-        ValueError, TypeError: for a wrong argument, naming it, what was given and what is wanted.
-        RuntimeError: if `impl` cannot run here; also when a gradient is differentiated again.
+        ValueError: for a wrong value or shape. The message names the argument, what it got and what
+            it wants.
+        TypeError: for a wrong type or dtype, with the same message.
+        RuntimeError: if `impl` or `precision` cannot run here, or if a gradient is differentiated
+            again.
         NotImplementedError: under a transform of torch.func, or for an input with a forward-mode
             tangent.
 
-    The same call gives the same bits on the same device and versions, as far as the vendor's
-    products do.
+    With "torch" on a CPU, float16 matmuls run in float32. So do bfloat16 matmuls if the CPU has no
+    instructions that make them faster (`pre-kernels env` prints which dtypes it takes).
 
-    Host syncs on a GPU: none for integer rows, or for a mask with leading-shape anchor and weights;
-    a mask with "none", with an (N, z) anchor or with (N,) weights costs one, and "torch" costs one
-    for any mask; a backward that selects the rows anew ("none", and float16) costs the same again.
-    Calls without a sync can be captured in a CUDA graph: at replay the mask may select other rows.
+    The same call gives the same bits on the same device and versions, provided that the vendor's
+    matmuls do.
+
+    Host syncs on a GPU: integer rows cost none, and neither does a mask with an anchor and weights
+    of the leading shape. A mask with "none", with an (N, z) anchor or with (N,) weights costs one.
+    "torch" costs one for any mask. A backward that computes the chunks again costs the same once
+    more. A CUDA graph can capture calls without a sync; at replay the mask may select other rows.
     Under torch.compile a call is one operator.
     """
     problem = checks.arguments(

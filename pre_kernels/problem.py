@@ -1,4 +1,4 @@
-"""What travels from the front door to the kernels: the checked arguments of one call."""
+"""The checked arguments of one call, which travel from `fused_pre_loss` to the kernels."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Options(NamedTuple):
     loss: str
     activation: str
     reduction: str
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # the dtype of the products
     anchor_compact: bool
     weight_compact: bool
-    divisor: float | None  # a normalizer that is a number
+    divisor: float | None  # the normalizer if it is a number
     workspace: int | None  # bytes
-    capacity: int | None  # of a mask's selection
+    capacity: int | None  # the most rows that a mask may select
     precision: str | None  # "fp8", or None for the products' dtype
 
 
 class Problem(NamedTuple):
-    """The checked arguments of one call, with leading shapes flattened: R rows in all, of which N
-    are selected."""
+    """The checked arguments of one call. Leading shapes are flattened: there are R rows in all, and
+    N of them are selected."""
 
     hidden: Tensor  # (R, d)
     w1: Tensor  # (m, d)
@@ -40,12 +40,12 @@ class Problem(NamedTuple):
 
     @property
     def loss_dtype(self) -> torch.dtype:
-        """Of the loss arithmetic and of what is returned."""
+        """The dtype of the loss arithmetic and of the result."""
         return torch.promote_types(self.options.dtype, torch.float32)
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """d, m, z"""
+        """The widths (d, m, z)."""
         (m, d), (z, _) = self.w1.shape, self.w2.shape
         return d, m, z
 
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def count_on_host(self) -> bool:
-        """Whether N must be known on the host: it shapes the result, or has to match a compact
+        """Whether the host must know N, because N shapes the result or has to match a compact
         anchor or weight."""
         return (
             self.options.reduction == "none"
@@ -65,14 +65,14 @@ class Problem(NamedTuple):
 
     @property
     def bound(self) -> int:
-        """The most rows that can be selected, known from shapes alone."""
+        """The most rows that can be selected, from shapes and capacity."""
         if self.rows is None or not self.masked:
             return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
         return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 in the products' dtype; contiguous, since the products add up other
-        strides in another order, which at small widths is twice as wrong."""
+        """Return w1, b1, w2, b2 in the products' dtype, contiguous: a matmul sums tensors of other
+        strides in another order, which at small widths doubles the error."""
         w1, b1, w2, b2 = (
             None if x is None else x.to(self.options.dtype).contiguous()
             for x in (self.w1, self.b1, self.w2, self.b2)

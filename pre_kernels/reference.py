@@ -1,5 +1,5 @@
-"""The equations of Predictive Regularization in plain PyTorch: the oracle of every test (arXiv
-2603.20808, eq. 3-5)."""
+"""The equations of Predictive Regularization in plain PyTorch (arXiv 2603.20808, eq. 3-5): the
+oracle of every test."""
 
 from __future__ import annotations
 
@@ -39,11 +39,51 @@ def pre_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """PRe loss of the selected rows, by autograd. Arguments as in `pre_kernels.fused_pre_loss`;
-    none is checked here.
+    """Compute the PRe loss of the selected rows by autograd, without fused kernels.
 
-    Returns a 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype,
-    float32)`.
+    Each selected row h of `hidden` passes a two-layer predictor and is compared with its anchor a
+    (arXiv 2603.20808, eq. 3-5):
+
+        p = w2 · act(w1 · h + b1) + b2
+        ℓ = -cos(p, a)                         loss="cosine"
+        ℓ = mean over z of (p - a)²            loss="mse"
+        ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
+
+    It supports whatever autograd supports: second derivatives, forward mode and the transforms of
+    torch.func. It keeps all activations for the backward. It does not check its arguments.
+
+    ```python
+    hidden = torch.randn(2, 10, 64, requires_grad=True)
+    anchor, visual = torch.randn(2, 10, 48), torch.rand(2, 10) < 0.5
+    w1, w2 = torch.randn(64, 64), torch.randn(48, 64)
+    loss = reference.pre_loss(hidden, anchor, w1, None, w2, None, visual)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    grad.square().sum().backward()  # a second derivative
+    ```
+
+    Args:
+        hidden: (..., d).
+        anchor: hidden's leading shape + (z,), or (N, z) in the order of the selection; never
+            receives a gradient.
+        w1: (m, d).
+        b1: (m,), or None.
+        w2: (z, m).
+        b2: (z,), or None.
+        rows: a bool mask of hidden's leading shape, (N,) int32 or int64 flat row indices, or None
+            for all rows.
+        loss: "cosine", "mse" or "smooth_l1".
+        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        row_weight: (N,) in the order of the selection, or hidden's leading shape; multiplies the
+            row losses.
+        reduction: "mean" (Σ ℓ / D; D is the normalizer, else the sum of the weights, else N), "sum"
+            or "none".
+        normalizer: the D of "mean": a number or a 0-d tensor.
+
+    Returns:
+        A 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype, float32)`.
+
+    Raises:
+        KeyError: for an unknown loss or activation. Other wrong arguments fail inside PyTorch.
     """
     leading = hidden.shape[:-1]
     x = hidden.reshape(-1, hidden.shape[-1])

@@ -1,2 +1,2 @@
-"""Whether the loss is right and fast on this machine: `pre-kernels check`, and what it shares with
-the benchmark."""
+"""`pre-kernels check` tests and times the loss on this machine; the benchmark uses its parts
+too."""

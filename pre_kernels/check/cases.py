@@ -1,5 +1,5 @@
-"""The calls that are measured: their sizes and inputs, a step of them, and what each is held
-against."""
+"""The calls that are measured: their sizes and inputs, one step of each, and the lower bounds on
+time and memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Shape:
-    """`batch` sequences of `tokens` tokens, of which `visual` in a row are visual; widths d → m →
-    z."""
+    """`batch` sequences of `tokens` tokens, of which `visual` consecutive ones are visual; widths d
+    → m → z."""
 
     name: str
     batch: int
@@ -46,7 +46,8 @@ class Shape:
 
     @property
     def flop(self) -> int:
-        """Of the six products: two of the forward, four of the backward."""
+        """The floating-point operations of the six products: two in the forward, four in the
+        backward."""
         return 6 * self.selected * self.m * (self.d + self.z)
 
     @property
@@ -57,8 +58,8 @@ class Shape:
 def case(
     shape: Shape, dtype: torch.dtype, device: torch.device, rows: str = "index", seed: int = 0
 ) -> Case:
-    """Inputs of that size: the visual tokens stand in a row after a short prompt, the upstream
-    gradient is not 1.
+    """Make inputs of a size. The visual tokens follow a short prompt, and the upstream gradient is
+    not 1.
 
     rows: "index" for int64 indices, or "mask" for the same rows as a mask.
     """
@@ -83,8 +84,8 @@ def case(
 
 
 def step(function: Callable[..., Tensor], case: Case) -> Step:
-    """One forward and backward of `function` on `case`, with every gradient wanted and an upstream
-    other than 1."""
+    """Return one forward and backward of `function` on `case`, which computes every gradient for an
+    upstream gradient other than 1."""
     tensors = {
         name: None if x is None else x.detach().requires_grad_(name in LEAVES)
         for name, x in case.tensors.items()
@@ -101,8 +102,8 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """The lower bound: the six products that no implementation avoids, of contiguous inputs, with
-    outputs allocated beforehand."""
+    """Return the lower bound: the six matmuls that no implementation avoids, on contiguous inputs,
+    with outputs allocated beforehand."""
     w1 = case.tensors["w1"]
     w2 = case.tensors["w2"]
     rows = case.rows
@@ -127,10 +128,13 @@ def floor(case: Case) -> Step:
 
 
 def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -> int:
-    """Bytes at the peak beyond the gradients returned, as designed: the workspace, a compact dH,
-    and float32 sums of dW where there are several chunks; one chunk's products, and sums of
-    float32, are what is returned. With "torch" dH is what is returned too, but for float16, and
-    half-precision weights may be copied to float32."""
+    """Return the designed peak in bytes, beyond the gradients returned.
+
+    It is the workspace, a compact dH, and float32 sums of dW if there are several chunks. The
+    products of a single chunk, and float32 sums of float32 weights, are themselves returned. With
+    "torch" dH is returned as well, except for float16, and half-precision weights may be copied to
+    float32.
+    """
     d, m, z, n = shape.d, shape.m, shape.z, shape.selected
     products = fastest_dtype(dtype, device) if impl == "torch" else dtype
     precision = "fp8" if impl == "fp8" else None
@@ -170,7 +174,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights
     chunk: int = _steps(impl).cut(problem, layout, n) * (d + 2 * m + z) * products.itemsize
     if device.type == "cpu":
-        # what the passes of the row loss keep in the cache
+        # The passes of the row loss keep these bytes in the cache.
         chunk += 3 * IN_CACHE
     kept = shape.rows * d * 4 if layout.spread != dtype else 0
     return chunk + kept + (2 * weights if products != dtype else several * weights)
@@ -182,16 +186,16 @@ def _steps(impl: str) -> Any:
 
 
 def workspace(impl: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that an implementation takes by default for a chunk's buffers, with products in
-    `dtype`."""
+    """Return the bytes that an implementation takes by default for a chunk's buffers, with products
+    in `dtype`."""
     default = _steps(impl).workspace
     size: int = default(device, dtype) if callable(default) else default
     return size
 
 
 def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
-    """Bytes for inputs, gradients and what eager keeps of a call between its forward and backward:
-    a little more than was measured."""
+    """Return the bytes for inputs, gradients and what eager keeps between its forward and backward,
+    a little more than measured."""
     elements = (
         shape.rows * max(shape.d, shape.z)
         + shape.selected * shape.m

@@ -1,4 +1,4 @@
-"""`pre-kernels check`: a process for each implementation, a line for each check, all of it in
+"""`pre-kernels check`: one process for each implementation, one line for each check, all results in
 check.json."""
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from .cases import DTYPES
 from .device import Cpu, Cuda, current
 
 IMPLEMENTATIONS = ("blas", "triton", "fp8", "torch")
-# seconds that a check may take
+# A check may take this many seconds.
 LIMIT = 120.0
-# how many characters are kept of what a process that died wrote to stderr
+# This many characters are kept of the stderr of a process that died.
 TAIL = 4000
-# width, rows and dtype
+# The defaults are width, rows and dtype.
 DEFAULTS = {"cuda": (4096, 9216, "bf16"), "cpu": (512, 1024, "fp32")}
 MARKS = {"pass": "PASS", "fail": "FAIL", "skip": "-", "info": ""}
 EXAMPLES = """\
 examples:
-  pre-kernels check                            all that runs here, in under a minute
+  pre-kernels check                            check whatever can run here
   pre-kernels check --impl blas --width 3584 --rows 5120
-  pre-kernels check --dtype fp16 --out /tmp    check.json goes there; attach it to a bug report
-  TRITON_INTERPRET=1 pre-kernels check         without a GPU: the kernels interpreted, in tiny sizes
+  pre-kernels check --dtype fp16 --out /tmp    write check.json there; attach it to a bug report
+  TRITON_INTERPRET=1 pre-kernels check         without a GPU: interpret the kernels at tiny sizes
 
 how to read a line:
-  PASS, FAIL, or - for what was left out, with the reason; of a time nothing is guaranteed
-  0.85 × the rule       of the error that is allowed, which is a little more than that of eager in
-                        the same dtype
-  0.50 × the formula    of the memory that the design takes beside the gradients; above 1 is a
-                        failure
+  PASS, FAIL, or - for a check that was left out, with the reason; a time has no mark, because no
+                        time is guaranteed
+  0.85 × the rule       the error is 0.85 times the allowed one, which is a little more than the
+                        error of eager PyTorch in the same dtype; above 1 fails
+  0.50 × the formula    the memory beside the gradients is half of what the design allows; above 1
+                        fails
 
-exit status: 0 all that could be checked passed, 1 something failed or nothing could be checked,
-             2 wrong arguments
+exit status: 0 if every check that ran passed, 1 if one failed or none ran, 2 for wrong arguments
 """
 
 
 def add_parser(commands: Any, width: Callable[[str], int]) -> None:
-    """Add the command to those of `pre-kernels`."""
+    """Add the command to the parsers of `pre-kernels`."""
     show = commands.add_parser(
         "check",
         help="check and time the loss on this machine",
         description="Check what the library guarantees, for each implementation that can run on "
         "this machine: loss and gradients against float64, no host syncs, CUDA graphs, "
-        "torch.compile, peak memory; and time it beside six bare matrix products and eager. A line "
-        "for each, the rest in check.json.",
+        "torch.compile, peak memory. Time it beside six bare matmuls and eager PyTorch. Print a "
+        "line for each check, and write the details to check.json.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,34 +72,43 @@ def add_parser(commands: Any, width: Callable[[str], int]) -> None:
         action="extend",
         choices=IMPLEMENTATIONS,
         metavar="IMPL",
-        help=f"of {', '.join(IMPLEMENTATIONS)}",
+        help=f"one or more of {', '.join(IMPLEMENTATIONS)} (default: those that can run here; "
+        "on a GPU torch only if no other can)",
     )
     show.add_argument(
-        "--width", type=width, metavar="D", help="of the real size (default: 4096; 512 on a CPU)"
+        "--width",
+        type=width,
+        metavar="D",
+        help="width of all layers (default: 4096; 512 on a CPU)",
     )
     show.add_argument(
-        "--rows", type=rows, metavar="N", help="selected rows (default: 9216; 1024 on a CPU)"
+        "--rows",
+        type=rows,
+        metavar="N",
+        help="selected rows of the real size (default: 9216; 1024 on a CPU)",
     )
-    show.add_argument("--dtype", choices=DTYPES, help="default: bf16; fp32 on a CPU")
+    show.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the inputs (default: bf16; fp32 on a CPU)"
+    )
     show.add_argument(
         "--out",
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="for check.json (default: this folder)",
+        help="folder for check.json (default: this folder)",
     )
 
 
 def rows(text: str) -> int:
-    """A number of rows that is large enough for their mean error to mean something."""
+    """Parse a number of rows that is large enough for their mean error to mean something."""
     if not text.isascii() or not text.isdecimal() or int(text) < 64:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 64")
     return int(text)
 
 
 class Plan:
-    """What is to be checked: the options, with defaults in the place of those left out. `left_out`:
-    why each other implementation is not checked."""
+    """The checks to run: the options, with defaults for those left out. `left_out` has the reason
+    for each implementation that is not checked."""
 
     def __init__(self, options: argparse.Namespace, device: Cpu | Cuda) -> None:
         width, rows, dtype = DEFAULTS[device.kind]
@@ -119,19 +128,19 @@ class Plan:
                 if reasons[name]
             ]
             if wrong:
-                raise ValueError(f"--impl: got {'; '.join(wrong)}; want of {', '.join(fit)}")
+                raise ValueError(f"--impl: got {'; '.join(wrong)}; want one of {', '.join(fit)}")
             self.impls = list(dict.fromkeys(options.impl))
             self.left_out = {}
         else:
             fast = [name for name in fit if name != "torch"]
-            # On a GPU "torch" is only for what the others cannot do.
+            # On a GPU "torch" is only for what the other implementations cannot do.
             self.impls = fast if fast and device.kind == "cuda" else ["torch", *fast]
             self.left_out = {name: reason for name, reason in reasons.items() if reason}
 
 
 class Child:
-    """The process of an implementation. Each line that it tells goes to `heard`, with the child;
-    None follows at its end."""
+    """The process of one implementation. It puts each line that the process prints into `heard`,
+    with itself, and None at the end."""
 
     def __init__(
         self, impl: str, plan: Plan, heard: queue.Queue[tuple[Child, dict[str, Any] | None]]
@@ -151,8 +160,8 @@ class Child:
             str(plan.rows),
             plan.dtype,
         ]
-        # Threads that wait for each other by spinning would take the cores from other processes on
-        # a busy machine.
+        # Threads that spin while they wait would take the cores from other processes on a busy
+        # machine.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
         self.process = subprocess.Popen(
             command,
@@ -174,26 +183,25 @@ class Child:
         heard.put((self, None))
 
     def go(self) -> None:
-        """Let it have the device for itself."""
+        """Give the process the device for itself."""
         assert self.process.stdin is not None
         self.ready = False
         self.deadline = time.monotonic() + LIMIT
-        # If it has died meanwhile, the end of its output says so.
+        # If the process has died meanwhile, the end of its output says so.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
     def kill(self) -> bool:
-        """End it and the processes that it has started; whether it was still there."""
+        """End the process and those that it has started; return whether it was still alive."""
         alive = self.process.poll() is None
-        # Also one that has died may have left others behind.
+        # A dead process may have left others behind.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return alive
 
     def obituary(self) -> dict[str, Any] | None:
-        """The record of a process that did not come to its end, by itself or ended here; None of
-        one that did."""
+        """Return the record of a process that died or was ended here, or None if it finished."""
         hung = False
         try:
             status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
@@ -223,14 +231,15 @@ class Child:
 
 
 class Report:
-    """The lines on the screen and check.json, which is whole after each of them."""
+    """The lines on the screen, and check.json, which is complete after each of them."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
         self.about = about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        # at once, since this run may end before its first line, and an earlier file would stay
+        # This saves at once, because the run may end before its first line, and an earlier file
+        # would stay.
         self.save(finished=False)
 
     def add(self, impl: str, record: dict[str, Any]) -> None:
@@ -250,8 +259,8 @@ class Report:
 
 
 def strict(value: Any) -> Any:
-    """`value` as JSON can say it, which has no nan and no infinity: None and "inf" in their
-    places."""
+    """Return `value` without the numbers that JSON does not have: nan becomes None, infinity
+    "inf"."""
     if isinstance(value, dict):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -262,8 +271,8 @@ def strict(value: Any) -> Any:
 
 
 def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
-    """Run the checks; returns the exit status. `facts`: what a bug report says of the machine.
-    Raises ValueError for arguments that cannot be met here."""
+    """Run the checks and return the exit status. `facts` describes the machine for a bug report.
+    Raises ValueError for arguments that this machine cannot meet."""
     began = time.monotonic()
     device = current()
     plan = Plan(options, device)
@@ -304,9 +313,11 @@ def _follow(
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]],
     report: Report,
 ) -> None:
-    """Take down what the children tell, until all have ended. Small checks run side by side, since
-    most of their time is imports and compilation; what is timed runs when all others wait or have
-    ended."""
+    """Record what the children report, until all have ended.
+
+    Small checks run side by side, because they spend most of their time on imports and compilation.
+    Timed checks run when all others wait or have ended.
+    """
     living = list(children)
     while living:
         if all(child.ready for child in living):
@@ -319,7 +330,7 @@ def _follow(
                 heard.put((child, None))
             continue
         if child not in living:
-            continue  # this is what it told before it was ended
+            continue  # The child wrote this before it was ended.
         if line is None:
             living.remove(child)
             if record := child.obituary():

@@ -1,4 +1,4 @@
-"""The two kinds of device behind one face: how a step is timed, what a run on it must say about the
+"""The two kinds of device behind one interface: how to time a step, and what to record about the
 machine."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from pre_kernels.fused.products import HALF_UNITS
 
 MIB = 2**20
-# bytes written between samples, several times the L2 cache of any GPU so far
+# This many bytes are written between samples, several times the L2 cache of any GPU so far.
 FLUSH = 512 * MIB
-# This variable is set once nvidia-smi was too slow, so that the processes which this one starts do
-# not wait for it again.
+# This variable is set once nvidia-smi was too slow, so that child processes do not wait for it
+# again.
 SILENT = "PRE_KERNELS_NO_SMI"
-# clock cycles, about 2 ms, for which the GPU spins while the host queues the step
+# The GPU spins for this many clock cycles, about 2 ms, while the host queues the step.
 HEAD_START = 4_000_000
 
 
@@ -42,18 +42,18 @@ class Cpu:
         pass
 
     def sample(self, step: Callable[[], Any]) -> float:
-        """Milliseconds of one step."""
+        """Return the milliseconds of one step."""
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
 
     def free(self) -> int | None:
-        """Bytes that can still be allocated; None where the system does not say."""
+        """Return the bytes that can still be allocated, or None where the system does not say."""
         match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
         return int(match[1]) << 10 if match else None
 
     def enqueue_us(self, step: Callable[[], Any]) -> float | None:
-        """None: a step is done when it returns."""
+        """Return None: on a CPU a step is done when it returns."""
         return None
 
     @contextlib.contextmanager
@@ -70,8 +70,12 @@ class Cuda:
         return torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
     def describe(self) -> dict[str, Any]:
-        """The card and its clocks at this moment, just after work: no setting of it is changed.
-        What cannot be read, as after a kernel's illegal access, is missing or None."""
+        """Return the card and its clocks at this moment, just after work, without changing a
+        setting.
+
+        A value that cannot be read, for example after a kernel's illegal access, is missing or
+        None.
+        """
         said: dict[str, Any] = {
             "device": "a GPU",
             "cuda": torch.version.cuda or torch.version.hip,
@@ -86,16 +90,16 @@ class Cuda:
         torch.cuda.synchronize()
 
     def free(self) -> int | None:
-        """Bytes that can still be allocated."""
+        """Return the bytes that can still be allocated."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
     def sample(self, step: Callable[[], Any]) -> float:
-        """Milliseconds of one step between two events, from a cold L2 cache and with its launches
-        queued ahead.
+        """Return the milliseconds of one step between two events, from a cold L2 cache and with its
+        launches queued ahead.
 
-        A step that makes the host wait (a mask's count, say) loses its head start there, and pays
-        for it as it would in training.
+        A step that makes the host wait (for a mask's count, say) loses its head start there, and
+        pays for it as it would in training.
         """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.scratch.zero_()
@@ -107,8 +111,9 @@ class Cuda:
         return float(start.elapsed_time(end))
 
     def enqueue_us(self, step: Callable[[], Any]) -> float | None:
-        """Microseconds in which the host queues a step, while the GPU is busy with something else;
-        the median of a few. A step that makes the host wait counts the wait too."""
+        """Return the microseconds in which the host queues a step while the GPU is busy with
+        something else, as the median of a few. A step that makes the host wait counts the wait
+        too."""
         samples = []
         for _ in range(5):
             torch.cuda.synchronize()
@@ -120,8 +125,8 @@ class Cuda:
         return statistics.median(samples)
 
     def peak(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[float, float]:
-        """MiB allocated at the peak of a step beyond what was there before it, and MiB of the
-        gradients returned."""
+        """Return the MiB allocated at the peak of a step beyond those before it, and the MiB of the
+        returned gradients."""
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -132,7 +137,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def syncs_forbidden(self) -> Iterator[None]:
-        """Raises where PyTorch makes the host wait for the device."""
+        """Raise where PyTorch makes the host wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             # PyTorch warns that this is a prototype.
@@ -145,7 +150,7 @@ class Cuda:
 
 
 def current() -> Cpu | Cuda:
-    """The GPU if there is one, unless kernels are interpreted."""
+    """Return the GPU if there is one, unless kernels are interpreted."""
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return Cuda()
     return Cpu()
@@ -157,7 +162,8 @@ def _spin() -> None:
 
 
 def _card() -> dict[str, str | None]:
-    """What nvidia-smi says of the first card; None where it says nothing, or not in time."""
+    """Return what nvidia-smi reports about the first card, with None for whatever it does not
+    report in time."""
     names = (
         "driver_version",
         "clocks.sm",
@@ -173,7 +179,7 @@ def _card() -> dict[str, str | None]:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
             out = done.stdout
     except (OSError, subprocess.CalledProcessError):
-        # There is no answer: the output of a failed call is the reason, not the values.
+        # A failed call prints the reason instead of the values.
         pass
     except subprocess.TimeoutExpired:
         os.environ[SILENT] = "1"
@@ -189,5 +195,5 @@ def _cpu_name() -> str:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
-    except OSError:  # another system
+    except OSError:  # Only Linux has these files.
         return ""

@@ -1,4 +1,4 @@
-"""What the documentation guarantees of a call: it makes no host sync, a CUDA graph can hold it, and
+"""The guarantees of the documentation: a call makes no host sync, a CUDA graph can hold it, and
 torch.compile finds no break.
 
 Each check returns its outcome in words, or raises.
@@ -17,15 +17,15 @@ from .cases import Step, step
 from .device import Cpu, Cuda
 from .rule import Case
 
-# the outcomes of `graph` and `fullgraph` where the guarantee holds
+# `graph` and `fullgraph` return these outcomes where the guarantee holds.
 CAPTURED = "captured, same gradients"
 NO_BREAK = "no break"
 
 
 def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str:
-    """A step after the first, in which the host must not wait for the device."""
+    """Run a second step, in which the host must not wait for the device."""
     again = step(function, case)
-    again()  # the first step compiles
+    again()  # The first step compiles.
     device.synchronize()
     try:
         with device.syncs_forbidden():
@@ -37,8 +37,8 @@ def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str
 
 @contextlib.contextmanager
 def output_shapes() -> Iterator[None]:
-    """Inside it torch.compile captures outputs whose length a mask selects. Torch 2.9 does so only
-    where it is told to."""
+    """Make torch.compile capture outputs whose length a mask selects. Torch 2.9 does so only with
+    this setting."""
     config = torch._dynamo.config
     captured = torch.__version__.startswith("2.9.") or config.capture_dynamic_output_shape_ops
     with config.patch(capture_dynamic_output_shape_ops=captured):
@@ -46,7 +46,8 @@ def output_shapes() -> Iterator[None]:
 
 
 def fullgraph(function: Callable[..., Tensor], case: Case, backend: str = "inductor") -> str:
-    """The whole call in one graph of torch.compile, and the gradients that it gives without."""
+    """Compile the whole call to one graph, and compare its gradients with those of the uncompiled
+    call."""
     torch.compiler.reset()
     expected = step(function, case)()
     compiled = torch.compile(
@@ -60,8 +61,8 @@ def fullgraph(function: Callable[..., Tensor], case: Case, backend: str = "induc
 def graph(
     device: Cpu | Cuda, step: Step, case: Case, capture: Callable[..., Any] | None = None
 ) -> tuple[str, Callable[[], Any]]:
-    """A graph that is replayed on the rows it was captured with, and on others in the same tensor:
-    a mask of another N. Returns the outcome, and what replays the graph."""
+    """Replay a graph on the rows of its capture, and on others in the same tensor: a mask of
+    another N. Return the outcome, and the function that replays the graph."""
     rows = case.rows
     assert rows is not None
     first_rows = rows.clone()
@@ -82,9 +83,10 @@ def graph(
 
 
 def other_rows(rows: Tensor) -> Tensor:
-    """Rows of the same capacity: the ones before them; of a mask every third less."""
+    """Return rows of the same capacity: each row's predecessor; for a mask, every third row
+    less."""
     if rows.dtype != torch.bool:
-        # A prompt stands before the visual tokens of every shape, so that these exist.
+        # A prompt precedes the visual tokens of every shape, so these rows exist.
         return rows - 1
     fewer = rows.roll(-1, dims=-1)
     fewer[..., ::3] = False
@@ -92,7 +94,8 @@ def other_rows(rows: Tensor) -> Tensor:
 
 
 def captured(step: Step) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
-    """A CUDA graph of the step: what replays it, and the gradients that a replay writes."""
+    """Capture a step in a CUDA graph; return the function that replays it, and the gradients that a
+    replay writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -106,8 +109,8 @@ def captured(step: Step) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
 
 
 def same_gradients(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Whether they are equal within a few roundings: the order of sums is free, and what is
-    compiled may round less often."""
+    """Whether gradients are equal within a few roundings: the order of sums is free, and compiled
+    code may round less often."""
     return all(
         bool((a.double() - b.double()).norm() <= 8 * torch.finfo(b.dtype).eps * b.double().norm())
         for a, b in zip(got, expected, strict=True)

@@ -1,9 +1,9 @@
-"""The checks of one implementation, in a process of their own:
-`python -m pre_kernels.check.implementation IMPL WIDTH ROWS DTYPE`.
+"""The checks of one implementation, in their own process: `python -m
+pre_kernels.check.implementation IMPL WIDTH ROWS DTYPE`.
 
-Prints a JSON object a line: {"begin": check}, then its finding; {"ready": true} where the small
-checks are done and it waits for a line of input, because what follows needs the device for itself;
-{"done": true} at the end.
+It prints one JSON object per line: {"begin": check}, then the check's finding; {"ready": true} when
+the small checks are done and it waits for a line of input, because the rest needs the device for
+itself; {"done": true} at the end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from .device import FLUSH, MIB, Cpu, Cuda, current
 from .rule import Case, Judge
 from .timing import interleaved, spread
 
-# the relative rms error that is let through of an implementation whose precision no error rule can
-# hold
+# An implementation whose precision no error rule can hold may have this relative rms error.
 GATES = {"fp8": 0.1}
-# seconds of sampling
+# Sampling takes this many seconds.
 SECONDS = {"cpu": 3.0, "cuda": 2.0}
 NAMES = (
     "error, small case",
@@ -47,7 +46,7 @@ NAMES = (
 
 
 class Finding(NamedTuple):
-    """outcome: "pass" | "fail" | "skip", or "info" where nothing is guaranteed."""
+    """The outcome of a check: "pass", "fail" or "skip", or "info" where nothing is guaranteed."""
 
     outcome: str
     says: str
@@ -59,7 +58,7 @@ def interpreted() -> bool:
 
 
 def unfit(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why an implementation cannot be checked there; None if it can."""
+    """Return why an implementation cannot be checked there, or None if it can."""
     if impl == "torch":
         return None
     reason = unavailable(device, dtype)
@@ -68,14 +67,14 @@ def unfit(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> st
     if device.type == "cpu":
         return "float8 products need a GPU"
     if dtype != torch.bfloat16:
-        return "float8 products go with --dtype bf16 only"
+        return "float8 products need --dtype bf16"
     return fp8_unavailable(device) or (
         f"--width: got {width}, want at most 8192" if width > 8192 else None
     )
 
 
 class Checks:
-    """The checks of an implementation: a method each, which returns its finding or raises."""
+    """The checks of an implementation. Each method returns its finding or raises."""
 
     def __init__(self, impl: str, width: int, rows: int, dtype: str) -> None:
         self.impl = impl
@@ -87,7 +86,7 @@ class Checks:
         )
         self.function = partial(fused_pre_loss, **options)
         self.timed = impl == "torch" or not interpreted()
-        # Both have one width, so that they share their compiled kernels.
+        # Both shapes have the same width, so that they share their compiled kernels.
         self.small = Shape("small", 3, 101, 67, width, width, width, "ragged")
         self.real = Shape(
             "real", 1, -(-rows * 16 // 9), rows, width, width, width, "9 of 16 rows, as of images"
@@ -97,10 +96,10 @@ class Checks:
         self.failed = False
 
     def calls(self) -> dict[str, Case]:
-        """The small calls without a host sync."""
+        """Return the small calls that make no host sync."""
         place = self.device.torch_device
         calls = {"integer rows": case(self.small, self.dtype, place)}
-        if self.impl != "torch":  # "torch" waits for the count of a mask
+        if self.impl != "torch":  # "torch" waits for the count of a mask.
             weighted = case(self.small, self.dtype, place, "mask")
             weighted.options = {
                 "row_weight": torch.rand(self.small.batch, self.small.tokens, device=place)
@@ -112,8 +111,7 @@ class Checks:
         return calls
 
     def small_error(self) -> Finding:
-        """Rows as they come: a mask with gaps, with weights and without, and indices in any
-        order."""
+        """Check a mask with gaps, with and without weights, and indices in any order."""
         if short := self._short(self.small, torch.float64):
             return short
         place = self.device.torch_device
@@ -174,8 +172,11 @@ class Checks:
         return Finding("pass", ", ".join(calls))
 
     def fullgraph(self) -> Finding:
-        """With a backend that compiles nothing, since only the absence of a break is guaranteed. Of
-        the calls, which take seconds each, the one with most arguments."""
+        """Check one call for graph breaks.
+
+        The backend compiles nothing, because only the absence of a break is guaranteed. A call
+        takes seconds, so this takes only the one with the most arguments.
+        """
         if short := self._short(self.small, self.dtype):
             return short
         name, call = list(self.calls().items())[-1]
@@ -194,7 +195,7 @@ class Checks:
             returned = measured["returned_mib"]
         else:
             again = self._step()
-            # After a first step the vendor's libraries have their scratch memory.
+            # The first step makes the vendor's libraries allocate their scratch memory.
             again()
             peak, returned = self.device.peak(again)
         designed = formula(self.real, self.dtype, self.impl, self.device.torch_device) / MIB
@@ -213,7 +214,7 @@ class Checks:
 
     def time(self) -> Finding:
         if self.failed:
-            return Finding("skip", "not of results that are wrong")
+            return Finding("skip", "not timed, because its results are wrong")
         if short := self._short(self.real, self.dtype):
             return short
         call = case(self.real, self.dtype, self.device.torch_device)
@@ -235,7 +236,7 @@ class Checks:
         return Finding("info", says, {**times, "over": over, "enqueue_us": host})
 
     def resident(self) -> dict[str, float]:
-        """What `memory.fresh` is told, in a process that has done nothing else."""
+        """Return the values that `memory.fresh` reads, in a process that has done nothing else."""
         rise, returned = memory.second(self._step())
         return {"peak_mib": rise, "returned_mib": sum(x.nbytes for x in returned) / MIB}
 
@@ -243,7 +244,8 @@ class Checks:
         return step(self.function, case(self.real, self.dtype, self.device.torch_device))
 
     def _short(self, shape: Shape, dtype: torch.dtype) -> Finding | None:
-        """The finding that a size does not fit into memory, or None; `dtype`: of the arithmetic."""
+        """Return the finding that a size does not fit into memory, or None. `dtype` is that of the
+        arithmetic."""
         want = needed(shape, dtype, workspace(self.impl, self.device.torch_device, dtype))
         free = self.device.free()
         if isinstance(self.device, Cuda):
@@ -259,7 +261,7 @@ class Checks:
 
 
 def _named(name: str, check: Callable[..., Any], *arguments: Any) -> Any:
-    """The check of one kind of call, whose name is put before what it raises."""
+    """Run the check of one kind of call, and put the call's name before what it raises."""
     try:
         return check(*arguments)
     except Exception as error:
@@ -273,8 +275,11 @@ def first_line(error: BaseException) -> str:
 def report(
     checks: Checks, tell: Callable[[dict[str, Any]], object], wait: Callable[[], object]
 ) -> None:
-    """Run them in order and `tell` of each; `wait` returns when the device is free for what is
-    large or timed, and something false where nobody listens any more."""
+    """Run the checks in order and `tell` each finding.
+
+    `wait` returns when the device is free for large or timed checks. It returns something false if
+    nobody listens any more.
+    """
     small = (checks.small_error, checks.sync, checks.graph, checks.fullgraph)
     large = (checks.real_error, checks.peak, checks.time) if checks.timed else ()
     for number, check in enumerate(small + large):
@@ -308,7 +313,7 @@ def report(
         if lost:
             break
     if not large:
-        says = "an interpreter's size, memory and time say nothing"
+        says = "not checked, because the kernels are interpreted"
         tell(
             {
                 "check": "real size, memory, time",
@@ -328,10 +333,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("width", type=int)
     parser.add_argument("rows", type=int)
     parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("--peak", action="store_true", help="of resident memory, and nothing else")
+    parser.add_argument(
+        "--peak", action="store_true", help="measure only the peak of resident memory"
+    )
     options = parser.parse_args(argv)
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    # What libraries print goes to stderr, so that every line on stdout is ours.
+    # Libraries print to stderr from here on, so every line on stdout is a record.
     os.dup2(2, 1)
 
     def tell(line: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of a step on the CPU, from what Linux counts of the process."""
+"""Measure the peak memory of a step on the CPU, as Linux counts it for the process."""
 
 from __future__ import annotations
 
@@ -19,42 +19,43 @@ RESET = Path("/proc/self/clear_refs")
 
 
 def _resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (the peak since the last reset), in MiB."""
+    """Return VmRSS (the current value) or VmHWM (the peak since the last reset), in MiB."""
     match = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     assert match, f"no {field} in {STATUS}"
     return int(match[1]) / 1024
 
 
 def _trim() -> None:
-    """Give freed memory back to the system: else the second step would reuse it unseen."""
+    """Give freed memory back to the system; otherwise the second step would reuse it unseen."""
     gc.collect()
-    # Another libc has no malloc_trim: small blocks may be reused then, large ones are mapped.
+    # Other libcs do not have malloc_trim: small blocks may be reused then, while large ones are
+    # mapped.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def missing() -> str | None:
-    """Why the peak cannot be read here; None if it can."""
+    """Return why the peak cannot be read here, or None if it can."""
     return None if RESET.exists() else f"no {RESET} on this system"
 
 
 def second(step: Callable[[], Any]) -> tuple[float, Any]:
-    """How far resident memory rose during the second of two steps, in MiB, and what that step
-    returned."""
+    """Run a step twice; return how many MiB resident memory rose during the second, and what that
+    step returned."""
     step()
     _trim()
     before = _resident("VmRSS")
-    # The peak restarts from what is resident now.
+    # This resets the peak to the memory that is resident here.
     RESET.write_text("5")
     returned = step()
     return _resident("VmHWM") - before, returned
 
 
 def fresh(module: str, *arguments: str, folder: Path | None = None) -> dict[str, Any]:
-    """The JSON that a module prints last, run in `folder` in a process of its own.
+    """Run a module in `folder` in its own process, and return the JSON that it prints last.
 
-    That process maps large blocks one by one, so that only memory in use is counted. By default
-    glibc keeps some that is free, a seventh more or less from run to run.
+    That process maps large blocks one by one, so that only memory in use counts. By default glibc
+    keeps some free memory, which varies by a seventh from run to run.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}

@@ -1,5 +1,5 @@
-"""The error rule: how far from float64 the loss and gradients of an implementation may be, judged
-beside eager's."""
+"""The error rule: how far from float64 the loss and gradients of an implementation may be, compared
+with eager's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRONG = {2: 5.0, 4: 100.0}
 
 @dataclass
 class Case:
-    """The tensors and keywords of one call; `autocast` is the dtype to run it under."""
+    """The tensors and keywords of one call. `autocast` is the dtype to run it under."""
 
     tensors: dict[str, Any]  # by name; None for a bias that is left out
     rows: Tensor | None = None
@@ -39,8 +39,8 @@ class Case:
 def run(
     function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
 ) -> dict[str, Tensor]:
-    """Loss and gradients of `function`, with the inputs cast to `dtype` if there is one (float64:
-    the oracle)."""
+    """Return loss and gradients of `function`. With `dtype` the inputs are cast to it first
+    (float64 is the oracle)."""
     tensors: dict[str, Any] = {
         name: None if x is None else (x.detach() if dtype is None else x.detach().to(dtype))
         for name, x in case.tensors.items()
@@ -62,7 +62,7 @@ def run(
         loss = function(**tensors, rows=case.rows, **options, **extra)
     out = {"loss": loss.detach()}
     if leaves:
-        # With a loss for each row, the upstream gradient differs from row to row.
+        # If each row has a loss, the upstream gradient differs from row to row.
         factor = ramp(loss.numel()).to(loss.device) if loss.dim() else 1.0 + 0 * loss.detach()
         upstream = (case.upstream * factor).to(loss.dtype)
         grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
@@ -80,12 +80,12 @@ def run(
 
 
 def ramp(rows: int) -> Tensor:
-    """(rows,) float64 factors of the upstream gradient of `reduction="none"`."""
+    """Return (rows,) float64 factors for the upstream gradient of `reduction="none"`."""
     return torch.linspace(0.5, 1.5, rows, dtype=torch.float64)
 
 
 class Comparison(NamedTuple):
-    """One tensor of a call, and what `judge` needs to know of it."""
+    """One tensor of a call, with everything that `judge` needs to know about it."""
 
     name: str
     ours: Tensor
@@ -93,16 +93,16 @@ class Comparison(NamedTuple):
     oracle: Tensor
     eps: float
     few: float | None
-    # what has to be added to `oracle` where the oracle is wider than any dtype of a tensor
+    # If the oracle is wider than any dtype of a tensor, this has to be added to `oracle`.
     rest: Tensor | float = 0.0
 
     def overflowed(self) -> Tensor:
-        """Where ours is the infinity that the oracle rounds to."""
+        """Return where ours is the infinity that the oracle rounds to."""
         return ~self.ours.isfinite() & (self.ours == self.oracle.to(self.ours.dtype))
 
     def errors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ours, eager's, and what they are of: float64, flat, where eager is finite and what it
-        should be is."""
+        """Return our errors, eager's errors and the oracle's values, flat in float64, where eager
+        is finite and the expected value is too."""
         finite = self.eager.isfinite() & ~self.overflowed()
         rest = self.rest[finite] if isinstance(self.rest, Tensor) else self.rest
         ours, eager, oracle = (x.double()[finite] for x in (self.ours, self.eager, self.oracle))
@@ -110,7 +110,7 @@ class Comparison(NamedTuple):
 
 
 def judge(comparison: Comparison) -> float:
-    """How much of the error rule a tensor of a call used up, at most 1. Raises AssertionError
+    """Return how much of the error rule a tensor of a call uses up, at most 1. Raise AssertionError
     beyond that, also under `python -O`."""
     name, ours, eager, oracle, eps, few, _ = comparison
     _require(
@@ -123,8 +123,8 @@ def judge(comparison: Comparison) -> float:
 
 
 def _overflow(comparison: Comparison) -> None:
-    """Where eager is not finite, ours has to be either not finite or the oracle's value, for which
-    only eager's products were too narrow."""
+    """Where eager is not finite, require that ours is not finite either, or is close to the
+    oracle's value, for which only eager's products were too narrow."""
     name, ours, eager, oracle, eps, *_ = comparison
     where = ours.isfinite() & ~eager.isfinite()
     if where.any():
@@ -139,10 +139,13 @@ def _overflow(comparison: Comparison) -> None:
 def judge_errors(
     name: str, ours: Tensor, eager: Tensor, oracle: Tensor, eps: float, few: float | None
 ) -> float:
-    """The error rule: for many elements, an RMS error of at most 1.1 × eager's and half an eps of
-    the RMS, and twice eager's largest; for a few, at most eager's and 2 eps of their scale `few` (2
-    eps alone are too little for eager itself: the scale knows nothing of cancellation inside a
-    row)."""
+    """Apply the error rule to the errors of one tensor.
+
+    Many elements may have an RMS error of at most 1.1 times eager's plus half an eps of the RMS,
+    and twice eager's largest error. Few elements may have at most eager's error plus 2 eps of their
+    scale `few`. 2 eps by themselves are too little even for eager, because the scale does not show
+    cancellation inside a row.
+    """
     if ours.numel() == 0:
         return 0.0
     largest = ours.abs().max().item()
@@ -166,15 +169,15 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 class Verdict(NamedTuple):
-    """What `Judge` finds of a function.
+    """The verdict of a `Judge` on a function.
 
     Attributes:
-        failure: what was outside the rule; None if nothing was.
+        failure: how the function broke the rule; None if it did not.
         error_ratio: the largest rms error of the gradients, each ÷ eager's in the same dtype.
         relative: the largest rms error of the gradients, each ÷ that gradient's own rms.
         share: how much of the rule, or of the gate, the worst tensor used up; nan beyond the rule.
-        wrong: whether the function is wrong, not merely rounded worse than the rule allows. The
-            latter is a result too, and no reason to leave a baseline out.
+        wrong: whether the function is wrong, rather than rounded worse than the rule allows. The
+            latter is a result too, and not a reason to leave a baseline out.
     """
 
     failure: str | None
@@ -185,7 +188,7 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Holds eager's result and the float64 one of a case; calling it judges a function on that
+    """Hold eager's result and the float64 result of a case. A call judges a function on that
     case."""
 
     def __init__(self, case: Case) -> None:
@@ -199,12 +202,12 @@ class Judge:
             losses = reference.pre_loss(
                 **wide, rows=case.rows, **case.options | {"reduction": "none"}
             )
-        # the scale on which the rounding of the summed loss acts
+        # The rounding of the summed loss acts on this scale.
         self.scale = losses.abs().mean().item()
 
     def __call__(self, function: Callable[..., Tensor], gate: float | None = None) -> Verdict:
-        """By the error rule; with a `gate` by that alone: a bound on the relative rms error of each
-        gradient."""
+        """Judge by the error rule, or with a `gate` only by that: a bound on the relative rms error
+        of each gradient."""
         result = run(function, self.case)
         eps = torch.finfo(self.case.product_dtype).eps
         many = {name: value for name, value in result.items() if value.numel() >= 64}
@@ -244,5 +247,5 @@ def _rms(value: Tensor) -> float:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """nan if any is."""
+    """Return the largest value, or nan if any value is nan."""
     return torch.tensor(list(values), dtype=torch.float64).max().item()

@@ -1,5 +1,4 @@
-"""Samples of several steps, interleaved so that a change of clocks or neighbours falls on all of
-them."""
+"""Sample several steps in turn, so that a change of clocks or neighbours affects all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 
 from .device import Cpu, Cuda
 
-# the least and the most rounds
+# These are the least and the most rounds.
 ROUNDS = {"cpu": (5, 25), "cuda": (20, 200)}
 
 
@@ -20,8 +19,8 @@ def interleaved(
     seconds: float,
     least: int | None = None,
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each step, round by round, the order rotating; for `seconds` and at least
-    that many rounds."""
+    """Return milliseconds of each step, in rounds whose order rotates, for `seconds` and at least
+    `least` rounds."""
     for step in steps.values():
         step()
     device.synchronize()
@@ -40,7 +39,7 @@ def interleaved(
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles in ms, and how many samples they are of."""
+    """Return median and quartiles in ms, and the number of samples."""
     low, middle, high = (
         statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     )

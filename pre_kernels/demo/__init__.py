@@ -2,5 +2,5 @@
 
 import logging
 
-# When it is imported, in every process, it warns about a kernel that nothing here uses.
+# At its import bitsandbytes warns, in every process, about a kernel that the demo does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The experiment: one vision tower and one LLM per seed, then LLaVA's two stages from them, without
+"""The experiment: per seed one vision tower and one LLM, then LLaVA's two stages from them, without
 and with PRe."""
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .train import train_stage
 from .workers import Bar, each_seed
 
 ARMS = ("without", "with")
-# how many scenes of each digit are written as files
+# This many scenes of each digit are written as files.
 SCENES = 12
-# parts of the model, by what the names of their parameters contain
+# These words in the names of parameters identify the parts of the model.
 PROJECTOR = ("multi_modal_projector",)
 LLM = ("language_model", "lm_head")
 HEAD = ("pre_head",)
@@ -40,10 +40,10 @@ HEAD = ("pre_head",)
 def compare(
     settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Everything measured, ready for JSON: `seeds` holds, per seed, the metrics "before", "without"
-    and "with".
+    """Return all measurements, ready for JSON: `seeds` holds, per seed, the metrics "before",
+    "without" and "with".
 
-    Seed 0's models and scenes that they have not seen are written into `keep`.
+    Seed 0's models, and scenes that no training saw, are written into `keep`.
     """
     start = time.monotonic()
     seeds = each_seed(run_seed, settings.seeds, (settings, device, keep), bar, jobs)
@@ -65,7 +65,7 @@ def compare(
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this runs from; None where it is installed."""
+    """Return the commit of the checkout that runs this, or None for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -76,8 +76,8 @@ def commit() -> str | None:
 def run_seed(
     seed: int, settings: Settings, device: str, keep: Path | None, bar: Bar
 ) -> dict[str, Any]:
-    """Both arms of one seed. They share the digits, the scenes, the pre-trained parts and the order
-    of the batches."""
+    """Run both arms of one seed. They share the digits, the scenes, the pre-trained parts and the
+    order of the batches."""
     digits = split_digits(seed)
     sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
@@ -111,10 +111,10 @@ def run_seed(
 def pretrained(
     scenes: Scenes, settings: Settings, seed: int, device: str, bar: Bar
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA whose tower knows digits and whose LLM knows text; its projector is untrained, so
-    they never met."""
+    """Return a LLaVA whose tower knows digits and whose LLM knows text. Its projector is untrained,
+    so the two parts have never met."""
     torch.manual_seed(seed)
-    # Any, since transformers' annotation of `to` takes no device.
+    # transformers' annotation of `to` does not accept a device, hence Any.
     untrained: Any = build(settings)
     model: LlavaForConditionalGeneration = untrained.to(device)
     decoder: Any = LlamaForCausalLM(untrained.config.text_config)

@@ -1,4 +1,4 @@
-"""The metrics of a model that the table and the plot show, on scenes that it never saw."""
+"""The metrics of a model that the table and the plot show, on scenes that no training saw."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ from .text import visual_batch
 
 @dataclass(frozen=True)
 class States:
-    """`hidden` (L + 1, S, PATCHES, d): visual tokens as they enter the LLM (0) and after each
-    layer; `correct` (S,)."""
+    """Hidden states of visual tokens, and whether the answers were correct.
+
+    `hidden` (L + 1, S, PATCHES, d) has the visual tokens as they enter the LLM (0) and after each
+    layer; `correct` is (S,).
+    """
 
     hidden: Tensor
     correct: Tensor
 
     def objects(self, layer: int) -> Tensor:
-        """The mean over each object's patches (S · OBJECTS, d)."""
+        """Return the mean over each object's patches, (S · OBJECTS, d)."""
         member = masks().to(self.hidden)
         return ((member / member.sum(-1, keepdim=True)) @ self.hidden[layer]).flatten(0, 1)
 
 
 def states(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 250) -> States:
-    """Hidden states of every layer on `scenes`, and whether the model's next token is the
-    answer."""
+    """Return the hidden states of every layer on `scenes`, and whether the model's next token is
+    the answer."""
     hidden: list[Tensor] = []
     correct: list[Tensor] = []
     with Reader(model) as reader:
@@ -67,8 +70,8 @@ def evaluate(
     settings: Settings,
     head: nn.Module | None,
 ) -> dict[str, Any]:
-    """All metrics of one model: probes and a fresh predictor are fitted on `fitting`, everything is
-    read on `test`."""
+    """Return all metrics of one model. Probes and a fresh predictor are fitted on `fitting`, and
+    every metric is computed on `test`."""
     before = states(model, fitting)
     after = states(model, test)
     layers = range(len(after.hidden))
@@ -103,15 +106,15 @@ def evaluate(
 
 
 def spectrum(hidden: Tensor) -> SpectrumSummary:
-    """The spectrum of all patches (S, PATCHES, d) of one layer."""
+    """Return the spectrum of all patches (S, PATCHES, d) of one layer."""
     patches = Spectrum()
     patches.update(hidden.flatten(0, 1))
     return patches.result()
 
 
 def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
-    """L_PRe on test scenes of a predictor fitted after training, on frozen states: the same reading
-    for every model."""
+    """Return L_PRe on test scenes of a predictor that is fitted after training on frozen states, in
+    the same way for every model."""
     layer = settings.pre_layer
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -129,6 +132,6 @@ def fresh_pre_loss(before: States, after: States, settings: Settings) -> float:
 
 
 def constant_pre_loss(before: States, after: States) -> float:
-    """L_PRe of the best prediction that looks at nothing: the mean direction of the embeddings."""
+    """Return L_PRe of the best constant prediction: the mean direction of the embeddings."""
     direction = nn.functional.normalize(before.hidden[0], dim=-1).mean((0, 1))
     return -nn.functional.cosine_similarity(after.hidden[0], direction, dim=-1).mean().item()

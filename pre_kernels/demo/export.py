@@ -1,5 +1,5 @@
-"""What the demo trained and looks at, as files: models with their processors, and images for
-`pre-kernels diagnose`."""
+"""Write the demo's results as files: models with their processors, and images for `pre-kernels
+diagnose`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .text import BEGIN, IMAGE
 
 
 def processor() -> LlavaProcessor:
-    """The model's: a token for each byte, images as they are in 0..1, the demo's question as
-    chat."""
-    # a character stands for each byte
+    """Return the model's processor: a token for each byte, images unchanged in 0..1, the demo's
+    question as chat."""
+    # A character stands for each byte.
     characters = pre_tokenizers.ByteLevel.alphabet()
     names = {_byte(c): c for c in characters}
     tokenizer = Tokenizer(models.BPE(vocab={names[i]: i for i in range(256)}, merges=[]))
@@ -28,7 +28,7 @@ def processor() -> LlavaProcessor:
     added = {"<image>": IMAGE, "<s>": BEGIN}
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in added])
     assert {name: tokenizer.token_to_id(name) for name in added} == added
-    # Imported here, since it says at its import that torchvision would be faster.
+    # This import stands here because it prints that torchvision would be faster.
     from transformers import CLIPImageProcessor
 
     fast: Any = PreTrainedTokenizerFast
@@ -56,14 +56,14 @@ def processor() -> LlavaProcessor:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """What `from_pretrained` and `pre-kernels diagnose` read."""
+    """Save the files that `from_pretrained` and `pre-kernels diagnose` read."""
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
 
 
 def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None:
-    """`each` scenes for each digit, in images/<digit>/*.png and masks/ alike; it fills the middle
-    and four more cells.
+    """Write `each` scenes for each digit to images/<digit>/*.png, with their masks in masks/. The
+    digit fills the middle and four more cells.
 
     Args:
         sources: the digit images to draw from, as numbers in scikit-learn's set.
@@ -90,7 +90,7 @@ def save_scenes(sources: np.ndarray, each: int, seed: int, folder: Path) -> None
 
 
 def _objects() -> np.ndarray:
-    """The number of the object at each pixel, from 1."""
+    """Return the number of the object at each pixel, from 1."""
     number = (
         (masks() * torch.arange(1, OBJECTS + 1)[:, None]).sum(0).view(SIDE // PATCH, SIDE // PATCH)
     )
@@ -98,8 +98,8 @@ def _objects() -> np.ndarray:
 
 
 def _byte(character: str) -> int:
-    """The byte that a character of the byte-level alphabet stands for: printable ones are
-    themselves."""
+    """Return the byte for which a character of the byte-level alphabet stands. Printable characters
+    stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     code = ord(character)

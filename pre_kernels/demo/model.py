@@ -1,5 +1,5 @@
-"""The tiny LLaVA: a CLIP vision tower, a projector and a Llama, each learned here before they
-meet."""
+"""The tiny LLaVA: a CLIP vision tower, a projector and a Llama. Tower and Llama are pre-trained
+here, each by itself."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .scenes import PATCH, SIDE, Scenes, regions
 from .settings import Settings
 from .text import BEGIN, IMAGE, VOCABULARY, text_batch
 
-# moves a progress bar on, and is told the loss of the step
+# This function moves a progress bar on and takes the loss of the step.
 Advance = Callable[[float], None]
 
 
 def build(settings: Settings) -> LlavaForConditionalGeneration:
-    """The untrained model."""
+    """Return the untrained model."""
     width = settings.width
     vision = CLIPVisionConfig(
         hidden_size=width,
@@ -54,7 +54,7 @@ def build(settings: Settings) -> LlavaForConditionalGeneration:
         text_config=text,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",  # leaves the class token out
+        vision_feature_select_strategy="default",  # This leaves the class token out.
         tie_word_embeddings=False,
     )
     return LlavaForConditionalGeneration(config)
@@ -113,7 +113,7 @@ def fit(
     advance: Advance,
     weight_decay: float = 0.0,
 ) -> None:
-    """Minimise `loss()` by AdamW: linear warm-up over at most 20 steps, then a cosine to 0."""
+    """Minimise `loss()` by AdamW, with linear warm-up over at most 20 steps, then a cosine to 0."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     warm_up = min(20, steps // 4 + 1)
     schedule = torch.optim.lr_scheduler.SequentialLR(

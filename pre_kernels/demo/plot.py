@@ -17,8 +17,8 @@ PANELS = (
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write the plot of a `results.document`: thin lines are seeds, bands ± one standard deviation
-    over them."""
+    """Write the plot of a `results.document`. Thin lines are seeds, and bands are ± one standard
+    deviation over them."""
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
     figure, axes = plots.grid(len(PANELS) + 1)
     for place, panel in zip(axes, PANELS, strict=False):

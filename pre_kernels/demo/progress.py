@@ -1,4 +1,5 @@
-"""Progress bars on the terminal, a line per stage where there is none (a log file, CI)."""
+"""Progress bars on a terminal, or one line per stage where there is no terminal (a log file,
+CI)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from .workers import Bar
 
 @contextmanager
 def bars(console: Console) -> Iterator[Bar]:
-    """A display in which every stage of the demo gets a bar."""
+    """Provide a display in which every stage of the demo gets a bar."""
     columns = (
         TextColumn("{task.description:<41}"),
         BarColumn(bar_width=None),

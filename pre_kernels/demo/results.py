@@ -1,4 +1,4 @@
-"""The results of a comparison as a table, a plot, sentences and a report; every number in them
+"""The results of a comparison as a table, a plot, sentences and a report. Every number in them
 comes from the runs."""
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pre_kernels.diagnostics.report import page
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
 from pre_kernels.diagnostics.report.statistics import effect, spread
 
-# how each arm is named and drawn
+# Each arm has a name and a style of line.
 ARMS = {
     "before": ("before visual training", {"color": "0.55", "linestyle": ":"}),
     "without": ("without PRe", {"color": COLOURS[1], "linestyle": "-"}),
     "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
 }
-# the metrics of a report by the names of the lists over layers
+# The keys are the names of the lists over layers, the values the metrics of a report.
 METRICS = {"probe": "linear_probe"} | {
     name: name
     for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
@@ -28,7 +28,7 @@ Rows = list[tuple[str, list[float] | None, list[float] | None]]
 
 
 def table_rows(results: dict[str, Any]) -> Rows:
-    """(name, a value per seed without PRe, and with it)."""
+    """Return the rows of the table: the name, and a value per seed without and with PRe."""
     depth = results["settings"]["layers"]
 
     def row(
@@ -57,7 +57,7 @@ def table_rows(results: dict[str, Any]) -> Rows:
 
 
 def difference(without: list[float] | None, with_: list[float] | None) -> list[float] | None:
-    """With minus without, seed by seed."""
+    """Return with minus without, seed by seed."""
     if without is None or with_ is None:
         return None
     return [b - a for a, b in zip(without, with_, strict=True)]
@@ -71,7 +71,7 @@ def cells(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the table shows, and how it was read."""
+    """Explain the columns and rows of the table."""
     settings = results["settings"]
     numbers = ", ".join(str(seed["seed"]) for seed in results["seeds"])
     return (
@@ -89,7 +89,7 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def conclusion(results: dict[str, Any]) -> list[str]:
-    """The differences in words that follow from the numbers."""
+    """Say in words which differences follow from the numbers."""
     settings = results["settings"]
     layer, depth = settings["layer"], settings["layers"]
     runs = results["seeds"]
@@ -120,7 +120,7 @@ def conclusion(results: dict[str, Any]) -> list[str]:
 
 
 def training(results: dict[str, Any]) -> list[str]:
-    """Those of the conclusions that are not about depth."""
+    """Return the conclusions that are not about depth."""
     runs = results["seeds"]
     curves = [run["with"]["train_pre_loss"] for run in runs]
     first, last = (mean(mean(c[part]) for c in curves) for part in (slice(0, 5), slice(-5, None)))
@@ -137,7 +137,8 @@ def training(results: dict[str, Any]) -> list[str]:
 
 
 def document(results: dict[str, Any]) -> dict[str, Any]:
-    """The same as a document for `diagnostics.report.page.html`, each seed a run."""
+    """Return the results as a document for `diagnostics.report.page.html`, with each seed as a
+    run."""
     settings = results["settings"]
     seeds = results["seeds"]
     layers = range(settings["layers"] + 1)
@@ -188,7 +189,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def save(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write demo.json, demo.md, demo.png and demo.html; returns their paths."""
+    """Write demo.json, demo.md, demo.png and demo.html, and return their paths."""
     from .plot import draw
 
     paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]

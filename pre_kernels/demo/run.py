@@ -1,4 +1,4 @@
-"""`pre-kernels demo`: run the comparison, show and save its results."""
+"""`pre-kernels demo`: run the comparison, and show and save its results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .workers import quiet
 def run(
     settings: Settings, device: str, out: Path, console: Console | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Train, measure, print the table, write the files into `out`; returns what was measured.
+    """Train, measure, print the table, write the files into `out`, and return the measurements.
 
-    On a CPU `jobs` seeds run at once, each in a thread of its own.
+    On a CPU `jobs` seeds run at once, each in its own process with one thread.
     """
     console = Console() if console is None else console
     restore = quiet()
@@ -46,7 +46,7 @@ def run(
         console.print(f"{what}: {path}", soft_wrap=True)
     models = out / "models"
     scenes = out / "scenes"
-    console.print("more of seed 0's models, layer by layer:")
+    console.print("To look at seed 0's models layer by layer, run:")
     more = [
         models / "without",
         scenes / "images",

@@ -1,4 +1,4 @@
-"""Scenes: real handwritten digits side by side, so that the object of every patch is known."""
+"""Scenes: real handwritten digits side by side, so that the object at every patch is known."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# pixels along a side of scikit-learn's handwritten digits
+# A digit of scikit-learn's set has this many pixels along a side.
 DIGIT = 8
-# pixels along a side of a patch: a digit covers 2 x 2 patches
+# A patch has this many pixels along a side, so a digit covers 2 x 2 patches.
 PATCH = 4
-# digits along a side of a scene
+# A scene has this many digits along a side.
 GRID = 3
 SIDE = GRID * DIGIT
 PATCHES = (SIDE // PATCH) ** 2
@@ -23,8 +23,11 @@ MIDDLE = OBJECTS // 2
 
 @dataclass(frozen=True)
 class Scenes:
-    """`images` (S, 3, SIDE, SIDE) in 0..1; of each digit, in reading order, its class 0..9 in
-    `digits` (S, OBJECTS) and its number in scikit-learn's set in `sources` (S, OBJECTS)."""
+    """Scenes with the digits in them, in reading order.
+
+    `images` is (S, 3, SIDE, SIDE) in 0..1. `digits` (S, OBJECTS) has the class 0..9 of each digit,
+    and `sources` (S, OBJECTS) its number in scikit-learn's set.
+    """
 
     images: Tensor
     digits: Tensor
@@ -35,8 +38,8 @@ class Scenes:
 
 
 def split_digits(seed: int) -> list[np.ndarray]:
-    """Disjoint sets of digit images, as numbers in scikit-learn's set: 55 % to train on, 22.5 % to
-    fit probes on, 22.5 % to test on."""
+    """Return disjoint sets of digit images, as numbers in scikit-learn's set: 55 % for training,
+    22.5 % to fit probes, 22.5 % for tests."""
     from sklearn.datasets import load_digits
 
     order = np.random.default_rng(seed).permutation(len(load_digits().target))
@@ -44,7 +47,8 @@ def split_digits(seed: int) -> list[np.ndarray]:
 
 
 def compose(sources: np.ndarray, count: int, seed: int) -> Scenes:
-    """`count` scenes of digit images drawn from `sources`; the same ones for the same seed."""
+    """Return `count` scenes of digit images drawn from `sources`. The same seed gives the same
+    scenes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -53,8 +57,8 @@ def compose(sources: np.ndarray, count: int, seed: int) -> Scenes:
 
 
 def drawn(chosen: np.ndarray) -> Tensor:
-    """The pictures (S, 3, SIDE, SIDE) in 0..1 of digits by their number in scikit-learn's set, (S,
-    OBJECTS)."""
+    """Return the images (S, 3, SIDE, SIDE) in 0..1 of digits with these numbers (S, OBJECTS) in
+    scikit-learn's set."""
     from sklearn.datasets import load_digits
 
     pixels = torch.from_numpy(load_digits().images).float() / 16
@@ -63,11 +67,11 @@ def drawn(chosen: np.ndarray) -> Tensor:
 
 
 def regions() -> Tensor:
-    """The object of each patch (PATCHES,): the same in every scene."""
+    """Return the object at each patch (PATCHES,), which is the same in every scene."""
     cell = torch.arange(SIDE // PATCH) // (DIGIT // PATCH)
     return (cell[:, None] * GRID + cell).flatten()
 
 
 def masks() -> Tensor:
-    """The patches of each object (OBJECTS, PATCHES), bool."""
+    """Return the patches of each object (OBJECTS, PATCHES), bool."""
     return regions() == torch.arange(OBJECTS)[:, None]

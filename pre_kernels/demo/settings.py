@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run depends on besides its seed and the installed versions."""
+    """Everything on which a run depends besides its seed and the installed versions."""
 
-    seeds: int = 2  # the runs are of seeds 0 .. seeds - 1
+    seeds: int = 2  # The runs have the seeds 0 .. seeds - 1.
     weight: float = 0.5  # λ
     layer: int | None = None  # None: half the decoder's depth
 
     width: int = 64
     layers: int = 8
-    vision_steps: int = 400  # the tower learns to name the digit under a patch
-    text_steps: int = 1000  # the LLM learns to continue source code
+    vision_steps: int = 400  # The tower learns to name the digit under a patch.
+    text_steps: int = 1000  # The LLM learns to continue source code.
     align_steps: int = 30  # LLaVA's first stage: projector only
     tune_steps: int = 400  # LLaVA's second stage: projector and LLM
     batch: int = 32
@@ -25,11 +25,12 @@ class Settings:
     text_bytes: int = 2_000_000
     vision_rate: float = 2e-3
     text_rate: float = 3e-3
-    # A tenth of the text's: LLaVA also tunes gently, so that the LLM keeps what it knows.
+    # This is a tenth of the text's rate: LLaVA also tunes gently, so that the LLM keeps what it
+    # knows.
     align_rate: float = 3e-4
     tune_rate: float = 3e-4
     train_scenes: int = 4000
-    test_scenes: int = 500  # as many again to fit probes and predictors on
+    test_scenes: int = 500  # Probes and predictors are fitted on as many other scenes.
     readout_steps: int = 200  # for the predictors that are fitted after training
 
     @property

@@ -1,4 +1,4 @@
-"""Text as bytes: the standard library's own source, and the question about a scene with its
+"""Text as bytes: the standard library's source code, and the question about a scene with its
 answer."""
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from .scenes import MIDDLE, PATCHES, Scenes
 
-# ids after those of the 256 bytes, and how many ids there are
+# These ids follow those of the 256 bytes; VOCABULARY is the number of ids.
 IMAGE = 256
 BEGIN = 257
 VOCABULARY = 258
 QUESTION = b" middle odd? "
-# the label of tokens without a loss
+# Tokens without a loss have this label.
 IGNORED = -100
 
 
 def library_source(limit: int) -> Tensor:
-    """The first `limit` bytes of the standard library's modules in alphabetical order, as token
-    ids."""
+    """Return the first `limit` bytes of the standard library's modules in alphabetical order, as
+    token ids."""
     content = bytearray()
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         content += file.read_bytes()
@@ -33,13 +33,14 @@ def library_source(limit: int) -> Tensor:
 
 
 def text_batch(corpus: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`count` random windows of `length` tokens, each after a BEGIN."""
+    """Return `count` random windows of `length` tokens, each after a BEGIN."""
     start = torch.randint(len(corpus) - length, (count, 1), generator=generator)
     return torch.cat([torch.full((count, 1), BEGIN), corpus[start + torch.arange(length)]], dim=1)
 
 
 def visual_batch(scenes: Scenes, index: Tensor) -> dict[str, Tensor]:
-    """The model's arguments for some scenes: image, question, answer; only the answer is a label.
+    """Return the model's arguments for some scenes: image, question, answer. Only the answer is a
+    label.
 
     The question is narrow on purpose: it asks for one bit about one of the nine digits.
     """

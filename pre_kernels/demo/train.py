@@ -30,9 +30,10 @@ def train_stage(
     seed: int,
     advance: Advance,
 ) -> list[dict[str, float]]:
-    """Train the parameters whose name contains one of `trained`; returns what the Trainer logged.
+    """Train the parameters whose name contains one of `trained`, and return what the Trainer
+    logged.
 
-    Knows nothing of PRe: a handle on the model adds its loss inside the model's forward.
+    This function does not know PRe: a handle on the model adds its loss inside the model's forward.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in trained))
@@ -56,7 +57,7 @@ def train_stage(
             seed=seed,
         )
         if arguments.n_gpu > 1:
-            # nn.DataParallel would gain nothing at this size.
+            # nn.DataParallel would not gain anything at this size.
             arguments._n_gpu = 1
         numbers: Any = list(range(len(scenes)))
         trainer = Trainer(
@@ -73,7 +74,7 @@ def train_stage(
 
 
 class _Advance(TrainerCallback):
-    """Moves a progress bar on."""
+    """Move a progress bar on."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance

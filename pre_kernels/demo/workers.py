@@ -1,4 +1,4 @@
-"""One process per seed: a seed computes in one thread, so several of them share a machine's
+"""Run one process per seed. A seed computes in one thread, so several of them share a machine's
 cores."""
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from threadpoolctl import threadpool_limits
 
 from .model import Advance
 
-# Makes a bar on the screen of a name and a number of steps; gives the function that moves it on.
+# A Bar makes a bar on the screen from a name and a number of steps, and gives the function that
+# moves it on.
 Bar = Callable[[str, int], AbstractContextManager[Advance]]
-# The queue in which a process tells of its bar. An event is (seed, what), where `what` is the bar's
-# name and steps at its beginning, the loss of each step, and None at its end.
+# A process reports its bar through this queue. An event is (seed, what): at the start `what` is the
+# bar's name and steps, then the loss of each step, and None at the end.
 _events: Any = None
 
 
 def each_seed(
     run: Callable[..., Any], seeds: int, arguments: tuple[Any, ...], bar: Bar, jobs: int
 ) -> list[Any]:
-    """`[run(seed, *arguments, bar) for seed in range(seeds)]`, in `jobs` processes; the bars stay
-    in this one."""
+    """Return `[run(seed, *arguments, bar) for seed in range(seeds)]`, computed in `jobs` processes.
+    The bars stay in this process."""
     if jobs == 1:
         return [run(seed, *arguments, bar) for seed in range(seeds)]
     # A forked child would inherit thread pools without their threads.
     context = multiprocessing.get_context("spawn")
-    # A SimpleQueue writes at once, so that what a seed tells comes before its end.
+    # A SimpleQueue writes at once, so a seed's reports come before its end.
     events = context.SimpleQueue()
     shown: dict[int, tuple[AbstractContextManager[Advance], Advance]] = {}
     with ProcessPoolExecutor(jobs, context, _begin, (events,)) as pool:
@@ -56,14 +57,14 @@ def each_seed(
 
 
 def quiet() -> Callable[[], None]:
-    """One thread and no chatter in this process; returns what puts both back."""
+    """Set one thread and no chatter in this process, and return a function that undoes both."""
     log: Any = transformers.logging
     verbosity = log.get_verbosity()
     threads = torch.get_num_threads()
     log.set_verbosity_error()
-    # More threads gain nothing at this width, and take several times as long on a busy machine.
+    # More threads do not help at this width, and take several times as long on a busy machine.
     torch.set_num_threads(1)
-    # the same for the thread pools of numpy and scipy
+    # The thread pools of numpy and scipy get the same limit.
     limits = threadpool_limits(1)
 
     def restore() -> None:

@@ -1,2 +1,2 @@
-"""The fused loss: the autograd Function, its operators, the loop over chunks and its
+"""The fused loss: the autograd Function, its operators, the loop over chunks, and the
 implementations."""

@@ -1,4 +1,5 @@
-"""The autograd.Function: what is computed when, and what is saved."""
+"""The autograd.Function: it decides what forward and backward compute, and what is saved between
+them."""
 
 from __future__ import annotations
 
@@ -12,24 +13,29 @@ from torch.autograd import forward_ad
 from ..problem import Options, Problem
 from . import ops
 
-INSTEAD = "reference.pre_loss, the equations in plain PyTorch, does"
+INSTEAD = "use reference.pre_loss, the equations in plain PyTorch"
 
 
 def recomputes(options: Options) -> bool:
-    """Whether the backward has to know the upstream gradient before it rounds: one per row for
-    "none"; in float16 GradScaler's factor, without which elements near 1/(N·|p|) would vanish."""
+    """Whether the backward has to know the upstream gradient before it rounds.
+
+    With "none" there is one upstream gradient per row. In float16 it carries GradScaler's factor,
+    without which elements near 1/(N·|p|) would underflow.
+    """
     return options.reduction == "none" or options.dtype == torch.float16
 
 
 class _PreLoss(torch.autograd.Function):
-    """Costs, for N rows of widths d → m → z: 6·N·m·(d+z) FLOP with all gradients wanted, in
-    forward.
+    """The loss as a node of autograd's graph. The forward already computes the gradients.
 
-    Saved: dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2, for an upstream
-    gradient of 1; no activation. With "torch" dH lies as hidden does, zero elsewhere: new memory
-    costs a CPU more than a pass over it. The backward scales them in one pass, where they lie if
-    the graph is not retained. Where it recomputes (see `recomputes`) only the inputs are saved, and
-    the backward repeats the two projections: 8 GEMMs instead of 6.
+    With all gradients wanted it costs 6·N·m·(d+z) FLOP for N rows of widths d → m → z.
+
+    It saves dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2, all for an
+    upstream gradient of 1, and no activation. With "torch" dH has the shape of hidden and is zero
+    in other rows, because new memory costs a CPU more than a pass over it. The backward scales the
+    gradients in one pass, in place unless the graph is retained. Where it recomputes (see
+    `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs
+    instead of 6.
     """
 
     @staticmethod
@@ -51,7 +57,8 @@ class _PreLoss(torch.autograd.Function):
         tensors = (hidden, w1, b1, w2, b2, anchor, rows, weight, normalizer)
         wanted = list(ctx.needs_input_grad[:5]) if grad_enabled else [False] * 5
         recompute = recomputes(Options(*options))
-        token = hidden.new_empty(0)  # an output, by which `_Once` reaches this node of the graph
+        # `_Once` reaches this node of the graph by this output.
+        token = hidden.new_empty(0)
         loss, divisor, scatter_map, dh, *sums = ops.call(
             "loss", *tensors, [False] * 5 if recompute else wanted, impl, *options
         )
@@ -64,17 +71,17 @@ class _PreLoss(torch.autograd.Function):
             ctx.total = hidden.shape[0]
             ctx.all_rows = rows is None
             if recompute:
-                # The rows are copied: the caller may reuse the tensor before the backward.
+                # The caller may change the rows before the backward, so they are copied.
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(
                     *tensors[:5], _constant(anchor), rows, _constant(weight), divisor, token
                 )
             else:
                 ctx.save_for_backward(scatter_map, dh, *sums, token)
-        # dH and the scatter map are outputs because under torch.compile their first size may depend
-        # on data, and such a size must not stay hidden in ctx.
+        # dH and the scatter map are outputs: under torch.compile their first size may depend on
+        # data, and such a size must not stay hidden in ctx.
         ctx.mark_non_differentiable(dh, scatter_map)
-        # Otherwise autograd would make zeros of dH's size, as the gradient of that output.
+        # By default autograd would make zeros of dH's size, as the gradient of that output.
         ctx.set_materialize_grads(False)
         return loss, dh, scatter_map, token
 
@@ -101,28 +108,28 @@ class _PreLoss(torch.autograd.Function):
                     in_place=_donated(upstream),
                 )
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled():  # The caller asked for create_graph=True.
             once: Callable[..., Tensor] = _Once.apply
             grads = [None if grad is None else once(grad, upstream, token) for grad in grads]
         return (*grads, *(None,) * 7)
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
-    """As it is, or a copy that autograd can save: anchors may come from an encoder under inference
-    mode."""
-    # A compiler cannot ask whether a tensor is of inference mode, and need not.
+    """Return the tensor, or a copy where autograd cannot save it: an anchor may come from an
+    encoder that runs in inference mode."""
+    # While torch.compile traces, `is_inference` cannot be asked, and the copy is not needed.
     if tensor is None or torch.compiler.is_compiling():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _donated(upstream: Tensor) -> bool:
-    """Whether this backward may scale the saved gradients where they lie, as nobody will ask for
-    them again."""
+    """Whether this backward may scale the saved gradients in place, because nobody will read them
+    again."""
     if torch.compiler.is_compiling():
         return False
     # Under `is_grads_batched`, or `torch.func.vmap` around `autograd.grad`, one backward returns
-    # several gradients, and the memory holds one.
+    # several gradients, and the saved memory has room for one.
     functorch = torch._C._functorch
     if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
         return False
@@ -134,10 +141,14 @@ def _dual(tensor: Tensor | None) -> bool:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that raises when it is differentiated, by the inputs (which the token leads to) or
-    by the upstream gradient. PyTorch's `once_differentiable` lets it pass as a constant where the
-    upstream gradient is one, and a penalty on the gradient would silently do nothing; so would one
-    hung on a leaf of its own, in `autograd.grad` by the inputs."""
+    """Pass a gradient on, and raise when it is differentiated by an input or by the upstream
+    gradient.
+
+    The token leads autograd to the inputs. PyTorch's `once_differentiable` is not enough: where the
+    upstream gradient is a constant it lets the gradient pass as a constant too, and a penalty on
+    the gradient would silently do nothing. A node on a leaf of its own would have the same gap in
+    `autograd.grad` by the inputs.
+    """
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, upstream: Tensor, token: Tensor) -> Tensor:
@@ -146,13 +157,15 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            f"fused_pre_loss: its gradient was differentiated; it is once-differentiable; {INSTEAD}"
+            "fused_pre_loss: its gradient was differentiated, but it is once-differentiable; "
+            f"{INSTEAD}"
         )
 
 
 def pre_loss(problem: Problem, impl: str) -> Tensor:
-    """The loss of a checked problem, computed by `impl`."""
-    # torch.compile would take these questions, or a `jvp` that raises, for a graph break.
+    """Compute the loss of a checked problem with `impl`."""
+    # While torch.compile traces, these questions would break the graph, as would a `jvp` that
+    # raises.
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
@@ -160,8 +173,8 @@ def pre_loss(problem: Problem, impl: str) -> Tensor:
             )
         if forward_ad._current_level >= 0 and any(_dual(tensor) for tensor in problem[:5]):
             raise NotImplementedError(f"fused_pre_loss: has no forward-mode derivative; {INSTEAD}")
-    # Grad mode is passed on because inside `forward` it is always off, and needs_input_grad says
-    # nothing of it.
+    # Grad mode is an argument because inside `forward` it is always off, and needs_input_grad does
+    # not show it.
     apply: Callable[..., tuple[Tensor, ...]] = _PreLoss.apply
     loss, *_ = apply(*problem[:9], tuple(problem.options), impl, torch.is_grad_enabled())
     return loss

@@ -1,7 +1,6 @@
-"""The operators that torch sees: loss and gradients, the scaling of gradients, and their
-recomputation.
+"""The operators that torch sees: loss with gradients, the scaling of gradients, and recomputation.
 
-Registered, so that torch.compile, export and fake tensors take each for one opaque call.
+They are registered, so torch.compile, export and fake tensors treat each as one opaque call.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .. import checks
 from ..problem import Options, Problem
 from .sweep import Gradients, Selection, Steps, allocate, sweep
 
-# The parts of the operators' schemas.
+# These are the parts of the operators' schemas.
 TENSORS = (
     "Tensor hidden, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor anchor, Tensor? rows, "
     "Tensor? weight, Tensor? normalizer"
@@ -42,13 +41,13 @@ LIBRARY.define(
 LIBRARY.define(
     f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {GRADIENTS}"
 )
-# `place` is the scatter map: programs that were exported know it by that name.
+# The schema says `place` for the scatter map, because exported programs use this name.
 LIBRARY.define(
     "rescale(Tensor upstream, Tensor? place, "
     f"Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, {DTYPES}) -> {GRADIENTS}"
 )
-# A gradient that has its final shape and dtype already is scaled where it lies, and an empty tensor
-# is returned for it.
+# This operator scales a gradient in place if it has its final shape and dtype already, and returns
+# an empty tensor for it.
 LIBRARY.define(
     "rescale_(Tensor upstream, Tensor? place, "
     "Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
@@ -59,7 +58,8 @@ LIBRARY.define(
 @lru_cache
 def steps_of(impl: str) -> type[Steps]:
     if impl == "triton":
-        from .steps_triton import TritonSteps  # imports triton
+        # This import needs triton, so it waits until an implementation needs it.
+        from .steps_triton import TritonSteps
 
         return TritonSteps
     if impl == "blas":
@@ -76,8 +76,8 @@ def _problem(tensors: Sequence[Any], options: Sequence[Any]) -> Problem:
 
 
 def _prepared(problem: Problem) -> Problem:
-    """The problem with contiguous row weights and the dtypes that the steps count on; what has them
-    already is not copied."""
+    """Return the problem with contiguous row weights, in the dtypes that the steps expect. A tensor
+    that already fits is not copied."""
     accum_dtype = problem.loss_dtype
     device = problem.hidden.device
     weight = problem.weight
@@ -101,18 +101,18 @@ def _select(steps: type[Steps], problem: Problem) -> Selection:
 
 
 def _empty_if_none(like: Tensor, tensors: Any) -> tuple[Tensor, ...]:
-    """What an operator returns: it cannot return None, so an empty tensor stands for it."""
+    """Replace None by an empty tensor, since an operator cannot return None."""
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
 def _none_if_empty(tensor: Tensor) -> Tensor | None:
-    """The reverse of `_empty_if_none`."""
+    """Reverse `_empty_if_none`."""
     return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """loss, D, the scatter map, dH, dW1, db1, dW2, db2: the gradients for an upstream gradient of
-    1."""
+    """Return loss, D, the scatter map, dH, dW1, db1, dW2, db2, with the gradients of an upstream
+    gradient of 1."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
@@ -127,7 +127,7 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of `upstream`, by another pass over the rows."""
+    """Return the gradients for `upstream`, by another pass over the rows."""
     tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
@@ -166,8 +166,8 @@ def rescaled(
     *rest: Any,
     in_place: bool,
 ) -> tuple[Tensor, ...]:
-    """`grads`, which are those of an upstream gradient of 1, times `upstream`; `in_place`: in their
-    memory as far as possible."""
+    """Return `upstream` times `grads`, which belong to an upstream gradient of 1. With `in_place`
+    reuse their memory as far as possible."""
     if not in_place:
         fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(
             upstream, scatter_map, *grads, *rest
@@ -189,7 +189,8 @@ def _finish(
     upstream: Tensor | None,
     in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The five gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is None."""
+    """Return the five gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is
+    None."""
     dh = None
     if grads.hidden is not None:
         dh = steps.scatter(grads.hidden, scatter_map, total, dtype, upstream, in_place)
@@ -211,9 +212,9 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     grads = allocate(problem, layout, capacity, wanted)
     if problem.rows is None:
         scatter_map = new(0)
-    elif layout.spread:  # the torch steps: the index itself
+    elif layout.spread:  # The torch steps return the index itself.
         scatter_map = new(capacity, dtype=torch.int64)
-    else:  # the Triton steps: the inverse of the index
+    else:  # The Triton steps return the inverse of the index.
         scatter_map = new(problem.hidden.shape[0], dtype=torch.int32)
     shape = (capacity,) if problem.options.reduction == "none" else ()
     loss, divisor = new(shape, dtype=accum_dtype), new((), dtype=accum_dtype)
@@ -264,15 +265,16 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-# The types of arguments that the dispatcher does nothing about: no subclass of Tensor, no symbol.
+# The dispatcher does nothing about arguments of these types: subclasses of Tensor and symbols are
+# not among them.
 PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
 
 
 def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """Call an operator, with grad mode off.
+    """Call an operator with grad mode off.
 
-    Where no mode, profiler or subclass of Tensor watches operators, the function behind it is
-    called instead: a small call on a CPU spends a tenth of its time in the dispatcher.
+    Where no mode, profiler or subclass of Tensor watches operators, this calls the function behind
+    the operator directly: a small call on a CPU spends a tenth of its time in the dispatcher.
     """
     watched = (
         torch.compiler.is_compiling()
@@ -288,9 +290,12 @@ def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _constant(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`real` with grad mode off: an exported program may call it with grad mode on and parameters
-    that require grad. Inside `autograd.Function` it is off already, and turning it off again would
-    take the host as long as a launch."""
+    """Wrap `real` so that it runs with grad mode off: an exported program may call it with grad
+    mode on and parameters that require grad.
+
+    Inside `autograd.Function` grad mode is off already, and switching it off again would cost the
+    host as much as a launch.
+    """
 
     def call(*arguments: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

@@ -1,4 +1,4 @@
-"""The steps with the vendor's products: Triton passes over the rows between them."""
+"""The steps with the vendor's matmuls and Triton passes over the rows between them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from .steps_triton import TritonSteps
 
 
 class BlasSteps(TritonSteps):
-    """A product takes its number of rows from the host. Where only the device knows N, all rows of
-    the capacity take part, zero beyond N: the result is right, and costs what the capacity
-    costs."""
+    """Steps whose matmuls take their number of rows from the host.
+
+    Where only the device knows N, all rows of the capacity take part, with zeros beyond N: the
+    result is right, and costs as much as the whole capacity.
+    """
 
     zero_padding = True
 
@@ -44,7 +46,7 @@ class BlasSteps(TritonSteps):
             )
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
-        # One buffer serves all: the rows of a pass are used once, by the product after it.
+        # One buffer serves all passes, because the matmul after a pass uses its rows once.
         return None if self.float8 is None else self.float8.rows(*rows.shape)
 
     def _linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The steps in plain PyTorch: the default on the CPU, and for float64 everywhere."""
+"""The steps in plain PyTorch: the default on the CPU, and for float64 on every device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .sweep import Gradients, Layout, Selection, Work, equal_parts
 
 aten = torch.ops.aten
 
-# The rows of a chunk, however small the workspace: products of fewer rows are slow.
+# A chunk has at least this many rows, however small the workspace, because matmuls of fewer rows
+# are slow.
 MIN_ROWS = 64
-# Products of this many rows are nearly as fast per row as those of more.
+# Matmuls of this many rows are nearly as fast per row as larger ones.
 FEW_ROWS = 512
-# Several passes over a chunk take this many bytes of float32 rows in turn, so that the rows stay in
-# a CPU's cache from one pass to the next.
+# Passes over a chunk handle this many bytes of float32 rows at a time, so that the rows stay in a
+# CPU's cache from one pass to the next.
 IN_CACHE = 1 << 20
 
-# Each activation forward and backward, into `out`; the backward takes (dG, Z).
+# Each activation has a forward and a backward that write to `out`; the backward takes (dG, Z).
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "gelu": (aten.gelu.out, aten.gelu_backward.grad_input),
     "gelu_tanh": (
@@ -36,8 +37,8 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    """-cos(p, a). As in `F.cosine_similarity` both norms are clamped at 1e-8, and the derivative of
-    p's norm is not."""
+    """-cos(p, a). As in `F.cosine_similarity`, both norms are clamped at 1e-8, but the derivative
+    is that of p's unclamped norm."""
     norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
     p_norm = norm.clamp_min(1e-8)
     p.div_(p_norm)
@@ -49,16 +50,17 @@ def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Te
     near: Tensor = torch.linalg.vecdot(p, a).unsqueeze(1)
     r = a.addcmul_(p, near, value=-1)
     part: Tensor = torch.linalg.vecdot(p, r).unsqueeze(1)
-    # Where no norm was clamped a few passes are saved; on a CPU asking makes nobody wait.
+    # If no norm was clamped, this saves a few passes. On a CPU the question does not make anyone
+    # wait.
     if norm.device.type == "cpu" and norm.min() >= 1e-8:
         cosine = near + part
         along = part
     else:
-        # |u| is less than 1 where the norm was clamped. An infinite norm has left zeros, and the
-        # formula for 1 is taken.
+        # |u| is less than 1 where the norm was clamped. An infinite norm leaves zeros, which take
+        # the formula for 1.
         length = torch.where(norm < p_norm, norm / p_norm, 1.0)
         cosine = near * length.square() + part
-        # A row of zeros has no direction.
+        # A row of zeros does not have a direction.
         along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
     if grad:
         # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p| = (along · u - r) / |p|
@@ -84,18 +86,18 @@ def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) ->
     return loss
 
 
-# Each returns the (n, 1) losses of float32 or wider rows p and a. Both are overwritten: with `grad`
-# p becomes coefficient · dℓ/dp.
+# Each function returns the (n, 1) losses of rows p and a, in float32 or wider. It overwrites both:
+# with `grad`, p becomes coefficient · dℓ/dp.
 ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
     @staticmethod
     def workspace(device: torch.device, dtype: torch.dtype) -> int:
-        """The most bytes that a chunk's buffers take, for products in `dtype`.
+        """Return the most bytes that a chunk's buffers take by default, for products in `dtype`.
 
-        In float32 chunks cost a CPU nothing; in half precision several chunks make it take the
-        products of the weights' gradients in float32.
+        In float32, chunks are free on a CPU. In half precision, several chunks force the matmuls
+        for the weights' gradients into float32.
         """
         if device.type != "cpu":
             return 256 << 20
@@ -108,7 +110,7 @@ class TorchSteps:
         dtype = problem.options.dtype
         budget = problem.options.workspace or cls.workspace(hidden.device, dtype)
         rows = budget // ((d + 2 * m + z) * dtype.itemsize)
-        # float16 is too narrow for gradients before GradScaler's factor is in them.
+        # Gradients do not fit into float16 until GradScaler's factor is in them.
         narrow = hidden.dtype == torch.float16 and dtype != torch.float16
         spread = problem.loss_dtype if narrow else hidden.dtype
         return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
@@ -122,7 +124,8 @@ class TorchSteps:
             and options.dtype == problem.loss_dtype
             and problem.hidden.device.type == "cpu"
         ):
-            most = min(most, max(FEW_ROWS, -(-capacity // 4)))  # a smaller peak, and as fast
+            # Four chunks have a smaller peak and are as fast.
+            most = min(most, max(FEW_ROWS, -(-capacity // 4)))
         return equal_parts(capacity, most, 1)
 
     @staticmethod
@@ -130,7 +133,7 @@ class TorchSteps:
         rows = problem.rows
         if rows is None:
             return Selection(None, None, None, problem.hidden.shape[0])
-        # The rows are copied: the caller may reuse the tensor before the backward.
+        # The caller may change the rows before the backward, so they are copied.
         index = rows.nonzero().squeeze(1) if problem.masked else rows.to(torch.long, copy=True)
         return Selection(index, index, None, index.shape[0])
 
@@ -154,12 +157,12 @@ class TorchSteps:
         def buffer(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
             return hidden.new_empty(rows, columns, dtype=dtype)
 
-        # Products of rows that are not contiguous add up one term after another, which makes small
-        # ones twice as wrong.
+        # Matmuls of rows that are not contiguous add up one term after another, which doubles the
+        # error of small ones.
         as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
         self.h = None if as_given else buffer(chunk, d)
         self.z, self.g = buffer(chunk, m), buffer(chunk, m)
-        # With a single chunk dP is used up before dH is written, so P may lie in dH's memory.
+        # With a single chunk dP is no longer needed when dH is written, so P may use dH's memory.
         if (
             dh is not None
             and dh.dtype == dtype
@@ -175,7 +178,7 @@ class TorchSteps:
         self.a = buffer(self.block, z, accum_dtype)
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        """The chunk's rows of hidden in the products' dtype."""
+        """Return the chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
         if self.h is None:
             return _part(hidden, start, stop)
@@ -217,7 +220,8 @@ class TorchSteps:
         add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0, copies=True)
 
     def backproject(self, start: int, stop: int) -> None:
-        torch.mm(self.p_rows, self.w2, out=self.g_rows)  # dG, over g, which is no longer needed
+        # dG overwrites g, which is no longer needed.
+        torch.mm(self.p_rows, self.w2, out=self.g_rows)
         _, backward = ACTIVATIONS[self.problem.options.activation]
         for first in range(0, stop - start, self.block):
             last = min(first + self.block, stop - start)
@@ -235,7 +239,8 @@ class TorchSteps:
         if self.h is None:
             torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
             return
-        torch.mm(self.z_rows, self.w1, out=self.x)  # dH, over x, which is no longer needed
+        # dH overwrites x, which is no longer needed.
+        torch.mm(self.z_rows, self.w1, out=self.x)
         if self.index is None:
             dh[start:stop].copy_(self.x)
             return
@@ -289,7 +294,8 @@ class TorchSteps:
             others = scatter_map.new_ones(total, dtype=torch.bool).index_fill_(
                 0, scatter_map, False
             )
-            out.masked_fill_(others[:, None], 0)  # 0 · nan is nan
+            # The product would leave nan in these rows, because 0 · nan is nan.
+            out.masked_fill_(others[:, None], 0)
         return out
 
     @staticmethod
@@ -311,13 +317,14 @@ class TorchSteps:
 
 
 def _part(rows: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop); the tensor itself where that is all of them, since a view costs a small
-    call as much as a pass over its rows."""
+    """Return rows [start, stop), or the tensor itself if that is all of them: in a small call a
+    view costs as much as a pass over the rows."""
     return rows if stop - start == rows.shape[0] else rows[start:stop]
 
 
 def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:
-    """Rows [start, stop) of a selection of `source`, in the first rows of `out`."""
+    """Copy rows [start, stop) of a selection of `source` to the first rows of `out`, and return
+    these."""
     out = _part(out, 0, stop - start)
     if index is None:
         return out.copy_(source[start:stop])
@@ -328,7 +335,7 @@ def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tens
 
 
 def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
-    """total += Σ y, or = if `first`."""
+    """Compute total += Σ y, or total = Σ y if `first`."""
     if first:
         torch.sum(y, 0, dtype=total.dtype, out=total)
     else:
@@ -336,7 +343,7 @@ def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
 
 
 def _weight(problem: Problem, selection: Selection) -> Tensor | None:
-    """(capacity,) row weights in selection order."""
+    """Return the row weights (capacity,) in the order of the selection."""
     if problem.weight is None or problem.options.weight_compact or selection.index is None:
         return problem.weight
     return problem.weight[selection.index]
@@ -345,14 +352,16 @@ def _weight(problem: Problem, selection: Selection) -> Tensor | None:
 def _coefficient(
     problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor
 ) -> Tensor:
-    """Factors of the rows' derivatives, (capacity,) or one for all: weight · upstream / divisor."""
+    """Return the factors of the rows' derivatives, weight · upstream / divisor: (capacity,), or
+    0-d."""
     weight = _weight(problem, selection)
     scale = divisor.reciprocal() if upstream is None else upstream / divisor
     return scale if weight is None else scale * weight
 
 
 def _factor(upstream: Tensor | None) -> Tensor | float | None:
-    """`upstream`, as a number on a CPU, where reading it makes nobody wait."""
+    """Return `upstream`, on a CPU as a number, because reading it there does not make anyone
+    wait."""
     return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
 
 

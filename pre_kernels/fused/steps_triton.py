@@ -1,4 +1,4 @@
-"""The steps in Triton, whose products read N from the device: nothing waits for the host."""
+"""The steps in Triton. Their matmuls read N from the device, so they never make the host wait."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CHUNK_MULTIPLE = 128
 
 
 class TritonSteps:
-    """Passes over rows between products, all over buffers of a chunk."""
+    """Passes over rows between matmuls, all on buffers of one chunk."""
 
-    # Bytes: 512 MiB of rows (16,384 of width 4,096 in bf16) and their column sums.
+    # The default is 512 MiB of rows (16,384 of width 4,096 in bfloat16), and their column sums.
     workspace = 544 << 20
     # True if rows at or beyond a count that only the device knows must be zero, because the
     # products will read them.
@@ -34,13 +34,14 @@ class TritonSteps:
 
     @staticmethod
     def columns(problem: Problem) -> int:
-        """The columns of all buffers of a chunk together."""
+        """Return how many columns all buffers of a chunk have together."""
         d, m, z = problem.widths
         return 2 * m + z + (d if _copies(problem) else 0)
 
     @staticmethod
     def fixed_bytes(problem: Problem) -> int:
-        """Bytes of the workspace that do not grow with a chunk: the partial column sums."""
+        """Return the bytes of the workspace that do not grow with a chunk: the partial column
+        sums."""
         _, m, z = problem.widths
         return 4 * PROGRAMS * (m + z)
 
@@ -105,22 +106,23 @@ class TritonSteps:
         self._prepare()
 
     def _prepare(self) -> None:
-        """The weights of the four products with rows, (N, K) each."""
+        """Set the weights of the four matmuls that take rows, (N, K) each."""
         self.project_1: Any = self.w1
         self.project_2: Any = self.w2
         self.back_2: Any = self.w2.t()
         self.back_1: Any = self.w1.t()
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
-        """Where the pass that writes `rows` leaves them for a product in lower precision."""
+        """Return the buffer to which the pass that writes `rows` also writes them in lower
+        precision, or None."""
         return None
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out = x · weightᵀ + bias"""
+        """Write x · weightᵀ + bias to out."""
         matmul(x, weight.t(), out, bias=bias, **self.live)
 
     def _add_product(self, total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:
-        """total += dyᵀ·x"""
+        """Compute total += dyᵀ·x, or total = dyᵀ·x if `first`."""
         add_weight_grad(total, dy, x, first=first, **self.live)
 
     def project(self, start: int, stop: int) -> None:
@@ -182,7 +184,7 @@ class TritonSteps:
         self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
 
     def backproject(self, start: int, stop: int) -> None:
-        # dG is written over g, which is no longer needed.
+        # dG overwrites g, which is no longer needed.
         self._linear(self.p_rows, self.back_2, None, self.g_rows)
         # With zero padding every row takes part: a row that is zero in dP is zero in dG and dZ.
         count = None if self.zero_padding else self.count
@@ -248,13 +250,13 @@ class TritonSteps:
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop); the tensor itself where that is all of them, since a view takes the host
-    about as long as an allocation."""
+    """Return rows [start, stop), or the tensor itself if that is all of them: a view costs the host
+    about as much as an allocation."""
     return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
 def _copies(problem: Problem) -> bool:
-    """Whether the chunk's rows of hidden have to be gathered or cast, or are not contiguous."""
+    """Whether the chunk's rows of hidden have to be gathered, cast or made contiguous."""
     hidden = problem.hidden
     return (
         problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1

@@ -1,4 +1,4 @@
-"""The loop over chunks of rows, and the steps that an implementation of it provides."""
+"""The loop over chunks of rows, and the steps that an implementation provides to it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from ..problem import Problem
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of hidden take part. `count` is the device's own N where the host must not wait
-    for it."""
+    """The rows of hidden that take part. `count` is the N that only the device knows, where the
+    host must not wait for it."""
 
-    index: Tensor | None  # (capacity,) flat rows; None = every row in order
-    # What the implementation's `scatter` reads to put dH back among all rows: the torch steps read
-    # `index` itself, (capacity,) int64; the Triton steps read its inverse, (R,) int32, the position
-    # of each row in the selection and -1 where it has none. None = every row in order.
+    index: Tensor | None  # (capacity,) flat rows; None: every row in order
+    # `scatter` reads this map to put dH back among all rows. For the torch steps it is `index`
+    # itself, (capacity,) int64. For the Triton steps it is the inverse, (R,) int32: the position of
+    # each row in the selection, or -1 for an unselected row. None: every row in order.
     scatter_map: Tensor | None
-    count: Tensor | None  # 0-d int32; None = all `capacity` positions are live
+    count: Tensor | None  # 0-d int32; None: all `capacity` positions are live
     capacity: int
 
 
 class Layout(NamedTuple):
-    """How a call is cut, by shapes alone."""
+    """How a call is split into chunks, from shapes only."""
 
-    rows: int  # of a chunk at most
+    rows: int  # the most rows of a chunk
     slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
-    # The dtype of a dH that has all rows of hidden, zero where a row is not selected. None: dH has
-    # the selected rows alone.
+    # The dtype of a dH that has all rows of hidden, with zeros in unselected rows. None: dH has
+    # only the selected rows.
     spread: torch.dtype | None = None
 
 
 class Gradients(NamedTuple):
-    """Sums over the chunks; None where frozen. Biases: (slots, width), whose rows add up to the
-    gradient."""
+    """Sums over the chunks; None for a frozen tensor. The rows of a bias gradient (slots, width)
+    add up to the gradient."""
 
-    hidden: Tensor | None  # (capacity, d), compact; or (R, d), as hidden lies
+    hidden: Tensor | None  # (capacity, d), compact; or (R, d), in hidden's order
     w1: Tensor | None
     b1: Tensor | None
     w2: Tensor | None
@@ -53,24 +53,26 @@ class Work(NamedTuple):
 
     problem: Problem
     selection: Selection
-    chunk: int  # rows at most
+    chunk: int  # the most rows of a chunk
     losses: Tensor | None  # (capacity,)
     grads: Gradients
     divisor: Tensor  # 0-d
-    upstream: Tensor | None  # 0-d or (capacity,); None = 1
+    upstream: Tensor | None  # 0-d or (capacity,); None: 1
 
 
 class Steps(Protocol):
-    """What an implementation provides. An instance is one sweep: its workspace, and the operations
-    on a chunk of rows [start, stop) of the selection, called in the order in which they stand
-    here."""
+    """The interface of an implementation.
+
+    An instance is one sweep: its workspace, and the operations on a chunk of rows [start, stop) of
+    the selection. They are called in the order in which they are defined here.
+    """
 
     @staticmethod
     def layout(problem: Problem) -> Layout: ...
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
-        """Rows of each chunk of the selection, but for the last, which takes what is left."""
+        """Return the rows of each chunk of the selection. The last chunk takes the rest."""
         ...
 
     @staticmethod
@@ -79,30 +81,31 @@ class Steps(Protocol):
     def __init__(self, work: Work) -> None: ...
 
     def project(self, start: int, stop: int) -> None:
-        """Z = H·W1ᵀ + b1 and G = act(Z)."""
+        """Compute Z = H·W1ᵀ + b1 and G = act(Z)."""
 
     def row_loss(self, start: int, stop: int) -> None:
-        """P = G·W2ᵀ + b2; losses[start:stop] = w·ℓ; dP = upstream / divisor · w · dℓ/dP and
-        grads.b2 += Σ dP."""
+        """Compute P = G·W2ᵀ + b2, losses[start:stop] = w·ℓ, dP = upstream / divisor · w · dℓ/dP,
+        and grads.b2 += Σ dP."""
 
     def output_grads(self, start: int, stop: int) -> None:
-        """grads.w2 += dPᵀ·G; stored, not added, in the first chunk, as all sums are."""
+        """Compute grads.w2 += dPᵀ·G. The first chunk stores this sum instead of adding, as it does
+        all sums."""
 
     def backproject(self, start: int, stop: int) -> None:
-        """dZ = (dP·W2) ⊙ act'(Z) and grads.b1 += Σ dZ."""
+        """Compute dZ = (dP·W2) ⊙ act'(Z) and grads.b1 += Σ dZ."""
 
     def input_grads(self, start: int, stop: int) -> None:
-        """grads.w1 += dZᵀ·H, and dZ·W1 in the rows of grads.hidden that belong to the chunk."""
+        """Compute grads.w1 += dZᵀ·H, and write dZ·W1 to the chunk's rows of grads.hidden."""
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
-        """The D of the reduction, 0-d; 1 for "sum" and if N = 0 (an empty batch is 0), otherwise
-        nan if D = 0."""
+        """Return the D of the reduction, 0-d. It is 1 for "sum" and if N = 0 (so that an empty
+        batch gives 0), and nan if D = 0 otherwise."""
         ...
 
     @staticmethod
     def reduce(selection: Selection, losses: Tensor, divisor: Tensor) -> Tensor:
-        """Σ losses ÷ divisor."""
+        """Return Σ losses ÷ divisor."""
         ...
 
     @staticmethod
@@ -114,31 +117,31 @@ class Steps(Protocol):
         upstream: Tensor | None,
         in_place: bool,
     ) -> Tensor:
-        """upstream · dh as a (total, d) tensor in `dtype`, zero where a row is not selected;
-        `in_place`: dh itself, if it is of that shape and dtype."""
+        """Return upstream · dh as a (total, d) tensor in `dtype`, with zeros in unselected rows.
+        With `in_place` that is dh itself if shape and dtype match."""
         ...
 
     @staticmethod
     def scale(
         grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
-        """upstream · (w1, b1, w2, b2) in `dtypes`, column sums added up; `in_place`: a matrix of
-        that dtype itself."""
+        """Return upstream · (w1, b1, w2, b2) in `dtypes`, with column sums added up. With
+        `in_place` a matrix that has its dtype is scaled where it is."""
         ...
 
 
 def equal_parts(rows: int, most: int, chunk_multiple: int) -> int:
-    """The rows of a chunk: as few chunks as `most` rows allow, all but the last of one size.
+    """Return the rows of a chunk: as few chunks as `most` allows, and all but the last of one size.
 
-    Every chunk but the last has a multiple of `chunk_multiple` rows; `most` has to be one too.
+    Every chunk but the last has a multiple of `chunk_multiple` rows; so must `most`.
     """
     part = -(-rows // -(-rows // most))
     return min(rows, -(-part // chunk_multiple) * chunk_multiple)
 
 
 def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]) -> Gradients:
-    """Room for the sums. Over several chunks a weight's gradient is summed in float32: in bfloat16
-    every chunk would round the sum again. One chunk needs no sum."""
+    """Allocate the sums. Over several chunks a weight's gradient is summed in float32, because
+    bfloat16 would round the sum again in every chunk. One chunk does not need a sum."""
     accum_dtype = problem.loss_dtype
     dtype = problem.options.dtype
     d, m, z = problem.widths
@@ -167,7 +170,8 @@ def sweep(
     divisor: Tensor,
     upstream: Tensor | None = None,
 ) -> Gradients:
-    """One pass over the selected rows, chunk by chunk: the losses, and the gradients summed."""
+    """Pass once over the selected rows, chunk by chunk; write the losses and return the summed
+    gradients."""
     layout = steps.layout(problem)
     capacity = selection.capacity
     grads = allocate(problem, layout, capacity, wanted)
@@ -178,8 +182,8 @@ def sweep(
         return grads
     chunk = steps.cut(problem, layout, capacity)
     device = problem.hidden.device.type
-    # Autocast has done its part in the products' dtype. It is turned off only where it is on, since
-    # entering the context takes the host as long as a launch.
+    # Autocast has already set the products' dtype. It is turned off only where it is on, because
+    # entering the context costs the host as much as a launch.
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
         for start in range(0, capacity, chunk):

@@ -361,7 +361,7 @@ def test_bad_arguments_say_what_is_wanted(arguments, message, capsys, tmp_path, 
     said = capsys.readouterr().err
     assert message in said
     if message.startswith("--impl"):
-        assert said.strip().endswith("; want of torch")
+        assert said.strip().endswith("; want one of torch")
     assert not (tmp_path / "check.json").exists()
 
 

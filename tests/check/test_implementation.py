@@ -220,7 +220,7 @@ def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
         ("triton", "fp32", 64, None),
         ("fp8", "bf16", 8192, None),
         ("fp8", "bf16", 8208, "--width: got 8208, want at most 8192"),
-        ("fp8", "fp16", 64, "float8 products go with --dtype bf16 only"),
+        ("fp8", "fp16", 64, "float8 products need --dtype bf16"),
     ],
 )
 def test_what_runs_on_a_gpu(monkeypatch, impl, dtype, width, reason):

@@ -1,1 +1,1 @@
-"""Triton kernels with their launchers and shapes; they know no autograd."""
+"""Triton kernels with their launchers and shapes. They do not know autograd."""

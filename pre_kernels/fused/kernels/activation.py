@@ -22,7 +22,8 @@ from .quantize import Quantized, store_quantized
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """act(x), float32; DTYPE is what x was stored in, and how exact the result has to be."""
+    """Return act(x) in float32. DTYPE is the dtype that stored x, and sets how exact the result has
+    to be."""
     if ACTIVATION == "gelu":
         if tl.float32 == DTYPE:
             y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -36,7 +37,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     elif ACTIVATION == "silu":
         y = x * sigmoid(x, DTYPE)
     elif ACTIVATION == "relu":
-        y = tl.where(x <= 0, 0.0, x)  # so that a NaN stays one
+        y = tl.where(x <= 0, 0.0, x)  # A NaN stays a NaN.
     else:
         tl.static_assert(False, "activate: no branch for this ACTIVATION")
     return y
@@ -44,7 +45,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """dy · act'(x), float32; DTYPE as in `activate`."""
+    """Return dy · act'(x) in float32; DTYPE as in `activate`."""
     if ACTIVATION == "gelu":
         if tl.float32 == DTYPE:
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -61,7 +62,7 @@ def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
         s, slope = sigmoid_grad(x, DTYPE)
         dx = dy * (s + x * slope)
     elif ACTIVATION == "relu":
-        dx = tl.where(x > 0, dy, 0.0)  # a product with 0 would make nan of an infinite dy
+        dx = tl.where(x > 0, dy, 0.0)  # A product with 0 would turn an infinite dy into nan.
     else:
         tl.static_assert(False, "activate_grad: no branch for this ACTIVATION")
     return dx
@@ -69,12 +70,13 @@ def activate_grad(x, dy, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def normal_tail(x, DTYPE: tl.constexpr):
-    """R and e = exp(-x² / 2), where R · e = erfc(|x| / √2) / 2: the normal distribution beyond |x|.
+    """Return R and e = exp(-x² / 2), where R · e = erfc(|x| / √2) / 2 is the normal distribution
+    beyond |x|.
 
-    The form is 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions: a polynomial
-    in k = 1 / (1 + c|x|), here with a term more. Its coefficients are a minimax fit to float64's
-    erfcx over |x| ≤ 14.5, its error weighted by 1 / (1 + (x / 3)⁴), and at most 6.7e-7 times that,
-    relative to R: 3e-4 at 14. Float32's rounding adds as much again.
+    The form is 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions, with one term
+    more: a polynomial in k = 1 / (1 + c|x|). Its coefficients are a minimax fit to float64's erfcx
+    over |x| ≤ 14.5. The error relative to R is at most 6.7e-7 · (1 + (x / 3)⁴), which is 3e-4 at
+    14. Rounding in float32 adds as much again.
     """
     k = reciprocal(1.0 + 0.295 * tl.abs(x), DTYPE)
     ratio = 0.26183088 + k * -0.08681131
@@ -84,8 +86,8 @@ def normal_tail(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, DTYPE: tl.constexpr):
-    """1 / x for x ≥ 1. Half precision takes the square root's, one instruction on a GPU for the
-    six of `/`, and its square is off by 3e-7 at most."""
+    """Return 1 / x for x ≥ 1. In half precision this squares the reciprocal square root, which
+    takes a GPU one instruction where `/` takes six. The square is off by 3e-7 at most."""
     if tl.float32 == DTYPE:
         return 1.0 / x
     root = tl.rsqrt(x)
@@ -99,7 +101,7 @@ def sigmoid(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def sigmoid_grad(x, DTYPE: tl.constexpr):
-    """sigmoid(x) and its derivative, without a subtraction that cancels."""
+    """Return sigmoid(x) and its derivative, without a subtraction that cancels."""
     e = tl.exp(-tl.abs(x))
     large = reciprocal(1.0 + e, DTYPE)
     small = e * large
@@ -179,8 +181,10 @@ def apply_activation(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """g = act(z) over the rows i with start + i < count; z, g: (n, M) contiguous; quantized: the
-    same rows of g."""
+    """Write g = act(z), for the rows i with start + i < count.
+
+    z, g: (n, M) contiguous. quantized: receives the same rows of g in float8.
+    """
     n, M = z.shape
     shape = RowShape.of(M)
     q, scales = quantized or (None, None)
@@ -214,11 +218,11 @@ def apply_activation_grad(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """z becomes dz = dg · act'(z), over the rows i with start + i < count; with `sums` its column
-    sums are stored there (`first`) or added.
+    """Overwrite z by dz = dg · act'(z), for the rows i with start + i < count. If `sums` is given,
+    store the column sums of dz there (`first`) or add them.
 
-    dg, z: (n, M) contiguous; sums: (S, M) float32, whose S rows add up to the sum: as many programs
-    share the work; quantized: the rows of dz.
+    dg, z: (n, M) contiguous. sums: (S, M) float32; S programs share the work, and the S rows add up
+    to the sum. quantized: receives the rows of dz in float8.
     """
     n, M = z.shape
     shape = RowShape.of(M)

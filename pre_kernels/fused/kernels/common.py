@@ -1,5 +1,5 @@
-"""What every launcher needs: the device's class, the tensor's own device, the options that hold for
-all kernels."""
+"""Shared by all launchers: the device's class, the tensor's own device, the options of every
+kernel."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter computes a bfloat16 dot from raw bits, truncates where a GPU rounds to
-# bfloat16, and reads a bfloat16 zero as 1e-38; it truncates to float8 too, and loses its NaN. So in
-# the interpreter, and only there, conversions are done by hand.
+# bfloat16, reads a bfloat16 zero as 1e-38, truncates to float8, and loses its NaN. So the code
+# converts by hand in the interpreter, and only there.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Triton 3.10 turns contraction to FMA off by default; the error bounds were set with it on.
 OPTIONS = {"enable_fp_fusion": True}
 
-# A program of a row kernel holds TILE elements at a time, many short rows, or one row of up to
-# LONGEST columns. A longer row is read in blocks of TILE.
+# A program of a row kernel holds TILE elements at a time: many short rows, or one row of up to
+# LONGEST columns. It reads a longer row in blocks of TILE.
 TILE = 4096
 LONGEST = 8192
-# The warps of a row kernel: 8 elements a thread, 16 bytes of a half-precision row. AMD allows no
-# more.
+# A row kernel has 8 elements a thread, which are 16 bytes of a half-precision row. AMD does not
+# allow more warps.
 WARPS = 16
-# The most programs of a row kernel, two for each SM of an H200. Each keeps a column sum of its own.
+# A row kernel has at most this many programs, two for each SM of an H200. Each keeps its own column
+# sum.
 PROGRAMS = 264
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. `triton.cdiv` is made for kernels as well, and takes sixty times as long on the
+    """Return ⌈a / b⌉. `triton.cdiv` also works in kernels, and takes sixty times as long on the
     host."""
     return -(-a // b)
 
 
 def power_of_2(x: int) -> int:
-    """The smallest power of 2 that is at least x ≥ 1."""
+    """Return the smallest power of 2 that is at least x ≥ 1."""
     return 1 << (x - 1).bit_length()
 
 
 class RowShape(NamedTuple):
-    """How a row kernel cuts (n, width): programs hold `rows` rows of `block` columns at a time."""
+    """How a row kernel splits (n, width): a program holds `rows` rows of `block` columns at a
+    time."""
 
     rows: int
     block: int
@@ -70,8 +72,8 @@ def _arch(index: int) -> str:
 
 
 def arch(tensor: Tensor) -> str:
-    """The class of device that the shape tables are keyed by: "sm80", "sm90", "sm100" or "gfx"
-    (AMD)."""
+    """Return the class of device, which is the key of the shape tables: "sm80", "sm90", "sm100" or
+    "gfx" (AMD)."""
     return _arch(tensor.device.index) if tensor.is_cuda else "sm90"
 
 
@@ -79,8 +81,8 @@ HERE = nullcontext()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's
-    (`device_map="auto"`)."""
+    """Make the tensor's device current, because Triton launches on the current device, which may be
+    another one (`device_map="auto"`)."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return HERE
     return torch.cuda.device(tensor.device)
@@ -88,7 +90,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 @triton.jit
 def widen(x):
-    """x in float32."""
+    """Return x in float32."""
     if INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -96,7 +98,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """float32 x in DTYPE, rounded to nearest even."""
+    """Return float32 x in DTYPE, rounded to nearest even."""
     if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
@@ -112,7 +114,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a · b, the product taken in DTYPE."""
+    """Return total + a · b, with the product in DTYPE."""
     if INTERPRET:
         return tl.dot(widen(narrow(widen(a), DTYPE)), widen(narrow(widen(b), DTYPE)), total)
     return tl.dot(a.to(DTYPE), b.to(DTYPE), total, input_precision=PRECISION)
@@ -120,7 +122,8 @@ def dot(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def live_rows(count_ptr, start, n, COUNT: tl.constexpr):
-    """How many of a chunk's n rows, which begin at `start` of the selection, are selected ones."""
+    """Return how many of a chunk's n rows, which begin at `start` of the selection, are
+    selected."""
     if COUNT:
         return tl.minimum(n, tl.load(count_ptr) - start)
     return n
@@ -129,7 +132,7 @@ def live_rows(count_ptr, start, n, COUNT: tl.constexpr):
 @triton.jit
 def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
     """Store the column sums of b_sum (rows, block) in this program's row of sums (programs,
-    stride), or add them to what is there: no atomics, so the order is fixed."""
+    stride), or add them there. There are no atomics, so the order is fixed."""
     b_total = tl.sum(b_sum, 0)
     p_sums = sums_ptr + tl.program_id(0).to(tl.int64) * stride + o_b
     if not FIRST:
@@ -139,15 +142,15 @@ def add_column_sum(sums_ptr, b_sum, o_b, stride, columns, FIRST: tl.constexpr):
 
 @triton.jit
 def sum_two(a, b):
-    """The sums of two (rows, block) along the rows, both in one exchange between warps."""
-    if INTERPRET:  # there `tl.reduce` would add one number after another in Python
+    """Return the sums of two (rows, block) along the rows, in one exchange between warps."""
+    if INTERPRET:  # In the interpreter `tl.reduce` would add the numbers one by one in Python.
         return tl.sum(a, 1), tl.sum(b, 1)
     return tl.reduce((a, b), 1, add_two)
 
 
 @triton.jit
 def sum_three(a, b, c):
-    """The sums of three (rows, block) along the rows, as `sum_two`."""
+    """Return the sums of three (rows, block) along the rows, as `sum_two` does."""
     if INTERPRET:
         return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
     return tl.reduce((a, b, c), 1, add_three)

@@ -1,5 +1,4 @@
-"""What is computed before all chunks and after them, in a launch each: the divisor of a mean, the
-loss, the scaled gradients."""
+"""Launches before and after the chunks: the divisor of a mean, the loss, the scaled gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from .common import OPTIONS, cdiv, live_rows, narrow, on_device, widen
 from .rows import load_scale
 
-BLOCK = 4096  # rows that the one program of a reduction adds at a time
-ELEMENTS = 4096  # elements of a weight's gradient that one program scales
+BLOCK = 4096  # The single program of a reduction adds this many rows at a time.
+ELEMENTS = 4096  # One program scales this many elements of a weight's gradient.
 # A program of a bias gradient adds SLOTS rows of partial column sums at a time, in COLUMNS columns.
 SLOTS = 32
 COLUMNS = 128
@@ -20,7 +19,7 @@ COLUMNS = 128
 
 @triton.jit
 def sum_rows(x_ptr, index_ptr, live, BLOCK: tl.constexpr):
-    """Σ x[index[i]] over i < live; of x[i] where there is no index."""
+    """Return Σ x[index[i]] over i < live, or Σ x[i] if there is no index."""
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, live, BLOCK):
         o_n = first + tl.arange(0, BLOCK)
@@ -58,9 +57,9 @@ def divisor_kernel(
             divisor = sum_rows(weight_ptr, index_ptr, tl.minimum(count, capacity), BLOCK)
         else:
             divisor = count * 1.0
-        # The mean of an empty batch is 0, not nan; a mean of some rows with the divisor 0 is nan.
+        # The mean of an empty batch is 0, not nan. A mean of some rows with the divisor 0 is nan.
         divisor = tl.where(count == 0, 1.0, tl.where(divisor == 0.0, float("nan"), divisor))
-    # Beyond the capacity rows were dropped. The host does not know it, so the result has to be nan.
+    # Rows beyond the capacity were dropped. The host does not know it, so the result has to be nan.
     tl.store(divisor_ptr, tl.where(count > capacity, float("nan"), divisor))
 
 
@@ -129,8 +128,8 @@ def scale_kernel(
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One grid over four tensors, one after the other: at small N a launch each would take longer
-    than the work."""
+    """Scale four tensors, one after the other, in one grid: at small N a launch for each would take
+    longer than the work."""
     scale = load_scale(upstream_ptr, None)
     pid = tl.program_id(0)
     if pid < blocks_w1:
@@ -161,11 +160,12 @@ def mean_divisor(
     index: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """0-d float32 D on `like`'s device: of a mean `normalizer`, else `number`, else Σ weight, else
-    the count; else 1.
+    """Return D, 0-d float32 on `like`'s device.
 
-    1 if the count is 0, otherwise nan if D = 0, or if the count exceeds the capacity. weight: (·,)
-    float32, at index[i] if there is an index, else at i; count: 0-d int32, None = the capacity.
+    For a mean, D is `normalizer`, else `number`, else Σ weight, else the count; otherwise it is 1.
+    If the count is 0, D is 1. If D would be 0, or if the count exceeds the capacity, D is nan.
+    weight: (·,) float32, read at index[i] if there is an index, else at i. count: 0-d int32; None:
+    the capacity.
     """
     divisor = like.new_empty((), dtype=torch.float32)
     with on_device(like):
@@ -188,8 +188,8 @@ def mean_divisor(
 
 
 def reduce_loss(losses: Tensor, divisor: Tensor, count: Tensor | None = None) -> Tensor:
-    """0-d float32: Σ losses ÷ divisor. losses: (capacity,) float32; divisor: 0-d float32; count: of
-    the losses that take part, 0-d int32, None = all."""
+    """Return Σ losses ÷ divisor, 0-d float32. losses: (capacity,) float32. divisor: 0-d float32.
+    count: the losses that take part, 0-d int32; None: all."""
     loss = losses.new_empty(())
     with on_device(losses):
         reduce_kernel[(1,)](
@@ -213,12 +213,12 @@ def scale_gradients(
     upstream: Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """upstream · (dW1, dW2, db1, db2) in their dtypes, in one launch.
+    """Return upstream · (dW1, dW2, db1, db2) in their dtypes, by one launch.
 
-    matrices: contiguous, any floating dtype; one that has its dtype already is returned as it is if
-    there is no upstream, and with `in_place` scaled where it lies: read and written only if
-    upstream is not 1. sums: (S, columns) float32, to be added up; upstream: 0-d, None = 1; None is
-    passed over.
+    matrices: contiguous, in any floating dtype. Without an upstream, a matrix that has its dtype is
+    returned as it is. With `in_place` it is scaled where it is: read and written only if upstream
+    is not 1. sums: (S, columns) float32, whose rows are added up. upstream: 0-d; None: 1. A None in
+    `matrices` or `sums` stays None.
     """
     (w1, w2), (b1, b2) = matrices, sums
     w1_out, w2_out = (

@@ -1,4 +1,4 @@
-"""Products of a chunk's rows with a weight."""
+"""Matmuls of a chunk's rows with a weight."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .tiles import halves, swizzle
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """ "ieee" unless the user let float32 products be tf32; a plain `tl.dot` would be tf32 without
-    asking."""
+    """Return "ieee" unless the user allows tf32 for float32 matmuls. A plain `tl.dot` would use
+    tf32 unasked."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -48,7 +48,7 @@ def matmul_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # Rows and columns beyond the edge repeat others instead of taking a mask; they are not stored.
+    # Rows and columns beyond the edge repeat others instead of taking a mask. They are not stored.
     p_x = (  # (M, K)
         x_ptr
         + tl.where(o_m < live, o_m, 0).to(tl.int64)[:, None] * stride_xm
@@ -93,7 +93,7 @@ def matmul_descriptor_kernel(
     live = live_rows(count_ptr, start, n, COUNT)
     tiles_m = tl.cdiv(live, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    # Flattened, the loop loads the next tile during the epilogue of this one.
+    # The flattened loop loads the next tile during the epilogue of the current one.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         i_m, i_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
         b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -106,7 +106,8 @@ def matmul_descriptor_kernel(
             b_y = dot(b_x, b_w, b_y, w.dtype, "ieee")
 
         # Rows from the count on are computed from whatever x holds there, and stored as far as y
-        # reaches. By halves: a whole tile on its way out would take the memory of a stage.
+        # reaches. The tile is stored by halves, because a whole tile would take the shared memory
+        # of a stage.
         parts = halves(b_y)
         HALF: tl.constexpr = BLOCK_N // 2
         for i in tl.static_range(2):
@@ -128,17 +129,17 @@ def matmul(
     start: int = 0,
     tile: tiles.Tile | None = None,
 ) -> None:
-    """Y[i] = x[i] · w (+ bias), for the rows i of `y` with start + i < count.
+    """Write y[i] = x[i] · w (+ bias), for the rows i of `y` with start + i < count.
 
     Args:
         x: (n, K), any strides; its elements are cast to w's dtype.
         w: (K, N), any strides.
-        y: (n, N) contiguous. What its rows from the count on hold afterwards is undefined.
+        y: (n, N) contiguous. Its rows from the count on are undefined afterwards.
         bias: (N,) or None.
-        count: 0-d int32 on the device; None = all.
-        tile: None = the tuned one, else the shipped one.
+        count: 0-d int32 on the device; None: all.
+        tile: None: the tuned one, else the shipped one.
 
-    Where tensor descriptors can be had (see `tiles.descriptor_tile`) the kernel is persistent.
+    Where tensor descriptors are possible (see `tiles.descriptor_tile`) the kernel is persistent.
     """
     n = y.shape[0]
     K, N = w.shape

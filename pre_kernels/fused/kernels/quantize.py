@@ -1,5 +1,8 @@
-"""float8 rows (e4m3), each with a scale of its own. The passes over a chunk write its float8 rows,
-since they hold the rows in registers anyway; the weights have a pass of their own."""
+"""float8 rows (e4m3) with one scale per row.
+
+The passes over a chunk write its float8 rows, because they hold the rows in registers anyway. The
+weights have a pass of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from torch import Tensor
 
 from .common import OPTIONS, WARPS, RowShape, cdiv, narrow, on_device, widen
 
-# The largest number of e4m3.
+# This is the largest number of e4m3.
 LARGEST = tl.constexpr(448.0)
-# The smallest scale: its inverse is still finite, and what it rounds to 0 is less than 1e-32.
+# This is the smallest scale: its inverse is still finite, and it rounds only numbers below 1e-32 to
+# 0.
 SMALLEST = tl.constexpr(1e-30)
 # A program holds TALL × WIDE elements of a strip of columns at a time.
 TALL = 256
@@ -22,7 +26,8 @@ WIDE = 32
 
 
 class Quantized(NamedTuple):
-    """(n, K) float8_e4m3fn contiguous and (n,) float32: rows are values · scale."""
+    """Float8 rows: `values` (n, K) float8_e4m3fn contiguous and `scales` (n,) float32. A row is
+    values · scale."""
 
     values: Tensor
     scales: Tensor
@@ -33,20 +38,21 @@ class Quantized(NamedTuple):
         return cls(values, like.new_empty(n, dtype=torch.float32))
 
     def rows(self, n: int, width: int) -> Quantized:
-        """A corner of the memory as (n, width)."""
+        """Return a part of the memory as (n, width)."""
         return Quantized(self.values.view(-1)[: n * width].view(n, width), self.scales[:n])
 
 
 @triton.jit
 def scale_of(largest):
-    """The scale of a row whose largest element is `largest`, and its inverse to multiply with."""
+    """Return the scale of a row whose largest element is `largest`, and the inverse by which to
+    multiply."""
     scale = tl.maximum(largest * (1.0 / LARGEST), SMALLEST)
     return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit
 def store_quantized(q_ptr, scales_ptr, b_x, o_n, o_b, last, columns):
-    """Rows o_n < last of b_x (rows, block), where a block holds a whole row."""
+    """Store the rows o_n < last of b_x (rows, block), where a block holds a whole row."""
     scale, inverse = scale_of(tl.max(tl.abs(b_x), 1))
     tl.store(scales_ptr + o_n, scale, mask=o_n < last)
     p_q = q_ptr + o_n.to(tl.int64)[:, None] * columns + o_b[None, :]
@@ -65,8 +71,8 @@ def quantize_rows(w_ptr, q_ptr, scales_ptr, pid, M, K, ROWS: tl.constexpr, BLOCK
 
 @triton.jit
 def quantize_columns(w_ptr, q_ptr, scales_ptr, pid, M, K, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of w (M, K) become rows of q (K, M). A strip is read twice, the second time from the
-    L2 cache."""
+    """Write the columns of w (M, K) to the rows of q (K, M). Each strip is read twice, the second
+    time from the L2 cache."""
     o_k = pid * WIDE + tl.arange(0, WIDE)
     b_largest = tl.zeros((TALL, WIDE), tl.float32)
     for first in range(0, M, TALL):
@@ -112,8 +118,8 @@ def quantize_kernel(
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One grid over both layouts of both weights; the strips of columns, which take longest, come
-    first."""
+    """Quantise both layouts of both weights in one grid. The strips of columns come first, because
+    they take longest."""
     strips_1 = tl.cdiv(K1, WIDE)
     strips_2 = tl.cdiv(K2, WIDE)
     rows_1 = tl.cdiv(M1, ROWS_1)
@@ -138,8 +144,11 @@ def quantize_kernel(
 def quantize_weights(
     w1: Tensor, w2: Tensor, columns: tuple[bool, bool]
 ) -> tuple[Quantized | None, ...]:
-    """w1 and w2, both (M, K) contiguous with K of at most 8,192, along their rows, then along their
-    columns as (K, M): of each weight only where `columns` says so, else None. In one launch."""
+    """Quantise w1 and w2 in one launch: along their rows, then along their columns as (K, M).
+
+    Both are (M, K) contiguous with K of at most 8,192. The columns of a weight are quantised only
+    where `columns` says so; otherwise that result is None.
+    """
     rows = [Quantized.empty(w, *w.shape) for w in (w1, w2)]
     strips = [
         Quantized.empty(w, *w.t().shape) if wanted else None

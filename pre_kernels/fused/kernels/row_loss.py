@@ -1,4 +1,4 @@
-"""Loss and derivative of each row in one pass, with the column sums of the derivative."""
+"""Compute loss and derivative of each row in one pass, with the column sums of the derivative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .quantize import Quantized, store_quantized
 from .rows import load_scale
 
 # Each thread holds 32 bytes of a half-precision row. Twice as many warps would take half as many
-# instructions again for a row, since each warp repeats what is done once for a row.
+# instructions again for a row, because each warp repeats the work that is done once per row.
 WARPS = 8
 
 
@@ -65,9 +65,10 @@ def row_loss_kernel(
             add_column_sum(sums_ptr + z, b_sum, o_b, Z, Z - z, True)
     # If a row fits one block the bound is a compile-time constant, and the compiler removes loops.
     stop = BLOCK if WHOLE else Z
-    # Sums begin at -0: to the compiler -0 + x is x, while 0 + x is an addition.
+    # Sums begin at -0, because the compiler takes -0 + x to be x, while 0 + x is an addition.
     b_nothing = tl.zeros((ROWS, BLOCK), tl.float32) * -1.0
-    # What all rows share is loaded before the loop: the compiler moves no load over a store.
+    # The values that all rows share are loaded before the loop, because the compiler does not move
+    # a load over a store.
     inverse_width = tl.div_rn(1.0, Z * 1.0)
     if GRAD:
         factor = load_scale(None if UPSTREAM_ROWS else upstream_ptr, divisor_ptr)
@@ -140,7 +141,7 @@ def row_loss_kernel(
 
 @triton.jit
 def load_block(p_p, p_a, z, Z, stride_az, m_n, o_b):
-    """The columns z + o_b of the rows p and a, float32."""
+    """Return the columns z + o_b of the rows p and a, in float32."""
     mask = m_n[:, None] & (z + o_b < Z)[None, :]
     b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
     b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
@@ -149,7 +150,7 @@ def load_block(p_p, p_a, z, Z, stride_az, m_n, o_b):
 
 @triton.jit
 def block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE: tl.constexpr):
-    """The same columns: b_p and b_a, which hold them already, if a row fits one block."""
+    """Return the same columns; if a row fits one block, b_p and b_a hold them already."""
     if WHOLE:
         return b_p, b_a
     return load_block(p_p, p_a, z, Z, stride_az, m_n, o_b)
@@ -170,8 +171,8 @@ def cosine_parts(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """cos(p, a) of each row, and what `cosine_grad` needs: along, near, and the inverses of the
-    clamped norms."""
+    """Return cos(p, a) of each row, and what `cosine_grad` needs: along, near, and the inverses of
+    the clamped norms."""
     b_pp, b_aa, b_pa = b_nothing, b_nothing, b_nothing
     for z in range(0, stop, BLOCK):
         b_x, b_y = block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
@@ -179,12 +180,12 @@ def cosine_parts(
         b_aa += b_y * b_y
         b_pa += b_x * b_y
     pp, aa, pa = sum_three(b_pp, b_aa, b_pa)
-    # As in F.cosine_similarity both norms are clamped at 1e-8, and the derivative of p's norm is
-    # not.
+    # As in F.cosine_similarity, both norms are clamped at 1e-8, but the derivative is that of p's
+    # unclamped norm.
     norm = tl.sqrt_rn(pp)
     p_norm = clamp_min(norm, 1e-8)
-    # A GPU's `/` is off by up to 2 ulp, in the same direction for all of a row, and that error
-    # would stay where the row's terms cancel. `div_rn` is rounded exactly.
+    # A GPU's `/` is off by up to 2 ulp, in the same direction for a whole row, and that error would
+    # remain where the row's terms cancel. `div_rn` is rounded exactly.
     p_inverse = tl.div_rn(1.0, p_norm)
     a_inverse = tl.div_rn(1.0, clamp_min(tl.sqrt_rn(aa), 1e-8))
     # Split the unit anchor into near · u, its part along p, and a residual r. For nearly parallel
@@ -199,7 +200,7 @@ def cosine_parts(
         b_uu += b_u * b_u
     part, square = sum_two(b_pr, b_uu)
     cosine = near * square + part
-    # A clamped norm makes u shorter than 1. A row of zeros has no direction.
+    # A clamped norm makes u shorter than 1. A row of zeros does not have a direction.
     along = tl.where(norm < p_norm, cosine * (p_norm / norm) - near, part)
     along = tl.where(norm == 0.0, 0.0, along)
     return cosine, along, near, p_inverse, a_inverse
@@ -207,15 +208,18 @@ def cosine_parts(
 
 @triton.jit
 def cosine_grad(b_p, b_a, along, near, p_inverse, a_inverse):
-    """P · d(-cos)/dp = cos · u - a/|a| = along · u - r, where P is the clamped norm of p, u = p/P
-    and r = a/|a| - near · u: cos = near + along, unless the norm is clamped."""
+    """Return P · d(-cos)/dp = cos · u - a/|a| = along · u - r.
+
+    P is the clamped norm of p, u = p/P and r = a/|a| - near · u. Unless the norm is clamped, cos =
+    near + along.
+    """
     b_u = b_p * p_inverse[:, None]
     return along[:, None] * b_u - (b_a * a_inverse[:, None] - near[:, None] * b_u)
 
 
 @triton.jit
 def clamp_min(x, low):
-    return tl.where(x < low, low, x)  # a NaN stays one
+    return tl.where(x < low, low, x)  # A NaN stays a NaN.
 
 
 @triton.jit
@@ -243,16 +247,16 @@ def row_loss(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """losses[start + i] = w · ℓ(p[i], a) for the rows i of `p` with start + i < count; with `grad`
-    p becomes dP = upstream / divisor · w · dℓ/dp, and with `sums` the column sums of dP are stored
-    there (`first`) or added.
+    """Write losses[start + i] = w · ℓ(p[i], a), for the rows i of `p` with start + i < count. With
+    `grad` overwrite p by dP = upstream / divisor · w · dℓ/dp, and if `sums` is given store the
+    column sums of dP there (`first`) or add them.
 
-    p: (n, Z) contiguous; anchor: (·, Z), any strides and floating dtype, row index[start + i] if
-    `gather_anchor`, else start + i; weight likewise (·,) float32, None = 1; losses: (capacity,)
-    float32; upstream: (capacity,) or 0-d, None = 1; divisor: 0-d float32, None = 1; sums: (S, Z)
-    float32, whose S rows add up to the sum: as many programs share the work; count: 0-d int32, None
-    = all; zero_padding: dP of rows beyond the count is 0, else they are left alone; quantized: the
-    rows of dP.
+    p: (n, Z) contiguous. anchor: (·, Z), any strides and floating dtype; its row is index[start +
+    i] if `gather_anchor`, else start + i. weight: the same, (·,) float32; None: 1. losses:
+    (capacity,) float32. upstream: (capacity,) or 0-d; None: 1. divisor: 0-d float32; None: 1. sums:
+    (S, Z) float32; S programs share the work, and the S rows add up to the sum. count: 0-d int32;
+    None: all. zero_padding: dP of rows beyond the count is 0; otherwise these rows are not written.
+    quantized: receives the rows of dP in float8.
     """
     n, Z = p.shape
     shape = RowShape.of(Z)

@@ -1,5 +1,4 @@
-"""Row selection: mask → indices and their count, indices → inverse; the gather, and the scatter of
-gradients."""
+"""Select rows (mask → indices and count, indices → inverse), gather them, and scatter gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from .common import OPTIONS, WARPS, RowShape, cdiv, live_rows, narrow, on_device, power_of_2, widen
 from .quantize import Quantized, store_quantized
 
-BLOCK = 1024  # rows of a mask that one program counts or selects
-TILE = 2048  # elements that one program of the scatter writes
+BLOCK = 1024  # One program counts or selects this many rows of a mask.
+TILE = 2048  # One program of the scatter writes this many elements.
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -117,7 +116,8 @@ def scatter_kernel(
     m_out = m_r[:, None] & (o_d < D)[None, :]
     live = m_out & (sources >= 0)[:, None]
     b_x = widen(tl.load(x_ptr + sources[:, None] * D + o_d[None, :], mask=live, other=0.0))
-    # A choice and not a product with 0: an infinite or NaN scale must not reach the other rows.
+    # This chooses instead of multiplying by 0, because an infinite or NaN scale must not reach the
+    # other rows.
     b_x = tl.where(live, b_x * scale, 0.0)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_out, narrow(b_x, out_ptr.dtype.element_ty), mask=m_out)
@@ -125,7 +125,7 @@ def scatter_kernel(
 
 @triton.jit
 def load_scale(upstream_ptr, divisor_ptr):
-    """upstream ÷ divisor, each 1 where it is None."""
+    """Return upstream ÷ divisor, each 1 where it is None."""
     scale = 1.0
     if upstream_ptr is not None:
         scale = widen(tl.load(upstream_ptr))
@@ -135,9 +135,13 @@ def load_scale(upstream_ptr, divisor_ptr):
 
 
 def select(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a (R,) bool mask with R > 0: (capacity,) int32 indices of its first true rows in order,
-    undefined from the count on; their (R,) int32 inverse, -1 where there is none; and the 0-d int32
-    count, which may exceed the capacity. Reads nothing back to the host."""
+    """Return index, inverse and count of a (R,) bool mask with R > 0, without reading anything back
+    to the host.
+
+    index: (capacity,) int32, the first true rows in order, undefined from the count on. inverse:
+    (R,) int32, the position of each row in the index, or -1. count: 0-d int32, which may exceed the
+    capacity.
+    """
     R = mask.numel()
     blocks = cdiv(R, BLOCK)
     index, inverse, count, counts = (
@@ -151,7 +155,7 @@ def select(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def invert(index: Tensor, total: int) -> Tensor:
-    """(total,) int32: the position in `index` (N,) of each row, -1 where it has none."""
+    """Return the position in `index` (N,) of each row, or -1: (total,) int32."""
     inverse = index.new_full((total,), -1, dtype=torch.int32)
     if index.numel():
         with on_device(index):
@@ -171,11 +175,12 @@ def gather(
     start: int = 0,
     quantized: Quantized | None = None,
 ) -> None:
-    """out[i] = x[index[start + i]] in out's dtype, over the rows i of `out` with start + i < count.
+    """Write out[i] = x[index[start + i]] in out's dtype, for the rows i of `out` with start + i <
+    count.
 
-    x: (·, D), any strides; out: (n, D) contiguous; index: (capacity,), None = row start + i; count:
-    0-d int32, None = all; zero_padding: rows from the count on are 0, else they are left alone;
-    quantized: the same rows.
+    x: (·, D), any strides. out: (n, D) contiguous. index: (capacity,); None: row start + i. count:
+    0-d int32; None: all. zero_padding: rows from the count on are 0; otherwise they are not
+    written. quantized: receives the same rows in float8.
     """
     q, scales = quantized or (None, None)
     n, D = next(rows for rows in (out, q) if rows is not None).shape
@@ -209,10 +214,12 @@ def scatter(
     inverse: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> None:
-    """out[r] = upstream · x[inverse[r]], 0 where inverse[r] is -1. x: (capacity, D), out: (R, D),
-    both contiguous, any floating dtypes; inverse: (R,), None = the identity; upstream: 0-d, None =
-    1. Without an inverse `out` may be `x`, which is then read and written only if upstream is not
-    1."""
+    """Write out[r] = upstream · x[inverse[r]], or 0 where inverse[r] is -1.
+
+    x: (capacity, D) and out: (R, D), both contiguous, in any floating dtypes. inverse: (R,); None:
+    the identity. upstream: 0-d; None: 1. Without an inverse `out` may be `x`, which is then read
+    and written only if upstream is not 1.
+    """
     R, D = out.shape
     if not R:
         return

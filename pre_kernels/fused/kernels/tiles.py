@@ -1,5 +1,5 @@
-"""Which part of a product a program computes: shapes of tiles, the choice among them, their order,
-their epilogue."""
+"""Which part of a product a program computes: the shapes of tiles, the choice among them, their
+order and their epilogue."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    blocks: int = 1  # persistent programs that share a multiprocessor
+    blocks: int = 1  # how many persistent programs share a multiprocessor
 
 
-# The shipped tiles by architecture and bytes of an element (2 is float16 and bfloat16). Of those in
-# a row `choose` takes the one that fills the device best, the first where several do; the first is
-# also `largest`, by which chunks are cut. Shared memory of a block: 227 KiB on sm90 and sm100, 163
-# KiB on sm80 (99 KiB on its consumer kin), 64 KiB on gfx942. IEEE float32 has no tensor cores, and
-# needs for operands the registers that larger accumulators would take.
+# The shipped tiles have as keys the architecture and the bytes of an element (2 is float16 and
+# bfloat16). `choose` takes the tile of a row that fills the device best, and the first where
+# several do. The first is also `largest`, which sets how chunks are split. A block has 227 KiB of
+# shared memory on sm90 and sm100, 163 KiB on sm80 (99 KiB on consumer cards), and 64 KiB on gfx942.
+# IEEE float32 does not use tensor cores, and its operands need the registers that larger
+# accumulators would take.
 POINTER_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     ("sm100", 4): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -45,7 +46,7 @@ POINTER_TILES = {
     ("gfx", 2): (Tile(128, 128, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("gfx", 4): (Tile(128, 128, 16, 8, 2), Tile(64, 64, 16, 4, 2)),
 }
-# Where rows do not start at multiples of 16 elements, loads are one element wide and pass through
+# If rows do not start at multiples of 16 elements, loads are one element wide and pass through
 # registers.
 UNALIGNED = Tile(64, 64, 16, 4, 2)
 # Loads by tensor descriptor (TMA) bypass registers, so one more pipeline stage fits in shared
@@ -54,7 +55,7 @@ DESCRIPTOR_TILES = {
     ("sm100", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
     ("sm90", 2): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 6)),
 }
-# So many row tiles in turn share a column tile of the weight while it is in the L2 cache.
+# This many row tiles in turn share a column tile of the weight while it is in the L2 cache.
 GROUP_M = 8
 
 
@@ -66,23 +67,23 @@ def _multiprocessors(index: int | None) -> int:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """The multiprocessors of the tensor's device; those of an H200 where that is not a GPU."""
+    """Return how many multiprocessors the tensor's device has; outside a GPU, those of an H200."""
     return _multiprocessors(tensor.device.index if tensor.is_cuda else None)
 
 
 def cache_file() -> Path:
-    """Where `pre-kernels tune` keeps what it found: $PRE_KERNELS_CACHE, else
-    ~/.cache/pre_kernels."""
+    """Return the file in which `pre-kernels tune` saves its results, in $PRE_KERNELS_CACHE or else
+    in ~/.cache/pre_kernels."""
     folder = os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels"
     return Path(folder) / "tiles.json"
 
 
 @lru_cache
 def remembered() -> dict[str, Tile]:
-    """Tuned tiles by `key`; none if there is no file, or one that cannot be read."""
+    """Return the tuned tiles by `key`, or none if the file is missing or cannot be read."""
     path: Path | str = "tiles.json"
     try:
-        path = cache_file()  # raises where there is no home
+        path = cache_file()  # This raises where there is no home folder.
         return {key: Tile(*map(int, tile)) for key, tile in json.loads(path.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -96,7 +97,8 @@ def remembered() -> dict[str, Tile]:
 
 
 def rows_class(rows: int) -> str:
-    """Rows of an output, coarsely: N is ragged, and a kernel is not compiled anew for each."""
+    """Return a coarse class for the rows of an output: N is ragged, and a kernel should not be
+    compiled anew for each."""
     return "few" if rows <= 512 else "some" if rows <= 4096 else "many"
 
 
@@ -106,8 +108,8 @@ def _device_name(index: int | None) -> str:
 
 
 def key(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> str:
-    """The name of a tuned tile in the file. kind: "descriptor" | "pointer"; role: "rows" of a chunk
-    by a weight | "weight", its gradient; rows, columns: of the output."""
+    """Return the name of a tuned tile in the file. kind: "descriptor" | "pointer". role: "rows" for
+    a chunk by a weight | "weight" for its gradient. rows, columns: the size of the output."""
     device = _device_name(operand.device.index if operand.is_cuda else None)
     size = operand.element_size()
     return (
@@ -117,7 +119,7 @@ def key(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> str:
 
 
 def table(kind: str, tensor: Tensor, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The shipped tiles of the tensor's architecture."""
+    """Return the shipped tiles of the tensor's architecture."""
     tables = DESCRIPTOR_TILES if kind == "descriptor" else POINTER_TILES
     return tables[arch(tensor), dtype.itemsize]
 
@@ -127,7 +129,7 @@ def has_descriptors(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def best(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> Tile:
-    """The tuned tile if there is one, else the shipped one that fills the device best."""
+    """Return the tuned tile if there is one, else the shipped one that fills the device best."""
     if known := remembered():
         tuned = known.get(key(kind, role, rows, columns, operand))
         if tuned is not None:
@@ -136,16 +138,17 @@ def best(kind: str, role: str, rows: int, columns: int, operand: Tensor) -> Tile
 
 
 def choose(candidates: tuple[Tile, ...], rows: int, columns: int, tensor: Tensor) -> Tile:
-    """The candidate that is expected to be the fastest for that many rows and columns of output."""
+    """Return the candidate that is expected to be the fastest for this many rows and columns of
+    output."""
     return _fastest(candidates, rows, columns, multiprocessors(tensor))
 
 
-@lru_cache(4096)  # N is ragged
+@lru_cache(4096)  # N is ragged, so there are many keys.
 def _fastest(candidates: tuple[Tile, ...], rows: int, columns: int, multiprocessors: int) -> Tile:
-    """The candidate of the lowest cost: turns of a multiprocessor times the cost of a tile.
+    """Return the candidate of the lowest cost: turns of a multiprocessor times the cost of a tile.
 
-    The cost of a tile is its products, m · n, and 64 × its operands' loads, m + n. With the factor
-    64 a tile of 128 × 128 reaches 7/8 of the rate of one of 128 × 256.
+    The cost of a tile is its matmul work m · n plus 64 times its operand loads m + n. The factor 64
+    is fitted so that a tile of 128 × 128 reaches 7/8 of the rate of one of 128 × 256.
     """
 
     def cost(tile: Tile) -> int:
@@ -157,11 +160,12 @@ def _fastest(candidates: tuple[Tile, ...], rows: int, columns: int, multiprocess
 
 
 def largest(tensor: Tensor, dtype: torch.dtype) -> Tile:
-    """The shipped tile for products of many rows in `dtype`; the vendor's are about as large."""
+    """Return the shipped tile for matmuls of many rows in `dtype`. The vendor's tiles are about as
+    large."""
     return table("descriptor" if has_descriptors(tensor, dtype) else "pointer", tensor, dtype)[0]
 
 
-# What another chunk costs, in turns: its part of the weights' gradients is added to sums in
+# Another chunk costs this many turns: it adds its part of the weights' gradients to sums in
 # float32, and ten launches begin and end.
 CHUNK_TURNS = 2
 
@@ -170,11 +174,12 @@ CHUNK_TURNS = 2
 def whole_turns(
     rows: int, most: int, part: int, columns: tuple[int, ...], tile: Tile, multiprocessors: int
 ) -> int:
-    """How many of `rows` rows a chunk should have: at most `most`, and the last chunk what is left.
+    """Return how many of `rows` rows a chunk should have: at most `most`. The last chunk takes the
+    rest.
 
-    The multiprocessors take turns at the tiles of a product; what counts is the turns of all
-    products of the rows, whose outputs have so many `columns`. Tried are `part`, and the rows whose
-    tiles fill whole turns in the widest of them.
+    The multiprocessors take turns at the tiles of a matmul. The cost counts the turns of all
+    matmuls of the rows, whose outputs have this many `columns`. The candidates are `part`, and the
+    numbers of rows whose tiles fill whole turns in the widest matmul.
     """
     across = [cdiv(width, tile.n) for width in columns]
 
@@ -195,8 +200,7 @@ def whole_turns(
 
 
 def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Tile:
-    """The tile for a product of `x` with `w`, whose dtype it is taken in, with loads through
-    pointers."""
+    """Return the tile for a matmul of `x` with `w`, in w's dtype, with loads through pointers."""
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x.stride(), *w.stride()))
     return best("pointer", role, rows, columns, w) if aligned else UNALIGNED
 
@@ -204,15 +208,15 @@ def pointer_tile(x: Tensor, w: Tensor, role: str, rows: int, columns: int) -> Ti
 def descriptor_tile(
     x: Tensor, w: Tensor, others: Sequence[Tensor | None], role: str, rows: int, columns: int
 ) -> Tile | None:
-    """The tile for the same product with loads through tensor descriptors, or None where there can
-    be none: on other architectures, in float32, with a cast, and where rows are not contiguous, not
-    apart, or not aligned to 16 bytes."""
+    """Return the tile for the same matmul with loads through tensor descriptors, or None where they
+    are not possible: on other architectures, in float32, with a cast, and where rows are not
+    contiguous, overlap, or are not aligned to 16 bytes."""
     if not has_descriptors(x, w.dtype) or x.dtype != w.dtype:
         return None
     for tensor in (x, w, *others):
         if tensor is not None:
             stride, column_stride = tensor.stride()
-            overlapping = stride < tensor.shape[1]  # as expanded rows are
+            overlapping = stride < tensor.shape[1]  # Expanded rows overlap.
             if (
                 column_stride != 1
                 or overlapping
@@ -224,26 +228,26 @@ def descriptor_tile(
 
 
 def constants(tile: Tile) -> dict[str, int]:
-    """What every product's kernel is told of its tile."""
+    """Return the constants of its tile that every matmul kernel takes."""
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": GROUP_M}
     return {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def programs(tile: Tile, rows: int, columns: int, tensor: Tensor) -> int:
-    """How many persistent programs share the tiles of an output."""
+    """Return how many persistent programs share the tiles of an output."""
     tiles = cdiv(rows, tile.m) * cdiv(columns, tile.n)
     return min(tiles, multiprocessors(tensor) * tile.blocks)
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The tensor in blocks of (rows, columns); made on the host, so that kernels need no scratch
-    memory."""
+    """Describe the tensor in blocks of (rows, columns). The host does this, so that kernels do not
+    need scratch memory."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
 @triton.jit
 def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile coordinates of a program, going down groups of GROUP_M row tiles."""
+    """Return the tile coordinates of a program, going down groups of GROUP_M row tiles."""
     group = GROUP_M * tiles_n
     first_m = pid // group * GROUP_M
     rows = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -252,7 +256,7 @@ def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def halves(b_y):
-    """The left and the right half of a tile."""
+    """Return the left and the right half of a tile."""
     M: tl.constexpr = b_y.shape[0]
     HALF: tl.constexpr = b_y.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(b_y, (M, 2, HALF)), (0, 2, 1)))
@@ -260,7 +264,7 @@ def halves(b_y):
 
 @triton.jit
 def quarters(b_y):
-    """The four parts of a tile, from left to right."""
+    """Return the four parts of a tile, from left to right."""
     b_left, b_right = halves(b_y)
     b_0, b_1 = halves(b_left)
     b_2, b_3 = halves(b_right)

@@ -1,5 +1,5 @@
-"""Opt-in tuning: the candidate tiles of each product timed on this device, the best kept in a file
-for later calls."""
+"""Opt-in tuning: time the candidate tiles of each matmul on this device, and save the best in a
+file for later calls."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from .matmul import matmul
 from .tiles import Tile
 from .weight_grad import add_weight_grad
 
-ROWS = (256, 2048, 9216)  # one of each class of `tiles.rows_class`
+ROWS = (256, 2048, 9216)  # Each class of `tiles.rows_class` has one.
 
-# The likeliest first; what does not fit the device's shared memory is passed over.
+# The likeliest candidates come first. A candidate that does not fit the device's shared memory is
+# skipped.
 CANDIDATES = {
     "descriptor": [
         Tile(128, 256, 64, 8, 4),
@@ -45,8 +46,8 @@ CANDIDATES = {
 
 
 class Tuned(NamedTuple):
-    """The tuning of one role and size: milliseconds of each tile that ran, the shipped one first,
-    and its key in the file."""
+    """The tuning of one role and size: the milliseconds of each tile that ran, the shipped one
+    first, and the result's key in the file."""
 
     name: str
     times: dict[Tile, float]
@@ -63,8 +64,8 @@ def tune(
     device: torch.device | str = "cuda",
     time: Callable[[Callable[[], Any]], float] = triton.testing.do_bench,
 ) -> Iterator[Tuned]:
-    """Time the candidates for square weights of each width, a result as it comes; the best is kept
-    at once."""
+    """Time the candidates for square weights of each width. Save each best tile at once, and yield
+    each result as it comes."""
     for width in widths:
         for n in ROWS:
             x, y, w = (torch.randn(rows, width, device=device).to(dtype) for rows in (n, n, width))
@@ -72,13 +73,13 @@ def tune(
 
             def rows(tile: Tile, x: Tensor = x, y: Tensor = y, w: Tensor = w) -> None:
                 matmul(x, w.t(), y, tile=tile)
-                matmul(x, w, y, tile=tile)  # both layouts share a key
+                matmul(x, w, y, tile=tile)  # Both layouts share a key.
 
             def weight(tile: Tile, x: Tensor = x, y: Tensor = y, total: Tensor = total) -> None:
                 add_weight_grad(total, y, x, first=True, tile=tile)
 
             roles: list[tuple[str, Callable[[Tile], None], Tensor]] = [("rows", rows, y)]
-            if n == ROWS[-1]:  # the number of rows is no size of its output
+            if n == ROWS[-1]:  # The size of this output does not depend on the number of rows.
                 roles.append(("weight", weight, total))
             kind = "descriptor" if tiles.has_descriptors(w, dtype) else "pointer"
             for role, run, out in roles:
@@ -88,7 +89,7 @@ def tune(
                 for tile in dict.fromkeys((shipped, *CANDIDATES[kind])):
                     try:
                         times[tile] = time(partial(run, tile))
-                    except Exception:  # too much shared memory, or registers
+                    except Exception:  # It needs too much shared memory, or too many registers.
                         continue
                 if times:
                     name = f"{role}, n = {n}, width {width}"
@@ -98,10 +99,10 @@ def tune(
 
 
 def remember(key: str, tile: Tile) -> None:
-    """Add to the file, or replace in it; a reader never sees half of it."""
+    """Add a tile to the file, or replace it there. A reader never sees a half-written file."""
     path = tiles.cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    tiles.remembered.cache_clear()  # another process may have added to it
+    tiles.remembered.cache_clear()  # Another process may have added to the file.
     known = {name: list(kept) for name, kept in tiles.remembered().items()} | {key: list(tile)}
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(known, indent=1))

@@ -25,7 +25,7 @@ def weight_grad_kernel(
     stride_xm,
     stride_xn,
     COUNT: tl.constexpr,
-    FIRST: tl.constexpr,  # store instead of adding
+    FIRST: tl.constexpr,  # whether to store instead of adding
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,7 +39,7 @@ def weight_grad_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # Columns beyond the edge wrap around instead of taking a mask; they are not stored.
+    # Columns beyond the edge wrap around instead of taking a mask. They are not stored.
     p_dy = dy_ptr + o_k[None, :] * M + (o_m % M)[:, None]  # (M, K)
     p_x = x_ptr + (o_n % N).to(tl.int64)[None, :] * stride_xn  # (1, N)
 
@@ -85,7 +85,8 @@ def weight_grad_descriptor_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Never negative: in a flattened loop a negative number of blocks would count as one.
+    # This is never negative, because in a flattened loop a negative number of blocks would count as
+    # one.
     live = tl.maximum(live_rows(count_ptr, start, n, COUNT), 0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -93,7 +94,7 @@ def weight_grad_descriptor_kernel(
     if not FIRST:
         stop = tl.where(live > 0, stop, 0)
     # The blocks of rows end at the count, and the first one begins above row 0, where loads give
-    # zeros: what lies beyond the count, NaN perhaps, is never read, and nothing needs a mask.
+    # zeros. Whatever lies beyond the count, NaN perhaps, is never read, and no load needs a mask.
     blocks = tl.cdiv(live, BLOCK_K)
     top = live - blocks * BLOCK_K
     for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0), flatten=FLATTEN):
@@ -109,7 +110,7 @@ def weight_grad_descriptor_kernel(
             offsets = [i_m * BLOCK_M, i_n * BLOCK_N + i * (BLOCK_N // 4)]
             if FIRST:
                 total.store(offsets, narrow(parts[i], total.dtype))
-            elif INTERPRET:  # it has no addition by descriptor
+            elif INTERPRET:  # The interpreter cannot add by descriptor.
                 total.store(offsets, total.load(offsets) + parts[i])
             else:
                 total.atomic_add(offsets, parts[i])
@@ -125,12 +126,13 @@ def add_weight_grad(
     first: bool = False,
     tile: tiles.Tile | None = None,
 ) -> None:
-    """total += Σ_i dy[i]ᵀ · x[i], over the rows i of `dy` with start + i < count.
+    """Compute total += Σ_i dy[i]ᵀ · x[i], over the rows i of `dy` with start + i < count.
 
-    total: (M, N) contiguous, float32 unless `first`; dy: (n, M) contiguous; x: (n, N), any strides,
-    cast to dy's dtype; count: 0-d int32 on the device, None = all; first: total = instead of total
-    +=, zeros where there is no row. Each element is summed by one program in a fixed order:
-    deterministic. Rows from the count on may hold anything. tile: as in `matmul`.
+    total: (M, N) contiguous, float32 unless `first`. dy: (n, M) contiguous; its rows from the count
+    on may hold anything. x: (n, N), any strides, cast to dy's dtype. count: 0-d int32 on the
+    device; None: all. first: store the sum instead of adding it, and zeros if there are no rows.
+    tile: as in `matmul`. One program sums each element in a fixed order, so the result is
+    deterministic.
     """
     n, M = dy.shape
     N = x.shape[1]
@@ -149,7 +151,7 @@ def add_weight_grad(
                 N,
                 COUNT=count is not None,
                 FIRST=first,
-                # Flattened on sm100, triton 3.6 gives each part of the epilogue its own memory.
+                # Triton 3.6 gives each part of a flattened loop's epilogue its own memory on sm100.
                 FLATTEN=tiles.arch(x) == "sm90",
                 **tiles.constants(tile),
                 **OPTIONS,
