@@ -75,16 +75,16 @@ def caption(results: dict[str, Any]) -> str:
     settings = results["settings"]
     numbers = ", ".join(str(seed["seed"]) for seed in results["seeds"])
     return (
-        f"PRe with λ = {settings['weight']:g} at layer {settings['layer']} of "
-        f"{settings['layers']}. Mean ± standard deviation over seeds {numbers}; differences are "
-        "taken within each seed, whose two runs share the pre-trained parts, the data and its "
-        "order. Everything is read on scenes of digits that no training saw. L_PRe: of a predictor "
-        "fitted after training on the frozen states of further scenes, in the same way for both "
-        "columns; of the predictor that was trained along; and of a constant, the mean direction "
-        "of the embeddings. The linear probe, fitted after training too, names each digit from the "
-        "mean of its patches (chance 0.1); layer 0 is what enters the LLM. The semantic contrast "
-        "ratio is the mean cosine similarity of patches of one digit over that of patches of "
-        "different digits."
+        f"PRe has λ = {settings['weight']:g} at layer {settings['layer']} of "
+        f"{settings['layers']}. Values are mean ± standard deviation over seeds {numbers}. "
+        "Differences are taken within each seed, whose two runs share the pre-trained parts, the "
+        "data and its order. All values come from scenes of digits that no training saw. L_PRe is "
+        "given for three predictors: one that is fitted after training on the frozen states of "
+        "further scenes, in the same way for both columns; the one that was trained with the "
+        "model; and a constant, the mean direction of the embeddings. The linear probe, which is "
+        "also fitted after training, names each digit from the mean of its patches (chance 0.1). "
+        "Layer 0 is the input of the LLM. The semantic contrast ratio is the mean cosine "
+        "similarity of patches of one digit divided by that of patches of different digits."
     )
 
 
