@@ -1,5 +1,7 @@
-"""Predictive Regularization attached to vision-language models and their trainers; imports torch
-only."""
+"""Attach Predictive Regularization to vision-language models and their trainers.
+
+Importing this package imports torch, and neither transformers nor a trainer.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -22,5 +24,6 @@ __all__ = [
     "patch_trainer",
 ]
 
-if not TYPE_CHECKING:  # a checker would take any name for one of the package
+# Hidden from type checkers, which would otherwise accept any name as one of this package.
+if not TYPE_CHECKING:
     __getattr__ = moved(__name__, dict.fromkeys(("Sample", "measure"), "pre_kernels.diagnostics"))

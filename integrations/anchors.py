@@ -1,5 +1,5 @@
-"""EncoderAnchor: what an external encoder of images (DINOv2, SigLIP, ...) says about the place of
-each visual token."""
+"""EncoderAnchor: anchors from an external image encoder (DINOv2, SigLIP, ...), one for each visual
+token."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ class EncoderAnchor:
     """A callable `anchor` for `apply_pre`: the features of a frozen encoder, resized to each
     image's visual tokens.
 
-    Each image of the batch is taken back from the model's normalisation, resized to `size`²,
-    normalised for the encoder and encoded without gradients; the features of its patches, less
-    class and register tokens, are resized to the rows and columns of its visual tokens. That reads
-    image sizes on the host, so it waits for the device.
+    For each image of the batch the model's normalisation is undone, the image is resized to
+    `size`², normalised for the encoder and encoded without gradients. The features of its patches
+    (class and register tokens are dropped) are resized to the rows and columns of its visual
+    tokens. This reads image sizes on the host, so it waits for the device.
 
-    An image's visual tokens must be a grid in row-major order: all images squares of as many
-    tokens, with pixels (images, 3, H, W) (LLaVA, VipLLaVA, PaliGemma, Gemma 3, each tile of
-    InternVL), or `image_grid_thw` with pixels cut into patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
-    Newline rows (LLaVA-NeXT, LLaVA-OneVision), images of other sizes in one tensor (`image_sizes`)
-    and videos are refused.
+    The visual tokens of an image must form a grid in row-major order. Two layouts are supported:
+    pixels (images, 3, H, W) where every image is a square of the same number of tokens (LLaVA,
+    VipLLaVA, PaliGemma, Gemma 3, each tile of InternVL), and `image_grid_thw` with pixels cut into
+    patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Newline rows (LLaVA-NeXT, LLaVA-OneVision), images of
+    different sizes padded into one tensor (`image_sizes`) and videos raise.
 
-    The encoder is frozen, put in eval, moved to where the pixels are and keeps its dtype. It never
-    becomes a part of the model: not saved, trained or sharded with it; a deep copy of the model
-    shares it. One that ZeRO-3 has split, as `from_pretrained` does once a ZeRO-3 configuration is
-    there, is made whole on every process, all of which take part.
+    The encoder is frozen, put in eval mode and moved to the device of the pixels. It keeps its
+    dtype. It never becomes a part of the model, so it is not saved, trained or sharded with it, and
+    a deep copy of the model shares it. `from_pretrained` splits an encoder over the processes when
+    a ZeRO-3 configuration is active; such an encoder is gathered on every process, and all of them
+    must construct the anchor.
 
     ```python
     dino = AutoModel.from_pretrained("facebook/dinov2-base")
@@ -52,20 +53,21 @@ class EncoderAnchor:
 
     Args:
         encoder: maps (images, 3, size, size) to (images, tokens, z), or to an output with such a
-            `last_hidden_state`; the last of its tokens are a square of patches.
-        model: the model to be attached to; its config is read, nothing else.
-        image_mean, image_std: of the normalisation that `pixels` have had, as in the model's image
-            processor; both None if it was the encoder's own.
-        encoder_mean, encoder_std: of the normalisation that the encoder needs.
-        size: of the encoder's images; None is its config's `image_size`.
-        pixels: the argument of the model's forward that holds the images.
-        mode: how features are resized: "bilinear" (antialiased) or "area" (the mean of what a token
-            covers).
-        anchor_dim: z; None is the encoder's config's `hidden_size`.
+            `last_hidden_state`. Its last tokens must be a square of patches.
+        model: the model that PRe is attached to. Only its config is read.
+        image_mean, image_std: three channel values each, of the normalisation that `pixels` went
+            through, as in the model's image processor. Both None if that was the encoder's own.
+        encoder_mean, encoder_std: three channel values each, of the normalisation that the encoder
+            needs.
+        size: height and width of the encoder's images in pixels. None: `image_size` of its config.
+        pixels: name of the forward's argument that holds the images.
+        mode: how features are resized: "bilinear" (antialiased), or "area" (the mean over the area
+            that a token covers).
+        anchor_dim: z. None: `hidden_size` of the encoder's config.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted; in a forward, for
-            a batch whose images can't be matched with its visual tokens.
+        ValueError, TypeError: with the argument, the value it got and the value it needs. In a
+            forward: for a batch whose images cannot be matched with its visual tokens.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class EncoderAnchor:
             )
         if any(module is encoder for module in model.modules()):
             raise ValueError(
-                "encoder: got a module of the model, which would be frozen; want one of its own"
+                "encoder: got a module of the model, which would be frozen; want a separate module"
             )
         if getattr(config, "image_grid_pinpoints", None):
             raise ValueError(
@@ -126,8 +128,8 @@ class EncoderAnchor:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-        """The anchors (N, z) of the visual tokens `rows` (B, T) of a forward with these
-        arguments."""
+        """The anchors (N, z) of the N visual tokens that the bool mask `rows` (B, T) marks in a
+        forward with the arguments `inputs`."""
         places = visual_tokens(self.config, inputs)
         places = rows if places is None else places.to(rows.device)
         images, grids = self._images(inputs, int(places.sum()))
@@ -143,8 +145,8 @@ class EncoderAnchor:
     def _images(
         self, inputs: dict[str, Any], total: int
     ) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        """The images (n, 3, H, W), those of one size or one at a time, and the grid of each one's
-        visual tokens."""
+        """The images (n, 3, H, W), in one tensor if they have one size, else one tensor each; and
+        for each image the rows and columns of its visual tokens."""
         pixels = inputs.get(self.pixels)
         grid = inputs.get("image_grid_thw")
         if not torch.is_tensor(pixels) or not pixels.is_floating_point():
@@ -166,22 +168,23 @@ class EncoderAnchor:
             side = math.isqrt(total // max(len(pixels), 1))
             if total != len(pixels) * side**2:
                 raise ValueError(
-                    f"anchor: {total} visual tokens are not squares of {len(pixels)} images"
+                    f"anchor: got {total} visual tokens for {len(pixels)} images, want a square "
+                    "number of tokens for each image"
                 )
             return [pixels], [(side, side)] * len(pixels)
         if grid is not None:
             merge = getattr(self.config.vision_config, "spatial_merge_size", None)
             if merge is None or inputs.get("image_merge_sizes") is not None:
                 raise ValueError(
-                    "anchor: the model's images are merged each in its own way; pass a callable of "
-                    "your own"
+                    "anchor: this model merges the patches of each image by a factor of its own, "
+                    "which EncoderAnchor does not support; pass a callable of your own"
                 )
             sizes = [tuple(size) for size in grid.tolist()]
             grids = [(height // merge, width // merge) for _, height, width in sizes]
             if any(frames != 1 for frames, *_ in sizes) or sum(h * w for h, w in grids) != total:
                 raise ValueError(
-                    f"anchor: image_grid_thw {sizes} does not make the batch's {total} visual "
-                    "tokens"
+                    f"anchor: image_grid_thw {sizes} does not match the {total} visual tokens of "
+                    "the batch"
                 )
             if pixels.dim() == 4 and len(pixels) == len(sizes):
                 return [pixels], grids
@@ -197,8 +200,8 @@ class EncoderAnchor:
         )
 
     def _whole(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """(1, 3, H, W) of its `height` · `width` patches, which come block by block as they are
-        merged."""
+        """The image (1, 3, H, W) that is made of `height` · `width` patches. The patches come block
+        by block, in the order in which the model merges them."""
         vision = self.config.vision_config
         merge = vision.spatial_merge_size
         side = vision.patch_size
@@ -215,7 +218,7 @@ class EncoderAnchor:
         )
 
     def _encode(self, images: list[Tensor]) -> Tensor:
-        """(images, z, g, g) in float32."""
+        """The encoder's features (images, z, g, g) in float32, on its grid of g · g patches."""
         like = next(self.encoder.parameters(), images[0])
         if like.device != images[0].device:
             self.encoder.to(images[0].device)
@@ -257,8 +260,8 @@ class EncoderAnchor:
 
 
 def _make_whole(encoder: nn.Module) -> None:
-    """Put whole parameters in the place of those that ZeRO-3 has split: no engine will gather them
-    in a forward."""
+    """Replace parameters that ZeRO-3 has split by full ones, because no engine gathers them in the
+    encoder's forward."""
     split = [p for p in encoder.parameters() if hasattr(p, "ds_id")]
     if not split:
         return

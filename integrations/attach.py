@@ -1,5 +1,5 @@
-"""apply_pre: Predictive Regularization on a vision-language model, by hooks; nothing of the model
-is replaced."""
+"""apply_pre: attach Predictive Regularization to a vision-language model by hooks, without
+replacing any part of the model."""
 
 from __future__ import annotations
 
@@ -56,19 +56,20 @@ def apply_pre(
     output.loss. Returns a handle.
 
     The predictor becomes `model.pre_head` (a `PreHead`, or a ModuleList of them for a sequence of
-    layers), in the dtype and on the device of the layer it reads. Call this after weights are
-    loaded and after `get_peft_model`, with one seed on all ranks; create the optimizer and shard
-    the model (FSDP, ZeRO) after it. Eval, `generate()`, `no_grad`, a forward without labels and
-    weight 0 never reach the head. A batch without images adds 0, with zero gradients for the head.
+    layers), in the dtype and on the device of the layer it reads. Call this after the weights are
+    loaded and after `get_peft_model`, with the same seed on all ranks. Create the optimizer and
+    shard the model (FSDP, ZeRO) afterwards. The head does not run in eval mode, in `generate()`,
+    under `no_grad`, in a forward without labels, or at weight 0. A batch without images adds 0,
+    with zero gradients for the head.
 
-    Under gradient accumulation every micro-batch adds its own mean, weighed as the trainer weighs
-    its loss: like all others, or by its share of `num_items_in_batch` where the model is given
-    that. `patch_trainer` makes it the mean of the whole step; a trainer that takes the labels away
-    or ignores `output.loss` also needs it.
+    Under gradient accumulation every micro-batch adds its own mean. The trainer weights that mean
+    as it weights the loss: equally, or by `num_items_in_batch` if the model gets it.
+    `patch_trainer` makes it the mean over the whole step. A trainer that removes the labels or
+    ignores `output.loss` also needs `patch_trainer`.
 
     ```python
     handle = apply_pre(model, layer=2, weight=0.5)
-    optimizer = torch.optim.AdamW(model.parameters())  # after it, so that the head is trained too
+    optimizer = torch.optim.AdamW(model.parameters())  # after apply_pre: it includes the head
     for batch in batches:
         model(**batch).loss.backward()  # L_LM + λ · L_PRe
         optimizer.step()
@@ -80,65 +81,69 @@ def apply_pre(
 
     Args:
         model: a Hugging Face vision-language model with a loss, or a `PeftModel` around one.
-        layer: l in 1..L reads what l of the L decoder layers made (L: before the final norm); a
-            sequence trains one head per entry and averages their losses; None is L // 2.
-        weight: λ, finite and ≥ 0; also `handle.weight`.
-        loss, activation, bias, hidden_dim: of the predictor, see `PreHead`. `hidden_dim` None: the
-            model's width.
-        anchor: "pre_llm": the visual tokens' embeddings as they enter the decoder. "pre_projector":
-            what the projector maps to them (LLaVA; Qwen-VL: a token's patches, concatenated). A
-            callable: `anchor(inputs, rows)` gets the forward's arguments as a dict and the bool
-            mask (B, T) of the N visual tokens, and returns (B, T, z), or (N, z) in batch-major
-            order; it runs under `no_grad` after the forward and only if the batch has images;
-            `anchor_dim` is its z. `EncoderAnchor` is one for an encoder of images.
-        level: "patch": a term per visual token. "image": the mean over each image's (or video's)
-            tokens of hidden states and anchors first, a term per image.
-        weighting: "token": every visual token counts the same. "image": every image does, its
-            tokens having the weight 1 / their number. At level "image" every image does anyway.
-        fraction: in (0, 1], of the terms, drawn anew in each forward from the device's default
-            generator: of a batch's N, max(1, round(fraction · N)), any as likely as others, and
-            divided by their share of N, so that the expected loss and gradient are those of all. At
-            1 nothing is drawn. Every process draws by itself; those that are seeded alike may draw
-            the same numbers, which biases nothing.
-        nonfinite: of visual tokens with a nan or inf in the anchor or in a hidden state of one of
-            the layers. "propagate": the loss is not finite, nor are the gradients. "skip": they are
-            left out, and the loss is that of the batch without them: at level "image" the mean over
-            an image's other tokens, and a group counts the others alone. What `patch_trainer`
-            counts ahead, or `defer` is given, still has them: there they are terms of 0.
-            `handle.metrics()` says how many there were. One more pass over the layers' hidden
-            states and the anchors. The loss of the model itself stays what it is.
-        anchor_dim: z of a callable anchor; None is its attribute `anchor_dim`, else the model's
-            width.
-        mask_fn: finds the visual tokens instead of `input_ids`: `mask_fn(inputs)` returns a bool
-            mask (B, T), or an integer one with the number of each token's image (1, 2, ...; 0 for
+        layer: l in 1..L reads the output of decoder layer l of L (layer L: before the final norm).
+            A sequence trains one head per entry and averages their losses. None is L // 2.
+        weight: λ, finite and ≥ 0. Also `handle.weight`.
+        loss, activation, bias, hidden_dim: settings of the predictor, see `PreHead`. `hidden_dim`
+            None is the model's width.
+        anchor: the target of the prediction. "pre_llm": the embeddings of the visual tokens as they
+            enter the decoder. "pre_projector": the projector's input for each visual token (LLaVA;
+            Qwen-VL: the patches of a token, concatenated). A callable: `anchor(inputs, rows)` gets
+            the forward's arguments as a dict and the bool mask (B, T) of the N visual tokens, and
+            returns (B, T, z), or (N, z) in batch-major order, with z = `anchor_dim`. It runs under
+            `no_grad` after the forward, and only if the batch has images. `EncoderAnchor` is such a
+            callable for an image encoder.
+        level: "patch": one term per visual token. "image": hidden states and anchors are first
+            averaged over the tokens of each image (or video), which gives one term per image.
+        weighting: "token": every visual token has the same weight. "image": every image has the
+            same weight, shared equally by its tokens. At level "image" every image has the same
+            weight in both cases.
+        fraction: the fraction of the terms to compute, in (0, 1]. Each forward draws
+            max(1, round(fraction · N)) of the N terms of its batch uniformly from the device's
+            default generator, and divides their sum by the drawn fraction of N, so that loss and
+            gradient are unbiased. At 1 nothing is drawn. Every process draws by itself. Processes
+            with the same seed may draw the same numbers; this adds no bias.
+        nonfinite: how to treat visual tokens with a nan or inf in the anchor or in the hidden
+            states of a layer that is read. "propagate": the loss and its gradients are not finite.
+            "skip": these tokens are left out, and the loss is that of a batch without them. At
+            level "image" the mean is then over the other tokens of the image, and a group counts
+            only the other tokens. A count that `patch_trainer` takes ahead, or that `defer` gets,
+            still includes them; there they are terms of 0. `handle.metrics()` has their number.
+            "skip" costs one more pass over the hidden states and the anchors. It does not change
+            the model's own loss.
+        anchor_dim: z of a callable anchor. None: the callable's attribute `anchor_dim`, or the
+            model's width if it has none.
+        mask_fn: finds the visual tokens instead of `input_ids`. `mask_fn(inputs)` returns a bool
+            mask (B, T), or an integer mask with the number of each token's image (1, 2, ...; 0 for
             text).
-        text_model: the module (or its path) whose `.layers` are the decoder's, where it is not
-            found by itself.
-        layers: the ModuleList of the decoder's layers (or its path), where they are elsewhere.
-        impl: of the loss, see `fused_pre_loss`.
-        group: the processes whose forwards are one: a ProcessGroup, or "world". Σℓ is divided by
-            the number of terms of all of them over the number of processes, so that averaged
-            gradients (DDP, FSDP, ZeRO) are those of the mean over all visual tokens, uneven or
-            text-only as the processes' batches may be, and those of whole sequences under sequence
-            parallelism (level "image": images whole on one process). Costs one all-reduce of a
-            number per forward, in which every process has to take part. None: a process's own
-            terms. Where `patch_trainer` counts, this is not used.
-        head_dtype: of the predictor's parameters; None: the layer's. `torch.float32` over a layer
-            in half precision keeps master weights: products still run in the layer's dtype,
-            gradients arrive in float32.
-        head_lr, head_weight_decay: of the predictor's own optimizer groups, which `patch_trainer`
-            makes, and `handle.param_groups()` for other loops. None: what the optimizer gives the
-            rest. Biases are not decayed.
-        schedule, warmup: λ is `weight` all along ("constant"), or falls to 0 by half a cosine
-            ("cosine"), after a linear rise over the share `warmup` of the training. `patch_trainer`
-            sets where in the training a step is; other loops set `handle.progress` (0..1).
-        labels: the argument of the forward that makes it one with a loss, to which λ · L_PRe is
-            added. None: every forward in training mode counts, and its L_PRe is yours to add, by
-            `handle.loss()`.
+        text_model: the module (or its path) whose `.layers` are the decoder layers, if it is not
+            found automatically.
+        layers: the ModuleList of the decoder layers (or its path), if they are elsewhere.
+        impl: implementation of the loss, see `fused_pre_loss`.
+        group: the processes whose forwards form one batch: a ProcessGroup, or "world". Σℓ is
+            divided by the mean number of terms per process. Gradients that are averaged over the
+            processes (DDP, FSDP, ZeRO) are then those of the mean over all visual tokens, even if
+            batches are uneven or text-only. Under sequence parallelism they are those of the whole
+            sequences (at level "image" each image must be whole on one process). Costs one
+            all-reduce of one number per forward, in which every process must take part. None: only
+            the process's own terms. Not used where `patch_trainer` counts the tokens.
+        head_dtype: dtype of the predictor's parameters. None: that of the layer. `torch.float32`
+            over a half-precision layer keeps master weights: matmuls still run in the layer's
+            dtype, and gradients arrive in float32.
+        head_lr, head_weight_decay: settings of the predictor's own optimizer groups, which
+            `patch_trainer` makes (and `handle.param_groups()` for other loops). None: the
+            optimizer's settings. Biases are not decayed.
+        schedule, warmup: λ stays at `weight` ("constant"), or falls to 0 by half a cosine
+            ("cosine"). Before that it rises linearly over the fraction `warmup` of the training.
+            `patch_trainer` sets the progress of the training; other loops set `handle.progress`
+            (0..1).
+        labels: name of the forward's argument that makes the model return a loss. λ · L_PRe is
+            added to the loss of forwards that get it. None: L_PRe is computed in every forward in
+            training mode, and you add `handle.loss()` to your loss.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
-        RuntimeError: if a handle is attached already.
+        ValueError, TypeError: with the argument, the value it got and the value it needs.
+        RuntimeError: if the model already has a handle.
     """
     if isinstance(model, nn.DataParallel):
         raise TypeError(
@@ -248,7 +253,7 @@ def _layers(layer: Any, depth: int) -> tuple[int, ...]:
             )
         numbers.append(number)
     if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"layer: got {layer!r}, want at least one layer and none twice")
+        raise ValueError(f"layer: got {layer!r}, want at least one layer, and none twice")
     return tuple(numbers)
 
 
@@ -260,6 +265,6 @@ def _head_dtype(requested: Any, layer: torch.dtype) -> torch.dtype:
     if requested != layer and (requested != torch.float32 or layer.itemsize > 2):
         raise ValueError(
             f"head_dtype: got {requested} over a layer in {layer}, want None, {layer}, or float32 "
-            "over halves"
+            "over a half-precision layer"
         )
     return requested

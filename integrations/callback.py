@@ -1,4 +1,4 @@
-"""The old place of `pre_kernels.diagnostics.LayerCallback`, for one version."""
+"""The old import path of `pre_kernels.diagnostics.LayerCallback`, kept for one version."""
 
 from pre_kernels._moved import moved
 

@@ -1,10 +1,10 @@
-"""The one hook mechanism: what a forward of the whole model sees inside, collected by reference,
-used when it ends.
+"""The only hook mechanism: it collects references to tensors inside a forward of the whole model,
+and uses them when the forward ends.
 
 The hooks are bound methods of a plain object, so `copy.deepcopy(model)` copies them with the model.
-Nothing is computed inside a layer's hook: checkpointing would lose the gradient there, or compute
-twice. Checkpointing may also fire a hook again when it recomputes, so the first capture of a
-forward wins and the end of the outer call disarms.
+No layer hook computes anything: under checkpointing the gradient would be lost there, or the work
+done twice. Checkpointing may also fire a hook again when it recomputes. The first capture of a
+forward is therefore the one that is kept, and the end of the outer call disarms the hooks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from .families import Parts
 
 @dataclass
 class CapturedForward:
-    """References from one forward: its arguments by name, and the tensors that came by.
+    """References from one forward: its arguments by name, and the tensors that the hooks saw.
 
     Attributes:
-        hidden: by layer number, as the layer was given or made them.
-        embeds: the embeddings that the text model was given, if it was given any.
-        first: what entered its first layer.
-        projector: what entered the projector, call by call.
-        autocast: by layer number: the device's type, whether autocast was on, and its dtype.
+        inputs: the forward's arguments by name.
+        parts: the parts of the model.
+        hidden: the output of l decoder layers by l, as the layers pass it on.
+        embeds: the embeddings passed to the text model, if any.
+        first: the input of the first decoder layer.
+        projector: the input of the projector in each of its calls.
+        autocast: for each layer number the device type, whether autocast was on, and its dtype.
     """
 
     inputs: dict[str, Any]
@@ -42,8 +44,12 @@ class CapturedForward:
     autocast: dict[int, tuple[str, bool, torch.dtype]] = field(default_factory=dict)
 
     def anchor(self) -> Tensor:
-        """The embeddings (B, T, d) as they enter the text model (or, if it merges them itself, its
-        first layer)."""
+        """The embeddings (B, T, d) that enter the text model, or its first layer if the text model
+        merges text and images itself.
+
+        Raises:
+            RuntimeError: if neither ran.
+        """
         embeddings = self.embeds if self.embeds is not None else self.first
         if embeddings is None:
             raise RuntimeError(
@@ -52,14 +58,18 @@ class CapturedForward:
         return embeddings
 
     def layer(self, number: int) -> Tensor:
-        """What `number` decoder layers made (B, T, d)."""
+        """The output (B, T, d) of decoder layer `number`, counted from 1.
+
+        Raises:
+            RuntimeError: if the layer did not run.
+        """
         if number not in self.hidden:
             raise RuntimeError(f"layer: decoder layer {number} did not run in this forward")
         return self.parts.family.hidden(self.hidden[number], self.parts.config)
 
     def autocast_of(self, number: int) -> torch.autocast:
-        """The autocast state that decoder layer `number` ran in: wrappers autocast `forward`, the
-        end is outside it."""
+        """The autocast state in which decoder layer `number` ran. Wrappers autocast only the
+        forward, and the captured tensors are used after it."""
         device, enabled, dtype = self.autocast[number]
         if not enabled:
             return torch.autocast(device, enabled=False)
@@ -76,23 +86,24 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 @functools.cache
 def _untraced() -> Callable[..., Any]:
-    """`_call` as torch.compile leaves it alone: traced, the ends of a forward would cost a dozen
-    graphs. Made when it is first wanted, since that imports the compiler."""
+    """`_call`, excluded from torch.compile. Tracing the start and end of a forward would split it
+    into a dozen graphs. Made on first use, because making it imports the compiler."""
     untraced: Callable[..., Any] = torch.compiler.disable(_call)
     return untraced
 
 
 class Capture:
-    """Hooks on `outer` and on `parts` of it; `remove()` takes them off.
+    """Hooks on `outer` and its `parts`. `remove()` removes them.
 
     Args:
-        outer: the module whose call is "the forward".
-        parts: its parts.
-        layers: numbers in 1..L; number l is what l decoder layers made.
-        start: gets the module that is called (a compiler may have put another in the place of
-            `outer`, with its hooks) and the forward's arguments by name, says whether to capture.
-        finish: gets the forward's output and what was seen, returns the output.
-        missed: called with the text model when it runs outside a call of `outer`.
+        outer: the module whose call counts as "the forward".
+        parts: the parts of that module.
+        layers: numbers in 1..L; number l captures the output of decoder layer l.
+        start: gets the module that is called (a compiler may have replaced `outer` by another
+            module that has its hooks) and the forward's arguments by name; returns whether to
+            capture.
+        finish: gets the forward's output and the capture, and returns the output.
+        missed: gets the text model when that runs outside a call of `outer`.
         skipped: gets the output of a forward that was not captured.
     """
 
@@ -117,9 +128,9 @@ class Capture:
         self.untraced = _untraced()
         self.numbers: dict[nn.Module, int] = {}
         self.hooks = [
-            # Runs before the hooks of others, which may replace input_ids with embeddings.
+            # prepend: it must run before foreign hooks, which may replace input_ids by embeddings.
             outer.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
-            # always_call: a forward that raises must let go of its activations, too.
+            # always_call: a forward that raises must also release its activations.
             outer.register_forward_hook(self._close, always_call=True),
             parts.layers[0].register_forward_pre_hook(self._first, with_kwargs=True),
         ]
@@ -131,7 +142,7 @@ class Capture:
             )
         for number in layers:
             if number == len(parts.layers):
-                # No layer follows whose input this would be; it is taken before the final norm.
+                # No layer follows, so the last layer's output is captured instead of an input.
                 self.hooks.append(parts.layers[-1].register_forward_hook(self._last))
             else:
                 self.numbers[parts.layers[number]] = number
@@ -141,7 +152,7 @@ class Capture:
         self.depth = len(parts.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the compiler has made, which cannot be pickled."""
+        """The state without the function that the compiler made, which cannot be pickled."""
         return {name: value for name, value in vars(self).items() if name != "untraced"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,7 +160,7 @@ class Capture:
         self.untraced = _untraced()
 
     def remove(self) -> None:
-        """Take all hooks off, and let go of what an interrupted forward has left."""
+        """Remove all hooks, and release the capture of an interrupted forward."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -167,7 +178,8 @@ class Capture:
                 "model: nn.DataParallel is not supported (its replicas share the hooks); use DDP "
                 "or FSDP"
             )
-        self._drop()  # after a KeyboardInterrupt the last forward's end has not run
+        # After a KeyboardInterrupt the end of the previous forward has not run.
+        self._drop()
         self.inside = True
         inputs: dict[str, Any] = {}
         if args:
@@ -189,7 +201,7 @@ class Capture:
         return self.finish(output, seen)
 
     def _drop(self) -> CapturedForward | None:
-        """End the forward; what it has captured."""
+        """End the forward and return its capture."""
         seen = self.seen
         self.seen = None
         self.inside = False
@@ -210,7 +222,7 @@ class Capture:
 
     def _projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.seen is not None:
-            # It may be called for the images and again for the videos.
+            # The projector may be called once for the images and again for the videos.
             self.seen.projector.append(_hidden(args, kwargs))
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The head on disk: a safetensors file and a small JSON file beside it. Nothing is ever
+"""Save and load the head: a safetensors file and a small JSON file beside it. Nothing is ever
 unpickled."""
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .distributed import FullParameters, raise_on_every_rank, rank, unwrapped
 WEIGHTS = "pre_head.safetensors"
 CONFIG = "pre_head.json"
 FORMAT = 1
-MAY_BE_ABSENT = ("weighting",)  # settings that files of the same format may lack
+# Settings that were added without a new format number, so older files lack them.
+MAY_BE_ABSENT = ("weighting",)
 
 
 def save(
@@ -29,15 +30,15 @@ def save(
     wrapper: nn.Module | None = None,
     writes: bool | None = None,
 ) -> None:
-    """Write `head` to `directory`, which is made if need be; a file is replaced whole or not at
-    all. See `PreHandle.save`.
+    """Write `head` to `directory`, which is created if needed. Each file is replaced as a whole or
+    not at all. See `PreHandle.save`.
 
     Args:
-        head: a `PreHead`, or a ModuleList of them; PEFT may have wrapped it.
-        settings: what it was made for, which is written beside it.
-        attached: the module that it is a child of.
-        wrapper: of that module; only FSDP1's can gather what it split.
-        writes: whether this process writes; None: if it is rank 0.
+        head: a `PreHead`, or a ModuleList of them. PEFT may have wrapped it.
+        settings: the settings that the head was made for; they are written to the JSON file.
+        attached: the module that has the head as a child.
+        wrapper: the wrapper around that module. FSDP1 needs it to gather the parameters it split.
+        writes: whether this process writes. None: rank 0 does.
     """
     trained = _trained(head)
     full = FullParameters(trained, _shapes(trained), wrapper, attached)
@@ -63,8 +64,13 @@ def load(
     attached: nn.Module,
     wrapper: nn.Module | None = None,
 ) -> None:
-    """Copy the head in `directory` into `head`, cast to its dtype. See `PreHandle.load`; the
-    arguments are those of `save`."""
+    """Copy the head in `directory` into `head`, cast to the dtype of `head`. The arguments are
+    those of `save`. See `PreHandle.load`.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its two files is missing.
+        ValueError: if a file is not valid, or the saved head differs from `head`.
+    """
     trained = _trained(head)
     shapes = _shapes(trained)
     full = FullParameters(trained, shapes, wrapper, attached)
@@ -74,7 +80,7 @@ def load(
 
 
 def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree between a head on disk and one in a model."""
+    """The settings in which a head on disk and a head in a model must agree."""
     first = next(iter(_heads(_trained(head)).values()))
     return {
         **settings,
@@ -88,7 +94,7 @@ def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trained(head: Any) -> nn.Module:
-    """The head itself; PEFT's modules_to_save wraps it and trains a copy."""
+    """The head that is trained. PEFT's modules_to_save wraps the head and trains a copy of it."""
     trained: nn.Module = head
     if hasattr(head, "modules_to_save"):
         trained = head.modules_to_save[head.active_adapters[0]]
@@ -96,7 +102,7 @@ def _trained(head: Any) -> nn.Module:
 
 
 def _heads(trained: nn.Module) -> dict[str, Any]:
-    """Each `PreHead` by the prefix of its parameters' names."""
+    """Every `PreHead`, by the prefix of its parameter names."""
     head = unwrapped(trained)
     if isinstance(head, nn.ModuleList):
         return {f"{i}.": unwrapped(layer_head) for i, layer_head in enumerate(head)}
@@ -104,7 +110,7 @@ def _heads(trained: nn.Module) -> dict[str, Any]:
 
 
 def _shapes(trained: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the whole parameters by name, however they are split."""
+    """The shapes of the full parameters by name, whether or not they are split."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, head in _heads(trained).items():
         shapes[f"{prefix}w1"] = (head.hidden_dim, head.dim)
@@ -135,7 +141,8 @@ def _read(
     described: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tensor]:
-    """The tensors in `directory`, which are those of the head so described, of these shapes."""
+    """The tensors in `directory`, after a check that they are those of a head with this description
+    and these shapes."""
     if not os.path.isdir(directory):
         raise FileNotFoundError(
             f"directory: {os.fspath(directory)!r} is not a directory; want one that handle.save() "
@@ -175,7 +182,7 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         with open(path) as file:
             config = json.load(file)
-    except ValueError as error:  # both JSON and unicode errors are
+    except ValueError as error:  # JSON and Unicode errors are both subclasses
         raise ValueError(f"{path!r}: not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__

@@ -1,5 +1,5 @@
-"""Several processes: counts over a group, heads whose parameters are split, and errors that every
-process hears of."""
+"""Training on several processes: counts over a group, heads whose parameters are split, and errors
+that are raised on every process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# part of a parameter's name for each wrapper that a head may have got
+# Each wrapper around a head adds one of these to the names of its parameters.
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-# What wraps or shards a model, which has to come after apply_pre; by class name, so that none of
-# their packages has to be imported.
+# Classes that wrap or shard a model and must come after apply_pre. They are compared by name, so
+# that none of their packages has to be imported.
 WRAPPERS_AFTER = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -28,11 +28,11 @@ class Group:
     """A process group over which the terms of a forward are counted.
 
     Args:
-        group: a ProcessGroup, or "world", which is one process where torch.distributed is not
+        group: a ProcessGroup, or "world". "world" is a single process if torch.distributed is not
             initialised.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for any other value.
     """
 
     def __init__(self, group: Any) -> None:
@@ -49,8 +49,8 @@ class Group:
         return copy.copy(self)  # a process group cannot be copied
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the processes, in float32 and on its device; collective, no host
-        sync."""
+        """The mean of `value` over the processes, in float32 on its own device. Collective; does
+        not wait for the device."""
         value = value.detach().float().clone()
         if not initialized():
             return value
@@ -58,32 +58,32 @@ class Group:
         return value / torch.distributed.get_world_size(self.group)
 
     def divisor(self, count: Tensor) -> Tensor:
-        """What each process divides its Σℓ by, so that averaged gradients are those of the mean
-        over all terms."""
-        mean = self.mean(count)  # 0 where no process has a term
+        """The number by which each process divides its Σℓ, so that gradients averaged over the
+        processes are those of the mean over all terms."""
+        mean = self.mean(count)  # 0 if no process has a term
         return torch.where(mean > 0, mean, 1.0)
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise a TypeError for a model that is compiled as a whole, or wrapped or sharded as a whole
-    or in parts."""
+    """Raise a TypeError if the model is compiled as a whole, or if it or a part of it is wrapped or
+    sharded."""
     if _is(model, "OptimizedModule"):
         raise TypeError(
             "model: got OptimizedModule, which torch.compile made; want the plain model: call "
-            "apply_pre first and torch.compile then"
+            "apply_pre first, then torch.compile"
         )
     for module in model.modules():
         wrappers = {c.__name__ for c in type(module).__mro__} & set(WRAPPERS_AFTER)
         if wrappers:
             raise TypeError(
                 f"model: got {type(model).__name__} with {wrappers.pop()} around or inside; want "
-                "the plain model: call apply_pre first and wrap or shard it then, so that the head "
-                "is averaged and sharded with the rest"
+                "the plain model: call apply_pre first, then wrap or shard it, so that the head is "
+                "averaged and sharded with the rest"
             )
 
 
 def check_same_everywhere(head: nn.Module) -> None:
-    """Raise a ValueError on every process if the heads differ; collective, and only under
+    """Raise a ValueError on every process if their heads differ. Collective; runs only under
     PRE_KERNELS_DEBUG=1."""
     if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not initialized():
         return
@@ -101,14 +101,18 @@ def check_same_everywhere(head: nn.Module) -> None:
 
 
 def rank() -> int:
-    """This process's number, 0 without torch.distributed."""
+    """The rank of this process; 0 without torch.distributed."""
     return torch.distributed.get_rank() if initialized() else 0
 
 
 @contextlib.contextmanager
 def raise_on_every_rank(collective: bool) -> Iterator[None]:
-    """An exception inside, on any process, is raised on every one, so that none waits for the
-    others for ever."""
+    """Raise an exception from inside the block on every process, so that none waits for the others
+    forever.
+
+    Args:
+        collective: whether all processes enter the block. If not, only this one raises.
+    """
     error: Exception | None = None
     try:
         yield
@@ -124,7 +128,7 @@ def raise_on_every_rank(collective: bool) -> Iterator[None]:
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """A module without FSDP1's, torch.compile's or checkpointing's wrapper around it."""
+    """The module inside wrappers of FSDP1, torch.compile and activation checkpointing."""
     while True:
         inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
         if inner is None:
@@ -133,21 +137,21 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 class FullParameters:
-    """The parameters of a head, which may be split over processes by FSDP1, FSDP2 or ZeRO-3, and
-    the way to have them in full.
+    """Reads and writes the full parameters of a head that FSDP1, FSDP2 or ZeRO-3 may have split
+    over the processes.
 
     Args:
-        head: the module that owns them.
-        shapes: of the whole parameters by name.
-        model: the module that training calls; only FSDP1's can gather what it split.
-        attached: the module that `head` is a child of.
+        head: the module that owns the parameters.
+        shapes: the shapes of the full parameters by name.
+        model: the module that the training calls. FSDP1 needs it to gather the parameters it split.
+        attached: the module that has `head` as a child.
 
     Attributes:
-        collective: whether they are split, so that every process has to take part in `read` and
-            `write`.
+        collective: whether the parameters are split, so that every process has to take part in
+            `read` and `write`.
 
     Raises:
-        RuntimeError: if they are split and it is not known how.
+        RuntimeError: if the parameters are split in an unknown way.
     """
 
     def __init__(
@@ -159,7 +163,7 @@ class FullParameters:
     ) -> None:
         for module in (attached, *head.modules()):
             if _is(module, "FSDPModule"):
-                # After a forward without a backward its parameters are whole for a while.
+                # After a forward without a backward the parameters are still gathered.
                 module.reshard()  # type: ignore[operator]
         self.head = head
         self.parameters = {_clean(name): p for name, p in head.named_parameters()}
@@ -171,7 +175,8 @@ class FullParameters:
             self._check_whole(shapes)
 
     def read(self, keep: bool = True) -> dict[str, Tensor]:
-        """Copies on the CPU by name; empty where not `keep`, as not every process writes a file."""
+        """Copies of the full parameters on the CPU by name. Empty if `keep` is False: a process
+        that writes no file still takes part in gathering."""
         with self._gathered(write=False) as named:
             full = {
                 name: _full(p) if name in self.fsdp2 else p.detach() for name, p in named.items()
@@ -182,8 +187,8 @@ class FullParameters:
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
-        """Copy `values`, the same on every process, into the parameters, and into the float32 ones
-        DeepSpeed keeps."""
+        """Copy `values`, which are the same on every process, into the parameters and into the
+        float32 copies that DeepSpeed keeps."""
         with self._gathered(write=True) as named:
             for name, p in named.items():
                 if name in self.fsdp2:
@@ -213,7 +218,7 @@ class FullParameters:
 
     @contextlib.contextmanager
     def _gathered(self, write: bool) -> Iterator[dict[str, nn.Parameter]]:
-        """The parameters by name, whole but for FSDP2's."""
+        """The parameters by name; full ones, except under FSDP2."""
         with contextlib.ExitStack() as stack:
             if self.units:
                 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -234,7 +239,7 @@ class FullParameters:
 
 
 def initialized() -> bool:
-    """Whether this process is one of torch.distributed's."""
+    """Whether torch.distributed is available and initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -247,7 +252,7 @@ def _clean(name: str) -> str:
 
 
 def _units(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """FSDP1's modules around `head`, the outermost (which has to be initialised first) and the
+    """The FSDP1 modules around `head`: the outermost, which must be initialised first, and the
     innermost."""
     around = [
         m for m in model.modules() if _is(m, "FullyShardedDataParallel") and head in m.modules()
@@ -265,7 +270,8 @@ def _distribute(value: Tensor, parameter: Any) -> None:
 
     own_part = parameter.to_local()
     value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-    # Every process has the whole value, so none has to send it: each takes its part.
+    # src_data_rank=None: every process has the full value and takes its part of it, so no process
+    # has to send data.
     own_part.copy_(
         distribute_tensor(
             value, parameter.device_mesh, parameter.placements, src_data_rank=None

@@ -1,5 +1,5 @@
-"""Where a vision-language model keeps what PRe needs: one generic rule, and a table of what it
-cannot find."""
+"""Find the parts of a vision-language model that PRe needs: one generic rule, and a table of what
+the rule does not cover."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ from .notices import Notices
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families; every default is the generic rule.
+    """The settings of one model family. Every default is the generic rule.
 
     Attributes:
-        images: (mask (B, T) of one kind of visual token, "image" | "video", the forward's
-            arguments, config) → the number (N,) of each visual token's image, counted from 0 in
-            batch-major order; a video counts as an image, and so does each tile of an image where
-            other tokens stand between the tiles.
+        images: a function (mask (B, T) of one kind of visual token, "image" or "video", the
+            forward's arguments, config) → the number (N,) of each visual token's image, counted
+            from 0 in batch-major order. A video counts as an image, and so does each tile of an
+            image if other tokens stand between the tiles.
         projector: end of the path of the module whose input rows are the visual tokens, for
-            anchor="pre_projector"; or several, of which a model has one.
-        projector_rows: (what entered it in each of its calls in a forward, the forward's arguments,
-            config) → (M, z), a row for each visual token, all images' first and then all videos'.
+            anchor="pre_projector". Several ends are alternatives, of which a model has one.
+        projector_rows: a function (the input of the projector in each of its calls in a forward,
+            the forward's arguments, config) → (M, z), one row for each visual token, first those of
+            all images, then those of all videos.
         text: path of the text model, whose `.layers` are the decoder layers.
-        image_inputs, video_inputs: arguments of the forward, one of which is there when the batch
-            has images (videos).
-        video_token: the kind of token that stands for a video, if not its own.
-        hidden: (what a decoder layer is given or makes, config) → the states (B, T, d) that it
-            works on.
-        name: what people call it.
-        since: the oldest transformers that has it, of those supported.
-        videos: whether it has tokens of its own for videos.
+        image_inputs, video_inputs: names of arguments of the forward. One of them is present if the
+            batch has images (videos).
+        video_token: the kind of token that stands for a video, if videos have no token of their
+            own.
+        hidden: a function (the input or output of a decoder layer, config) → the states (B, T, d)
+            that the layer works on.
+        name: the family's common name.
+        since: the oldest supported transformers that has the family.
+        videos: whether the family has separate tokens for videos.
     """
 
     images: Callable[[Tensor, str, Inputs, Any], Tensor] = runs
@@ -70,7 +72,7 @@ class Family:
 GENERIC = Family()
 IDEFICS = ("pixel_values", "image_hidden_states")
 LLAVA_PROJECTOR = "multi_modal_projector"
-# By config.model_type.
+# The families by config.model_type.
 FAMILIES = {
     "llava": Family(patches, LLAVA_PROJECTOR, name="LLaVA"),
     "llava_next": Family(name="LLaVA-NeXT"),
@@ -91,9 +93,9 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         grids, "merger", projector_rows=rows_merged, name="Qwen3.5", since="5.2", videos=True
     ),
-    # An image is several tiles, and each frame of a video is an image.
+    # An image consists of several tiles, and each frame of a video counts as an image.
     "internvl": Family(runs, LLAVA_PROJECTOR, name="InternVL"),
-    # Its projector pools patches: what enters is not one row per token.
+    # Gemma 3 has no projector here: it pools patches, so its input does not have one row per token.
     "gemma3": Family(equal_parts, name="Gemma 3"),
     "paligemma": Family(equal_parts, LLAVA_PROJECTOR, name="PaliGemma"),
     "mistral3": Family(patches, name="Mistral 3 (Pixtral)"),
@@ -105,7 +107,7 @@ FAMILIES = {
         videos=True,
     ),
     "video_llama_3": Family(grids, "projector", name="VideoLLaMA 3", since="5.0", videos=True),
-    # A resampler stands between its patches and its tokens; Aria has one, too.
+    # Idefics2 and Aria have no projector here: a resampler stands between patches and tokens.
     "idefics2": Family(tiles, image_inputs=IDEFICS, name="Idefics2"),
     "idefics3": Family(
         tiles, "connector.modality_projection", image_inputs=IDEFICS, name="Idefics3"
@@ -117,7 +119,7 @@ FAMILIES = {
         grids, "merger", video_token="image", name="GLM-4.6V", since="5.0", videos=True
     ),
     "llama4": Family(equal_parts, LLAVA_PROJECTOR, name="Llama 4"),
-    # What comes before the first linear layer of these two puts 2 x 2 patches together.
+    # These two concatenate 2 x 2 patches before the first linear layer of the projector.
     "cohere2_vision": Family(equal_parts, "multi_modal_projector.linear_1", name="Cohere2 Vision"),
     "aya_vision": Family(equal_parts, "multi_modal_projector.linear_1", name="Aya Vision"),
     "ovis2": Family(equal_parts, "head_linear", name="Ovis2"),
@@ -144,10 +146,15 @@ class Parts:
     """The parts of one model.
 
     Attributes:
-        text: the text model; None if it is the whole model, whose `inputs_embeds` are not yet
+        family: its row of `FAMILIES`, or `GENERIC` or `ORIGINAL`.
+        config: the model's config.
+        text: the text model. None if it is the whole model, whose `inputs_embeds` are not yet
             merged with the images.
-        merge: finds the visual tokens in models of the original LLaVA code bases; `tokens` does in
-            others.
+        layers: the decoder layers.
+        projector: the module whose input rows are the visual tokens, if the model has one.
+        merge: finds the visual tokens in models of the original LLaVA code bases; `tokens` finds
+            them in all others.
+        notices: the warnings about this model.
     """
 
     family: Family
@@ -160,7 +167,8 @@ class Parts:
 
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """The token ids of each kind that stand for visual tokens, as the config has them now."""
+        """The ids in `input_ids` that stand for visual tokens, for each kind. They are read from
+        the config anew in each call, because users set them late."""
         return {
             "image": token_ids(self.config, "image"),
             "video": token_ids(self.config, self.family.video_token),
@@ -168,7 +176,7 @@ class Parts:
 
     @property
     def width(self) -> int:
-        """The width of the hidden states: the config's, else that of the layers' own norms.
+        """The width of the hidden states, from the config, or else from a norm of the first layer.
 
         Raises:
             ValueError: if neither has one.
@@ -184,15 +192,15 @@ class Parts:
                         return len(parameter)
         raise ValueError(
             f"model: its text config has hidden_size {width!r}, want an int; "
-            f"nor has {type(layer).__name__} a norm to read the width from"
+            f"and {type(layer).__name__} has no norm to read the width from"
         )
 
     @property
     def projector_width(self) -> int:
-        """The width of the rows that enter the projector.
+        """The width of the projector's input rows.
 
         Raises:
-            ValueError: without a projector, or without a linear layer in it.
+            ValueError: if there is no projector, or no linear layer in it.
         """
         if self.projector is None:
             raise ValueError(
@@ -210,13 +218,13 @@ class Parts:
         return width
 
     def dtype_and_device(self, number: int) -> tuple[torch.dtype, torch.device]:
-        """What the hidden states of decoder layer `number`, in 1..L, are made in.
+        """The dtype and device of the hidden states that decoder layer `number`, in 1..L, makes.
 
         Raises:
             ValueError: if the layer has no floating point parameters.
         """
         layer = self.layers[number - 1]
-        # Adapters have a dtype of their own (PEFT's are float32 over a quantised layer).
+        # Adapters may have another dtype (PEFT's are float32 over a quantised layer).
         adapters = {
             id(parameter)
             for module in layer.modules()
@@ -245,13 +253,17 @@ def find_parts(
     text_model: str | nn.Module | None = None,
     layers: str | nn.ModuleList | None = None,
 ) -> Parts:
-    """The parts of `model` (unwrapped: no PEFT, DDP, ... around it); `text_model` and `layers` are
-    not looked for.
+    """Find the parts of `model`. A `text_model` or `layers` that is given is used as it is.
+
+    Args:
+        model: the plain model, without PEFT, DDP or another wrapper around it.
+        text_model: the text model, or its path in `model`.
+        layers: the ModuleList of decoder layers, or its path in `model`.
 
     Raises:
-        TypeError: if `text_model` is not a module, or `layers` no ModuleList.
-        ValueError: if there is no config, no decoder layers where they are looked for, or nothing
-            at a path; if what was given is not part of the model.
+        TypeError: if `text_model` is not a module, or `layers` is not a ModuleList.
+        ValueError: if there is no config, if no decoder layers are found, or if a module or path
+            that was given is not part of the model.
     """
     config = getattr(model, "config", None)
     if config is None and layers is None:
@@ -295,7 +307,7 @@ def find_parts(
 
 
 def check_tokens(parts: Parts, model: nn.Module) -> None:
-    """Raise a ValueError for a model in which visual tokens are not found without a mask_fn."""
+    """Raise a ValueError for a model whose visual tokens cannot be found without a mask_fn."""
     crossed = getattr(text_config(parts.config), "cross_attention_layers", None)
     if crossed:
         raise ValueError(
@@ -309,14 +321,14 @@ def check_tokens(parts: Parts, model: nn.Module) -> None:
         raise ValueError(
             f"model: {type(model).__name__}'s config names no visual tokens (looked for "
             "image_token_id, image_token_index, video_token_id, video_token_index); want a "
-            "vision-language model. Of one whose code keeps the image token's id elsewhere, as "
-            "InternVL's own chat code does, it is enough to set image_token_id to that id in "
-            "config.json, or in model.config; or pass mask_fn="
+            "vision-language model. If its code keeps the image token's id elsewhere, as "
+            "InternVL's own chat code does, set image_token_id to that id in config.json or in "
+            "model.config; or pass mask_fn="
         )
 
 
 def _module(model: nn.Module, name: str, part: Any) -> tuple[str, nn.Module]:
-    """The path and the module that the argument `name`, `part`, means."""
+    """The path and the module that `part` stands for, which is the value of argument `name`."""
     if isinstance(part, str):
         try:
             return part, model.get_submodule(part)
@@ -332,7 +344,8 @@ def _module(model: nn.Module, name: str, part: Any) -> tuple[str, nn.Module]:
     path = next((path for path, module in model.named_modules() if module is part), None)
     if path is None:
         raise ValueError(
-            f"{name}: the {type(part).__name__} that was given is not part of the model"
+            f"{name}: got a {type(part).__name__} that is not part of the model; want a module of "
+            "the model or its path"
         )
     return path, part
 

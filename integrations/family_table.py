@@ -1,5 +1,5 @@
-"""The table of supported families, from `families.FAMILIES`: for `pre-kernels env --models` and for
-the README."""
+"""The table of supported families, made from `families.FAMILIES`, for `pre-kernels env --models`
+and for docs/models.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HEAD = (
     'anchor="pre_projector"',
     "video tokens",
 )
-# How a family's `images` tells images apart, in a reader's words; a rule that is missing here goes
-# by its name.
+# How the rule `images` of a family tells images apart, in plain words. A rule that is not listed
+# here is shown by its function's name.
 RULES = {
     "runs": "runs of visual tokens",
     "equal_parts": "equal parts",
@@ -31,15 +31,15 @@ RULES = {
 
 @dataclass(frozen=True)
 class Support:
-    """One line of the table: the model types of a family that share all else; none where the config
-    does not tell."""
+    """One line of the table: the model types of a family whose settings are the same. `types` is
+    empty if the config does not identify the family."""
 
     name: str
     types: tuple[str, ...]
     row: Family
 
     def cells(self) -> tuple[str, ...]:
-        """In the order of HEAD, without the version that is installed."""
+        """The cells in the order of HEAD; they do not depend on the installed version."""
         original = self.row is ORIGINAL
         rule = "merge" if original else self.row.images.__name__
         projector = "yes" if self.row.projector else "pass a callable"
@@ -56,7 +56,7 @@ class Support:
 
 
 def supported() -> list[Support]:
-    """The lines of the table, in the order of FAMILIES; the original code bases; any model that is
+    """The lines of the table: FAMILIES in their order, the original code bases, and models that are
     not listed."""
     types: dict[tuple[str, Family], list[str]] = {}
     for model_type, row in FAMILIES.items():
@@ -70,8 +70,8 @@ def supported() -> list[Support]:
 
 
 def text(installed: str | None) -> str:
-    """Aligned columns; the last one says whether the transformers of version `installed` has the
-    family."""
+    """The table in aligned columns. The last one says whether the `installed` version of
+    transformers has the family."""
     table: list[tuple[str, ...]] = [(*HEAD, "here")]
     table += [(*line.cells(), _here(line, installed)) for line in supported()]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -82,7 +82,7 @@ def text(installed: str | None) -> str:
 
 
 def markdown() -> str:
-    """The README's table: the same whatever is installed."""
+    """The table of docs/models.md, which does not depend on what is installed."""
     lines = [
         "| "
         + " | ".join(f"`{cell}`" if "=" in cell or "." in cell else cell for cell in HEAD)

@@ -1,9 +1,9 @@
-"""The launcher's way into the processes that a script starts: their python becomes the launcher
-around what it runs.
+"""How the launcher follows a script into the Python processes that it starts.
 
-`trl sft`, `accelerate launch`, `torchrun`, `deepspeed` and the like train in processes of their
-own, which they start by `subprocess.Popen` or become by `os.exec*`. There a command such as `python
-train.py` gets the launcher in front of its script, with the same settings.
+`trl sft`, `accelerate launch`, `torchrun`, `deepspeed` and similar commands train in other
+processes. They start those by `subprocess.Popen`, or replace themselves by `os.exec*`. In such a
+command, for example `python train.py`, the launcher is put in front of the script, with the same
+settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 LAUNCHER = "pre_kernels.integrations.launch"
 PYTHON = re.compile(r"pythonw?[\d.]*(\.exe)?")
 FRAMEWORKS = {"torch", "transformers", "accelerate"}
-# what starts the command that it is given as it stands
+# Programs that run the rest of their command line as a command.
 WRAPPERS = {
     "numactl",
     "taskset",
@@ -39,15 +39,15 @@ WRAPPERS = {
     "nsys",
     "ncu",
 }
-# characters by which a shell does more with a line than to split it
+# A line with one of these characters needs a shell; splitting it into words is not enough.
 SHELL = re.compile(r"[|&;<>()$`*?!#~\n]")
-# flags of python under which this package is found as it is without them
+# Flags of python that do not change where it finds this package.
 FLAGS = re.compile(r"-[uOBbdqvP]+|-[XW].+")
 
 
 def put(undo: contextlib.ExitStack, owner: Any, name: str, made: Callable[[Any], Any]) -> None:
-    """`owner.name` becomes `made(owner.name)` until `undo` closes, which leaves what others put
-    there since."""
+    """Replace `owner.name` by `made(owner.name)` until `undo` closes. If someone else has replaced
+    it since, closing leaves theirs in place."""
     own = vars(owner).get(name)
     before = getattr(owner, name)
     new = functools.wraps(before)(made(before))
@@ -65,14 +65,14 @@ def put(undo: contextlib.ExitStack, owner: Any, name: str, made: Callable[[Any],
 
 
 class Following:
-    """Inside it the python processes that this one starts run under the launcher.
+    """A context manager: Python processes that this one starts inside it run under the launcher.
 
     Args:
-        settings: the launcher's own arguments.
+        settings: the arguments of the launcher.
 
     Attributes:
-        followed: the number of processes that run under it.
-        lost: commands that start python in a way that cannot be changed.
+        followed: how many processes run under the launcher.
+        lost: the commands that start Python in a way that cannot be changed.
     """
 
     def __init__(self, settings: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ class Following:
             try:
                 bound = signature.bind(process, *args, **kwargs)
             except TypeError:
-                # The arguments are wrong, which Popen itself has to say.
+                # The arguments are wrong; Popen itself reports that.
                 return start(process, *args, **kwargs)
             arguments = bound.arguments
             if arguments.get("executable") is not None:
@@ -116,7 +116,7 @@ class Following:
             arguments["args"] = changed
             start(*bound.args, **bound.kwargs)
             if changed is not command:
-                process.args = command  # as whoever started it knows it
+                process.args = command  # the caller sees its own command
             return None
 
         return __init__
@@ -128,8 +128,8 @@ class Following:
         return lambda path, argv, env: become(*self._instead(path, argv, env), env)
 
     def _instead(self, path: Any, argv: Any, env: Any = None) -> tuple[Any, Any]:
-        """The program and the arguments that this process gets; `execvp` tries one path after
-        another."""
+        """The program and the arguments that replace this process. Paths that do not exist pass
+        through unchanged, because `execvp` tries one path after another."""
         if argv and os.path.isfile(path):
             command = [os.fsdecode(path), *argv[1:]]
             launched = self.changed(command, env=env, replaces=True)
@@ -148,13 +148,15 @@ class Following:
         line: bool = False,
         replaces: bool = False,
     ) -> Any:
-        """`command` with the launcher in it; itself where nothing is to be followed.
+        """`command` with the launcher in it, or `command` itself if there is nothing to follow.
 
         Args:
-            command: as `Popen` takes it.
-            line: `command` is a line for a shell; one that only names a program and its arguments
-                can be followed.
-            replaces: this process becomes the command's, so that nobody else will report.
+            command: in a form that `Popen` takes.
+            cwd: the working directory of the command.
+            env: the environment of the command.
+            line: `command` is a line for a shell. A line can be followed if it only names a program
+                and its arguments.
+            replaces: the command replaces this process, so no other process will report.
         """
         text = command if line and isinstance(command, str) else None
         if not self._active or (text is None and (line or isinstance(command, (str, bytes)))):
@@ -204,7 +206,7 @@ class Following:
 
 
 def python_flags(words: Sequence[str]) -> int | None:
-    """How many of python's arguments come before `-m module …` or `script …`; None where it runs
+    """The number of python's own arguments before `-m module …` or `script …`; None if python runs
     neither."""
     at = 0
     while at < len(words) and words[at].startswith("-") and words[at] != "-m":
@@ -218,11 +220,12 @@ def python_flags(words: Sequence[str]) -> int | None:
 
 
 def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
-    """What names the program `word` to the launcher if it is a python command installed here that
-    may train.
+    """The launcher's target for the program `word`, if that is an installed Python command that may
+    train.
 
-    Returns a name among the console commands, or the path of a script that names this python in its
-    first line.
+    Returns:
+        The name of a console command, or the path of a script whose first line names this python.
+        None for any other program.
     """
     env = os.environ if env is None else env
     folder, name = os.path.split(word)
@@ -231,7 +234,7 @@ def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
         return name if _builds_on_torch(module) else None
     path = shutil.which(word, path=env.get("PATH"))
     first = ""
-    with contextlib.suppress(OSError):  # one may run what one may not read
+    with contextlib.suppress(OSError):  # an executable file may be unreadable
         if path is not None:
             with open(path, "rb") as file:
                 first = file.readline(500).decode(errors="replace")
@@ -240,7 +243,7 @@ def console(word: str, env: Mapping[str, str] | None = None) -> str | None:
 
 
 def is_python(word: str) -> bool:
-    """Whether a program's name is that of a python interpreter."""
+    """Whether the name of a program is that of a Python interpreter."""
     return PYTHON.fullmatch(os.path.basename(word).lower()) is not None
 
 
@@ -249,7 +252,7 @@ def _program(word: str, env: Mapping[str, str]) -> bool:
 
 
 def _is_ours(word: str, env: Mapping[str, str]) -> bool:
-    """Whether it is the interpreter of this environment."""
+    """Whether `word` is the Python interpreter of this environment."""
     if word == sys.executable:
         return True
     path = shutil.which(word, path=env.get("PATH")) if is_python(word) else None
@@ -266,7 +269,7 @@ def _names_python(words: Sequence[str]) -> bool:
 
 @functools.cache
 def _module_of(name: str) -> str | None:
-    """The module of an installed console command."""
+    """The module of the installed console command `name`; None if there is no such command."""
     return next(
         (e.module for e in importlib.metadata.entry_points(group="console_scripts", name=name)),
         None,
@@ -288,10 +291,10 @@ def _may_train(target: Sequence[str], cwd: str) -> bool:
 
 @functools.cache
 def _builds_on_torch(module: str) -> bool:
-    """Whether a module may train a model: one of the user's own may, an installed one if its
-    package needs torch."""
+    """Whether a module may train a model. A module of the user may; an installed one may if its
+    package requires torch."""
     package = module.partition(".")[0]
-    if package == "torch":  # its compile workers are no launchers
+    if package == "torch":  # torch also starts compile workers, which do not train
         return module.startswith("torch.distributed.")
     if package in sys.stdlib_module_names:
         return False

@@ -1,5 +1,5 @@
-"""Whether the head is trained as it was made: not frozen, in its dtypes, in an optimizer beside the
-model."""
+"""Checks that the head is trained: it is not frozen, keeps its dtypes, and is in an optimizer
+beside the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import nn
 from .notices import Notices
 from .optimizers import Steps, parameters, split
 
-SAID = {"optimizer refuses", "optimizer given"}  # warnings that a missing head was already told by
+# After one of these warnings the user already knows that the optimizer lacks the head.
+SAID = {"optimizer refuses", "optimizer given"}
 
 
 class HeadChecks:
-    """The checks of one handle. They are given the head each time, because PEFT may copy it.
+    """The checks of one handle. Each call gets the head, because PEFT may replace it by a copy.
 
     Args:
-        model: what the head is attached to.
-        head: as it was made.
-        name: of the head in the model.
-        notices: the handle's.
+        model: the model that the head is attached to.
+        head: the head right after it was made.
+        name: the name of the head in the model.
+        notices: the warnings of the handle.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, name: str, notices: Notices) -> None:
@@ -34,21 +35,21 @@ class HeadChecks:
         self.steps = Steps()
 
     def new_training(self) -> None:
-        """The steps of another training are forgotten."""
+        """Forget the steps of the previous training."""
         self.steps = Steps()
 
     def stepped(self, optimizer: Any, head: nn.Module) -> None:
-        """A step of `optimizer` begins."""
+        """Record that a step of `optimizer` begins."""
         self.steps.see(optimizer, self.model, head)
 
     def leaves_out_head(self, optimizer: Any, head: nn.Module) -> bool:
-        """Whether `optimizer` has parameters of the model, but none of the head's."""
+        """Whether `optimizer` has parameters of the model but none of the head."""
         of_head, others = split(self.model, head)
         held = {id(p) for p in parameters(optimizer)}
         return bool(held & others) and not held & of_head.keys()
 
     def check_steps(self) -> None:
-        """Warn if the optimizers that have stepped leave out the head, or all but the head."""
+        """Warn if the optimizers that have stepped lack the head, or have only the head."""
         left_out = self.steps.verdict()
         if left_out is not None and not self.notices.given & SAID:
             self.notices.warn(
@@ -56,18 +57,23 @@ class HeadChecks:
             )
 
     def check_frozen(self, head: nn.Module) -> None:
-        """Warn of a head of which nothing requires grad; a RuntimeError if PEFT did that."""
-        # empty where FSDP1 keeps the parameters flat
+        """Warn if no parameter of the head requires grad.
+
+        Raises:
+            RuntimeError: if the head was frozen by PEFT.
+        """
+        # The list is empty if FSDP1 keeps the parameters flat.
         trained = [p.requires_grad for p in head.parameters()]
         if any(trained) or not trained:
-            if "frozen head" in self.notices.given:  # it is trained now, if the optimizer has it
+            # The head was unfrozen, so the optimizers have to be looked at again.
+            if "frozen head" in self.notices.given:
                 self.notices.given.discard("frozen head")
                 self.steps.forget()
             return
         if self.was_peft or not _is_peft(self.model):
             self.notices.warn("frozen head")
             return
-        # modules_to_save takes no ModuleList
+        # PEFT's modules_to_save does not accept a ModuleList.
         other = "" if self.several else f', or put "{self.name}" in modules_to_save'
         raise RuntimeError(
             f"model: it was wrapped in PEFT after apply_pre, which froze `{self.name}`, so the "
@@ -75,18 +81,18 @@ class HeadChecks:
         )
 
     def restore_dtypes(self, head: nn.Module, layer_dtypes: set[torch.dtype]) -> None:
-        """Cast parameters back to the dtypes that they were made in, where somebody cast them, and
-        say so.
+        """Cast parameters that someone has cast back to the dtypes they were made in, and warn.
 
-        A head all of whose layers have one dtype, `layer_dtypes`, may have that too.
+        If all layers that the head reads have one dtype (`layer_dtypes`), the head may have that
+        dtype too.
         """
         changed = {}
         for name, parameter in head.named_parameters():
-            # PEFT puts names before those it was made with
+            # PEFT puts a prefix before the names that the head was made with.
             made = next((n for n in self.dtypes if f".{name}".endswith(f".{n}")), None)
             dtype = parameter.dtype if made is None else self.dtypes[made]
             with_layer = layer_dtypes == {parameter.dtype}
-            fsdp2 = hasattr(parameter, "full_tensor")  # which has rules of its own
+            fsdp2 = hasattr(parameter, "full_tensor")  # FSDP2 has its own rules for dtypes
             if parameter.dtype != dtype and not with_layer and not fsdp2:
                 changed[name] = (parameter.dtype, dtype)
                 parameter.data = parameter.data.to(dtype)

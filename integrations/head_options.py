@@ -1,4 +1,4 @@
-"""How the head is trained: its optimizer groups, and λ along the training."""
+"""How the head is trained: its optimizer groups, and the schedule of λ."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from pre_kernels.checks import choice, nonnegative
 
 SCHEDULES = ("constant", "cosine")
-MARK = "pre_head"  # the key of the groups that `add_head_groups` made
+MARK = "pre_head"  # `add_head_groups` puts this key into the groups it makes
 
-# optimizers that do not step by the groups they have, and what to do
+# Optimizers that ignore their parameter groups, with the rest of the warning about each.
 NO_GROUPS = {
     "LayerWiseDummyOptimizer": (
         "which steps each parameter by an optimizer of its own; use the optim without layerwise"
@@ -27,10 +27,10 @@ NO_GROUPS = {
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the head is trained: the arguments of `apply_pre` of the same names.
+    """How the head is trained. The fields are the arguments of `apply_pre` of the same names.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: with the argument, the value it got and the value it needs.
     """
 
     head_lr: float | None = None
@@ -49,11 +49,11 @@ class HeadOptions:
 
     @property
     def scheduled(self) -> bool:
-        """Whether λ changes along the training."""
+        """Whether λ changes during the training."""
         return self.schedule != "constant" or self.warmup > 0
 
     def factor(self, progress: float) -> float:
-        """What λ is multiplied by at this progress, 0..1."""
+        """The factor of λ at this progress, both in 0..1."""
         if progress < self.warmup:
             return progress / self.warmup
         if self.schedule == "constant" or self.warmup == 1:
@@ -61,9 +61,10 @@ class HeadOptions:
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
     def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """Optimizer groups of those that require grad: weights, and biases, which are not decayed.
+        """Optimizer groups of the parameters that require grad: one of weights, and one of biases,
+        which are not decayed.
 
-        Told apart by name: sharded, all have one dimension.
+        Biases are recognised by name, because a sharded weight may have one dimension too.
         """
         weights: dict[str, Any] = {"params": []}
         biases: dict[str, Any] = {"params": [], "weight_decay": 0.0}
@@ -80,7 +81,7 @@ class HeadOptions:
 
 
 class ScheduledWeight:
-    """λ, its schedule, and where in the training it is."""
+    """λ with its schedule and the progress of the training."""
 
     def __init__(self, weight: float, options: HeadOptions) -> None:
         self.weight = weight
@@ -90,7 +91,7 @@ class ScheduledWeight:
 
     @property
     def weight(self) -> float:
-        """λ, the weight of L_PRe in the loss."""
+        """λ, the weight of L_PRe in the loss, before the schedule."""
         return self._weight
 
     @weight.setter
@@ -99,8 +100,8 @@ class ScheduledWeight:
 
     @property
     def progress(self) -> float:
-        """Where in the training the next step is, 0..1; `patch_trainer` sets it to the middle of
-        each step."""
+        """The progress of the training at the next step, in 0..1. `patch_trainer` sets it to the
+        middle of each step."""
         return self._progress
 
     @progress.setter
@@ -112,19 +113,21 @@ class ScheduledWeight:
 
     @property
     def scheduled_weight(self) -> float:
-        """λ as the schedule has it at `progress`. At 0 the head is not in the graph, which DDP has
-        to be told of."""
+        """λ at `progress`, according to the schedule. At 0 the head is not in the graph, so DDP
+        needs `find_unused_parameters`."""
         return self._weight * self._options.factor(self._progress)
 
 
 def add_head_groups(
     optimizer: Any, groups: list[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], Exception]]:
-    """Give each of `groups` a group of its own in `optimizer`, before its first step.
+    """Add each of `groups` to `optimizer` as a separate group, before the first step.
 
-    What a group does not say it takes from the one where its parameters were, or from the
-    optimizer's defaults if they were in none. Groups that are there already stay. Returned are
-    those that the optimizer refuses, and why.
+    Settings that a group lacks come from the group in which its parameters were before, or from the
+    optimizer's defaults if they were in none. Groups of the head that are there already stay.
+
+    Returns:
+        The groups that the optimizer refuses, each with the error.
     """
     refused = []
     for group in groups:
@@ -144,8 +147,8 @@ def add_head_groups(
 
 
 def _refusal(optimizer: Any, parameters: list[Any]) -> Exception | None:
-    """Why an optimizer that has matrices alone takes no vectors (Muon), found out on another of its
-    kind."""
+    """The error with which an optimizer that has only matrices (Muon) refuses vectors, or None. It
+    is found with a second optimizer of the same class."""
     dims = {p.dim() for group in optimizer.param_groups for p in group["params"]}
     if dims != {2} or all(p.dim() == 2 for p in parameters):
         return None
@@ -161,13 +164,13 @@ def _refusal(optimizer: Any, parameters: list[Any]) -> Exception | None:
 
 
 def has_requested_settings(groups: list[dict[str, Any]], optimizer: Any) -> bool:
-    """Whether `optimizer`, which has all parameters of `groups`, gives them their lr, and the
-    weights their decay."""
+    """Whether `optimizer` uses the learning rates that `groups` ask for, and their weight decay for
+    the weights. It must have all their parameters."""
     there = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for group in groups:
         for parameter in group["params"]:
             its_group = there[id(parameter)]
-            lr = its_group.get("initial_lr", its_group["lr"])  # a schedule changes "lr"
+            lr = its_group.get("initial_lr", its_group["lr"])  # schedulers change "lr"
             decay = its_group.get("weight_decay")
             if group.get("lr", lr) != lr or (
                 parameter.dim() > 1 and group.get("weight_decay", decay) != decay

@@ -1,5 +1,8 @@
-"""The rules that `families.FAMILIES` names: which image each visual token belongs to, which states
-a decoder layer works on, which row of the projector's input each visual token is made of."""
+"""The rules that `families.FAMILIES` names.
+
+They say which image each visual token belongs to, which states a decoder layer works on, and from
+which row of the projector's input each visual token is made.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from .model_config import Inputs, text_config
 
 
 def runs(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """Every run of neighbouring visual tokens is an image, so images that touch must be told apart
-    in another way."""
+    """Every run of neighbouring visual tokens is an image. Images that touch cannot be told apart
+    by this rule."""
     start = mask.clone()
     start[..., 1:] &= ~mask[..., :-1]
     numbers = start.flatten().cumsum(0)[mask.flatten()] - 1
@@ -28,8 +31,8 @@ def runs(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def equal_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """Every image (video) has the same number of tokens: the first dimension of its pixels says how
-    many there are."""
+    """Every image (video) has the same number of tokens. The first dimension of the pixels is the
+    number of images (videos)."""
     names = ("pixel_values_videos",) if kind == "video" else ("pixel_values", "pixel_values_images")
     name, pixels = next(((n, p) for n in names if torch.is_tensor(p := inputs.get(n))), ("", None))
     if pixels is None or len(pixels) == 0:
@@ -38,13 +41,13 @@ def equal_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def runs_or_parts(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """Images as runs of visual tokens, videos as equal parts."""
+    """Images are runs of visual tokens (`runs`), videos have equal parts (`equal_parts`)."""
     return (equal_parts if kind == "video" else runs)(mask, kind, inputs, config)
 
 
 def patches(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """`image_sizes` (images, 2) in pixels, cut into patches (Pixtral); without it equal parts
-    (CLIP)."""
+    """`image_sizes` (images, 2) in pixels gives the number of patches of each image (Pixtral).
+    Without it every image has the same number (CLIP)."""
     sizes = inputs.get("image_sizes")
     if sizes is None:
         return equal_parts(mask, kind, inputs, config)
@@ -54,8 +57,8 @@ def patches(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def tiles(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """Every tile is an image: `pixel_values` (samples, tiles, channels, height, width), some all
-    zeros as padding."""
+    """Every tile is an image. `pixel_values` is (samples, tiles, channels, height, width); tiles of
+    only zeros are padding."""
     pixels = inputs.get("pixel_values")
     if not torch.is_tensor(pixels):
         return runs(mask, kind, inputs, config)
@@ -64,8 +67,8 @@ def tiles(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def shapes(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """`spatial_shapes` (images, 2) counts the patches; `downsample_factor`² of them make one
-    token."""
+    """`spatial_shapes` (images, 2) counts rows and columns of patches; `downsample_factor`² patches
+    make one token."""
     sizes = inputs.get("spatial_shapes")
     if sizes is None:
         return runs(mask, kind, inputs, config)
@@ -74,11 +77,11 @@ def shapes(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
 
 
 def grids(mask: Tensor, kind: str, inputs: Inputs, config: Any) -> Tensor:
-    """`{image,video}_grid_thw` (images, 3) counts the patches; `spatial_merge_size`² of them make
-    one token.
+    """`{image,video}_grid_thw` (images, 3) counts frames, rows and columns of patches;
+    `spatial_merge_size`² patches make one token.
 
-    With `{image,video}_merge_sizes` (images,) it is each image's own; `video_compression_mask`
-    drops tokens of videos.
+    If the forward gets `{image,video}_merge_sizes` (images,), each image has its own merge size.
+    `video_compression_mask` drops tokens of videos.
     """
     grid = inputs.get(f"{kind}_grid_thw")
     if grid is None:
@@ -94,8 +97,8 @@ def _parts(count: int, mask: Tensor, kind: str, name: str) -> Tensor:
     total = int(mask.sum())
     if total % count:
         raise ValueError(
-            f"{name}: has {count} {kind}s for {total} {kind} tokens in input_ids, want as many for "
-            "each"
+            f"{name}: has {count} {kind}s for {total} {kind} tokens in input_ids, want the same "
+            f"number of tokens for each {kind}"
         )
     return torch.arange(count, device=mask.device).repeat_interleave(total // count)
 
@@ -108,18 +111,18 @@ def _numbered(
         numbers = numbers[kept.to(mask.device)]
     if len(numbers) != int(mask.sum()):
         raise ValueError(
-            f"{name}: means {len(numbers)} {kind} tokens, input_ids has {int(mask.sum())}"
+            f"{name}: stands for {len(numbers)} {kind} tokens, but input_ids has {int(mask.sum())}"
         )
     return numbers
 
 
 def states_as_is(states: Tensor, config: Any) -> Tensor:
-    """The states as they are."""
+    """The states, unchanged: (B, T, d)."""
     return states
 
 
 def states_altup(states: Tensor, config: Any) -> Tensor:
-    """AltUp: of the predictions (P, B, T, d) the one that the layers compute with."""
+    """AltUp has several streams of states (P, B, T, d); the layers compute with the active one."""
     return states[text_config(config).altup_active_idx]
 
 
@@ -129,14 +132,14 @@ def rows_as_is(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
 
 
 def rows_merged(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
-    """The projector concatenates `spatial_merge_size`² neighbouring rows to one visual token."""
+    """The projector concatenates `spatial_merge_size`² neighbouring rows into one visual token."""
     cells = config.vision_config.spatial_merge_size**2
     return torch.cat([rows.reshape(-1, cells * rows.shape[-1]) for rows in entered])
 
 
 def rows_merged_windows(entered: list[Tensor], inputs: Inputs, config: Any) -> Tensor:
-    """As `rows_merged`, but an image's tokens come window by window; this puts them back in the
-    order of the image."""
+    """Like `rows_merged`, but the tokens of an image come window by window. This puts them into the
+    row-major order of the image."""
     rows = rows_merged(entered, inputs, config)
     pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
     grid = torch.cat(
@@ -155,11 +158,13 @@ def rows_merged_windows(entered: list[Tensor], inputs: Inputs, config: Any) -> T
 
 
 def window_order(grid: Tensor, side: int, total: int) -> Tensor:
-    """The place (`total`,) in its image's row-major order of each token, windows of `side`² tokens
-    one after another.
+    """The row-major position (`total`,) of each token, where the tokens come in windows of `side`²
+    tokens, one window after another.
 
     Args:
-        grid: (images, 3): frames, rows and columns of tokens; its product adds up to `total`.
+        grid: (images, 3): frames, rows and columns of tokens. The products add up to `total`.
+        side: rows and columns of a window, in tokens.
+        total: the number of tokens of all images.
     """
     images = torch.arange(len(grid), device=grid.device).repeat_interleave(
         grid.prod(-1), output_size=total
@@ -168,5 +173,5 @@ def window_order(grid: Tensor, side: int, total: int) -> Tensor:
     start = grid.prod(-1).cumsum(0) - grid.prod(-1)
     _, height, width = grid[images].unbind(-1)
     place = (index - start[images]) % (height * width)
-    # The tokens of a window share the index of its first one, and the windows follow these.
+    # The sort key of a token is the index of the first token of its window.
     return (index - place // width % side * width - place % width % side).argsort(stable=True)

@@ -1,13 +1,14 @@
-"""Run a training script as it is, with PRe: `torchrun … -m pre_kernels.integrations.launch --layer
-16 -- train.py …`.
+"""Run an unmodified training script with PRe: `torchrun … -m pre_kernels.integrations.launch
+--layer 16 -- train.py …`.
 
-The script sees the `sys.argv`, `sys.path[0]` and `__main__` that python gives it. Once it imports
-`transformers.Trainer`, that is patched (`patch_trainer`), and each one constructed gets PRe on its
-model: before its optimizer, and before FSDP or DeepSpeed wrap it.
+The script sees the `sys.argv`, `sys.path[0]` and `__main__` that it would get from python. When it
+imports `transformers.Trainer`, the launcher patches that class (`patch_trainer`). Every Trainer
+that is constructed then gets PRe on its model, before its optimizer is made and before FSDP or
+DeepSpeed wrap the model.
 
-A command that starts the training in processes of its own may be the target too, `… -- trl sft …`
-or `… -- accelerate launch train.py`: the launcher follows it into them, through as many as it
-takes.
+The target may also be a command that trains in other processes, such as `… -- trl sft …` or
+`… -- accelerate launch train.py`. The launcher follows it into these processes, over any number of
+steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .launched import Launch
 
 PARAMETERS = {n: p for n, p in inspect.signature(apply_pre).parameters.items() if n != "model"}
 LINE = f"python -m {LAUNCHER} … -- train.py"
-# settings that name modules of the model, so nothing else can check them
+# These settings name modules of the model, so they cannot be checked before the model exists.
 OF_THE_MODEL = ("text_model", "layers")
 EXAMPLES = """\
 settings (--set key=value, or the keys of --config), see apply_pre:
@@ -52,9 +53,9 @@ examples:
   python -m {launcher} --layer [8,16] -- train.py
   python -m {launcher} --layer 16 --head stage1/ -- llamafactory-cli train run.yaml
 
-commands that start processes of their own (accelerate, torchrun, deepspeed, trl, axolotl, \
-llamafactory-cli, swift, ...)
-are followed into them:
+the launcher follows commands that train in other processes (accelerate, torchrun, deepspeed, trl, \
+axolotl,
+llamafactory-cli, swift, ...):
   python -m {launcher} --config pre.yaml -- accelerate launch --num_processes 8 train.py --lr 2e-5
   python -m {launcher} --config pre.yaml -- trl sft --config run.yaml
 
@@ -66,7 +67,7 @@ pre.yaml:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the target after `--`; what it raises, `SystemExit` too, comes through."""
+    """Run the target after `--`. Exceptions of the target pass through, `SystemExit` included."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -108,29 +109,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layer",
         metavar="L",
-        help="l in 1..L, or [l, ...]: which decoder layers' output PRe reads",
+        help="the decoder layers whose output PRe reads: l in 1..L, or [l, ...]",
     )
     parser.add_argument("--weight", metavar="W", help="λ, the weight of L_PRe")
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML with settings; options given here win over it"
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings; --layer, --weight and --set override it",
     )
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated"
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable"
     )
     parser.add_argument(
-        "--head", metavar="DIR", help="start from the head saved there, e.g. stage 1's output_dir"
+        "--head",
+        metavar="DIR",
+        help="start from the head saved in DIR, such as the output_dir of stage 1",
     )
-    # DeepSpeed's launcher puts it before all other arguments.
+    # DeepSpeed's launcher puts --local_rank before all other arguments.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
-    # Set by a launcher that this one follows: the folder where it found the modules that settings
-    # name.
+    # The launcher passes --followed to the launchers in processes that it follows: the folder of
+    # the modules that settings name.
     parser.add_argument("--followed", help=argparse.SUPPRESS)
     return parser
 
 
 def _again(options: argparse.Namespace) -> list[str]:
-    """The arguments that give another process, which may have another working directory, the same
-    settings."""
+    """Launcher arguments that give another process the same settings, even if its working directory
+    is another."""
     words = [f"--{name}={value}" for name, value in _short_options(options)]
     words += [f"--set={pair}" for pair in options.set]
     words += [
@@ -142,7 +147,7 @@ def _again(options: argparse.Namespace) -> list[str]:
 
 
 def _short_options(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The settings that have an option of their own, as they were options."""
+    """The names and texts of the settings that were given by `--layer` and `--weight`."""
     values = ((name, getattr(options, name)) for name in ("layer", "weight"))
     return [(name, value) for name, value in values if value is not None]
 
@@ -159,7 +164,8 @@ def _restored() -> Iterator[None]:
 
 
 def _target(words: list[str]) -> Callable[[], Any]:
-    """What to run; `sys.argv` and `sys.path[0]` are from here on as python sets them for it."""
+    """A function that runs the target. `sys.argv` and `sys.path[0]` are set to the values that
+    python would give it."""
     if not words or words == ["-m"]:
         raise ValueError(
             "nothing to run: want `-- script.py …`, `-- -m module …` or `-- command …` at the end"
@@ -175,8 +181,8 @@ def _target(words: list[str]) -> Callable[[], Any]:
         cut = python_flags(words[1:])
         if cut is None or set(words[1 : 1 + cut]) - {"-u"}:
             raise ValueError(
-                f"script: got {' '.join(words[:3])!r}, want a script or -m module; python's own "
-                f"flags go to the one in `{LINE}`"
+                f"script: got {' '.join(words[:3])!r}, want a script or -m module; put python's "
+                f"own flags behind the python of `{LINE}`"
             )
         return _target(words[1 + cut :])
     sys.argv = words
@@ -200,17 +206,17 @@ def _target(words: list[str]) -> Callable[[], Any]:
 
 
 def _refusal(script: str) -> str | None:
-    """Why no process that this command starts could be followed, with the line that works; None of
-    most."""
+    """Why the launcher cannot follow the processes that this command starts, with the line that
+    works instead. None for most commands."""
     name = os.path.basename(script)
     if name.endswith(".sh") or name in ("sh", "bash", "dash", "zsh"):
         return (
-            f"is a shell's, which cannot be followed; write `{LINE}` into the shell script where "
-            "it starts python"
+            f"is a shell or a shell script, which cannot be followed; write `{LINE}` into the "
+            "shell script where it starts python"
         )
     if name in ("ray", "sbatch", "sky", "modal", "docker", "kubectl"):
         return (
-            f"runs its command elsewhere, where it cannot be followed; let that command be `{LINE}`"
+            f"runs its command elsewhere, where it cannot be followed; make that command `{LINE}`"
         )
     return None
 
@@ -235,8 +241,7 @@ def _checked_head(folder: str | None) -> str | None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `apply_pre`, all of them checked as far as that is possible without the
-    model."""
+    """The keywords of `apply_pre`, checked as far as possible without the model."""
     import yaml
 
     values: dict[str, Any] = {}
@@ -281,8 +286,8 @@ def _known(name: Any, where: str) -> str:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A YAML value as the parameter needs it: a number YAML reads as text, a dtype, a callable as
-    "module:name"."""
+    """A YAML value, converted to the type of the parameter: a number that YAML reads as text, a
+    dtype, or a callable given as "module:name"."""
     wanted = str(PARAMETERS[name].annotation)
     if not isinstance(value, str):
         return value
@@ -310,7 +315,7 @@ def _import(name: str, path: str) -> Any:
 
 
 def _rehearse(settings: dict[str, Any]) -> None:
-    """`apply_pre` on a stand-in without data, whose checks of its arguments then come before any
+    """Call `apply_pre` on a stand-in without data, so that wrong arguments raise before any
     work."""
     layer = settings.get("layer")
     numbers = [n for n in (layer if isinstance(layer, list) else [layer]) if isinstance(n, int)]

@@ -1,5 +1,5 @@
-"""What the launcher does in the process of a script: PRe on the model of each
-`transformers.Trainer`; what it says."""
+"""The launcher's part inside the process of a script: it attaches PRe to the model of each
+`transformers.Trainer`, and prints messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .optimizers import parameters, unwrapped
 from .resuming import sharded
 from .trainer import patch_trainer
 
-# a model whose config has one of these is a vision-language model
+# A model whose config has one of these attributes counts as a vision-language model.
 OF_VISION_LANGUAGE = (
     "vision_config",
     "image_token_id",
@@ -38,15 +38,15 @@ OF_VISION_LANGUAGE = (
 
 
 class Launch:
-    """Inside it every `transformers.Trainer` that is constructed gets PRe on its model.
+    """A context manager: every `transformers.Trainer` constructed inside it gets PRe on its model.
 
     Args:
         settings: keywords for `apply_pre`.
         head: a folder with a saved head to start from.
-        again: the launcher's arguments, for the processes that this one starts; None: they are left
-            alone.
-        followed: this process was started by one under the launcher, which may have others that
-            train.
+        again: launcher arguments for the processes that this one starts. None: these processes are
+            not changed.
+        followed: whether this process was started by a process under the launcher. Then others may
+            train, and this one does not report that nothing was trained.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Launch:
         self.followed = followed
         self.children = Following(again or ())
         self._follows = again is not None
-        # whether trainings that ended had a term, by the model's name
+        # By the model's name: whether its finished trainings had a term of PRe.
         self.trained: dict[str, bool] = {}
-        self.begun = False  # whether a training with PRe began
+        self.begun = False  # whether a training with PRe has begun
         self.told = False  # whether a warning was given
-        self._attached = False  # whether a handle was made, by whomever
-        self._stepped = False  # whether an optimizer was seen to step
+        self._attached = False  # whether a handle was made, also by the script itself
+        self._stepped = False  # whether an optimizer has stepped
         self._active = False
         self._patched = False
-        # Trainers that have the callback, models that are not vision-language ones
+        # Trainers that have the callback, and models that are not vision-language models.
         self._known = weakref.WeakSet[Any]()
         self._undo = contextlib.ExitStack()
 
@@ -81,12 +81,12 @@ class Launch:
         self._undo.callback(register_optimizer_step_post_hook(self._first_step).remove)
         if "transformers.trainer" in sys.modules:
             self._patch()
-        else:  # not yet: scripts set what transformers reads when it is imported
+        else:  # importing it here would be too early: scripts first set variables that it reads
             self._undo.enter_context(_Importing("transformers.trainer", self._patch))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Wrappers of ours that others have wrapped stay in place and do nothing.
+        # Our wrappers that others have wrapped stay in place, and do nothing.
         self._active = False
         self._undo.close()
 
@@ -114,7 +114,7 @@ class Launch:
 
         def trains(train: Callable[..., Any]) -> Any:
             def train_(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-                self._prepare(trainer)  # others may have replaced __init__, or the model
+                self._prepare(trainer)  # someone may have replaced __init__ or the model
                 return train(trainer, *args, **kwargs)
 
             return train_
@@ -170,7 +170,7 @@ class Launch:
         )
 
     def _first_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Say before the training, and not after it, that it has no PRe."""
+        """Warn at the first optimizer step, rather than after the training, if it has no PRe."""
         if self._stepped or not self._active:
             return
         self._stepped = True
@@ -185,8 +185,8 @@ class Launch:
             )
 
     def report(self, failed: bool = False) -> None:
-        """Say loudly if PRe did nothing; where the script `failed`, its own error says why nothing
-        was trained."""
+        """Warn if PRe did nothing. If the script `failed`, its own error says why nothing was
+        trained, so this does not."""
         for name in self.trained:
             if not self.trained[name]:
                 self._warn("launched without terms", model=name)
@@ -206,8 +206,8 @@ class Launch:
 
 
 def _stepping_trainer() -> Any:
-    """The Trainer whose optimizer steps now, whoever wrote the methods that lead here; None in
-    another loop."""
+    """The Trainer whose optimizer steps, found on the call stack because subclasses may replace any
+    method. None in another loop."""
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = inspect.currentframe()
     while trainer is not None and frame is not None:
@@ -233,8 +233,8 @@ def _is_vision_language(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """The head is drawn alike on every rank, and what the script draws is what it draws without
-    PRe."""
+    """Draw the head alike on every rank, without changing the random numbers that the script
+    draws."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -245,7 +245,7 @@ def _callback(launch: Launch, trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class KeepsHead(TrainerCallback):
-        """Saves the head where a trainer's own way of saving leaves it out; sees to it that it is
+        """Saves the head if the trainer's own way of saving leaves it out, and checks that it is
         trained."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -258,7 +258,7 @@ def _callback(launch: Launch, trainer: Any) -> Any:
             optimizer = unwrapped(more["optimizer"])
             refused = "optimizer refuses" in handle.notices.given
             if refused or type(optimizer).__name__ in NO_GROUPS:
-                return  # a warning has said it
+                return  # a warning was given for this
             held = {id(p) for p in parameters(optimizer)}
             if not all(id(p) in held for p in handle.head.parameters() if p.requires_grad):
                 raise RuntimeError(
@@ -292,7 +292,7 @@ def _say(text: str) -> None:
 
 
 class _Importing(importlib.abc.MetaPathFinder):
-    """Inside it `then` is called when module `name` has been imported."""
+    """A context manager that calls `then` right after module `name` has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name = name
@@ -324,7 +324,7 @@ class _Importing(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                # The module may have been found inside and be run later.
+                # A module that is found inside the block may be executed after it.
                 if self.active:
                     self.then()
 

@@ -1,10 +1,9 @@
-"""The original code bases of LLaVA, LLaVA-NeXT and TinyLLaVA: which rows their merge of text and
-images made visual.
+"""Visual tokens in the original code bases of LLaVA, LLaVA-NeXT and TinyLLaVA.
 
-Their `prepare_inputs_labels_for_multimodal` puts image features between the words' embeddings and
-does not say where. But it moves the labels along, and gives image rows the label -100. So in a
-training forward it gets each position's own number for a label: what comes back says which word
-every row is, and the true labels are looked up with it.
+Their `prepare_inputs_labels_for_multimodal` puts image features between the embeddings of the words
+and does not report where. But it moves the labels along, and gives image rows the label -100. So in
+a training forward it gets the number of each position as its label. The labels that it returns then
+say which word every row is, and the true labels are looked up with them.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ from torch import Tensor, nn
 PREPARE = "prepare_inputs_labels_for_multimodal"
 ENCODE = "encode_images"
 EMBEDS = ("embed_tokens", "get_input_embeddings")
-TAKEN = ("input_ids", "labels", "attention_mask")  # arguments of PREPARE
+TAKEN = ("input_ids", "labels", "attention_mask")  # PREPARE must have these arguments
 
 
 def is_original(model: Any) -> bool:
-    """Whether `model` merges text and images as the original code bases do."""
+    """Whether `model` merges text and images like the original code bases."""
     return callable(getattr(model, PREPARE, None))
 
 
 def check_merge(model: nn.Module) -> None:
-    """Raise a ValueError that names what `Merge` would miss in a model that `is_original`."""
+    """Raise a ValueError if a model that `is_original` lacks something that `Merge` needs. The
+    error names it."""
     method: Any = getattr(type(model), PREPARE, None)
     taken = inspect.signature(method).parameters if method is not None else ()
     lacks = [] if callable(getattr(model, ENCODE, None)) else [f"a method {ENCODE}(images)"]
@@ -49,10 +49,10 @@ def check_merge(model: nn.Module) -> None:
 
 
 class Merge:
-    """The merge of one model: `open()` before a forward to follow it, `close()` after it.
+    """Follows the merge of one model: call `open()` before a forward and `close()` after it.
 
     Args:
-        model: with what `check_merge` asks for.
+        model: a model that passes `check_merge`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,8 +62,8 @@ class Merge:
         self.tokens: dict[tuple[int, ...], int] = {}
         size = getattr(getattr(_tower(model), "config", None), "image_size", None)
         if isinstance(size, int):
-            # The usual size is tried now, since parameters may be sharded later; what goes wrong
-            # is said when the tokens are first counted.
+            # Count the tokens of the usual image size before parameters are sharded. An error is
+            # raised again when the tokens are first needed.
             with contextlib.suppress(RuntimeError):
                 self._tokens((3, size, size))
 
@@ -74,18 +74,18 @@ class Merge:
         vars(self.model)[PREPARE] = self._followed
 
     def close(self) -> None:
-        """Put the method back. Calling it twice is fine."""
+        """Restore the model's method. Calling this twice is fine."""
         if vars(self.model).get(PREPARE) == self._followed:
             del vars(self.model)[PREPARE]
             if self.before is not None:
                 vars(self.model)[PREPARE] = self.before
 
     def mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The visual tokens (B, T) of a forward with these arguments, T as it is after the merge;
-        None without images.
+        """The bool mask (B, T) of the visual tokens of a forward with these arguments, where T is
+        the length after the merge. None without images.
 
-        Of the forward that was just followed they are known; of others the merge is run without the
-        model's weights.
+        For the forward that was just followed the mask is known. For any other forward the merge is
+        run without the model's weights.
         """
         followed = self.followed
         self.followed = None
@@ -94,7 +94,8 @@ class Merge:
         return self._rehearsed(inputs)[0]
 
     def numbers(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The number of each row's image (B, T), 1, 2, ... in the order of `images`; 0 for text."""
+        """The number (B, T) of each row's image, counted from 1 in the order of `images`; 0 for
+        text."""
         mask, features = self._rehearsed(inputs)
         if mask is None:
             return torch.zeros_like(inputs["input_ids"])
@@ -103,8 +104,12 @@ class Merge:
         return (numbers * (features > 0)).cummax(-1).values.mul(mask.cpu()).to(mask.device)
 
     def projected(self, inputs: Mapping[str, Any], rows: Tensor) -> Tensor:
-        """Of the rows (M, z) that entered the projector those (N, z) of the visual tokens, in their
-        order."""
+        """The rows (N, z) of the projector's input `rows` (M, z) that belong to the visual tokens,
+        in the order of the tokens.
+
+        Raises:
+            ValueError: if rows and visual tokens are not one to one.
+        """
         mask, features = self._rehearsed(inputs)
         index = features[mask.cpu()].to(rows.device) if mask is not None else features.long()
         if mask is not None and (total := int(self._ends(inputs["images"])[-1])) != len(rows):
@@ -122,8 +127,8 @@ class Merge:
         return rows[index.long() - 1]
 
     def _ends(self, images: Any) -> Tensor:
-        """The number (images,) of features up to the end of each image, one with its crops being
-        one."""
+        """The cumulative number (images,) of features at the end of each image. An image with
+        several crops counts as one image."""
         crops = [len(image) if image.dim() == 4 else 1 for image in images]
         return torch.tensor(crops).cumsum(0) * self._tokens(tuple(images[0].shape[-3:]))
 
@@ -136,8 +141,8 @@ class Merge:
         return output
 
     def _rehearsed(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
-        """The mask (B, T), and the number (B, T) of the feature each row is made from (1, 2, ...;
-        0: from none)."""
+        """The mask (B, T), and for each row the number (B, T) of the feature it is made from,
+        counted from 1; 0 if it is made from none."""
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError(
@@ -158,12 +163,12 @@ class Merge:
         return mask.to(ids.device), output[4][..., 0]
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
-        """The number of tokens that the model makes of an image of this shape: its own code, on the
-        meta device."""
+        """The number of tokens that the model makes of an image of this shape. The model's own code
+        is run on the meta device."""
         if shape not in self.tokens:
             encode = _Encode(self.model)
             named = [*encode.named_parameters(), *encode.named_buffers()]
-            # A parameter that ZeRO-3 has taken apart keeps its shape in ds_shape.
+            # A parameter that ZeRO-3 has split keeps its full shape in ds_shape.
             empty = {
                 n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
                 for n, t in named
@@ -185,14 +190,14 @@ class Merge:
 def _follow(
     method: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Tensor | None]:
-    """What the merge returns for these arguments, and its visual tokens (B, T), None if it merged
-    nothing."""
+    """The values that the merge returns for these arguments, and the mask (B, T) of visual tokens,
+    which is None if it merged nothing."""
     ids = arguments["input_ids"]
     labels = arguments.get("labels")
     attention = arguments.get("attention_mask")
     numbered = arguments | {"labels": torch.arange(ids.numel(), device=ids.device).view_as(ids)}
     if attention is None:
-        # In the mask that the merge returns padding is 0 and images are 1.
+        # The merge extends this mask: in its result padding is 0 and image rows are 1.
         numbered["attention_mask"] = torch.ones_like(ids)
     output = list(method(**numbered))
     if len(output) < 6:
@@ -215,7 +220,8 @@ def _follow(
 
 
 def _without_data(value: Any, name: str) -> Any:
-    """An argument of the merge on the CPU; of the images only the shapes."""
+    """An argument of the merge on the CPU. Images are moved to the meta device, which keeps only
+    their shapes."""
     if name == "images" and value is not None:
         if isinstance(value, (list, tuple)):
             return [_without_data(v, name) for v in value]
@@ -224,8 +230,8 @@ def _without_data(value: Any, name: str) -> Any:
 
 
 def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> Any:
-    """A shallow copy on the CPU that merges without weights: a feature is one number, its place in
-    the images."""
+    """A shallow copy of the model on the CPU that merges without weights. A feature of the copy is
+    a single number, its index among all features."""
 
     def embed_tokens(ids: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, 1, dtype=torch.double)
@@ -238,8 +244,8 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     vars(twin).pop(PREPARE, None)
-    # Its own parameters (the newline, ...) become as wide as a feature; one more puts `.device` on
-    # the CPU where it has none.
+    # Parameters of the model itself (the newline, ...) get the width of a feature. One more
+    # parameter makes `.device` the CPU even if the model has none.
     empty = {
         name: nn.Parameter(torch.zeros(1, dtype=torch.double))
         for name in [*module._parameters, "stand_in"]
@@ -253,26 +259,26 @@ def _stand_in(module: nn.Module, tokens: Callable[[tuple[int, ...]], int]) -> An
         "get_input_embeddings": lambda: embed_tokens,
         ENCODE: encode_images,
     }
-    # Not in training, where some draw positions.
+    # training=False, because some merges draw random positions in training mode.
     vars(twin).update(_parameters=empty, _modules=inner, training=False, **functions)
     return twin
 
 
 def _tower(model: Any) -> Any:
-    """The vision tower, from LLaVA's method or TinyLLaVA's attribute; None without either."""
+    """The vision tower, from LLaVA's method or TinyLLaVA's attribute. None if there is neither."""
     get = getattr(model, "get_vision_tower", None)
     return get() if callable(get) else getattr(model, "vision_tower", None)
 
 
 class _Encode(nn.Module):
-    """The model's `encode_images` as a module's forward."""
+    """A module whose forward is the model's `encode_images`."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         tower = _tower(model)
-        # The model may keep the tower where its modules do not show it; held twice here, it would
-        # be left on the meta device.
+        # The model may keep the tower outside its registered modules. A tower that is registered is
+        # not registered again, because it would then stay on the meta device.
         self.hidden_tower = None if any(m is tower for m in model.modules()) else tower
 
     def forward(self, images: Tensor) -> Tensor:

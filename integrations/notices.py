@@ -1,5 +1,5 @@
-"""What PRe says when it cannot do what it was attached for: every warning of the attachment, each
-once a training."""
+"""Every warning of the attachment. Each is given at most once per training, and says why PRe cannot
+do its work and how to mend that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 WARNINGS = {
-    # a forward
+    # Warnings about a single forward.
     "image tokens without images": (
         "input_ids has {count} image tokens, but the forward got none of {known} (it got {got}), "
         "so they are taken for text and L_PRe has no term; if images came in another argument, "
@@ -16,13 +16,13 @@ WARNINGS = {
     ),
     "images without image tokens": (
         "the forward got {got}, but input_ids has none of the image tokens {tokens} that the "
-        "model's config names, nor had it in the {count} forwards with images before, so L_PRe has "
-        "no term; set image_token_id in model.config to the id that stands for images in "
+        "model's config names, and had none in the {count} earlier forwards with images, so L_PRe "
+        "has no term; set image_token_id in model.config to the id that stands for images in "
         "input_ids, or pass mask_fn= to apply_pre"
     ),
     "attention mask of another form": (
         "attention_mask is {what}, a form that PRe cannot read, so all visual tokens count, those "
-        "of padding and dummy images too; it reads (batch, tokens), (batch or 1, heads or 1, "
+        "of padding and dummy images too; PRe can read (batch, tokens), (batch or 1, heads or 1, "
         "tokens, tokens) of bool or float, and dicts of such masks; pass mask_fn= to apply_pre if "
         "some must not count"
     ),
@@ -37,12 +37,13 @@ WARNINGS = {
     ),
     "frozen head": (
         "no parameter of `pre_head` requires grad, so the head keeps its weights; if that is not "
-        "meant, call handle.head.requires_grad_(True), or apply_pre after what froze the model"
+        "intended, call handle.head.requires_grad_(True), or call apply_pre after freezing the "
+        "model"
     ),
-    # a training
+    # Warnings about a training, in any loop.
     "lost": (
         "the last {count} L_PRe were computed but never back-propagated, so the head does not "
-        "train: the trainer has a loss of its own instead of output.loss; {advice}"
+        "train: the loss that is back-propagated is not output.loss; {advice}"
     ),
     "eval mode": (
         "the last {count} backward passes were of forwards in eval mode, which have no L_PRe, so "
@@ -61,13 +62,13 @@ WARNINGS = {
     ),
     "optimizer without the model": (
         "the optimizer ({optimizer}) steps only `pre_head`, while other parameters of the model "
-        "require grad; handle.param_groups() has the head's groups, the model's come beside them"
+        "require grad; handle.param_groups() has only the head's groups, so add the model's too"
     ),
-    # a transformers.Trainer under patch_trainer
+    # Warnings about a transformers.Trainer under patch_trainer.
     "no handle": (
         "this training has no PRe: patch_trainer() is in use, but the model of {trainer}, a "
-        "{model}, has no handle; call apply_pre(trainer.model) before train(), with model_init "
-        "inside that function"
+        "{model}, has no handle; call apply_pre(trainer.model) before train(), or inside "
+        "model_init if there is one"
     ),
     "handle inside": (
         "the handle is on a {inner} inside the {model} that is trained, so what is saved has the "
@@ -75,7 +76,7 @@ WARNINGS = {
     ),
     "not counted": (
         "the batches of {trainer} cannot be counted before their forwards ({reason}), so each "
-        "micro-batch adds the mean over its own visual tokens, not its part of the step's"
+        "micro-batch adds the mean over its own visual tokens, not its part of the step's mean"
     ),
     "counted otherwise": (
         "{counted} visual tokens (or images) were counted ahead in the batches since the last log, "
@@ -107,58 +108,58 @@ WARNINGS = {
         "do nothing in it; let train() make it, or give the Trainer one with handle.param_groups()"
     ),
     "optimizer refuses": (
-        "{optimizer} takes no parameters like {names} of the head ({error}), so these keep their "
-        "values; give the Trainer an optimizer that takes them, or apply_pre(bias=False)"
+        "{optimizer} does not take parameters like {names} of the head ({error}), so these keep "
+        "their values; give the Trainer an optimizer that takes them, or use apply_pre(bias=False)"
     ),
     "head recast": (
-        "the head's {names} had been cast to {dtype} since apply_pre and are {wanted} again"
+        "the head's {names} were cast to {dtype} after apply_pre; they were cast back to {wanted}"
     ),
     "no head in the checkpoint": (
         "{folder} holds no head, so it starts from its initial weights ({error})"
     ),
     "optimizer without the head's state": (
-        "the optimizer's state in {folder} is of a training without PRe; the other parameters' was "
-        "taken, the head's starts fresh"
+        "the optimizer's state in {folder} is of a training without PRe; the state of the other "
+        "parameters was loaded, that of the head starts fresh"
     ),
     "head's state left out": (
-        "the optimizer's state in {folder} is of a training with PRe; the other parameters' was "
-        "taken, the head's left out"
+        "the optimizer's state in {folder} is of a training with PRe; the state of the other "
+        "parameters was loaded, that of the head was left out"
     ),
-    # a loop of one's own
+    # A warning for loops without a Trainer.
     "no progress": (
         "λ has a schedule, but handle.progress was never set, so λ stays {weight:g}; set "
         "handle.progress = (step + 0.5) / steps before each step, or use patch_trainer()"
     ),
-    # the launcher, which prints them
+    # Warnings of the launcher, which prints them to stderr.
     "launched own loop": (
         "the first optimizer step was outside of a transformers.Trainer, and the launcher attaches "
         "only to models of such trainers, so this training has no PRe; in a loop of your own write "
         "`apply_pre(model)` before the optimizer is made, which needs no launcher"
     ),
     "launched no images": (
-        "{trainer} trains {model}, which is not a vision-language model as far as its config says "
-        "(neither vision_config nor image_token_id), so this training has no PRe; if it sees "
-        "images, give the launcher --set mask_fn=module:function, which finds its visual tokens "
-        "(see apply_pre)"
+        "{trainer} trains {model}, which is not a vision-language model according to its config "
+        "(it has neither vision_config nor image_token_id), so this training has no PRe; if the "
+        "model sees images, give the launcher --set mask_fn=module:function, which finds its "
+        "visual tokens (see apply_pre)"
     ),
     "launched unseen": (
-        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, by "
+        "{trainer} trains {model} without PRe, because Trainer.__init__ and Trainer.train, with "
         "which the launcher attaches, were replaced after it was started; write `apply_pre(model)` "
         "before the Trainer is made"
     ),
     "launched without terms": (
-        "{model} was trained and no batch had a term of PRe: had it visual tokens?"
+        "{model} was trained, but no batch had a term of PRe; check that batches have visual tokens"
     ),
     "launched nothing": (
         "nothing was trained with PRe: in this process the script trained no vision-language model "
-        "by a transformers.Trainer; if it did in others that the launcher cannot follow "
-        "({started}), start those by `{line}`"
+        "with a transformers.Trainer; if it trained one in processes that the launcher cannot "
+        "follow ({started}), start those with `{line}`"
     ),
 }
 
 
 class Notices:
-    """The warnings of one handle or patch; a warning that was given is not repeated before
+    """The warnings of one handle or patch. A warning that was given is not repeated until
     `forget()`."""
 
     def __init__(self) -> None:
@@ -166,22 +167,23 @@ class Notices:
         self.turns: Counter[str] = Counter()
 
     def warn(self, name: str, **values: Any) -> None:
-        """Give the warning `name` of WARNINGS with these values in it, if it has not been given."""
+        """Give the warning `name` of WARNINGS, filled in with `values`, unless it was given
+        already."""
         if name not in self.given:
             self.given.add(name)
             warnings.warn(f"PRe: {WARNINGS[name].format(**values)}", stacklevel=3)
 
     def settle(self, name: str) -> None:
-        """The warning `name` is not to be given in this training."""
+        """Do not give the warning `name` in this training."""
         self.given.add(name)
 
     def turn(self, name: str) -> int:
-        """1, 2, ... in a training: how often the cause of the warning `name` has been looked for,
-        or found."""
+        """Count a check (or a find) of the cause of the warning `name`, and return the count in
+        this training, from 1."""
         self.turns[name] += 1
         return self.turns[name]
 
     def forget(self) -> None:
-        """A new training begins."""
+        """Begin a new training: every warning may be given again."""
         self.given.clear()
         self.turns.clear()

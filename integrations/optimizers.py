@@ -1,5 +1,5 @@
-"""Whether the optimizers of this process step the head and the model: torch's own hook tells,
-without a host sync."""
+"""Check whether the optimizers of this process step the head and the model. A hook of torch reports
+the steps, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Steps:
-    """What the optimizers that have stepped hold of a model and its head.
+    """Which parameters of a model and its head the optimizers that have stepped hold.
 
-    It is looked up when a step begins: in a forward FSDP has other parameters in the place of those
-    it splits.
+    This is looked up when a step begins, because during a forward FSDP has other parameters in
+    place of those it splits.
 
     Attributes:
-        count: of steps, of any optimizer.
-        kinds: names of the optimizers that hold something of the model.
+        count: the number of steps of all optimizers.
+        kinds: the class names of the optimizers that hold parameters of the model.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.kinds: set[str] = set()
         self._known: set[int] = set()
-        self._missing: set[str] | None = None  # parameters of the head that none of them holds
-        # whether one of them holds others of the model's parameters, or there are none to hold
+        # Names of the head's parameters that none of the optimizers holds.
+        self._missing: set[str] | None = None
+        # Whether one of them holds parameters outside the head, or the model has no others.
         self._others = False
-        self._news = False  # whether there is one since the last verdict
+        self._news = False  # whether a new optimizer was seen since the last verdict
 
     def see(self, optimizer: Any, model: nn.Module, head: nn.Module) -> None:
-        """A step of `optimizer` begins."""
+        """Record that a step of `optimizer` begins."""
         self.count += 1
         if id(optimizer) in self._known:
             return
@@ -42,7 +43,7 @@ class Steps:
         held = {id(p) for p in parameters(optimizer)}
         of_head, others = split(model, head)
         if not held & (of_head.keys() | others):
-            # It steps another model, or is an engine's that keeps copies of the parameters.
+            # It steps another model, or belongs to an engine that keeps copies of the parameters.
             return
         missing = {name for i, name in of_head.items() if i not in held}
         self._missing = missing if self._missing is None else self._missing & missing
@@ -51,14 +52,14 @@ class Steps:
         self.kinds.add(type(optimizer).__name__)
 
     def forget(self) -> None:
-        """Look at each optimizer again when it steps next."""
+        """Look at each optimizer again at its next step."""
         self._known.clear()
         self._missing = None
         self._others = False
 
     def verdict(self) -> str | None:
-        """What all of them leave out, once for each that is new: "head", "model" (all but the
-        head), or None."""
+        """What all optimizers together leave out: "head", "model" (everything but the head), or
+        None. None again until another optimizer is seen."""
         if not self._news:
             return None
         self._news = False
@@ -66,8 +67,8 @@ class Steps:
 
 
 def split(model: nn.Module, head: nn.Module) -> tuple[dict[int, str], set[int]]:
-    """Of the parameters that require grad: the ids and names of the head's, and the ids of the
-    model's others."""
+    """The parameters that require grad: the ids and names of those of the head, and the ids of the
+    others of the model."""
     of_head = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
     return of_head, {id(p) for p in model.parameters() if p.requires_grad} - of_head.keys()
 
@@ -78,7 +79,7 @@ def parameters(optimizer: Any) -> Iterable[Any]:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The innermost of wrappers such as accelerate's and DeepSpeed's, which keep what they wrap as
+    """The optimizer inside wrappers such as accelerate's and DeepSpeed's, which keep it as
     `.optimizer`."""
     while not (isinstance(optimizer, torch.optim.Optimizer) and "optimizer" not in vars(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
@@ -89,13 +90,13 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-# one hook for all handles, and only as long as there is one to tell
+# One hook serves all handles. It is removed when no handle listens any more.
 _hook: RemovableHandle | None = None
 
 
 def listen(handle: Any) -> None:
-    """`handle.stepped(optimizer)` is called when an optimizer's step begins; a copy of it is told
-    nothing."""
+    """Call `handle.stepped(optimizer)` when the step of any optimizer begins. Copies of `handle`
+    are not called."""
     global _hook
     _live.add(handle)
     if _hook is None:
@@ -103,7 +104,7 @@ def listen(handle: Any) -> None:
 
 
 def ignore(handle: Any) -> None:
-    """The end of `listen`. Not inside a step, where torch goes through its hooks."""
+    """End `listen`. Do not call this inside a step, while torch iterates over its hooks."""
     global _hook
     _live.discard(handle)
     if not _live and _hook is not None:

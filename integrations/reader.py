@@ -1,5 +1,5 @@
-"""Reading a model instead of training it: the hidden states of visual tokens, layer by layer, for
-the diagnostics."""
+"""Reader: read the hidden states of a model's visual tokens, layer by layer, for the
+diagnostics."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .families import check_tokens, find_parts
 from .image_rules import states_as_is
 from .tokens import find_tokens
 
-# What models call the norm before the unembedding.
+# Names of the norm before the unembedding, in various models.
 NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "embedding_norm")
 
 
 @dataclass(frozen=True)
 class ImageStates:
-    """The visual tokens of one image, (patches, width) each.
+    """The states of one image's visual tokens, each tensor (patches, width).
 
     Attributes:
-        hidden: by layer number; 0 is what enters the decoder.
-        anchor: what enters the decoder, whether or not layer 0 is read.
+        hidden: the states by layer number; 0 is the input of the decoder.
+        anchor: the input of the decoder, whether or not layer 0 is read.
         sample: the image's row of the batch.
     """
 
@@ -37,8 +37,8 @@ class ImageStates:
 
 
 class Reader:
-    """Reads the hidden states of `model`'s visual tokens; a context manager that takes its hooks
-    off at the end.
+    """Reads the hidden states of `model`'s visual tokens. A context manager that removes its hooks
+    at the end.
 
     ```python
     with Reader(model, layers=(0, 16, 32)) as reader:
@@ -46,16 +46,17 @@ class Reader:
             print(image.hidden[16].shape)  # (patches, width)
     ```
 
-    Works on a model that PRe is attached to as well, and on the model that a trainer has wrapped.
+    It also works on a model that PRe is attached to, and on the model inside a trainer's wrapper.
 
     Args:
         model: a Hugging Face vision-language model, or a `PeftModel` around one.
-        layers: numbers in 0..L: what so many decoder layers made (L: before the final norm); None
-            is all of them.
-        mask_fn, text_model, decoder_layers: as `mask_fn`, `text_model` and `layers` of `apply_pre`.
+        layers: numbers in 0..L. Number l is the output of decoder layer l (L: before the final
+            norm), and 0 the input of the decoder. None reads all of them.
+        mask_fn, text_model, decoder_layers: like `mask_fn`, `text_model` and `layers` of
+            `apply_pre`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: with the argument, the value it got and the value it needs.
     """
 
     def __init__(
@@ -90,19 +91,19 @@ class Reader:
     def read(
         self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None
     ) -> list[ImageStates]:
-        """The images of one forward with these arguments, in eval mode and without gradients; batch
-        by batch row.
+        """The images of one forward with these arguments, in eval mode and without gradients, in
+        the order of the batch.
 
-        An image is what `apply_pre`'s level "image" takes for one. References to what the forward
-        made: whoever keeps many has to copy.
+        An image is the same as at `apply_pre`'s level "image". The tensors are in the dtype and on
+        the device of the forward.
 
         Args:
             inputs: the forward's arguments by name, on the model's device.
-            call: what to call with them in place of the model: a wrapper around it (DDP, FSDP,
-                DeepSpeed).
+            call: a wrapper around the model (DDP, FSDP, DeepSpeed) to call instead of the model.
 
         Raises:
-            ValueError: where the forward has no visual tokens, or its images cannot be told apart.
+            ValueError: if the forward has no visual tokens, or its images cannot be told apart.
+            RuntimeError: if `call` does not call the model.
         """
         return self.read_with_output(inputs, call)[0]
 
@@ -110,7 +111,7 @@ class Reader:
     def read_with_output(
         self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None
     ) -> tuple[list[ImageStates], Any]:
-        """The same, and what the model returned."""
+        """The same as `read`, and the output of the model."""
         self._reading = True
         try:
             with evaluating(self.model):
@@ -145,15 +146,16 @@ class Reader:
         return images, output
 
     def logits(self) -> Callable[[Tensor], Tensor] | None:
-        """unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary); None if
-        either is not found."""
+        """The function unembedding(final norm(h)) for the logit lens, (n, width) → (n, vocabulary).
+        None if the norm or the unembedding is not found."""
         text: Any = self.parts.text
         norm = next(
             (m for name in NORMS if isinstance(m := getattr(text, name, None), nn.Module)), None
         )
         get: Any = getattr(self.inner, "get_output_embeddings", None)
         head = None if get is None else get()
-        # Several streams of states (AltUp) are merged before the final norm; that is not done here.
+        # Models with several streams of states (AltUp) merge them before the final norm, which this
+        # function does not do.
         several = self.parts.family.hidden is not states_as_is
         if norm is None or head is None or several:
             return None
@@ -161,7 +163,7 @@ class Reader:
         return lambda h: head(norm(h.to(weight.device, weight.dtype)))
 
     def remove(self) -> None:
-        """Take the hooks off. Calling it twice is fine."""
+        """Remove the hooks. Calling this twice is fine."""
         self._capture.remove()
 
     def __enter__(self) -> Reader:
@@ -177,8 +179,8 @@ class Reader:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode; after it every module trains or not as before, since some may be frozen
-    that way."""
+    """A context manager that puts `model` into eval mode. At the end every module gets its own mode
+    back, because users may keep some modules in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

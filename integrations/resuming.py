@@ -1,5 +1,5 @@
-"""What a `transformers.Trainer` gets from a checkpoint: the head, and the optimizer's state with or
-without it."""
+"""Resume a `transformers.Trainer` from a checkpoint: load the head, and fit the optimizer's state
+to a training with or without it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .notices import Notices
 from .optimizers import unwrapped
 from .workarounds import load_renamed, names_given
 
-# lists in a scheduler's state that have an entry for each group of the optimizer
+# These lists in a scheduler's state have one entry for each group of the optimizer.
 OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")
 
 
 def sharded(trainer: Any) -> bool:
-    """Whether its model's parameters are split over processes, or may be."""
+    """Whether the parameters of the trainer's model are or may be split over processes."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 @contextlib.contextmanager
 def model_loaded(handle: PreHandle, trainer: Any, folder: str) -> Iterator[None]:
-    """Around the Trainer's own loading: the head and what it leaves out come after it, and one line
-    says so."""
-    # FSDP and DeepSpeed look for all parameters in their checkpoints, which have the head's too.
+    """Wrap the Trainer's own loading of the model: afterwards load the head and the weights that
+    the Trainer left out, and print one line about it."""
+    # Under FSDP and DeepSpeed nothing is excluded: their checkpoints contain all parameters,
+    # including the head's, and loading looks for all of them.
     hidden = contextlib.nullcontext() if sharded(trainer) else handle.excluded()
     with names_given(trainer.model) as names, hidden:
         yield
@@ -50,11 +51,10 @@ def model_loaded(handle: PreHandle, trainer: Any, folder: str) -> Iterator[None]
 
 @contextlib.contextmanager
 def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Iterator[None]:
-    """Around the Trainer's own loading: states of a training with the head for one without it, and
-    the reverse.
+    """Wrap the Trainer's own loading of the optimizer: a training without the head can load the
+    state of one with it, and the reverse.
 
-    The head's groups are the optimizer's last, so those of the rest are the same with and without
-    it.
+    The groups of the head are the optimizer's last ones, so the others are the same in both.
     """
     optimizer = unwrapped(trainer.optimizer)
     scheduler = trainer.lr_scheduler
@@ -89,12 +89,12 @@ def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Ite
 def _fitted(
     state: dict[str, Any], now: dict[str, Any], notices: Notices, folder: str
 ) -> dict[str, Any] | None:
-    """An optimizer's `state` with as many groups of the head as it has `now`; None if they
-    agree."""
+    """A saved optimizer `state`, changed to have the same groups of the head as the state `now`.
+    None if nothing has to change."""
     saved = [bool(group.get(MARK)) for group in state["param_groups"]]
     here = [bool(group.get(MARK)) for group in now["param_groups"]]
     if saved.count(False) != here.count(False) or any(saved) == any(here):
-        return None  # whether the other groups fit is torch's to judge
+        return None  # torch checks the other groups
     groups = [group for group in state["param_groups"] if not group.get(MARK)]
     own = {i for group in state["param_groups"] if group.get(MARK) for i in group["params"]}
     first = 1 + max((i for group in groups for i in group["params"]), default=-1)

@@ -1,5 +1,5 @@
-"""What a saved model holds: the keys it has without PRe, wherever the way of saving can be
-reached."""
+"""Keep the head's keys out of saved models, in every way of saving that can be reached from the
+model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ IGNORED = "_keys_to_ignore_on_save"
 
 
 class SavedKeys:
-    """Keeps `model.<name>` out of `model.save_pretrained`, of Hugging Face's kind or the model's
-    own.
+    """Keeps the module `model.<name>` out of `model.save_pretrained`, whether that method is
+    Hugging Face's or the model's own.
 
     A plain object with bound methods, so that `copy.deepcopy(model)` copies it with the model.
 
     Args:
-        model: it has the module.
-        name: of the module.
+        model: the model that has the module.
+        name: the name of the module.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -35,11 +35,11 @@ class SavedKeys:
             ignored: Any = getattr(model, IGNORED)
             vars(model)[IGNORED] = set(ignored or ()) | keys
         elif callable(getattr(kind, "save_pretrained", None)) and not hasattr(model, "peft_config"):
-            # (PEFT's saves its adapters alone.)
+            # PEFT models are left out, because PEFT saves only its adapters.
             vars(model)["save_pretrained"] = self._save_pretrained
 
     def remove(self) -> None:
-        """Put the model's own way of saving back."""
+        """Restore the model's own way of saving."""
         if self.before is not None:
             vars(self.model).pop(IGNORED, None)
             vars(self.model).update(self.before)
@@ -48,7 +48,8 @@ class SavedKeys:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Inside it no `state_dict()` of the model, or of what it is in, has the module's keys."""
+        """A context manager: inside it no `state_dict()` of the model, or of a module around it,
+        has the module's keys."""
         hook = self.model.register_state_dict_post_hook(functools.partial(self._leave_out))
         try:
             yield

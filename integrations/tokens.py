@@ -15,8 +15,8 @@ from .image_rules import runs
 from .model_config import Inputs
 from .visible import visible
 
-# In so many forwards with images none had a visual token, before it is said: the first few may have
-# dummy images that the text does not name.
+# Warn only after this many forwards with images but without visual tokens, because the first few
+# forwards may have dummy images that the text does not mention.
 PATIENCE = 4
 
 
@@ -25,11 +25,12 @@ class VisualTokens:
     """The visual tokens of a batch.
 
     Attributes:
-        mask: bool (B, T), those that count: placeholders that are not masked as padding.
-        places: bool (B, T) for each kind, before the attention mask; empty if a mask_fn found them.
-        numbers: integer (B, T) from a mask_fn that numbers the images.
-        empty: 0-d bool, whether there are images but no placeholder, masked or not; None where
-            `mask_fn` or the model's own merge finds the visual tokens.
+        mask: bool (B, T), the tokens that count: placeholders that are not masked as padding.
+        places: bool (B, T) for each kind of placeholder, before the attention mask. Empty if a
+            mask_fn or the model's own merge found the tokens.
+        numbers: integer (B, T), the number of each token's image, from a mask_fn that gives it.
+        empty: 0-d bool, whether there are images but no placeholder, masked or not. None if a
+            mask_fn or the model's own merge found the tokens.
     """
 
     mask: Tensor
@@ -38,7 +39,12 @@ class VisualTokens:
     empty: Tensor | None = None
 
     def images(self, parts: Parts, inputs: Inputs) -> Tensor:
-        """The number (N,) of each visual token's image, batch-major, maybe with gaps."""
+        """The number (N,) of each visual token's image, in batch-major order. Numbers may have
+        gaps.
+
+        Raises:
+            ValueError: if the images cannot be told apart.
+        """
         if self.numbers is not None:
             return self.numbers[self.mask]
         if parts.merge is not None:
@@ -54,8 +60,12 @@ class VisualTokens:
         return numbers[self.mask]
 
     def kept(self, rows: Tensor) -> Tensor:
-        """Of one row per placeholder (M, z), all images' first and then all videos', those (N, z)
-        that count."""
+        """The rows (N, z) of the tokens that count, from one row per placeholder (M, z), first
+        those of all images, then those of all videos.
+
+        Raises:
+            ValueError: if the number of rows is not that of the placeholders.
+        """
         kinds = list(self.places.values()) if self.places else [self.mask]
         sizes = [int(places.sum()) for places in kinds]
         if len(rows) != sum(sizes):
@@ -71,7 +81,7 @@ class VisualTokens:
         return whole[self.mask.to(rows.device)]
 
     def check(self, hidden: Tensor) -> None:
-        """The mask must be of the hidden states' leading shape."""
+        """Raise a ValueError if the mask does not have the leading shape of `hidden`."""
         if self.mask.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"rows: the visual mask has shape {tuple(self.mask.shape)}, the hidden states "
@@ -83,11 +93,11 @@ class VisualTokens:
 def find_tokens(
     parts: Parts, inputs: dict[str, Any], mask_fn: Callable[[dict[str, Any]], Tensor] | None
 ) -> VisualTokens | None:
-    """The visual tokens of a forward with these arguments; None if it has no vision input.
+    """The visual tokens of a forward with these arguments. None if it has no vision input.
 
     Raises:
-        ValueError: without `input_ids` and `mask_fn`.
-        TypeError: if `mask_fn` returns no bool or integer tensor.
+        ValueError: if there are neither `input_ids` nor a `mask_fn`.
+        TypeError: if `mask_fn` does not return a bool or integer tensor.
     """
     if mask_fn is not None:
         returned = mask_fn(inputs)
@@ -108,7 +118,8 @@ def find_tokens(
     mask = torch.stack(list(places.values())).any(0)
     empty = ~mask.any()
     flags = inputs.get("image_flags")
-    if torch.is_tensor(flags):  # InternVL's own code: 0 for a dummy image without tokens
+    # InternVL's own code gives a dummy image, which has no tokens, the flag 0.
+    if torch.is_tensor(flags):
         empty = empty & flags.to(mask.device).any()
     kept = visible(inputs, mask.shape, parts.notices)
     if kept is not None:
@@ -117,14 +128,14 @@ def find_tokens(
 
 
 def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
-    """Masks (B, T) of the image and video tokens in `input_ids`, for the kinds of which the batch
-    has an input.
+    """Masks (B, T) of the image and video tokens in `input_ids`, for each kind that the batch has
+    inputs of. Empty for a text-only batch.
 
-    A literal image token without an image is text; in a family that is not listed, whose images may
-    come in an argument of any name, a warning says so once. Empty for a text-only batch.
+    An image token without an image is text. In a family that is not listed, images may come in an
+    argument of any name, so there a warning says this once.
 
     Raises:
-        ValueError: without `input_ids`.
+        ValueError: if there are no `input_ids`.
     """
     precomputed = inputs.get("mm_encoder_outputs") or {}
     named = {"image": parts.family.image_inputs, "video": parts.family.video_inputs}
@@ -154,18 +165,19 @@ def placeholders(parts: Parts, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _holds(value: Any) -> bool:
-    """Whether an argument has images in it; collators also give an empty tensor or list for
-    none."""
+    """Whether an argument contains images. Some collators give an empty tensor or list instead of
+    None."""
     if torch.is_tensor(value):
         return value.numel() > 0
     return value is not None and not (isinstance(value, (list, tuple)) and not value)
 
 
 def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
-    """Looks at the first text-only forward of a training, the 2nd, 4th, 8th, ...
+    """Warn of image tokens without images. Only the 1st, 2nd, 4th, 8th, ... text-only forward of a
+    training is checked.
 
-    A look waits for the device: this way a training has some 20 of them, and yet one is made soon
-    after the first images come, however much text went before.
+    Each check waits for the device. This schedule makes about 20 checks in a training, and one of
+    them comes soon after the first images, however much text came before.
     """
     name = "image tokens without images"
     if name in parts.notices.given or capturing():
@@ -180,9 +192,10 @@ def _warn_of_tokens(parts: Parts, inputs: Inputs, ids: Tensor) -> None:
 
 
 def warn_of_images(parts: Parts, visual: VisualTokens, inputs: Inputs) -> None:
-    """Warn if none of a training's first `PATIENCE` forwards with images had a visual token.
+    """Warn if the first `PATIENCE` forwards with images of a training had no visual token.
 
-    The first that has one settles it, so that a training in order waits for the device once.
+    The first forward that has one ends the checks, so a healthy training waits for the device only
+    once.
     """
     name = "images without image tokens"
     if visual.empty is None or name in parts.notices.given or capturing():
@@ -197,22 +210,22 @@ def warn_of_images(parts: Parts, visual: VisualTokens, inputs: Inputs) -> None:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, when the device must not be read."""
+    """Whether a CUDA graph is being captured. The device must not be read then."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def drop_nonfinite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`; no
-    host sync.
+    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`. Does
+    not wait for the device.
 
     Args:
-        mask: bool, of N rows.
+        mask: bool (B, T) that marks N rows.
         anchor: (B, T, z), or (N, z) in the order of the rows.
-        hidden: each (B, T, d).
+        hidden: tensors (B, T, d).
     """
     kept = mask
     for rows in (anchor, *hidden):
-        # The largest magnitude takes one pass, and nan and inf come through it.
+        # The largest magnitude needs one pass, and is nan or inf if any element is.
         largest = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1)
         finite = largest.isfinite().to(mask.device)
         if finite.shape != mask.shape:
@@ -222,8 +235,13 @@ def drop_nonfinite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Te
 
 
 def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
-    """The mean (K, d) over each image's rows: of (B, T, d) under `mask`, or of (N, d); in `rows`'
-    dtype."""
+    """The mean (K, d) over the rows of each of K images, in the dtype of `rows`.
+
+    Args:
+        rows: (B, T, d), of which `mask` selects N, or these N rows (N, d).
+        mask: bool (B, T).
+        numbers: (N,), the image of each row.
+    """
     if rows.shape[:-1] == mask.shape:
         rows = rows[mask]
     _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
@@ -234,8 +252,10 @@ def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
 
 
 def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T): 1 / the tokens of its image for each row under `mask`, 0 elsewhere; and the number of
-    images, 0-d."""
+    """Weights (B, T) under which every image counts the same, and the number of images (0-d).
+
+    The weight of a row under `mask` is 1 / (number of tokens of its image); all others are 0.
+    """
     _, index, sizes = numbers.unique(return_inverse=True, return_counts=True)
     weights = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     weights[mask] = 1 / sizes[index].to(mask.device, weights.dtype)
@@ -243,16 +263,19 @@ def image_weights(mask: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """`mask` with max(1, round(`fraction` · N)) of its N rows, every such subset being as likely;
-    and the drawn fraction of N, 0-d, which is 1 without rows.
+    """Draw max(1, round(`fraction` · N)) of the N rows of `mask`, each subset with the same
+    probability.
 
-    One draw from the default generator of the mask's device; no host sync.
+    Takes one draw from the default generator of the mask's device, and does not wait for it.
+
+    Returns:
+        The mask of the drawn rows, and the drawn fraction of N (0-d), which is 1 without rows.
     """
     if mask.numel() == 0:
         return mask, torch.ones((), device=mask.device)
     count = mask.sum().float()
     size = (count * fraction).round().clamp(min=1)
-    top = 2**62  # so many values that ties do not matter
+    top = 2**62  # with this many values ties are negligible
     draws = torch.randint(top, mask.shape, device=mask.device).masked_fill(~mask, top)
     last = draws.flatten().sort().values.gather(0, size.long().view(1) - 1)
     return mask & (draws <= last), size / count.clamp(min=1)

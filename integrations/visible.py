@@ -1,7 +1,7 @@
-"""Which tokens of a batch are padding, by each form of attention mask that a forward of
+"""Find the padding tokens of a batch, from each form of attention mask that a forward of
 transformers takes.
 
-Nothing here reads the device.
+Nothing in this module waits for the device.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch.nn import functional as F
 
 from .notices import Notices
 
-# An additive mask at or below this hides a key: e**-1000 is 0 in every dtype, and no bias goes
-# so far.
+# An additive mask at or below this hides a key: e**-1000 is 0 in every dtype, and no attention bias
+# is that large.
 HIDDEN = -1000.0
 
 
 def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> Tensor | None:
-    """bool (B, T), False for padding; None where the arguments of the forward say of no token that
-    it is padding.
+    """A bool mask (B, T) that is False for padding. None if the arguments of the forward mark no
+    padding.
 
-    As in transformers `attention_mask` decides where there is one, else `cu_seq_lens_q`, else
-    `position_ids`:
+    As in transformers, `attention_mask` decides if there is one, else `cu_seq_lens_q`, else
+    `position_ids`. These tokens are visible:
 
-    - a mask (B, T), or (B, K) with more keys before the tokens: what is not 0;
-    - (B or 1, heads or 1, T or 1, K), True or an addend near 0 where a query attends to a key: see
-      `_attended`;
-    - a dict of such masks by the type of layer: what is visible in one of them;
-    - cumulative lengths: what is in a sequence of more than one token;
-    - position ids (B or 1, T), or (4, B, T) with those of the text first: the same, a sequence
-      beginning where they do not go on by 1. (3, B, T) is M-RoPE alone, which goes on in other
-      ways.
+    - a mask (B, T), or (B, K) with more keys before the tokens: those that are not 0;
+    - a mask (B or 1, heads or 1, T or 1, K), True or an addend near 0 where a query attends to a
+      key: see `_attended`;
+    - a dict of such masks by the type of layer: those visible in at least one of them;
+    - cumulative lengths: those in a sequence of more than one token;
+    - position ids (B or 1, T), or (4, B, T) with those of the text first: the same, where a
+      sequence begins wherever the ids do not increase by 1. (3, B, T) has only M-RoPE, whose ids
+      increase differently, so nothing is read from it.
 
     Args:
         inputs: the forward's arguments.
         shape: (B, T) of `input_ids`.
-        notices: is told of a mask of another form, under which all tokens count.
+        notices: gets a warning about a mask of another form, under which all tokens count.
     """
     attention = inputs.get("attention_mask")
     masks = list(attention.values()) if isinstance(attention, Mapping) else [attention]
@@ -57,7 +57,7 @@ def visible(inputs: Mapping[str, Any], shape: torch.Size, notices: Notices) -> T
 
 
 def _under(mask: Any, shape: torch.Size) -> Tensor | None:
-    """The tokens that are visible under one mask; None if its form is not known."""
+    """The tokens (B, T) that are visible under one mask. None if its form is not known."""
     if not torch.is_tensor(mask):
         return None
     if mask.shape == shape:
@@ -77,28 +77,28 @@ def _under(mask: Any, shape: torch.Size) -> Tensor | None:
 
 
 def _attended(attends: Tensor) -> Tensor:
-    """The tokens (B, T) that have a part in something, T > 1, by which query attends to which key
+    """The tokens (B, T), T > 1, that take part in attention, from the pairs of query and key
     (B, T, T).
 
-    These are the ones that another query attends to. The last of a sequence is attended to by
-    itself alone, like padding whose own key was left to it, but it attends to others, and no later
-    query goes back past it. A query without any key may have been let attend to all of them, which
-    is how some kernels are kept from nan: where others leave out keys before them, one that attends
-    to all, later ones too, is such a query.
+    A token takes part if another query attends to it. The last token of a sequence is attended to
+    only by itself, like padding that may attend to itself. But it attends to other tokens, and no
+    later query attends to a token before it. To avoid nan in some kernels, a query without any key
+    is sometimes allowed to attend to all keys. A query counts as such if it attends to all keys,
+    later ones included, while other queries leave out keys before them.
     """
     tokens = attends.shape[-1]
     place = torch.arange(tokens, device=attends.device)
     whole = attends.all(-1)
     gaps = (attends.tril(-1).sum(-1) < place).any(-1, keepdim=True)
-    # The last query of a causal mask also attends to all keys, so it counts here only where the one
-    # before it does too.
+    # The last query of a causal mask also attends to all keys, so it counts as such a query only if
+    # the one before it does too.
     ahead = torch.cat([whole[:, :-1], whole[:, -1:] & whole[:, -2:-1]], -1)
     attends = attends & ~(ahead & gaps)[..., None]
 
     own = attends.diagonal(dim1=-2, dim2=-1)
     by_others, to_others = (attends.sum(dim) > own for dim in (-2, -1))
     first = attends.byte().argmax(-1).where(attends.any(-1), tokens)
-    # The first key that any later query attends to.
+    # For each query, the first key that any later query attends to.
     later = F.pad(first[:, 1:], (0, 1), value=tokens)
     earliest = later.flip(-1).cummin(-1).values.flip(-1)
     return by_others | (own & to_others & (earliest >= place))
@@ -106,12 +106,14 @@ def _attended(attends: Tensor) -> Tensor:
 
 def _in_sequences(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """The tokens of packed sequences that are longer than one token."""
-    if len(shape) != 2 or shape[1] == 1:  # in a row of one token that token is a whole sequence
+    # In a row of one token, that token is a whole sequence and not padding.
+    if len(shape) != 2 or shape[1] == 1:
         return None
     ends = inputs.get("cu_seq_lens_q")
     places = inputs.get("position_ids")
     if torch.is_tensor(ends) and ends.dim() == 1:
-        lengths = F.pad(ends.diff(), (1, 1))  # before the first, and past the last
+        # Padded with 0 for tokens before the first sequence and past the last one.
+        lengths = F.pad(ends.diff(), (1, 1))
         flat = torch.arange(shape.numel(), device=ends.device, dtype=ends.dtype)
         return (lengths[torch.searchsorted(ends, flat, right=True)] > 1).view(shape)
     if not torch.is_tensor(places) or places.is_floating_point():

@@ -1,5 +1,5 @@
-"""Notices that L_PRe is never trained: a trainer ignores `output.loss`, a loop leaves the model in
-eval mode, ..."""
+"""Detect that L_PRe is never trained, for example because a trainer ignores `output.loss` or a loop
+leaves the model in eval mode."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from torch import Tensor
 
 from .notices import Notices
 
-# Backward passes before a warning: a single one may be somebody's look at a gradient.
+# Warn after this many backward passes, because a single one may only be a look at a gradient.
 PATIENCE = 2
 
 
 class Watchdog:
-    """Warns once when backward passes in a row left out their forwards' terms, or there were none;
-    no host sync.
+    """Warns once if several backward passes in a row did not reach the terms of their forwards, or
+    their forwards had no terms. Does not wait for the device.
+
+    Args:
+        notices: the warnings of the handle.
+        labels: the name of the forward's argument that makes it return a loss; None: `labels=None`.
 
     Attributes:
-        advice: what to do where terms are lost.
-        labels: the argument that a forward in training has.
-        reason: why the forward that runs has no term although it may be trained, "eval mode" or "no
-            labels"; else None.
+        advice: the remedy in the warning about lost terms.
+        reason: why the current forward has no term although it may be trained: "eval mode" or "no
+            labels". None otherwise.
     """
 
     def __init__(self, notices: Notices, labels: str | None) -> None:
@@ -30,15 +33,16 @@ class Watchdog:
         self.advice = self.default = (
             "use patch_trainer(), or add output.loss" if labels else "add handle.loss() to the loss"
         )
-        self.lost = 0  # backward passes in a row that left out their forward's term
+        # The number of backward passes in a row that did not reach the term of their forward.
+        self.lost = 0
         self.had_terms = False
         self.reason: str | None = None
-        # backward passes of forwards without a term, by the reason
+        # The number of backward passes of forwards without a term, by reason.
         self.without: dict[str, int] = {}
 
     def begin(self, training: bool, labelled: bool) -> bool:
-        """Whether the forward that begins gets a term: one in training that has labels. Warns if
-        the last backward passes all left out their terms, or were of forwards without one."""
+        """Begin a forward. Returns whether it gets a term: it does in training mode with labels.
+        Warns if the last backward passes did not reach their terms, or had none."""
         if not training:
             self.reason = "eval mode" if labelled else None
         elif not labelled:
@@ -47,11 +51,13 @@ class Watchdog:
         return training and labelled
 
     def watch(self, term: Tensor, others: Iterable[Tensor]) -> None:
-        """Follow a 0-d term of the loss; nothing is kept longer than its graph.
+        """Follow a term of the loss. Nothing is kept longer than its graph.
 
-        `others`: what another loss of this forward would be made of. A forward whose backward pass
-        never came, for want of memory or because its loss was only looked at, says nothing about
-        the trainer.
+        Args:
+            term: the 0-d term.
+            others: tensors from which the trainer could make another loss of this forward. A
+                backward pass through them that leaves out `term` counts as lost. A forward without
+                any backward pass (out of memory, or a loss that is only printed) does not count.
         """
         self.without.clear()
         self.had_terms = True
@@ -64,10 +70,10 @@ class Watchdog:
                 other.register_hook(watched.pass_by)
 
     def watch_without(self, outputs: Iterable[Tensor]) -> None:
-        """Follow what a forward that has no term, for `reason`, may be trained by.
+        """Follow the outputs of a forward that has no term, to see whether it is trained.
 
-        Where others had labels, those without are trained by something else on purpose
-        (consistency, distillation).
+        If other forwards had labels, forwards without labels are trained by another loss on purpose
+        (consistency, distillation), and are not followed.
         """
         reason = self.reason
         if reason is None or (reason == "no labels" and self.had_terms):
@@ -99,7 +105,8 @@ class _Watched:
         self.watchdog.lost = 0
 
     def pass_by(self, gradient: Tensor) -> None:
-        """May come before `reach` in the same backward pass, which then takes it back."""
+        """Count the term as lost. If `reach` comes later in the same backward pass, it resets the
+        count."""
         if not (self.reached or self.passed):
             self.passed = True
             self.watchdog.lost += 1

@@ -257,7 +257,7 @@ UNFIT = [
         "llava",
         {"pixel_values": torch.zeros(2, 3, 8, 8)},
         ValueError,
-        "12 visual tokens are not squares of 2 images",
+        "got 12 visual tokens for 2 images, want a square number of tokens for each",
     ),
     (
         "llava",
@@ -271,9 +271,14 @@ UNFIT = [
         "qwen2_vl",
         {"image_grid_thw": torch.tensor([[1, 4, 4]])},
         ValueError,
-        "does not make the batch's 20 visual",
+        "does not match the 20 visual tokens of the batch",
     ),
-    ("qwen2_vl", {"image_merge_sizes": torch.ones(3)}, ValueError, "merged each in its own way"),
+    (
+        "qwen2_vl",
+        {"image_merge_sizes": torch.ones(3)},
+        ValueError,
+        "merges the patches of each image by a factor",
+    ),
     (
         "qwen2_vl",
         {"pixel_values": torch.zeros(80, 23)},

@@ -257,7 +257,7 @@ def test_sharded_before(mesh: Any) -> None:
 def test_compiled_before() -> None:
     model = build("llava")
     with pytest.raises(
-        TypeError, match=r"model: got OptimizedModule.*call apply_pre first and torch.compile then"
+        TypeError, match=r"model: got OptimizedModule.*call apply_pre first, then torch.compile"
     ):
         apply_pre(torch.compile(model, backend="eager"))
     assert not hasattr(model, "pre_head")

@@ -112,7 +112,7 @@ def test_grid_that_means_other_tokens(family: str) -> None:
     handle = apply_pre(model, level="image")
     data.inputs["input_ids"][0, 3] = IMAGE
     with pytest.raises(
-        ValueError, match=r"image_grid_thw: means 20 image tokens, input_ids has 21"
+        ValueError, match=r"image_grid_thw: stands for 20 image tokens, but input_ids has 21"
     ):
         handle.count(data.inputs)
 

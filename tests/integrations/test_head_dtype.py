@@ -60,8 +60,8 @@ def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
     with patch_trainer():
         texts = said(trainer.train)
     assert texts == [
-        "PRe: the head's w1, b1, w2, b2 had been cast to torch.bfloat16 since apply_pre and are "
-        "torch.float32 again"
+        "PRe: the head's w1, b1, w2, b2 were cast to torch.bfloat16 after apply_pre; they were "
+        "cast back to torch.float32"
     ]
     for name, parameter in handle.head.named_parameters():
         assert parameter.dtype == torch.float32

@@ -100,14 +100,14 @@ def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
         (
             {"layers": nn.ModuleList()},
             ValueError,
-            "layers: the ModuleList that was given is not part",
+            "layers: got a ModuleList that is not part of the model",
         ),
         ({"layers": "empty"}, ValueError, "layers: got an empty ModuleList"),
         ({"text_model": 3}, TypeError, "text_model: got int"),
         (
             {"text_model": nn.Linear(1, 1)},
             ValueError,
-            "text_model: the Linear that was given is not part",
+            "text_model: got a Linear that is not part of the model",
         ),
         ({"layers": "trunk.blocks"}, ValueError, "names no visual tokens .*pass mask_fn="),
     ],

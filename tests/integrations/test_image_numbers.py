@@ -40,7 +40,9 @@ def test_merge_sizes_and_dropped_video_tokens() -> None:
     kept = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
     found = image_rules.grids(mask, "video", {**inputs, "video_compression_mask": kept}, None)
     assert found.tolist() == [0, 1, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"video_grid_thw: means 12 video tokens, input_ids has 5"):
+    with pytest.raises(
+        ValueError, match=r"video_grid_thw: stands for 12 video tokens, but input_ids has 5"
+    ):
         image_rules.grids(mask, "video", inputs, None)
 
 
@@ -56,7 +58,7 @@ def test_equal_parts_of_pixels() -> None:
     assert numbers.tolist() == [0, 0, 1, 2]
     with pytest.raises(
         ValueError,
-        match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want as many",
+        match=r"pixel_values: has 3 images for 4 image tokens in input_ids, want the same number",
     ):
         parts(mask, "image", {"pixel_values": torch.zeros(3, 3, 8, 8)}, None)
 
@@ -86,7 +88,9 @@ def test_spatial_shapes_count_the_patches() -> None:
     numbers = image_rules.shapes(mask, "image", {"spatial_shapes": shapes}, config)
     assert numbers.tolist() == [0, 0, 1, 1, 2]
     assert image_rules.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
-    with pytest.raises(ValueError, match=r"spatial_shapes: means 4 image tokens, input_ids has 5"):
+    with pytest.raises(
+        ValueError, match=r"spatial_shapes: stands for 4 image tokens, but input_ids has 5"
+    ):
         image_rules.shapes(mask, "image", {"spatial_shapes": shapes[:2]}, config)
 
 

@@ -219,7 +219,7 @@ def test_warnings_when_pre_does_nothing(run: Any, capsys: pytest.CaptureFixture[
     run("trainer(build('llava'), samples=[[('text', 4)]] * 4).train()")
     said = capsys.readouterr().err
     assert (
-        "PRe: WARNING: LlavaForConditionalGeneration was trained and no batch had a term of PRe"
+        "PRe: WARNING: LlavaForConditionalGeneration was trained, but no batch had a term of PRe"
         in said
     )
     run("trainer(build('llava')).train()", "--weight", "0")

@@ -61,12 +61,12 @@ from pre_kernels.integrations import launch
         (["--head", "nowhere", "--", "ok.py"], "--head: 'nowhere/pre_head.json' is missing"),
         (
             ["--", "bash", "run.sh"],
-            "script: 'bash' is a shell's, which cannot be followed; write `python -m pre_kernels",
+            "script: 'bash' is a shell or a shell script, which cannot be followed; write `python -m ",
         ),
-        (["--", "./run.sh"], "script: './run.sh' is a shell's, which cannot be followed"),
+        (["--", "./run.sh"], "script: './run.sh' is a shell or a shell script, which cannot be "),
         (
             ["--", "ray", "job"],
-            "script: 'ray' runs its command elsewhere, where it cannot be followed; let that",
+            "script: 'ray' runs its command elsewhere, where it cannot be followed; make that",
         ),
         (
             ["--", "env", "A=1", "ok.py"],
@@ -74,7 +74,7 @@ from pre_kernels.integrations import launch
         ),
         (
             ["--", "python", "-c", "x"],
-            "script: got 'python -c x', want a script or -m module; python's own flags go",
+            "script: got 'python -c x', want a script or -m module; put python's own flags",
         ),
         (
             ["--", "python", "-X", "dev", "ok.py"],

@@ -63,7 +63,7 @@ def test_the_report_comes_however_the_script_ends(
         assert left.value.args[:1] == code
         said = capsys.readouterr().err
         if training:
-            warning = "LlavaForConditionalGeneration was trained and no batch had a term of PRe"
+            warning = "LlavaForConditionalGeneration was trained, but no batch had a term of PRe"
             assert said.count(f"WARNING: {warning}") == 1
         assert (NOTHING in said) is (reports and not training)
 
@@ -93,7 +93,7 @@ def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: C
         (
             f"t = trainer(plain(), samples={TEXT}, steps=3)\nt.add_callback(Says())\nt.train()",
             "InOrder trains LlamaForCausalLM, which is not a vision-language model "
-            "as far as its config says",
+            "according to its config",
         ),
     ],
     ids=["a loop of one's own", "a text model"],

@@ -119,14 +119,14 @@ def test_an_optimizer_of_matrices(with_head: bool, tmp_path: Path) -> None:
     }
     assert changed == {"w1", "w2"}
     assert len(said) == 1
-    assert "Muon takes no parameters like b1, b2 of the head (Muon only supports 2D" in said[0]
+    assert "Muon does not take parameters like b1, b2 of the head (Muon only supports 2D" in said[0]
 
 
 def test_an_optimizer_of_matrices_under_the_launcher(tmp_path: Path) -> None:
     with Launch({}):
         trainer = make(tmp_path, build("llava"), type("Matrices", (Matrices,), {"with_head": True}))
         before = trainer.model.pre_head.w1.detach().clone()
-        with pytest.warns(UserWarning, match="PRe: Muon takes no parameters like b1, b2"):
+        with pytest.warns(UserWarning, match="PRe: Muon does not take parameters like b1, b2"):
             trainer.train()
     assert not torch.equal(before, trainer.model.pre_head.w1)
 
@@ -227,11 +227,11 @@ def test_resuming_across_pre(
         (True, True): [],
         (False, True): [
             "holds no head",
-            "is of a training without PRe; the other parameters' was taken",
+            "is of a training without PRe; the state of the other parameters was loaded",
         ],
         (True, False): [
             "this training has no PRe",
-            "is of a training with PRe; the other parameters' was taken",
+            "is of a training with PRe; the state of the other parameters was loaded",
         ],
     }[saved_with, resumed_with]
     assert len(said) == len(expected)

@@ -109,7 +109,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"config names no visual tokens"):
         apply_pre(model, layers="decoder.blocks")
     model.others = nn.ModuleList([nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match=r"hidden_size None, want an int; nor has Linear a norm"):
+    with pytest.raises(ValueError, match=r"hidden_size None, want an int; and Linear has no norm"):
         apply_pre(model, layers="others", mask_fn=OPTIONS["mask_fn"])
     with pytest.raises(TypeError, match=r"labels: got int, want the name"):
         apply_pre(model, labels=3, **OPTIONS)
