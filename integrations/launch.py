@@ -188,8 +188,7 @@ def _target(words: list[str]) -> Callable[[], Any]:
     sys.argv = words
     path: str | None = script
     if not os.path.isfile(script) or script.endswith(".sh"):
-        if (why := _refusal(script)) is not None:
-            raise ValueError(f"script: {script!r} {why}")
+        _check_followable(script)
         for command in importlib.metadata.entry_points(group="console_scripts", name=script):
             return lambda: sys.exit(command.load()())
         path = console(script)
@@ -205,20 +204,20 @@ def _target(words: list[str]) -> Callable[[], Any]:
     return functools.partial(runpy.run_path, path, run_name="__main__")
 
 
-def _refusal(script: str) -> str | None:
-    """Why the launcher cannot follow the processes that this command starts, with the line that
-    works instead. None for most commands."""
+def _check_followable(script: str) -> None:
+    """Raise a ValueError for a command whose processes the launcher cannot follow. The error has
+    the line that works instead."""
     name = os.path.basename(script)
     if name.endswith(".sh") or name in ("sh", "bash", "dash", "zsh"):
-        return (
-            f"is a shell or a shell script, which cannot be followed; write `{LINE}` into the "
-            "shell script where it starts python"
+        raise ValueError(
+            f"script: {script!r} is a shell or a shell script, which cannot be followed; write "
+            f"`{LINE}` into the shell script where it starts python"
         )
     if name in ("ray", "sbatch", "sky", "modal", "docker", "kubectl"):
-        return (
-            f"runs its command elsewhere, where it cannot be followed; make that command `{LINE}`"
+        raise ValueError(
+            f"script: {script!r} runs its command elsewhere, where it cannot be followed; make "
+            f"that command `{LINE}`"
         )
-    return None
 
 
 def _is_module(name: str) -> bool:

@@ -61,7 +61,8 @@ from pre_kernels.integrations import launch
         (["--head", "nowhere", "--", "ok.py"], "--head: 'nowhere/pre_head.json' is missing"),
         (
             ["--", "bash", "run.sh"],
-            "script: 'bash' is a shell or a shell script, which cannot be followed; write `python -m ",
+            "script: 'bash' is a shell or a shell script, which cannot be followed; "
+            "write `python -m pre_kernels",
         ),
         (["--", "./run.sh"], "script: './run.sh' is a shell or a shell script, which cannot be "),
         (
