@@ -78,8 +78,8 @@ fuzz: $(INSTALLED)  ## more than 10,000 fuzzed cases against float64 into bench/
 mutate: $(INSTALLED)  ## before a release: small errors in the kernels and the Function, which the tests have to see, in hours
 	$(BIN)/python -m bench.mutate $(ARGS)
 
-bench-report: $(INSTALLED)  ## the committed results as the README's tables and pictures
-	$(BIN)/python -m bench.report --readme README.md --plot bench/results/speed.png --curves bench/results/curves.png --workspace bench/results/workspace.png
+bench-report: $(INSTALLED)  ## write the committed results into the tables and pictures of README.md and docs/
+	$(BIN)/python -m bench.report --pages
 
 peers: $(INSTALLED)  ## baselines of other projects, and xdist, in .deps/peers, for a GPU machine that has no network
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .deps/peers liger-kernel quack-kernels pytest-xdist execnet

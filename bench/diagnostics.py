@@ -232,9 +232,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "extrapolated, since images and layers are independent; keeping all pairwise similarities "
         f"would take {', '.join(kept)}."
     )
-    return "\n".join(
-        [tables.markdown(rows), "", about, "", *(f"- {line}" for line in tables.provenance(chosen))]
-    )
+    return "\n".join([tables.markdown(rows), "", about, "", tables.below(chosen)])
 
 
 def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) -> dict[str, Any]:

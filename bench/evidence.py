@@ -1,13 +1,11 @@
-"""What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations: a table for the
-README.
+"""What PRe does to the demo's tiny LLaVA, over seeds and the paper's ablations.
 
-    python -m bench.evidence                     5 seeds, a process for each core; what is done is
-                                                 not done again
-    python -m bench.evidence --readme README.md  no training: the table of the committed results
-                                                 between its markers
+    python -m bench.evidence                    5 seeds, a process for each core; trainings whose
+                                                results are there are not run again
+    python -m bench.report --pages evidence     no training: the table of the committed results in
+                                                docs/evidence.md
 
-Every seed pre-trains one model, and every arm starts from it, on the same batches in the same
-order.
+Every seed pre-trains one model. Every arm starts from it, on the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ from pre_kernels.demo.workers import Bar, each_seed, quiet
 from pre_kernels.diagnostics.report.statistics import interval, spread
 
 from . import record
-from .report import into_readme
-from .tables import markdown, provenance
+from .tables import below, markdown
 
 DEPTH = Settings().layers
 BASE = "cosine, L/2"
@@ -180,13 +177,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the "
         "difference to training without PRe, seed by seed, and in how many seeds it is positive."
     )
-    sources = provenance(entry for entry in records if entry["seed"] in seeds)
+    shown = [entry for entry in records if entry["seed"] in seeds]
     findings = [
         "What the seeds show of the paper's findings and choices, each a difference within seeds:",
         "",
         *(f"- {s}" for s in sentences),
     ]
-    return "\n".join([markdown(rows), "", about, "", *findings, "", *(f"- {s}" for s in sources)])
+    return "\n".join([markdown(rows), "", about, "", *findings, "", below(shown)])
 
 
 def claim(text: str, changes: Sequence[float]) -> str:
@@ -219,17 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)"
     )
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        help="put the table between this file's evidence markers, train nothing",
-    )
     options = parser.parse_args(argv)
     path = record.folder(options.results) / "evidence.jsonl"
     records = record.load([path]) if path.exists() else []
-    if options.readme:
-        into_readme(options.readme, {"evidence": table(records)})
-        return
     settings = dataclasses.replace(QUICK if options.quick else Settings(), seeds=options.seeds)
     others = {
         entry["item"]

@@ -241,9 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     lines = [{**about, **line, **record.stamp(current())} for line in fuzz_table.aggregate(cases)]
     date = lines[-1]["date"]
-    for line in lines:
-        record.append(record.folder(options.results) / "fuzz.jsonl", {**line, "date": date})
-    print(fuzz_table.page([{**line, "date": date} for line in lines]))
+    written = record.folder(options.results) / "fuzz.jsonl"
+    print(fuzz_table.page([record.append(written, {**line, "date": date}) for line in lines]))
     failed = [entry for line in lines for entry in line["violations"]]
     if failed:
         print(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from .tables import markdown, provenance
+from .tables import below, markdown
 
 TENSORS = {"loss": "loss", "hidden": "dH", "w1": "dW1", "b1": "db1", "w2": "dW2", "b2": "db2"}
 GROUP = ("impl", "dtype", "loss", "activation")
@@ -85,11 +85,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         entry for entry in records if (entry["seed"], entry["date"]) == (last["seed"], last["date"])
     ]
     by_activation = [
-        "<details><summary>By activation</summary>",
+        "## By activation",
         "",
         _table(records, GROUP),
-        "",
-        "</details>",
     ]
     return "\n".join(
         [
@@ -97,9 +95,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             "",
             _summary(records),
             "",
-            *by_activation,
+            below(records),
             "",
-            *map("- {}".format, provenance(records)),
+            *by_activation,
         ]
     )
 

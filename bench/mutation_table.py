@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .tables import markdown, provenance
+from .tables import below, markdown
 
 OPERATORS = ("sign", "index", "mask", "scale", "chunk")
 SURVIVED = ("equivalent", "gap", "unreached", "survived")
@@ -79,8 +79,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
             "",
             _summary(records),
             "",
+            below(records),
             *_named(records),
-            *(f"- {line}" for line in provenance(records)),
         ]
     )
 
@@ -116,12 +116,13 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The survivors by their reason, folded away."""
+    """The survivors by their reason."""
     reasons = defaultdict[tuple[str, str], list[str]](list)
     for record in records:
         for entry in record["survivors"]:
             reasons[entry["outcome"], entry["reason"]].append(entry["mutant"])
-    lines = ["<details><summary>The survivors</summary>", ""]
+    lines = ["", "## The survivors"]
     for (outcome, reason), mutants in sorted(reasons.items()):
-        lines += [f"{outcome}{': ' if reason else ''}{reason}", "", "```text", *mutants, "```", ""]
-    return [*lines, "</details>", ""] if reasons else []
+        about = f"{outcome}{': ' if reason else ''}{reason}"
+        lines += ["", about, "", *(f"    {mutant}" for mutant in mutants)]
+    return lines if reasons else []

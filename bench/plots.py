@@ -11,14 +11,19 @@ from . import baselines, shapes
 from .tables import groups, ratios
 
 Record = dict[str, Any]
+# tokens of a shape in the bars: at smaller ones calls cost more than products
+LEAST = 1000
 
 
-def bars(records: Iterable[Record], path: Path) -> None:
-    """For each shape: time ÷ the six products' in the same run, peak memory ÷ eager's."""
+def bars(records: Iterable[Record], path: Path, note: str = "") -> None:
+    """For each shape of at least LEAST tokens: time ÷ that of the six bare matmuls in the same run,
+    and peak memory ÷ eager's. `note` is a line below."""
     pyplot = _pyplot()
     runs = [
         run
-        for run in groups(entry for entry in records if entry["kind"] == "loss")
+        for run in groups(
+            entry for entry in records if entry["kind"] == "loss" and entry["n"] >= LEAST
+        )
         if "floor" in run and "eager" in run
     ]
     if not runs:
@@ -35,7 +40,7 @@ def bars(records: Iterable[Record], path: Path) -> None:
     for axis, key, title in zip(
         axes,
         ("floor", "peak"),
-        ("time ÷ the six bare products", "peak memory ÷ eager"),
+        ("time ÷ the six bare matmuls", "peak memory ÷ eager"),
         strict=True,
     ):
         for offset, name in enumerate(names):
@@ -49,15 +54,23 @@ def bars(records: Iterable[Record], path: Path) -> None:
     ticks = []
     for run in runs:
         entry = next(iter(run.values()))
+        widths = "→".join(str(entry[name]) for name in ("d", "m", "z"))
         ticks.append(
-            f"{entry['shape']} {entry['dtype']} {entry.get('selection', 'mask')}\n"
-            f"{entry['device'][:28]}"
+            f"{entry['n']:,} tokens, {widths}\n"
+            f"{entry['dtype']}, rows by {entry.get('selection', 'mask')}"
         )
     axes[0].set_yticks(range(len(runs)), ticks)
     axes[0].invert_yaxis()
     plot.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    plot.suptitle("; ".join(dict.fromkeys(next(iter(run.values()))["device"] for run in runs)))
+    _note(plot, note)
     plot.savefig(path, dpi=150)
     pyplot.close(plot)
+
+
+def _note(plot: Any, text: str) -> None:
+    if text:
+        plot.supxlabel(text, fontsize="small", color="0.4")
 
 
 def curves(records: Iterable[Record], path: Path) -> list[str]:
@@ -93,7 +106,7 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
     return [axis.get_title() for axis in axes[: len(panels)]]
 
 
-def workspaces(records: Iterable[Record], path: Path) -> list[str]:
+def workspaces(records: Iterable[Record], path: Path, note: str = "") -> list[str]:
     """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the
     titles."""
     swept = [
@@ -128,6 +141,7 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
     plot.suptitle(
         f"{swept[-1]['device']}, {swept[-1].get('threads')} threads, {swept[-1]['shape']}"
     )
+    _note(plot, note)
     plot.savefig(path, dpi=150)
     pyplot.close(plot)
     return [axis.get_title() for axis in grid.flat]
@@ -135,7 +149,7 @@ def workspaces(records: Iterable[Record], path: Path) -> list[str]:
 
 def over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
     """Lines: the sweep at d = m = z; crosses: the real shapes."""
-    axis.set(title="time ÷ the six bare products", xlabel="N", xscale="log")
+    axis.set(title="time ÷ the six bare matmuls", xlabel="N", xscale="log")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     _lines(axis, runs, lambda run, name: ratios(run, name)["floor"])
 

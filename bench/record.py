@@ -11,13 +11,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pre_kernels import sources
 from pre_kernels.check.device import Cpu, Cuda
 
 from . import ROOT
@@ -79,12 +80,16 @@ def dry_run() -> bool:
     return os.environ.get("BENCH_DRY_RUN") == "1"
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line, on the disk when this returns: what follows may be killed."""
+def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Add a line, with a digest of the code that results of its kind depend on, and return what was
+    written. It is on the disk then, since the process may be killed at any time."""
+    if "kind" in record:
+        record = {**record, "measured": sources.digest(record["kind"])}
     with path.open("a") as out:
         out.write(json.dumps(record) + "\n")
         out.flush()
         os.fsync(out.fileno())
+    return record
 
 
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -138,6 +143,11 @@ def _place(record: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def changed(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records whose code is no longer the code that is here."""
+    return [entry for entry in records if entry.get("measured") != sources.digest(entry["kind"])]
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -168,17 +178,17 @@ def _commit() -> str:
 @cache
 def _source() -> str:
     digest = hashlib.sha256()
-    for path in sources():
+    for path in files():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def sources() -> list[Path]:
+def files() -> list[Path]:
     """The Python files of what is measured, each once: none behind a link, which `rglob` follows or
     not by the version of Python."""
     paths: list[Path] = []
     for folder in SOURCES:
         walk = os.walk(ROOT / folder, followlinks=False)
-        files = (Path(place, name) for place, _, names in walk for name in names)
-        paths += sorted(path for path in files if path.suffix == ".py")
+        every = (Path(place, name) for place, _, names in walk for name in names)
+        paths += sorted(path for path in every if path.suffix == ".py")
     return paths

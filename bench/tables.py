@@ -4,8 +4,10 @@ come from. All that shows records stands on this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from . import record
 
 HEAD = (
     "shape", "N · d→m→z", "dtype", "rows", "peer", "ms (quartiles)", "TFLOP/s", "÷ eager",
@@ -111,6 +113,7 @@ def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
         "date",
         "commit",
         "source",
+        "measured",
         "power.draw",
         "temperature.gpu",
         "clocks.sm",
@@ -146,12 +149,31 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
+def below(records: Iterable[Mapping[str, Any]]) -> str:
+    """Below a table: where its numbers come from, and whether the code has changed since."""
+    records = list(records)
+    lines = [f"- {line}" for line in provenance(records)]
+    return "\n".join([*lines, *(("", line) if (line := outdated(records)) else ())])
+
+
+def outdated(records: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence about the records whose code has changed since; empty if there are none."""
+    dates: dict[str, set[str]] = {}
+    for entry in record.changed(records):
+        dates.setdefault(entry["commit"], set()).add(entry["date"][:10])
+    if not dates:
+        return ""
+    at = [f"commit {commit}, on {' and '.join(sorted(days))}" for commit, days in dates.items()]
+    return f"The code has changed since: measured at {'; '.join(at)}."
+
+
+def provenance(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """A line for each device, version and commit that the numbers come from."""
     lines = {}
     for entry in records:
         extras = [f"driver {entry['driver_version']}"] if entry.get("driver_version") else []
-        extras += [f"{entry['threads']} threads"] if entry.get("threads") else []
+        threads = entry.get("threads")
+        extras += [f"{threads} thread{'s' * (threads > 1)}"] if threads else []
         parts = [entry["device"], *extras, f"torch {entry['torch']}", f"triton {entry['triton']}"]
         lines[", ".join([*parts, entry["date"][:10], f"commit {entry['commit']}"])] = None
     return list(lines)

@@ -17,6 +17,7 @@ import transformers
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import pre_kernels
+from pre_kernels import sources
 from pre_kernels.integrations import apply_pre
 
 from .evaluate import evaluate
@@ -41,11 +42,12 @@ def compare(
     settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None
 ) -> dict[str, Any]:
     """Return all measurements, ready for JSON: `seeds` holds, per seed, the metrics "before",
-    "without" and "with".
+    "without" and "with". `measured` is a digest of the code that the results depend on.
 
     Seed 0's models, and scenes that no training saw, are written into `keep`.
     """
     start = time.monotonic()
+    measured = sources.digest("demo")
     seeds = each_seed(run_seed, settings.seeds, (settings, device, keep), bar, jobs)
     threads = f"CPU, {jobs} × {torch.get_num_threads()} thread"
     return {
@@ -59,6 +61,7 @@ def compare(
         },
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
+        "measured": measured,
         "seconds": round(time.monotonic() - start, 1),
         "seeds": seeds,
     }

@@ -16,13 +16,15 @@ PANELS = (
 )
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
+def draw(document: dict[str, Any], path: Path, note: str = "") -> None:
     """Write the plot of a `results.document`. Thin lines are seeds, and bands are ± one standard
-    deviation over them."""
+    deviation over them. `note` is a line below the plot."""
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
     figure, axes = plots.grid(len(PANELS) + 1)
     for place, panel in zip(axes, PANELS, strict=False):
         plots.over_depth(place, models, panel, marked)
     plots.steps(axes[-1], curves, curves[0]["label"])
     plots.legend(figure, models)
+    if note:
+        figure.supxlabel(note, fontsize=8.0, color="0.4")
     figure.savefig(path, dpi=120)

@@ -135,7 +135,10 @@ def cpu_results() -> list[dict]:
             metrics |= (
                 {"peak_mib": 10.0 + extras[peer], "returned_mib": 10.0} if peer in extras else {}
             )
+            metrics |= {"q1_ms": ms, "q3_ms": ms, "tflops": 1 / ms}
             about = {"shape": shape, "dtype": dtype, "selection": selection, "peer": peer}
+            size = shapes.BY_NAME[shape]
+            about |= {"n": size.selected, "d": size.d, "m": size.m, "z": size.z}
             add("loss", **about, **metrics, group=f"{shape} {dtype} {selection}")
 
     run("cpu-16k", "bf16", "index", 1.8)

@@ -35,7 +35,7 @@ def test_an_edit_of_what_is_measured_is_another_source(file, checkout):
 
 
 def test_every_source_counts_once():
-    files = [path.resolve() for path in record.sources()]
+    files = [path.resolve() for path in record.files()]
     assert len(set(files)) == len(files)
     assert {ROOT / "integrations" / "attach.py", ROOT / "pre_kernels" / "loss.py"} <= set(files)
 

@@ -1,18 +1,12 @@
-"""The report: the README's tables and a plot from result files."""
+"""The report: tables and a plot from result files."""
 
-import pytest
-
-from bench import record, report, tables
+from bench import pages, plots, record, report, tables
 
 from .support import results
 
 
-def markers(name):
-    return f"<!-- {name}:begin -->\nstale\n<!-- {name}:end -->"
-
-
-def test_report_and_picture(tmp_path):
-    file, readme, picture = tmp_path / "a.jsonl", tmp_path / "README.md", tmp_path / "speed.png"
+def test_report_and_picture(tmp_path, capsys):
+    file, picture = tmp_path / "a.jsonl", tmp_path / "speed.png"
     alone = {**results()[0], "median_ms": 77.0, "group": "later, without eager beside it"}
     for line in [
         {**results()[0], "median_ms": 99.0},
@@ -22,20 +16,8 @@ def test_report_and_picture(tmp_path):
         record.append(file, line)
     with file.open("a") as out:
         out.write('{"kind": "loss", "sha')  # cut short by a kill
-    readme.write_text(
-        "before\n"
-        + "\nbetween\n".join(map(markers, ("bench", "goals")))
-        + "\nafter\n"
-        + "\n".join(map(markers, ("diagnostics", "fuzz", "mutation", "cpu-goals")))
-        + "\n"
-    )
-    report.main([str(file), "--readme", str(readme), "--plot", str(picture)])
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\n|")
-    assert "<!-- bench:end -->\nbetween\n<!-- goals:begin -->\n| goal" in text
-    assert "<!-- goals:end -->\nafter\n<!-- diagnostics:begin -->\nNot yet measured." in text
-    assert "<!-- cpu-goals:begin -->\n| goal" in text
-    assert "stale" not in text
+    report.main([str(file)])
+    text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if "ours-torch" in line)
     assert [cell.strip() for cell in row.split("|")[8:14]] == [
         "0.50",
@@ -46,6 +28,8 @@ def test_report_and_picture(tmp_path):
         "1.00",
     ]
     assert "2026-01-02, commit c" in text
+    assert text.count("\n| goal") == 2
+    plots.bars([{**entry, "n": plots.LEAST} for entry in results()], picture)
     assert picture.stat().st_size > 10_000
 
 
@@ -56,17 +40,10 @@ def test_rows_by_index_and_by_mask_are_kept_apart():
     assert record.latest([*unnamed, *index, *mask]) == [*mask, *index]
     kinds = [
         row.split("|")[4].strip()
-        for row in report.page(index + mask).splitlines()
+        for row in pages.loss(index + mask).splitlines()
         if "ours-torch" in row
     ]
     assert kinds == ["index", "mask"]
-
-
-def test_readme_without_markers_is_an_error(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    with pytest.raises(ValueError, match=r"readme: .* lacks the lines <!-- bench:begin"):
-        report.into_readme(readme, {"bench": "text"})
 
 
 def test_times_of_two_processes_are_compared_by_the_floor_of_each():

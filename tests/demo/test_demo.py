@@ -3,6 +3,7 @@ import math
 import shlex
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from pre_kernels import cli
+from pre_kernels import cli, sources
 from pre_kernels.demo import compare, export, plot, results, workers
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.evaluate import states
@@ -31,6 +32,7 @@ from pre_kernels.demo.text import (
     text_batch,
     visual_batch,
 )
+from pre_kernels.diagnostics.report.statistics import spread
 
 TINY = Settings(
     seeds=2,
@@ -157,6 +159,7 @@ def test_end_to_end(tmp_path):
     assert saved["settings"]["tune_steps"] == 3
     assert saved["settings"]["layer"] == 1
     assert saved["versions"]["torch"] == torch.__version__
+    assert saved["measured"] == sources.digest("demo")
     assert [seed["seed"] for seed in saved["seeds"]] == [0, 1]
     for metrics in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
         assert len(metrics["probe"]) == len(metrics["contrast"]) == TINY.layers + 1
@@ -186,8 +189,8 @@ def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
         export, "drawn", lambda sources: chosen.append(sources) or sc.drawn(sources)
     )
     export.save_scenes(sc.split_digits(0)[2], 2, 0, tmp_path)
-    for digit, sources in enumerate(chosen):
-        matches = load_digits().target[sources] == digit
+    for digit, taken in enumerate(chosen):
+        matches = load_digits().target[taken] == digit
         assert matches[:, sc.MIDDLE].all()
         assert (matches.sum(1) >= 5).all()
     files = sorted((tmp_path / "images").rglob("*.png"))
@@ -330,7 +333,11 @@ def test_the_report_has_the_metrics_of_the_seeds(tmp_path):
     results.save(measurements, tmp_path)
     page = (tmp_path / "demo.html").read_text()
     assert "Along training" in page
-    assert "difference +0.064 ± 0.049" in page
+    without, with_ = (
+        [mean(seed[arm]["probe"][4:]) for seed in measurements["seeds"]]
+        for arm in ("without", "with")
+    )
+    assert f"difference {spread(results.difference(without, with_), '+')}" in page
 
 
 def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tmp_path):

@@ -1,0 +1,158 @@
+"""Which generated table stands on which page, and writing it there.
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, each on a line of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pre_kernels import sources
+
+from . import (
+    ROOT,
+    cpu_goals,
+    diagnostics,
+    fuzz_table,
+    gpu_goals,
+    mutation_table,
+    record,
+    speed_table,
+)
+from .tables import below, loss_table, markdown, outdated
+
+Records = Sequence[dict[str, Any]]
+COMMAND = "make bench-report"
+
+
+def loss(records: Records) -> str:
+    """A table of the loss for each device, and where its numbers come from."""
+    timed = [entry for entry in records if entry["kind"] == "loss"]
+    parts = []
+    for device in dict.fromkeys(entry["device"] for entry in timed):
+        here = [entry for entry in timed if entry["device"] == device]
+        parts += [markdown(loss_table(here)), "", below(here), ""]
+    return "\n".join(parts[:-1]) if parts else "No results yet."
+
+
+def goals(records: Records) -> str:
+    kept = [entry for entry in records if entry.get("capability")]
+    return _goals(gpu_goals.table(records), kept)
+
+
+def goals_on_a_cpu(records: Records) -> str:
+    on_cpus = [entry for entry in records if not entry.get("capability")]
+    kept = [entry for entry in on_cpus if entry["kind"] in cpu_goals.KINDS]
+    return _goals(cpu_goals.table(records), kept)
+
+
+def _goals(rows: list[Sequence[str]], records: Records) -> str:
+    line = outdated(records)
+    return "\n".join([markdown(rows), *(("", line) if line else ())])
+
+
+def evidence(records: Records) -> str:
+    from .evidence import table
+
+    kept = [entry for entry in records if entry["kind"] == "evidence"]
+    return table(kept) if kept else "No results yet."
+
+
+def demo(_: Records) -> str:
+    from pre_kernels.demo import results
+
+    found = demo_results()
+    names = ("torch", "transformers", "python")
+    versions = [f"{name} {found['versions'][name]}" for name in names]
+    where = ", ".join([found["device"], *versions, found["date"], f"commit {found['commit']}"])
+    line = outdated([{**found, "kind": "demo"}])
+    return "\n".join([results.markdown(found), f"- {where}", *(("", line) if line else ())])
+
+
+def models(_: Records) -> str:
+    from pre_kernels.integrations import family_table
+
+    return str(family_table.markdown())
+
+
+class Table(NamedTuple):
+    page: str
+    text: Callable[[Records], str]
+
+
+TABLES = {
+    "speed": Table("README.md", speed_table.page),
+    "bench": Table("docs/benchmarks.md", loss),
+    "cpu-goals": Table("docs/benchmarks.md", goals_on_a_cpu),
+    "goals": Table("docs/benchmarks.md", goals),
+    "diagnostics": Table("docs/diagnostics.md", diagnostics.page),
+    "fuzz": Table("docs/generated/fuzz.md", fuzz_table.page),
+    "mutation": Table("docs/generated/mutation.md", mutation_table.page),
+    "demo": Table("docs/evidence.md", demo),
+    "evidence": Table("docs/evidence.md", evidence),
+    "models": Table("docs/models.md", models),
+}
+
+
+def committed() -> Records:
+    """The last record of each key in bench/results."""
+    return known(sorted(record.RESULTS.glob("*.jsonl")))
+
+
+def known(paths: Iterable[Path]) -> Records:
+    """The last record of each key in some files, without trial runs."""
+    return [entry for entry in record.latest(record.load(paths)) if not entry.get("dry_run")]
+
+
+def demo_results() -> dict[str, Any]:
+    """What the demo wrote last."""
+    found: dict[str, Any] = json.loads((record.RESULTS / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
+def adopt_demo(folder: Path = ROOT / "demo-out") -> Path | None:
+    """Copy the results that `make demo` left to bench/results, if they are of the demo's own
+    settings and of the code that is here. The path if they were copied."""
+    from pre_kernels.demo.settings import Settings
+
+    path = folder / "demo.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    settings = Settings(seeds=found["settings"]["seeds"])
+    if found["settings"] != {**dataclasses.asdict(settings), "layer": settings.pre_layer}:
+        return None
+    if found == demo_results() or found.get("measured") != sources.digest("demo"):
+        return None
+    shutil.copyfile(path, record.RESULTS / "demo.json")
+    return path
+
+
+def write(names: Iterable[str], records: Records, root: Path = ROOT) -> None:
+    """Replace these tables on their pages."""
+    for name in names:
+        path = root / TABLES[name].page
+        before, _, after = _parts(path, name)
+        path.write_text(f"{before}\n{TABLES[name].text(records)}\n{after}", encoding="utf-8")
+
+
+def written(name: str, root: Path = ROOT) -> str:
+    """The table that stands on its page."""
+    return _parts(root / TABLES[name].page, name)[1].strip("\n")
+
+
+def _parts(path: Path, name: str) -> tuple[str, str, str]:
+    """A page up to the first marker, between the two, and from the second."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(
+            f"page: {path} lacks the lines {begin} and {end}, once each and in this order"
+        )
+    first, last = text.index(begin) + len(begin), text.index(end)
+    return text[:first], text[first:last], text[last:]

@@ -1,0 +1,81 @@
+"""The pictures of docs/pictures that are drawn from results.
+
+Each keeps a digest of what it was drawn from, so a test can tell that it is older than its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import ROOT, demo_plots, pages, plots
+from .pages import Records
+from .tables import outdated
+
+FOLDER = ROOT / "docs" / "pictures"
+# the name of the text in a PNG that holds the digest
+DRAWN_FROM = "Drawn from"
+DEMO = "demo"
+
+
+class Picture(NamedTuple):
+    # Draws results into a file, with a line of text below.
+    draw: Callable[[Any, Path, str], object]
+    # the kinds of its records
+    kinds: tuple[str, ...]
+
+
+PICTURES = {
+    "speed.png": Picture(plots.bars, ("loss",)),
+    "workspace.png": Picture(plots.workspaces, ("workspace",)),
+    "demo.png": Picture(demo_plots.demo, (DEMO,)),
+    "probe.png": Picture(demo_plots.probe, (DEMO,)),
+    "pre_loss.png": Picture(demo_plots.pre_loss, (DEMO,)),
+}
+
+
+def results(name: str, records: Records) -> Any:
+    """What a picture is drawn from: the demo's results, or records of a CPU."""
+    kinds = PICTURES[name].kinds
+    if kinds == (DEMO,):
+        return pages.demo_results()
+    return [entry for entry in records if entry["kind"] in kinds]
+
+
+def note(name: str, found: Any) -> str:
+    """The line below a picture."""
+    return outdated([{**found, "kind": DEMO}] if PICTURES[name].kinds == (DEMO,) else found)
+
+
+def digest(name: str, records: Records) -> str:
+    """Of the results that a picture shows and of the line below it."""
+    found = results(name, records)
+    text = json.dumps([found, note(name, found)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest that a picture keeps."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(DRAWN_FROM)
+
+
+def draw(names: Iterable[str], records: Records, folder: Path = FOLDER) -> None:
+    """Draw these pictures that are not drawn from these results yet."""
+    from PIL import Image, PngImagePlugin
+
+    for name in names:
+        path = folder / name
+        if path.exists() and drawn_from(path) == digest(name, records):
+            continue
+        found = results(name, records)
+        PICTURES[name].draw(found, path, note(name, found))
+        about = PngImagePlugin.PngInfo()
+        about.add_text(DRAWN_FROM, digest(name, records))
+        with Image.open(path) as image:
+            image.save(path, pnginfo=about, optimize=True)
