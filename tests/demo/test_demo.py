@@ -212,7 +212,7 @@ def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
     expected = visual_batch(sc.compose(sc.split_digits(0)[0], 1, 0), torch.arange(1))
     assert torch.equal(inputs["input_ids"], expected["input_ids"][:, :-1])
     torch.testing.assert_close(inputs["pixel_values"], pixels[5].expand(1, 3, -1, -1))
-    # sixteenths, as the digits are
+    # The digits' values are sixteenths.
     assert ((pixels * 16) - (pixels * 16).round()).abs().max() < 16 * 0.5 / 255 + 1e-6
     mask = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / "1" / "000.png")))
     assert torch.equal(mask[:: sc.PATCH, :: sc.PATCH].flatten(), sc.regions() + 1)
@@ -263,7 +263,8 @@ def test_the_model_is_a_plain_llava_again_after_training_with_pre():
 
 
 def test_the_arms_differ_in_nothing_but_pre():
-    # same start, same batches in the same order: with a vanishing weight both are one run
+    # Both start alike and see the same batches in the same order. So with a vanishing weight the
+    # two runs are the same.
     found = compare.run_seed(1, replace(TINY, weight=1e-12), "cpu", None, no_bar)
     a, b = found["without"], found["with"]
     assert a["probe"] == pytest.approx(b["probe"], abs=1e-6)
@@ -298,7 +299,7 @@ def test_states_are_those_that_the_layers_made():
     with torch.no_grad():
         output = model(**visual_batch(scenes, torch.arange(6)), output_hidden_states=True)
     visual = slice(1, 1 + sc.PATCHES)
-    # the last of these is after the final norm, so it is not compared
+    # The last hidden state is after the final norm, so it is not compared.
     for layer in range(TINY.layers):
         torch.testing.assert_close(
             activations.hidden[layer], output.hidden_states[layer][:, visual]

@@ -16,7 +16,7 @@ from verify import ROOT
 
 @pytest.fixture(autouse=True)
 def started(monkeypatch):
-    """What the demo was started with; no test here trains anything."""
+    """The arguments with which the demo was started; no test here trains anything."""
     calls = []
     stand_in = types.SimpleNamespace(run=lambda *arguments, jobs: calls.append((*arguments, jobs)))
     monkeypatch.setitem(sys.modules, "pre_kernels.demo.run", stand_in)
@@ -24,7 +24,7 @@ def started(monkeypatch):
 
 
 def status(*arguments: str) -> int:
-    """What the shell gets: argparse exits by itself, the commands return."""
+    """The exit status. argparse raises it, the commands return it."""
     try:
         return cli.main(arguments)
     except SystemExit as stop:
@@ -249,7 +249,7 @@ def test_importing_the_package_imports_no_extra():
 
 
 def test_the_core_wants_no_package_that_has_to_be_built():
-    """As flash-attn is, from its source: an extra."""
+    """flash-attn is built from its source, so it is an extra."""
     project = (ROOT / "pyproject.toml").read_text()
     core = project.split("\ndependencies = [")[1].split("\n]")[0]
     assert re.findall(r'"([\w-]+)', core) == ["torch", "triton"]

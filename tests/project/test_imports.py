@@ -23,7 +23,7 @@ def test_the_law(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_law_sees_the_whole_tree(graph: grimp.ImportGraph) -> None:
-    """pre_kernels.integrations is a link, which a walk through folders may leave out."""
+    """pre_kernels.integrations is a link, which a walk through folders may skip."""
     files = {path.stem for path in (ROOT / "integrations").glob("*.py")} - {"__init__"}
     seen = graph.find_children("pre_kernels.integrations")
     assert seen == {f"pre_kernels.integrations.{name}" for name in files}
@@ -34,7 +34,7 @@ def is_test(module: str) -> bool:
 
 
 def test_no_test_module_imports_another(graph: grimp.ImportGraph) -> None:
-    """What two of them need stands in a support module beside them, or in verify."""
+    """Code that two of them need is in a support module next to them, or in verify."""
     found = {
         f"{importer} imports {imported}"
         for importer in graph.modules

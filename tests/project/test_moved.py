@@ -1,5 +1,5 @@
-"""Import paths of before, which work for one version: the same objects, with a warning that names
-the new path."""
+"""Old import paths work for one version: they give the same objects, with a warning that names the
+new path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-# what CHANGELOG.md lists: the module of before, and the name in it
+# the old module and the name in it, as CHANGELOG.md lists them
 MOVED = [
     ("pre_kernels.diagnose.samples", "load_samples"),
     ("pre_kernels.integrations.callback", "LayerCallback"),
@@ -39,7 +39,7 @@ def test_another_name_is_none_of_the_module(old: str) -> None:
 
 
 def test_importing_the_modules_themselves_warns_of_nothing() -> None:
-    """Only a name that has moved does, also where every warning is an error."""
+    """Only a name that has moved warns. This holds under `-W error` too."""
     modules = ", ".join(sorted({old for old, _ in MOVED}))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     code = f"import {modules}; import sys; assert 'transformers' not in sys.modules"

@@ -56,7 +56,7 @@ CALLS = {
         "subprocess.getoutput",
     ),
 }
-# By the file and the function, what it is for.
+# (file, function): its purpose
 ALLOWED = {
     ("integrations/launch.py", "runpy.run_path"): "the script that the user names",
     ("integrations/launch.py", "runpy.run_module"): "the module that the user names",
@@ -64,7 +64,7 @@ ALLOWED = {
     (
         "integrations/follow.py",
         "subprocess.Popen",
-    ): "not called: what the script starts gets the launcher in front",
+    ): "not called: it is replaced, so that the launcher follows the processes of the script",
     (
         "pre_kernels/diagnostics/run/data.py",
         "importlib.import_module",
@@ -72,8 +72,8 @@ ALLOWED = {
     (
         "pre_kernels/diagnostics/__init__.py",
         "importlib.import_module",
-    ): "its own modules, when a name of theirs is asked for",
-    ("pre_kernels/_moved.py", "importlib.import_module"): "where a name has moved to",
+    ): "its own modules, when one of their names is looked up",
+    ("pre_kernels/_moved.py", "importlib.import_module"): "the module to which a name has moved",
     ("pre_kernels/check/command.py", "subprocess.Popen"): "an implementation, which may crash",
     ("pre_kernels/check/memory.py", "subprocess.run"): "a module of ours, whose peak is measured",
     ("pre_kernels/check/device.py", "subprocess.run"): "nvidia-smi",
@@ -82,8 +82,7 @@ ALLOWED = {
 
 
 def used(path: Path) -> Iterator[str]:
-    """Names of modules that are imported, and of functions that are named (called, or passed
-    on)."""
+    """The names of imported modules, and of functions that are called or passed on."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -125,8 +124,8 @@ def test_processes_are_started_without_a_shell() -> None:
 
 
 def test_code_of_models_is_run_on_request_alone() -> None:
-    """`trust_remote_code` is passed on, from an option that is off; and every model is read from
-    safetensors."""
+    """`trust_remote_code` comes only from an option, which is off by default; every model is read
+    from safetensors."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for word in node.keywords if isinstance(node, ast.Call) else ():
@@ -141,7 +140,7 @@ def test_code_of_models_is_run_on_request_alone() -> None:
                     assert words.get("use_safetensors") == "True", f"{path}: {ast.unparse(node)}"
 
 
-# a later version is refused only where it is known to break something, which is said here
+# An upper bound needs a known break of a later version, which is stated here by the package.
 BREAKS: dict[str, str] = {}
 
 

@@ -11,7 +11,7 @@ PACKAGES = ("pre_kernels", "pre_kernels.integrations", "pre_kernels.diagnostics"
 
 
 def test_no_public_name_is_any(monkeypatch):
-    """Nor is any other name taken for one of the packages'."""
+    """A misspelled name is an error too, so mypy knows the names of the packages."""
     monkeypatch.chdir(ROOT)
     names = [
         f"{package}.{name}"

@@ -1,5 +1,5 @@
-"""No version is claimed without a job that runs with it; a job that runs with another stops
-(conftest.py)."""
+"""Every version that is claimed has a job that runs with it. conftest.py stops a job that runs with
+another version."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_page_says_what_is_claimed(page: str) -> None:
 
 @pytest.mark.parametrize("row", versions.ROWS)
 def test_a_job_runs_with_each_row(row: str) -> None:
-    """In the target of make that the table names, or in CI."""
+    """It is in the target of make that the table names, or in CI."""
     line = re.search(rf"^\| {row} \|.*$", PAGES["docs/models.md"], re.MULTILINE)[0]
     target = re.search(r"`make ([a-z-]+)`", line)[1]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
