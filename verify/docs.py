@@ -94,6 +94,10 @@ def leaving(
             return found[0]
         if not target.is_relative_to(root) or not target.exists():
             wrong.append(f"{page.relative_to(root)}: {to}: got no such file of the repository")
+        elif found["picture"]:
+            wrong.append(
+                f"{page.relative_to(root)}: {to}: got a picture outside docs/, want it inside"
+            )
         if not address:
             return found["text"]
         kind = "tree" if target.is_dir() else "blob"

@@ -163,9 +163,10 @@ def known_options() -> set[str]:
         for folder in ("tests", "bench", "verify", "examples")
         for path in (ROOT / folder).rglob("*.py")
     )
-    torchrun = {"--nproc-per-node"}
+    # torchrun's, and what stands for any option
+    others = {"--nproc-per-node", "--name"}
     ours = {*options(cli.parser()), *options(launch._parser())}
-    return {*ours, *torchrun, *re.findall(r'"(--[a-z-]+)"', sources)}
+    return {*ours, *others, *re.findall(r'"(--[a-z-]+)"', sources)}
 
 
 def missing_options(text: str) -> set[str]:

@@ -101,6 +101,7 @@ def test_two_pages_that_are_right_build(copy: Path) -> None:
         ("index.md", "[a heading](#gone)", "#gone"),
         ("index.md", "[a file](../recipes/gone.md)", "docs/index.md: ../recipes/gone.md"),
         ("index.md", "![a picture](pictures/gone.png)", "pictures/gone.png"),
+        ("index.md", "![a picture](../README.md)", "../README.md: got a picture outside docs/"),
         ("api.md", "::: pre_kernels.gone", "pre_kernels.gone"),
         ("unlisted.md", "# Not in the navigation", "unlisted.md"),
     ],
