@@ -1,5 +1,5 @@
-"""The recipes: their settings are ones the launcher takes, and their commands are ones it can
-read."""
+"""The launcher accepts the settings and commands of the recipes, and each says at its top what was
+run."""
 
 from __future__ import annotations
 
@@ -45,8 +45,21 @@ def test_commands(readme: Path) -> None:
             assert launch._settings(given)["weight"] == 0.5
 
 
+@pytest.mark.parametrize("readme", sorted(RECIPES.glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_the_first_line_says_what_was_run(readme: Path) -> None:
+    """Its versions and numbers are those of the text below."""
+    title, empty, line, after, *text = readme.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    assert line.startswith("Run: ")
+    assert line.endswith(".")
+    assert empty == after == ""
+    said = re.findall(r"[\w.-]*\d[\w.-]*\w|\d+", line)
+    assert said or readme.parent.name == "paper"
+    assert not [word for word in said if not re.search(rf"\b{re.escape(word)}\b", "\n".join(text))]
+
+
 def test_every_file_of_settings_is_named_by_its_recipe() -> None:
-    """None repeats the defaults: what a recipe keeps in a file, it says something with."""
+    """A recipe has a file of settings only where it explains them."""
     files = sorted(RECIPES.rglob("*.yaml"))
     assert files
     for file in files:
