@@ -89,8 +89,8 @@ def remembered() -> dict[str, Tile]:
         return {}
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"{path} is ignored, it cannot be read as tuned tiles: {error}; PRE_KERNELS_CACHE may "
-            "name another folder",
+            f"{path} is ignored, because it cannot be read as tuned tiles: {error}; "
+            "PRE_KERNELS_CACHE may name another folder",
             stacklevel=2,
         )
         return {}
