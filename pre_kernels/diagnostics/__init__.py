@@ -1,8 +1,8 @@
-"""What the paper measures on hidden states of visual tokens (arXiv 2603.20808): pure functions of
-tensors, a model's images through them, along a training too.
+"""The measures of arXiv 2603.20808 on hidden states of visual tokens: as pure functions of tensors,
+for a model and a folder of images, and along a training.
 
-`measures` knows no model. What `run` has is imported when it is first asked for: `load_samples`,
-`Sample`, `measure` and `LayerCallback`, which needs transformers and is left out of `import *`.
+`measures` knows no model. The names from `run` are imported on first use: `load_samples`, `Sample`,
+`measure` and `LayerCallback`. `LayerCallback` needs transformers and is left out of `import *`.
 """
 
 import importlib
@@ -48,7 +48,7 @@ __all__ = [
     "spatial_contrast",
 ]
 
-# the module in `run` of each name that is imported when it is first asked for
+# For each name that is imported on first use, its module in `run`.
 _RUN = {
     "LayerCallback": "callback",
     "Sample": "measure",
@@ -57,7 +57,8 @@ _RUN = {
 }
 
 
-if not TYPE_CHECKING:  # a checker would take any name for one of the package
+# A type checker that saw this function would accept any name as one of the package.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name not in _RUN:

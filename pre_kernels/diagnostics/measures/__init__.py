@@ -1,2 +1,2 @@
-"""What the paper measures on hidden states of visual tokens, as pure functions of tensors
-(arXiv 2603.20808). Knows no model."""
+"""The measures of arXiv 2603.20808 on hidden states of visual tokens, as pure functions of tensors.
+They know no model."""

@@ -1,4 +1,4 @@
-"""Semantic contrast ratio: how much more alike the patches of one object are than patches of
+"""Semantic contrast ratio: how much more similar the patches of one object are than patches of
 different objects."""
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from . import inputs
 
 
 class ContrastRatio(NamedTuple):
-    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to
-    average."""
+    """Two mean cosine similarities, each in -1..1, and their ratio. A value is nan if there was
+    nothing to average."""
 
     cohesion: float
-    """Within objects."""
+    """The mean within objects."""
     coupling: float
-    """Between objects."""
+    """The mean between objects."""
     ratio: float
-    """Of the two."""
+    """cohesion / coupling."""
 
 
 def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
     """Intra-object cohesion, inter-object coupling and their ratio, the semantic contrast ratio
     (arXiv 2603.20808).
 
-    With s(i, j) the cosine similarity of patches i and j of one image and O an object's patches:
+    With s(i, j) the cosine similarity of patches i and j of one image, and O, Q the patches of an
+    object:
 
         cohesion(O)    = mean of s(i, j) over i ≠ j in O      objects of at least two patches
         coupling(O, Q) = mean of s(i, j) over i in O, j in Q  pairs of different objects, one image
         ratio          = mean cohesion / mean coupling
 
-    The means run over all objects, and all pairs of objects, of all images, each counting once
-    whatever its size. No unit; 1 means that object borders leave no trace, larger is better. The
-    ratio is nan unless the mean coupling is positive. Scaling a patch, rotating the feature space
-    and reordering the patches (with their masks) change nothing; moving the origin does. A patch of
-    zeros has similarity 0 to all.
+    The mean cohesion is over all objects of all images, the mean coupling over all pairs of objects
+    of all images. Each object and each pair counts once, whatever its size. The ratio has no unit.
+    1 means that object borders leave no trace; larger is better. The ratio is nan unless the mean
+    coupling is positive. Scaling a patch, rotating the feature space and reordering the patches
+    (with their masks) change nothing. Moving the origin changes the result. A patch of zeros has
+    similarity 0 to all patches.
 
     ```python
     >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
@@ -49,14 +51,14 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
     ```
 
     Args:
-        features: (images, patches, width), or (patches, width) for one image; floating point,
+        features: (images, patches, width), or (patches, width) for one image. Floating point,
             computed in float64.
-        masks: (images, objects, patches), or (objects, patches); bool, no patch in two objects,
-            patches in none are background. Objects without patches are padding, so images may have
-            different numbers of objects.
+        masks: (images, objects, patches), or (objects, patches) for one image. Bool. No patch is in
+            two objects; a patch in no object is background. An object without patches is padding,
+            so images may have different numbers of objects.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     contrast = Contrast()
     contrast.update(features, masks)
@@ -64,13 +66,13 @@ def contrast_ratio(features: Tensor, masks: Tensor) -> ContrastRatio:
 
 
 class Contrast:
-    """`contrast_ratio` over a stream of images: four numbers, whatever the number of images.
+    """`contrast_ratio` over a stream of images. Keeps four numbers, however many images come.
 
-    `update` takes what the function takes, and leaves the sums alone if it raises.
+    `update` takes the same arguments as the function. If it raises, the sums are unchanged.
     """
 
     def __init__(self) -> None:
-        # sums of similarities within and between objects, and the numbers of terms
+        # Sums of similarities within and between objects, and how many terms each sum has.
         self._within = 0.0
         self._objects = 0
         self._between = 0.0
@@ -85,14 +87,14 @@ class Contrast:
             self.add(inputs.unit(part), member)
 
     def add(self, unit: Tensor, masks: Tensor) -> None:
-        """The same for checked input: `inputs.unit` of (images, patches, width), and (images,
-        objects, patches)."""
+        """Add images whose arguments are checked: `inputs.unit` of (images, patches, width), and
+        masks (images, objects, patches)."""
         member = masks.to(unit.device, unit.dtype)
         size = member.sum(-1)  # (images, objects)
-        # A sum of similarities over pairs is the product of the sums of unit vectors, so that no
-        # patch-by-patch matrix is made.
+        # The sum of similarities over pairs is the dot product of the sums of unit vectors. So no
+        # patch-by-patch matrix is needed.
         total = member @ unit
-        # 1, or 0 for a patch of zeros
+        # The length of a unit vector is 1. It is 0 for a patch of zeros.
         length = torch.linalg.vector_norm(unit, dim=-1)
         itself = (member @ length.square()[..., None]).squeeze(-1)
         pairs = total @ total.transpose(1, 2)  # (images, objects, objects)
@@ -111,21 +113,22 @@ class Contrast:
         self._pairs += int(sums[3])
 
     def merge(self, other: Contrast) -> None:
-        """Add the images that another one saw."""
+        """Add the images that another `Contrast` has seen."""
         self._within += other._within
         self._objects += other._objects
         self._between += other._between
         self._pairs += other._pairs
 
     def result(self) -> ContrastRatio:
-        """Of all images so far."""
+        """The means and the ratio over all images so far."""
         cohesion = self._within / self._objects if self._objects else math.nan
         coupling = self._between / self._pairs if self._pairs else math.nan
         return ContrastRatio(cohesion, coupling, cohesion / coupling if coupling > 0 else math.nan)
 
 
 def check_masks(masks: object, features: Tensor) -> Tensor:
-    """`masks` as (images, objects, patches), checked against features (images, patches, width)."""
+    """`masks` as (images, objects, patches), checked against `features` (images, patches,
+    width)."""
     if not torch.is_tensor(masks) or masks.dtype != torch.bool:
         raise TypeError(f"masks: got {inputs.describe(masks)}, want a bool tensor")
     if masks.dim() == 2 and len(features) == 1:

@@ -1,4 +1,4 @@
-"""How much of the anchor a layer still holds: cosine, CKA and CKNNA between their rows."""
+"""How much of the anchor a layer still holds: cosine, CKA and CKNNA between the rows of both."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .moments import Moments
 def mean_cosine(hidden: Tensor, anchor: Tensor) -> float:
     """Mean over rows of the cosine similarity of `hidden` and `anchor`, in -1..1, no unit.
 
-    What L_PRe is the negative of, without its predictor (arXiv 2603.20808). Both are (N, width),
-    floating point, finite, not empty; computed in float64. Scaling a row, rotating both alike and
-    reordering rows change nothing; rotating one of them, or moving the origin, does. A row of zeros
-    counts as 0.
+    Without a predictor, L_PRe is the negative of this (arXiv 2603.20808). Both are (N, width),
+    floating point, finite, not empty, and computed in float64. Scaling a row, applying one rotation
+    to both and reordering the rows of both change nothing. Rotating only one of them or moving the
+    origin changes the result. A row of zeros counts as 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     _check_pair("hidden", hidden, "anchor", anchor)
     if hidden.shape != anchor.shape:
@@ -32,27 +32,28 @@ def mean_cosine(hidden: Tensor, anchor: Tensor) -> float:
 
 def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
     """Centred kernel alignment of the linear kernels of two feature matrices (Kornblith et al.
-    2019); no unit.
+    2019), no unit.
 
         CKA        = HSIC(x, y) / √(HSIC(x, x) · HSIC(y, y))
         HSIC(x, y) = |x̄ᵀ ȳ|²_F                                  x̄, ȳ centred over the rows
 
-    In 0..1; 1 when the rows of one are a rotated, scaled and moved copy of the other's. With fewer
-    rows than some times the width it is well above 0 even for independent features; `debiased`
-    takes the unbiased HSIC of Song et al. 2012 instead (at most 1, about 0 for independent
-    features, and so sometimes just below), which needs 4 rows. Unchanged by rotating, moving and
-    scaling either side and by reordering rows of both; not by scaling single features or rows. nan
-    where one side does not vary.
+    The value is in 0..1. It is 1 if the rows of one are a rotated, scaled and moved copy of the
+    other's. Unless there are several times as many rows as features, it is well above 0 even for
+    independent features. `debiased` uses the unbiased HSIC of Song et al. 2012 instead: at most 1,
+    about 0 for independent features and so sometimes slightly below 0. It needs 4 rows. Rotating,
+    moving or scaling either side and reordering the rows of both change nothing. Scaling single
+    features or rows changes the result. The value is nan if one side does not vary.
 
-    Over a stream of rows: three `Moments`, of (x, x), (x, y) and (y, y), and `cka_of_moments`. No
-    row-by-row matrix.
+    For a stream of rows, use three `Moments`, of (x, x), (x, y) and (y, y), and `cka_of_moments`.
+    No row-by-row matrix is made.
 
     Args:
         x: (N, d), floating point, computed in float64.
         y: (N, z), the same rows.
+        debiased: whether to use the unbiased HSIC.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     _check_pair("x", x, "y", y)
     xx, xy, yy = Moments(), Moments(), Moments()
@@ -63,8 +64,8 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
 
 
 def cka_of_moments(xx: Moments, xy: Moments, yy: Moments, *, debiased: bool = False) -> float:
-    """`linear_cka` of all the rows that the three have seen; ValueError unless they saw as many, at
-    least one."""
+    """`linear_cka` of all the rows that the three have seen. ValueError unless all three have seen
+    the same number of rows, at least one."""
     if not xx.rows == xy.rows == yy.rows > 0:
         raise ValueError(
             f"xx, xy, yy: got {xx.rows}, {xy.rows} and {yy.rows} rows, want as many in each, at "
@@ -79,35 +80,35 @@ def cka_of_moments(xx: Moments, xy: Moments, yy: Moments, *, debiased: bool = Fa
 
 
 def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment: debiased CKA that looks at shared neighbours
-    alone (Huh et al. 2024).
+    """Centred kernel nearest-neighbour alignment: debiased CKA that looks only at shared neighbours
+    (Huh et al. 2024).
 
-    With rows scaled to unit length, K = x xᵀ and L = y yᵀ, and N_K(i) the `neighbours` rows most
-    similar to row i, itself left out:
+    Rows are scaled to unit length, K = x xᵀ, L = y yᵀ, and N_K(i) is the `neighbours` rows most
+    similar to row i, without i itself:
 
         align(K, L) = HSIC(M ∘ K, M ∘ L),     M_ij = 1 where j is in N_K(i) ∩ N_L(i), else 0
         CKNNA       = align(K, L) / √(align(K, K) · align(L, L))
 
-    HSIC is the unbiased one of Song et al. 2012, equation 5. So the authors' own code has it, and
-    with it what they and others have published; their paper writes Σ K̄_ij · L̄_ij over the same
-    pairs, centred before the neighbours are chosen, whose values differ. Their features had their
-    outliers clipped as well.
+    HSIC is the unbiased one of Song et al. 2012, equation 5. This is the definition in the authors'
+    own code, and so the one behind published values. Their paper writes Σ K̄_ij · L̄_ij over the same
+    pairs instead, centred before the neighbours are chosen, which gives other values. Published
+    features also had their outliers clipped.
 
-    With all other rows as neighbours it is `linear_cka` of the unit rows, debiased. 1 for equal
-    neighbourhoods and similarities; 0 where no neighbours are shared, and sometimes just below. No
-    unit. Unchanged by rotating either side, scaling rows and reordering the rows of both; not by
-    moving the origin. Being a neighbour is not mutual, so x and y in each other's place may differ
-    in the third digit. nan where one side's own alignment is not positive, as when all its rows are
-    alike, and with fewer than 4 rows.
+    With all other rows as neighbours the value is the debiased `linear_cka` of the unit rows. It is
+    1 for equal neighbourhoods and similarities, and 0 or slightly below 0 if no neighbours are
+    shared. No unit. Rotating either side, scaling rows and reordering the rows of both change
+    nothing. Moving the origin changes the result. Being a neighbour is not mutual, so swapping x
+    and y may change the third digit. The value is nan with fewer than 4 rows, or if the alignment
+    of one side with itself is not positive, for example because all its rows are equal.
 
     Args:
-        x: (N, d), floating point, computed in float64; a few N-by-N matrices are made, so pass a
+        x: (N, d), floating point, computed in float64. A few N-by-N matrices are made, so pass a
             sample.
         y: (N, z), the same rows.
-        neighbours: less than N.
+        neighbours: fewer than N.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     _check_pair("x", x, "y", y)
     inputs.check_positive("neighbours", neighbours)
@@ -121,8 +122,8 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
         _hsic(similar, similar, near)
         for similar, near in ((similar_x, near_x), (similar_y, near_y))
     ]
-    # The similarities of unit vectors that differ by less are equal but for rounding: which rows
-    # are the nearest would be chance.
+    # If the similarities differ by less than this, they are equal up to rounding, and which rows
+    # are the nearest is chance.
     spread = [(similar.max() - similar.min()).item() for similar in (similar_x, similar_y)]
     if min(spread) <= 1e-12 or not min(own) > 0:
         return math.nan
@@ -130,7 +131,7 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = 10) -> float:
 
 
 def _neighbourhood(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Similarities and whether j is a neighbour of i, each (N, N)."""
+    """The similarities of rows, and whether j is a neighbour of i, each (N, N)."""
     x = inputs.unit(x)
     similarity = x @ x.T
     nearest = similarity.clone().fill_diagonal_(-torch.inf).topk(neighbours, dim=1).indices
@@ -138,8 +139,8 @@ def _neighbourhood(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
 
 
 def _hsic(k: Tensor, l: Tensor, near: Tensor) -> float:  # noqa: E741
-    """Song et al. 2012, equation 5, up to its factor 1 / (n(n - 3)), of k and l where `near`, which
-    has no diagonal."""
+    """HSIC of k and l (Song et al. 2012, equation 5) without its factor 1 / (n(n - 3)). Entries
+    count only where `near` is True, which its diagonal never is."""
     n = len(k)
     k = k.where(near, 0)
     l = l.where(near, 0)  # noqa: E741

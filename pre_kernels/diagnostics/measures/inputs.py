@@ -1,4 +1,5 @@
-"""Checks that the diagnostics share, and the one preparation that most of them begin with."""
+"""Checks that the diagnostics share, and the scaling to unit length that most of them start
+with."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    # The sum is cheaper than a look at each number, and is not finite if any of them is not. It may
-    # also overflow by itself, so the numbers are looked at then.
+    # The sum is cheaper than a check of each number, and it is not finite if one of them is not. It
+    # can also overflow when all are finite, so only then each number is checked.
     total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
     if not total.isfinite() and not value.isfinite().all():
         raise ValueError(f"{name}: got nan or infinite values, want finite ones")
 
 
 def check_rows(name: str, value: object, want: str = "(N, width)") -> None:
-    """A finite floating point matrix that is not empty."""
+    """TypeError or ValueError unless `value` is a finite floating point matrix that is not
+    empty."""
     check_floating(name, value)
     assert torch.is_tensor(value)
     if value.dim() != 2 or value.numel() == 0:
@@ -45,7 +47,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def images(features: object, name: str = "features") -> Tensor:
-    """`features` as (images, patches, width), checked; (patches, width) is one image."""
+    """`features` as (images, patches, width), checked. (patches, width) is one image."""
     check_floating(name, features)
     assert torch.is_tensor(features)
     if features.dim() == 2:
@@ -59,15 +61,16 @@ def images(features: object, name: str = "features") -> Tensor:
 
 
 def unit(features: Tensor) -> Tensor:
-    """Rows over their lengths, in float64 and in memory of their own; a row of zeros stays one."""
+    """The rows scaled to length 1, in float64 and in new memory. A row of zeros stays zero."""
     x = features.detach().to(torch.float64, copy=True)
     tiny = torch.finfo(x.dtype).tiny
     if features.dtype == x.dtype:
-        # squares of float64 can over- or underflow; those of narrower types cannot, in float64
+        # Squares of float64 numbers can overflow or underflow. Squares of narrower types cannot,
+        # because they are computed in float64.
         x /= x.abs().amax(-1, keepdim=True).clamp(min=tiny)
     return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=tiny))
 
 
 def chunk(features: Tensor) -> int:
-    """How many images of (images, patches, width) have float64 copies of about 128 MiB."""
+    """How many images of (images, patches, width) fit into about 128 MiB in float64."""
     return max(1, 2**24 // (features.shape[1] * features.shape[2]))

@@ -1,4 +1,5 @@
-"""All metrics of all layers, image by image, in one object: what a report or a callback prints."""
+"""All metrics of all layers in one object that takes image after image. Reports and callbacks print
+its rows."""
 
 from __future__ import annotations
 
@@ -26,8 +27,7 @@ METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
 
 
 class LayerReport:
-    """The metrics of this package for each layer, over a stream of images whose hidden states come
-    one at a time.
+    """The metrics of this package for each layer, over a stream of images that come one at a time.
 
     ```python
     report = LayerReport()
@@ -37,36 +37,41 @@ class LayerReport:
     rows = report.rows()
     ```
 
-    `rows` gives a dict for each layer, of plain numbers and None, for json.dump or csv.DictWriter.
+    `rows` returns a dict of plain numbers and None for each layer, for json.dump or csv.DictWriter.
 
-    | group     | metrics                                          | measured on images given     |
-    |-----------|--------------------------------------------------|------------------------------|
-    | structure | cohesion, coupling, contrast (`contrast_ratio`)  | `masks`                      |
-    |           | near, far, spatial_contrast                      | `grid`                       |
-    | cosine    | cosine (`mean_cosine` with the anchor)           | anchors as wide as the layer |
-    | spectrum  | those of `SpectrumSummary`                       | all                          |
-    | cka       | cka, cka_debiased (`linear_cka` with the anchor) | all                          |
-    | cknna     | cknna (with the anchor, on a sample of tokens)   | all                          |
-    | probe     | linear_probe, knn_probe on each image's mean     | `label`                      |
-    | (always)  | lens_share, lens_tokens (`LogitLens`)            | `logits`                     |
+    | group     | metrics                                          | measured on images with     |
+    |-----------|--------------------------------------------------|-----------------------------|
+    | structure | cohesion, coupling, contrast (`contrast_ratio`)  | `masks`                     |
+    |           | near, far, spatial_contrast                      | `grid`                      |
+    | cosine    | cosine (`mean_cosine` with the anchor)           | an anchor of the same width |
+    | spectrum  | the fields of `SpectrumSummary`                  | (all images)                |
+    | cka       | cka, cka_debiased (`linear_cka` with the anchor) | (all images)                |
+    | cknna     | cknna with the anchor, on a sample of tokens     | (all images)                |
+    | probe     | linear_probe, knn_probe on each image's mean     | `label`                     |
+    | (always)  | lens_share, lens_tokens (`LogitLens`)            | `logits`                    |
 
-    Each row also has layer, images, tokens, and notes: why a metric is missing although its input
-    was given. None stands for what could not be measured.
+    Each row also has layer, images, tokens, and notes, which say why a metric is missing although
+    its input was given. None means that a metric could not be measured.
 
-    Memory is flat in the number of images. Per layer of width d with an anchor of width z, in
-    float64 on the layer's device: 8·d² bytes for spectrum or cka and 8·d·z more for cka, 8.3 GiB
-    for 33 layers 4,096 wide; and 2·d² and 2·d·z operations a token. In float32 on the CPU, per
-    layer: `tokens`·d for cknna and `labelled`·d for the probes. During training take the cheap
-    groups, `metrics=("structure", "cosine", "probe")`: a few passes over the features.
+    Memory does not grow with the number of images. In float64 on the layer's device, a layer of
+    width d with an anchor of width z takes 8·d² bytes for spectrum or cka, and 8·d·z more for cka:
+    8.3 GiB for 33 layers of width 4,096. They take 2·d² and 2·d·z operations for each token. In
+    float32 on the CPU, each layer also keeps `tokens`·d numbers for cknna and `labelled`·d for the
+    probes. During training use the cheap groups, `metrics=("structure", "cosine", "probe")`: they
+    take a few passes over the features.
 
     Args:
         metrics: some of `METRICS`.
-        radius: of `spatial_contrast`.
-        tokens: rows of the sample for cknna.
-        neighbours: of cknna.
-        labelled: labelled images kept for the probes, a sample where there are more.
-        top: of `LogitLens`.
-        seed: of both samples and of the probes' split. Reports to be merged want different ones.
+        radius: as in `spatial_contrast`.
+        tokens: how many tokens the sample for cknna holds.
+        neighbours: as in `cknna`.
+        labelled: how many labelled images are kept for the probes. Of more, a sample is kept.
+        top: as in `LogitLens.result`.
+        seed: the seed of both samples and of the probes' split. Give reports that will be merged
+            different seeds.
+
+    Raises:
+        ValueError: the message names the argument, what it got and what it needs.
     """
 
     def __init__(
@@ -110,18 +115,17 @@ class LayerReport:
         label: int | None = None,
         logits: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Add one image. If anything is wrong with it, TypeError or ValueError, and the report is
-        as it was.
+        """Add one image. If it raises TypeError or ValueError, the report is unchanged.
 
         Args:
-            hidden: by layer number, (patches, width) each, floating point, finite; the same layers
-                for every image.
-            anchor: (patches, z), what the layers are compared with; pass it as a layer too for its
-                own metrics.
+            hidden: the hidden states by layer number, (patches, width) each, floating point and
+                finite. Every image needs the same layers.
+            anchor: (patches, z), with which the layers are compared. To measure the anchor itself,
+                pass it as a layer too.
             masks: (objects, patches) bool, as for `contrast_ratio`.
             grid: (rows, columns) of the patches, as for `spatial_contrast`.
-            label: the image's class.
-            logits: as for `LogitLens`; called once for each layer, on that layer's rows.
+            label: the class of the image.
+            logits: as for `LogitLens`; called on the rows of each layer, in chunks.
         """
         widths = self._check(hidden, anchor)
         if masks is not None:
@@ -169,8 +173,8 @@ class LayerReport:
             self._labelled.offer(1, lambda _: [(label, _means(hidden))])
 
     def merge(self, other: LayerReport) -> None:
-        """Add the images that another one saw, a process's for example; its settings but the seed
-        have to be these."""
+        """Add the images that another report has seen, for example in another process. Except for
+        the seed, its settings have to be the same."""
         if self._settings() != other._settings():
             raise ValueError(
                 f"other: got settings {other._settings()}, want those here, {self._settings()}"
@@ -195,10 +199,10 @@ class LayerReport:
         self._labelled.merge(other._labelled)
 
     def save(self, path: str | os.PathLike[str], **more: Any) -> None:
-        """Write all that was seen so far to `path`, a safetensors file, whole or not at all;
-        `more`: what JSON holds.
+        """Write the state of the report to `path`, a safetensors file, whole or not at all.
 
-        A report that `load` returns continues as this one would.
+        A report that `load` returns continues as this one would. `more` is saved with it: anything
+        that JSON can hold.
         """
         state.save(Path(path), {"report": self, "more": more}, CLASSES)
 
@@ -206,19 +210,19 @@ class LayerReport:
     def load(
         path: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> tuple[LayerReport, dict[str, Any]]:
-        """What `save` wrote, and its `more`; the sums that were not on the CPU are then on
+        """Read what `save` wrote: the report and `more`. Sums that were not on the CPU are then on
         `device`.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file, if it is not there, is broken, or of
-                another version.
+            FileNotFoundError: the file is not there.
+            ValueError: the file is broken, or has another version. The message names it.
         """
         saved = state.load(Path(path), CLASSES, device)
         return saved["report"], saved["more"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for each layer, in order, all with the same keys; ValueError before the first
-        image."""
+        """A dict for each layer, in order, all with the same keys. ValueError if there are no
+        images."""
         if not self.images:
             raise ValueError("images: got none so far, want at least one before the rows")
         sample = self._sample.items()
@@ -236,7 +240,7 @@ class LayerReport:
             try:
                 return metric() if wanted else math.nan
             except ValueError as error:
-                # too few rows, for example: the other metrics can still be measured
+                # One metric may fail, for example for lack of rows, while others can be measured.
                 notes.append(str(error))
                 return math.nan
 
@@ -297,7 +301,7 @@ class LayerReport:
         return {name: getattr(self, name) for name in names} | limits
 
     def _check(self, hidden: object, anchor: Tensor) -> dict[int | str, int]:
-        """The width of each layer and of the anchor, everything about them checked."""
+        """The width of each layer and of the anchor, once all of them are checked."""
         if (
             not isinstance(hidden, Mapping)
             or not hidden
@@ -322,7 +326,7 @@ class LayerReport:
 
 
 class _Layer:
-    """The sums of one layer."""
+    """The running sums of one layer."""
 
     def __init__(self, radius: int | None) -> None:
         self.contrast = Contrast()
@@ -338,15 +342,15 @@ class _Layer:
         self.cosine += other.cosine
 
 
-# the only classes that are written to and made from a file
+# Only objects of these classes are written to a file, or made from one.
 CLASSES = (LayerReport, _Layer, Contrast, Spatial, Spectrum, Moments, LogitLens, Reservoir)
 
 
 def _taken(
     tensors: Mapping[int | str, Tensor], chosen: Sequence[int]
 ) -> list[dict[int | str, Tensor]]:
-    """Rows as items of a sample; each has memory of its own, so that one kept row does not keep its
-    neighbours."""
+    """The chosen rows as items of a sample. Each is a copy, so that keeping one row does not keep
+    the whole tensor in memory."""
     items: list[dict[int | str, Tensor]] = [{} for _ in chosen]
     for name, tensor in tensors.items():
         rows = tensor.detach()[torch.tensor(chosen, device=tensor.device)].float().cpu()

@@ -1,4 +1,4 @@
-"""Logit lens: what tokens the visual ones would be decoded to, and how few of them."""
+"""Logit lens: which vocabulary tokens the visual tokens decode to, and how few different ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from . import inputs
 
 
 class LensSummary(NamedTuple):
-    """The few most frequent tokens that rows decode to."""
+    """The few most frequent tokens that rows decode to, and how many rows decode to them."""
 
     share: float
-    """Of the rows that decode to one of `tokens`, in 0..1."""
+    """The share of rows that decode to one of `tokens`, in 0..1."""
     tokens: list[int]
-    """Vocabulary ids, from the most frequent on."""
+    """Vocabulary ids, the most frequent first."""
 
 
 class LogitLens:
@@ -27,23 +27,23 @@ class LogitLens:
         token(h) = argmax over the vocabulary of logits(h)
         share    = rows whose token is among the `top` most frequent / all rows
 
-    with logits(h) = unembedding(norm(h)), given by the caller: nothing here knows a model. Visual
-    tokens that have lost their content decode to the same few meaningless tokens, so the share
-    rises to 1; the least is about top / number of distinct tokens. No unit. Unchanged by the order
-    of rows; scaling a row changes nothing where the norm undoes it; rotating the feature space
-    means nothing here, the vocabulary fixes the axes.
+    logits(h) = unembedding(norm(h)) comes from the caller, so that nothing here knows a model.
+    Visual tokens that have lost their content decode to the same few meaningless tokens, and the
+    share rises to 1. Its smallest value is about top / number of distinct tokens. No unit. The
+    order of rows changes nothing. Scaling a row changes nothing if the norm undoes it. Rotating the
+    feature space is not meaningful here, because the vocabulary fixes the axes.
 
-    Memory: 8 bytes for each id of the vocabulary and chunk · vocabulary logits at a time, whatever
+    Memory: 8 bytes for each id of the vocabulary, and chunk · vocabulary logits at a time, whatever
     the number of rows.
     """
 
     def __init__(self) -> None:
-        # how many rows decoded to each vocabulary id
+        # How many rows decoded to each vocabulary id.
         self.counts = torch.zeros(0, dtype=torch.int64)
 
     @property
     def total(self) -> int:
-        """Rows so far."""
+        """The number of rows so far."""
         return int(self.counts.sum())
 
     @torch.no_grad()
@@ -56,15 +56,15 @@ class LogitLens:
                 dtype.
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what is wanted; then no row of
-                `hidden` counts.
+            ValueError, TypeError: the message names the argument, what it got and what it needs. No
+                row of `hidden` is then counted.
         """
         inputs.check_rows("hidden", hidden)
         inputs.check_positive("chunk", chunk)
         self.count(decode(hidden, logits, chunk))
 
     def check(self, counts: Tensor) -> None:
-        """ValueError unless the counts are of the vocabulary of those before."""
+        """ValueError unless `counts` has the vocabulary size of earlier counts."""
         if self.total and len(counts) != len(self.counts):
             raise ValueError(
                 f"logits: got a vocabulary of {len(counts)}, want that of before, "
@@ -72,18 +72,18 @@ class LogitLens:
             )
 
     def count(self, counts: Tensor) -> None:
-        """Add what `decode` counted."""
+        """Add the counts that `decode` returned."""
         self.check(counts)
         self.counts = counts + self.counts if self.total else counts
 
     def merge(self, other: LogitLens) -> None:
-        """Add the rows that another one saw."""
+        """Add the rows that another `LogitLens` has seen."""
         if other.total:
             self.count(other.counts)
 
     def result(self, top: int = 5) -> LensSummary:
-        """Of all rows so far; ValueError before the first. Equally frequent tokens: the smaller id
-        first."""
+        """The share of all rows so far, and its `top` tokens. ValueError if there are no rows. Of
+        equally frequent tokens, the smaller id comes first."""
         inputs.check_positive("top", top)
         total = self.total
         if not total:
@@ -95,7 +95,7 @@ class LogitLens:
 
 @torch.no_grad()
 def decode(hidden: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 256) -> Tensor:
-    """How often each id of the vocabulary is the argmax, (vocabulary,), int64 on the CPU."""
+    """How often each vocabulary id is the argmax of the logits, (vocabulary,), int64 on the CPU."""
     tokens = []
     for rows in hidden.split(chunk):
         scores = logits(rows)

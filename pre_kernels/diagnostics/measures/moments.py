@@ -1,5 +1,5 @@
-"""Centred sums over the rows of two feature matrices, kept up to date row by row: what spectrum and
-CKA are made of."""
+"""Centred sums over the rows of two feature matrices, updated as rows come. Spectrum and CKA are
+computed from them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from . import inputs
 
-# A feature whose standard deviation over mean is smaller is constant, but for float64's rounding.
+# A feature with a smaller ratio of standard deviation to mean is constant up to float64 rounding.
 CONSTANT = 1e-12
 
 
 class Moments:
     """Sums over aligned rows x (width d) and y (width z), centred on the means of all rows seen so
-    far; float64.
+    far, in float64.
 
         product = Σ x yᵀ                         (d, z)
         square_x = Σ |x|²,  square_y = Σ |y|²
         cubic_x = Σ |y|² x,  cubic_y = Σ |x|² y  (d,), (z,)
         quartic = Σ |x|² |y|²
 
-    product / rows is the covariance; the others are what the debiased HSIC needs beside it. Memory:
-    8·d·z bytes, whatever the number of rows. The centre moves with each update, and the sums with
-    it by the exact formulas (for the product that of Chan, Golub and LeVeque 1983): no large mean
-    is ever subtracted from a large sum, so a constant offset in a feature costs no accuracy. The
-    sums live where the first rows do.
+    product / rows is the covariance. The debiased HSIC also needs the others. Memory: 8·d·z bytes,
+    whatever the number of rows. Each update moves the centre, and the exact formulas move the sums
+    with it (that for the product is from Chan, Golub and LeVeque 1983). No large mean is ever
+    subtracted from a large sum, so a constant offset in a feature costs no accuracy. The sums are
+    on the device of the first rows.
     """
 
     product: Tensor
@@ -43,8 +43,8 @@ class Moments:
         self.rows = 0
 
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add rows x (N, d) and y (N, z), N > 0; y = None is y = x, whose product is the
-        covariance's sum."""
+        """Add rows x (N, d) and y (N, z), N > 0. y = None stands for y = x. If it raises TypeError
+        or ValueError, nothing has changed."""
         inputs.check_rows("x", x)
         if y is not None:
             inputs.check_rows("y", y)
@@ -54,7 +54,7 @@ class Moments:
         self.add(x, y)
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """The same for checked input."""
+        """Add rows that are checked."""
         device = self.product.device if self.rows else x.device
         x = x.detach().to(device, torch.float64)
         y = x if y is None else y.detach().to(device, torch.float64)
@@ -76,7 +76,8 @@ class Moments:
         self.cubic_y += p @ y
 
     def merge(self, other: Moments) -> None:
-        """Add the rows that another one saw, a process's for example; `other` is left alone."""
+        """Add the rows that another `Moments` has seen, for example in another process. `other` is
+        not changed."""
         if not other.rows:
             return
         if not self.rows:
@@ -95,7 +96,7 @@ class Moments:
             getattr(self, name).add_(getattr(other, name))
 
     def varies(self) -> tuple[Tensor, Tensor]:
-        """Whether x and y vary at all, beyond rounding; two 0-d bool tensors."""
+        """Whether x and y vary beyond rounding, as two 0-d bool tensors."""
         noise = CONSTANT**2 * self.rows
         return (
             self.square_x > noise * self.mean_x.square().sum(),
@@ -106,12 +107,12 @@ class Moments:
         """The Hilbert-Schmidt independence criterion of the linear kernels x xᵀ and y yᵀ, up to a
         constant factor.
 
-        |product|²_F, or unbiased (Song et al. 2012), here for centred rows, whose kernels sum to 0
-        along each row:
+        It is |product|²_F. The unbiased one (Song et al. 2012) is, for centred rows, whose kernels
+        sum to 0 along each row:
 
             |product|²_F - quartic·n / (n - 2) + square_x·square_y / ((n - 1)(n - 2))
 
-        nan with fewer than 4 rows then.
+        The unbiased one is nan with fewer than 4 rows.
         """
         biased = self.product.square().sum()
         n = self.rows
@@ -134,8 +135,8 @@ class Moments:
             )
 
     def _move_to(self, mean_x: Tensor, mean_y: Tensor, rows: int) -> None:
-        """Centre the sums where the mean will be once `rows` rows with these means have come, and
-        count those in."""
+        """Centre the sums on the mean that includes `rows` further rows with these means, and add
+        `rows` to the count."""
         n = self.rows
         self.rows += rows
         towards_x = (mean_x - self.mean_x) * (rows / self.rows)
@@ -144,7 +145,7 @@ class Moments:
         self.mean_y = self.mean_y + towards_y
         if not n:
             return
-        # With the new centre x becomes x + u and y becomes y + v, while Σ x = Σ y = 0.
+        # Relative to the new centre, x becomes x + u and y becomes y + v, while Σ x = Σ y = 0.
         u, v = -towards_x, -towards_y
         uu, vv = u @ u, v @ v
         across_x, across_y = self.product @ v, u @ self.product

@@ -1,4 +1,4 @@
-"""Probing: how much of a label a linear classifier, or the nearest neighbours, read from
+"""Probes: how often a linear classifier, or the nearest neighbours, predict the label from
 features."""
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def linear_probe(
     """Test accuracy in 0..1 of a logistic regression on `features` (the linear probe of arXiv
     2603.20808).
 
-    The paper probes the mean over an image's visual tokens, layer by layer; pass such means, or
-    those over objects. Features are standardised with the training part's mean and standard
-    deviation, then
+    The paper probes the mean over an image's visual tokens, layer by layer. Pass such means, or
+    means over objects. Features are standardised with the mean and standard deviation of the
+    training part. The probe is then the solution of
 
         minimise  inverse_penalty · Σ -log softmax(W x + b)[label] + ½ |W|²
 
-    by L-BFGS in float64 on the device of `features`. Two classes: W and b of the first are 0. This
-    is the objective of scikit-learn's StandardScaler and LogisticRegression, whose accuracy it
-    gives (tested to 0.5 points). Scaling and moving single features and reordering them change
-    nothing (up to the solver's tolerance); a rotation does, because of the standardisation. A test
-    label that is not among the training labels counts as an error.
+    found by L-BFGS in float64 on the device of `features`. With two classes, W and b of the first
+    are 0. scikit-learn's StandardScaler and LogisticRegression have the same objective, and tests
+    hold the accuracy to theirs within 0.5 points. Scaling, moving or reordering single features
+    changes nothing (up to the solver's tolerance). A rotation changes the result, because of the
+    standardisation. A test label that is not among the training labels counts as an error.
 
     ```python
     >>> labels = torch.arange(40) % 2
@@ -47,17 +47,17 @@ def linear_probe(
     Args:
         features: (N, width), floating point.
         labels: (N,), integer classes.
-        test_features, test_labels: (M, width), (M,): what accuracy is measured on, and `features`
-            is all trained on. Pass them where rows are related (one object in two scenes). None: a
-            part of `features`, split by class.
-        test_size: that part of each class, between 0 and 1; at least one row of a class is in
-            either part.
-        seed: of the split; nothing else is random.
+        test_features, test_labels: (M, width), (M,): accuracy is measured on these, and all of
+            `features` is used for training. Pass them where rows are related (one object in two
+            scenes). None: a part of `features`, split by class.
+        test_size: the part of each class that is used for testing, between 0 and 1. Each class
+            keeps at least one row in either part.
+        seed: the seed of the split. Nothing else is random.
         inverse_penalty: scikit-learn's C.
-        max_iter: of the solver.
+        max_iter: the most iterations of the solver.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     if not inverse_penalty > 0:
         raise ValueError(f"inverse_penalty: got {inverse_penalty}, want a positive number")
@@ -65,7 +65,7 @@ def linear_probe(
     x, y, test_x, test_y = _parts(features, labels, test_features, test_labels, test_size, seed)
     mean = x.mean(0)
     scale = x.std(0, correction=0)
-    # a smaller scale is that of a constant feature, but for rounding
+    # Rounding gives a constant feature a tiny scale that is not 0. Dividing by it would blow up.
     scale = scale.where(scale > 1e-12 * mean.abs(), 1.0)
     classes, y = y.unique(return_inverse=True)
     weight = _fit((x - mean) / scale, y, len(classes), inverse_penalty, max_iter)
@@ -87,20 +87,20 @@ def knn_probe(
     """Test accuracy in 0..1 of the weighted k nearest neighbours by cosine similarity (Wu et al.
     2018).
 
-    Each of a test row's `neighbours` most similar training rows votes for its class with weight
-    exp(similarity / temperature); the class with the most votes is the answer. Nothing is fitted,
-    so unlike the linear probe it asks whether classes lie together as the features are. Scaling a
-    row and rotating the feature space change nothing; moving the origin, or scaling single
-    features, does.
+    For each test row, the `neighbours` most similar training rows vote for their class, each with
+    weight exp(similarity / temperature). The class with the largest sum is the prediction. Nothing
+    is fitted, so unlike the linear probe it asks whether the classes already lie together in the
+    features. Scaling a row or rotating the feature space changes nothing. Moving the origin or
+    scaling single features changes the result.
 
     Args:
-        features, labels, test_features, test_labels, test_size, seed: as in `linear_probe`;
-            computed in float64, with at most 1,024 test rows' similarities at a time.
-        neighbours: all training rows vote where there are fewer.
-        temperature: the smaller, the more the nearest counts.
+        features, labels, test_features, test_labels, test_size, seed: as in `linear_probe`.
+            Computed in float64, for at most 1,024 test rows at a time.
+        neighbours: how many training rows vote. If there are fewer, all vote.
+        temperature: the smaller it is, the more the nearest rows count.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     inputs.check_positive("neighbours", neighbours)
     if not temperature > 0:
@@ -130,7 +130,7 @@ def _parts(
     test_size: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked training and test rows, float64 and int64, on the device of `features`."""
+    """The training and test rows, checked, in float64 and int64 on the device of `features`."""
     x, y = _check("features", features, "labels", labels, features)
     if (test_features is None) != (test_labels is None):
         raise ValueError("test_features, test_labels: got only one of them, want both or neither")
@@ -155,10 +155,10 @@ def _parts(
 
 
 def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tensor:
-    """Which rows are for testing, (N,) bool; `number` has the class of each row, `counts` the rows
-    of each class."""
+    """Which rows are for testing, (N,) bool. `number` is the class of each row, `counts` the number
+    of rows of each class."""
     order = torch.randperm(len(number), generator=torch.Generator().manual_seed(seed))
-    # class by class, in random order within a class
+    # A stable sort by class keeps the random order within each class.
     order = order[number[order].argsort(stable=True)]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
@@ -168,8 +168,8 @@ def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tenso
 
 
 def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: int) -> Tensor:
-    """(outputs, width + 1), biases last; two classes have one output, the score of the second over
-    the first's."""
+    """The weights, (outputs, width + 1), with the biases last. Two classes have one output: the
+    score of the second class minus that of the first."""
     each = torch.arange(len(x), device=x.device)
     penalty = 1 / (inverse_penalty * len(x))
     weight = x.new_zeros(classes if classes > 2 else 1, x.shape[1] + 1)
@@ -186,7 +186,7 @@ def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: i
     @torch.no_grad()
     def loss() -> Tensor:
         logarithms = _scores(weight, x).log_softmax(1)
-        # the gradient of the summed loss by the scores
+        # The gradient of the summed loss with respect to the scores.
         excess = logarithms.exp()
         excess[each, y] -= 1
         excess = excess[:, -len(weight) :]
@@ -215,8 +215,8 @@ def _check(
     assert torch.is_tensor(features)
     if labels.shape != features.shape[:1]:
         raise ValueError(
-            f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},) as {name} has "
-            "rows"
+            f"{label_name}: got shape {tuple(labels.shape)}, want ({len(features)},), one for each "
+            f"row of {name}"
         )
     return features.detach().to(like.device, torch.float64), labels.detach().to(
         like.device, torch.int64

@@ -1,5 +1,5 @@
-"""Patch structure where no masks are known: does similarity still fall with distance; and the map
-of one patch."""
+"""Patch structure without masks: whether similarity still falls with distance, and the similarity
+map of one patch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from . import inputs
 
 
 class SpatialContrast(NamedTuple):
-    """Mean cosine similarities, each in -1..1, and their ratio; nan where there was nothing to
-    average."""
+    """Two mean cosine similarities, each in -1..1, and their ratio. A value is nan if there was
+    nothing to average."""
 
     near: float
-    """Of neighbours."""
+    """The mean over neighbours."""
     far: float
-    """Of distant patches."""
+    """The mean over distant patches."""
     ratio: float
-    """Of the two."""
+    """near / far."""
 
 
 def spatial_contrast(
     features: Tensor, grid: tuple[int, int], radius: int | None = None
 ) -> SpatialContrast:
-    """How much more alike neighbouring patches are than distant ones: the contrast ratio's stand-in
-    without masks.
+    """How much more similar neighbouring patches are than distant ones: a substitute for the
+    contrast ratio without masks.
 
     With s(i, j) the cosine similarity of patches i and j of one image, on a grid of rows and
     columns:
@@ -37,32 +37,35 @@ def spatial_contrast(
         far   = mean of s(i, j) over i, j more than `radius` rows, or columns, apart
         ratio = mean near / mean far
 
-    with means over images, each counting once. No unit; 1 means that place leaves no trace in
-    similarity, larger is more structure. The ratio is nan unless the mean of far is positive.
+    The means of near and far are over images, each counting once. The ratio has no unit. 1 means
+    that position leaves no trace in similarity; larger is more structure. The ratio is nan unless
+    the mean of far is positive.
 
-    Why it can stand in: two patches that share a side mostly show one object, patches far apart
-    mostly do not, so near follows cohesion and far follows coupling, and similarity that spills
+    Why it is a substitute: two patches that share a side mostly show one object, and patches far
+    apart mostly do not. So near follows cohesion, far follows coupling, and similarity that spills
     over borders (arXiv 2603.20808) pulls the ratio to 1. Objects found by clustering the anchor
     would come closer to the definition, but would favour layer 0 by construction and depend on a
-    seed and a number of clusters. It is a proxy all the same: it compares layers and models on the
-    same images and the same radius, and its value is not a contrast ratio. Similarity that comes
-    with position alone, as of position embeddings, counts as structure.
+    seed and a number of clusters. The ratio is still a proxy: use it to compare layers and models
+    on the same images and the same radius. Its value is not a contrast ratio. Similarity that comes
+    only from position, such as that of position embeddings, counts as structure.
 
     Scaling a patch, rotating the feature space and turning or mirroring the image change nothing.
-    Reordering the patches does: it breaks the neighbourhood. Moving the origin does too.
+    Reordering the patches changes the result, because it breaks the neighbourhood. So does moving
+    the origin.
 
-    Costs O(patches · width · columns), whatever the radius, and one row of patches in memory:
-    products of neighbours for near; for far, the square of the sum of all unit vectors less the
-    product of each with the sum over its window, from running sums of rows.
+    The cost is O(patches · width · columns), whatever the radius, and memory for one row of
+    patches. near is a sum of products of neighbours. far is the square of the sum of all unit
+    vectors, minus the product of each vector with the sum over its window, which running sums over
+    rows provide.
 
     Args:
-        features: (images, patches, width), or (patches, width) for one image; floating point,
+        features: (images, patches, width), or (patches, width) for one image. Floating point,
             computed in float64.
-        grid: (rows, columns); patches = rows · columns, row by row.
-        radius: None: a quarter of the shorter side, at least 1.
+        grid: (rows, columns). patches = rows · columns, row by row.
+        radius: in patches. None: a quarter of the shorter side, rounded down, at least 1.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     spatial = Spatial(radius)
     spatial.update(features, grid)
@@ -70,17 +73,17 @@ def spatial_contrast(
 
 
 class Spatial:
-    """`spatial_contrast` over a stream of images, of any grids: four numbers, whatever the number
-    of images.
+    """`spatial_contrast` over a stream of images of any grids. Keeps four numbers, however many
+    images come.
 
-    `update` takes what the function takes, and leaves the sums alone if it raises.
+    `update` takes the same arguments as the function. If it raises, the sums are unchanged.
     """
 
     def __init__(self, radius: int | None = None) -> None:
         if radius is not None:
             inputs.check_positive("radius", radius)
         self.radius = radius
-        # sums over images, and how many images had such pairs
+        # Sums over images, and how many images had such pairs.
         self._near = 0.0
         self._with_near = 0
         self._far = 0.0
@@ -94,14 +97,15 @@ class Spatial:
             self.add(inputs.unit(part), grid)
 
     def add(self, unit: Tensor, grid: tuple[int, int]) -> None:
-        """The same for checked input: unit vectors (images, patches, width) in float64."""
+        """Add images whose arguments are checked: unit vectors (images, patches, width) in
+        float64."""
         x = unit.unflatten(1, grid)
         rows, columns = grid
         radius = max(1, min(grid) // 4) if self.radius is None else self.radius
         band = _band(columns, radius).to(x)
 
         near, close = x.new_zeros(()), x.new_zeros(())
-        # sums of the rows within the radius, column by column
+        # For each column, the sum of the unit vectors in the rows within the radius.
         window = torch.zeros_like(x[:, 0])
         for row in range(-radius, rows):
             if row + radius < rows:
@@ -117,7 +121,7 @@ class Spatial:
         far = unit.sum(1).square().sum() - close
 
         sides = rows * (columns - 1) + (rows - 1) * columns
-        # distant pairs, each counted twice, as in `far`
+        # The number of distant pairs. Each is counted twice, as in `far`.
         close_pairs = int(_band(rows, radius).sum() * _band(columns, radius).sum())
         pairs = (rows * columns) ** 2 - close_pairs
         sums = torch.stack([near, far]).tolist()
@@ -129,14 +133,14 @@ class Spatial:
             self._with_far += len(x)
 
     def merge(self, other: Spatial) -> None:
-        """Add the images that another one saw; it has to have the same radius."""
+        """Add the images that another `Spatial` has seen. It has to have the same radius."""
         self._near += other._near
         self._with_near += other._with_near
         self._far += other._far
         self._with_far += other._with_far
 
     def result(self) -> SpatialContrast:
-        """Of all images so far."""
+        """The means and the ratio over all images so far."""
         near = self._near / self._with_near if self._with_near else math.nan
         far = self._far / self._with_far if self._with_far else math.nan
         return SpatialContrast(near, far, near / far if far > 0 else math.nan)
@@ -146,17 +150,18 @@ def similarity_map(features: Tensor, patch: int, grid: tuple[int, int] | None = 
     """Cosine similarity of one patch with all patches of its image: the heat map of arXiv
     2603.20808.
 
-    In -1..1, float32 (float64 for float64 features), computed in float64; 1 at the patch itself,
-    and 0 everywhere if that is a patch of zeros. Scaling a patch and rotating the feature space
-    change nothing; reordering the patches reorders the map.
+    Values are in -1..1, in float32 (float64 for float64 features), computed in float64. The patch
+    itself has 1. If it is a patch of zeros, the map is 0 everywhere. Scaling a patch and rotating
+    the feature space change nothing. Reordering the patches reorders the map.
 
     Args:
-        features: (..., patches, width), floating point: one image, images, layers.
-        patch: its number in 0..patches - 1, the same in each leading index.
-        grid: (rows, columns), for a result of shape (..., rows, columns) instead of (..., patches).
+        features: (..., patches, width), floating point: one image, several images or layers.
+        patch: the number of the patch, in 0..patches - 1, the same for every leading index.
+        grid: (rows, columns): the result then has shape (..., rows, columns) instead of (...,
+            patches).
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     inputs.check_floating("features", features)
     if features.dim() < 2 or features.numel() == 0:
@@ -190,6 +195,6 @@ def check_grid(grid: object, patches: int) -> tuple[int, int]:
 
 
 def _band(side: int, radius: int) -> Tensor:
-    """Which places on a side are at most `radius` apart, (side, side) bool."""
+    """Which positions along a side are at most `radius` apart, (side, side) bool."""
     place = torch.arange(side)
     return (place[:, None] - place).abs() <= radius

@@ -1,5 +1,4 @@
-"""What a stream of measurements has come to, in a safetensors file: numbers and tensors, nothing
-that is unpickled."""
+"""The state of an interrupted stream of measurements, in a safetensors file. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -20,9 +19,12 @@ KIND = "__kind__"
 def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
     """Write `value` to `path`, whole or not at all.
 
-    It may be made of None, bool, int, float, str, list, tuple, dict, tensors, random.Random and
-    objects of `classes`, whose attributes are made of the same. What shares memory is written
-    twice.
+    It may consist of None, bool, int, float, str, list, tuple, dict, tensors, random.Random and
+    objects of `classes`, whose attributes consist of the same. Tensors that share memory are
+    written separately.
+
+    Raises:
+        TypeError: `value` contains something else.
     """
     from safetensors.torch import save_file
 
@@ -34,11 +36,12 @@ def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
 
 
 def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cpu") -> Any:
-    """What `save` wrote, its tensors on `device`.
+    """Read what `save` wrote. Tensors that were not on the CPU are then on `device`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is broken, of another version, or holds something else.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, has another version, or holds something else. The message
+            names it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -65,14 +68,15 @@ def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor
         return value
     if torch.is_tensor(value):
         name = str(len(tensors))
-        # A clone, since safetensors refuses tensors that share memory, and views of larger ones.
+        # safetensors refuses tensors that share memory and views of larger tensors, so clone.
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {KIND: "tensor", "name": name, "cpu": value.device.type == "cpu"}
     if isinstance(value, list):
         return [within(item) for item in value]
     if isinstance(value, tuple):
         return {KIND: "tuple", "items": [within(item) for item in value]}
-    if isinstance(value, dict):  # as pairs: in JSON keys can only be strings
+    # JSON allows only strings as keys, so a dict becomes a list of pairs.
+    if isinstance(value, dict):
         return {KIND: "dict", "items": [[within(key), within(item)] for key, item in value.items()]}
     if isinstance(value, random.Random):
         return {KIND: "random", "state": within(value.getstate())}

@@ -1,1 +1,1 @@
-"""Metrics as columns, statistics, plots and a page."""
+"""The report: columns for metrics, statistics over seeds, plots, and the HTML page."""

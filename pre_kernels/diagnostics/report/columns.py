@@ -1,4 +1,4 @@
-"""The columns of a report: the title, definition and needed input of each metric that is shown."""
+"""The columns of a report: title, definition and required input of each metric that is shown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Column(NamedTuple):
     """How a metric of `LayerReport.rows()` is shown.
 
     Attributes:
-        name: the metric's key in a row.
-        title: what people read.
+        name: the key of the metric in a row.
+        title: the heading that people read.
         axis: the label of the y axis.
-        formula: how the metric is defined.
+        formula: the definition of the metric.
         needs: the input without which it cannot be measured.
-        digits: how many are printed after the point.
-        scale: of the y axis, as matplotlib names it.
+        digits: how many digits are printed after the decimal point.
+        scale: the scale of the y axis, as matplotlib names it.
         in_unit_interval: whether the metric is in 0..1 by definition.
     """
 
@@ -38,8 +38,8 @@ _ALL = (
         "linear_probe",
         "Linear probe",
         "test accuracy",
-        "share of test items whose class a logistic regression reads from mean-pooled visual "
-        "tokens (arXiv 2603.20808)",
+        "share of test images whose class a logistic regression predicts from the mean of their "
+        "visual tokens (arXiv 2603.20808)",
         "labels, a class for each image",
         in_unit_interval=True,
     ),
@@ -47,7 +47,7 @@ _ALL = (
         "knn_probe",
         "k-NN probe",
         "test accuracy",
-        "the same share for a vote of the nearest neighbours, weighted by exp(cosine / 0.07) (Wu "
+        "the same share when the nearest training images vote, weighted by exp(cosine / 0.07) (Wu "
         "et al. 2018)",
         "labels, a class for each image",
         in_unit_interval=True,
@@ -70,7 +70,7 @@ _ALL = (
         "coupling",
         "Coupling",
         "mean cosine",
-        "mean cosine similarity of patches of two objects of one image",
+        "mean cosine similarity of patches of two different objects of one image",
         "masks, the patches of each object",
     ),
     Column(
@@ -78,16 +78,16 @@ _ALL = (
         "Spatial contrast",
         "near ÷ far",
         "mean cosine similarity of patches that share a side ÷ that of patches more than a quarter "
-        "of the image's side apart: what stands in for the semantic contrast ratio without masks, "
-        "not a value of it",
+        "of the image's shorter side apart; a substitute for the semantic contrast ratio without "
+        "masks, with other values",
         "the grid of the patches",
     ),
     Column(
         "cosine",
         "Cosine with the anchor",
         "mean cosine",
-        "mean over visual tokens of cos(hidden state, anchor): what L_PRe is the negative of, "
-        "without its predictor",
+        "mean over visual tokens of cos(hidden state, anchor); without a predictor, L_PRe is the "
+        "negative of this",
         "an anchor as wide as the layer",
     ),
     Column(
@@ -110,8 +110,8 @@ _ALL = (
         "effective_dimension",
         "Effective dimension",
         "directions",
-        "(Σ λ)² ÷ Σ λ², λ the eigenvalues of the tokens' covariance (participation ratio, arXiv "
-        "2603.20808)",
+        "(Σ λ)² ÷ Σ λ² with λ the eigenvalues of the tokens' covariance (participation ratio, "
+        "arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
         digits=1,
     ),
@@ -119,7 +119,7 @@ _ALL = (
         "components_90",
         "90 %-variance components",
         "components",
-        "the least number of eigenvalues of the covariance that make 90 % of their sum",
+        "the smallest number of eigenvalues of the covariance that make up 90 % of their sum",
         "tokens that differ and the metric “spectrum”",
         digits=1,
     ),
@@ -127,7 +127,7 @@ _ALL = (
         "correlation",
         "Mean |correlation| of features",
         "mean |correlation|",
-        "mean over pairs of features i ≠ j of |C_ij| ÷ √(C_ii C_jj), C the tokens' covariance "
+        "mean over pairs of features i ≠ j of |C_ij| ÷ √(C_ii C_jj) with C the tokens' covariance "
         "(arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
         in_unit_interval=True,
@@ -136,7 +136,8 @@ _ALL = (
         "norm_mean",
         "Norm of the tokens",
         "mean norm",
-        "mean over visual tokens of the Euclidean norm of the hidden state, in its own unit",
+        "mean over visual tokens of the Euclidean norm of the hidden state, in the unit of the "
+        "hidden state",
         "the metric “spectrum”",
         scale="log",
     ),
@@ -144,8 +145,8 @@ _ALL = (
         "massive_tokens",
         "Tokens with massive activations",
         "share of tokens",
-        "share of tokens with a number above 100 and 1,000 times the median of the token (Sun et "
-        "al. 2024)",
+        "share of tokens with a number whose magnitude is above 100 and at least 1,000 times the "
+        "median of the token (Sun et al. 2024)",
         "the metric “spectrum”",
         in_unit_interval=True,
     ),
@@ -153,8 +154,8 @@ _ALL = (
         "lens_share",
         "Logit lens",
         "share of tokens",
-        "share of tokens that the model's own head decodes to one of the few most frequent ones "
-        "(nostalgebraist 2020)",
+        "share of visual tokens that the model's own head decodes to one of the few most frequent "
+        "vocabulary tokens (nostalgebraist 2020)",
         "logits, the model's final norm and unembedding",
         in_unit_interval=True,
     ),
@@ -163,8 +164,8 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
 def by_layer(runs: Iterable[Iterable[Row]], metric: str) -> dict[int, list[float]]:
-    """The values of a metric by layer, in order: one for each run that has it. Layers without any
-    are left out."""
+    """The values of a metric by layer, in order, one for each run that has it. Layers without a
+    value are left out."""
     values: dict[int, list[float]] = {}
     for run in runs:
         for row in run:
@@ -175,7 +176,7 @@ def by_layer(runs: Iterable[Iterable[Row]], metric: str) -> dict[int, list[float
 
 
 def measured_columns(models: Iterable[Mapping[str, Any]]) -> list[Column]:
-    """Those of `COLUMNS` whose metric was measured for at least one model."""
+    """The `COLUMNS` whose metric was measured for at least one model."""
     models = list(models)
     return [
         column for column in _ALL if any(by_layer(model["runs"], column.name) for model in models)

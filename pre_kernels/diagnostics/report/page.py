@@ -1,5 +1,5 @@
-"""What `LayerReport` found for one or more models, in words, as CSV, and as a page that needs
-nothing but itself."""
+"""The rows of `LayerReport` for one or more models in words, as CSV, and as a self-contained HTML
+page."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .columns import COLUMNS, Column, by_layer, measured_columns
 from .statistics import effect, spread
 
 Document = Mapping[str, Any]
-# the metrics whose course is put into words
+# The metrics that are described in words.
 MAIN = ("linear_probe", "contrast", "effective_dimension", "cosine")
-# what is reported in the place of a metric that was not measured
+# For a metric that was not measured, the one that is described in its place.
 STAND_INS = {"contrast": "spatial_contrast"}
 TEMPLATE = "report.html.jinja"
-# how many classes of the data the page names
+# How many classes of the data the page names.
 CLASSES = 30
 
 
 def html(document: Document) -> str:
-    """A page of everything in `document`: no script, nothing to load, light and dark; every name in
-    it is escaped.
+    """A page that shows everything in `document`. It has no script, loads nothing, adapts to light
+    and dark, and escapes every name.
 
     Needs jinja2 and matplotlib.
 
@@ -35,22 +35,23 @@ def html(document: Document) -> str:
         document: what `pre-kernels diagnose` writes as JSON:
 
             title: str
-            models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], rows as
-                of `LayerReport.rows()`, a run for each seed, the runs of two models in the same
-                order; "style" as for `plots.depth`
-            marked: [layer, ...] that PRe reads
+            models: [{"name": str, "depth": L, "runs": [[row, ...], ...], "notes": [str]}], with
+                rows as `LayerReport.rows()` returns them and a run for each seed. All models have
+                their runs in the same order. "style" as for `plots.depth`
+            marked: [layer, ...], where PRe reads
             maps: [{"image", "picture", "grid", "patch", "layers", "similarity"}] as for
                 `plots.heat_maps`
-            curves: [{"name", "label", "values"}] as for `plots.steps`; those of one label share a
-                plot
-            findings, notes: [str], said before what `sentences` says, and of how it was measured
+            curves: [{"name", "label", "values"}] as for `plots.steps`; curves with the same label
+                share a plot
+            findings: [str], printed before the sentences that are derived from the numbers
+            notes: [str], printed under “How it was measured”
             command, date, device: str
             versions: {name: version}
             data: {"images": int, "labelled": int, "classes": [str, ...], "masks": str, "folder":
                 str, "prompt": str}
 
-            All but title and models may be missing, as may the depth and notes of a model; None is
-            as good as missing.
+            Only title and models are required, and of a model only name and runs. None is the same
+            as missing.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -91,17 +92,17 @@ def html(document: Document) -> str:
 
 
 def sentences(document: Document) -> list[str]:
-    """What follows from the numbers of `document`, as for `html`, and nothing that does not."""
+    """The findings of `document` as a list of sentences. `document` is as for `html`."""
     return [f"{title} – {text}" for title, texts in findings(document).items() for text in texts]
 
 
 def findings(document: Document) -> dict[str, list[str]]:
-    """By metric: how it goes through the depth of each model, and how each model differs from the
+    """For each metric: its course over the depth of each model, and how each model differs from the
     one before it.
 
-    Differences are those of the mean over the deep half, layers from L/2, and of the last layer
-    measured. Without masks spatial contrast stands in for the semantic contrast ratio. What was not
-    measured says what would measure it.
+    Differences are of the mean over the deep half, layers from L/2 on, and of the last layer
+    measured. Without masks, spatial contrast replaces the semantic contrast ratio. For a metric
+    that was not measured, a sentence says what it needs.
     """
     models = document["models"]
     available = measured_columns(models)
@@ -110,20 +111,20 @@ def findings(document: Document) -> dict[str, list[str]]:
     for name in MAIN:
         column = COLUMNS[name]
         if column not in available:
-            unknown.append(f"{column.title}: it takes {column.needs}.")
+            unknown.append(f"{column.title}: needs {column.needs}.")
             column = COLUMNS[STAND_INS.get(name, name)]
         if column in available:
             texts[column.title] = [_course(model, column) for model in models] + [
                 text for a, b in pairwise(models) for text in _differences(a, b, column)
             ]
     if len(models) > 1 and any(len(model["runs"]) < 2 for model in models):
-        unknown.append("Noise between seeds: it takes several runs of each model.")
+        unknown.append("Noise between seeds: needs several runs of each model.")
     return texts | ({"Not measured": unknown} if unknown else {})
 
 
 def csv_text(document: Document) -> str:
-    """A line for each model, run (numbered from 0) and layer, with all columns of all rows; what is
-    None is empty."""
+    """A line for each model, run (numbered from 0) and layer, with the columns of all rows. None is
+    an empty cell."""
     lines = [
         {"model": model["name"], "run": number, **row}
         for model in document["models"]
@@ -139,7 +140,7 @@ def csv_text(document: Document) -> str:
 
 
 def _course(model: Mapping[str, Any], column: Column) -> str:
-    """Where a metric starts, where it is least, and how it ends."""
+    """A sentence with the value of a metric at the first layer, at its minimum and at the last."""
     values = by_layer(model["runs"], column.name)
     if not values:
         return f"{model['name']}: not measured."
@@ -151,7 +152,7 @@ def _course(model: Mapping[str, Any], column: Column) -> str:
         return f"{spread(values[layer], digits=column.digits)} at layer {layer}"
 
     if first == last:
-        return f"{model['name']}: {shown(first)}, the only one measured."
+        return f"{model['name']}: {shown(first)}, the only layer measured."
     points = [
         shown(layer) + (" (the minimum)" if layer == least else "")
         for layer in sorted({first, least, last})
@@ -163,7 +164,7 @@ def _course(model: Mapping[str, Any], column: Column) -> str:
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], column: Column) -> list[str]:
-    """How two models differ in the mean of the deep half, and in its last layer."""
+    """Sentences on how two models differ in the mean of the deep half, and in its last layer."""
     deep = [_deep(model, column) for model in (before, after)]
     if not all(deep):
         return []
@@ -195,8 +196,8 @@ def _effect(
 
 
 def _deep(model: Mapping[str, Any], column: Column) -> list[dict[int, float]]:
-    """For each run its values of the layers from L/2 on that every run has; empty if there are
-    none."""
+    """For each run, its values at the layers from L/2 on that all runs have. Empty if there are no
+    such layers."""
     by_number = by_layer(model["runs"], column.name)
     depth = model.get("depth") or max(by_number, default=0)
     runs = range(len(model["runs"]))
@@ -223,7 +224,7 @@ def _images(data: Mapping[str, Any]) -> str | None:
 
 
 def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Name, colour and SVG dashes of each model's line."""
+    """The name, colour and SVG dashes of the line of each model."""
     from matplotlib.colors import to_hex
 
     from .plots import styles
@@ -257,15 +258,15 @@ def _map_image(heat_map: Mapping[str, Any]) -> str:
 
 
 def _source(figure: Any) -> str:
-    """The src of an <img>: an image of its own can neither run a script nor share ids with
-    another."""
+    """The src of an <img>. As a separate image, an SVG can neither run a script nor share ids with
+    another one."""
     from .plots import svg
 
     return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()
 
 
 def _table(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns that hold anything, and their cells line by line, without the
+    """The names of the columns that have a value, and their cells line by line, without the
     notes."""
     lines = [
         ({"run": number} if len(runs) > 1 else {}) | dict(row)
@@ -288,7 +289,8 @@ def _joined(value: Any) -> Any:
 
 
 def _notes(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the models' measurements said, and the rows, each once with its layers."""
+    """The notes of the models and of their rows. A note of several rows comes once, with their
+    layers."""
     for model in models:
         for note in model.get("notes") or []:
             yield f"{model['name']}: {note}"
@@ -302,7 +304,8 @@ def _notes(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _facts(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Data, versions and the like, as term and description; what is missing is left out."""
+    """The data, the device, the versions and so on, as term and description, as far as they are
+    known."""
     classes = data.get("classes") or []
     more = f" and {len(classes) - CLASSES} more" if len(classes) > CLASSES else ""
     facts = {

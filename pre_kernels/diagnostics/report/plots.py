@@ -1,8 +1,8 @@
 """The plots of a report: curves over depth and over training, the paper's trajectory, heat maps on
 an image.
 
-Needs matplotlib, which is imported at the first plot. Nothing here uses pyplot: no state is shared
-or left behind.
+Needs matplotlib, which is imported at the first plot. Nothing here uses pyplot, so no state is
+shared or left behind.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. The dashes also survive a
-# print in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Dashes tell lines apart even
+# when they are printed in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
-# width and height of a panel in inches
+# The width and height of a panel in inches.
 PANEL = (4.3, 3.0)
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -48,14 +48,14 @@ def depth(
     panels: Sequence[Column] | None = None,
     marked: Sequence[int] = (),
 ) -> Figure:
-    """Curves over depth, a panel for each metric with a line for each model; of several runs the
-    mean and ± 1 standard deviation.
+    """Curves over depth, with a panel for each metric and a line for each model. With several runs,
+    the line is their mean, with a band of ± 1 standard deviation.
 
     Args:
-        models: {"name": str, "runs": [[row, ...], ...]} each, a row a dict with "layer" and metrics
-            of `LayerReport.rows()`; None and absent keys are not drawn. Optional "style": keywords
-            of matplotlib's Line2D.
-        panels: None: every one of `COLUMNS` that was measured for a model.
+        models: {"name": str, "runs": [[row, ...], ...]} each. A row is a dict with "layer" and
+            metrics of `LayerReport.rows()`. Missing keys and None are not drawn. Optional "style":
+            keywords of matplotlib's Line2D.
+        panels: the metrics to draw. None: all `COLUMNS` that were measured for a model.
         marked: layers that get a grey vertical line, where PRe reads.
 
     Raises:
@@ -72,7 +72,8 @@ def depth(
 
 
 def grid(count: int) -> tuple[Figure, list[Axes]]:
-    """An empty figure of `count` panels, up to three in a row; four are two rows of two."""
+    """An empty figure of `count` panels, at most three in a row. Four panels are two rows of
+    two."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -84,7 +85,7 @@ def grid(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def styles(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The line of each model: its own, else the next colour and dash."""
+    """The line style of each model: its own, or the next colour and dash."""
     return [
         {
             "color": COLOURS[n % len(COLOURS)],
@@ -96,7 +97,7 @@ def styles(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords: Any) -> None:
-    """A line and a name for each of `curves`: above the panels of a figure, or in axes."""
+    """Draw a line and a name for each of `curves`, above the panels of a figure or inside axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -110,7 +111,8 @@ def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords
     lines = [Line2D([], [], linewidth=2, **style) for style in styles(curves)]
     with rc_context(STYLE):
         made = place.legend(lines, ["name"] * len(lines), **keywords)
-    # Names are the user's: dollars do not enclose mathematics, a leading underscore hides nothing.
+    # Names are the user's own. Without this, matplotlib would read dollars as mathematics and hide
+    # names that begin with an underscore.
     for text, curve in zip(made.get_texts(), curves, strict=True):
         text.set(text=curve["name"], parse_math=False)
 
@@ -118,7 +120,7 @@ def legend(place: Figure | Axes, curves: Sequence[Mapping[str, Any]], **keywords
 def over_depth(
     axes: Axes, models: Sequence[Mapping[str, Any]], panel: Column, marked: Sequence[int] = ()
 ) -> None:
-    """One panel of `depth`, without a legend of the models."""
+    """Draw one panel of `depth` into `axes`, without a legend."""
     from matplotlib.ticker import MaxNLocator
 
     for model, style in zip(models, styles(models), strict=True):
@@ -133,7 +135,7 @@ def over_depth(
 
 
 def _curve(axes: Axes, name: str, runs: Runs, metric: str, style: Mapping[str, Any]) -> None:
-    """The mean over the runs; if there are several, also each of them and a band."""
+    """Draw the mean over the runs. If there are several, also draw each run and a band."""
     by_number = by_layer(runs, metric)
     if not by_number:
         return
@@ -154,13 +156,14 @@ def _curve(axes: Axes, name: str, runs: Runs, metric: str, style: Mapping[str, A
 
 
 def steps(axes: Axes, curves: Sequence[Mapping[str, Any]], title: str = "") -> None:
-    """Values along training: a line and a legend entry for each of `curves`.
+    """Draw values along training, with a line and a legend entry for each of `curves`.
 
     Args:
-        axes: of `grid`.
-        curves: {"name": str, "values": [float | None, ...]} each; optional "steps" (as many; 1, 2,
-            … without), "marked" (steps that get a grey vertical line) and "style" as for `depth`.
-        title: of the panel.
+        axes: one that `grid` made.
+        curves: {"name": str, "values": [float | None, ...]} each. Optional: "steps" (one for each
+            value; default: 1, 2, …), "marked" (steps that get a grey vertical line) and "style" as
+            for `depth`.
+        title: the title of the panel.
     """
     for curve, style in zip(curves, styles(curves), strict=True):
         values = _numbers(curve["values"])
@@ -179,10 +182,10 @@ def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         runs: {"name": str, "steps": [int, ...], "probe": [float | None, ...], "score": [float |
-            None, ...], "probe_name": str, "score_name": str} each, the lists of one length; "style"
-            as for `depth`. The names of the first run go to the axes. In the plot of one against
-            the other, points are joined in the order of steps and get darker with them; it has
-            those where both were measured.
+            None, ...], "probe_name": str, "score_name": str} each, with lists of equal length.
+            Optional "style" as for `depth`. The names of the first run label the axes. The plot of
+            score against probe has a point for each step at which both were measured. Points are
+            joined in the order of steps, and later ones are darker.
 
     Raises:
         ValueError: no runs, or lists of different lengths.
@@ -239,18 +242,19 @@ def trajectory(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
-    """One image with a chosen patch, and that patch's similarity with all patches: a row a model, a
-    column a layer.
+    """One image with a chosen patch, and the similarity of that patch with all patches, with a row
+    for each model and a column for each layer.
 
     All maps share one colour scale, from the smallest similarity to 1.
 
     Args:
-        heat_map: {"image": its name, "picture": a PNG in base64, "grid": [rows, columns], "patch":
-            [row, column], "layers": [int, ...], "similarity": {model's name: for each layer
-            `similarity_map`'s rows · columns}}.
+        heat_map: {"image": the name of the image, "picture": a PNG in base64, "grid": [rows,
+            columns], "patch": [row, column], "layers": [int, ...], "similarity": {name of a model:
+            for each layer the rows · columns values of `similarity_map`}}.
 
     Raises:
-        ValueError: a model has another number of layers, or a map another number of patches.
+        ValueError: a model has a different number of layers, or a map a different number of
+            patches.
     """
     from matplotlib import rc_context
     from matplotlib.colors import Normalize
@@ -275,7 +279,7 @@ def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
     scale = Normalize(
         min((v for maps in similarity.values() for values in maps for v in values), default=0), 1
     )
-    # inches: whatever the image's shape, its tile has the area of one of 1.5 x 1.5
+    # Whatever the shape of the image, its tile has an area of 1.5 x 1.5 inches.
     tile_width = 1.5 / math.sqrt(height / width)
     tile_height = 1.5 * math.sqrt(height / width)
     size = (
@@ -317,7 +321,7 @@ def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG: the same text for the same figure, and its labels as text."""
+    """The figure as SVG. The same figure always gives the same SVG, and labels stay text."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

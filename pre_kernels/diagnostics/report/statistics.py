@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 
 def spread(values: Sequence[float] | None, sign: str = "", digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds; "–" for None."""
+    """The mean ± standard deviation over seeds. "–" for None."""
     if values is None:
         return "–"
     text = f"{mean(values):{sign}.{digits}f}"
@@ -21,15 +21,17 @@ def effect(
     names: tuple[str, str] = ("without", "with PRe"),
     digits: int = 3,
 ) -> str:
-    """One difference and, of several seeds, whether it is larger than chance over them explains
+    """A difference in words and, with several seeds, whether it exceeds the noise between them
     (paired t-test).
 
     Args:
-        name: what is compared.
-        before, after: a value for each seed, of the same seeds in the same order; ValueError if
-            their numbers differ.
-        names: what follows each of the two means.
-        digits: after the point.
+        name: the quantity that is compared.
+        before, after: a value for each seed, for the same seeds in the same order.
+        names: the text after each of the two means.
+        digits: how many digits are printed after the decimal point.
+
+    Raises:
+        ValueError: `before` and `after` have different lengths.
     """
     changes = [b - a for a, b in zip(before, after, strict=True)]
     means = ", ".join(
@@ -49,7 +51,7 @@ def effect(
 
 
 def interval(changes: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of at least two differences (Student's t)."""
+    """The 95 % confidence interval of the mean of at least two differences (Student's t)."""
     from scipy.stats import t
 
     half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5

@@ -1,2 +1,2 @@
-"""`pre-kernels diagnose`: images in, a report on the visual tokens of a vision-language model
-out."""
+"""`pre-kernels diagnose`: from a folder of images to a report on the visual tokens of a
+vision-language model."""

@@ -1,8 +1,9 @@
-"""The diagnostics during a training: a small held-out set, every so many steps, into the trainer's
-own log.
+"""The diagnostics during a training: measure a small held-out set every few steps, into the
+trainer's own log.
 
-The only module of the diagnostics that imports transformers at the top, since `LayerCallback` is a
-`TrainerCallback`; `pre_kernels.diagnostics` imports it when `LayerCallback` is first asked for.
+This is the only module of the diagnostics that imports transformers at the top, because
+`LayerCallback` is a `TrainerCallback`. `pre_kernels.diagnostics` imports it when `LayerCallback` is
+first used.
 """
 
 from __future__ import annotations
@@ -21,47 +22,49 @@ from pre_kernels.integrations.reader import Reader, evaluating
 from ..measures.layers import LayerReport
 from .measure import Sample, measure
 
-# what a row of a report holds beside its metrics
+# The entries of a report's row that are not metrics.
 LABELS = ("layer", "images", "tokens", "notes", "lens_tokens")
 
 
 class LayerCallback(TrainerCallback):
-    """Measures chosen layers on held-out images before the first step, every `every` steps and
-    after the last.
+    """Measures some layers on held-out images before the first step, every `every` steps and after
+    the last step.
 
     ```python
     trainer.add_callback(LayerCallback(trainer, samples, every=500, layers=(0, 16, 32)))
     ```
 
-    The trainer logs, and its integrations show, `layer_<l>/<metric>` for every metric of
-    `LayerReport.rows()` that was measured, "score" or what `score` named, "layers_seconds" (this
-    measurement's) and "layers_share" (of the time of the training so far, all measurements
-    together). `pre-kernels trace` draws the paper's plot from that log (arXiv 2603.20808: the
-    task's score against probe accuracy along training).
+    The trainer logs `layer_<l>/<metric>` for every metric of `LayerReport.rows()` that was
+    measured, the result of `score`, "layers_seconds" (the time of this measurement) and
+    "layers_share" (the share of all measurements in the time of the training so far). Its
+    integrations show them. `pre-kernels trace` draws the paper's plot from this log (arXiv
+    2603.20808: task score against probe accuracy along training).
 
-    The model is in eval mode meanwhile, and afterwards as it was; no random number of the
-    training's is drawn, so the training continues bit for bit as without this. Every process
-    measures the same images, since sharded models need all of them; rank 0's trainer logs.
+    During a measurement the model is in eval mode; afterwards its modes are restored. A measurement
+    draws no random number of the training, so the training continues bit for bit as without it.
+    Every process measures the same images, because sharded models need all processes. The trainer
+    of rank 0 logs.
 
-    Costs a forward of the samples, and what `LayerReport` says of its metrics. `max_share` bounds
-    it: a measurement after which more than that share of the training's time would have gone into
-    measuring is left out, with one warning. The first and the last are always made.
+    A measurement costs a forward of the samples, and what `LayerReport` states for its metrics.
+    `max_share` limits it: a measurement is skipped if, after it, measuring would have taken more
+    than this share of the training's time. The first skip gives a warning. The first and the last
+    measurement are never skipped.
 
     Args:
-        trainer: the `transformers.Trainer` (or subclass) that this is added to.
-        samples: held-out images, some hundreds; at least two of each class for the probes.
-            `diagnostics.load_samples` makes them from files.
-        every: steps, positive.
-        layers: as in `Reader`; None: the embeddings, half the depth and the last layer.
-        metrics: as in `LayerReport`; the default takes a few passes over the features.
-        score: called with the trainer's model in eval mode; what it returns, a number or numbers by
-            name, is logged.
-        max_share: in (0, 1], or None for no bound.
-        seed: of the probes' split.
+        trainer: the `transformers.Trainer` (or subclass) to which this is added.
+        samples: held-out images, a few hundred. The probes need at least two of each class.
+            `diagnostics.load_samples` makes samples from files.
+        every: the number of steps between measurements, positive.
+        layers: as in `Reader`. None: the embeddings, half the depth and the last layer.
+        metrics: as in `LayerReport`. The default takes a few passes over the features.
+        score: called with the trainer's model in eval mode. Returns a number, which is logged as
+            "score", or a dict of numbers, which are logged by their names.
+        max_share: in (0, 1], or None for no limit.
+        seed: the seed of the probes' split.
         reader: further options of `Reader`: mask_fn, text_model, decoder_layers.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class LayerCallback(TrainerCallback):
         if wrong is not None or not self.samples:
             got = "none" if wrong is None else type(wrong).__name__
             raise TypeError(f"samples: got {got}, want at least one Sample")
-        # these complain now about arguments that they refuse, not at the first measurement
+        # Both are made here so that wrong arguments raise now, and not at the first measurement.
         LayerReport(metrics)
         with Reader(trainer.model, layers, **reader) as first:
             depth = first.depth
@@ -104,19 +107,20 @@ class LayerCallback(TrainerCallback):
         self.max_share = max_share
         self.seed = seed
         self.options = reader
-        # the step that was measured last
+        # The step of the last measurement.
         self._measured: int | None = None
         self._warned = False
 
     def measure(self) -> dict[str, float]:
-        """The metrics by the names they are logged under, of the model as it is now."""
+        """Measure the model as it is now. Returns the metrics by the names under which they are
+        logged."""
         model = self.trainer.model
         device = self.trainer.args.device
         report = LayerReport(self.metrics, seed=self.seed)
         devices = [device] if device.type == "cuda" else []
         with Reader(model, self.layers, **self.options) as reader, torch.random.fork_rng(devices):
-            # The wrapper is called, since DeepSpeed's engine autocasts around the model. FSDP's
-            # wrapper is trainer.model itself.
+            # The wrapper is called because DeepSpeed's engine applies autocast around the model.
+            # With FSDP the wrapper is trainer.model itself.
             for _ in measure(
                 reader, self.samples, report, call=self.trainer.model_wrapped, device=device
             ):
@@ -130,7 +134,7 @@ class LayerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure before the first step."""
-        # when the training began; seconds of all measurements, and of the last one
+        # When the training began, the seconds of all measurements, and those of the last one.
         self._begun = time.monotonic()
         self._spent = 0.0
         self._last = 0.0
@@ -155,7 +159,7 @@ class LayerCallback(TrainerCallback):
         self._measured = state.global_step
         measured["layers_seconds"] = round(self._last, 3)
         measured["layers_share"] = round(self._spent / max(time.monotonic() - self._begun, 1e-9), 4)
-        # `log` resets this, and the step's own log would then count as written.
+        # `log` resets should_log, and the trainer would then skip its own log of this step.
         due = self.trainer.control.should_log
         self.trainer.log(measured)
         self.trainer.control.should_log = due
@@ -169,16 +173,17 @@ class LayerCallback(TrainerCallback):
         if not afforded and not self._warned:
             self._warned = True
             warnings.warn(
-                f"PRe: a measurement of the layers takes {self._last:.1f} s, and another one now "
-                f"would be a share of {share:.2f} of the training's time, more than "
-                f"max_share={self.max_share}; some are left out. Pass a larger every or max_share, "
-                "or fewer samples or layers",
+                f"PRe: a measurement of the layers takes {self._last:.1f} s, and with another one "
+                f"now measuring would have taken a share of {share:.2f} of the training's time, "
+                f"more than max_share={self.max_share}; some measurements are skipped. Pass a "
+                "larger every or max_share, or fewer samples or layers",
                 stacklevel=2,
             )
         return afforded
 
     def _agreed(self, afforded: bool) -> bool:
-        """Rank 0's decision: clocks differ, and a sharded model needs every process."""
+        """The decision of rank 0. Clocks differ between processes, and a sharded model needs all of
+        them to decide alike."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
             return afforded

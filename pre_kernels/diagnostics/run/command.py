@@ -19,7 +19,7 @@ examples:
   pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/            curves over depth, for any images
   pre-kernels diagnose out/without photos/ --compare out/with      did PRe help? both models in one
                                                                    report
-  pre-kernels diagnose MODEL photos/ --masks masks/                with objects: the semantic
+  pre-kernels diagnose MODEL photos/ --masks masks/                masks of objects: the semantic
                                                                    contrast ratio
   pre-kernels diagnose MODEL val2017/ --masks instances_val2017.json --limit 500
   pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32
@@ -27,9 +27,9 @@ examples:
                                                                    probes
   pre-kernels diagnose MODEL photos/ --labels labels.csv           ... or a CSV: image,label
 
-images/ has images, or a folder of images for each class. --masks is a folder with a PNG for each
-image, whose values are objects, or a file of COCO annotations. An interrupted run resumes when the
-same command is given again.
+IMAGES contains images, or a subfolder of images for each class. --masks is a folder with a PNG for
+each image, in which each value is an object, or a file of COCO annotations. To resume an
+interrupted run, give the same command again.
 """
 TRACE = """\
 examples:
@@ -38,11 +38,11 @@ examples:
   pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy  against a score that the trainer
                                                                    logged
   pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv
-                                                                   two runs, scores from elsewhere:
-                                                                   step,score
+                                                                   two runs, with scores from CSV
+                                                                   files: step,score
 
-Reads trainer_state.json, which the Trainer writes into every checkpoint, in the folder or its last
-checkpoint-*.
+Reads trainer_state.json, which the Trainer writes into every checkpoint. LOG is this file, a folder
+with it, or a folder with checkpoint-* folders, of which the last one is read.
 """
 
 
@@ -51,22 +51,22 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     show = commands.add_parser(
         "diagnose",
         help="measure what each layer of a model keeps of its visual tokens: an HTML report",
-        description="Stream images through a vision-language model and measure, layer by layer, "
-        "what its visual tokens keep: probes, patch structure, spectrum, likeness to what entered "
-        "the LLM, a logit lens. Writes report.html, layers.csv and diagnosis.json.",
+        description="Run images through a vision-language model and measure, layer by layer, what "
+        "its visual tokens keep: probes, patch structure, spectrum, similarity to the input of the "
+        "LLM, logit lens. Writes report.html, layers.csv and diagnosis.json.",
         epilog=DIAGNOSE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of save_pretrained (an adapter's too), or name on the hub",
+        help="folder that save_pretrained wrote (also that of an adapter), or a name on the hub",
     )
     show.add_argument(
         "images",
         type=Path,
         metavar="IMAGES",
-        help="folder of images, or of a folder for each class",
+        help="folder of images, or of a subfolder for each class",
     )
     show.add_argument(
         "--compare",
@@ -89,19 +89,19 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         "--labels",
         type=Path,
         metavar="CSV",
-        help="columns image and label, instead of class folders",
+        help="file with columns image and label, instead of a subfolder for each class",
     )
     show.add_argument(
-        "--layers", type=integers, metavar="A,B", help="0 is what enters the LLM (default: all)"
+        "--layers", type=integers, metavar="A,B", help="0 is the input of the LLM (default: all)"
     )
     show.add_argument(
         "--metrics",
         type=some_metrics,
         default=METRICS,
         metavar="A,B",
-        help=f"of {', '.join(METRICS)} (default: all)",
+        help=f"some of {', '.join(METRICS)} (default: all)",
     )
-    show.add_argument("--no-lens", action="store_true", help="leave the logit lens out")
+    show.add_argument("--no-lens", action="store_true", help="do not measure the logit lens")
     show.add_argument(
         "--limit",
         type=whole,
@@ -113,13 +113,13 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="images with heat maps (default: %(default)s)",
+        help="draw heat maps for N images (default: %(default)s)",
     )
     show.add_argument(
         "--prompt",
         default=None,
         metavar="TEXT",
-        help='after the image (default: "Describe the image.")',
+        help='text after the image (default: "Describe the image.")',
     )
     show.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved"
@@ -128,14 +128,14 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto: a GPU if there is one; spread: over all",
+        help="auto: a GPU if there is one; spread: all GPUs, for a large model (default: auto)",
     )
     show.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="of the order of images and the probes' split",
+        help="seed for the order of images and the probes' split (default: %(default)s)",
     )
     show.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
@@ -145,14 +145,14 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         type=Path,
         default=Path("diagnose-out"),
         metavar="DIR",
-        help="for the files (default: %(default)s)",
+        help="folder for the files (default: %(default)s)",
     )
 
     trace = commands.add_parser(
         "trace",
         help="draw a training's score against its probe accuracy, from the trainer's log",
-        description="The paper's plot from the log of a training with LayerCallback: the task's "
-        "score and a layer's probe accuracy over steps, and one against the other.",
+        description="Draw the paper's plot from the log of a training with LayerCallback: task "
+        "score and probe accuracy of a layer over steps, and one against the other.",
         epilog=TRACE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -161,30 +161,37 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         type=Path,
         nargs="+",
         metavar="LOG",
-        help="trainer_state.json, or a folder that has one",
+        help="trainer_state.json, or a folder with one",
     )
     trace.add_argument(
-        "--layer", type=int, metavar="L", help="(default: the middle one of those logged)"
+        "--layer", type=int, metavar="L", help="layer to draw (default: the middle one in the log)"
     )
     trace.add_argument(
         "--metric",
         "--figure",
         default="linear_probe",
         metavar="NAME",
-        help="of the layer (default: %(default)s); --figure is its old name",
+        help="metric of the layer (default: %(default)s); --figure is its old name",
     )
     trace.add_argument(
-        "--score", default="score", metavar="NAME", help="in the log (default: %(default)s)"
+        "--score",
+        default="score",
+        metavar="NAME",
+        help="name of the score in the log (default: %(default)s)",
     )
     trace.add_argument(
         "--scores",
         type=Path,
         nargs="+",
         metavar="CSV",
-        help="columns step and score, one for each LOG",
+        help="files with columns step and score, one for each LOG, instead of --score",
     )
     trace.add_argument(
-        "--out", type=Path, default=Path("trace.png"), metavar="FILE", help="png, svg or pdf"
+        "--out",
+        type=Path,
+        default=Path("trace.png"),
+        metavar="FILE",
+        help="png, svg or pdf (default: %(default)s)",
     )
 
 
@@ -199,7 +206,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def some_metrics(text: str) -> tuple[str, ...]:
-    """Names out of `METRICS`."""
+    """Some of the names in `METRICS`, separated by commas."""
     parts = tuple(text.split(","))
     if not set(parts) <= set(METRICS):
         raise argparse.ArgumentTypeError(
@@ -209,7 +216,7 @@ def some_metrics(text: str) -> tuple[str, ...]:
 
 
 def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Run it; ValueError and OSError say what is wrong."""
+    """Run `pre-kernels diagnose`. ValueError and OSError say what is wrong."""
     from rich.console import Console
 
     from .loading import SPREAD
@@ -252,9 +259,9 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def check_device(name: str) -> None:
-    """ValueError unless torch can use it."""
+    """ValueError unless torch can use the device."""
     try:
-        # read back, since "meta" has tensors, but no values
+        # The value is read back because the device "meta" has tensors but no values.
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
@@ -263,7 +270,7 @@ def check_device(name: str) -> None:
 
 
 def trace(options: argparse.Namespace) -> None:
-    """Draw it; ValueError and OSError say what is wrong."""
+    """Run `pre-kernels trace`. ValueError and OSError say what is wrong."""
     from .trace import draw
 
     lines = draw(

@@ -1,4 +1,4 @@
-"""The images of a report, their classes, and the masks of the objects in them; the names of its
+"""The images of a report, their classes, the masks of the objects in them, and the names of the
 models."""
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name")
 CLASS_COLUMNS = ("label", "class")
-# how many objects of an image uint8 can number
+# uint8 can number this many objects of an image.
 MOST_OBJECTS = 255
 INSTALL = "pip install 'pre-kernels[diagnose]'"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is, its path in the folder with forward slashes, and its class as an
-    index, if known."""
+    """One image: its path, its name (the path inside the folder, with forward slashes), and the
+    index of its class, if known."""
 
     path: Path
     name: str
@@ -38,8 +38,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a folder; `classes` names the labels, in order of their index, and is empty if
-    there are none."""
+    """The images of a folder. `classes` has the names of the classes in the order of their index.
+    It is empty if images have no classes."""
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
@@ -49,27 +49,30 @@ class Images:
 def find_images(
     folder: Path, labels: Path | None = None, limit: int | None = None, seed: int = 0
 ) -> Images:
-    """The images in `folder`, in an order that `seed` draws, and their classes.
+    """The images in `folder`, in an order that `seed` determines, and their classes.
 
-    Without `labels`: images directly in `folder` have no class; if there are none, each subfolder
+    Without `labels`, images directly in `folder` have no class. If there are none, each subfolder
     with images directly in it is a class. An image is a file whose name ends in one of
-    `EXTENSIONS`, whatever the case, and begins with no dot, nor does a class.
+    `EXTENSIONS`, in upper or lower case. Files and subfolders whose names begin with a dot are
+    ignored.
 
-    The order is drawn within each class, and then classes take turns, so that the first n images
-    are a sample that is balanced as far as the classes' sizes allow: that is what `limit` gives,
-    and what an interrupted run has seen. A larger `limit` only adds images at the end. Only the set
-    of names and the seed decide on the order.
+    The order is random within each class, and classes take turns. So the first n images are a
+    sample that is balanced as far as the sizes of the classes allow. `limit` selects them, and an
+    interrupted run has seen such a sample too. A larger `limit` only adds images at the end. The
+    order depends only on the set of names and the seed.
 
     Args:
-        labels: a CSV file in UTF-8 with a header, of which two columns count: the image's path in
-            `folder`, with forward slashes, under one of `IMAGE_COLUMNS`, and the name of its class
-            under one of `CLASS_COLUMNS` (in any case). It may name images in any subfolder. Images
-            that it does not name are left out.
-        limit: how many images at most; None: all.
+        folder: the folder of the images.
+        labels: a CSV file in UTF-8 with a header. Two columns are read: the path of the image in
+            `folder`, with forward slashes, under one of `IMAGE_COLUMNS`, and the name of its class,
+            under one of `CLASS_COLUMNS` (both in upper or lower case). It may name images in any
+            subfolder. Images that it does not name are left out.
+        limit: the largest number of images. None: all images.
+        seed: the seed of the order.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted. One class without `labels` is
-            not an error, though no probe can be trained on it.
+        ValueError: the message names the argument, what it got and what it needs. A single class
+            without `labels` is not an error, though no probe can be trained on it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -98,7 +101,7 @@ def find_images(
 
 
 def _by_folder(folder: Path) -> dict[str | None, list[str]]:
-    """Names of images by class; None is the class of those that have none."""
+    """Names of images by class. Images without a class are under None."""
     named: dict[str | None, list[str]] = {}
     for subfolder in sorted(folder.iterdir()):
         if subfolder.is_dir() and not subfolder.name.startswith("."):
@@ -154,7 +157,7 @@ def _by_table(folder: Path, labels: Path) -> dict[str | None, list[str]]:
 
 
 def _rows(labels: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, image, class) of a CSV file."""
+    """The rows of a CSV file as (line number, image, class)."""
     try:
         with labels.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -182,16 +185,17 @@ def _column(labels: Path, header: list[str], names: tuple[str, ...]) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image in RGB, turned upright as its EXIF orientation says; of several frames the first.
+    """The image in RGB, turned upright according to its EXIF orientation. Of several frames, the
+    first one.
 
     Raises:
-        ValueError: naming the file, if it is unreadable, truncated, empty, or of 16 or 32 bits a
-            channel.
+        ValueError: the file is unreadable, truncated or empty, or has 16 or 32 bits for each
+            channel. The message names it.
     """
     turned = optional("PIL.ImageOps").exif_transpose
     with _opened("images", path) as image:
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels are of mode {image.mode!r}, want 8 bits a channel")
+            raise ValueError(f"pixels have mode {image.mode!r}, want 8 bits for each channel")
         upright: Image.Image = turned(image).convert("RGB")
     return upright
 
@@ -203,23 +207,24 @@ def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
         with opened(path) as image:
             yield image
     except Exception as error:
-        # On broken files decoders raise anything.
+        # On broken files, decoders raise errors of any type.
         raise ValueError(f"{argument}: cannot read {path} as an image: {error}") from error
 
 
 class MaskSource(Protocol):
-    """Where the objects of images are known from."""
+    """A source of masks: it knows the objects in each image."""
 
     def objects(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
-        """The number of the object at each pixel, uint8 (height, width): 1..k, 0 for none; None
-        without a mask.
+        """The number of the object at each pixel, uint8 (height, width): 1..k, or 0 for no object.
+        None if there is no mask of this image.
 
         Args:
-            size: (width, height) of the image as `open_image` gives it. Masks belong to the image
-                upright.
+            item: the image.
+            size: (width, height) of the image that `open_image` returns. Masks belong to the
+                upright image.
 
         Raises:
-            ValueError: if the mask has another size, cannot be read, or has more than
+            ValueError: the mask has a different size, cannot be read, or has more than
                 `MOST_OBJECTS` objects.
         """
         ...
@@ -228,19 +233,23 @@ class MaskSource(Protocol):
 def open_masks(path: Path, background: Collection[int] = (0, 255)) -> MaskSource:
     """The masks in a folder, or in a file of COCO annotations.
 
-    A folder has a PNG file for each image, at the image's own path with the ending .png
-    ("cats/1.jpg" → "cats/1.png"), with one channel of 1, 8 or 16 bits, or a palette. Each value but
-    those of `background` is an object, wherever its pixels lie. The default is right for Pascal
-    VOC. COCO-Stuff's pixel maps, where 0 is a person, want (255,); masks of 0 and 255, where 255 is
-    the object, want (0,).
+    A folder has a PNG file for each image, at the path of the image with the ending .png
+    ("cats/1.jpg" → "cats/1.png"), with one channel of 1, 8 or 16 bits, or a palette. Each value
+    that is not in `background` is an object, wherever its pixels are. The default fits Pascal VOC.
+    COCO-Stuff's pixel maps, where 0 is a person, need (255,). Masks of 0 and 255, where 255 is the
+    object, need (0,).
 
-    A file, *.json, has instances as COCO and COCO-Stuff write them; `file_name` is the image's path
-    in its folder. Each annotation is an object, but for crowds; where objects overlap, the smaller
-    one is in front. An image in the file without annotations has no objects.
+    A file, *.json, has instances in the format of COCO and COCO-Stuff. `file_name` is the path of
+    the image in its folder. Each annotation is an object, except crowds. Where objects overlap, the
+    smaller one is in front. An image in the file without annotations has no objects.
+
+    Args:
+        path: the folder or the file.
+        background: the values in PNG files that are not objects.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
-        ImportError: if a file needs pycocotools, and it is not installed.
+        ValueError: the message names the argument, what it got and what it needs.
+        ImportError: a file needs pycocotools, which is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -310,7 +319,7 @@ class _Coco:
         try:
             mask: np.ndarray = self.coco.annToMask(annotation).astype(bool)
         except Exception as error:
-            # What is not an outline makes pycocotools' C code raise anything.
+            # On something that is not an outline, pycocotools' C code raises errors of any type.
             raise ValueError(
                 f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can "
                 f"be read, want polygons or RLE: {error!r}"
@@ -337,7 +346,7 @@ def _check_size(where: str, got: tuple[Any, Any], want: tuple[int, int]) -> None
 
 
 def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
-    """`values` as 1..k in their order, `none` as 0."""
+    """`values` numbered 1..k in ascending order, with 0 for `none`."""
     objects = np.unique(values[values != none])
     if len(objects) > MOST_OBJECTS:
         raise ValueError(f"masks: {where} has {len(objects)} objects, want at most {MOST_OBJECTS}")
@@ -345,7 +354,7 @@ def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
 
 
 def names(sources: tuple[str, ...]) -> list[str]:
-    """What to call each model: the end of its path, as much as tells them apart."""
+    """A name for each model: as much of the end of its path as tells them apart."""
     parts = [Path(source).parts for source in sources]
     for length in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-length:]) for part in parts]

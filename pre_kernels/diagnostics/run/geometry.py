@@ -1,4 +1,4 @@
-"""Which object each visual token shows, by way of the model's own image processor."""
+"""Which object each visual token shows, found with the model's own image processor."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from .data import optional
 
 Process = Callable[..., Mapping[str, Any]]
 PIXELS = ("pixel_values", "pixel_values_images")
-# by config.model_type: why the number and order of its tokens say nothing about places
+# For each config.model_type, why the number and order of its tokens say nothing about positions.
 UNMAPPED = {
     "aria": "a resampler makes its tokens",
     "emu3": "ends of lines are among its tokens",
     "idefics2": "a resampler makes its tokens",
 }
-NO_MASKS = "masks cannot be used with this model (all else in a report needs none)"
-# The blue of each pixel of a map of objects. No processor pads with it, so that it tells padding.
+NO_MASKS = "masks cannot be used with this model (everything else in a report needs no masks)"
+# The blue value of each pixel in a map of objects. No processor pads with it, so pixels without it
+# are padding.
 MARK = 200
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a model like LLaVA-NeXT makes an image's tokens of those of its tiles: it takes out what
-    is padding, and ends each line with a token of its own; LLaVA-OneVision also scales what is
-    left.
+    """How a model like LLaVA-NeXT makes the tokens of an image from the tokens of its tiles. It
+    removes padding, and adds a token at the end of each line. LLaVA-OneVision also rescales the
+    rest.
 
     Attributes:
-        per_tile: tokens of each tile.
-        pack: (tiles, per_tile, width), `image_sizes` → (tokens, width); zeros for what shows no
-            place.
+        per_tile: the number of tokens of each tile.
+        pack: (tiles, per_tile, width), `image_sizes` → (tokens, width). Tokens that show no part of
+            the image are zeros.
     """
 
     per_tile: int
@@ -44,12 +45,13 @@ class Packing:
 
 
 def find_packing(model: nn.Module) -> Packing | None:
-    """That of a transformers model, by its own `pack_image_features`; None if it has none."""
+    """The packing of a transformers model, from its own `pack_image_features`. None if it has no
+    such method."""
     able = [module for module in model.modules() if hasattr(type(module), "pack_image_features")]
     if not able:
         return None
-    # The innermost one, since LLaVA-OneVision's outer model hands on an argument that the inner one
-    # does not take.
+    # The innermost module is used because LLaVA-OneVision's outer model passes an argument that the
+    # inner one does not accept.
     make: Any = able[-1].pack_image_features
     config: Any = able[-1].config
     names = ("vision_feature_select_strategy", "vision_aspect_ratio")
@@ -67,10 +69,10 @@ def find_packing(model: nn.Module) -> Packing | None:
 def token_grid(
     pixel_inputs: Mapping[str, Any], tokens: int, model_type: str
 ) -> tuple[int, int] | None:
-    """(rows, columns) of an image's visual tokens, for `LayerReport`; None where they are not one
+    """(rows, columns) of an image's visual tokens, for `LayerReport`. None if they are not one
     grid.
 
-    Args: as for `token_objects`.
+    The arguments are as for `token_objects`.
     """
     try:
         tiles, grid = _layout(pixel_inputs, tokens, model_type)
@@ -91,32 +93,32 @@ def token_objects(
     """The visual tokens of each object of one image, bool (objects, tokens) on the CPU, for
     `LayerReport`.
 
-    The map of objects goes the way of the image: it is drawn as images, two bits of the numbers in
-    each, that `process` resizes, crops, pads and tiles, and each token looks at its own pixels. It
-    belongs to the object that covers most of them, if that is at least `coverage`, else to none;
-    padding belongs to none. Where an image is cut into tiles beside a thumbnail of the whole, an
+    The map of objects is processed like the image. It is drawn as images, each with two bits of the
+    object numbers, which `process` resizes, crops, pads and tiles. A token belongs to the object
+    that covers most of the token's pixels, if its share is at least `coverage`, and otherwise to
+    none. Padding belongs to none. If an image is cut into tiles with a thumbnail of the whole, an
     object has tokens in both. An object without tokens has a row of False.
 
-    Layouts: (tiles, 3, height, width), each tile a grid of square tokens in reading order; the same
-    of one sample, (1, tiles, 3, height, width); rows of patches with `image_grid_thw`, of which
-    merge_size² make a token.
+    Layouts that can be mapped: (tiles, 3, height, width), with each tile a grid of square tokens in
+    reading order; the same for one sample, (1, tiles, 3, height, width); rows of patches with
+    `image_grid_thw`, where merge_size² patches make a token.
 
     Args:
-        process: the model's image processor, or a function that calls its processor as the image's
-            was called; called as process(image, return_tensors="pt", do_rescale=False,
-            do_normalize=False).
-        objects: uint8 (height, width) of the image upright: 1..k for its objects, 0 elsewhere.
-        pixel_inputs: what the processor made of the image, `pixel_values` and, where there are,
-            `image_grid_thw` and `image_sizes`; of one image.
-        tokens: how many visual tokens the image has in the model.
-        model_type: of the model's config.
-        coverage: the least share of its pixels, above 0, at most 1.
-        packing: `find_packing(model)`; without it LLaVA-NeXT's and LLaVA-OneVision's tokens are in
-            no layout above.
+        process: the model's image processor, or a function that calls the processor as it was
+            called for the image. It is called as process(image, return_tensors="pt",
+            do_rescale=False, do_normalize=False).
+        objects: uint8 (height, width) of the upright image: 1..k for its objects, 0 elsewhere.
+        pixel_inputs: the output of the processor for one image: `pixel_values` and, if present,
+            `image_grid_thw` and `image_sizes`.
+        tokens: the number of visual tokens of the image in the model.
+        model_type: the model_type of the model's config.
+        coverage: the smallest share of a token's pixels, above 0, at most 1.
+        packing: `find_packing(model)`. Without it, tokens of LLaVA-NeXT and LLaVA-OneVision have
+            none of the layouts above.
 
     Raises:
-        ValueError: naming the argument; for a model whose tokens are not places of the image, or
-            not in a layout above.
+        ValueError: the tokens of the model are not positions in the image, or have none of the
+            layouts above. The message names the argument.
     """
     if (
         not isinstance(objects, np.ndarray)
@@ -153,7 +155,7 @@ def _packed(
     count: int,
     packing: Packing,
 ) -> Tensor:
-    """As `_covered`, of the tokens that are made of the tiles' tokens."""
+    """The same as `_covered` for the tokens that a model makes from the tokens of tiles."""
 
     def tiles(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"pixel_values": _pixels(inputs).flatten(0, -4)}
@@ -180,7 +182,7 @@ def _covered(
     model_type: str,
     count: int,
 ) -> Tensor:
-    """The share of each token that each object covers, (tokens, count), float64."""
+    """The share of each token's pixels that each object covers, (tokens, count), float64."""
     numbers = _numbers(process, objects, pixel_inputs, tokens, model_type)
     place = torch.arange(tokens)[:, None] * (count + 1)
     votes = torch.bincount((place + numbers).flatten(), minlength=tokens * (count + 1)).view(
@@ -196,15 +198,15 @@ def _numbers(
     tokens: int,
     model_type: str,
 ) -> Tensor:
-    """The object's number at each token's pixels, (tokens, pixels), 0 in padding."""
+    """The number of the object at each pixel of each token, (tokens, pixels), 0 in padding."""
     from PIL import Image
 
     layout = _layout(pixel_inputs, tokens, model_type)
     count = int(objects.max())
     numbers = torch.zeros((), dtype=torch.long)
     for bit in range(0, max(count.bit_length(), 1), 2):
-        # Halfway between two objects all their bits change at once, so that interpolation does not
-        # make up a third one.
+        # Interpolation between two objects changes all their differing bits at the halfway point,
+        # so it never produces a third object.
         planes = [
             (objects >> bit & 1) * 255,
             (objects >> bit + 1 & 1) * 255,
@@ -216,9 +218,9 @@ def _numbers(
         got = _pixels(processed).shape
         if got != want or _layout(processed, tokens, model_type) != layout:
             raise ValueError(
-                f"process: made pixels of shape {tuple(got)} of the objects and {tuple(want)} of "
-                "the image, want the same: objects of the image's size, and the processor with the "
-                "same settings"
+                f"process: made pixels of shape {tuple(got)} from the objects and {tuple(want)} "
+                "from the image, want the same shape: objects of the image's size, and a processor "
+                "with the same settings"
             )
         low, high, mark = cut(processed, tokens, model_type).float().unbind(1)
         inside = (mark - MARK).abs() < 8
@@ -232,7 +234,7 @@ def _numbers(
 
 
 def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor:
-    """The pixels of each token, (tokens, 3, pixels); arguments and errors as for
+    """The pixels of each token, (tokens, 3, pixels). Arguments and errors are as for
     `token_objects`."""
     _, (rows, columns) = _layout(pixel_inputs, tokens, model_type)
     pixels = _pixels(pixel_inputs)
@@ -243,7 +245,7 @@ def cut(pixel_inputs: Mapping[str, Any], tokens: int, model_type: str) -> Tensor
         return merged
     tiles = pixels.flatten(0, -4)
     side = _side(tiles, tokens // len(tiles))
-    # What is left over at the edges enters no patch.
+    # Pixels left over at the edges belong to no patch.
     tiles = tiles[..., : rows * side, : columns * side]
     patches: Tensor = optional("einops").rearrange(
         tiles, "n c (row y) (column x) -> (n row column) c (y x)", y=side, x=side
@@ -276,14 +278,14 @@ def _layout(inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[in
             side = 0
         if pixels.dim() != 2 or not side or side**2 * tokens != height * width:
             raise ValueError(
-                f"tokens: {what} and image_grid_thw {grids.tolist()}, want those of one image, "
-                f"where squares of patches make a token: {NO_MASKS}"
+                f"tokens: {what} and image_grid_thw {grids.tolist()}, want the tokens of one "
+                f"image, each made from a square of patches: {NO_MASKS}"
             )
         return 1, (height // side, width // side)
 
     channels = pixels.dim() in (4, 5) and pixels.shape[-3] == 3
-    # Five dimensions are tiles of one sample. LLaVA-NeXT's are another layout: the tokens of its
-    # padding are taken out, and lines end with a token of their own.
+    # Five dimensions are the tiles of one sample. LLaVA-NeXT has a different layout: it removes the
+    # tokens of padding, and adds a token at the end of each line.
     if not channels or (pixels.dim() == 5 and (len(pixels) != 1 or "image_sizes" in inputs)):
         raise ValueError(f"tokens: {what}, want tiles that all have the same tokens: {NO_MASKS}")
     tiles = pixels.flatten(0, -4)
@@ -294,7 +296,8 @@ def _layout(inputs: Mapping[str, Any], tokens: int, model_type: str) -> tuple[in
 
 
 def _side(tiles: Tensor, tokens: int) -> int:
-    """The side in pixels of the squares of which a tile holds `tokens`; 0 if there is none."""
+    """The side in pixels of a square such that a tile holds `tokens` of them. 0 if there is
+    none."""
     height, width = tiles.shape[2:]
     sides = range(min(height, width), 0, -1)
     return next((side for side in sides if (height // side) * (width // side) == tokens), 0)

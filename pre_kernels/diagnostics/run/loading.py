@@ -1,5 +1,5 @@
-"""A vision-language model and its processor, from a folder or a hub, by transformers' own
-classes."""
+"""Loading a vision-language model and its processor from a folder or the hub, with transformers'
+own classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# the --device that spreads a model over all GPUs, as accelerate's device_map="auto" does
+# The value of --device that spreads a model over all GPUs, with accelerate's device_map="auto".
 SPREAD = "spread"
 
 
@@ -27,19 +27,20 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """The model in a folder that `save_pretrained` wrote (a PEFT adapter's too), or of that name on
-    the hub.
+    """Load a model from a folder that `save_pretrained` wrote (a PEFT adapter's too), or by its
+    name on the hub.
 
-    Weights are only read from safetensors.
+    Weights are read only from safetensors.
 
     Args:
+        source: the folder or the name.
         dtype: None: as the weights are saved.
-        device: of torch, or `SPREAD`.
+        device: a device of torch, or `SPREAD`.
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: naming the argument, if it is not a vision-language model or has no processor
-            of images and text.
+        ValueError: the source is not a vision-language model, or has no processor of images and
+            text.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.hub import cached_file
@@ -57,7 +58,8 @@ def load(
         if find_adapter_config_file(source) is None:
             AutoConfig.from_pretrained(source, **more)
         else:
-            # raises where the adapter is a pickle, which from_pretrained would load
+            # from_pretrained would load an adapter that is a pickle. This raises if there is no
+            # safetensors file.
             cached_file(source, "adapter_model.safetensors")
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, **placed, **more
@@ -71,6 +73,6 @@ def load(
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{where} has a {type(processor).__name__}, want a processor of images and text; save "
-            "the model's there too"
+            "the processor there too"
         )
     return Loaded(model.eval() if placed else model.eval().to(device), processor)

@@ -1,4 +1,4 @@
-"""Images through a model into a report: what one image to measure is, and the loop over them."""
+"""`Sample`, an image to measure, and `measure`, which adds samples to a report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Sample:
     """One image to measure.
 
     Attributes:
-        inputs: the arguments of a forward for a batch of one, with this image alone.
-        label: its class, for the probes.
+        inputs: the arguments of a forward for a batch of one, with only this image.
+        label: the class of the image, for the probes.
         masks: (objects, patches) bool, for the contrast ratio.
-        grid: (rows, columns) of its patches, for the spatial contrast.
+        grid: (rows, columns) of the patches, for the spatial contrast.
     """
 
     inputs: Mapping[str, Any]
@@ -40,12 +40,11 @@ def measure(
     call: Callable[..., Any] | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Add each sample to `report`, one by one; yields its hidden states by layer, after they were
+    """Add each sample to `report`, one by one, and yield its hidden states by layer once they are
     added.
 
-    The anchor is what enters the decoder, whether or not layer 0 is among the reader's. An image
-    that a model cuts into tiles is one image here, without a grid. `lens`: with the logit lens,
-    where the model has the parts for it.
+    The anchor is the input of the decoder, whether or not the reader reads layer 0. An image that a
+    model cuts into tiles is one image here, without a grid.
 
     ```python
     report = LayerReport()
@@ -55,8 +54,16 @@ def measure(
     print(report.rows())
     ```
 
+    Args:
+        reader: reads the hidden states of the model.
+        samples: the images.
+        report: takes the measurements.
+        lens: whether to measure the logit lens, if the model has the parts for it.
+        call: as in `Reader.read`.
+        device: where the tensors of a sample's inputs go. None: they stay where they are.
+
     Raises:
-        ValueError: what the report or the reader found wrong.
+        ValueError, TypeError: from the report or the reader.
     """
     logits = reader.logits() if lens else None
     for sample in samples:

@@ -1,5 +1,5 @@
-"""`pre-kernels diagnose`: images through each model, its layers measured, the report; an
-interrupted run resumes."""
+"""`pre-kernels diagnose`: run images through each model, measure its layers, write the report. An
+interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from .loading import SPREAD, Loaded, load
 from .measure import Sample, measure
 from .samples import PROMPT, Preparation, Unusable, ahead, counted, none_left
 
-# the folder of what each model gave, and of how far an interrupted run came
+# The folder for the result of each model and the state of an interrupted run.
 PARTS = "parts"
-# the end of a file's name while it is being written
+# The suffix of a file while it is being written.
 PARTIAL = ".partial"
-# pixels along the longer side of an image in the report
+# Pixels along the longer side of an image in the report.
 THUMBNAIL = 336
-# the share of the time that may go into saving how far a run is
+# The share of the time that may be spent on saving the state of a run.
 SAVING = 0.05
 FILES = {
     "diagnosis.json": "all numbers",
@@ -54,7 +54,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `pre-kernels diagnose`; what is not said there is as in its `--help`."""
+    """The arguments of `pre-kernels diagnose`, with the same defaults."""
 
     models: tuple[str, ...]
     images: Path
@@ -76,18 +76,18 @@ class Settings:
 def diagnose(
     settings: Settings, out: Path, console: Console | None = None, command: str = ""
 ) -> dict[str, Any]:
-    """Measure every model on every image, write `FILES` into `out`; returns what diagnosis.json
-    holds.
+    """Measure every model on every image, and write `FILES` into `out`. Returns the content of
+    diagnosis.json.
 
-    What a model gave is kept in out/parts, and so is how far an interrupted run came, under a name
-    made of all that it depends on: the settings, the model's files and the images. A run with the
-    same name resumes there; where it was stopped while an image was being added, at the last save,
-    half a minute or more before.
+    The result of each model, and the state of an interrupted run, are kept in out/parts. Their name
+    depends on everything that the result depends on: the settings, the files of the model and the
+    images. A run with the same name resumes from that state. If it was stopped while an image was
+    being added, it resumes from the last save, half a minute or more before.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted; before any work where that is
-            possible.
-        OSError: if `out` cannot be written.
+        ValueError: the message names the argument, what it got and what it needs. It comes before
+            any work if possible.
+        OSError: `out` cannot be written.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     images = find_images(settings.images, settings.labels, settings.limit, settings.seed)
@@ -115,13 +115,14 @@ def diagnose(
 
 @dataclass(frozen=True)
 class Part:
-    """What one model gave, `path`, and while it is being measured how far that is, beside it."""
+    """The files of one model: its result at `path` and, while it is being measured, its state at
+    `state`."""
 
     path: Path
 
     @classmethod
     def of(cls, settings: Settings, source: str, images: Images, folder: Path) -> Part:
-        """Named by everything that the result depends on."""
+        """The part whose name depends on everything that the result depends on."""
         settled = {
             name: str(value)
             for name, value in dataclasses.asdict(settings).items()
@@ -148,7 +149,7 @@ class Part:
         return self.path.with_suffix(".safetensors")
 
     def result(self) -> dict[str, Any] | None:
-        """What was measured, or None before that; ValueError naming the file if that is broken."""
+        """The result, or None if there is none yet. ValueError if the file is broken."""
         if not self.path.exists():
             return None
         try:
@@ -173,7 +174,7 @@ def examine(
     part: Part,
     console: Console,
 ) -> dict[str, Any]:
-    """Rows, heat maps and notes of one model, also kept in `part`."""
+    """Measure one model. Returns its rows, heat maps and notes, and keeps them in `part`."""
     if part.state.exists():
         layers, more = LayerReport.load(part.state, sums_device(settings.device))
         console.print(f"{name}: resuming after {more['done']} of {len(images.items)} images")
@@ -202,8 +203,8 @@ def examine(
                 bar.update(task, completed=more["done"])
                 saver.now_and_then()
     finally:
-        # An image that was stopped in is added in part, and not done: after a save now it would be
-        # added again. The last save stands then.
+        # If the run stopped while an image was being added, some layers have it and others do not.
+        # A save now would count it twice on resuming, so the last save is kept.
         if more["done"] and more["done"] == layers.images + len(more["left_out"]):
             more["seconds"] += saver.elapsed()
             saver.save()
@@ -224,7 +225,7 @@ def usable(
     more: dict[str, Any],
     console: Console,
 ) -> Iterator[tuple[Sample, Any]]:
-    """What is left of the images as samples; those that cannot be used are named and counted."""
+    """The usable images that are left, as samples. Unusable images are named and counted."""
     prepare = Preparation(loaded.model, loaded.processor, masks, settings.prompt)
     for item, sample in ahead(prepare, images.items[more["done"] :]):
         if isinstance(sample, Unusable):
@@ -236,10 +237,10 @@ def usable(
 
 
 def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -> dict[str, Any]:
-    """The similarity of one patch with all of its image, at five layers: a patch of the largest
-    object, or the middle.
+    """The similarity of one patch with all patches of its image, at five layers. The patch is one
+    of the largest object, or the middle one without masks.
 
-    As in a document for `page.html`, but for the model's name.
+    The result has the form of "maps" in a document for `page.html`, without the name of the model.
     """
     assert sample.grid is not None
     rows, columns = sample.grid
@@ -269,12 +270,13 @@ def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -
 def described(
     settings: Settings, images: Images, results: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
-    """The document that `page.html` draws."""
+    """The document that `page.html` shows."""
     labelled = sum(item.label is not None for item in images.items)
     maps: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         for drawn in result["maps"]:
-            # Models may cut an image differently: only maps of one grid, patch and layers join.
+            # Models may cut an image differently. Only maps with the same grid, patch and layers
+            # are drawn together.
             key = (drawn["image"], *drawn["grid"], *drawn["patch"], *drawn["layers"])
             joined = maps.setdefault(key, drawn | {"similarity": {}})
             joined["similarity"][result["name"]] = drawn["similarity"]
@@ -315,7 +317,7 @@ def described(
 
 
 class Saver:
-    """Saves now and then: so seldom that no more than `SAVING` of the time goes into it."""
+    """Saves now and then, so rarely that saving takes at most the share `SAVING` of the time."""
 
     def __init__(self, save: Callable[[], None]) -> None:
         self.save = save
@@ -323,7 +325,7 @@ class Saver:
         self._due = self._start + 30.0
 
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since this was created."""
         return time.monotonic() - self._start
 
     def now_and_then(self) -> None:
@@ -348,8 +350,8 @@ def progress(console: Console) -> Progress:
 
 
 def sums_device(device: str) -> str:
-    """The device on which saved sums continue: with layers on several GPUs, what each adds is moved
-    to the first."""
+    """The device of sums that were saved. If layers are on several GPUs, all their sums are on the
+    first one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == SPREAD else device
 
 
@@ -375,15 +377,15 @@ def versions() -> dict[str, str]:
 
 
 def written(file: Path, parts: Path) -> bool:
-    """Whether a run with these parts wrote the file, both resolved: --out may lie in the model's
-    folder."""
+    """Whether a run with this folder of parts wrote the file. Both paths are resolved. It matters
+    because --out may lie in the folder of the model."""
     return parts in file.parents or (
         file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES
     )
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,5 +1,5 @@
-"""From an image file to the arguments of a model's forward, and what is known of the image's
-patches."""
+"""Samples from image files: the arguments of a model's forward, and the masks and grid of the
+image's patches."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .geometry import find_packing, token_grid, token_objects
 from .measure import Sample
 
 PROMPT = "Describe the image."
-# how many images are prepared while the model is busy
+# How many images are prepared while the model is busy.
 AHEAD = 4
 LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the model's processor"}
 
 
 class Preparation:
-    """Makes a `Sample` of an image file for one model.
+    """Makes a `Sample` from an image file for one model.
 
-    The text is the model's chat template with the image and then `prompt`; without a template the
-    image's placeholder and the prompt. In a causal decoder what comes after the image does not
-    reach its tokens.
+    The text is the model's chat template with the image and then `prompt`. Without a template, it
+    is the image's placeholder and the prompt. In a causal decoder, text after the image does not
+    influence the image's tokens.
 
     Args:
-        model, processor: of transformers.
-        masks: where the objects in images are known from.
-        prompt: what is asked.
+        model, processor: a model of transformers and its processor.
+        masks: the source of masks.
+        prompt: the text after the image.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Preparation:
         """The image as a batch of one, on the CPU.
 
         Raises:
-            ValueError: naming the file: an image that cannot be read or that the processor refuses
-                (`Unusable`), or a mask that does not fit.
+            Unusable: the image cannot be read, or the processor refuses it.
+            ValueError: the mask does not fit the image. Both messages name the file.
         """
         try:
             image = open_image(item.path)
@@ -60,7 +60,7 @@ class Preparation:
         try:
             inputs = dict(self._process(image, return_tensors="pt"))
         except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-            # Sizes and pixels can lead to these. Other errors are not the image's.
+            # The size or the pixels of an image can cause these errors. Others have other causes.
             name = type(self.processor).__name__
             raise Unusable(
                 "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
@@ -94,7 +94,8 @@ class Preparation:
 
 
 class Unusable(ValueError):
-    """An image that is left out, while others can be used; `reason` is a key of `LEFT_OUT`."""
+    """Raised for an image that is left out, while others can be used. `reason` is a key of
+    `LEFT_OUT`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -115,16 +116,17 @@ def load_samples(
 ) -> list[Sample]:
     """The images of a folder as samples for `LayerCallback` or `measure`, all in memory.
 
-    Arguments as those of `pre-kernels diagnose`; a checkpoint that is diagnosed with them gives the
-    callback's metrics. Images that cannot be read, or that the processor refuses, are left out, and
-    a warning names each of them.
+    The arguments are those of `pre-kernels diagnose`, which gives the metrics of the callback if
+    the checkpoint is diagnosed with the same arguments. Images that cannot be read, or that the
+    processor refuses, are left out, and a warning names each of them.
 
     ```python
     samples = load_samples(model, processor, "held-out/", limit=256)
     ```
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted; if every image is left out.
+        ValueError: an argument is wrong, or every image is left out. The message names the
+            argument, what it got and what it needs.
     """
     source = None if masks is None else open_masks(Path(masks), background)
     images = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
@@ -143,13 +145,13 @@ def load_samples(
 
 
 def none_left(images: Images, left_out: Sequence[tuple[str, str]]) -> str:
-    """What is wrong where no image is left; `left_out` has the name and the reason of each."""
+    """The message if no image is left. `left_out` has the name and the reason of each image."""
     reasons = "; ".join(counted(left_out))
     return f"images: none of the {len(images.items)} in {images.folder} can be used: {reasons}"
 
 
 def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
-    """For each reason how many images it was, and the first of them."""
+    """A line for each reason: how many images were left out for it, and the first names."""
     lines = []
     for reason, what in LEFT_OUT.items():
         names = [name for name, its in left_out if its == reason]
@@ -161,8 +163,8 @@ def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
 def ahead(
     prepare: Callable[[Item], Sample], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Sample | Unusable]]:
-    """Each item with its sample, or with why its image is left out, in order; some are prepared
-    ahead in threads."""
+    """Yield each item in order, with its sample or with the reason why its image is left out.
+    Threads prepare some of them ahead."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: list[tuple[Item, Future[Sample]]] = []
         rest = iter(items)

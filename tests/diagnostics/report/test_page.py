@@ -158,7 +158,7 @@ def test_the_least_document_has_a_page():
     for runs in ([rows([0.9, 0.5, 0.6])], [rows([None, None, None])], [[]], []):
         said = "".join(Page(report.html(document(("a", runs)))).text)
         assert "a title" in said
-        assert "Semantic contrast ratio: it takes masks, the patches of each object." in said
+        assert "Semantic contrast ratio: needs masks, the patches of each object." in said
     optional = (
         "marked",
         "maps",
@@ -186,7 +186,7 @@ def test_a_model_says_where_it_starts_is_least_and_ends():
         "a: 0.500 at layer 0 (the minimum), 0.700 at layer 4; +0.200 from first to last."
     ]
     findings = report.findings(document(("a", [rows([None, 0.7, None])])))
-    assert findings["Linear probe"] == ["a: 0.700 at layer 4, the only one measured."]
+    assert findings["Linear probe"] == ["a: 0.700 at layer 4, the only layer measured."]
     findings = report.findings(document(("a", [rows([0.9, 0.5, 0.6]), rows([0.7, 0.7, 0.2])])))
     assert findings["Linear probe"] == [
         "a: 0.800 ± 0.141 at layer 0, 0.400 ± 0.283 at layer 8 (the minimum); -0.400 ± 0.141 from "
@@ -202,7 +202,7 @@ def test_two_models_differ_in_the_deep_half_and_at_the_last_layer():
         "mean of layers 4, 8: 0.550 (a), 0.825 (b), difference +0.275.",
         "layer 8: 0.600 (a), 0.850 (b), difference +0.250.",
     ]
-    assert "Noise between seeds: it takes several runs of each model." in findings["Not measured"]
+    assert "Noise between seeds: needs several runs of each model." in findings["Not measured"]
     last = report.findings(
         document(("a", [rows([0.9, None, 0.6])]), ("b", [rows([0.9, None, 0.85])]))
     )
@@ -242,8 +242,7 @@ def test_without_masks_spatial_contrast_stands_in():
     assert "Semantic contrast ratio" not in found
     assert found["Spatial contrast"][0].startswith("a: 1.500 at layer 0")
     assert (
-        "Semantic contrast ratio: it takes masks, the patches of each object."
-        in found["Not measured"]
+        "Semantic contrast ratio: needs masks, the patches of each object." in found["Not measured"]
     )
     with_masks = rows([0.9, 0.5, 0.6], spatial_contrast=[1.5, 1.25, 1.0], contrast=[2.0, 1.5, 1.0])
     assert "Spatial contrast" not in report.findings(document(("a", [with_masks])))
@@ -254,9 +253,7 @@ def test_sentences_name_their_metric():
     found = report.sentences(one)
     assert found[0].startswith("Linear probe – a: 0.900 at layer 0")
     assert found[1].startswith("Effective dimension – a: 3.0 at layer 0, 2.0 at layer 8")
-    assert (
-        "Not measured – Cosine with the anchor: it takes an anchor as wide as the layer." in found
-    )
+    assert "Not measured – Cosine with the anchor: needs an anchor as wide as the layer." in found
     assert len(found) == sum(map(len, report.findings(one).values()))
 
 

@@ -121,7 +121,9 @@ def test_training_continues_bit_for_bit(attached: bool, tmp_path: Path) -> None:
 def test_measuring_is_bounded(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.add_callback(LayerCallback(trainer, held_out(), every=1, max_share=1e-6))
-    with pytest.warns(UserWarning, match=r"more than max_share=1e-06; some are left out") as caught:
+    with pytest.warns(
+        UserWarning, match=r"more than max_share=1e-06; some measurements are skipped"
+    ) as caught:
         trainer.train()
     assert [entry["step"] for entry in measured(trainer)] == [0, 5]
     assert sum("max_share" in str(warning.message) for warning in caught) == 1

@@ -209,7 +209,7 @@ def test_images_that_cannot_be_read(tmp_path):
         open_image(tmp_path / "nowhere.jpg")
     # converting would cut everything above 255 to white
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png .*want 8 bits a channel"):
+    with pytest.raises(ValueError, match=r"deep\.png .*want 8 bits for each channel"):
         open_image(tmp_path / "deep.png")
 
 

@@ -286,7 +286,7 @@ def test_objects_that_are_not_of_the_image():
     inputs = process(Image.new("RGB", WIDE), return_tensors="pt")
     with pytest.raises(
         ValueError,
-        match=r"process: made pixels of shape \(1, 3, 304, 208\) of the objects and \(1, 3",
+        match=r"process: made pixels of shape \(1, 3, 304, 208\) from the objects and \(1, 3",
     ):
         token_objects(process, scene(TALL), inputs, 13 * 19, "pixtral")
     process = processor("Qwen2VLImageProcessor")
@@ -349,20 +349,20 @@ PATCHES = {"pixel_values": torch.zeros(308, 1176), "image_grid_thw": torch.tenso
             PATCHES,
             76,
             "qwen2_vl",
-            r"tokens: got 76 .*image_grid_thw \[\[1, 14, 22\]\], want those of one image",
+            r"tokens: got 76 .*image_grid_thw \[\[1, 14, 22\]\], want the tokens of one image",
         ),
         (PATCHES, 0, "qwen2_vl", "tokens: got 0 "),
         (
             {**PATCHES, "image_grid_thw": torch.tensor([[2, 14, 11]])},
             77,
             "qwen2_vl",
-            "tokens: got 77 .*, want those of one image",
+            "tokens: got 77 .*, want the tokens of one image",
         ),
         (
             {**PATCHES, "image_grid_thw": torch.tensor([[1, 7, 22]] * 2)},
             77,
             "qwen2_vl",
-            "tokens: got 77 .*, want those of one image",
+            "tokens: got 77 .*, want the tokens of one image",
         ),
     ],
 )
