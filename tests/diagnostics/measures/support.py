@@ -1,4 +1,4 @@
-"""Reports on random images, and how rows of two of them are compared."""
+"""Reports on random images, and a comparison of the rows of two reports."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CLASSES = 3
 
 
 def data(images=12, seed=0):
-    """Images as `update` takes them: four objects each, and a class."""
+    """Arguments for `update`: images with four objects each, and a class."""
     g = torch.Generator().manual_seed(seed)
     mix = {layer: torch.randn(WIDTH, WIDTH, generator=g) for layer in LAYERS}
     samples = []

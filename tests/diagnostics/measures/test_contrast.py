@@ -48,13 +48,13 @@ def test_equals_the_definition_pair_by_pair():
 
 
 def test_known_answers():
-    # two objects, each of two equal patches, 60 degrees apart
+    # Two objects that are 60 degrees apart, each of two equal patches.
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 3**0.5 / 2])
     masks = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
     assert contrast_ratio(torch.stack([a, a, b, b]), masks) == pytest.approx((1.0, 0.5, 2.0))
-    # all patches alike: borders leave no trace
+    # All patches are equal, so borders leave no trace.
     assert contrast_ratio(torch.ones(4, 3), masks) == pytest.approx((1.0, 1.0, 1.0))
-    # the patches of one object at right angles, one of them shared by the other object
+    # The two patches of one object are at right angles, and the other object equals one of them.
     assert contrast_ratio(torch.stack([a, torch.tensor([0.0, 1.0]), a, a]), masks) == pytest.approx(
         (0.5, 0.5, 1.0)
     )

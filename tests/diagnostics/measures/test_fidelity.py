@@ -9,8 +9,7 @@ from pre_kernels.diagnostics import Moments, cka_of_moments, cknna, linear_cka, 
 
 
 def pair(rows=40, d=7, z=5, seed=0):
-    """Two feature matrices of which one is a noisy linear image of the other; neither is
-    centred."""
+    """Two feature matrices, neither centred. One is a noisy linear image of the other."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d, generator=g, dtype=torch.double)
     y = x @ torch.randn(d, z, generator=g, dtype=torch.double) + torch.randn(
@@ -49,7 +48,7 @@ def gram_cka_debiased(x, y):
 
 
 def cknna_by_numpy(x, y, neighbours):
-    """The definition, in NumPy and one row's neighbours at a time."""
+    """The definition in NumPy, for one row's neighbours at a time."""
     n = len(x)
     sides = []
     for side in (x.numpy(), y.numpy()):
@@ -134,7 +133,7 @@ def test_cka_known_answers():
     assert linear_cka(x, 3 * x @ rotation(7) + 5) == pytest.approx(1)
     assert linear_cka(x, 3 * x @ rotation(7) + 5, debiased=True) == pytest.approx(1)
     a = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
-    # one feature of two equal ones: |x̄ᵀȳ|² = 4 over √(8 · 4)
+    # y is one of two equal features of x, so |x̄ᵀȳ|² = 4, over √(8 · 4).
     assert linear_cka(a, a[:, :1]) == pytest.approx(4 / math.sqrt(8 * 4))
     assert linear_cka(a[:, :1], a[:, 1:]) == pytest.approx(0)
 
@@ -214,7 +213,7 @@ def test_cknna_known_answers_and_invariances():
     )
     assert cknna(y, x, 4) == pytest.approx(expected, abs=0.01)  # neighbours are not mutual
     assert cknna(x + 5, y, 4) != pytest.approx(expected, rel=0.01)
-    # in pairs, and the pairs are others on each side: no neighbour is shared
+    # Rows form pairs, with different partners on each side, so no neighbour is shared.
     pairs = torch.eye(4, dtype=torch.double).repeat_interleave(2, 0)
     assert cknna(pairs, pairs[[0, 2, 4, 6, 1, 3, 5, 7]], 1) == 0
 

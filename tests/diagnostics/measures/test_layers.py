@@ -91,7 +91,7 @@ def test_merging_is_as_one_stream():
 
 
 def numbers(value):
-    """How many numbers an object holds, counting what keeps tensors' memory alive."""
+    """How many numbers an object keeps in memory. A view of a tensor keeps the whole tensor."""
     if torch.is_tensor(value):
         return value.untyped_storage().nbytes() // value.itemsize
     if isinstance(value, dict):
@@ -102,7 +102,7 @@ def numbers(value):
 
 
 def test_memory_is_flat_in_the_number_of_images():
-    # 20 tokens an image, so samples of 15 tokens and of 3 labels are full after 3
+    # An image has 20 tokens, so the samples of 15 tokens and of 3 labels are full after 3 images.
     seen = report(data(3), tokens=15, labelled=3)
     before = numbers(seen)
     for image in data(40, seed=1):
@@ -249,7 +249,7 @@ def test_a_reservoir_is_a_uniform_sample_however_the_stream_is_cut():
         reservoir, other = sample([6], seed), sample([4], seed + 10_000)
         reservoir.merge(other)
         merged.update(reservoir.items())
-    # items 0..3 came in both halves: 3 of 10 places, each equally likely
+    # Items 0..3 came in both halves. The sample keeps 3 of the 10 offers, each equally likely.
     assert sum(merged.values()) == 9000
     assert merged[4] == pytest.approx(900, abs=120)
     assert merged[0] == pytest.approx(1800, abs=160)

@@ -7,7 +7,7 @@ from pre_kernels.diagnostics import LogitLens
 
 
 def lens(tokens, vocabulary=50, **options):
-    """A lens that saw hidden states which decode to these tokens."""
+    """A lens that has seen hidden states which decode to these tokens."""
     found = LogitLens()
     found.update(torch.eye(vocabulary)[torch.tensor(tokens)], lambda h: h, **options)
     return found

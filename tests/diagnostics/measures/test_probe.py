@@ -8,8 +8,8 @@ from pre_kernels.diagnostics.measures.probe import _fit
 
 
 def blobs(count=300, width=6, classes=3, gap=8.0, seed=0):
-    """Gaussian blobs whose centres lie `gap` standard deviations from the origin, along one axis
-    each."""
+    """Gaussian blobs. Each centre is `gap` standard deviations from the origin, along an axis of
+    its own."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     return torch.randn(count, width, generator=g) + gap * torch.eye(classes, width)[labels], labels
@@ -27,7 +27,7 @@ def test_features_without_the_label_give_chance():
 
 
 def test_it_is_linear():
-    # the exclusive or of two signs is in the features, but no line separates it
+    # The label is the exclusive or of two signs. The features have it, but no line separates it.
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 2, generator=g)
     assert linear_probe(x, (x[:, 0] * x[:, 1] > 0).long()) < 0.6
@@ -35,7 +35,7 @@ def test_it_is_linear():
 
 
 def test_accuracy_of_two_gaussians_is_the_known_one():
-    # centres at ±1 of unit variance: the best classifier is right with probability Φ(1)
+    # With centres at ±1 and unit variance, the best classifier is right with probability Φ(1).
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(40_000) % 2
     x = torch.randn(40_000, 1, generator=g) + (2.0 * labels - 1)[:, None]
@@ -62,7 +62,7 @@ def test_same_seed_same_split():
 
 
 def test_accuracy_is_that_of_the_test_part():
-    # with more columns than rows any labels are learned by heart
+    # With more columns than rows, any labels can be memorised.
     g = torch.Generator().manual_seed(0)
     features = torch.randn(100, 300, generator=g)
     labels = torch.randint(2, (100,), generator=g)
@@ -81,8 +81,7 @@ def test_does_not_need_gradients_or_change_its_input():
 
 
 def clouds(count, width, classes, gap, seed=0):
-    """Overlapping classes; one feature is constant, others differ in scale and lie off the
-    origin."""
+    """Overlapping classes. One feature is constant, others differ in scale, and none is centred."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     features = (
@@ -141,7 +140,7 @@ def test_inference_mode():
 
 
 def test_the_split_takes_a_part_of_every_class():
-    # a class whose rows are all equal is found if it is in both parts
+    # A class whose rows are all equal is found if both parts have one of them.
     labels = torch.tensor([0] * 40 + [1] * 2 + [2] * 10)
     for seed in range(5):
         for test_size in (0.1, 0.25, 0.9):
@@ -182,10 +181,10 @@ def test_knn_equals_the_definition(neighbours, temperature):
 
 def test_knn_known_answers():
     assert knn_probe(*blobs()) == 1.0
-    # the exclusive or of two signs, which no line separates, is plain to neighbours
+    # No line separates the exclusive or of two signs, but neighbours agree on it.
     x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     assert knn_probe(x, (x[:, 0] * x[:, 1] > 0).long()) > 0.97
-    # one near row outvotes two far ones at a low temperature, not at a high one
+    # One near row outvotes two far ones at a low temperature, and not at a high one.
     x, y = torch.tensor([[1.0, 0], [0, 1], [0, 1]]), torch.tensor([0, 1, 1])
     near = torch.tensor([[2.0, 1.0]]), torch.tensor([0])
     assert knn_probe(x, y, *near, temperature=0.07) == 1.0

@@ -48,12 +48,12 @@ def test_default_radius_is_a_quarter_of_the_shorter_side():
 
 
 def test_known_answers():
-    # two halves, each of equal patches, 60 degrees apart
+    # Two halves that are 60 degrees apart, each of equal patches.
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 3**0.5 / 2])
     halves = torch.stack([a, a, b, b]).expand(4, 4, 2).reshape(16, 2)
-    # 24 pairs share a side, 4 of them over the border; at radius 2 what is far is one half against
-    # the other, or rows 0 and 3: 16 pairs of columns of which 8 are in one half; columns 0 and 3 in
-    # any rows: 16 pairs, 2 of them counted
+    # 24 pairs share a side, and 4 of them cross the border. At radius 2, far pairs are in rows 0
+    # and 3 (16 pairs of columns, of which 8 are within one half) or in columns 0 and 3 (16 pairs of
+    # rows, of which 2 are in rows 0 and 3 too).
     near, far, ratio = spatial_contrast(halves, (4, 4), 2)
     assert near == pytest.approx((20 + 4 * 0.5) / 24)
     assert far == pytest.approx((8 + 8 * 0.5 + 14 * 0.5) / 30)
@@ -93,7 +93,7 @@ def test_invariances():
         expected, rel=1e-9
     )
     assert spatial_contrast(features.flip(0), grid, 2) == pytest.approx(expected, rel=1e-9)
-    # but not to the order of patches: neighbourhood is what it looks at
+    # The order of patches does matter, because it decides which patches are neighbours.
     angle = torch.linspace(0, math.pi / 2, 35)
     smooth = torch.stack([angle.cos(), angle.sin()], dim=1)
     shuffled = smooth[torch.randperm(35, generator=g)]
@@ -120,7 +120,7 @@ def test_nothing_to_average_is_nan():
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in any tensor that is made."""
+    """Records the size of the largest tensor that is made."""
 
     numbers = 0
 

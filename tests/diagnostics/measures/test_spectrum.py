@@ -124,7 +124,7 @@ def test_offsets_of_massive_activations_cost_no_accuracy():
         (64, measured(*(x + offset).split(64))),
         (1, measured(*(x + offset).split(1))),
     ):
-        # what remains is the rounding of the input at 1e8
+        # The remaining error is the rounding of the input at 1e8.
         assert spectrum[:3] == pytest.approx(expected[:3], rel=1e-6), size
     single = (x + offset.clamp(-1e4, 1e4)).float()
     assert measured(*single.split(10))[:3] == pytest.approx(

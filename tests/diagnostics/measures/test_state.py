@@ -11,7 +11,7 @@ from .support import GRID, assert_rows_equal, data, logits, report
 
 def test_a_loaded_report_continues_as_the_saved_one(tmp_path):
     images = data(40)
-    # fewer than there are, so that the samples' draws have to continue too
+    # The samples hold fewer items than there are, so that their draws have to continue too.
     options = {"tokens": 64, "labelled": 16}
     whole = report(images, **options)
     first = report(images[:23], **options)

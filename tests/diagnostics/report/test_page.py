@@ -23,7 +23,7 @@ VOID = {"meta", "img", "path", "br", "link"}
 
 
 class Page(HTMLParser):
-    """Everything that a test asks of a page; tags have to close in order."""
+    """A parser that collects what the tests need of a page. Tags have to close in order."""
 
     def __init__(self, text):
         super().__init__()

@@ -17,7 +17,7 @@ def run(values, column="linear_probe", layers=(0, 4, 8)):
 
 
 def lines(axes, name=None):
-    """(x, y) of the curves, of one name or all."""
+    """(x, y) of the curves with a name, or of all curves."""
     found = [line for line in axes.get_lines() if name is None or line.get_label() == name]
     return [tuple(map(list, line.get_data())) for line in found]
 

@@ -1,4 +1,4 @@
-"""What the tests of the run share: a tiny model, the command, its results and its interruption."""
+"""Helpers of these tests: a tiny model, the command, its results and its interruption."""
 
 import json
 
@@ -12,7 +12,7 @@ from pre_kernels.demo.settings import Settings
 from pre_kernels.diagnostics import measure
 from pre_kernels.diagnostics.run import run
 
-# how many scenes of each digit there are
+# How many scenes of each digit there are.
 EACH = 2
 
 
@@ -53,7 +53,7 @@ class Stop(Exception):
 
 
 def interrupted(monkeypatch, after, error):
-    """`run.measure` that raises `error` instead of measuring the image after so many."""
+    """Make `run.measure` raise `error` once it has measured `after` images."""
     done = []
 
     def measured(*args, **kwargs):

@@ -1,5 +1,5 @@
-"""The callback logs what the diagnostics give on the same weights, and leaves the training as it is
-without it."""
+"""The callback logs the metrics that the diagnostics give for the same weights, and does not change
+the training."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_scores(tmp_path: Path) -> None:
 
 
 def test_what_the_wrapper_computes_is_measured(tmp_path: Path) -> None:
-    """DeepSpeed's torch_autocast is around the call of its engine, not inside the model."""
+    """DeepSpeed applies torch_autocast around the call of its engine, not inside the model."""
     trainer = trainer_of(tmp_path)
     callback = LayerCallback(trainer, held_out(), 1)
     plain = offline(trainer.model)
@@ -192,7 +192,7 @@ def in_two_processes(how: str, folder: str) -> Any:
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2", "ZeRO-3"])
 def test_two_processes(how: str, tmp_path: Path) -> None:
-    """Also where no process has the whole model."""
+    """Measuring works even if no process has the whole model."""
     if "ZeRO" in how:
         need_deepspeed()
     zero, one = both(in_two_processes, how, str(tmp_path))

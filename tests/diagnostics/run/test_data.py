@@ -26,7 +26,7 @@ def picture(path, size=(6, 4), mode="RGB", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes of 5, 3 and 2 images, and what is none."""
+    """Three classes of 5, 3 and 2 images, and files that are not images."""
     for name, count in (("cat", 5), ("dog", 3), ("Ärger ü", 2)):
         for i in range(count):
             picture(tmp_path / "in" / name / f"{i} é.png")
@@ -207,7 +207,7 @@ def test_images_that_cannot_be_read(tmp_path):
             open_image(tmp_path / name)
     with pytest.raises(ValueError, match=r"images: cannot read .*nowhere\.jpg"):
         open_image(tmp_path / "nowhere.jpg")
-    # converting would cut everything above 255 to white
+    # A conversion would clip everything above 255 to white.
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png .*want 8 bits for each channel"):
         open_image(tmp_path / "deep.png")
@@ -303,7 +303,7 @@ def annotations(path, *segmentations, **more):
 
 
 def test_coco_annotations(tmp_path, capsys):
-    # in runs of 0 and 1 by column: the whole of column 7
+    # Runs of 0 and 1 in column-major order. These cover column 7.
     runs = {"size": [6, 8], "counts": [42, 6]}
     path = annotations(tmp_path / "a.json", rectangle(1, 1, 3, 3), rectangle(0, 0, 6, 4), runs)
     objects = open_masks(path).objects(ITEM, (8, 6))

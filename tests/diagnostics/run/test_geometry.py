@@ -10,8 +10,8 @@ WIDE, TALL = (300, 200), (200, 300)  # width, height
 
 
 def scene(size, left=0.13, top=0.22):
-    """Four quarters, 1 to 4 in reading order, behind an off-centre rectangle, 5, and a frame
-    without objects."""
+    """Four quarters, numbered 1 to 4 in reading order, a rectangle 5 that is off the centre and
+    covers parts of them, and a frame without objects."""
     width, height = size
     objects = np.zeros((height, width), np.uint8)
     middle, centre = height // 2, width // 2
@@ -27,8 +27,8 @@ def scene(size, left=0.13, top=0.22):
 
 
 def shares(objects, box, grid, points=24):
-    """How much of each token each object covers (objects, tokens), if the grid lies over `box` of
-    the picture."""
+    """How much of each token each object covers, (objects, tokens), if the grid covers `box` of the
+    picture."""
     left, top, right, bottom = box
     rows, columns = grid
     y = top + (bottom - top) * (np.arange(rows * points) + 0.5) / (rows * points)
@@ -45,7 +45,7 @@ def whole(size):
 
 
 def processor(name, **options):
-    """A processor as a function, which was called with `options` for the image too."""
+    """A processor as a function that always passes `options`, as for the image."""
     made = getattr(hf, name)()
     return lambda image, **more: made(image, **options, **more)
 
@@ -57,11 +57,11 @@ def patched(name, patch, size, box, grid):
 
 
 CASES = [
-    # the shorter side becomes 224, and the middle of the longer one is kept
+    # The shorter side becomes 224, and the middle of the longer side is kept.
     patched("CLIPImageProcessor", {}, WIDE, (50, 0, 250, 200), (16, 16)),
     patched("CLIPImageProcessor", {}, TALL, (0, 50, 200, 250), (16, 16)),
     patched("SiglipImageProcessor", {}, WIDE, whole(WIDE), (16, 16)),
-    # 27 patches of 14 pixels leave 6 of 384 pixels over, right and below
+    # 27 patches of 14 pixels leave 6 of 384 pixels unused, at the right and at the bottom.
     patched(
         "SiglipImageProcessor",
         {"size": {"height": 384, "width": 384}},
@@ -72,16 +72,16 @@ CASES = [
     patched(
         "Gemma3ImageProcessor", {"size": {"height": 896, "width": 896}}, TALL, whole(TALL), (16, 16)
     ),
-    # padded to a square, with a mean colour
+    # The image is padded to a square with a mean colour.
     patched("LlavaImageProcessor", {"do_pad": True}, WIDE, (0, -50, 300, 250), (16, 16)),
     patched("JanusImageProcessor", {}, TALL, (-50, 0, 250, 300), (24, 24)),
-    # rounded to multiples of a patch
+    # The sides are rounded to multiples of a patch.
     patched("PixtralImageProcessor", {}, WIDE, whole(WIDE), (13, 19)),
     patched("PixtralImageProcessor", {}, TALL, whole(TALL), (19, 13)),
     patched("Qwen2VLImageProcessor", {}, WIDE, whole(WIDE), (7, 11)),
     patched("Qwen2VLImageProcessor", {}, TALL, whole(TALL), (11, 7)),
     patched("Glm4vImageProcessor", {}, WIDE, whole(WIDE), (7, 11)),
-    # InternVL: tiles, and then all of the image
+    # InternVL makes tiles, and then a thumbnail of the whole image.
     pytest.param(
         processor("GotOcr2ImageProcessor", crop_to_patches=True, min_patches=2, max_patches=6),
         WIDE,
@@ -174,7 +174,7 @@ def test_tiles_whose_tokens_are_packed(name, more, grid):
 
 
 def same(image, **options):
-    """A processor that leaves the image as it is."""
+    """A processor that does not change the image."""
     return {"pixel_values": torch.from_numpy(np.array(image)).movedim(-1, 0)[None]}
 
 
@@ -191,7 +191,7 @@ def test_coverage():
     assert found_in(objects, 2, 0.75).tolist() == [[1, 0], [0, 0], [0, 0]]
     assert found_in(objects, 2, 0.76).tolist() == [[0, 0], [0, 0], [0, 0]]
     assert found_in(objects, 2, 0.25).tolist() == [[1, 0], [0, 1], [0, 0]]
-    # of two that cover as much, the first
+    # If two objects cover the same share, the first one counts.
     assert found_in([[2, 2], [1, 1]], 1).tolist() == [[1], [0]]
     assert found_in([[0, 0], [0, 0]], 1).shape == (0, 1)
 

@@ -1,4 +1,4 @@
-"""`pre-kernels diagnose` that is interrupted and resumes: every image counts once."""
+"""A run of `pre-kernels diagnose` that is interrupted and resumes counts every image once."""
 
 import re
 import shutil
@@ -49,8 +49,8 @@ def test_an_interrupted_run_resumes(there, tmp_path, monkeypatch, capsys):
 def test_an_image_that_was_half_added_is_not_added_twice(
     there, tmp_path, monkeypatch, place, name, call, saved
 ):
-    """Interrupted in the fifth image: in its second layer's sums, and when all are there but it is
-    not counted."""
+    """The run is interrupted within the fifth image: while its second layer is added, or after all
+    its layers are added but before it is counted."""
     settings = (there / "a", there / "images", "--maps", 5)
     assert diagnose(*settings, "--out", tmp_path / "whole") == 0
     real = getattr(place, name)

@@ -1,4 +1,4 @@
-"""`pre-kernels diagnose`: from a model and images on disk to the report, whatever comes between."""
+"""`pre-kernels diagnose`: from a model and images on disk to the report."""
 
 import csv
 import math
@@ -97,8 +97,7 @@ def test_what_was_measured_is_not_measured_again(there, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("folder", ["out", "."])
 def test_a_model_that_was_trained_further_is_measured_again(tmp_path, folder):
-    """That what is written lies around the model is no reason to take the model for a part of
-    it."""
+    """If --out is the folder of the model, a change of the model still starts a new run."""
     save_model(tiny(0), tmp_path / "a")
     pictures = images(tmp_path / "images", 3)
     out = tmp_path / folder

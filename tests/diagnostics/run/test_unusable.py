@@ -31,8 +31,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(there, tmp_path, caps
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The processors refuse what is long and thin, as that of Qwen2-VL does, and stumble over what
-    is too small."""
+    """Processors that refuse long and thin images, as that of Qwen2-VL does, and fail on images
+    that are too small."""
     process = samples.Preparation._process
 
     def limited(self, image, **options):
@@ -45,7 +45,7 @@ def narrow(monkeypatch):
 
 
 def thin(folder):
-    """Images that are refused, and one that is broken, before, between and after others."""
+    """Refused images and a broken one come before, between and after usable images."""
     for name, size in (("00.png", (1, 300)), ("20.png", (300, 1)), ("99.png", (1, 1))):
         Image.new("L", size).save(folder / name)
     (folder / "broken.png").write_bytes(b"\x89PNG no more")
