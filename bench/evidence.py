@@ -38,7 +38,7 @@ DEPTH = Settings().layers
 BASE = "cosine, L/2"
 BEFORE = "before visual training"
 WITHOUT = "without PRe"
-# options of apply_pre; None for none of it
+# options of apply_pre; None: a training without PRe
 ARMS: dict[str, dict[str, Any] | None] = {
     WITHOUT: None,
     BASE: {},
@@ -68,15 +68,15 @@ def _gain(name: str, arm: str = BASE, over: str = WITHOUT) -> Callable[[Mapping[
 
 PROBE = "linear probe, mean of L/2 to L"
 CONTRAST = "contrast ratio, mean of L/2 to L"
-# a finding, and the difference that it says is positive
+# Each finding, and the difference that it says is positive.
 CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "An LLM that has only seen text loses what patches show (probe, layer 0 less layer L)": (
+    "An LLM that has only seen text loses what patches show (probe, layer 0 minus layer L)": (
         lambda arms: arms[BEFORE]["probe"][0] - arms[BEFORE]["probe"][-1]
     ),
-    "Training without PRe leaves it so (the same difference)": (
+    "Training without PRe does not repair it (the same difference)": (
         lambda arms: arms[WITHOUT]["probe"][0] - arms[WITHOUT]["probe"][-1]
     ),
-    "and loses patch structure (contrast ratio, layer 0 less the mean of L/2 to L)": (
+    "Training without PRe loses patch structure (contrast ratio, layer 0 minus mean of L/2 to L)": (
         lambda arms: arms[WITHOUT]["contrast"][0] - METRICS[CONTRAST](arms[WITHOUT])
     ),
     f"PRe raises the {PROBE}": _gain(PROBE),
@@ -86,7 +86,7 @@ CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "Cosine has a higher probe than MSE": _gain(PROBE, BASE, "mse"),
     "Layer L/2 has a higher probe than layer L": _gain(PROBE, BASE, "L"),
     "Layer L/2 has a higher task accuracy than layer L": _gain("task accuracy", BASE, "L"),
-    "The embeddings as anchor have a higher probe than what enters the projector": (
+    "The embeddings as anchor have a higher probe than the projector's input": (
         _gain(PROBE, BASE, "anchor pre_projector")
     ),
     "A term for each patch has a higher probe than one for each image": _gain(
@@ -98,8 +98,8 @@ CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 def run_seed(
     seed: int, settings: Settings, path: Path, done: set[tuple[int, str]], bar: Bar
 ) -> None:
-    """Measure every arm of a seed that is not done yet, each appended to `path` as soon as it
-    is."""
+    """Measure every arm of a seed that is not in `done`, and append each to `path` as soon as it is
+    measured."""
     if {(seed, arm) for arm in (BEFORE, *ARMS)} <= done:
         return
     digits = split_digits(seed)
@@ -141,8 +141,8 @@ def run_seed(
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, and the difference to training without PRe, seed by
-    seed."""
+    """Return the page's text: mean ± standard deviation over seeds, and the difference to training
+    without PRe within each seed."""
     seeds = sorted(
         set.intersection(
             *({entry["seed"] for entry in records if entry["arm"] == arm} for arm in ARMS)
@@ -174,12 +174,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         for text, difference in CLAIMS.items()
     ]
     about = (
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; in brackets the "
-        "difference to training without PRe, seed by seed, and in how many seeds it is positive."
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}. Brackets hold the "
+        "difference to training without PRe, taken within each seed, and the number of seeds in "
+        "which it is positive."
     )
     shown = [entry for entry in records if entry["seed"] in seeds]
     findings = [
-        "What the seeds show of the paper's findings and choices, each a difference within seeds:",
+        "The paper's findings and choices in these seeds, each as a difference within a seed:",
         "",
         *(f"- {s}" for s in sentences),
     ]
@@ -187,8 +188,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def claim(text: str, changes: Sequence[float]) -> str:
-    """Whether a difference that a finding wants to be positive is so in these seeds, beyond the
-    noise between them."""
+    """A sentence: is the difference, which the finding says is positive, positive in these seeds
+    beyond the noise between them?"""
     low, high = interval(changes)
     verdict = (
         "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"

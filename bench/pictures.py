@@ -38,11 +38,14 @@ PICTURES = {
 
 
 def results(name: str, records: Records) -> Any:
-    """What a picture is drawn from: the demo's results, or records of a CPU."""
+    """What a picture is drawn from: the demo's results, or the records of the device that was
+    measured last."""
     kinds = PICTURES[name].kinds
     if kinds == (DEMO,):
         return pages.demo_results()
-    return [entry for entry in records if entry["kind"] in kinds]
+    kept = [entry for entry in records if entry["kind"] in kinds]
+    last = max(kept, key=lambda entry: entry["date"], default={})
+    return [entry for entry in kept if entry["device"] == last["device"]]
 
 
 def note(name: str, found: Any) -> str:

@@ -52,7 +52,7 @@ def test_rows_are_means_over_seeds_and_differences_within_them():
     assert cells[3] == "0.870 ± 0.010 (+0.030 ± 0.010; 3/3)"
     assert cells[2] == "0.901 ± 0.001 (+0.000 ± 0.000; 0/3)"
     assert "(" not in line(text, f"| {evidence.WITHOUT}")
-    assert "over seeds 0, 1, 2;" in text
+    assert "over seeds 0, 1, 2. " in text
 
 
 def test_a_finding_is_judged_by_its_interval():
@@ -71,4 +71,4 @@ def test_a_finding_is_judged_by_its_interval():
 
 def test_only_seeds_with_every_arm_count():
     lines = [one for one in records() if (one["arm"], one["seed"]) != ("mse", 1)]
-    assert "over seeds 0, 2;" in evidence.table(lines)
+    assert "over seeds 0, 2. " in evidence.table(lines)
