@@ -1,5 +1,5 @@
 """`pre-kernels check` from its arguments to its file, with implementations that are broken, crash
-and hang."""
+or hang."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NEEDS_TRITON = pytest.mark.skipif(not loss.HAS_TRITON, reason="triton is not ins
 
 
 class Card:
-    """A GPU of which nothing is asked but what it is."""
+    """A stand-in for a GPU that is only described."""
 
     kind = "cuda"
     torch_device = torch.device("cuda")
@@ -44,21 +44,20 @@ def written(folder):
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """Also where there is a GPU, of which other tests are made."""
+    """Run on a CPU even where there is a GPU; other tests cover that."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def children(monkeypatch):
-    """In the place of the processes of implementations: scripts, by name, which begin in no
-    time."""
+    """Replace the processes of implementations by scripts, by name, which start at once."""
 
     def put(**scripts):
         real = command.subprocess.Popen
 
         def popen(arguments, **options):
-            if "pre_kernels.check.implementation" in arguments:  # other processes are not ours
+            if "pre_kernels.check.implementation" in arguments:  # Other processes stay as they are.
                 script = (
                     "import json, os, sys, time\n"
                     "tell = lambda **line: print(json.dumps(line), flush=True)\n"
@@ -104,7 +103,7 @@ def test_all_of_a_cpu(tmp_path, capsys):
     small |= {"torch.compile, fullgraph": "pass"}
     assert outcomes.pop(("blas", "real size, memory, time")) == "skip"
     peak = outcomes.pop(("torch", "peak memory"))
-    assert peak in ("pass", "skip")  # /proc allows it, or not
+    assert peak in ("pass", "skip")  # This depends on whether /proc allows it.
     wanted = {
         (impl, name): outcome for impl in ("torch", "blas") for name, outcome in small.items()
     }
@@ -184,7 +183,7 @@ def test_a_hang_leaves_the_lines_of_the_others(tmp_path, capsys, monkeypatch, ch
     [
         ("sys.exit(3)", "start: exit status 3: nothing on stderr"),
         ("1 / 0", "start: exit status 1: ZeroDivisionError: division by zero"),
-        # before it has told that it is done
+        # The process exits before it has reported that it is done.
         ('tell(begin="time"); os._exit(0)', "time: exit status 0: nothing on stderr"),
         (
             'tell(begin="time"); print(\'{"check": "ti\', end=""); sys.exit(4)',
@@ -250,7 +249,7 @@ def test_what_was_found_is_kept_when_the_command_is_ended(tmp_path, children, mo
 
 
 def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
-    """Before the first line: what is kept is not that of an earlier run."""
+    """The signal comes before the first line, and the file of an earlier run does not stay."""
     (tmp_path / "check.json").write_text('{"finished": true}')
     file = tmp_path / "pid"
     before = signal.getsignal(signal.SIGTERM)
@@ -282,7 +281,8 @@ def test_what_a_process_that_died_has_left_is_ended(tmp_path, children):
 def gone(process):
     state = Path(f"/proc/{process}/stat")
     end = time.monotonic() + 10
-    while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
+    # A zombie counts as dead, because nobody may have reaped it.
+    while state.exists() and state.read_text().split()[2] != "Z":
         if time.monotonic() > end:
             return False
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What is said of a GPU and of its time, by stand-ins for torch.cuda."""
+"""The description of a GPU and its times, by stand-ins for torch.cuda."""
 
 import subprocess
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from pre_kernels.check.device import Cpu, Cuda
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch):
-    """What one test sets, the next does not find."""
+    """Isolate the answers: a test does not find those that another has set."""
     monkeypatch.setenv(device.SILENT, "")
     monkeypatch.delenv(device.SILENT)
 
@@ -76,8 +76,7 @@ def test_what_nvidia_smi_says(monkeypatch):
 
 
 def test_the_host_queues_a_step_while_the_gpu_is_busy(monkeypatch):
-    """The clock stands still but within a step: the wait for the device before it is not
-    counted."""
+    """The clock moves only within a step, so the wait for the device before it does not count."""
     order = []
     now = [0.0]
     for name in ("synchronize", "_sleep"):

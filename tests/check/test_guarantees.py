@@ -1,4 +1,4 @@
-"""Host syncs, graphs and breaks: found where they are, with stand-ins for what only a GPU has."""
+"""Host syncs, graphs and breaks are found where they are, by stand-ins for what only a GPU has."""
 
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ def tiny(rows="index"):
 @pytest.mark.parametrize("rows", ["index", "mask"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 def test_a_graph_is_replayed_on_other_rows(rows, frozen):
-    """A stand-in for a CUDA graph: what it replays reads the rows anew, or wrongly those of its
+    """A stand-in for a CUDA graph replays the rows as they are then, or wrongly those of its
     capture."""
     case = tiny(rows)
     step = cases.step(fused_pre_loss, case)

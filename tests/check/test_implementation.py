@@ -1,4 +1,4 @@
-"""The checks of one implementation: what each says of what is right and of what is wrong."""
+"""The checks of one implementation report right results and wrong ones."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from pre_kernels.check.device import Cpu, Cuda
 
 
 class StandIn(Cuda):
-    """A GPU whose tensors are on the CPU."""
+    """A stand-in for a GPU, whose tensors are on the CPU."""
 
     torch_device = torch.device("cpu")
     room = 1 << 40
@@ -40,7 +40,7 @@ class StandIn(Cuda):
 
 
 def captured(step):
-    """In the place of a CUDA graph."""
+    """A stand-in for a CUDA graph."""
     got = step()
     return lambda: [kept.copy_(new) for kept, new in zip(got, step(), strict=True)], got
 
@@ -50,7 +50,7 @@ def checks(monkeypatch):
     monkeypatch.setattr(implementation, "current", StandIn)
     monkeypatch.setattr(implementation, "SECONDS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(guarantees, "captured", captured)
-    # The true one takes seconds; test_guarantees.py has it.
+    # The true function takes seconds; test_guarantees.py tests it.
     monkeypatch.setattr(guarantees, "fullgraph", lambda *arguments: guarantees.NO_BREAK)
     return implementation.Checks("torch", 64, 64, "fp32")
 
@@ -66,7 +66,7 @@ def test_every_check_of_a_gpu(checks):
     assert list(results) == list(implementation.NAMES)
     outcomes = {name: line["outcome"] for name, line in results.items()}
     assert outcomes == dict.fromkeys(implementation.NAMES, "pass") | {"time": "info"}
-    assert lines[8] == {"ready": True}  # four checks, of two lines each
+    assert lines[8] == {"ready": True}  # Four checks with two lines each come first.
     assert lines[-1] == {"done": True}
     assert results["CUDA graph, other rows"]["says"] == "integer rows"
     assert "queued by the host in 0.70 ms" in results["time"]["says"]
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_measured():
     assert results["error, real size"]["says"].startswith(want)
     assert results["peak memory"]["outcome"] == "pass"
     assert results["time"]["outcome"] == "info"
-    checks.device.room = 1000  # not even the small ones
+    checks.device.room = 1000  # Not even the small checks fit.
     results, _ = told(checks)
     assert [line["outcome"] for line in results.values()] == ["skip"] * len(implementation.NAMES)
     assert all("are free; want a smaller --width" in line["says"] for line in results.values())

@@ -1,4 +1,4 @@
-"""The peak of a process, and the formula that it is held against."""
+"""The peak of a process, and the formula for it."""
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ def test_the_formula_of_the_peak_knows_each_implementation(impl):
 
 @pytest.mark.parametrize("units", [None, "AMX"])
 def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
-    """dH is in what is returned; float32 products want copies of half-precision weights, and sums
-    of gradients."""
+    """dH is part of the returned gradients. float32 products need copies of half-precision weights,
+    and sums of gradients."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
     place = torch.device("cpu")
     few, some, many = (cases.Shape("tiny", 2, 2**17, n, 128, 96, 64, "") for n in (50, 500, 2**16))
@@ -39,7 +39,7 @@ def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
         == 100 * row * 4 + 2 * weights + 2**18 * 128 * 4 + passes
     )
     assert cases.formula(some, torch.float32, "torch", place) == 500 * row * 4 + passes
-    chunk = -(-(2**17) // 7)  # of 32 MiB, in equal parts
+    chunk = -(-(2**17) // 7)  # Chunks of up to 32 MiB are equal parts.
     assert cases.formula(many, torch.float32, "torch", place) == chunk * row * 4 + passes
     if units:
         assert cases.formula(many, torch.bfloat16, "torch", place) == 2**17 * row * 2 + passes

@@ -23,7 +23,7 @@ def test_finite_where_eager_overflowed_is_right_or_wrong(value, holds):
     ("exact", "value", "holds"), [(-65734.8, "-inf", True), (65734.8, "-inf", False)]
 )
 def test_an_infinity_that_float64_rounds_to_is_right(exact, value, holds):
-    """Though eager's error left it finite."""
+    """This holds although eager's error left the value finite."""
     ours, eager = torch.tensor([1.0, float(value)]).half(), torch.tensor([1.0, -65088.0]).half()
     one = rule.Comparison(
         "w2", ours, eager, torch.tensor([1.0, exact], dtype=torch.float64), 2**-11, 1.0

@@ -1,4 +1,4 @@
-"""What the tests of the loss and of PreHead share."""
+"""Helpers that the tests of the loss and of PreHead share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from verify.oracle import LEAVES, Case
 
 
 def as_function(case: Case, impl: str) -> Callable[..., Tensor]:
-    """The loss of a case as a function of its leaves."""
+    """Return the loss of a case as a function of its leaves."""
 
     def function(*leaves: Tensor) -> Tensor:
         tensors = {**case.tensors, **dict(zip(LEAVES, leaves, strict=True))}
@@ -29,7 +29,7 @@ def leaves_of(case: Case) -> list[Tensor]:
 
 
 def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Asserts the same bits."""
+    """Assert that the bits are the same."""
     assert len(found) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -49,9 +49,12 @@ def head_and_inputs(
 def cosine_gradient_errors(
     device: torch.device, impl: str, noise: float, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Squared errors of the cosine's gradient, ours and eager's in float32: of its elements, and of
-    their sum over the rows. Predictions are of one direction, more or less that of their anchors,
-    so that what is rounded alike adds up in the sums."""
+    """Return squared errors of the cosine's gradient, ours and those of eager in float32: of its
+    elements, and of their sum over the rows.
+
+    All predictions point roughly along their anchors, and all in one direction, so that equal
+    rounding adds up in the sums.
+    """
 
     def eager(dtype: torch.dtype) -> Tensor:
         leaf = p.to(dtype).requires_grad_()
@@ -78,6 +81,6 @@ def cosine_gradient_errors(
 
 
 def worse_than_eager(ours: Tensor, eager: Tensor) -> str:
-    """What an assertion on the squared errors of `cosine_gradient_errors` says."""
+    """Return the message of an assertion on the squared errors of `cosine_gradient_errors`."""
     ratios = [round(ratio, 3) for ratio in (ours / eager).sqrt().tolist()]
     return f"error ÷ eager's, of elements and of sums: {ratios}; docs/numerics.md, The cosine"

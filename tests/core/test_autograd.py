@@ -1,5 +1,5 @@
-"""What autograd may expect of the loss and of PreHead: any upstream gradient, subsets, repeats,
-hooks, checkpointing, batches."""
+"""What autograd may expect of the loss and of PreHead: any upstream gradient, subsets of gradients,
+repeats, hooks, checkpointing and batches."""
 
 import itertools
 
@@ -11,7 +11,8 @@ from verify.oracle import LEAVES, make
 
 from .support import as_function, equal, head_and_inputs, leaves_of, upstream_of
 
-CALLS = {  # gradients scaled in the backward; recomputed there, by row and by a mean
+# The backward scales the gradients of the first call, and recomputes those of the others.
+CALLS = {
     "mean": {"reduction": "mean"},
     "none": {"reduction": "none"},
     "float16": {"reduction": "mean", "dtype": torch.float16},
@@ -45,7 +46,7 @@ def call(request, impl, device):
 def test_gradcheck(options):
     case = make(1, **{"leading": (2, 4), "d": 3, "m": 5, "z": 4, "dtype": torch.float64, **options})
     names = [name for name in LEAVES if case.tensors[name] is not None]
-    if options.get("activation") == "relu":  # no kink within a difference
+    if options.get("activation") == "relu":  # No finite difference may cross the kink.
         with torch.no_grad():
             z = torch.nn.functional.linear(
                 case.tensors["hidden"], case.tensors["w1"], case.tensors["b1"]
@@ -81,7 +82,7 @@ def test_upstream_gradients_of_any_layout(call):
     ones = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
     # The gradient of a sum is expanded from one element.
     equal(torch.autograd.grad(loss.sum(), leaves, retain_graph=True), ones)
-    # Upstream gradients do enter.
+    # This shows that upstream gradients matter.
     assert not torch.equal(torch.autograd.grad(loss, leaves, upstream_of(loss) * 3)[1], ones[1])
 
 
@@ -107,8 +108,8 @@ def test_backward_again_adds_the_same(call):
 
 
 def test_a_gradient_is_not_differentiated_in_silence(call):
-    """By an input, by the upstream gradient, beside another term: each would be a zero, or a term
-    that is missing."""
+    """By an input, by the upstream gradient, or beside another term, the result would be zero or
+    lack a term."""
     function, leaves = call
     loss = function(*leaves)
     upstream = upstream_of(loss).requires_grad_()
@@ -125,7 +126,8 @@ def test_a_gradient_is_not_differentiated_in_silence(call):
 
 
 def test_gradients_are_the_callers(call):
-    """Those of a retained graph too: what is done to them does not reach the next backward."""
+    """A caller may change gradients, also those of a retained graph: the next backward does not see
+    it."""
     function, leaves = call
     loss = function(*leaves)
     found = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
@@ -161,7 +163,7 @@ def test_hooks_on_parameters(impl, device):
     for name, grads in seen.items():
         equal(grads, [wanted[name]])
     assert sorted(name for name, _ in stepped) == sorted(seen)
-    for name, grad in stepped:  # after the hook that doubles
+    for name, grad in stepped:  # This runs after the hook that doubles.
         assert torch.equal(grad, wanted["w2 twice" if name == "w2" else name])
     assert modules[0] == 1
     assert torch.equal(modules[1], wanted["hidden"])
@@ -192,8 +194,8 @@ def test_checkpointing(call, reentrant):
 
 @pytest.mark.parametrize("transform", ["is_grads_batched", "vmap"])
 def test_batched_upstream_gradients(call, transform):
-    """The backward runs once under vmap, for several gradients: as the rows of the batch by
-    themselves."""
+    """The backward runs once under vmap, for several gradients, and gives the same as one row at a
+    time."""
     function, leaves = call
     loss = function(*leaves)
     batch = torch.stack([upstream_of(loss) * factor for factor in (1.0, -2.0, 0.5)])

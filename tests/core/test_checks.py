@@ -11,7 +11,7 @@ X = torch.randn
 
 
 def arguments(**changes):
-    """A right call for hidden (2, 3, 4), m = 5, z = 6, with some arguments replaced."""
+    """Return a right call for hidden (2, 3, 4), m = 5, z = 6, with some arguments replaced."""
     call = {
         "hidden": X(2, 3, 4),
         "anchor": X(2, 3, 6),
@@ -25,7 +25,7 @@ def arguments(**changes):
 
 
 WRONG = [
-    # argument, changes, error, what the message says was wanted
+    # Each case has an argument, the changes, the error, and what its message says was wanted.
     ("hidden", {"hidden": [[1.0]]}, TypeError, "want a torch.Tensor"),
     ("hidden", {"hidden": X(4)}, ValueError, "want (..., d)"),
     ("hidden", {"hidden": torch.ones(2, 3, 4, dtype=torch.int64)}, TypeError, "float16, bfloat16"),
@@ -148,7 +148,7 @@ def test_mixed_dtypes_are_right_under_autocast():
 
 
 def test_a_weight_for_each_row_reads_as_selection_order_first():
-    """With N = R both readings fit integer rows: (N,) is the documented one."""
+    """With N = R both readings fit integer rows, and (N,) is the documented one."""
     call = arguments(hidden=X(4, 4), anchor=X(4, 6), rows=torch.tensor([3, 1, 0, 2]))
     weight = torch.tensor([1.0, 0.0, 0.0, 0.0])
     losses = fused_pre_loss(**call, row_weight=weight, reduction="none")

@@ -1,8 +1,8 @@
-"""Every kernel compiles ahead of time for each GPU, without spills, with the matrix instructions it
-should use.
+"""Every kernel compiles ahead of time for each GPU, without spills, and with the matrix
+instructions that it should use.
 
-The compilation runs in a process of its own: Triton's interpreter, which the other tests may use,
-cannot share one.
+The compilation runs in its own process, because it cannot share one with Triton's interpreter,
+which the other tests may use.
 """
 
 import json
@@ -20,7 +20,7 @@ KIB = {
     "sm100": 227,
     "gfx942": 64,
     "gfx950": 160,
-}  # of shared memory that a block may use
+}  # KiB of shared memory that a block may use
 DESCRIPTOR = {"matmul_descriptor_kernel", "weight_grad_descriptor_kernel"}
 
 
@@ -60,7 +60,8 @@ def test_nothing_spills(kernels):
 
 
 def test_every_kernel_keeps_its_budget_of_instructions(kernels):
-    """A GPU issues those of a pass over rows slower than its memory moves the rows."""
+    """A GPU issues the instructions of a pass over rows more slowly than its memory moves the
+    rows."""
     counted = [(k, budgets.Count(*k["count"])) for k in kernels if k["budget"]]
     assert {k["budget"] for k, _ in counted} == budgets.BUDGETS.keys()
     assert {k["kernel"] for k, _ in counted} == {
@@ -70,7 +71,8 @@ def test_every_kernel_keeps_its_budget_of_instructions(kernels):
 
 
 def test_what_is_counted():
-    """The longest loop if there is one, the rest anywhere, and nothing that fills up the end."""
+    """The count is the longest loop if there is one, else everything; padding at the end does not
+    count."""
     code = """
 .L_x_1:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -115,7 +117,7 @@ def test_descriptor_kernels_load_in_bulk(kernels):
 
 
 def test_products_are_issued_ahead(kernels):
-    """The next step of a sum is under way while the last one is waited for."""
+    """The next step of a sum has begun while the last one is waited for."""
     products = [k for k in kernels if "wgmma" in k["instructions"] and "unaligned" not in k["name"]]
     assert {k["kernel"] for k in products} > DESCRIPTOR
     assert [k["name"] for k in products if not k["ahead"]] == []

@@ -1,4 +1,4 @@
-"""Copies of a PreHead, and the files that it is kept in, those of earlier versions too."""
+"""Copies of a PreHead, and the files that hold it, including those of earlier versions."""
 
 import copy
 import io
@@ -40,7 +40,7 @@ def test_copies_have_memory_of_their_own(impl, device):
         with torch.no_grad():
             for p in twin.parameters():
                 p.fill_(3)
-    loss.backward()  # taken before the copies
+    loss.backward()  # This loss was computed before the copies were made.
     assert torch.equal(head(hidden, anchor, impl=impl), loss)
     assert head.w1.grad.any()
 
@@ -60,7 +60,8 @@ def test_state_dict_needs_no_pickle(bias):
         PreHead(16, 8, 24, bias=not bias).load_state_dict(state, strict=True)
 
 
-# By the folder that `handle.save` of that version wrote, the loss below. They are never rewritten.
+# The keys are the folders that `handle.save` of a version wrote, the values the losses below. The
+# folders are never rewritten.
 OLD = {"head-0.1.0": 0.4392769282}
 
 

@@ -1,5 +1,5 @@
 """Launches, bytes and host syncs of a step against the cost model, counted without running a
-kernel: a fusion that is lost, or a wait that creeps in, fails here."""
+kernel. A lost fusion or a new wait fails here."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal.defau
 
 
 class Steps(TorchDispatchMode):
-    """What a step asks of the device: Triton's launches, torch's own, and the bytes that Triton's
-    rows move."""
+    """The work that a step asks of the device: Triton's launches, torch's own, and the bytes that
+    Triton's row kernels move."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -69,14 +69,15 @@ class Steps(TorchDispatchMode):
         for name, tensor in bound.items():
             if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
                 whole = name in ("out_ptr", "sums_ptr") or tensor.shape[0] <= self.rows
-                share = 1 if whole else self.rows / tensor.shape[0]  # gathered rows
-                # dP is written over P, and dZ over Z
+                # Of a tensor that is gathered only the selected rows are read.
+                share = 1 if whole else self.rows / tensor.shape[0]
+                # dP is written over P, and dZ over Z.
                 times = 2 if name == "p_ptr" or (name == "z_ptr" and "dg_ptr" in bound) else 1
                 self.bytes += tensor.nbytes * share * times
 
 
 def count(impl, rows, n=256, total=1024, width=128, **options):
-    """A forward and backward; values are not computed."""
+    """Run a forward and backward without computing values."""
     selection = torch.zeros(total, dtype=torch.bool)
     selection[:n] = True
     if rows != "mask":
@@ -90,7 +91,7 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
     with (
         mock.patch.object(KERNEL, "run", run),
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
-        mock.patch("pre_kernels.checks.row_values"),  # a GPU is not asked
+        mock.patch("pre_kernels.checks.row_values"),  # This check does not read a GPU.
         steps,
     ):
         loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, impl=impl, **options)
@@ -144,8 +145,8 @@ def test_launches_of_each_further_chunk(impl, launches):
 
 @pytest.mark.parametrize("impl", ["blas", "triton"])
 def test_bytes_of_the_rows(impl):
-    """bfloat16, d = m = z, every row selected: each pass reads or writes rows of that width as
-    often as it must."""
+    """In bfloat16 with d = m = z and every row selected, each pass reads or writes rows of that
+    width only as often as it must."""
     passes = {
         "gather": 2,
         "activation": 2,
@@ -163,8 +164,8 @@ def test_bytes_of_the_rows(impl):
 
 @pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
 def test_memory_of_a_step(impl, precision, request):
-    """All that is allocated, as if nothing were ever freed: the workspace, float32 sums of the
-    weights' gradients, dH, what is returned, and a few numbers for each row."""
+    """If nothing were ever freed, a step would allocate the workspace, float32 sums of the weights'
+    gradients, dH, the returned gradients, and a few numbers for each row."""
     if precision == "fp8":
         request.getfixturevalue("row_scales")
     n, width = 4096, 128
@@ -184,7 +185,8 @@ def test_memory_of_a_step(impl, precision, request):
 @pytest.mark.parametrize("impl", ["blas", "triton"])
 @pytest.mark.parametrize("rows", ["index", None])
 def test_memory_of_a_step_in_one_chunk(impl, rows):
-    """The weights' gradients are returned where they were summed; so is dH, if it has all rows."""
+    """The weights' gradients are returned in the memory of their sums, and so is dH if it has all
+    rows."""
     n, width = 512, 128
     found = count(impl, rows, n=n, total=n, width=width)
     returned = 2 * (n * width + 2 * width * width + 2 * width)
@@ -209,17 +211,17 @@ def test_without_gradients_only_the_loss_is_computed(bias):
     product = "aten.mm.out" if bias is None else "aten.addmm.out"
     passes = ("activate_kernel", "row_loss_kernel", "divisor_kernel", "reduce_kernel")
     assert dict(steps.launches) == {product: 2} | dict.fromkeys(passes, 1)
-    # Z, G and P; the rows' losses; the loss and its divisor.
+    # These are Z, G and P, the rows' losses, the loss, and its divisor.
     assert steps.allocated == 4 * (3 * 256 * 64 + 256 + 2)
 
 
-# What the host does, in counts; bench/host.py has it in microseconds.
+# These are counts of the host's work; bench/host.py measures its microseconds.
 
 
 @contextlib.contextmanager
 def calls(*targets):
-    """How often functions of this package are called, all of them together, and each of the targets
-    (owner, name)."""
+    """Return how often functions of this package are called: all of them together, and each of the
+    targets (owner, name)."""
     package = str(Path(pre_kernels.__file__).parent)
     counts = Counter()
     before = sys.getprofile()
@@ -253,8 +255,8 @@ def calls(*targets):
     ],
 )
 def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
-    """Tight bounds: what is kept between steps and no longer is, or is done twice, goes beyond
-    them."""
+    """The bounds are tight: a value that is no longer kept between steps, or is computed twice,
+    exceeds them."""
     count(impl, rows)
     targets = (
         (TensorDescriptor, "__post_init__"),
@@ -267,9 +269,9 @@ def test_work_of_the_host(impl, rows, ours, allocations, descriptors):
     assert counts["ours"] <= ours
     assert steps.allocations <= allocations
     assert counts["__post_init__"] <= descriptors
-    # Triton's own are made for kernels as well, and take microseconds a call.
+    # Triton's own functions also work in kernels, and take microseconds a call.
     assert counts["cdiv"] == counts["next_power_of_2"] == 0
-    # Outside of autocast there is none to turn off.
+    # Outside autocast there is nothing to turn off.
     assert counts["autocast"] == 0
 
 

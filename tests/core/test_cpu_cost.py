@@ -1,4 +1,4 @@
-"""What a step of "torch" costs a CPU, counted: the products by dtype, the passes over rows between
+"""The counted cost of a step of "torch" on a CPU: matmuls by dtype, passes over the rows between
 them, and memory."""
 
 from collections import Counter
@@ -17,8 +17,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Counted(TorchDispatchMode):
-    """`products`: of each dtype. `passes`: elements of matrices that all else reads and writes, ÷
-    (N · width)."""
+    """`products` counts matmuls by dtype. `passes` counts the elements of matrices that everything
+    else reads and writes, divided by N · width."""
 
     def __init__(self):
         super().__init__()
@@ -46,14 +46,14 @@ class Counted(TorchDispatchMode):
         elif not name.startswith(("aten.empty", "aten.new_empty")) and (
             fresh or function._schema.is_mutable
         ):
-            # gathered from, or scattered to: as many rows as the index has
+            # A gather or scatter touches as many rows as the index has.
             most = next(
                 (x.numel() for x in tensors if x.dtype == torch.int64 and x.dim() == 1), None
             )
             for x in (*tensors, result) if fresh else tensors:
                 if x.dim() == 2 and x.shape[1] == WIDTH:
                     self.passes += (x.shape[0] if most is None else min(x.shape[0], most)) / N
-            # what is written in place is read too, but for a plain store
+            # A write in place also reads, unless it only stores.
             stores = any(word in name for word in ("copy_", "fill_", "zero_", "out"))
             if (
                 function._schema.is_mutable
@@ -87,25 +87,14 @@ def count(dtype, units=None, function=fused_pre_loss, n=N, total=TOTAL, width=WI
     [
         (FP32, None, None, {FP32: 6}),
         (FP32, "AMX", None, {FP32: 6}),
-        (
-            BF16,
-            None,
-            None,
-            {FP32: 6},
-        ),  # 1.9 times as fast as bf16 on an Intel CPU with AVX512-BF16 alone
-        (
-            BF16,
-            "AMX",
-            None,
-            {BF16: 6},
-        ),  # one chunk: weights' gradients are rounded once, and never summed
-        (BF16, "AMX", 4 * WIDTH * 2 * 256, {BF16: 8, FP32: 4}),  # two chunks
-        (
-            FP16,
-            None,
-            None,
-            {FP32: 6},
-        ),  # float32 holds what GradScaler's factor is missing from: nothing is repeated
+        # On an Intel CPU without AMX, float32 is 1.9 times as fast as bfloat16.
+        (BF16, None, None, {FP32: 6}),
+        # In one chunk the weights' gradients are rounded once and never summed.
+        (BF16, "AMX", None, {BF16: 6}),
+        # These are two chunks.
+        (BF16, "AMX", 4 * WIDTH * 2 * 256, {BF16: 8, FP32: 4}),
+        # float32 holds gradients without GradScaler's factor, so nothing is computed twice.
+        (FP16, None, None, {FP32: 6}),
         (FP16, "AMX", None, {FP32: 6}),
     ],
 )
@@ -123,15 +112,15 @@ def test_products_by_dtype(dtype, units, workspace, want):
     ],
 )
 def test_passes_over_rows_and_new_memory(dtype, units, passes, memory):
-    """In rows of float32; as if nothing of the memory were ever freed, what is returned
-    included."""
+    """Both are in rows of float32. Memory counts as if it were never freed, including what is
+    returned."""
     found = count(dtype, units)
     assert found.passes <= passes
     assert found.allocated <= memory * N * WIDTH * 4
 
 
 def chunk(monkeypatch, n, workspace=None, dtype=FP32, units=None):
-    """Rows of the chunks of a selection of 1024 → 512 → 768."""
+    """Return the rows of the chunks of a selection of 1024 → 512 → 768."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
     hidden, w1, w2 = (
         torch.empty((), dtype=dtype).expand(size)
@@ -146,8 +135,8 @@ def chunk(monkeypatch, n, workspace=None, dtype=FP32, units=None):
 
 
 def test_rows_of_a_chunk(monkeypatch):
-    """By default a fourth, but not so few that products lose by it; a workspace that was asked for
-    is used."""
+    """By default a chunk has a fourth of the rows, but not so few that matmuls become slow. A
+    requested workspace is used."""
     assert chunk(monkeypatch, 500) == 500
     assert chunk(monkeypatch, 1200) == 400
     assert chunk(monkeypatch, 3000) == chunk(monkeypatch, 3000, dtype=BF16) == 750
@@ -159,5 +148,5 @@ def test_rows_of_a_chunk(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_calls_of_a_small_step(dtype):
-    """At N = 64 and width 64 they are what it costs; eager makes 65."""
+    """At N = 64 and width 64 these calls are the cost; eager makes 65."""
     assert count(dtype, n=64, total=128, width=64).calls <= 93

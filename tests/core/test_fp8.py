@@ -1,4 +1,4 @@
-"""`precision="fp8"`: float8 rows, their scales, the loss and gradients, a training that ends where
+"""`precision="fp8"`: float8 rows, their scales, loss and gradients, and a training that ends where
 bfloat16 ends."""
 
 import itertools
@@ -15,7 +15,8 @@ from pre_kernels.loss import fp8_unavailable
 from verify import oracle
 from verify.oracle import make, run
 
-ERROR = 0.1  # of a gradient, relative RMS: e4m3 has three bits of mantissa
+# A gradient may have this relative RMS error, because e4m3 has three bits of mantissa.
+ERROR = 0.1
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +26,13 @@ def _needs_float8(device):
 
 
 def check_quantized(quantized, rows):
-    """Against torch's own rounding of rows ÷ scale, where a scale brings the row's largest element
-    to 448."""
+    """Compare with torch's own rounding of rows ÷ scale, where a scale brings the row's largest
+    element to 448."""
     largest = rows.abs().amax(1)
     torch.testing.assert_close(quantized.scales, (largest / 448).clamp_min(1e-30))
     want = (rows / quantized.scales[:, None]).to(torch.float8_e4m3fn).float()
     got = quantized.values.float()
-    # a quotient at the middle between two values may fall to either side
+    # A quotient in the middle between two values may be rounded to either.
     assert ((got - want).abs() <= want.abs() / 8 + 2**-9).all()
     assert (got == want).float().mean() > 0.999
 
@@ -40,7 +41,7 @@ def check_quantized(quantized, rows):
 def test_each_pass_leaves_float8_rows(device, width):
     x = torch.randn(21, width, device=device) * torch.logspace(-6, 4, 21, device=device)[:, None]
     x[3] = 0
-    x[:, 5] *= 1e-4  # subnormal beside the largest
+    x[:, 5] *= 1e-4  # These elements are subnormal beside the largest.
     index = torch.randperm(21, device=device)
     room = Quantized.empty(x, 21, width)
     gather(x, None, index=index, quantized=room)
@@ -58,7 +59,8 @@ def test_each_pass_leaves_float8_rows(device, width):
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_weights_in_both_layouts(device, bad):
-    """As if rows and columns were gathered; several strips and turns, and edges."""
+    """Weights are quantised as gathered rows or columns would be, over several strips and turns,
+    and at edges."""
     w1, w2 = (
         torch.randn(1040, 144, device=device).bfloat16(),
         torch.randn(48, 1040, device=device).bfloat16(),
@@ -110,12 +112,12 @@ def test_loss_and_gradients(device, options):
         error = (value.double() - truth[name]).norm() / truth[name].norm()
         assert error < ERROR, name
         if name != "loss":
-            assert not torch.equal(value, plain[name])  # it was float8
+            assert not torch.equal(value, plain[name])  # The matmuls were in float8.
 
 
 @pytest.mark.usefixtures("row_scales")
 def test_inputs_are_left_alone(device):
-    """All rows of a slice, which need no copy beside their float8 one."""
+    """All rows of a slice need no copy other than the float8 one."""
     case = make(3, dtype=torch.bfloat16, device=device, rows="all", leading=(20,), d=64, m=96, z=48)
     around = torch.randn(20, 128, device=device).bfloat16()
     before = around.clone()
@@ -189,7 +191,7 @@ def test_hardware_without_float8_is_named(device, monkeypatch):
     ("capability", "runs"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)]
 )
 def test_float8_is_for_sm90_and_newer(monkeypatch, capability, runs):
-    """Triton does not compile it for sm_80."""
+    """Triton does not compile float8 for sm_80."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     monkeypatch.setattr(torch.version, "hip", None)

@@ -1,5 +1,5 @@
-"""A slice of the fuzz campaign (`python -m bench.fuzz`): other cases in each run. A failure shows
-its `Spec`."""
+"""A part of the fuzz campaign (`python -m bench.fuzz`), with other cases in each run. A failure
+prints its `Spec`."""
 
 import pytest
 
@@ -20,9 +20,8 @@ def test_drawn_cases_are_within_the_rule(impl, examples, device):
         database=None,
         deadline=None,
         print_blob=True,
-        phases=[
-            Phase.generate
-        ],  # a smaller case has less to average, and is judged by luck rather than by the code
+        # A smaller case has less to average, so luck would judge it rather than the code.
+        phases=[Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(specs(impl))

@@ -1,5 +1,5 @@
-"""Cases that fuzzing found to be outside the rule, kept after the repair, and the judge of such
-cases itself."""
+"""Cases that fuzzing found to be outside the rule, kept after the repair; and the judge of such
+cases."""
 
 import dataclasses
 
@@ -12,7 +12,8 @@ from verify.fuzz.specs import Spec, build
 from verify.fuzz.verdicts import LUCK, OVERFLOW, VIOLATION, WITHIN, Ensemble, run
 
 FOUND = {
-    # the last chunk had 3 rows, whose products the vendor adds up in another order than those of 67
+    # The last chunk had 3 rows, whose products the vendor adds up in another order than those of
+    # 67.
     "a few rows left for the last chunk": Spec(
         seed=132492194,
         dtype="float64",
@@ -34,7 +35,7 @@ FOUND = {
         upstream=0.37,
         workspace=20_000,
     ),
-    # the products of chunks were rounded to float16, and overflowed where their sum does not
+    # The products of chunks were rounded to float16, and overflowed where their sum does not.
     "float16 sums of chunks": Spec(
         seed=4096,
         dtype="float16",
@@ -53,7 +54,7 @@ FOUND = {
         upstream=0.37,
         workspace=1,
     ),
-    # products with hidden states that are transposed in memory had twice the error
+    # Products with hidden states that are transposed in memory had twice the error.
     "transposed hidden states": Spec(
         seed=11326,
         leading=(1, 131),
@@ -74,7 +75,7 @@ FOUND = {
         layout="transposed",
         upstream=-3.0,
     ),
-    # dG overflowed where relu's derivative is 0: their product was no number
+    # dG overflowed where relu's derivative is 0, and their product was nan.
     "relu of an overflow": Spec(
         impl="triton",
         seed=5523,
@@ -97,7 +98,7 @@ FOUND = {
         layout="transposed",
         upstream=0.37,
     ),
-    # rounding in float32 was alike in rows that are alike, and added up
+    # Similar rows were rounded alike in float32, and the rounding added up.
     "aligned rows": Spec(
         seed=710562,
         leading=(5, 13, 3),
@@ -118,7 +119,7 @@ FOUND = {
     ),
 }
 
-# eager's db1 is infinite, and float64's and ours are not
+# eager's db1 is infinite, while that of float64 and ours are not.
 EAGER_OVERFLOWS = Spec(
     seed=1,
     autocast="float16",
@@ -137,7 +138,7 @@ EAGER_OVERFLOWS = Spec(
     layout="expanded",
     upstream=0.37,
 )
-# the same of db2; some elements overflow in both
+# The same holds for db2, where some elements overflow in both.
 BOTH_OVERFLOW = Spec(
     seed=1,
     autocast="float16",
@@ -158,7 +159,7 @@ BOTH_OVERFLOW = Spec(
     outliers="channels",
     zero_rows=True,
 )
-# rows alike: eager's error in dW2 is small by chance
+# The rows are alike, and eager's error in dW2 is small by chance.
 EAGER_IS_LUCKY = Spec(
     leading=(131, 3),
     d=1,
@@ -170,7 +171,7 @@ EAGER_IS_LUCKY = Spec(
     layout="expanded",
 )
 
-# every derivative is a row's weight, so there are as few roundings as rows
+# Every derivative is a row's weight, so there are as few roundings as rows.
 ROWS_ARE_FEW = Spec(
     seed=19851259,
     dtype="bfloat16",
@@ -196,7 +197,7 @@ ROWS_ARE_FEW = Spec(
     workspace=1,
 )
 
-# a row's derivative is infinite in eager, and just not in ours
+# A row's derivative is infinite in eager, and just not infinite in ours.
 OVERFLOWS_BY_A_HAIR = Spec(
     seed=30913,
     autocast="float16",
@@ -216,7 +217,7 @@ OVERFLOWS_BY_A_HAIR = Spec(
     layout="expanded",
     upstream=1024.0,
 )
-# derivatives are constants here: the same rounding in every row, of ours or of eager's
+# Derivatives are constants here, so every row has the same rounding, in ours or in eager's.
 CONSTANT_SLOPES = Spec(
     dtype="float64",
     leading=(67, 2, 2),
@@ -251,11 +252,10 @@ def test_found_by_fuzzing(spec, device):
 )
 def test_where_eager_is_no_measure(spec, tensor, verdict):
     if verdict == OVERFLOW:
-        spec = dataclasses.replace(
-            spec, impl="triton"
-        )  # on a CPU "torch" has float32 products, which do not
+        # On a CPU "torch" has float32 products, which do not overflow.
+        spec = dataclasses.replace(spec, impl="triton")
     found = {one.name: one.verdict for one in run(spec)}
-    # whose noise is the larger one is the processor's to say
+    # The processor decides whose noise is larger.
     assert found.pop(tensor) in ((verdict, WITHIN) if verdict == LUCK else (verdict,))
     assert set(found.values()) == {WITHIN}
 
@@ -263,7 +263,7 @@ def test_where_eager_is_no_measure(spec, tensor, verdict):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("what", ["sum", "infinite"])
 def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
-    """In every ensemble too: the noise of neighbours is no excuse."""
+    """It is one in every ensemble too: the noise of neighbours is not an excuse."""
     from pre_kernels.fused import products
 
     real = products.add_product
@@ -278,7 +278,8 @@ def test_what_is_worse_than_eager_is_a_violation(monkeypatch, what, dtype):
         return done
 
     monkeypatch.setattr("pre_kernels.fused.steps_torch.add_product", worse)
-    monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))  # what is this bad shows in few
+    # An error this large shows in few neighbours.
+    monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))
     spec = Spec(dtype=dtype, leading=(40,), d=16, m=16, z=16)
     verdicts = {outcome.name: outcome.verdict for outcome in run(spec)}
     assert {name for name, verdict in verdicts.items() if verdict == VIOLATION} == {"w1", "w2"}
@@ -296,7 +297,7 @@ def test_a_case_is_the_same_every_time_and_its_neighbours_are_not():
 
 
 def test_an_error_of_the_case_alone_is_no_luck(monkeypatch):
-    """However right its neighbours are."""
+    """An error in the case itself is a violation, however right its neighbours are."""
     monkeypatch.setattr("verify.fuzz.verdicts.ENSEMBLES", (32,))
     case = build(Spec(leading=(40,), d=16, m=16, z=16))[0]
     calls = []

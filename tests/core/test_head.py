@@ -1,4 +1,4 @@
-"""PreHead: an ordinary module around the loss."""
+"""PreHead as a module around the loss."""
 
 import copy
 import pickle

@@ -1,5 +1,5 @@
-"""What loss and gradients may not depend on: how the rows are cut into chunks, and the other rows
-of the batch."""
+"""Loss and gradients do not depend on how the rows are split into chunks, nor on the other rows of
+the batch."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from verify.oracle import make, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE = {"d": 64, "m": 96, "z": 64, "leading": (450,), "selected": 0.8}
-# under 64 or 128 rows a chunk, the least there is; and all in one
+# A workspace of 1 gives the smallest chunks, of 64 or 128 rows; the other gives a single chunk.
 WORKSPACES = (1, 1 << 30)
 
 
@@ -21,8 +21,8 @@ def function(impl, **options):
 @pytest.mark.parametrize("loss", checks.LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks(impl, device, loss, dtype):
-    """By the error rule both, and in half precision no further from each other than one rounding;
-    in float32 sums of 450 rows in another order are."""
+    """Both hold the error rule. In half precision they differ by one rounding at most; in float32
+    sums of 450 rows in another order may differ more."""
     case = make(4, dtype=dtype, device=device, loss=loss, weight="leading", upstream=0.37, **SHAPE)
     many, one = (
         oracle.compare(function(impl, workspace=workspace), case) for workspace in WORKSPACES
@@ -37,7 +37,7 @@ def test_chunks(impl, device, loss, dtype):
 @pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_rows(impl, device, dtype, precision, workspace, request):
-    """Whatever they hold: bits of a row's loss and of its gradient stay."""
+    """Whatever other rows hold, the bits of a row's loss and of its gradient stay."""
     if precision and (impl, dtype) != ("blas", torch.bfloat16):
         pytest.skip("float8 is there for blas and bfloat16")
     if precision:
@@ -64,7 +64,7 @@ def test_other_rows(impl, device, dtype, precision, workspace, request):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fewer_rows(impl, device, dtype):
-    """The same rows by themselves: no further apart than rounding, since products of fewer rows may
+    """The same rows by themselves give results within rounding, because matmuls of fewer rows may
     add up in another order."""
     case = make(3, dtype=dtype, device=device, rows="index64", reduction="none", **SHAPE)
     whole = run(function(impl), case)

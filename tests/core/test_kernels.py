@@ -1,4 +1,5 @@
-"""The products by themselves: edges, poisoned outputs, and a count that only the device knows."""
+"""The matmul kernels by themselves: edges, poisoned outputs, and a count that only the device
+knows."""
 
 import contextlib
 
@@ -29,7 +30,7 @@ def count(n: int, device) -> torch.Tensor:
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The kinds of kernels that products launched, in order: "pointer" or "descriptor"."""
+    """Collect the kinds of kernels that matmuls launch, in order: "pointer" or "descriptor"."""
     kinds: list[str] = []
 
     class Spy:
@@ -54,8 +55,8 @@ def has_descriptors(device) -> bool:
 
 
 def inside(n: int, columns: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, columns) of NaN, and the same with 32 more rows on either side, which may be neither used
-    nor written."""
+    """Return (n, columns) of NaN, and the same with 32 more rows on either side, which may be
+    neither read nor written."""
     around = torch.full((n + 64, columns), NAN, dtype=dtype, device=device)
     return around[32 : n + 32], around
 
@@ -76,7 +77,7 @@ def test_matmul_takes_any_strides(device):
 
 
 def test_tf32_only_where_it_is_allowed():
-    """Which the interpreter cannot show."""
+    """The interpreter cannot show tf32, so this tests the chosen precision."""
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for allowed in ("ieee", "tf32"):
@@ -109,7 +110,8 @@ def test_a_chunk_beyond_the_count_does_nothing(device, start):
     assert not total.any()
 
 
-# live rows of (rows, K, N): within a tile; several tiles both ways; multiples of none
+# Each case has the live rows of (rows, K, N): within a tile, over several tiles both ways, and in
+# sizes that are multiples of nothing.
 LIVE = [
     *((live, (40, 24, 72)) for live in (0, 37)),
     *((live, (300, 200, 328)) for live in (-30, 1, 130, 300)),
@@ -233,7 +235,7 @@ def test_every_tile_has_a_program_and_groups_take_turns(device, tiles_m, tiles_n
 
 @pytest.mark.parametrize("table", [tiles.POINTER_TILES, tiles.DESCRIPTOR_TILES])
 def test_few_rows_still_fill_the_device(table):
-    anywhere = torch.empty(0)  # off the GPU an H200 is assumed
+    anywhere = torch.empty(0)  # Outside a GPU an H200 is assumed.
     for rows in (256, 512, 1024, 2304):
         tile = tiles.choose(table["sm90", 2], rows, 4096, anywhere)
         assert tiles.programs(tile, rows, 4096, anywhere) >= 100
@@ -241,8 +243,8 @@ def test_few_rows_still_fill_the_device(table):
 
 
 def test_row_offsets_beyond_31_bits(device):
-    """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits: a
-    stride does that without the memory, and an offset that wrapped would read elsewhere."""
+    """Row 2 begins more than 2^31 elements after row 0, though index and stride fit 31 bits. A
+    stride does that without the memory, and a wrapped offset would read elsewhere."""
     stride = 2**30 + 64
     # These are 4 GiB of addresses, of which three pages are touched.
     storage = torch.empty(2 * stride + 64, dtype=torch.float16, device=device)
@@ -268,19 +270,20 @@ def test_row_offsets_beyond_31_bits(device):
     y = torch.empty(2, 32, dtype=torch.float16, device=device)
     matmul(far, eye, y)
     assert y[:, 0].tolist() == [1, 2]
-    for weight in (eye, eye.float()):  # a cast: by pointers
+    for weight in (eye, eye.float()):  # The second needs a cast, so it loads by pointers.
         y = torch.empty(3, 32, dtype=weight.dtype, device=device)
         matmul(x, weight, y)
         assert y[:, 0].tolist() == [1, 3, 2]
     total = torch.empty(32, 32, device=device)
     add_weight_grad(total, eye[:2], far, first=True)
     assert total[:2, 0].tolist() == [1, 2]
-    add_weight_grad(total, eye[:3].float(), x, first=True)  # a cast: by pointers
+    # This needs a cast, so it loads by pointers.
+    add_weight_grad(total, eye[:3].float(), x, first=True)
     assert total[:3, 0].tolist() == [1, 3, 2]
 
 
 def test_every_kernel_is_launched_on_its_tensors_device(device, monkeypatch):
-    """`device_map="auto"` computes on devices that are not the current one, on which Triton
+    """`device_map="auto"` computes on devices other than the current one, on which Triton
     launches."""
     inside = []
     launches = []
@@ -333,6 +336,6 @@ def test_the_tensors_device_is_not_the_current_one(monkeypatch, current):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     entered = on_device(Far())
     if current == 1:
-        assert entered is HERE  # nothing to change, and nothing spent on it
+        assert entered is HERE  # The device is current already, so nothing is entered.
     else:
         assert entered.idx == 1

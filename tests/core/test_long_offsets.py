@@ -1,4 +1,4 @@
-"""Every kernel at the last element of tensors whose offsets take more than 31 bits, in addresses
+"""Every kernel at the last element of tensors whose offsets take more than 31 bits, by addresses
 without memory."""
 
 import math
@@ -72,7 +72,7 @@ def far_row_loss(far):
 
 
 def far_row_loss_columns(far):
-    # in a block, and in several
+    # One width fits a block, and the other takes several.
     for width, loss in ((D, "cosine"), (3 * D, "cosine"), (3 * D, "mse")):
         p = torch.zeros(1, width)
         row_loss.row_loss(p, far(width, R).t(), torch.zeros(R), loss=loss, grad=True, start=R - 1)
@@ -122,8 +122,8 @@ FAR = [value for name, value in list(vars().items()) if name.startswith("far_")]
 
 @pytest.mark.parametrize("case", FAR, ids=lambda case: case.__name__)
 def test_offsets_beyond_31_bits(case):
-    """The last program reaches the last element, as there is no memory by its address alone, and
-    nothing beyond."""
+    """The last program reaches the last element and nothing beyond, by addresses only, because
+    there is no memory."""
     far = Unbacked()
     memory = LastProgram(far.spans)
     with watching(memory):
@@ -135,8 +135,8 @@ def test_offsets_beyond_31_bits(case):
 
 
 def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
-    """The last strip is not the last program. In turns of many rows: the interpreter takes them one
-    by one."""
+    """The last strip is not the last program. Turns have many rows, because the interpreter takes
+    them one by one."""
     monkeypatch.setattr(quantize, "TALL", 2**15)
     monkeypatch.setattr(quantize, "WIDE", 2)
     far = Unbacked()

@@ -1,4 +1,4 @@
-"""`fused_pre_loss`, each implementation, against the float64 oracle."""
+"""Each implementation of `fused_pre_loss` against the float64 oracle."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ def random_case(seed: int, device) -> oracle.Case:
     }
     if options["reduction"] == "mean" and pick.random() < 0.3:
         options["normalizer"] = pick.choice([37.5, 12, torch.tensor(11.0, device=device)])
-    # the cosine of a single number is a sign: rounding flips it, eager's or ours
+    # The cosine of a single number is a sign, which rounding flips in eager's or in ours.
     z = pick.choice([37, 128, 16, 1 if options["loss"] != "cosine" else 5])
     autocast = None
     if dtype == torch.float32 and pick.random() < 0.3:
@@ -77,8 +77,8 @@ def test_random_options(impl, device, seed, monkeypatch):
 @pytest.mark.parametrize("workspace", [None, 1])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_both_kinds_of_half_precision_products_of_a_cpu(monkeypatch, units, rows, workspace, loss):
-    """Whatever this CPU has; predictions narrower and wider than dH, in whose memory those of one
-    chunk lie."""
+    """Both run, whatever this CPU has. Predictions are narrower or wider than dH, in whose memory
+    those of a single chunk may lie."""
     monkeypatch.setattr(products, "HALF_UNITS", units)
     for dtype, autocast in (
         (torch.bfloat16, None),
@@ -111,8 +111,8 @@ def test_every_loss_activation_and_dtype(impl, device, loss, activation, dtype):
 
 @pytest.mark.parametrize(("m", "z"), [(3, 1500), (1500, 3)])
 def test_a_width_much_larger_than_the_other(impl, device, m, z):
-    """Wide rows are shared out among more programs, each with sums of its own. A cosine of three
-    numbers would be luck: eager's own error is."""
+    """Wide rows are shared by more programs, each with its own sums. A cosine of three numbers
+    would be judged by luck, because eager's own error is luck there."""
     judge(impl, make(16, device=device, m=m, z=z, loss="mse"))
 
 
@@ -126,8 +126,8 @@ def test_frozen_inputs_in_every_combination(impl, device, frozen):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("half", [("b1", "b2"), ("w1", "w2"), ("w1", "b2"), ("hidden",)])
 def test_a_gradient_is_rounded_to_its_own_dtype_alone(impl, device, reduction, half):
-    """Under autocast dtypes may differ: beside those of float16 the gradients of float32 are beyond
-    float16."""
+    """Under autocast dtypes may differ. Here the gradients of float32 tensors do not fit into the
+    float16 of others."""
     case = make(15, device=device, reduction=reduction, autocast=torch.bfloat16, upstream=1e9)
     for name in half:
         case.tensors[name] = case.tensors[name].half()
@@ -154,7 +154,7 @@ def test_float64_is_exact(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ["mask", "all"])
 def test_strides_change_no_bit(impl, device, dtype, rows):
-    """Of the same numbers: the vendor's products would add up those of a transposed matrix in
+    """The numbers are the same; the vendor's matmuls would add up those of a transposed matrix in
     another order."""
     case = make(8, leading=(343,), d=7, m=31, z=9, dtype=dtype, device=device, rows=rows)
     want = run(ours(impl), case)
@@ -186,7 +186,7 @@ def test_hidden_states_without_rows(impl, device, reduction, rows):
 
 
 def test_more_rows_than_a_block_of_the_scatter(device):
-    """Of the torch path."""
+    """This tests the torch path."""
     judge("torch", make(2, leading=(9000,), d=5, m=6, z=7, device=device))
 
 
@@ -212,7 +212,8 @@ def test_zero_divisor_is_nan_and_leaves_other_rows_alone(impl, device, options):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_zero_predictions_and_anchors(impl, device, dtype, loss):
     case = make(2, dtype=dtype, device=device, loss=loss, bias=(False, False))
-    case.tensors["hidden"][0] = 0  # p = 0: the cosine's derivative is near 1e8 through eps
+    # This row has p = 0, where the clamp makes the cosine's derivative about 1e8.
+    case.tensors["hidden"][0] = 0
     case.tensors["anchor"][1] = 0
     judge(impl, case)
 
@@ -307,8 +308,8 @@ def test_sums_over_many_chunks_are_rounded_once(impl, device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_gradients_survive_a_loss_scale(impl, device, dtype):
-    """Derivatives near 1e-6 vanish in float16, unless the upstream scale enters before they are
-    rounded."""
+    """Derivatives near 1e-6 vanish in float16, unless they are rounded after the upstream scale has
+    entered."""
     case = make(
         10,
         leading=(500,),

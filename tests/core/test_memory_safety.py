@@ -1,5 +1,8 @@
-"""Every kernel between fences of NaN, its outputs poisoned; interpreted, each address that it
-touches is looked at: it lies in a tensor of the launch, and no two programs meet in it."""
+"""Every kernel between fences of NaN, with poisoned outputs.
+
+In the interpreter each address that a kernel touches is looked at: it lies in a tensor of the
+launch, and no two programs meet in it.
+"""
 
 import contextlib
 import itertools
@@ -29,7 +32,7 @@ KERNELS = {name for module in MODULES for name in vars(module) if name.endswith(
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"
 )
-# Each kernel with results that are guaranteed, in sizes that are multiples of nothing, and in rows
+# Each kernel has guaranteed results here, in sizes that are multiples of nothing, and in rows
 # longer than a block.
 
 
@@ -53,7 +56,7 @@ def read(q, n):
 
 def gathers(f, device, width):
     x = f(randn(device, 9, 2 * width)[:, ::2])
-    # Row 8 is the last that there is.
+    # Row 8 is the last one.
     index = f(torch.tensor([3, 0, 8, 2, 1, 7], dtype=torch.int32, device=device), 5)
     out = f.out(4, width, device=device)
     cleared = f.out(4, width, device=device)
@@ -185,7 +188,7 @@ def products(f, device, width, dtype=torch.float32, k=None):
 
 
 def described(f, device, width):
-    """Sizes that tensor descriptors can have, where there are any."""
+    """Return sizes that tensor descriptors can have, where there are any."""
     return products(f, device, width, torch.bfloat16, k=width + 16)
 
 
@@ -248,8 +251,8 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_whole_step_between_fences(impl, device, name, request):
-    """Arguments, buffers and results, everything empty poisoned: the bits are those of a plain
-    call."""
+    """With fences around arguments, buffers and results, and everything empty poisoned, the bits
+    are those of a plain call."""
     if name == "fp8" and (
         impl != "blas" or (device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0))
     ):

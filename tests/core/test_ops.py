@@ -1,4 +1,4 @@
-"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors,
+"""The operators as torch sees them: torch.compile without a graph break, export, fake tensors and
 opcheck."""
 
 from functools import partial
@@ -108,7 +108,7 @@ def test_export(device):
 
 @pytest.mark.parametrize("rows", ["mask", "all"])
 def test_export_of_a_head_that_is_trained(impl, device, rows):
-    """Its program calls the operator in grad mode, with parameters that require grad."""
+    """The exported program calls the operator in grad mode, with parameters that require grad."""
     case = make(4, device=device, rows=rows)
     head = PreHead(24, 40).to(device)
 
@@ -126,7 +126,8 @@ def test_export_of_a_head_that_is_trained(impl, device, rows):
 
 
 class Watching(TorchDispatchMode):
-    """As counters of FLOP do; `seen`: this library's operators, and what reached each."""
+    """A mode that watches operators as FLOP counters do. `seen` has this library's operators, and
+    the arguments of each."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +142,7 @@ class Watching(TorchDispatchMode):
 
 
 class FunctionMode(TorchFunctionMode):
-    """As `torch.set_default_device` is one."""
+    """A mode like that of `torch.set_default_device`."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +154,7 @@ class FunctionMode(TorchFunctionMode):
 
 
 class Kind(torch.Tensor):
-    """A tensor that sees operators itself."""
+    """A subclass of Tensor that sees operators itself."""
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -165,7 +166,7 @@ class Kind(torch.Tensor):
 
 @pytest.mark.parametrize("call", ["mask", "none"])
 def test_who_looks_at_operators_sees_them(impl, device, call):
-    """And gets the bits that a call without them gives."""
+    """The call gives the same bits as one that nobody watches."""
     case = make(4, device=device, **CALLS[call])
     function = partial(fused, case, impl)
     names = ("loss", "recompute" if call == "none" else "rescale_")
@@ -188,7 +189,7 @@ def test_who_looks_at_operators_sees_them(impl, device, call):
 
 
 def test_a_graph_from_before_autograd_has_the_operator(impl, device):
-    """And takes another mask of more rows."""
+    """The graph also takes another mask of more rows."""
     case = make(4, device=device, leading=(60,), selected=0.2, loss="mse", reduction="sum")
     few = case.rows
     many = ~case.rows
@@ -207,7 +208,7 @@ def test_a_graph_from_before_autograd_has_the_operator(impl, device):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_for_torchscript_is_refused(impl, device):
-    """Not written down as what the call does with these numbers of rows."""
+    """A trace would record what the call does with these numbers of rows."""
     case = make(4, device=device, rows="index64")
     with pytest.raises(RuntimeError, match="Tracing a list of bool"):
         torch.jit.trace(
@@ -217,7 +218,7 @@ def test_a_trace_for_torchscript_is_refused(impl, device):
 
 
 def test_a_plain_call_spares_the_dispatcher(impl, device, monkeypatch):
-    """A small one on a CPU spends a tenth of its time there."""
+    """A small call on a CPU would spend a tenth of its time there."""
     case = make(4, device=device, rows="index64")
     monkeypatch.setattr(torch.ops.pre_kernels, "loss", None)
     monkeypatch.setattr(torch.ops.pre_kernels, "rescale_", None)
@@ -225,8 +226,8 @@ def test_a_plain_call_spares_the_dispatcher(impl, device, monkeypatch):
 
 
 def of_real_calls(case, impl):
-    """The operators of a call whose graph is retained, of one whose graph is not, and the arguments
-    that reach them."""
+    """Return the operators of a call whose graph is retained and of one whose graph is not, with
+    their arguments."""
     with Watching() as watching:
         for retain_graph in (True, False):
             results(partial(fused, case, impl), case, retain_graph=retain_graph)
@@ -252,8 +253,8 @@ def of_real_calls(case, impl):
     ],
 )
 def test_opcheck(impl, device, name):
-    """All rows selected, for what lies beyond a count in dH is undefined, and opcheck compares
-    it."""
+    """All rows are selected, because opcheck compares dH beyond the count, where it is
+    undefined."""
     case = make(4, device=device, selected=1.0, **CALLS[name])
     for operator, arguments in of_real_calls(case, impl):
         torch.library.opcheck(operator, arguments)

@@ -1,4 +1,4 @@
-"""The vendor's products: whether this torch takes half precision to float32 in place."""
+"""The vendor's matmuls: whether this torch can add half-precision products to float32."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ class Cuda(torch.Tensor):
     "error", [RuntimeError("gemm input type at::Half"), torch.OutOfMemoryError("no memory")]
 )
 def test_only_a_refusal_is_an_answer(monkeypatch, first, error):
-    """What the library refuses is left to others: "blas" goes on by Triton."""
+    """If the library refuses, "blas" uses Triton's kernel instead."""
 
     def refuse(*_, **__):
         raise error
@@ -40,7 +40,7 @@ def test_only_a_refusal_is_an_answer(monkeypatch, first, error):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_chunks_may_be_larger_than_their_sum(dtype):
-    """90,000 is infinite in float16, and in bfloat16 neighbours lie 512 apart."""
+    """90,000 is infinite in float16, and in bfloat16 its neighbours are 512 apart."""
     dy, x = (torch.full((1, 2), 300.0, dtype=dtype) for _ in range(2))
     total = torch.empty(2, 2)
     for first, rows in ((True, dy), (False, -dy), (False, dy / 300)):

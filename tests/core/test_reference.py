@@ -45,7 +45,7 @@ def test_gradcheck(loss, activation, reduction):
 
 
 def by_hand(hidden, anchor, loss):
-    """One row, W1 = W2 = identity, ReLU, in plain Python."""
+    """Compute one row in plain Python, with W1 = W2 = identity and ReLU."""
     p = [max(x, 0.0) for x in hidden]
     if loss == "cosine":
         dot = sum(x * y for x, y in zip(p, anchor, strict=True))

@@ -16,7 +16,7 @@ from verify.oracle import make
 
 from .support import as_function, equal, leaves_of, upstream_of
 
-# asked of cuBLAS by torch.use_deterministic_algorithms, and read by torch once
+# torch.use_deterministic_algorithms asks cuBLAS for this, and torch reads it once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 KERNELS = Path(matmul.__file__).parent
@@ -31,8 +31,8 @@ def cold() -> None:
 
 
 def train(seed, impl, device):
-    """A few steps with sizes and options of its own: losses, gradients, and where the parameters
-    end."""
+    """Take a few steps with sizes and options that depend on the seed; return losses, gradients,
+    and the final parameters."""
     options = {"loss": ("cosine", "mse")[seed % 2], "activation": ("gelu", "silu")[seed % 2]}
     generator = torch.Generator().manual_seed(seed)
     head = PreHead(16, 8 + 8 * seed, 24, **options)
@@ -57,7 +57,7 @@ def train(seed, impl, device):
 
 def test_two_models_in_two_threads(impl, device, monkeypatch):
     if INTERPRETED:
-        # the interpreter is no thread's own: one launch at a time, all but the launches overlap
+        # The interpreter is not thread-safe, so launches take turns; everything else overlaps.
         run = KERNEL.run
         lock = threading.Lock()
 
@@ -113,20 +113,20 @@ def test_the_same_bits_every_time(impl, device, name):
     function = as_function(case, impl)
     leaves = leaves_of(case)
     wanted = results(function, leaves)
-    # interpreted, programs run one after another: repeats show no more than memory that is used as
-    # it was found
+    # In the interpreter programs run one after another, so repeats show only whether memory is used
+    # as it was found.
     for repeat in range(2 if INTERPRETED and impl != "torch" else 250):
         litter = [
             torch.full((64 * (1 + repeat % 9), 64), float("nan"), device=device) for _ in range(4)
         ]
-        del litter  # into the memory that the next call gets
+        del litter  # The next call gets this memory.
         equal(results(function, leaves), wanted)
 
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_deterministic_algorithms(impl, device, name):
-    """Nothing raises, the bits are those of always, and what torch then puts into fresh memory, NaN
-    and the largest integer, reaches no result."""
+    """Nothing raises, and the bits stay the same. torch then fills fresh memory with NaN and the
+    largest integer, which reach no result."""
     case = make(22, d=32, m=32, z=32, weight="leading", device=device, **REPEATED[name])
     function = as_function(case, impl)
     leaves = leaves_of(case)
@@ -141,7 +141,7 @@ def test_deterministic_algorithms(impl, device, name):
 
 def test_the_only_atomic_is_one_where_no_two_programs_meet():
     """Each element of a weight's gradient belongs to one program (tests/core/test_memory_safety.py
-    watches the stores), and launches follow each other: `atomic_add` by descriptor is there because
+    watches the stores), and launches follow each other. `atomic_add` by descriptor is used because
     it loads nothing."""
     found = [
         (f.name, w)

@@ -1,5 +1,8 @@
-"""What a GPU computes otherwise than the interpreter: its `/`, roots and powers are off by up to
-2 ulp; what half precision allows for that; sums that share an exchange between warps."""
+"""Arithmetic in which a GPU differs from the interpreter.
+
+A GPU's `/`, roots and powers are off by up to 2 ulp. The tests also cover what half precision
+allows, and sums that share an exchange between warps.
+"""
 
 import numpy as np
 import pytest
@@ -15,13 +18,13 @@ from verify.fences import INTERPRETED
 from .support import cosine_gradient_errors, worse_than_eager
 
 NAN = float("nan")
-# of the interpreter's builder; tl.div_rn and tl.sqrt_rn are exact on a GPU too
+# These are functions of the interpreter's builder. tl.div_rn and tl.sqrt_rn are exact on a GPU too.
 APPROXIMATE = ("create_fdiv", "create_rsqrt", "create_exp", "create_exp2")
 
 
 @pytest.fixture(params=["as it is", "more", "less"])
 def rounding(request, monkeypatch):
-    """The interpreter's approximate instructions moved by 2 ulp, all one way."""
+    """Move the interpreter's approximate instructions by 2 ulp, all in one direction."""
     if request.param == "as it is":
         return request.param
     if not INTERPRETED:
@@ -53,7 +56,7 @@ def test_what_cancelling_leaves_where_divisions_are_not_exact(device, rounding, 
 
 
 def halves(dtype, device):
-    """Each number that `dtype` has, as (16, 4096)."""
+    """Return each number that `dtype` has, as (16, 4096)."""
     return (
         torch.arange(-(2**15), 2**15, dtype=torch.int32)
         .short()
@@ -65,16 +68,16 @@ def halves(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
-    """Before it is rounded, it is off by a twentieth of the dtype's last place at most, in the tail
-    too, which float32's erf loses from -5.6 on. The derivative, which has a zero, by a part of its
-    two terms."""
+    """Before rounding, the error is at most a twentieth of the dtype's last place, in the tail too,
+    which float32's erf loses from -5.6 on. The derivative, which has a zero, is judged by its two
+    terms."""
     x = halves(dtype, device)
     value, slope = (
         torch.full((16, 4096), NAN, device=device),
         torch.full((16, 4096), NAN, device=device),
     )
     apply_activation(x, value, "gelu")
-    # Each program has one row, so what it adds up is the row itself, in float32.
+    # Each program has one row, so its sum is the row itself, in float32.
     apply_activation_grad(torch.ones_like(value), x.clone(), "gelu", sums=slope)
     x, value, slope = (t.cpu() for t in (x, value, slope))
     y = x[x.isfinite()].double()
@@ -82,7 +85,8 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
     leaf = y.clone().requires_grad_()
     want = leaf * torch.special.erfc(-leaf / 2**0.5) / 2
     last_place = torch.exp2(want.detach().abs().log2().floor()).clamp_min(torch.finfo(dtype).tiny)
-    t, smallest = y.abs(), torch.finfo(torch.float32).tiny  # a GPU's powers of 2 are 0 below it
+    # Below the smallest normal number a GPU's powers of 2 are 0.
+    t, smallest = y.abs(), torch.finfo(torch.float32).tiny
     assert (
         (value[finite] - want).abs() <= torch.finfo(dtype).eps / 20 * last_place + smallest / 2
     ).all()
@@ -97,7 +101,7 @@ def test_gelu_of_every_number_of_half_precision(device, rounding, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_gelu_of_what_is_no_number(device, dtype):
-    """As float64's, and a zero keeps its sign."""
+    """The result is that of float64, and a zero keeps its sign."""
     x = torch.tensor([[float("inf"), -float("inf"), NAN, 0.0, -0.0]], dtype=dtype, device=device)
     value = torch.empty(1, 5, device=device)
     slope = x.clone()
@@ -114,7 +118,7 @@ def test_gelu_of_what_is_no_number(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
 def test_activations_of_half_precision_as_in_float32(device, rounding, dtype, activation):
-    """The cheaper forms differ by a hundredth of the dtype's eps at most."""
+    """The cheaper forms differ by at most a hundredth of the dtype's eps."""
     x = halves(dtype, device)
     x = torch.where(x.isfinite(), x, 0)
     results = []
@@ -135,7 +139,7 @@ def test_activations_of_half_precision_as_in_float32(device, rounding, dtype, ac
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU takes the other branch alone")
 def test_sums_in_one_exchange(monkeypatch):
-    """The branch that is compiled, with the interpreter's own slow reduction."""
+    """This tests the branch that is compiled, with the interpreter's own slow reduction."""
     p, a = torch.randn(5, 130), torch.randn(5, 130)
     results = []
     for interpret in (True, False):

@@ -118,8 +118,8 @@ def test_activations(device, activation, columns):
 @pytest.mark.parametrize("loss", reference.ROW_LOSSES)
 @pytest.mark.parametrize("width", [3, 130, 5000, 9000])
 def test_row_loss(device, loss, width):
-    """Short rows, one in a block, and rows longer than a block; gathered anchors and weights, a
-    scale on the device."""
+    """Rows are short, fill a block, or are longer than a block; anchors and weights are gathered,
+    and the scale is on the device."""
     p = torch.randn(9, width, device=device)
     a = torch.randn(20, 2 * width, device=device)[:, ::2]
     index = torch.randperm(20, device=device)
@@ -188,7 +188,7 @@ def test_what_cancelling_leaves_is_closer_than_eager(device, cosine, noise, widt
 @pytest.mark.parametrize("width", [3, 5000])
 @pytest.mark.parametrize("small", ["predictions", "anchors"])
 def test_rows_smaller_than_the_cosines_clamp(device, cosine, width, small):
-    """Below 1e-8 a norm is clamped, and its derivative is not."""
+    """Below 1e-8 a norm is clamped, but its derivative is not."""
     g = torch.Generator().manual_seed(0)
     p = (
         torch.randn(6, width, generator=g)
@@ -215,7 +215,8 @@ def test_rows_smaller_than_the_cosines_clamp(device, cosine, width, small):
 @pytest.mark.parametrize("cosine", ["triton", "torch"])
 @pytest.mark.parametrize("large", ["predictions", "anchors"])
 def test_rows_as_large_as_float32(device, cosine, large):
-    """Up to 1e18 as any other; beyond, where a square overflows, the cosine is 0 as eager's."""
+    """Rows up to 1e18 behave as any others. Beyond, where a square overflows, the cosine is 0 as
+    eager's is."""
     g = torch.Generator().manual_seed(0)
     p = (
         torch.randn(6, 130, generator=g)
@@ -244,7 +245,7 @@ def test_rows_as_large_as_float32(device, cosine, large):
 
 
 def test_what_no_branch_computes_is_no_kernel(device):
-    """Not another loss or activation in its place."""
+    """An unknown name does not run as another loss or activation."""
     p = torch.randn(3, 8, device=device)
     for name, call in (
         ("LOSS", lambda: row_loss(p, p, None, loss="no such", grad=True)),
@@ -253,13 +254,13 @@ def test_what_no_branch_computes_is_no_kernel(device):
     ):
         with pytest.raises(Exception, match=r"\w") as caught:
             call()
-        # a compiler's error is that of the kernel, caused by the function's
+        # The compiler's error names the kernel; the function's error is its cause.
         assert f"no branch for this {name}" in f"{caught.value} {caught.value.__cause__}"
 
 
 @pytest.mark.parametrize("start", [30, 60])
 def test_a_chunk_beyond_the_count(device, start):
-    """Nothing is read, nothing written but zeros where sums begin."""
+    """Nothing is read, and nothing is written but zeros where sums begin."""
     p = torch.full((20, 32), NAN, device=device)
     losses = torch.zeros(90, device=device)
     for first, was in ((True, NAN), (False, 1.0)):
@@ -300,7 +301,7 @@ def test_reduce(device, n, weighted):
 
 def test_reduce_of_nothing_over_nothing_and_over_zero(device):
     losses = torch.full((5,), 2.0, device=device)
-    none, more = count(0, device), count(6, device)  # than there is room for
+    none, more = count(0, device), count(6, device)  # There is room for fewer than 6 rows.
     assert mean_divisor(losses, 5, mean=True, number=0.0, count=none) == 1.0
     assert reduce_loss(losses, number(1.0, device), none) == 0.0
     assert mean_divisor(losses, 5, mean=True, number=0.0).isnan()
@@ -338,8 +339,8 @@ def test_scaled_gradients_in_one_launch(device):
 
 @pytest.mark.parametrize("upstream", [1.0, -1.5])
 def test_scaled_in_place(device, upstream):
-    """A matrix that has its dtype: the tensor itself comes back; where nothing is to be scaled,
-    nothing is touched."""
+    """A matrix that already has its dtype is returned itself, and is not touched if the scale is
+    1."""
     w1, w2, x = (torch.randn(70, 123, device=device) for _ in range(3))
     matrices = w1.bfloat16(), w2.clone()
     kinds = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
@@ -347,7 +348,7 @@ def test_scaled_in_place(device, upstream):
     assert got[0] is matrices[0]
     torch.testing.assert_close(got[0], (w1.bfloat16() * upstream), rtol=0, atol=0)
     assert got[1].dtype == torch.bfloat16
-    assert torch.equal(matrices[1], w2)  # of another dtype, and so only read
+    assert torch.equal(matrices[1], w2)  # This one has another dtype, so it is only read.
     scaled = x.clone()
     scatter(scaled, scaled, upstream=number(upstream, device))
     torch.testing.assert_close(scaled, x * upstream, rtol=0, atol=0)
@@ -370,7 +371,7 @@ def test_scaled_in_place_by_torch(upstream):
     kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
     got = TorchSteps.scale(given, kinds, scale, in_place=True)
     assert got[0] is given.w1
-    # Where nothing is to be scaled, nothing is touched.
+    # If the scale is 1, nothing is touched.
     assert (given.w1._version > 0) == (upstream != 1.0)
     torch.testing.assert_close(got[0], w1 * upstream, rtol=0, atol=0)
     torch.testing.assert_close(got[2], (w2 * upstream).bfloat16(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""torch.func and forward mode: what works, and what says that it does not."""
+"""torch.func and forward mode: some uses work, and the others raise by name."""
 
 import pytest
 import torch

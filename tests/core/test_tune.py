@@ -1,4 +1,4 @@
-"""Tuned tiles: what is timed, kept and found again; nothing here is timed for real."""
+"""Tuned tiles are timed, saved and found again. No test times anything for real."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_best_is_kept_and_used(device, folder, monkeypatch):
-    """A clock by which one tile is the fastest, and one does not fit."""
+    """By this clock one tile is the fastest, and one does not fit."""
     taken = []
 
     def time(run):
@@ -47,12 +47,13 @@ def test_the_best_is_kept_and_used(device, folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PRE_KERNELS_CACHE", str(folder))
     operand = torch.empty(256, 256, dtype=torch.bfloat16, device=device)
-    for rows in (1, 200, 512, 5000, 9000, 131072):  # classes, not N
+    for rows in (1, 200, 512, 5000, 9000, 131072):  # Keys have classes of rows, not N.
         assert tiles.best("descriptor", "rows", rows, 256, operand) == SMALL
     assert tiles.best("descriptor", "rows", 9216, 512, operand) != SMALL
-    # Of weights only 256 × 256 was timed.
+    # The only weight that was timed is 256 × 256.
     assert tiles.best("descriptor", "weight", 9216, 256, operand) != SMALL
-    assert tiles.best("descriptor", "rows", 9216, 256, operand.half()) == SMALL  # by bytes
+    # Keys have the bytes of an element, not the dtype.
+    assert tiles.best("descriptor", "rows", 9216, 256, operand.half()) == SMALL
     assert tiles.key("pointer", "rows", 9, 256, operand) != tiles.key(
         "pointer", "rows", 9, 256, operand.float()
     )
@@ -73,7 +74,7 @@ def test_a_product_takes_the_tuned_tile(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_given_tile_is_taken(device, monkeypatch, dtype):
-    """By descriptors and by pointers: what is tuned is what is timed."""
+    """Tuning times exactly the tile that it passes, by descriptors and by pointers."""
     x, w = (torch.randn(40, 40, device=device).to(dtype) for _ in range(2))
     seen = []
     real = tiles.constants
@@ -96,7 +97,7 @@ def test_a_corrupt_file_is_named_and_ignored(folder, text):
 
 def test_what_another_process_kept_meanwhile_stays(folder):
     tune.remember("mine, few rows", SMALL)
-    tiles.remembered()  # as this process's next product does
+    tiles.remembered()  # This process's next matmul does the same.
     kept = json.loads((folder / "tiles.json").read_text())
     (folder / "tiles.json").write_text(json.dumps(kept | {"theirs": list(SMALL)}))
     tune.remember("mine, many rows", SMALL)
@@ -104,16 +105,16 @@ def test_what_another_process_kept_meanwhile_stays(folder):
 
 
 def test_no_home_is_no_error(monkeypatch):
-    """As of a user in a container that no passwd entry knows."""
+    """A user in a container may be one that no passwd entry knows."""
     monkeypatch.delenv("PRE_KERNELS_CACHE")
     monkeypatch.delenv("HOME", raising=False)
-    # That is what it does where the user is not known.
+    # Path.home raises this where the user is not known.
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*home directory"):
         assert tiles.remembered() == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tiles.remembered() == {}  # said once
+        assert tiles.remembered() == {}  # The warning comes once.
 
 
 def test_a_folder_that_may_not_be_entered_is_no_error(folder, monkeypatch):
@@ -150,7 +151,7 @@ def test_the_sweep_of_tiles_times_the_shipped_tile_and_not_the_tuned_one(monkeyp
 
     operand = torch.empty(64, 64, dtype=shapes.DTYPES[dtype])
     for kind in tune.CANDIDATES:
-        # This tile is no candidate.
+        # This tile is not a candidate.
         tune.remember(tiles.key(kind, "rows", 32, 64, operand), tiles.Tile(32, 32, 32, 4, 2))
     seen = []
     real = tiles.constants

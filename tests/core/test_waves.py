@@ -1,5 +1,5 @@
-"""Whole waves: how a call is cut into chunks, and how often the multiprocessors take turns for a
-chunk's products."""
+"""Whole waves: how a call is split into chunks, and how often the multiprocessors take turns for a
+chunk's matmuls."""
 
 import random
 from unittest import mock
@@ -17,8 +17,8 @@ from verify.fences import KERNEL
 
 TILE = tiles.Tile(128, 256, 64, 8, 4)
 
-# Of bfloat16 rows on 132 multiprocessors: chunks; turns of 128 × 256 tiles in the four products of
-# rows with a weight; and how many turns there would be if tiles could be shared out.
+# For bfloat16 rows on 132 multiprocessors: the chunks, the turns of 128 × 256 tiles in the four
+# matmuls of rows with a weight, and how many turns there would be if tiles could be shared out.
 WAVES = {
     ("llava15-7b-sft", "index", None): (1, 36, 34.9),
     ("llava15-7b-sft", "mask", None): (1, 64, 62.1),
@@ -45,7 +45,7 @@ WAVES = {
 
 
 def turns(spans, columns, multiprocessors=132):
-    """By 128 × 256 tiles, counted here anew."""
+    """Count the turns of 128 × 256 tiles independently of the library."""
     return sum(
         -(-(-(-n // 128) * -(-width // 256)) // multiprocessors) for n in spans for width in columns
     )
@@ -56,8 +56,8 @@ def nothing(*args, **kwargs):
 
 
 def problem_of(shape, rows, workspace, device="meta"):
-    """A bfloat16 problem and what it selects; a mask differs from an index in the capacity
-    alone."""
+    """Return a bfloat16 problem and its selected rows. A mask differs from an index only in the
+    capacity."""
 
     def empty(*size, dtype=torch.bfloat16):
         return torch.empty(size, dtype=dtype, device=device)
@@ -76,8 +76,8 @@ def problem_of(shape, rows, workspace, device="meta"):
 
 
 def products_of(impl, shape, rows, workspace):
-    """(rows, columns) of the output of each product with a weight; nothing is allocated, nothing
-    runs."""
+    """Return (rows, columns) of the output of each matmul with a weight, without allocating or
+    running anything."""
     problem, selection = problem_of(shape, rows, workspace)
     losses = problem.hidden.new_empty(selection.capacity, dtype=torch.float32)
     seen = []
@@ -139,7 +139,7 @@ def test_never_worse_than_equal_parts(multiprocessors):
 @pytest.mark.parametrize("impl", ["blas", "triton"])
 @pytest.mark.parametrize("workspace", [1, 16])
 def test_a_workspace_too_small_for_a_turn(impl, workspace):
-    """As many rows as fit, in full tiles; 128 at least."""
+    """As many rows as fit are taken, in full tiles, and at least 128."""
     shape = shapes.BY_NAME["qwen25vl-72b"]
     found = products_of(impl, shape, "index", workspace)
     sizes = [n for n, _ in found[::4]]
@@ -157,7 +157,7 @@ def test_equal_parts(rows, most, part):
 
 @pytest.mark.parametrize("impl", ["blas", "triton"])
 def test_the_layout_asks_no_device(impl):
-    """Fake tensors of a GPU are known by their shapes alone, on machines without one too."""
+    """The shapes of a GPU's fake tensors are enough, on machines without a GPU too."""
     with FakeTensorMode():
         problem = problem_of(shapes.BY_NAME["llava15-7b-pretrain"], "index", None, "cuda")[0]
         assert problem.hidden.is_cuda
