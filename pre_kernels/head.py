@@ -116,9 +116,7 @@ class PreHead(nn.Module):
         Returns:
             A 0-d tensor, or (N,) with `reduction="none"`.
 
-        Raises:
-            ValueError: as `fused_pre_loss` does; so for TypeError, RuntimeError and
-                NotImplementedError.
+        It raises the errors of `fused_pre_loss`.
         """
         options = {
             name: value.tensor if isinstance(value, Uncast) else value

@@ -37,7 +37,7 @@ def status(*arguments):
 
 def written(folder):
     def no_json(name):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     return json.loads((folder / "check.json").read_text(), parse_constant=no_json)
 

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_measured():
 
 
 @pytest.mark.skipif(
-    memory.missing() is not None, reason="the peak of a process can be reset on Linux alone"
+    memory.missing() is not None, reason="the peak of a process can be reset on Linux only"
 )
 def test_the_room_that_is_asked_for_is_enough_and_not_much_more():
     code = """if True:

@@ -46,7 +46,7 @@ def test_the_formula_of_torch_on_a_cpu(monkeypatch, units):
 
 
 @pytest.mark.skipif(
-    memory.missing() is not None, reason="the peak of a process can be reset on Linux alone"
+    memory.missing() is not None, reason="the peak of a process can be reset on Linux only"
 )
 def test_peak_of_the_process():
     torch.ones(1 << 20, dtype=torch.uint8)

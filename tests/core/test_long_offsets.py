@@ -20,7 +20,7 @@ from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
 from verify.fences import INTERPRETED, LastProgram, Unbacked, span, watching
 
 pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="addresses are seen in the interpreter alone"
+    not INTERPRETED, reason="addresses are seen in the interpreter only"
 )
 
 E4M3 = torch.float8_e4m3fn
