@@ -180,6 +180,12 @@ def missing_extras(text: str) -> set[str]:
     return {name for names in lists for name in names.split(",")} - extras
 
 
+def tags(text: str) -> list[str]:
+    """The HTML tags outside code, which a page does without; its tables stand between comments."""
+    prose = re.sub(r"^ *```.*?^ *```$|^    .*?$|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"</?[a-zA-Z][^>\n]*>", prose)
+
+
 def test_every_kind_of_page_is_found() -> None:
     some = {"README.md", "CONTRIBUTING.md", "docs/models.md", "docs/api/index.md"}
     assert some | {"recipes/trl/README.md", "docs/generated/fuzz.md"} <= set(PAGES)
@@ -216,11 +222,18 @@ def test_extras_exist(page: str) -> None:
     assert not missing_extras(read(page))
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_have_no_html_but_comments(page: str) -> None:
+    assert not tags(read(page))
+
+
 MADE_UP = """# A page
 
 See [there](nowhere.md), [the start](#a-page), [a `heading`](#no-such-heading),
 [the models](docs/models.md#no-such-family) and ![a picture](docs/pictures/no_such.png), but not
 `[this](code.md)`. Its file is `pre_kernels/no_such.py`.
+
+<!-- a comment --> <details>`<code>`</details>
 
 ```bash
 make nonsense
@@ -241,6 +254,7 @@ def test_what_a_page_says_wrongly_is_found() -> None:
         "made-up.md: docs/models.md#no-such-family: got no such heading",
         "made-up.md: docs/pictures/no_such.png: got no such file",
     ]
+    assert tags(MADE_UP) == ["<details>", "</details>"]
     assert missing_targets(MADE_UP) == {"nonsense"}
     assert missing_files(MADE_UP) == ["pre_kernels/no_such.py"]
     # as a word without hyphens, because options in quotes in a test are taken to exist
