@@ -39,8 +39,8 @@ def dino() -> nn.Module:
 
 
 class Pooled(nn.Module):
-    """An encoder without parameters: each patch's mean colour, after a class token of a large
-    value."""
+    """An encoder without parameters: the mean colour of each patch, after a class token with a
+    large value."""
 
     def __init__(self, patch: int = 2) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class Pooled(nn.Module):
 
 
 def patchify(image: torch.Tensor) -> torch.Tensor:
-    """(patches, 24) as Qwen-VL's processor cuts an image (3, H, W): patches of 2², in blocks of 2²,
-    twice in time."""
+    """(patches, 24), cut like Qwen-VL's processor cuts an image (3, H, W): patches of 2², in blocks
+    of 2², each twice in time."""
     rows = []
     for top in range(0, image.shape[1], 4):
         for left in range(0, image.shape[2], 4):
@@ -65,7 +65,7 @@ def patchify(image: torch.Tensor) -> torch.Tensor:
 
 
 def pictures(family: str, data: Any) -> list[torch.Tensor]:
-    """Random images (3, H, W), which become the batch's pixels."""
+    """Random images (3, H, W), which become the pixels of the batch."""
     if family == "llava":
         return list(data.inputs["pixel_values"])
     generator = torch.Generator().manual_seed(4)
@@ -113,7 +113,7 @@ def test_training_towards_an_encoder(family: str) -> None:
 
 @pytest.mark.parametrize("mode", ["bilinear", "area"])
 def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
-    """Images whose colours are the places: (row, column, number of the image)."""
+    """Images whose colours encode the position: (row, column, number of the image)."""
     data = batch("qwen2_5_vl", IMAGES)
     places = []
     for number, (_, h, w) in enumerate(data.inputs["image_grid_thw"].tolist()):
@@ -135,7 +135,7 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
         for y in range(place.shape[1] // 4)
         for x in range(place.shape[2] // 4)
     ]
-    # Not closer, since the borders repeat their pixels.
+    # It cannot be closer, because resizing repeats the pixels at the borders.
     torch.testing.assert_close(features, torch.tensor(wanted), atol=0.13, rtol=0)
 
 
@@ -143,7 +143,7 @@ def test_a_token_gets_the_features_of_its_own_place(mode: str) -> None:
     "family", [f for f in ("vipllava", "internvl", "gemma3", "paligemma") if f in FAMILIES]
 )
 def test_square_images_of_other_families(family: str) -> None:
-    """Colours are the places: (row, column, number of the image or tile)."""
+    """Colours encode the position: (row, column, number of the image or tile)."""
     data = batch(family)
     height, width = data.inputs["pixel_values"].shape[2:]
     y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
@@ -154,7 +154,8 @@ def test_square_images_of_other_families(family: str) -> None:
     anchor = EncoderAnchor(Pooled(1), build(family), **SAME, size=height, mode="area", anchor_dim=3)
     features = anchor(data.inputs, data.visual).view(images, -1, 3)
     side = int(features.shape[1] ** 0.5)
-    half = (height / side - 1) / 2 / height  # from a token's first pixel to its middle
+    # The distance from the first pixel of a token to its middle.
+    half = (height / side - 1) / 2 / height
     wanted = [
         [[i / side + half, j / side + half, n] for i in range(side) for j in range(side)]
         for n in range(images)
@@ -172,7 +173,8 @@ def test_masked_dummy_images_have_no_anchor() -> None:
 
 
 def test_images_for_the_encoder_alone() -> None:
-    """Another argument of the forward, with images of the encoder's own size and normalisation."""
+    """Another argument of the forward has the images, in the encoder's own size and
+    normalisation."""
     data = batch("qwen2_5_vl", IMAGES)
     images = torch.randn(3, 3, 16, 16)
     anchor = EncoderAnchor(

@@ -1,5 +1,5 @@
-"""apply_pre: the loss and every gradient are those of the equation on the true input of the layer,
-everywhere."""
+"""apply_pre: in every family the loss and every gradient are those of the equation on the true
+input of the layer."""
 
 from __future__ import annotations
 
@@ -64,12 +64,13 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
             (name for name in wanted if name.startswith(FAMILIES[family].lost)), None
         )
     assert_same_gradients(grads, wanted)
-    model(**batch(family).inputs).loss.backward()  # the recomputation fires the layers' hooks again
+    # The recomputation in the backward fires the layers' hooks again.
+    model(**batch(family).inputs).loss.backward()
     assert calls.number == len(layers)
 
 
 def routed(family: str) -> bool:
-    """Whether the loss may have a router's term (not so GLM-4V's in 4.57)."""
+    """Whether the loss may include a term of the router (not for GLM-4V in 4.57)."""
     return family.endswith("_moe") and hasattr(
         CONFIG_MAPPING[family]().get_text_config(), "router_aux_loss_coef"
     )
@@ -78,7 +79,7 @@ def routed(family: str) -> bool:
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "non-reentrant"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if routed(f)])
 def test_router_loss(family: str, checkpointing: bool | None) -> None:
-    """Reentrant checkpointing loses its gradient in the plain model too."""
+    """Under reentrant checkpointing the plain model loses its gradient too."""
     data = batch(family)
     without = build(family)(**data.inputs).loss
     data.inputs["output_router_logits"] = True
@@ -177,7 +178,8 @@ def test_what_never_reaches_the_head(family: str) -> None:
     model = build(family)
     inputs = batch(family).inputs
     plain = model(**inputs).loss.detach()
-    with torch.no_grad():  # for which some models and processors have kernels that round otherwise
+    # Without gradients some models and processors use kernels that round differently.
+    with torch.no_grad():
         quiet = model(**inputs).loss
     handle = apply_pre(model)
     calls = Calls(handle)
@@ -228,8 +230,8 @@ def test_positional_arguments() -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if families.FAMILIES[f].projector])
 def test_pre_projector_anchor(family: str) -> None:
-    """With images and, where the family has them, videos; the model projects all images before all
-    videos."""
+    """Batches with images, and with videos if the family has them. The model projects all images
+    before all videos."""
     tiny = FAMILIES[family]
     data = batch(family, tiny.clips or VIDEOS if tiny.videos else PLAIN)
     loss, found, handle, _ = run(family, data, anchor="pre_projector")
@@ -271,7 +273,8 @@ def test_mask_fn_replaces_input_ids() -> None:
 
 
 def test_autocast_state_of_the_layer() -> None:
-    """Wrappers (accelerate) autocast `forward` only, so the end of the call is outside of it."""
+    """Wrappers such as accelerate's autocast only `forward`, so the end of the call is outside
+    it."""
     model = build("llava")
     data = batch("llava")
     handle = apply_pre(model)
@@ -304,7 +307,7 @@ def test_half_precision_model() -> None:
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_metrics(fraction: float) -> None:
-    """The mean of what was added, whatever was drawn."""
+    """The logged value is the mean of the added losses, whichever terms were drawn."""
     model = build("llava")
     data = batch("llava")
     base = model(**data.inputs).loss.detach()

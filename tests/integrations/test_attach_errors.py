@@ -1,4 +1,5 @@
-"""A wrong argument or model: an error that names the argument, what came and what is wanted."""
+"""A wrong argument or model raises an error with the argument, the value it got and the value it
+needs."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_bad_argument(arguments: dict[str, Any], error: type[Exception], message
     with pytest.raises(error, match=message):
         apply_pre(model, **arguments)
     assert not hasattr(model, "pre_head")
-    apply_pre(model)  # nothing was left behind
+    # The failed call must leave nothing behind, so that this one works.
+    apply_pre(model)
 
 
 def test_bad_weight_later() -> None:
@@ -195,7 +197,7 @@ def test_attached_twice() -> None:
 
 
 def test_weights_loaded_after_attaching() -> None:
-    """A strict load says that the head is missing; any other loads the model and leaves the
+    """A strict load reports that the head is missing. Any other load loads the model and keeps the
     head."""
     plain, model = build("llava", seed=1), build("llava")
     handle = apply_pre(model)

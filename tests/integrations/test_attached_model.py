@@ -1,4 +1,4 @@
-"""The model around the handle: removed without a trace, saved, loaded and copied as it was."""
+"""The model around the handle: after removal, saving, loading and copying it is as it was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .support.tiny.models import batch, build
 
 
 def fingerprint(model: nn.Module) -> Any:
-    """State-dict keys, hooks, attributes and submodules of every module."""
+    """The state-dict keys, hooks, attributes and submodules of every module."""
     hooks = (
         "_forward_pre_hooks",
         "_forward_hooks",

@@ -1,5 +1,4 @@
-"""The one hook mechanism: what a forward captures, when another hook, a second call or an error
-comes between."""
+"""The hooks' capture of a forward when another hook, a second call or an error comes between."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from .support.tiny.models import DEPTH, IMAGE, batch, build
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_hook_that_puts_embeddings_in_the_place_of_input_ids(first: bool) -> None:
-    """ms-swift's way: `input_ids` are read before it, whichever hook came first."""
+    """Like ms-swift's hook. `input_ids` are read before it, whichever hook was registered first."""
 
     def replace(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
@@ -60,8 +59,8 @@ def test_an_exception_in_the_forward_leaves_nothing() -> None:
 
 
 def test_what_an_interrupt_leaves_is_dropped() -> None:
-    """No hook is called after a KeyboardInterrupt, so the next forward begins with what this one
-    captured."""
+    """After a KeyboardInterrupt no hook is called, so the next forward starts with the capture of
+    this one."""
     model = build("llava")
     inputs = batch("llava").inputs
     plain = model.eval()(**inputs).loss
@@ -76,7 +75,7 @@ def test_what_an_interrupt_leaves_is_dropped() -> None:
 
 
 def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
-    """A layer may run again before the forward ends, as recomputation makes it."""
+    """A layer may run again before the forward ends, as in a recomputation."""
     plain = build("llava")
     apply_pre(plain)
     wanted = plain(**batch("llava").inputs).loss
@@ -95,7 +94,8 @@ def test_the_first_call_of_a_layer_in_a_forward_counts() -> None:
 
 
 def test_a_module_that_a_compiler_put_in_the_models_place() -> None:
-    """accelerate's regional compilation: it has the hooks, and a `training` of its own."""
+    """accelerate's regional compilation makes a module that has the hooks and a separate `training`
+    flag."""
     from accelerate.utils import compile_regions
 
     model = build("llava").eval()

@@ -1,4 +1,4 @@
-"""handle.save and handle.load: the head comes back bit by bit, and a wrong folder is named."""
+"""handle.save and handle.load: the head comes back bit for bit, and errors name a wrong folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_roundtrip(tmp_path: Path, layer: Any, bias: bool) -> None:
     )
     before = dict(second.head.named_parameters())
     second.load(tmp_path / "new" / "folder")
-    # The same tensors, since an optimizer keeps hold of them.
+    # The tensors must be the same objects, because an optimizer refers to them.
     assert all(p is before[name] for name, p in second.head.named_parameters())
     assert all(
         torch.equal(p, q)
@@ -91,8 +91,8 @@ def test_another_head(tmp_path: Path, options: dict[str, Any], message: str) -> 
 
 
 def test_what_need_not_agree(tmp_path: Path) -> None:
-    """How many terms are drawn, how images weigh where they weigh the same anyway, what earlier
-    files do not say."""
+    """Settings that may differ: the fraction of drawn terms, the weights of images if they are
+    equal anyway, and settings that older files lack."""
     apply_pre(build("llava"), level="image").save(tmp_path)
     apply_pre(build("llava"), level="image", weighting="image", fraction=0.5, weight=0.1).load(
         tmp_path
@@ -181,7 +181,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
 
 
 def test_a_broken_checkpoint_is_named_and_loads_nothing(tmp_path: Path) -> None:
-    """Two heads, of which the second may be the broken one."""
+    """A module with two heads, of which the second may be the broken one."""
     apply_pre(build("llava", seed=1), [1, 3]).save(tmp_path)
     good = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     handle = apply_pre(build("llava"), [1, 3])
@@ -194,7 +194,7 @@ def test_a_broken_checkpoint_is_named_and_loads_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(p, before[n]) for n, p in handle.head.named_parameters())
         for name, content in good.items():
             (tmp_path / name).write_bytes(content)
-    # A later version of the same format may say more.
+    # A later version of the same format may have more settings.
     changed_config(pre_kernels="99.0", later="?")(tmp_path)
     handle.load(tmp_path)
     assert not torch.equal(handle.head[0].w1, before["0.w1"])
@@ -232,6 +232,6 @@ def test_weights_that_are_not_what_the_config_says(tmp_path: Path) -> None:
 
 def test_sharded_head(tmp_path: Path) -> None:
     handle = apply_pre(build("llava"))
-    handle.head.w1 = nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves outside the forward
+    handle.head.w1 = nn.Parameter(torch.empty(0))  # like a parameter that ZeRO-3 has split
     with pytest.raises(RuntimeError, match=r"head: `w1` is sharded"):
         handle.save(tmp_path)

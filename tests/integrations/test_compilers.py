@@ -1,4 +1,4 @@
-"""torch.compile and Liger's kernels beside PRe: no graph more, the same gradients."""
+"""torch.compile and Liger's kernels with PRe: no additional graph, and the same gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .support.tiny.models import batch, build
 
 
 def frames(model: nn.Module, run: Any, inputs: dict[str, Any]) -> int:
-    """The number of graphs of two steps: the second compiles nothing."""
+    """The number of graphs of two steps. The second step compiles nothing."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     counter = CompileCounter()
-    # the vision tower is not what is tested, and takes longest
+    # The vision tower is not part of this test and takes the longest to compile.
     model.model.get_image_features = torch.compiler.disable(model.model.get_image_features)
     compiled = run(model, counter)
     counts = []
@@ -57,8 +57,8 @@ def test_compilation_has_not_one_graph_more(run: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter here")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one kernel of its that the interpreter runs; they replace functions and forwards, which
-    the hooks are not."""
+    """The only kernel of Liger that the interpreter runs. Liger replaces functions and forwards,
+    but not hooks."""
     liger = pytest.importorskip("liger_kernel.transformers")
     if transformers.__version__.startswith("4."):
         pytest.skip("Liger wants transformers 5")

@@ -1,8 +1,8 @@
-"""Terms counted ahead of a step, where the forwards have others, where they cannot be counted,
-where nobody asks.
+"""Terms counted ahead of a step, if the forwards have other terms, if they cannot be counted, and
+if nobody asks for them.
 
-The values are those by hand: the mean over the step's visual tokens, or that of the micro-batches'
-own means.
+The expected values are by hand: the mean over the visual tokens of the step, or that of the
+micro-batches' own means.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from .support.warned import pre_warnings
 
 
 class PixelsLater(InOrder):
-    """Its batches have no pixels until `compute_loss`, as where images are read or encoded
-    there."""
+    """Its batches have no pixels until `compute_loss`, as if images were read or encoded there."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -41,7 +40,7 @@ class PixelsLater(InOrder):
 
 
 def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
-    """The count is 0: without a look at the forwards the gradient would be N times too large."""
+    """The count is 0. Without a check in the forward the gradient would be N times too large."""
     steps, handle, said = run(PixelsLater, tmp_path)
     for step in steps:
         assert_head(step, own_means(handle))
@@ -53,7 +52,7 @@ def test_inputs_that_are_made_after_counting(tmp_path: Path) -> None:
 
 
 def test_inputs_that_are_made_after_counting_before_a_log_that_comes_late(tmp_path: Path) -> None:
-    """Until it comes each micro-batch is looked at on the device."""
+    """Until the warning is given, each micro-batch is checked on the device."""
     steps, handle, said = run(PixelsLater, tmp_path, logging_steps=3)
     for step in steps:
         assert_head(step, own_means(handle))
@@ -61,7 +60,7 @@ def test_inputs_that_are_made_after_counting_before_a_log_that_comes_late(tmp_pa
 
 
 class Twice(InOrder):
-    """Two forwards of a batch in one loss, as in R-Drop."""
+    """One loss from two forwards of a batch, as in R-Drop."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         losses = [super(Twice, self).compute_loss(model, inputs, *args, **kwargs) for _ in range(2)]
@@ -82,8 +81,8 @@ class Adversarial(InOrder):
     ("kind", "times"), [(Twice, 1.0), (Adversarial, 2.0)], ids=["in one loss", "in two"]
 )
 def test_two_forwards_of_a_batch(kind: type, times: float, tmp_path: Path) -> None:
-    """One backward pass has the mean over its forwards; each of two has its own, as the model's
-    loss is added twice."""
+    """One backward pass gives the mean over its forwards. Two backward passes each add their own
+    mean, because the model's loss is also added twice."""
     steps, handle, said = run(kind, tmp_path)
     assert_head(steps[1], own_means(handle, times=times))
     assert_head(steps[2], own_means(handle, times=times))
@@ -92,7 +91,7 @@ def test_two_forwards_of_a_batch(kind: type, times: float, tmp_path: Path) -> No
 
 
 class Halves(InOrder):
-    """A backward pass for each sample of a micro-batch, as one does against want of memory."""
+    """One backward pass for each sample of a micro-batch, to save memory."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         parts = [collate("llava", UNEQUAL_IMAGES)([i]) for i in self.indices.pop(0)]
@@ -113,7 +112,8 @@ def test_a_micro_batch_in_parts(tmp_path: Path) -> None:
 
 
 class Skips(InOrder):
-    """Leaves out the second micro-batch, as some do where the loss is nan; its loss is its own."""
+    """Leaves out the second micro-batch and returns another loss for it, like trainers that skip a
+    loss of nan."""
 
     seen = 0
 
@@ -138,7 +138,7 @@ def test_a_micro_batch_that_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on", [(False, True, True), (True, False, True)])
 def test_turned_on_and_off_between_steps(on: tuple[bool, ...], tmp_path: Path) -> None:
-    """In `on_step_begin`, which comes after the step's batches."""
+    """They are set in `on_step_begin`, after the batches of the step were fetched."""
 
     def prepare(trainer: Any) -> None:
         def begin(args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -180,14 +180,14 @@ def one_rank_uncounted(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]
 
 
 def test_one_process_that_cannot_count(tmp_path: Path) -> None:
-    """The other does not wait for its part of a group's count, nor it for the other's."""
+    """Neither process waits for the other to take part in the count of a group."""
     (zero, said), (one, _) = both(one_rank_uncounted, tmp_path)
     assert all(torch.equal(tensor, one[name]) for name, tensor in zero.items())
     only(said, r"the batches of Some cannot be counted")
 
 
 def prompts(indices: list[int]) -> dict[str, torch.Tensor]:
-    """A mapping that the forward's arguments are made of later."""
+    """A mapping that is converted to the arguments of the forward later."""
     data = collate("llava", UNEQUAL_IMAGES)(indices)
     return data | {"prompt_input_ids": data.pop("input_ids")}
 
@@ -212,7 +212,7 @@ def test_a_mapping_without_input_ids(tmp_path: Path) -> None:
 
 
 def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
-    """As the error asks for it: it knows nothing of the collator's batch."""
+    """A mask_fn as the error asks for it: it does not know the collator's batch."""
     mask = {"mask_fn": lambda inputs: inputs["input_ids"] == IMAGE}
     steps, handle, said = run(Prompts, tmp_path, collator=prompts, **mask)
     for step in steps:
@@ -224,10 +224,9 @@ def test_a_mask_fn_of_the_forwards_arguments(tmp_path: Path) -> None:
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    """What is counted, compared and warned of reads no more on the host than a training without
-    PRe.
+    """Counting, comparing and warning read nothing more on the host than a training without PRe.
 
-    But once: whether the first images have visual tokens.
+    The only exception is the check whether the first images have visual tokens.
     """
     waits: list[list[str]] = []
 

@@ -1,4 +1,5 @@
-"""Terms counted ahead of a step whose methods others replace, on the class or on the trainer."""
+"""Terms counted ahead of a step if others replace methods of the step, on the class or on the
+trainer."""
 
 from __future__ import annotations
 
@@ -15,8 +16,7 @@ from .support.tiny.training import InOrder, assert_head
 
 
 def nothing_left_out(name: str, trainer: Any) -> None:
-    """Another patch in the place of a method, on the class, without a word to the one that was
-    there."""
+    """Another patch replaces a method of the class, without calling the one that was there."""
     plain = vars(Trainer)[name].__wrapped__
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,13 +30,14 @@ def nothing_left_out(name: str, trainer: Any) -> None:
 def test_methods_that_others_replace_later(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Unsloth does after the launcher."""
+    """Like Unsloth, after the launcher."""
     before = {method: vars(Trainer)[method] for method in METHODS}
     try:
         steps, handle, said = run(
             InOrder, tmp_path, prepare=lambda trainer: nothing_left_out(name, trainer)
         )
-        assert vars(Trainer)[name] is not before[name]  # it is theirs, and stays
+        # Their method stays.
+        assert vars(Trainer)[name] is not before[name]
     finally:
         for method, function in before.items():
             setattr(Trainer, method, function)
@@ -46,7 +47,7 @@ def test_methods_that_others_replace_later(
 
 
 class OwnStep(InOrder):
-    """A subclass that does without the class's methods."""
+    """A subclass that does not call the methods of the class."""
 
     def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
         model.train()
@@ -76,7 +77,8 @@ def test_a_training_step_that_is_replaced_during_the_training(tmp_path: Path) ->
         trainer.callback_handler.callbacks[-1].on_train_begin = begin
 
     steps, handle, said = run(InOrder, tmp_path, prepare=prepare)
-    for step in steps:  # each forward's own mean in output.loss
+    # Each forward then adds its own mean to output.loss.
+    for step in steps:
         assert_head(step, own_means(handle))
     only(said, r"a step of InOrder did not come through Trainer.training_step")
 

@@ -34,8 +34,8 @@ def test_parts(family: str) -> None:
 
 
 def test_tests_and_table_agree() -> None:
-    """A row that no test builds on this transformers, or a version that is wrong for the installed
-    one, is found."""
+    """The test of the table finds a row that no test builds on this transformers, and a wrong
+    version for the installed one."""
     assert families.FAMILIES.keys() == ALL.keys()
     here = Version(transformers.__version__)
     assert {
@@ -64,7 +64,7 @@ def test_text_model_can_be_passed(by: str) -> None:
 
 def unlist(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     rest = {name: row for name, row in families.FAMILIES.items() if name != family}
-    # Deleted from the table itself, it would come back at its end.
+    # A family that is deleted from the table itself would come back at the table's end.
     monkeypatch.setattr(families, "FAMILIES", rest)
 
 
@@ -102,7 +102,7 @@ def test_a_row_that_names_a_module_that_is_not_there(monkeypatch: pytest.MonkeyP
 
 
 def pixtral() -> nn.Module:
-    """LLaVA's class around Pixtral's tower, as Pixtral-12B has it: images of any size."""
+    """LLaVA's class with the tower of Pixtral, like Pixtral-12B: images of any size."""
     torch.manual_seed(0)
     vision = {
         "hidden_size": 24,
@@ -148,5 +148,6 @@ def test_the_end_of_a_path_names_the_projector() -> None:
     janus = build("janus").model
     aligner = janus.aligner
     del janus.aligner
-    janus.aligner = aligner  # behind `generation_aligner`, whose name ends alike
+    # `aligner` now comes after `generation_aligner`, whose name has the same end.
+    janus.aligner = aligner
     assert families.find_parts(janus).projector is aligner

@@ -1,4 +1,4 @@
-"""Faults in training, injected: no memory, interrupts, dying ranks.
+"""Faults during a training, injected: out of memory, interrupts, dying ranks.
 
 Values that are not finite are in test_not_finite.py, broken checkpoints in test_checkpoint.py.
 """
@@ -37,7 +37,7 @@ from .support.two_ranks import both, join
 
 
 class Fault:
-    """Raises when it is called for the `after`-th time, once."""
+    """Raises once, in its call number `after`."""
 
     def __init__(self, error: BaseException, after: int = 0) -> None:
         self.error = error
@@ -56,7 +56,8 @@ def in_a_layer(model: nn.Module, handle: Any, fault: Fault, patch: Any) -> None:
 
 
 def in_the_head(model: nn.Module, handle: Any, fault: Fault, patch: Any) -> None:
-    handle.head[1].register_forward_pre_hook(fault)  # the first one's loss is there
+    # At that time the loss of the first head exists already.
+    handle.head[1].register_forward_pre_hook(fault)
 
 
 def after_us(model: nn.Module, handle: Any, fault: Fault, patch: Any) -> None:
@@ -83,7 +84,8 @@ def out_of_memory() -> BaseException:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-# (where, what, how many calls go well, the options, whether the forward had ended with us in it)
+# (where, what, the number of calls that go well, the options, whether the forward had ended with
+# PRe in its loss)
 ENDS: list[tuple[Any, Callable[[], BaseException], int, dict[str, Any], bool]] = [
     (in_a_layer, out_of_memory, 0, {}, False),
     (in_the_head, out_of_memory, 0, {}, False),
@@ -109,7 +111,8 @@ def step(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def fails(call: Callable[[], Any], error: type[BaseException]) -> None:
-    """Unlike pytest.raises it keeps no traceback, which would keep the tensors of its frames."""
+    """Unlike pytest.raises this keeps no traceback, because a traceback keeps the tensors of its
+    frames."""
     try:
         call()
     except error:
@@ -121,8 +124,8 @@ def fails(call: Callable[[], Any], error: type[BaseException]) -> None:
 def test_the_step_after(
     place: Any, error: Any, after: int, options: Any, counted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the broken step is kept, and the next one is that of a model where nothing
-    happened."""
+    """Nothing of the broken step is kept, and the next step is that of a model without the
+    fault."""
     undisturbed = build("llava")
     apply_pre(undisturbed, [2, 3], **options)
     wanted = step(undisturbed)
@@ -136,7 +139,7 @@ def test_the_step_after(
         place(model, handle, Fault(error(), after), patch)
         fails(lambda: step(model), type(error()))
     interrupted = error is KeyboardInterrupt and not counted
-    # torch calls no hook then: the next forward, of whatever kind, or `remove` lets go.
+    # torch then calls no hook, so the next forward of any kind, or `remove`, releases the capture.
     if interrupted:
         with torch.no_grad():
             model(**batch("llava").inputs)
@@ -167,7 +170,7 @@ def test_remove_lets_go_of_an_interrupted_forward() -> None:
 
 
 def test_an_interrupt_inside_the_original_llava() -> None:
-    """Its merge is followed during a forward, once, however the last one ended."""
+    """Its merge is followed during a forward only once, however the previous forward ended."""
     model = build_original()
     data = original_batch()
     handle = apply_pre(model)
@@ -201,15 +204,17 @@ def test_a_training_that_was_ended_leaves_model_and_trainer(error: Any, tmp_path
 
 
 def ranks_that_die(folder: str, how: str) -> None:
-    """Rank 1 does not take part in a collective of ours; rank 0 hears of it within the group's time
-    limit.
+    """Rank 1 does not take part in one of PRe's collectives. Rank 0 gets an error within the time
+    limit of the group.
 
-    "save": from its beginning, "gather": when the parts of the head are put together.
+    "save": rank 1 is missing from the beginning. "gather": it is missing when the parts of the head
+    are gathered.
     """
     rank = torch.distributed.get_rank()
     torch.distributed.destroy_process_group()
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    limit = timedelta(seconds=5)  # what both take part in has to end in it too, on a busy machine
+    # On a busy machine the collectives in which both take part must also end within this time.
+    limit = timedelta(seconds=5)
     join(store, rank, timeout=limit)
     model, handle = made(group="world")
     wanted = step(model) if how == "forward" else None  # both take part
@@ -229,7 +234,7 @@ def ranks_that_die(folder: str, how: str) -> None:
         if how == "forward":
             model.model.language_model.layers[3].register_forward_pre_hook(Fault(out_of_memory()))
             fails(lambda: step(model), torch.OutOfMemoryError)
-        while not os.path.exists(f"{folder}/over"):  # alive, and elsewhere
+        while not os.path.exists(f"{folder}/over"):  # rank 1 is alive, but does something else
             time.sleep(0.05)
         torch.distributed.destroy_process_group()
         return
@@ -240,7 +245,8 @@ def ranks_that_die(folder: str, how: str) -> None:
     Path(f"{folder}/over").touch()
     assert not os.path.exists(f"{folder}/half/{WEIGHTS}")
     torch.distributed.destroy_process_group()
-    # It goes on alone: both ranks had the same batch, so the mean over them is its own.
+    # Rank 0 continues alone. Both ranks had the same batch, so its own gradient is the mean over
+    # both.
     if call is None:
         assert handle._capture.seen is None
         alone = step(model)
@@ -260,7 +266,7 @@ def test_a_rank_that_dies(how: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
-    """The other way round is in test_two_processes.py."""
+    """The reverse case is in test_two_processes.py."""
     trained(str(tmp_path / "one"), 1, None)
     head = load_file(tmp_path / "one" / "checkpoint-1" / WEIGHTS)
     found = both(ddp_resumes, str(tmp_path / "two"), 2, str(tmp_path / "one" / "checkpoint-1"))
@@ -269,7 +275,8 @@ def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
 
 
 def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:
-    """`remove` leaves nothing that needs the head; what does need it says why it cannot."""
+    """`remove` leaves nothing that needs the head. Functions that need it raise an error with the
+    reason."""
     model = build("llava")
     inputs = batch("llava").inputs
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -289,7 +296,7 @@ def test_going_on_with_a_watched_optimizer_after_remove(tmp_path: Path) -> None:
 
 
 class Removes(TrainerCallback):
-    """After the first step."""
+    """Removes the handle after the first step."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle

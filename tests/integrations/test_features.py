@@ -1,4 +1,4 @@
-"""What may be used beside PRe: EMA, packing, quantised bases, LoRA, resuming, export."""
+"""Features that may be combined with PRe: EMA, packing, quantised bases, LoRA, resuming, export."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_ema_copies_model_and_head() -> None:
         optimizer.step()
         average.update_parameters(model)
         if step == 0:
-            assert torch.equal(other.head.w1, handle.head.w1)  # the first update copies
+            # The first update copies the parameters.
+            assert torch.equal(other.head.w1, handle.head.w1)
             second = handle.head.w1.detach().clone()
     torch.testing.assert_close(other.head.w1, 0.5 * second + 0.5 * handle.head.w1)
     assert not torch.equal(first, second)
@@ -48,15 +49,16 @@ def test_ema_copies_model_and_head() -> None:
     before = handle.metrics(reset=False)
     seen = other.metrics()["pre_forwards"]
     model.zero_grad()
-    average.module(**data.inputs).loss.backward()  # the copy's hooks reach the copy's head alone
+    # The hooks of the copy must reach only the head of the copy.
+    average.module(**data.inputs).loss.backward()
     assert handle.metrics() == before
     assert (seen, other.metrics()["pre_forwards"]) == (0, 1)
     assert handle.head.w1.grad is None
 
 
 def packed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Samples one after the other in a row (1, total) without padding; positions begin anew, first
-    labels are none."""
+    """Samples one after the other in a row (1, total) without padding. In each, positions restart
+    and the first label is ignored."""
     ids = torch.cat([p["input_ids"] for p in parts], 1)
     for part in parts:
         part["labels"][:, 0] = -100
@@ -93,7 +95,7 @@ def test_a_packed_row_is_its_samples(level: str) -> None:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer with int8 weights and a scale per row; stands for bitsandbytes where
+    """A frozen linear layer with int8 weights and one scale per row; a stand-in for bitsandbytes if
     that is missing."""
 
     def __init__(self, like: nn.Linear) -> None:
@@ -118,8 +120,8 @@ def nf4(like: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize("quantise", [Int8Linear, nf4])
 def test_a_quantised_base(quantise: Any) -> None:
-    """The head has the dtype of the layer's norms, the gradient passes the frozen integers to the
-    adapters below."""
+    """The head has the dtype of the layer's norms, and the gradient passes through frozen integer
+    weights to the adapters below."""
     model = build("llava")
     data = batch("llava")
     for layer in model.model.language_model.layers:
@@ -149,7 +151,7 @@ def test_a_quantised_base(quantise: Any) -> None:
 
 @pytest.mark.parametrize("how", ["after", "modules_to_save"])
 def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
-    """Adapter and head are saved beside each other, merge back into a plain model, and resume
+    """Adapter and head are saved side by side, merge back into a plain model, and resume
     together."""
     saving = {"save_strategy": "steps", "save_steps": 2}
 
@@ -195,8 +197,8 @@ def test_lora_under_the_trainer(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
-    """Bit by bit, losses and weights, although `save_pretrained` renames keys, which the Trainer
-    does not undo."""
+    """Losses and weights agree bit for bit, although `save_pretrained` renames keys and the Trainer
+    does not undo that."""
     samples = [one_image(n) for n in (5, 4, 3, 6, 2, 5, 3, 4)] * 2
     more = {
         "save_strategy": "steps",
@@ -208,7 +210,7 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
     more |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     curves, ends = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        # Resumed by somebody who has the checkpoint alone.
+        # Resumed by a script that has only the checkpoint.
         model = build(family, seed=0 if resume is None else 7)
         apply_pre(model, schedule="cosine")
         with patch_trainer():
@@ -230,8 +232,8 @@ def test_four_and_four_steps_are_eight(family: str, tmp_path: Path) -> None:
 
 
 def test_what_the_trainer_saves(tmp_path: Path) -> None:
-    """The model's files are those of a training without PRe, and load without a missing or an
-    unexpected key."""
+    """The files of the model are those of a training without PRe, and load without missing or
+    unexpected keys."""
     from safetensors.torch import load_file
 
     saving = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0}
@@ -242,7 +244,7 @@ def test_what_the_trainer_saves(tmp_path: Path) -> None:
         train_dataset=Samples(EQUAL),
         data_collator=collate("llava", EQUAL),
     )
-    without.train()  # it writes into the config
+    without.train()  # training writes into the config
     without.save_model(tmp_path / "plain")
     plain = build("llava")
     _, handle, trainer = train("llava", EQUAL, tmp_path / "run", 2, patched=True, **saving)
@@ -273,8 +275,8 @@ PICKLES = "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrai
     "options", [{"safe_serialization": False}] if PICKLES else [{"max_shard_size": "20KB"}]
 )
 def test_other_ways_of_saving(options: dict[str, Any], tmp_path: Path) -> None:
-    """transformers 4 can still write its own pickles; later ones write safetensors, here in several
-    files."""
+    """transformers 4 can still write pickles of its own. Later versions write safetensors, here
+    into several files."""
     model = build("llava")
     names = []
     for folder in (tmp_path / "plain", tmp_path / "attached"):

@@ -1,4 +1,4 @@
-"""Attention by flash-attn or torch's kernels: with PRe a bf16 model is as close to float64 as with
+"""Attention by flash-attn or torch's kernels: with PRe, a bf16 model is as close to float64 as with
 eager attention."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def step(family: str, attention: str, device: torch.device) -> tuple[dict[str, T
 
 
 def in_float64(family: str, head: nn.Module) -> dict[str, Tensor | None]:
-    """The same by hand, in float64 and with eager attention, of the same weights."""
+    """The same by hand, in float64 and with eager attention, with the same weights."""
     model = build(family).bfloat16().double()
     model.set_attn_implementation("eager")
     data = in_dtype(batch(family), torch.float64, torch.device("cpu"))
@@ -76,8 +76,8 @@ def test_as_close_to_float64_as_eager_attention(
             torch.cat([values[name].flatten().double().cpu() for name in group])
             for values in (wanted, grads, eager)
         )
-        # Attention in another order of its sums rounds all that comes after it otherwise, so that
-        # errors of single tensors differ more than the error rule of the kernels lets them.
+        # Attention that sums in another order changes the rounding of everything after it, so the
+        # errors of single tensors differ more than the error rule of the kernels allows.
         bound = 2 * (theirs - truth).norm() + 0.5 * EPS * truth.norm()
         assert 0 < (ours - truth).norm() < bound < 0.3 * truth.norm()
     loss, ours, theirs = (float(values["loss"]) for values in (wanted, grads, eager))

@@ -1,5 +1,5 @@
-"""The launcher follows a script into the processes it starts, and says in time what it cannot
-reach."""
+"""The launcher follows a script into the processes that it starts, and reports in time which it
+cannot follow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Following:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "other.py").write_text("")
     (tmp_path / "bin").mkdir()
-    # deepspeed's command is such a file, no entry point; the other two are somebody else's
+    # deepspeed's command is a file like this and not an entry point. The other two do not belong to
+    # this Python.
     lines = {
         "a-command": f"#!{PY}",
         "env-command": "#!/usr/bin/env python",
@@ -94,7 +95,7 @@ def package(name: str) -> str:
             [PY, f"{package('trl')}/scripts/sft.py", "--a"],
             [PY, *RUN, f"{package('trl')}/scripts/sft.py", "--a"],
         ),
-        # left alone
+        # > not changed
         ([PY, "-c", "print(1)"], None),
         ([PY, "-"], None),
         ([PY], None),
@@ -134,7 +135,8 @@ def test_commands(command: Any, wanted: Any, following: Following, tmp_path: Pat
 
 
 def test_commands_elsewhere(following: Following, tmp_path: Path) -> None:
-    """Another folder, another PATH, a launcher that is there already, a line for a shell."""
+    """Another folder, another PATH, a command that has the launcher already, and a line for a
+    shell."""
     assert following.changed([PY, "other.py"]) == [PY, "other.py"]
     assert following.changed([PY, "other.py"], cwd=b"sub") == [PY, *RUN, "other.py"]
     assert following.changed([PY, "other.py"], cwd=tmp_path / "sub") == [PY, *RUN, "other.py"]
@@ -179,7 +181,7 @@ def test_processes_start_as_before_and_what_others_replace_stays(
         )
         done = subprocess.run([PY, "a"], capture_output=True, text=True, check=True)
         assert done.stdout == "['a']\n"
-        assert done.args == [PY, "a"]  # as its caller knows it
+        assert done.args == [PY, "a"]  # the caller sees its own command
         with pytest.raises(TypeError, match="args"):
             subprocess.Popen()  # type: ignore[call-overload]
         named = subprocess.run(
@@ -241,8 +243,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("command", ["torchrun", "accelerate", "exec"])
 def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: Path) -> None:
-    """Settings from a file beside the caller, not beside the script; the gradients are those by
-    hand."""
+    """The settings come from a file beside the caller, not beside the script. The gradients are
+    those by hand."""
     train = script(tmp_path, MAIN)
     words = {
         "torchrun": ["torchrun", "--nproc-per-node", "2", "--standalone", train],
@@ -335,8 +337,8 @@ for _ in range(3):
 def test_each_process_reports_for_itself(
     child: str, command: str, body: str, said: str | None, tmp_path: Path
 ) -> None:
-    """One that starts others leaves it to them; of a command that cannot be followed, the line that
-    works."""
+    """A process that starts others leaves the report to them. For a command that cannot be followed
+    the report has the line that works."""
     starts = tmp_path / "starts.py"
     starts.write_text(STARTS.format(child=child, body=body, command=command))
     done = launched(tmp_path, str(starts), options=["--weight", "0.25", "--set", "loss=mse"])
@@ -356,8 +358,8 @@ def test_each_process_reports_for_itself(
 
 
 def test_a_module_named_in_a_setting_is_found_from_the_callers_folder(tmp_path: Path) -> None:
-    """Beside the script that starts the others, and not beside the one that it starts, which sees
-    python's own path."""
+    """The module is beside the script that starts the others, not beside the one that it starts,
+    which sees the path that python gives it."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "masks_of_follow.py").write_text("def mine(inputs): ...")
     starts = tmp_path / "starts.py"

@@ -1,4 +1,4 @@
-"""A forward that is wrong: an error that names the argument, what came and what is wanted."""
+"""A wrong forward raises an error with the argument, the value it got and the value it needs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_bad_mask_fn(returned: Any, error: type[Exception], message: str) -> Non
 
 @pytest.mark.parametrize("family", [f for f, tiny in FAMILIES.items() if not tiny.silent])
 def test_other_image_tokens_than_features(family: str) -> None:
-    """The model says so itself; nothing of the forward is kept, and the next one is right."""
+    """The model itself raises. Nothing of the forward is kept, and the next one is right."""
     model = build(family)
     data = batch(family)
     handle = apply_pre(model)

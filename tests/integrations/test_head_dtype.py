@@ -27,7 +27,7 @@ def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
         model = build("llava").to(dtype)
         torch.manual_seed(5)
         handle = apply_pre(model, head_dtype=head_dtype)
-        with torch.no_grad():  # alike in both dtypes
+        with torch.no_grad():  # the same in both dtypes
             for parameter in handle.head.parameters():
                 parameter.copy_(
                     torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter).sin().to(dtype)
@@ -50,7 +50,7 @@ def test_float32_head_over_a_half_precision_model(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("given", [None, torch.float32])
 def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
-    """As TRL does with every trainable parameter of a quantised model."""
+    """TRL does this with every trainable parameter of a quantised model."""
     model = build("llava").bfloat16() if given is not None else build("llava")
     handle = apply_pre(model, head_dtype=given)
     for parameter in handle.head.parameters():
@@ -69,7 +69,7 @@ def test_others_recast_the_head(given: Any, tmp_path: Path) -> None:
 
 
 def test_a_head_that_was_cast_with_its_model_stays(tmp_path: Path) -> None:
-    """Without a head_dtype it has its layer's."""
+    """Without head_dtype the head has the dtype of its layer."""
     model = build("llava")
     handle = apply_pre(model)
     model.bfloat16()
@@ -79,7 +79,7 @@ def test_a_head_that_was_cast_with_its_model_stays(tmp_path: Path) -> None:
 
 
 def test_the_head_of_a_quantised_layer_has_the_layers_dtype() -> None:
-    """PEFT's adapters over quantised weights are float32, whatever the layer computes in."""
+    """PEFT's adapters over quantised weights are float32, whatever dtype the layer computes in."""
     model = build("llava").bfloat16()
     for module in model.model.language_model.modules():
         if isinstance(module, nn.Linear):

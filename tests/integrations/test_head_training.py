@@ -20,7 +20,8 @@ OPTIONS = {"head_lr": 0.3, "head_weight_decay": 0.02}
 
 
 class Groups(TrainerCallback):
-    """Keeps each step's (lr, weight decay, parameter names) per group that has any."""
+    """Keeps for each step the (lr, weight decay, parameter names) of each group that has
+    parameters."""
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[float, float, set[str]]]] = []
@@ -46,7 +47,7 @@ WEIGHTS, BIASES = {"pre_head.w1", "pre_head.w2"}, {"pre_head.b1", "pre_head.b2"}
 
 
 class OwnOptimizer(InOrder):
-    """Makes one group of everything, as some trainers do."""
+    """Makes a single group of all parameters, like some trainers."""
 
     def create_optimizer(self, *_: Any) -> Any:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -55,7 +56,7 @@ class OwnOptimizer(InOrder):
 
 
 class LeavesOut(OwnOptimizer):
-    """Knows only the names that it expects, as LLaVA's trainers do."""
+    """Takes only the names that it expects, like LLaVA's trainers."""
 
     def create_optimizer(self, *_: Any) -> Any:
         parameters = [
@@ -125,7 +126,7 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
     rest = [p for n, p in model.named_parameters() if not n.startswith("pre_head")]
     late = torch.optim.SGD([{"params": rest}, *handle.param_groups()], lr=0.1)
     with patch_trainer(), warnings.catch_warnings():
-        # What was said of the first training is not said of the second.
+        # A warning of the first training does not silence that of the second.
         warnings.filterwarnings("error", message="PRe: ")
         make(tmp_path, model, optimizers=(late, None)).train()
     assert not torch.equal(before, handle.head.w1)
@@ -134,7 +135,8 @@ def test_an_optimizer_that_is_given_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["head_lr", "head_weight_decay", None])
 def test_an_optimizer_made_before_the_training(option: str | None, tmp_path: Path) -> None:
-    """Its groups stay as they are, and a warning says so where they are not what was asked for."""
+    """The groups of a given optimizer stay, and a warning is given if they differ from the
+    requested settings."""
     model = build("llava")
     apply_pre(model, **({} if option is None else {option: OPTIONS[option]}))
     with patch_trainer():
@@ -182,7 +184,7 @@ def test_wrong_arguments(given: dict[str, Any], error: type[Exception], message:
 
 
 def test_a_smaller_batch_after_running_out_of_memory(tmp_path: Path) -> None:
-    """auto_find_batch_size starts the training anew: nothing of the first attempt is left."""
+    """auto_find_batch_size starts the training again. Nothing of the first attempt may remain."""
     failed: list[int] = []
 
     class Fails(InOrder):

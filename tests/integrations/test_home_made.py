@@ -1,4 +1,5 @@
-"""Models that are not transformers': what has to be passed for them, and what is found alone."""
+"""Models that are not from transformers: the arguments they need, and the parts that are found
+without arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def by_text_model(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("given", [by_path, by_module, by_text_model])
 def test_home_made_model(given: Any) -> None:
     model, inputs = home_made()
-    # `trunk` itself is never called, so the anchor is the first block's input
+    # `trunk` itself is never called, so the anchor is the input of the first block.
     handle = apply_pre(
         model, [1, DEPTH], mask_fn=lambda kwargs: kwargs["ids"] == IMAGE, **given(model)
     )
@@ -62,7 +63,7 @@ def test_home_made_model(given: Any) -> None:
 
 
 def test_layers_of_the_model_itself() -> None:
-    """Then `inputs_embeds` of the whole model are not the anchor: the images are not in them
+    """`inputs_embeds` of the whole model are not the anchor then, because images are not merged
     yet."""
     model, inputs = home_made()
     model.blocks = model.trunk.blocks
@@ -75,7 +76,7 @@ def test_layers_of_the_model_itself() -> None:
 
 def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
     model, _ = home_made(num_hidden_layers=DEPTH)
-    model.layers = nn.ModuleList([nn.Linear(8, 8)])  # of an encoder, say
+    model.layers = nn.ModuleList([nn.Linear(8, 8)])  # of an encoder, for example
     model.decoder = model.trunk
     model.trunk.layers = model.trunk.blocks
     assert families.find_parts(model).layers is model.trunk.blocks

@@ -1,5 +1,5 @@
-"""Settings are data, whatever they say; models bring code or pickles in vain; paths may have spaces
-and any letters."""
+"""Settings are data, whatever they contain. Code and pickles that come with a model are not run.
+Paths may have spaces and any letters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HOSTILE = [
 
 
 def exit_status(main: Callable[[list[str]], Any], arguments: list[str]) -> Any:
-    """What it returned or exited with."""
+    """The return value or the exit status."""
     try:
         return main(arguments)
     except SystemExit as stop:
@@ -50,7 +50,7 @@ def exit_status(main: Callable[[list[str]], Any], arguments: list[str]) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current one, with a script and a module that leave something behind if they run."""
+    """Changes into a folder with a script and a module that leave a file behind if they run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text("open('pwned', 'w')")
     (tmp_path / "evil.py").write_text("open('pwned', 'w')")
@@ -63,17 +63,17 @@ def test_settings_of_the_launcher_are_not_evaluated(
     text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
-    # Those of module:name import it by design.
+    # Settings of the form module:name import the module by design.
     named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]
     for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
         (folder / "pre.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
-        # as YAML, and as a string in it
+        # The text as YAML, and as a string in YAML.
         for options in (
             ["--config", "pre.yaml"],
             ["--set", f"{name}={text}"],
             ["--set", f"{name}={json.dumps(text)}"],
         ):
-            # 2 means that it was refused.
+            # Status 2 means that the settings were rejected.
             assert exit_status(launch.main, [*options, "--", "script.py"]) in (None, 2), options
             assert "Traceback" not in capsys.readouterr().err
             assert not (folder / "pwned").exists()
@@ -154,7 +154,7 @@ def test_an_adapter_that_brings_a_pickle(folder: Path) -> None:
     save_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), folder / "adapter")
     assert load("adapter").model is not None
     weights = folder / "adapter" / "adapter_model.safetensors"
-    # PEFT would load the pickle.
+    # PEFT would load this pickle.
     torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):

@@ -1,4 +1,4 @@
-"""The image level: a term for each image or video, also where they touch."""
+"""The image level: one term for each image or video, also if they touch."""
 
 from __future__ import annotations
 

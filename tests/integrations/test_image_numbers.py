@@ -1,4 +1,4 @@
-"""Which image or video each visual token is of, by each rule of the table of families."""
+"""The number of the image or video of each visual token, by each rule of the table of families."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equal_parts_of_pixels() -> None:
     assert numbers.tolist() == [0, 0, 1, 1]
     numbers = parts(mask, "video", {"pixel_values_videos": torch.zeros(4, 3, 8, 8)}, None)
     assert numbers.tolist() == [0, 1, 2, 3]
-    # By runs of tokens, where the inputs do not say.
+    # Without these inputs, runs of tokens decide.
     numbers = parts(mask, "image", {"image_embeds": torch.zeros(4, 8)}, None)
     assert numbers.tolist() == [0, 0, 1, 2]
     with pytest.raises(
@@ -70,9 +70,9 @@ def test_tiles_of_zeros_are_padding() -> None:
     pixels[1, :, 0, 0, 0] = -1  # one pixel is enough
     numbers = image_rules.tiles(mask, "image", {"pixel_values": pixels}, None)
     assert numbers.tolist() == [0, 0, 1, 1, 2, 2]
-    # A black image is no padding.
+    # A black image is not padding.
     assert image_rules.tiles(mask, "image", {"pixel_values": 0 * pixels}, None).tolist() == [0] * 6
-    # By runs of tokens, where the inputs do not say.
+    # Without these inputs, runs of tokens decide.
     numbers = image_rules.tiles(mask, "image", {"image_hidden_states": pixels}, None)
     assert numbers.tolist() == [0, 0, 1, 1, 1, 1]
     with pytest.raises(
@@ -87,7 +87,8 @@ def test_spatial_shapes_count_the_patches() -> None:
     shapes = torch.tensor([[2, 4], [4, 2], [2, 2]])
     numbers = image_rules.shapes(mask, "image", {"spatial_shapes": shapes}, config)
     assert numbers.tolist() == [0, 0, 1, 1, 2]
-    assert image_rules.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]  # runs
+    # Without these inputs, runs of tokens decide.
+    assert image_rules.shapes(mask, "image", {}, config).tolist() == [0, 0, 1, 2, 3]
     with pytest.raises(
         ValueError, match=r"spatial_shapes: stands for 4 image tokens, but input_ids has 5"
     ):

@@ -1,4 +1,4 @@
-"""The launcher: scripts run as python runs them, with PRe on the model of each Trainer they
+"""The launcher runs scripts like python, with PRe on the model of each Trainer that they
 construct."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_a_training_is_that_of_apply_pre_and_patch_trainer(
 
 
 def test_the_head_is_kept_where_the_trainer_saves_nothing_of_it(run: Any, tmp_path: Path) -> None:
-    """As in LLaVA's first stage, whose trainer writes the projector alone."""
+    """Like the first stage of LLaVA, whose trainer writes only the projector."""
     run(
         """
         class Adapter(InOrder):
@@ -94,13 +94,13 @@ def test_what_the_script_draws_is_what_it_draws_alone(
     plain, nothing = torch.load(tmp_path / "out" / "drawn")
     assert nothing is None
     assert torch.equal(plain, drawn[1][0])
-    # The ranks' heads are equal, whatever they drew before.
+    # The heads of the ranks are equal, although the ranks drew different numbers before.
     assert torch.equal(drawn[0][1], drawn[1][1])
 
 
 def test_the_script_sees_what_python_gives_it(tmp_path: Path) -> None:
-    """argv, path and __main__; nothing imported that reads the environment; its own traceback and
-    exit status."""
+    """The script sees its argv, path and __main__; nothing that reads the environment was imported
+    before; traceback and exit status are its own."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "neighbour.py").write_text("value = 3")
@@ -193,7 +193,8 @@ def test_models_that_are_left_alone_and_models_that_come_late(
     said = capsys.readouterr().err
     assert "PRe: not attached to LlamaForCausalLM: it is not a vision-language model" in said
     assert said.count("PRe: attached") == 3
-    assert said.count("WARNING") == 1  # of the first training, before its second step
+    # It comes in the first training, before the second step.
+    assert said.count("WARNING") == 1
     assert (
         "PRe: WARNING: InOrder trains LlamaForCausalLM, which is not a vision-language model"
         in said
@@ -253,7 +254,7 @@ def test_errors_at_the_model_leave_nothing_behind(run: Any, tmp_path: Path) -> N
 
 
 def test_a_trainer_without_batch_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before transformers 4.46; the original LLaVA's 4.37 was trained with it."""
+    """transformers before 4.46. The original LLaVA was trained with 4.37."""
     monkeypatch.delattr(Trainer, "get_batch_samples")
     before = dict(vars(Trainer))
     with pytest.warns(

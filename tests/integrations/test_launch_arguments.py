@@ -135,7 +135,7 @@ def test_settings_come_from_the_file_and_options_win(
     launch.main(
         ["--config", "pre.yaml", "--layer", "2", "--set", "hidden_dim=null", *more, "--", "ok.py"]
     )
-    anchor = seen[0].pop("anchor")  # a module beside the script
+    anchor = seen[0].pop("anchor")  # from a module beside the script
     assert (anchor.__module__, anchor.__name__) == ("anchors_of_launch", "dino")
     wanted = {
         "layer": 2,

@@ -1,4 +1,4 @@
-"""What the launcher says and when: reports, the first step of a training without PRe, methods that
+"""The launcher's messages: reports, the first step of a training without PRe, and methods that
 others replace."""
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def run(tmp_path: Path) -> Callable[..., None]:
 def test_the_report_comes_however_the_script_ends(
     ending: str, code: Any, reports: bool, run: Any, capsys: Captured
 ) -> None:
-    """Where it failed, "nothing was trained" would only follow from that; a training without terms
-    is said anyhow."""
+    """After a failure "nothing was trained" would only be a consequence, so it is not reported. A
+    training without terms is."""
     for training in ("", f"trainer(build('llava'), samples={TEXT}).train()"):
         with pytest.raises(BaseException) as left:
             run(f"def main(): pass\n{training}\n{ending}")
@@ -111,7 +111,8 @@ class Says(TrainerCallback):
     ]
     assert lines[1:] == ["STEP"] * 3
     assert lines[0].startswith(f"PRe: WARNING: {warning}")
-    assert not [w for w in recwarn if "PRe: " in str(w.message)]  # nor in patch_trainer's words
+    # patch_trainer must not give its own warning too.
+    assert not [w for w in recwarn if "PRe: " in str(w.message)]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +147,8 @@ def plainly(name):  # as one who makes a method anew from its source
 
 
 def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Captured) -> None:
-    """PRe comes when `train()` begins, with the head of a training in which nothing was
-    replaced."""
+    """PRe is attached when `train()` begins, with the same head as in a training in which nothing
+    was replaced."""
     run(TRAIN)
     wanted = torch.load(tmp_path / "out" / "found")
     before = dict(vars(Trainer))
@@ -157,7 +158,7 @@ def test_a_constructor_that_others_replaced(run: Any, tmp_path: Path, capsys: Ca
         after = dict(vars(Trainer))
     finally:
         Trainer.__init__ = before["__init__"]  # type: ignore[method-assign]
-    # The method of the others stays.
+    # The others' method stays in place.
     assert {name for name in before if after[name] is not before[name]} == {"__init__"}
     saved = torch.load(tmp_path / "out" / "found")
     for name, gradient in wanted[0].items():
@@ -226,7 +227,7 @@ def test_a_module_that_is_run_after_the_launcher(
         del sys.modules["module_of_launched"]
         spec = importlib.util.find_spec("module_of_launched")
         assert spec is not None
-        sys.meta_path.remove(finder)  # by another
+        sys.meta_path.remove(finder)  # removed by someone else
     assert sys.meta_path == path
     spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[union-attr]
     assert came == ["now"]

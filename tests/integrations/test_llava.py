@@ -1,4 +1,5 @@
-"""The original LLaVA code bases: visual rows behind a merge that loses them, and counted ahead."""
+"""The original LLaVA code bases: visual rows are found although the merge does not record them, and
+counted ahead."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def test_loss_and_every_gradient(case: str, level: str) -> None:
 
 
 def test_anchor_before_the_projector() -> None:
-    """A text-only sample's image goes through the projector and into no row."""
+    """The image of a text-only sample goes through the projector, but into no row."""
     samples: list[list[Any]] = [[3, "1", 5], [6], ["1", "1", 2]]
     for level in ("patch", "image"):
         check(build_original(), original_batch(samples), anchor="pre_projector", level=level)
@@ -116,7 +117,7 @@ def test_anchor_before_the_projector() -> None:
         ValueError, match=r"anchor: visual tokens that come from no row of the projector's input"
     ):
         model(**original_batch())
-    mixed = build_original(TinyLlava, queries=3)  # 3 tokens from the 4 rows of each image
+    mixed = build_original(TinyLlava, queries=3)  # 3 tokens from 4 rows of each image
     apply_pre(mixed, anchor="pre_projector")
     with pytest.raises(
         ValueError,
@@ -132,7 +133,7 @@ def test_anchor_before_the_projector() -> None:
 
 
 def test_a_model_without_what_the_merge_needs() -> None:
-    """The error names it, and with a mask_fn nothing is missing."""
+    """The error names the missing part. With a mask_fn nothing is missing."""
 
     class Encodes(TinyLlava):
         encode_images = None
@@ -192,8 +193,8 @@ def test_text_only(kind: type) -> None:
 
 
 def test_labels_and_attention_reach_the_text_model_as_without() -> None:
-    """Row by row what the merge returns is what it returned, and it is followed in captured
-    forwards alone."""
+    """The merge returns the same rows as without PRe, and is followed only in forwards that are
+    captured."""
     model = build_original()
     seen: list[Any] = []
     original = model.prepare_inputs_labels_for_multimodal
@@ -226,7 +227,7 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
     with pytest.raises(RuntimeError, match="to have 3 channels"):
         model(**inputs | {"images": [torch.zeros(1, 5, 8, 8)] * 5})
     assert "prepare_inputs_labels_for_multimodal" not in vars(model)
-    # Somebody else's patch is kept, and called.
+    # A patch that someone else made is kept, and called.
     vars(model)["prepare_inputs_labels_for_multimodal"] = recorded
     model(**inputs).loss.backward()
     assert len(seen) == 1
@@ -236,7 +237,7 @@ def test_labels_and_attention_reach_the_text_model_as_without() -> None:
 @pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_trainer_counts_ahead(accumulation: int, kind: type, tmp_path: Path) -> None:
-    """The step's gradient is that of the sum over its visual tokens; the vision tower does not run
+    """The step's gradient is that of the sum over its visual tokens. The vision tower does not run
     for the count."""
     model = build_original(kind)
     recorder = Recorder()
@@ -287,14 +288,14 @@ def test_nothing_to_find_the_images_in() -> None:
 
 @pytest.mark.parametrize("kind", [OldLlava, TinyLlava])
 def test_lora(kind: type) -> None:
-    """The merge is followed inside the PeftModel, and counted alike."""
+    """The merge is followed inside the PeftModel, and tokens are counted in the same way."""
     peft = pytest.importorskip("peft")
     model = build_original(kind)
     twin = copy.deepcopy(model)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     handle = apply_pre(wrapped, 2)
     inputs = original_batch(square=kind is TinyLlava)
-    # LoRA starts as the model it is put on.
+    # At first LoRA does not change its base model.
     wanted, expected, truth = by_hand(twin, inputs, handle.head)
     assert int(handle.count(inputs)) == int((truth > 0).sum())
     loss = wrapped(**inputs).loss

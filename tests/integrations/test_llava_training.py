@@ -1,4 +1,4 @@
-"""Trainings of the original LLaVA code bases: both stages, and TinyLLaVA by the launcher."""
+"""Trainings of the original LLaVA code bases: both stages, and TinyLLaVA with the launcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .support.tiny.training import InOrder, Samples, arguments
 
 
 class ByName(InOrder):
-    """Keeps and groups by name as the trainer of LLaVA does: stage 1 saves the projector alone."""
+    """Saves and groups parameters by name like LLaVA's trainer: stage 1 saves only the
+    projector."""
 
     stage = 1
 
@@ -45,8 +46,8 @@ class ByName(InOrder):
 
 
 def test_two_stages(tmp_path: Path) -> None:
-    """Stage 1 trains the head beside the projector, stage 2 goes on with both; the model's own
-    files hold no head."""
+    """Stage 1 trains the head beside the projector, and stage 2 continues with both. The model's
+    own files do not contain the head."""
 
     def stage(number: int, model: Any, head: Path | None) -> Any:
         more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -85,7 +86,8 @@ def test_two_stages(tmp_path: Path) -> None:
 
 
 def test_tinyllava_by_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Attached and trained, a term an image; its parts, which it saves one by one, hold no head."""
+    """PRe trains with one term per image. The parts of the model, which are saved one by one, do
+    not contain the head."""
     model = build_original(TinyLlava)
     with Launch({"layer": 2, "level": "image"}) as launch:
         trainer = InOrder(

@@ -1,4 +1,5 @@
-"""What a training logs of PRe: its loss, cosine, tokens, and the norm of the head's gradient."""
+"""The values that a training logs of PRe: its loss, cosine, tokens, and the norm of the head's
+gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ LOGGED = ("pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm")
 
 
 class Seen(TrainerCallback):
-    """What on_log callbacks, such as wandb's and TensorBoard's, are given."""
+    """Keeps the values that on_log callbacks get, such as those of wandb and TensorBoard."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -70,12 +71,13 @@ def test_logs(loss: str, level: str, layers: list[int], tmp_path: Path) -> None:
     assert log["pre_head_grad_norm"] == pytest.approx(
         float(torch.cat([g.flatten() for g in gradients]).norm())
     )
-    assert log["pre_head_grad_norm"] < 0.05  # as the optimizer takes it
+    # The logged norm is after clipping, as the optimizer gets it.
+    assert log["pre_head_grad_norm"] < 0.05
 
 
 @pytest.mark.parametrize("kind", ["mask", "compact", "all", "none"])
 def test_sampled_cosines(kind: str) -> None:
-    """At most SAMPLE rows, spread over all; all of them where there are fewer."""
+    """At most SAMPLE rows, spread over all; all rows if there are fewer."""
     generator = torch.Generator().manual_seed(0)
     head = PreHead(8, out_dim=5)
     for rows in (40, 2000):

@@ -14,8 +14,8 @@ from .support.tiny.models import batch, build
 
 
 def test_fp16_with_a_gradient_scaler() -> None:
-    """Unscaled gradients are float32's within float16's error; a step with infinities is
-    skipped."""
+    """Unscaled gradients are those of float32, within the error of float16. A step with infinities
+    is skipped."""
     data = batch("llava")
     wanted_model = build("llava")
     same_head(apply_pre(wanted_model))
@@ -37,7 +37,8 @@ def test_fp16_with_a_gradient_scaler() -> None:
         if not skipped:
             largest = max(float(g.norm()) for g in wanted.values() if g is not None)
             for name, gradient in gradients(model).items():
-                if gradient is not None:  # some are 0 but for rounding: those of the keys' biases
+                # Gradients of the keys' biases are 0 except for rounding.
+                if gradient is not None:
                     error = float((gradient - wanted[name]).norm())
                     assert error < 0.02 * float(wanted[name].norm()) + 1e-4 * largest, name
         scaler.step(optimizer)
@@ -45,7 +46,7 @@ def test_fp16_with_a_gradient_scaler() -> None:
         assert torch.equal(before, handle.head.w1) == skipped
         assert scaler.get_scale() == (scale / 2 if skipped else scale)
         metrics = handle.metrics()
-        assert ("pre_head_grad_norm" in metrics) != skipped  # no step was taken
+        assert ("pre_head_grad_norm" in metrics) != skipped  # skipped: no step was taken
         if not skipped:
             norm = torch.nn.utils.get_total_norm(
                 [g for n, g in wanted.items() if n.startswith("pre_head")]
@@ -57,7 +58,8 @@ def test_fp16_with_a_gradient_scaler() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_the_norm_of_a_scaled_gradient(fused: bool, unscaled: bool) -> None:
-    """A fused optimizer unscales inside its step, after the hook, unless the loop has done it."""
+    """A fused optimizer unscales inside its step, after the hook, unless the loop has done it
+    before."""
     model = build("llava")
     data = batch("llava")
     handle = apply_pre(model)

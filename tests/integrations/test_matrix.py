@@ -1,4 +1,4 @@
-"""Every pair of values of family, checkpointing, loop, tuning and processes; `--full-matrix` runs
+"""Every pair of values of family, checkpointing, loop, tuning and processes. `--full-matrix` runs
 every combination.
 
 `make test-oldest` runs the same on transformers 4.57, so every value is also paired with both

@@ -1,5 +1,5 @@
-"""Rows of hidden states or anchors that are not finite: the loss says so, or leaves them out where
-asked."""
+"""Rows of hidden states or anchors that are not finite: the loss is not finite either, or it leaves
+them out on request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def bad_places(data: Batch, *tokens: int) -> Tensor:
-    """(B, T): these of the visual tokens, and the last token of the batch, which is none."""
+    """A mask (B, T) of these visual tokens and of the last token of the batch, which is not
+    visual."""
     places = data.visual.nonzero()[list(tokens)]
     bad = torch.zeros_like(data.visual)
     bad[places[:, 0], places[:, 1]] = True
@@ -39,7 +40,7 @@ def bad_places(data: Batch, *tokens: int) -> Tensor:
 
 
 def without(data: Batch, bad: Tensor) -> Batch:
-    """The batch as the equation sees it with these visual tokens left out."""
+    """The batch for the equation, with these visual tokens left out."""
     kept = (data.visual & ~bad)[data.visual]
     lengths = [int(part.sum()) for part in kept.split(data.lengths)]
     return Batch(data.inputs, data.visual & ~bad, [n for n in lengths if n])
@@ -48,8 +49,8 @@ def without(data: Batch, bad: Tensor) -> Batch:
 def attach_poisoned(
     family: str, bad: dict[Any, Tensor], value: float, **options: Any
 ) -> tuple[nn.Module, Any]:
-    """PRe is shown `value` at `bad[l]` after l layers and at `bad["embeds"]`, what the model
-    computes with is left."""
+    """PRe sees `value` at `bad[l]` after l layers and at `bad["embeds"]`. The model computes with
+    the true values."""
     model = build(family)
     text = model.get_submodule(FAMILIES[family].text)
     modules = [(text if at == "embeds" else text.layers[at], places) for at, places in bad.items()]
@@ -86,7 +87,7 @@ SKIPS: list[tuple[str, float, dict[str, Any]]] = [
 def test_skip_is_the_batch_without_these_rows(
     family: str, value: float, options: dict[str, Any]
 ) -> None:
-    """Loss and every gradient; one image of llava loses all its tokens."""
+    """Loss and every gradient. One image of llava loses all its tokens."""
     data = batch(family)
     hidden, embeds = bad_places(data, 1, 4, 5), bad_places(data, 5, 6, 7)
     layer = options.get("layer", 2)
@@ -128,7 +129,7 @@ def test_unless_asked_the_loss_says_so(where: Any, value: float) -> None:
     reported = handle.metrics()
     assert not math.isfinite(reported["pre_loss"])
     assert "pre_skipped" not in reported
-    # Only a token of text is bad.
+    # > only a token of text is bad
     model, handle = attach_poisoned("llava", {where: bad_places(data)}, value)
     assert model(**data.inputs).loss.isfinite()
     assert math.isfinite(handle.metrics()["pre_loss"])
@@ -214,7 +215,7 @@ def test_skipping_waits_for_nothing_and_costs_nothing_unless_asked(
 
 
 def test_a_training_logs_what_it_skipped(tmp_path: Path) -> None:
-    """All of it, and still finite."""
+    """All tokens are skipped, and the loss is still finite."""
     model = build("llava")
     apply_pre(model, anchor=bad_anchor(8), anchor_dim=7, nonfinite="skip")
     with patch_trainer():
@@ -226,7 +227,8 @@ def test_a_training_logs_what_it_skipped(tmp_path: Path) -> None:
 
 
 def test_the_sampled_cosine_counts_no_row_that_stands_in() -> None:
-    """Fewer rows than the sample's size, and nan in the one that is read instead."""
+    """There are fewer rows than the size of the sample, and the row that is read instead has
+    nan."""
     handle = apply_pre(build("llava"), loss="mse")
     hidden = torch.ones(6, 32)
     mask = torch.tensor([True, True, False, False, False, False])

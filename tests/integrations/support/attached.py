@@ -1,4 +1,4 @@
-"""Tiny models with PRe attached: one step of them, and a head that is alike each time."""
+"""Tiny models with PRe attached: one training step, and a head that is the same in each run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def run(
     family: str, data: Batch | None = None, checkpointing: bool | None = None, **options: Any
 ) -> Any:
-    """(loss, gradients, handle, model) of one step of a fresh model with PRe."""
+    """Train a fresh model with PRe for one step: (loss, gradients, handle, model)."""
     model = build(family)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(
@@ -31,7 +31,7 @@ def run(
 
 
 def same_head(handle: Any) -> None:
-    """A head that does not depend on the random state."""
+    """A head that does not depend on the state of the random generator."""
     with torch.no_grad():
         for parameter in handle.head.parameters():
             parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter).sin())

@@ -1,4 +1,4 @@
-"""PRe computed the plain way: hooks on a model without checkpointing, autograd,
+"""PRe computed the plain way: hooks on a model without checkpointing, autograd, and
 `reference.pre_loss`."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .tiny.models import FAMILIES, Batch, build
 
 
 def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
-    """Hooks that keep the last forward's embeddings ("embeds"), the projector's input and what l
-    layers made (l)."""
+    """Add hooks that keep, of the last forward, the embeddings ("embeds"), the projector's input,
+    and the output of decoder layer l under the key l."""
     seen: dict[Any, Tensor] = {}
     tiny = FAMILIES[family]
     text = model.get_submodule(base + tiny.text)
@@ -53,8 +53,8 @@ def watch(model: nn.Module, family: str, base: str = "") -> dict[Any, Tensor]:
 
 
 def projector_rows(family: str, data: Batch) -> Tensor:
-    """(N, z): for each visual token the projector's input rows that became its embedding, found by
-    comparing outputs.
+    """The input rows (N, z) of the projector from which each visual token's embedding was made,
+    found by comparing outputs.
 
     Rows that the projector merges are concatenated.
     """
@@ -70,7 +70,7 @@ def projector_rows(family: str, data: Batch) -> Tensor:
     with torch.no_grad():
         model(**data.inputs)
     del left[len(entered) :]
-    # directions alone: some families scale what the projector returns
+    # Only directions are compared, because some families scale the output of the projector.
     embedded, made = (
         nn.functional.normalize(rows.double(), dim=-1)
         for rows in (seen["embeds"][data.visual], torch.cat(left))
@@ -84,12 +84,12 @@ def projector_rows(family: str, data: Batch) -> Tensor:
 
 
 def copy_of(head: nn.Module) -> dict[str, Tensor]:
-    """The head's parameters as leaves of their own."""
+    """The head's parameters as separate leaves."""
     return {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
 
 
 def means(rows: Tensor, lengths: list[int]) -> Tensor:
-    """The mean of each image's rows."""
+    """The mean over the rows of each image."""
     if not lengths:
         return rows[:0]
     return torch.stack([part.mean(0) for part in rows.split(lengths)])
@@ -106,11 +106,11 @@ def pre_loss(
     chosen: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """L_PRe of the last watched forward, averaged over `layers`; `head` is keyed `<i>.w1` for
-    several.
+    """L_PRe of the last watched forward, averaged over `layers`. With several layers the keys of
+    `head` are `<i>.w1` and so on.
 
-    `chosen` is a bool mask of the terms that were drawn, whose sum is divided by their share of the
-    whole divisor.
+    `chosen` is a bool mask of the drawn terms. Their sum is divided by the drawn fraction of the
+    full divisor.
     """
     losses = []
     for index, layer in enumerate(layers):
@@ -133,7 +133,7 @@ def pre_loss(
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    """Every gradient by parameter name; the head's are named `pre_head...`."""
+    """Every gradient by parameter name; those of the head are named `pre_head...`."""
     return {
         name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
     }
@@ -166,8 +166,8 @@ def expected_gradients(
     weight: float = 0.5,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Loss and gradients of the plain `model` with PRe added by hand; the head's gradients as
-    `pre_head.<name>`."""
+    """Loss and gradients of the plain `model` with PRe added by hand. The head's gradients are
+    named `pre_head.<name>`."""
     seen = watch(model, family)
     parameters = copy_of(head)
     output = model(**batch.inputs)

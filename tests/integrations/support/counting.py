@@ -1,4 +1,4 @@
-"""Trainings of unequal micro-batches, and the gradients that their steps should have by hand."""
+"""Trainings with unequal micro-batches, and the gradients that their steps should have, by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def run(
     logged: bool = True,
     **more: Any,
 ) -> tuple[list[dict[str, torch.Tensor]], Any, list[str]]:
-    """(the gradients of each step, the handle, PRe's warnings); the parameters stay as they are."""
+    """Train, without changing parameters: (the gradients of each step, the handle, PRe's
+    warnings)."""
     model = build("llava")
     recorder = Recorder()
     handle = apply_pre(model, mask_fn=more.pop("mask_fn", None))
@@ -59,13 +60,13 @@ def run(
 def of_the_step(
     handle: Any, samples: Any = UNEQUAL_IMAGES, times: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """λ · ∇(Σℓ ÷ the visual tokens of the whole step)."""
+    """λ · ∇(Σℓ ÷ the number of visual tokens of the whole step)."""
     tokens = sum(TOKENS)
     return by_hand("llava", samples, handle, [times / tokens] * 4, "sum")
 
 
 def own_means(handle: Any, micro_batches: int = 2, times: float = 1.0) -> dict[str, torch.Tensor]:
-    """The mean of the micro-batches' own means, each of two samples."""
+    """The mean of the micro-batches' own means, where each micro-batch has two samples."""
     size = 4 // micro_batches
     counts = [sum(TOKENS[i - i % size :][:size]) for i in range(4)]
     return by_hand(

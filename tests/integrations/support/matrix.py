@@ -1,5 +1,5 @@
-"""One optimizer step of a family under a loop, checkpointing, LoRA, and in one process or two: its
-gradients."""
+"""One optimizer step of a family with each loop, checkpointing and LoRA, on one process or two, and
+its gradients."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ AXES: dict[str, list[Any]] = {
 
 MAJOR = transformers.__version__.split(".")[0]
 
-# What does not work without PRe either: (transformers' major version, the values that make a case
-# fail).
+# Cases that do not work without PRe either: (major version of transformers, the values that make a
+# case fail).
 UPSTREAM: dict[tuple[Any, ...], str] = {
     **{
         (
@@ -59,7 +59,7 @@ UPSTREAM: dict[tuple[Any, ...], str] = {
 
 
 def upstream(case: dict[str, Any]) -> str | None:
-    """Why a case does not work without PRe either, if so."""
+    """The reason why a case does not work without PRe either, or None."""
     return next(
         (reason for key, reason in UPSTREAM.items() if set(key) <= {MAJOR, *case.values()}), None
     )
@@ -71,8 +71,8 @@ def allowed(case: dict[str, Any]) -> bool:
 
 LAYER = DEPTH // 2
 WEIGHT = 0.5
-# unequal numbers of images, but equal numbers of labels: so all rules for the scale of the model's
-# own loss agree
+# The numbers of images differ, but those of labels are equal, so all rules for the scale of the
+# model's own loss agree.
 SAMPLES: list[Any] = [
     [("text", 3), ("image", 8, 8), ("text", 5)],
     [("text", 2), ("image", 8, 8), ("text", 2), ("image", 8, 8), ("text", 4)],
@@ -97,13 +97,14 @@ def sample(family: str, index: int) -> Batch:
 
 
 def make(case: Case) -> nn.Module:
-    """The model: only its decoder is trained, as DDP wants no parameter without a gradient under
-    checkpointing."""
+    """The model. Only its decoder is trained, because under checkpointing DDP allows no parameter
+    without a gradient."""
     model = build(case.family)
     model.requires_grad_(False)
     text = model.get_submodule(FAMILIES[case.family].text)
     text.requires_grad_(True)
-    if hasattr(text, "vqmodel"):  # Chameleon's decoder contains its tokenizer of images
+    # Chameleon's decoder contains its tokenizer of images.
+    if hasattr(text, "vqmodel"):
         text.vqmodel.requires_grad_(False)
     if case.tuning == "full":
         return model
@@ -112,7 +113,8 @@ def make(case: Case) -> nn.Module:
         model, LoraConfig(r=2, target_modules=rf"{text}\..*\.(q_proj|k_proj|v_proj|o_proj)")
     )
     torch.manual_seed(3)
-    with torch.no_grad():  # B starts at 0, which would hide A's gradient
+    # B starts at 0, which would hide the gradient of A.
+    with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
@@ -120,16 +122,17 @@ def make(case: Case) -> nn.Module:
 
 
 def unused(case: Case) -> bool:
-    """Whether DDP has to find parameters without a gradient: GLM-4V's experts without tokens, one
-    module each in 4.57.
+    """Whether DDP has to find parameters without a gradient, as for GLM-4V's experts without
+    tokens, which are modules in 4.57.
 
-    Elsewhere False: reentrant checkpointing wants that, and True is PEFT's default in a Trainer.
+    Elsewhere it is False: reentrant checkpointing needs that, and in a Trainer PEFT's default is
+    True.
     """
     return (MAJOR, case.family, case.tuning) == ("4", "glm4v_moe", "full")
 
 
 def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tensor]:
-    """What a step over SAMPLES, one a micro-batch, leaves in `.grad`; with two processes, each
+    """The gradients of a step over SAMPLES, one sample per micro-batch. With two processes, each
     calls this."""
     model = make(case)
     torch.manual_seed(0)
@@ -142,7 +145,8 @@ def gradients(case: Case, folder: str, attached: bool = True) -> dict[str, Tenso
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": reentrant}
         )
-    with warnings.catch_warnings():  # a training that is right is told nothing
+    # A correct training gets no warning.
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="PRe: ")
         return (
             plain(case, model)
@@ -225,8 +229,8 @@ TRAINERS: dict[str, Any] = {"Trainer": of_transformers, "TRL": of_trl}
 
 
 def wanted(case: Case, folder: str) -> dict[str, Tensor]:
-    """The same gradients by hand, in one process, without checkpointing; TRL's own loss is left to
-    TRL."""
+    """The same gradients by hand, on one process, without checkpointing. TRL computes its own loss
+    itself."""
     model = make(case)
     torch.manual_seed(0)
     with apply_pre(model, LAYER, WEIGHT) as handle:
@@ -236,8 +240,8 @@ def wanted(case: Case, folder: str) -> dict[str, Tensor]:
     for index, count in enumerate(counts):
         data = sample(case.family, index)
         own = model(**data.inputs).loss / len(SAMPLES)
-        # a loop that knows nothing of PRe takes the mean over micro-batches, patch_trainer that
-        # over tokens
+        # A loop without patch_trainer takes the mean over micro-batches, patch_trainer that over
+        # tokens.
         share = 1 / len(SAMPLES) if case.loop == "plain" else count / sum(counts)
         (
             own * (case.loop != "TRL") + WEIGHT * share * pre_loss(seen, data, [LAYER], head)

@@ -30,7 +30,7 @@ SEEN = 24
 
 
 class Tower(nn.Module):
-    """Patches to features (images, 4, 24)."""
+    """Maps patches to features (images, 4, 24)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,10 +59,11 @@ class Body(LlamaModel):
 
 
 class Merging:
-    """The merge, over `encode_images` and `embed`."""
+    """The merge, given `encode_images` and `embed`."""
 
     def features(self: Any, images: Any) -> list[Tensor]:
-        """Of each image (rows, d); of several crops a newline row ends each."""
+        """The rows (rows, d) of each image. A newline row ends each crop of an image with
+        several."""
         if torch.is_tensor(images) and images.dim() == 4:
             return list(self.encode_images(images))
         images = [image if image.dim() == 4 else image[None] for image in images]
@@ -79,8 +80,8 @@ class Merging:
     def merge(
         self: Any, ids: Tensor, mask: Tensor | None, labels: Tensor | None, images: Any
     ) -> tuple[Any, ...]:
-        """(attention mask, embeddings, labels), padded; whether masks and labels come back is as
-        they came."""
+        """(attention mask, embeddings, labels), padded. Mask and labels are returned in the form in
+        which they were given."""
         features = iter(enumerate(self.features(images), 1))
         rows = []
         for i, sample in enumerate(ids):
@@ -124,7 +125,7 @@ class Merging:
 
 
 class Meta(Merging):
-    """What both code bases' models can do."""
+    """The methods that the models of both code bases have."""
 
     def get_vision_tower(self: Any) -> Tower:
         return self.get_model().get_vision_tower()
@@ -196,8 +197,8 @@ class OldLlava(LlamaForCausalLM, Meta):
 
 
 class OldLlavaNext(OldLlava):
-    """The interface of LLaVA-NeXT: `modalities` comes before `image_sizes`, and videos' features
-    are pooled."""
+    """The interface of LLaVA-NeXT: `modalities` comes before `image_sizes`, and the features of
+    videos are pooled."""
 
     def features(self, images: Any) -> list[Tensor]:
         found = super().features(images)
@@ -253,8 +254,8 @@ class OldLlavaNext(OldLlava):
 
 
 class Connector(nn.Module):
-    """What stands in the place of `mm_projector`; `queries` > 0 mixes the rows of an image to so
-    many."""
+    """A stand-in for `mm_projector`. With `queries` > 0 it mixes the rows of an image to that many
+    rows."""
 
     def __init__(self, width: int, queries: int) -> None:
         super().__init__()
@@ -278,8 +279,8 @@ class TinyConfig(PretrainedConfig):
 
 
 class TinyLlava(PreTrainedModel, Merging):
-    """The interface of TinyLLaVA: a whole language model inside, whose `forward` is called past its
-    hooks."""
+    """The interface of TinyLLaVA: it contains a whole language model, and calls its `forward` so
+    that hooks do not run."""
 
     config_class = TinyConfig
 
@@ -341,14 +342,14 @@ class TinyLlava(PreTrainedModel, Merging):
 
 
 def parts(model: Any) -> tuple[nn.Module, nn.Module, Tower]:
-    """The decoder, the projector and the tower of a model of any of these kinds."""
+    """The decoder, the projector and the tower of a model of any of these classes."""
     if isinstance(model, TinyLlava):
         return model.get_decoder(), model.connector, model.vision_tower
     return model.model, model.model.mm_projector, model.model.vision_tower
 
 
 def build_original(kind: type = OldLlava, seed: int = 0, **config: Any) -> Any:
-    """A model in float32, in training mode, with weights large enough that layers differ."""
+    """A model in float32, in training mode, with weights large enough for its layers to differ."""
     torch.manual_seed(seed)
     queries = config.pop("queries", 0)
     model = kind(
@@ -362,14 +363,15 @@ def build_original(kind: type = OldLlava, seed: int = 0, **config: Any) -> Any:
     return model.train()
 
 
-# One entry of a sample: a number of words, or an image of that many crops as a string
+# An entry of a sample is a number of words, or a string for an image with that many crops.
 SAMPLES: list[list[Any]] = [[3, "1", 5], [2, "3", "1", 4], [6], ["2", 2]]
 
 
 def original_batch(
     samples: list[list[Any]] = SAMPLES, seed: int = 0, square: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """A forward's arguments: `square` gives the images as one tensor, so each has one crop."""
+    """The arguments of a forward. `square` puts the images into one tensor, so each has one
+    crop."""
     generator = torch.Generator().manual_seed(seed)
     rows, images = [], []
     for sample in samples:
@@ -381,7 +383,8 @@ def original_batch(
                 ids.append(PLACE)
                 images.append(torch.randn(int(entry), 3, SIDE, SIDE, generator=generator))
         if PLACE not in ids:
-            images.append(torch.zeros(1, 3, SIDE, SIDE))  # goes through the tower, into no row
+            # This image goes through the tower, but into no row.
+            images.append(torch.zeros(1, 3, SIDE, SIDE))
         rows.append(torch.tensor(ids))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     labels = ids.masked_fill((ids < 3) | (ids == PLACE), -100)

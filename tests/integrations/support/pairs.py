@@ -11,9 +11,11 @@ from typing import Any
 def pairs(
     axes: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = lambda case: True
 ) -> list[dict[str, Any]]:
-    """Cases {axis: value}, in the order of their gain: every pair of values of two axes that an
-    allowed case has is in one of them. Greedy over the full product, so the same list each time;
-    values need not be hashable."""
+    """Cases {axis: value}, the one with the most new pairs first. Every pair of values of two axes
+    that occurs in an allowed case is in one of them.
+
+    Greedy over the full product, so the list is the same each time. Values need not be hashable.
+    """
 
     def covers(case: Sequence[int]) -> set[Any]:
         return set(itertools.combinations(enumerate(case), 2 if len(axes) > 1 else 1))
@@ -24,8 +26,8 @@ def pairs(
     product = itertools.product(*(range(len(options)) for options in axes.values()))
     candidates = [case for case in product if allowed(values(case))]
     missing = set().union(*map(covers, candidates))
-    # a case's gain only falls, so its last known one bounds it: recompute at the top of the heap
-    # alone
+    # The gain of a case can only fall, so the last known gain is an upper bound, and only the top
+    # of the heap has to be computed again.
     heap = [(-(len(axes) ** 2), case) for case in candidates]
     cases = []
     while missing:

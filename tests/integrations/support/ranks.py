@@ -1,5 +1,5 @@
-"""What the tests of two processes share: samples for each rank, the model, its loss and gradients
-by hand, engines."""
+"""Shared by tests on two processes: samples for each rank, the model, its loss and gradients by
+hand, and engines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .tiny.training import one_image
 PLAIN = one_image(3)
 TWO_IMAGES = [("text", 4), ("image", 8, 8), ("text", 1), ("image", 8, 8), ("text", 8)]
 TEXT = [("text", 7)]
-# A dummy image under the attention mask, as some data pipelines add.
+# A dummy image that the attention mask hides, as some data pipelines add.
 MASKED = [
     ("image", 8, 8),
     ("text", 7),
 ]
-# The samples of each rank, one forward each.
+# The samples of each rank, one forward per entry.
 UNEVEN = [[TWO_IMAGES, PLAIN], [PLAIN, TWO_IMAGES]]
 TEXT_ONLY = [[TWO_IMAGES, PLAIN], [TEXT, TWO_IMAGES]]
 DUMMY = [[TWO_IMAGES, PLAIN], [MASKED, TWO_IMAGES]]
@@ -45,8 +45,8 @@ def batches(samples: list[Any], rank: int) -> list[Batch]:
 
 
 def made(frozen: bool = False, **options: Any) -> tuple[nn.Module, Any]:
-    """A model, without its vision part's gradients if `frozen`, and its handle; alike wherever it
-    is called."""
+    """A model and its handle, the same on every call. If `frozen`, its vision part has no
+    gradients."""
     model = build("llava")
     if frozen:
         model.model.vision_tower.requires_grad_(False)
@@ -61,8 +61,7 @@ def by_hand(
     level: str = "patch",
     forwards: int = 2,
 ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """The mean over the ranks of each forward's loss, and of the gradients accumulated over
-    them."""
+    """The mean over the ranks of each forward's loss and of the accumulated gradients."""
     model, handle = made(frozen)
     head = copy_of(handle.head)
     handle.remove()
@@ -83,7 +82,7 @@ def by_hand(
 
 
 def plainly(data: Batch, level: str = "patch") -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Loss and gradients of one forward in one process, with the head that `made` makes."""
+    """Loss and gradients of one forward on one process, with the head that `made` makes."""
     model, handle = made()
     head = handle.head
     handle.remove()
@@ -95,7 +94,7 @@ def check(ranks: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]
     for zero, other, loss in zip(ranks[0][0], ranks[1][0], wanted[0], strict=True):
         torch.testing.assert_close((zero + other) / 2, loss)
     for _, gradient in ranks:
-        # a parameter that no rank used has no gradient, or zeros
+        # A parameter that no rank used has no gradient, or zeros.
         seen = (
             {n: gradient[n] for n in wanted[1]} if gradient.keys() >= wanted[1].keys() else gradient
         )
@@ -110,7 +109,7 @@ def check(ranks: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]
 def steps(
     model: nn.Module, samples: list[Any], no_sync: Any = None, backward: Any = None
 ) -> list[Tensor]:
-    """The losses of this rank's forwards, their gradients accumulated; the last backward
+    """The losses of this rank's forwards. Their gradients are accumulated, and the last backward
     synchronises."""
     data = batches(samples, torch.distributed.get_rank())
     losses = []
@@ -137,13 +136,13 @@ def shard(model: nn.Module, own: bool) -> nn.Module:
 
 
 def need_deepspeed() -> None:
-    """Skip a test where it is not installed."""
+    """Skip a test if the package is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
 
 
 def need_zero_init() -> None:
-    """Skip a test where `from_pretrained` under zero.Init is not to be relied on."""
+    """Skip a test in which `from_pretrained` under zero.Init cannot be relied on."""
     need_deepspeed()
     if transformers.__version__.startswith("4."):
         pytest.skip(

@@ -1,4 +1,5 @@
-"""Training scripts for the launcher: what they begin with, and how a test runs one."""
+"""Training scripts for the launcher: their first lines, and the function that runs one in a
+test."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ torch.save((recorder.steps[0], t.state.log_history), out / "found")
 def under_the_launcher(folder: Path) -> Callable[..., None]:
     """A function that runs a script under the launcher in this process.
 
-    The script begins with START, is written into `folder`, and its first argument is `out` there.
+    The script gets START as its first lines and is written into `folder`. Its first argument is the
+    folder `out` there.
     """
 
     def run(body: str, *options: str) -> None:

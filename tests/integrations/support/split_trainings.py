@@ -1,4 +1,4 @@
-"""One training that saves and resumes, by each way of splitting it over two processes."""
+"""One training that saves and resumes, with each way of splitting it over two processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .tiny.training import EQUAL, InOrder, Samples, Starts, arguments, collate
 
 
 def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
-    """Saves after each of `steps` and at the end; returns the head's `w1` at the beginning."""
+    """Train, saving after each of `steps` and at the end. Returns the head's `w1` from the
+    beginning."""
     model = build("llava")
     starts = Starts()
-    # The tower's last layer is not used, which FSDP's optimizer states miss.
+    # The last layer of the tower gets no gradient, so FSDP's optimizer states lack it.
     model.model.vision_tower.requires_grad_(False)
     torch.manual_seed(99 if resume else 3)
     apply_pre(model)
@@ -34,12 +35,14 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
     options |= {"save_strategy": "steps", "max_steps": steps, "max_grad_norm": 1.0} | more
     args = arguments(Path(folder), 1, 1, **options)
     if "fsdp" in options:
-        assert args.device.type == "cpu"  # which also sets accelerate up
-        # accelerate does not shard on CPUs.
+        # Reading `device` also sets accelerate up.
+        assert args.device.type == "cpu"
+        # accelerate does not shard on CPUs, so it is told that this is not one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-        PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 does not take "cpu:0"
+        # FSDP1 does not accept "cpu:0".
+        PartialState._shared_state["device"] = torch.device("cpu")
     with patch_trainer(), warnings.catch_warnings():
-        # Nothing is wrong, whatever splits the parameters.
+        # However the parameters are split, a correct training gets no warning.
         warnings.filterwarnings("error", message="PRe: ")
         trainer = InOrder(
             model=model,
@@ -70,12 +73,12 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "state_dict_type": kind,
     }
-    # Both look for an accelerator.
+    # Both of these settings need an accelerator.
     plugin |= {
         "sync_module_states": False,
         "cpu_ram_efficient_loading": False,
     }
-    # as `accelerate launch` says it, which is the way of transformers 4
+    # `accelerate launch` sets these variables, and transformers 4 reads them.
     os.environ |= {"FSDP_VERSION": str(version), "FSDP_STATE_DICT_TYPE": kind}
     options = {
         "fsdp": "full_shard auto_wrap",
@@ -83,10 +86,11 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
         "max_grad_norm": 0.0,
         "ddp_backend": "gloo",
     }
-    # accelerate does not load the state of an optimizer in shards of FSDP1, and SGD has none
+    # accelerate does not load the optimizer's state from shards of FSDP1, and SGD has no state.
     options |= {"optim": "adamw_torch" if version == 2 else "sgd", "learning_rate": 0.01}
     w1: Any = trained(folder, steps, resume, **options)
-    if version == 1:  # each has those of the elements that fell to it
+    # Each process has only its own elements.
+    if version == 1:
         parts: list[Any] = [None, None]
         torch.distributed.all_gather_object(parts, w1.flatten())
         return torch.cat(parts).view(32, 32)
@@ -96,7 +100,7 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
 
 RUNS = {
     "DDP": (ddp_resumes,),
-    "FSDP1": (fsdp, 1, "SHARDED_STATE_DICT"),  # the whole one crashes on CPUs, in torch
+    "FSDP1": (fsdp, 1, "SHARDED_STATE_DICT"),  # the full state dict crashes on CPUs, in torch
     "FSDP2": (fsdp, 2, "FULL_STATE_DICT"),
     "FSDP2, sharded": (fsdp, 2, "SHARDED_STATE_DICT"),
     "ZeRO-2": (zero, 2),

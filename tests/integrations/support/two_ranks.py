@@ -44,7 +44,8 @@ from pathlib import Path
 from signal import SIGABRT
 from typing import Any
 
-GRACE = 5.0  # seconds that the other rank gets after an error, and a process to end
+# How many seconds the other rank gets after an error, and a process to end.
+GRACE = 5.0
 _pair: Pair | None = None
 
 
@@ -68,7 +69,7 @@ def both(
 
 
 def close() -> None:
-    """End the pair, if there is one; the next call starts another."""
+    """End the pair if there is one. The next call starts another."""
     global _pair
     if _pair is not None:
         _pair.close()
@@ -120,8 +121,8 @@ class Pair:
                 pipe.send_bytes(question)
             except OSError:
                 failed[rank] = self._end(rank)
-        # a worker that takes too long ends itself and says where it was; this is for one that
-        # cannot
+        # A worker that takes too long ends itself and reports where it was. This is for one that
+        # cannot.
         end = time.monotonic() + timeout + 60
         while len(results) + len(failed) < 2:
             left = [
@@ -147,7 +148,8 @@ class Pair:
         if len(results) == 2:
             return [results[0], results[1]]
         for rank in {0, 1} - results.keys() - failed.keys():
-            self.processes[rank].send_signal(SIGABRT)  # faulthandler writes where it is
+            # faulthandler then writes where the process is.
+            self.processes[rank].send_signal(SIGABRT)
             failed[rank] = "did not answer\n" + self._end(rank)
         said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
         raise AssertionError(
@@ -155,7 +157,7 @@ class Pair:
         )
 
     def _end(self, rank: int) -> str:
-        """Wait for a process that is ending; how it ended and what it wrote last."""
+        """Wait for a process that is ending. Returns how it ended and its last output."""
         process = self.processes[rank]
         try:
             process.wait(GRACE)
@@ -189,7 +191,7 @@ def join(store: Any, rank: int, **options: Any) -> None:
 
 def _work(rank: int, questions: Connection, answers: Connection, folder: str) -> None:
     """A worker: answer questions until there are no more."""
-    # libraries may replace stderr; this descriptor stays
+    # Libraries may replace sys.stderr; this descriptor stays the same.
     log = os.fdopen(os.dup(2), "w")
     faulthandler.enable(log)
     os.environ |= {
@@ -198,7 +200,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        # Looked at by libraries, never opened: the group is there before them.
+        # Libraries look at these variables, but nothing connects to them, because the group already
+        # exists.
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": "lo",
         "DS_ACCELERATOR": "cpu",
@@ -239,15 +242,16 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         _forget()
         answers.send_bytes(answer)
     if torch.distributed.is_initialized():
-        # left to the interpreter's exit, gloo's threads may be ended while they run: the process
-        # aborts
+        # If this were left to the interpreter's exit, gloo's threads could end while they run,
+        # which aborts the process.
         torch.distributed.destroy_process_group()
     if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # pytest-xdist's workers end without atexit
+        # pytest-xdist's workers end without running atexit.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forget() -> None:
-    """No state of accelerate, and no reducer of DDP, from one call to the next."""
+    """Forget accelerate's state and DDP's reducers, so that calls do not affect each other."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

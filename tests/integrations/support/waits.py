@@ -1,4 +1,4 @@
-"""Which operators read the device: what makes the host wait for it."""
+"""Find the operators that read the device, which make the host wait for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PRe's warnings among those that a test has caught."""
+"""Select PRe's warnings from those that a test has caught."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models whose images become codes of a vocabulary, as words are."""
+"""Tiny models that turn images into codes of a vocabulary, like words."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def chameleon() -> nn.Module:
 
 
 class FrozenCodes(hf.Emu3ForConditionalGeneration):
-    """Emu3 with its image tokenizer in eval, as it is meant; the batch norms in it would change
-    with each forward."""
+    """Emu3 with its image tokenizer in eval mode, as it is meant to be used. In training mode its
+    batch norms would change with each forward."""
 
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)
@@ -61,7 +61,7 @@ def emu3() -> nn.Module:
 
 
 def lined_image(height: int, width: int) -> list[int]:
-    """Emu3: a code for 4 x 4 pixels, and one for the end of each line."""
+    """Emu3: one code for 4 x 4 pixels, and one for the end of each line."""
     return [START, *[IMAGE] * (height // 4 * (width // 4 + 1)), END]
 
 

@@ -1,4 +1,4 @@
-"""A row of the table of tiny families: how a model is made and its batches are written."""
+"""A row of the table of tiny families: how to make a model and its batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 WIDTH = 32
 DEPTH = 4
-# The vocabulary: padding is 0, words are below WORDS, the others stand for what is seen.
+# The vocabulary: 0 is padding, ids below WORDS are words, and the others stand for images and
+# videos.
 PAD = 0
 WORDS = 50
 IMAGE = 60
@@ -19,7 +20,7 @@ VIDEO = 61
 START = 62
 END = 63
 
-# A vision tower's sizes.
+# The sizes of a vision tower.
 TOWER = {
     "hidden_size": 24,
     "intermediate_size": 32,
@@ -46,7 +47,7 @@ def text_config(**more: Any) -> dict[str, Any]:
 
 
 def text(model_type: str, **more: Any) -> dict[str, Any]:
-    """A text config as the settings of a vision-language one hold it."""
+    """A text config in the form of settings of a vision-language config."""
     return {"model_type": model_type, **text_config(**more)}
 
 

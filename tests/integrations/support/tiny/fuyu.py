@@ -1,4 +1,4 @@
-"""Fuyu: a family of transformers that the table does not list, with images as patches."""
+"""Fuyu, a family of transformers that is not in the table; its images are patches."""
 
 from __future__ import annotations
 

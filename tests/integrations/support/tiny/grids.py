@@ -1,4 +1,5 @@
-"""Tiny models that take an image in its own size: a visual token for some patches of its grid."""
+"""Tiny models that take an image in its own size: a visual token stands for some patches of its
+grid."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def grid_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch
 
 
 def token_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processors of Qwen add from transformers 5 on."""
+    """The arguments that the processors of Qwen add in transformers 5 and later."""
     forward = hf.Qwen2VLForConditionalGeneration.forward
     if "mm_token_type_ids" not in inspect.signature(forward).parameters:
         return {}
@@ -134,7 +135,7 @@ def grid_video(frames: int, height: int, width: int) -> list[int]:
 
 
 def stamped_video(frames: int, height: int, width: int) -> list[int]:
-    """From Qwen3-VL on every pair of frames stands alone, after its time in words."""
+    """From Qwen3-VL on, every pair of frames is separate and follows its time in words."""
     return [5, *grid_video(2, height, width)] * (frames // 2)
 
 
@@ -149,7 +150,7 @@ def video_llama_3() -> nn.Module:
 
 
 def merged_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """VideoLLaMA3: images are not merged, so that a token is a patch."""
+    """VideoLLaMA3: images are not merged, so each patch is a token."""
     grid = torch.tensor([[1, h // 4, w // 4] for h, w in sizes])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2, generator=generator)
     return {
@@ -160,7 +161,7 @@ def merged_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
 
 
 def merged_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """VideoLLaMA3: 2 x 2 patches of a video's frame make a token."""
+    """VideoLLaMA3: 2 x 2 patches of a frame of a video make one token."""
     grid = torch.tensor([[f, h // 2, w // 2] for f, h, w in sizes])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 2, generator=generator)
     sizes_ = torch.full((len(sizes),), 2)
@@ -171,7 +172,7 @@ def merged_video(frames: int, height: int, width: int) -> list[int]:
     return [5, *[VIDEO] * (height * width // 16)] * frames
 
 
-# GLM's
+# The ids before and after a video of GLM.
 VIDEO_START, VIDEO_END = 58, 59
 
 
@@ -212,17 +213,18 @@ def glm4v_moe() -> nn.Module:
 
 
 def glm_video(frames: int, height: int, width: int) -> list[int]:
-    """A frame of two is written as an image, with image tokens."""
+    """A pair of frames is written as an image, with image tokens."""
     return [VIDEO_START, *[*grid_image(height, width), 7] * (frames // 2), VIDEO_END]
 
 
 def glm_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processor adds from transformers 5 on: 1 for an image's token, 2 for a video's."""
+    """The argument that the processor adds in transformers 5 and later: 1 for a token of an image,
+    2 for one of a video."""
     inside = ((ids == VIDEO_START).int() - (ids == VIDEO_END).int()).cumsum(-1)
     return {name: (ids == IMAGE).int() * (1 + inside) for name in token_types(ids)}
 
 
-# GLM-4V takes no videos beside images.
+# GLM-4V does not take videos beside images.
 CLIPS = [
     [("text", 3), ("video", 4, 8, 8), ("text", 5)],
     [("text", 2), ("video", 4, 8, 16), ("text", 3), ("video", 2, 16, 8), ("text", 6)],
@@ -239,8 +241,8 @@ def mistral3() -> nn.Module:
 
 
 def broken_image(height: int, width: int) -> list[int]:
-    """Pixtral: each row of the image ends with a break token, the last one with an end token;
-    neither is visual."""
+    """Pixtral: each row of the image ends with a break token and the last row with an end token.
+    Neither is visual."""
     lines, columns = height // 4, width // 4
     ids = [*[IMAGE] * columns, START] * lines
     return [*ids[:-1], END]
@@ -259,7 +261,7 @@ def lfm2_vl() -> nn.Module:
         "num_patches": 16,
         "patch_size": 2,
     }
-    # layers 2 and 4 attend, the others convolve
+    # Layers 2 and 4 have attention, the others convolutions.
     inner = text(
         "lfm2", full_attn_idxs=[1, 3], layer_types=["conv", "full_attention"] * (DEPTH // 2)
     )
@@ -278,7 +280,8 @@ def ragged_image(height: int, width: int) -> list[int]:
 
 
 def ragged_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """LFM2-VL: patches (images, most, 3 · 2 · 2), of which each image has its own number."""
+    """LFM2-VL: patches (images, most, 3 · 2 · 2), where each image has its own number of
+    patches."""
     shapes = torch.tensor([[h // 2, w // 2] for h, w in sizes])
     counts = shapes.prod(-1)
     mask = (torch.arange(int(counts.max())) < counts[:, None]).int()

@@ -1,5 +1,4 @@
-"""A vision-language model that has nothing of transformers, with its layers at a place of their
-own."""
+"""A vision-language model without transformers, with its layers at an unusual path."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ class Block(nn.Module):
 
 
 class HomeMade(nn.Module):
-    """A VLM that has nothing of transformers: blocks at a place of their own, images merged before
-    the first."""
+    """A vision-language model without transformers. Its blocks are at an unusual path, and images
+    are merged before the first block."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The table of tiny random vision-language models, one per family, and batches for them."""
+"""The table of tiny random vision-language models, one per family, and their batches."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from .family import WIDTH as WIDTH
 from .family import text_config as text_config
 
 OLD = hf.__version__.startswith("4.")
-# 5.17 is silent; what lies between was not looked at.
+# 5.17 gives no error. The versions between were not tried.
 SILENT = Version(hf.__version__) < Version("5.24")
 
 
 @dataclass
 class Batch:
-    """A forward's arguments, where its visual tokens are, and how many tokens each image has."""
+    """The arguments of a forward, the mask of its visual tokens, and the number of tokens of each
+    image."""
 
     inputs: dict[str, torch.Tensor]
     visual: torch.Tensor
     lengths: list[int] = field(default_factory=list)
 
 
-# One entry of a sample: ("text", n), ("image", height, width) or ("video", frames, height, width).
+# An entry of a sample: ("text", n), ("image", height, width) or ("video", frames, height, width).
 Sample = list[tuple[Any, ...]]
 PLAIN: list[Sample] = [
     [("text", 3), ("image", 8, 8), ("text", 5)],
@@ -69,7 +70,7 @@ GLM = {
 IDEFICS = {"pixels": tiles.idefics_pixels, "text": "model.text_model"}
 SHUFFLED = {"projector": "model.connector.modality_projection"}
 
-# By config.model_type, whatever transformers is installed.
+# All families by config.model_type, whichever transformers is installed.
 ALL = {
     "llava": Tiny(squares.llava, squares.square_image, squares.square_pixels),
     "llava_next": Tiny(tiles.llava_next, tiles.anyres_image, tiles.anyres_pixels),
@@ -96,7 +97,7 @@ ALL = {
         squares.video_llava,
         squares.square_image,
         squares.video_llava_pixels,
-        video=lambda f, h, w: [VIDEO] * (5 * f),  # the class token too
+        video=lambda f, h, w: [VIDEO] * (5 * f),  # with the class token
         frames=squares.square_frames,
     ),
     "video_llama_3": Tiny(
@@ -178,12 +179,12 @@ ALL = {
     ),
 }
 
-# Those that the installed transformers has.
+# The families of the installed transformers.
 FAMILIES = {name: tiny for name, tiny in ALL.items() if name in CONFIG_MAPPING_NAMES}
 
 
 def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed: int = 0) -> Batch:
-    """Samples padded on `side`; the labels are the words."""
+    """Samples, padded on `side`. The labels are the words."""
     tiny = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
     rows, labels, lengths = [], [], []
@@ -226,7 +227,7 @@ def batch(family: str, samples: list[Sample] = PLAIN, side: str = "right", seed:
 
 
 def build(family: str, seed: int = 0) -> nn.Module:
-    """A model in float32, in training mode, with weights large enough that layers differ."""
+    """A model in float32, in training mode, with weights large enough for its layers to differ."""
     torch.manual_seed(seed)
     model = FAMILIES[family].make()
     with torch.no_grad():

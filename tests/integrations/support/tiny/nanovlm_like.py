@@ -1,4 +1,4 @@
-"""A vision-language model that is not Hugging Face's, of the shape of nanoVLM's."""
+"""A vision-language model that is not Hugging Face's, with the structure of nanoVLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-IMAGE = 9  # the token that stands for a visual one
+IMAGE = 9  # stands for a visual token
 
 
 class Block(nn.Module):
@@ -37,8 +37,8 @@ class Language(nn.Module):
 
 
 class Small(nn.Module):
-    """A vision-language model without a config, whose targets are no labels, and which returns
-    (logits, loss)."""
+    """A vision-language model without a config. Its argument for labels is `targets`, and it
+    returns (logits, loss)."""
 
     def __init__(self, width: int = 12, depth: int = 4) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""TRL's preference and RL trainers on a tiny LLaVA: real images, real conversations, a reward for
-length."""
+"""TRL's preference and RL trainers on a tiny LLaVA: real images, real conversations, and a reward
+for length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from .models import IMAGE, Batch, build
 from .training import QUIET, Recorder
 from .trl import processor
 
-ROWS = [1, 2, 4, 7]  # images in each prompt: no two halves have as many
+# The number of images in each prompt, chosen so that no two halves have equal sums.
+ROWS = [1, 2, 4, 7]
 
 
 def said(role: str, first: int, words: int) -> list[dict[str, str]]:
@@ -31,7 +32,7 @@ def said(role: str, first: int, words: int) -> list[dict[str, str]]:
 
 
 def rows(kind: str) -> Dataset:
-    """One prompt for each number of images, with what the trainer wants beside it."""
+    """One prompt for each number of images, with the other columns that the trainer needs."""
     generator = np.random.default_rng(0)
     conversations: list[dict[str, Any]] = []
     for index, count in enumerate(ROWS):
@@ -66,7 +67,7 @@ class Forwards:
 
 
 def trl(kind: str) -> tuple[Any, Any]:
-    """The trainer and its config; skips where this TRL has none for images."""
+    """The trainer and its config. Skips if this TRL has none for images."""
     module = pytest.importorskip(f"trl.trainer.{kind.lower()}_trainer")
     if "images" not in Path(module.__file__).read_text(encoding="utf-8"):
         pytest.skip(f"this TRL's {kind}Trainer takes no images")
@@ -77,8 +78,8 @@ def trl(kind: str) -> tuple[Any, Any]:
 def train(
     kind: str, folder: Path, attached: bool = True, lora: bool = False, **more: Any
 ) -> tuple[Any, Any, Any, list[Any], list[str]]:
-    """A step of 4 rows: (gradients, the handle or None, the trainer, its forwards' arguments,
-    warnings of PRe)."""
+    """A step of 4 rows: (gradients, the handle or None, the trainer, the arguments of its forwards,
+    PRe's warnings)."""
     trainer_class, config = trl(kind)
     model = build("llava")
     if lora:
@@ -93,7 +94,7 @@ def train(
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": 1,
-        "learning_rate": 0.0,  # the head stays as it was drawn
+        "learning_rate": 0.0,  # the head keeps its values
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
@@ -111,7 +112,7 @@ def train(
         trainer_arguments["ref_model"] = None if lora else build("llava", seed=1).eval()
     else:
         options |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
-        # Rows are shuffled, so that each forward has one.
+        # Rows are shuffled, so each forward gets only one row.
         options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
         trainer_arguments["reward_funcs"] = length
     trainer_arguments["args"] = config(**(options | more))
@@ -131,7 +132,7 @@ def auxiliary(
 ) -> dict[str, torch.Tensor]:
     """The gradients of 0.5 · L_PRe on a fresh model with this head.
 
-    With `ahead` L_PRe is the mean over the visual tokens of all forwards, else that of the
+    With `ahead` L_PRe is the mean over the visual tokens of all forwards, otherwise the mean of the
     forwards' own means.
     """
     model = build("llava")

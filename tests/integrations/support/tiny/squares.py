@@ -1,4 +1,4 @@
-"""Tiny models that resize an image to a square: a fixed number of visual tokens for each."""
+"""Tiny models that resize each image to a square, so it has a fixed number of visual tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .family import DEPTH, END, IMAGE, SQUARE_TOWER, START, VIDEO, WIDTH, text, 
 
 
 def square_image(height: int, width: int) -> list[int]:
-    """Whatever its size: it is resized to 8 x 8."""
+    """The size does not matter, because the image is resized to 8 x 8."""
     return [IMAGE] * 4
 
 
@@ -39,12 +39,12 @@ def square_frames(sizes: list[Any], generator: torch.Generator) -> dict[str, tor
 
 
 def image_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gemma3: images attend to themselves in both directions."""
+    """Gemma3: the tokens of an image attend to each other in both directions."""
     return {"token_type_ids": (ids == IMAGE).long()}
 
 
 def prefix_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """PaliGemma: 1 for what is learnt, here all after the last image."""
+    """PaliGemma: 1 for text that is trained, here everything after the last image."""
     images_to_come = (ids == IMAGE).flip(-1).cumsum(-1).flip(-1)
     return {"token_type_ids": (images_to_come == 0).long()}
 
@@ -142,7 +142,7 @@ def llama4() -> nn.Module:
     config = hf.Llama4Config(vision_config=vision, text_config=inner, image_token_index=IMAGE)
     output = getattr(modeling_llama4, "MoeCausalLMOutputWithPast", None)
     if output is not None and not hasattr(output, "image_outputs"):
-        # 5.24 reads it from an output that has none, and cannot run without this
+        # 5.24 reads an attribute that this output lacks, and fails without it.
         output.image_outputs = None
     return hf.Llama4ForConditionalGeneration(config)
 
@@ -224,7 +224,7 @@ def deepseek_vl_hybrid() -> nn.Module:
 
 
 class Tower(hf.PreTrainedModel):
-    """Stands for Gemma 3n's convolutional encoder, which is timm's."""
+    """A stand-in for Gemma 3n's convolutional encoder, which comes from timm."""
 
     config_class = hf.Gemma3nVisionConfig
 
@@ -238,7 +238,7 @@ class Tower(hf.PreTrainedModel):
 
 
 def gemma3n() -> nn.Module:
-    # what `AutoModel.register` does, but in 5.17, where it passes over transformers' own configs
+    # Like `AutoModel.register`, which in 5.17 skips the configs of transformers itself.
     hf.AutoModel._model_mapping._extra_content[hf.Gemma3nVisionConfig] = Tower
     inner = text_config(
         head_dim=16, vocab_size_per_layer_input=58, hidden_size_per_layer_input=8, laurel_rank=4
@@ -246,8 +246,8 @@ def gemma3n() -> nn.Module:
     inner |= {
         "altup_num_inputs": 3,
         "altup_active_idx": 1,
-        # shared ones lose gradients under reentrant checkpointing in 5.24, and 4.57 shares them in
-        # eval only
+        # Shared layers lose gradients under reentrant checkpointing in 5.24, and 4.57 shares them
+        # only in eval mode.
         "num_kv_shared_layers": 0,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2),
@@ -273,12 +273,12 @@ def gemma3n() -> nn.Module:
 
 
 def active(states: torch.Tensor) -> torch.Tensor:
-    """Gemma 3n: of the states that a layer is given, those that it works on."""
+    """Gemma 3n: the states that a layer works on, from the states that it gets."""
     return states[1]
 
 
-# Parameters before the last checkpointed layer of Llama 4's encoder, which passes the states by
-# keyword: reentrant checkpointing loses their gradients.
+# Parameters before the last checkpointed layer of Llama 4's encoder. It passes the states by
+# keyword, so reentrant checkpointing loses their gradients.
 LOST = tuple(
     f"vision_model.{name}" for name in ("class", "positional", "patch", "layernorm_pre", "model.")
 )

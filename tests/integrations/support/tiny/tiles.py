@@ -1,4 +1,5 @@
-"""Tiny models that cut an image into tiles of one size: as many visual tokens for each tile."""
+"""Tiny models that cut an image into tiles of one size; each tile has the same number of visual
+tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def internvl() -> nn.Module:
 
 
 def with_thumbnail(height: int, width: int) -> int:
-    """InternVL cuts an image into tiles of 8 x 8 and adds a thumbnail if there are several."""
+    """InternVL cuts an image into tiles of 8 x 8. If there are several, it adds a thumbnail."""
     count = (height // 8) * (width // 8)
     return count + (count > 1)
 
@@ -74,7 +75,7 @@ def thumbnailed_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str
 
 
 def anyres_image(height: int, width: int) -> list[int]:
-    """Every size here is a pinpoint, so that nothing is padded."""
+    """Every size used here is a pinpoint, so nothing is padded."""
     return [IMAGE] * (4 + (height // 4) * (width // 4 + 1))
 
 
@@ -140,12 +141,12 @@ def tiled_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torc
 
 
 def idefics_pixels(sizes: list[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """(samples, tiles, channels, height, width), where a tile of zeros pads; the model flattens the
-    first two."""
+    """(samples, tiles, channels, height, width). A tile of zeros is padding. The model flattens the
+    first two dimensions."""
     pixels = torch.randn(1, len(sizes) + 1, 3, 8, 8, generator=generator)
     pixels[:, -1] = 0
     mask = torch.ones(1, len(sizes) + 1, 8, 8, dtype=torch.long)
-    mask[:, 0, :, 4:] = 0  # the right half of a tile may be padding too
+    mask[:, 0, :, 4:] = 0  # half a tile may be padding too
     return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 

@@ -1,4 +1,4 @@
-"""Trainings of a step or a few on tiny models and batches, and the gradients they should have by
+"""Trainings of a few steps on tiny models and batches, and the gradients they should have, by
 hand."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNEQUAL_IMAGES = [
 
 
 class Samples(torch.utils.data.Dataset):
-    """Indices into `samples`; the collator makes the batch."""
+    """A data set of indices into `samples`; the collator makes the batch."""
 
     def __init__(self, samples: list[Any]) -> None:
         self.samples = samples
@@ -46,7 +46,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 class InOrder(Trainer):
-    """Takes the samples in their order."""
+    """Takes the samples in order."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -74,7 +74,7 @@ def collate(family: str, samples: list[Any]) -> Any:
 
 
 def merge(family: str, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One batch of several, padded on the right."""
+    """One batch of several samples, padded on the right."""
     width = max(p["input_ids"].shape[1] for p in parts)
     whole: dict[str, torch.Tensor] = {}
     for name in {name for p in parts for name in p}:
@@ -121,7 +121,7 @@ def train(
     weighting: str = "token",
     **more: Any,
 ) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """(the first step's gradients, the handle, the trainer)."""
+    """Train one step: (its gradients, the handle, the trainer)."""
     model = build(family)
     handle = apply_pre(model, level=level, weighting=weighting)
     recorder = Recorder()
@@ -146,8 +146,8 @@ def by_hand(
     level: str = "patch",
     weighting: str = "token",
 ) -> dict[str, torch.Tensor]:
-    """The head's gradient of 0.5 · Σ_i weights[i] · L_PRe(sample i), on a fresh model with the
-    fresh head."""
+    """The head's gradient of 0.5 · Σ_i weights[i] · L_PRe(sample i), on a fresh model with a fresh
+    head."""
     model = build(family)
     fresh = apply_pre(model, level=level)
     head = copy_of(fresh.head)
@@ -182,7 +182,7 @@ def labels_of(family: str, sample: Any, index: int) -> int:
 def make(
     folder: Path, model: Any, trainer_class: type = InOrder, samples: Any = EQUAL, **more: Any
 ) -> Any:
-    """A Trainer, patched or not, one of whose steps takes all `samples` in two micro-batches."""
+    """A Trainer, patched or not, whose steps take all `samples` in two micro-batches."""
     callbacks = more.pop("callbacks", None)
     accumulation = more.pop("accumulation", 2)
     size = more.pop("size", len(samples) // accumulation)
@@ -202,7 +202,7 @@ def make(
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """A `compute_loss_func`: the model's own loss, from its logits."""
+    """A `compute_loss_func`: the model's own loss, computed from its logits."""
     flat = outputs.logits[:, :-1].flatten(0, 1).float()
     return (
         torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
@@ -211,7 +211,7 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 
 class Starts(TrainerCallback):
-    """Keeps the head as it is when training begins."""
+    """Keeps a copy of the head from the beginning of the training."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on a tiny LLaVA: a real processor with a vocabulary of 64 words, real images,
+"""TRL's SFTTrainer on a tiny LLaVA: a real processor with a vocabulary of 64 words, real images and
 real conversations."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def processor() -> LlavaProcessor:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model,
         additional_special_tokens=["<image>"],
-        # Without token_type_ids, which transformers 4 adds and its generate() refuses.
+        # Without token_type_ids, which transformers 4 adds and its generate() rejects.
         model_input_names=["input_ids", "attention_mask"],
         **special,
     )
@@ -92,7 +92,7 @@ def train(
         "per_device_train_batch_size": len(counts) // accumulation,
         "gradient_accumulation_steps": accumulation,
         "max_steps": 1,
-        "learning_rate": 0.0,  # the head stays as it was drawn
+        "learning_rate": 0.0,  # the head keeps its values
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
