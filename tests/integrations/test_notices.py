@@ -1,5 +1,5 @@
-"""What is wrong about a training from its start is said, once: in loops of one's own and under the
-Trainer."""
+"""Warnings about a training that is wrong from its start are given once, in loops of one's own and
+under the Trainer."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def one(model: nn.Module) -> Any:
 
 
 class Two:
-    """Two optimizers, of which one has the head's weights and the other all else, as Muon beside
-    AdamW."""
+    """Two optimizers, one of them with the head's weights and the other with everything else, like
+    Muon beside AdamW."""
 
     def __init__(self, model: nn.Module) -> None:
         head = apply_pre(model).head
@@ -127,7 +127,7 @@ class Two:
 
 
 def another_models(model: nn.Module) -> Any:
-    """Some other optimizer steps before it, as a discriminator's does."""
+    """Another optimizer steps before it, like a discriminator's."""
     other = torch.optim.SGD(nn.Linear(2, 2).parameters())
     apply_pre(model)
     mine = torch.optim.SGD(model.parameters())
@@ -159,10 +159,11 @@ def test_the_hook_on_optimizers_goes_with_the_last_handle(monkeypatch: pytest.Mo
     assert dict(hooks) == there
 
     lost = copy.deepcopy(apply_pre(build("llava")).model)
-    others = register_optimizer_step_pre_hook(lambda *_: None)  # torch goes on to it after ours
+    # torch continues with this hook after ours.
+    others = register_optimizer_step_pre_hook(lambda *_: None)
     del lost
     gc.collect()
-    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()  # nobody is left to tell
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()  # no handle is left
     others.remove()
     apply_pre(build("llava")).remove()
     assert dict(hooks) == there
@@ -207,7 +208,7 @@ def test_a_schedule_without_progress(options: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("trained", ["layers.3", "lm_head"])
 def test_nothing_below_the_layer_trains(trained: str) -> None:
-    """The gradients are those without PRe, while the log looks well."""
+    """The gradients are those without PRe, although the log looks right."""
 
     def gradients(attached: bool) -> dict[str, Any]:
         model = build("llava")
@@ -240,8 +241,8 @@ def test_a_projector_below_the_layer_is_enough() -> None:
 
 
 def test_the_handle_is_on_another_model(tmp_path: Path) -> None:
-    """`model_init` makes a new one in train(); a notebook makes its own again; apply_pre was
-    forgotten."""
+    """`model_init` makes a new model in train(); a notebook makes its own model again; apply_pre
+    was forgotten."""
 
     def init() -> None:
         trainer = make(tmp_path, None, model_init=lambda: build("llava"))
@@ -310,7 +311,7 @@ def test_training_forwards_without_labels(inner: bool) -> None:
 
 
 def test_unlabelled_forwards_beside_labelled_ones_are_meant() -> None:
-    """As in semi-supervised training."""
+    """This is normal in semi-supervised training."""
     model = build("llava")
     data = batch("llava")
     apply_pre(model)

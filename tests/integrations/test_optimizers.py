@@ -1,5 +1,5 @@
-"""The Trainer's optimizers: those that do not step by groups, those that refuse some, states of
-other trainings."""
+"""The Trainer's optimizers: those that ignore groups, those that refuse some parameters, and states
+of other trainings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 def train(
     folder: Path, model: Any, kind: type = InOrder, resume: Any = None, **more: Any
 ) -> tuple[Any, list[str]]:
-    """(the trainer, PRe's warnings)."""
+    """Train, and return (the trainer, PRe's warnings)."""
     with warnings.catch_warnings(record=True) as caught, patch_trainer():
         warnings.simplefilter("always")
         trainer = make(folder, model, kind, **more)
@@ -40,8 +40,8 @@ def train(
 
 
 class Layerwise(InOrder):
-    """As the Trainer makes it for galore_adamw_layerwise: an optimizer for each parameter, stepped
-    in its backward."""
+    """Like the Trainer's optimizer for galore_adamw_layerwise: one optimizer for each parameter,
+    which steps in its backward."""
 
     def create_optimizer(self, *_: Any) -> Any:
         each = {p: torch.optim.SGD([p], lr=0.1) for p in self.model.parameters() if p.requires_grad}
@@ -57,7 +57,7 @@ class Layerwise(InOrder):
 
 
 class Lomo(torch.optim.SGD):
-    """By its name: it steps all parameters alike."""
+    """Recognised by its name: it steps all parameters alike."""
 
 
 class Fused(InOrder):
@@ -81,7 +81,7 @@ def test_optimizers_without_groups(kind: type, options: dict[str, Any], tmp_path
 
 
 def test_an_engine_with_an_optimizer_and_a_frozen_head() -> None:
-    """A DeepSpeed config with an optimizer: the head has no groups then."""
+    """With a DeepSpeed config that has an optimizer, the head has no groups."""
     model = build("llava")
     handle = apply_pre(model, **OWN)
     handle.head.requires_grad_(False)
@@ -96,7 +96,7 @@ def test_an_engine_with_an_optimizer_and_a_frozen_head() -> None:
 
 
 class Matrices(InOrder):
-    """Muon takes matrices alone; the vectors are not trained here."""
+    """Muon accepts only matrices, so the vectors are not trained here."""
 
     def create_optimizer(self, *_: Any) -> Any:
         named = dict(self.model.named_parameters())
@@ -132,7 +132,7 @@ def test_an_optimizer_of_matrices_under_the_launcher(tmp_path: Path) -> None:
 
 
 class LoraLike(InOrder):
-    """An optimizer of matrices that takes vectors too."""
+    """An optimizer of matrices that also takes vectors."""
 
     def create_optimizer(self, *_: Any) -> Any:
         chosen = [
@@ -156,7 +156,7 @@ def test_watching_what_is_no_optimizer() -> None:
 
 
 def test_watching_an_optimizer_that_an_engine_wrapped() -> None:
-    """As accelerate's around DeepSpeed's around torch's."""
+    """Wrapped like accelerate's optimizer around DeepSpeed's around torch's."""
     model = build("llava")
     handle = apply_pre(model)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -170,7 +170,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "le
 
 
 def moments(trainer: Any, own: bool) -> list[Any]:
-    """Adam's averages of the parameters that are the head's, or of the others, by their order."""
+    """Adam's averages of the head's parameters, or of the others, in their order."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     groups = [group for group in optimizer.param_groups if bool(group.get(MARK)) is own]
     states = [
@@ -180,7 +180,7 @@ def moments(trainer: Any, own: bool) -> list[Any]:
 
 
 class Loaded(InOrder):
-    """Looks at the optimizer when its state has been loaded."""
+    """Looks at the optimizer after its state has been loaded."""
 
     def _load_optimizer_and_scheduler(self, folder: Any) -> None:
         super()._load_optimizer_and_scheduler(folder)
@@ -251,8 +251,8 @@ def test_groups_of_another_number_are_torchs_to_judge(tmp_path: Path) -> None:
 
 
 def prepared_by_accelerate() -> list[str]:
-    """In a process of two: an accelerate loop under DeepSpeed that watches what `prepare` gave
-    back."""
+    """On one of two processes: an accelerate loop under DeepSpeed that watches the optimizer from
+    `prepare`."""
     deepspeed()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     settings = config(2, 1) | {"train_batch_size": 2}

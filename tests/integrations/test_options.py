@@ -1,5 +1,5 @@
-"""What the paper ablates, as options of apply_pre: every pair of their values, and what each
-promises."""
+"""The paper's ablations as options of apply_pre: every pair of their values, and the guarantees of
+each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES = [
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The masks that `draw` returns."""
+    """Keeps the masks that `draw` returns."""
     masks = []
 
     def keep(mask: torch.Tensor, fraction: float) -> Any:
@@ -116,8 +116,8 @@ def test_every_pair_of_options(case: dict[str, Any], drawn: list[torch.Tensor]) 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_pre_projector_rows_of_a_merger(family: str) -> None:
-    """Images of which a window is cut off at the border; the projector maps each anchor to its
-    token's embedding."""
+    """Images whose last windows are cut off at the border. The projector maps each anchor to the
+    embedding of its token."""
     data = batch(
         family,
         [[("image", 12, 20), ("text", 2), ("image", 4, 12), ("text", 3)], [("image", 20, 8)]],
@@ -183,7 +183,8 @@ def test_draw_sizes(rows: int, fraction: float, size: int) -> None:
 def test_the_mean_over_all_draws_is_the_whole(
     level: str, weighting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every subset that can be drawn, alike: loss and every gradient."""
+    """Every subset that can be drawn is equally likely, and loss and every gradient are
+    unbiased."""
     data = batch("qwen2_vl", [[("image", 4, 12), ("text", 3), ("image", 4, 8), ("text", 2)]])
     state = apply_pre(build("qwen2_vl")).head.state_dict()
 
@@ -247,8 +248,8 @@ def test_the_whole_draws_no_random_number() -> None:
 def test_the_head_computes_the_share_alone(
     impl: str, whole: int, third: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows of the products: those there are, for "blas" a bound of them (of the batch's 40
-    tokens without one)."""
+    """The number of rows in the matmuls: the selected rows, and for "blas" an upper bound of them
+    (the 40 tokens of the batch if there is none)."""
     computed = []
     for steps in (steps_torch.TorchSteps, steps_triton.TritonSteps):
         select = steps.select
@@ -278,7 +279,7 @@ def test_the_head_computes_the_share_alone(
 def test_a_bound_is_given_where_the_rows_there_are_would_not_be_counted(
     impl: str, dtype: torch.dtype, capacity: int | None
 ) -> None:
-    """In half precision "auto" computes the rows there are as long as it is given no bound."""
+    """In half precision, "auto" computes only the selected rows if it is given no bound."""
     found = apply_pre(build("llava"), impl=impl, fraction=0.5)._objective
     state = torch.zeros(2, 20, 4, dtype=dtype)
     assert found._options(state, None, None).get("capacity") == capacity
@@ -300,7 +301,7 @@ def test_a_fraction_costs_no_host_sync(divisor: Any, monkeypatch: pytest.MonkeyP
     apply_pre(model, fraction=0.5)
     model(**batch("llava").inputs)
     assert waits.found == []
-    with waits:  # it sees them
+    with waits:  # the detector works
         bool(torch.ones(1))
     assert waits.found
 
@@ -379,7 +380,8 @@ def debug(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_debugging_finds_anchors_that_are_not_finite(flat: bool, debug: None) -> None:
     data = batch("llava")
-    whole = torch.full((*data.visual.shape, 7), float("nan"))  # text rows may be anything
+    # Rows of text may have any value.
+    whole = torch.full((*data.visual.shape, 7), float("nan"))
     whole[data.visual] = 1
     for name, bad in (("good", 0), ("bad", 2)):
         whole[0, 4 : 4 + bad, 0] = float("inf")

@@ -1,5 +1,5 @@
-"""Models that are not Hugging Face's: other names for labels, a loss that the user adds, other ways
-of saving."""
+"""Models that are not Hugging Face's: other names for labels, a loss that the user adds, and other
+ways of saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .support.tiny.nanovlm_like import IMAGE, OPTIONS, Small, small
 
 
 def by_hand(model: Small, inputs: dict[str, Tensor], head: dict[str, Tensor]) -> Tensor:
-    """The loss of `model`, plain, plus 0.5 · L_PRe."""
+    """The loss of `model` without PRe, plus 0.5 · L_PRe."""
     seen: dict[int, Tensor] = {}
     for number in (0, 2):
         model.decoder.blocks[number].register_forward_pre_hook(
@@ -47,7 +47,7 @@ def test_loss_and_gradients(way: str) -> None:
     loss = model(**inputs)[1]
     if way == "loss()":
         loss = loss + handle.loss()
-        assert handle.loss() == 0  # each forward's once
+        assert handle.loss() == 0  # each term is returned once
     loss.backward()
     wanted = by_hand(plain, inputs, head)
     wanted.backward()
@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_added_is_said() -> None:
 
 
 def test_other_targets_than_labels_are_said() -> None:
-    """Without `labels=` the forwards have none of that name, and never reach the head."""
+    """Without `labels=` the forwards have no argument of that name, and never run the head."""
     model, inputs = small()
     handle = apply_pre(model, **OPTIONS)
     said = loop(model, inputs)
@@ -121,8 +121,8 @@ def test_errors() -> None:
 
 
 def test_a_loss_that_nobody_asked_for_is_gone() -> None:
-    """A later forward, in eval mode or with PRe off, has none, and the graph of the earlier one is
-    not kept."""
+    """A later forward in eval mode, or with PRe off, has no term, and the graph of the earlier
+    forward is not kept."""
     model, inputs = small()
     handle = apply_pre(model, labels=None, **OPTIONS)
     for off in ("eval", "enabled"):
@@ -138,7 +138,7 @@ def test_a_loss_that_nobody_asked_for_is_gone() -> None:
     model.train()
     handle.enabled = True
     model(**inputs)
-    with torch.no_grad():  # a reference
+    with torch.no_grad():  # a reference, as users keep them
         model(**inputs)
     assert handle.loss().requires_grad
 
@@ -159,7 +159,7 @@ def test_a_save_pretrained_of_the_models_own(tmp_path: Path) -> None:
 
 
 def test_the_head_is_excluded_on_request(tmp_path: Path) -> None:
-    """`accelerator.save_model` asks for the state dict, and so does whoever saves by hand."""
+    """`accelerator.save_model` calls state_dict(), and so does everyone who saves by hand."""
     model = build("llava")
     keys = model.state_dict().keys()
     handle = apply_pre(model)

@@ -1,4 +1,4 @@
-"""The generator of cases that the option tests and the family matrix share."""
+"""The generator of cases that the option tests and the matrix of families share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def product(allowed: Any = lambda case: True) -> list[dict[str, Any]]:
 def test_every_pair_is_there_and_few_cases_are_needed() -> None:
     cases = pairs(AXES)
     assert taken(cases) == taken(product())
-    assert 90 <= len(cases) <= 95  # 30 · 3 is the least
+    assert 90 <= len(cases) <= 95  # at least 30 · 3 cases
     assert cases == pairs(AXES)
 
 

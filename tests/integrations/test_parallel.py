@@ -1,5 +1,5 @@
-"""DDP in two processes, and groups: loss and every averaged gradient are what one process computes
-by hand."""
+"""DDP on two processes, and groups: loss and every averaged gradient are those that one process
+computes by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ddp(samples: list[Any], apply: dict[str, Any], frozen: bool, **options: Any)
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 @pytest.mark.parametrize("level", ["patch", "image"])
 def test_ddp_with_group(samples: list[Any], level: str) -> None:
-    """Accumulation under no_sync; every parameter may be unused on a rank."""
+    """Accumulation under no_sync, where every parameter may be unused on a rank."""
     found = both(
         ddp, samples, {"group": "world", "level": level}, False, find_unused_parameters=True
     )
@@ -46,21 +46,21 @@ def test_ddp_without_group_is_the_mean_of_the_ranks_means() -> None:
     ("forwards", "options"), [(2, {}), (1, {}), (1, {"static_graph": True})], ids=str
 )
 def test_ddp_finds_the_head_on_a_text_only_rank(forwards: int, options: dict[str, Any]) -> None:
-    """DDP waits for every trainable parameter of each rank, in the forward after which it
-    averages."""
+    """In the forward after which DDP averages, it waits for every trainable parameter of each
+    rank."""
     samples = [r[:forwards] for r in TEXT_ONLY]
     found = both(ddp, samples, {"group": "world"}, True, timeout=60, **options)
     check(found, by_hand(samples, frozen=True, forwards=forwards))
 
 
 def subgroups() -> Any:
-    """A group of one process counts its own terms."""
+    """A group of one process counts only its own terms."""
     groups = [torch.distributed.new_group([rank]) for rank in range(2)]
     model, handle = made(group=groups[torch.distributed.get_rank()])
     alone, _ = made()
     data = batches(UNEVEN, torch.distributed.get_rank())[0]
     assert model(**data.inputs).loss == alone(**data.inputs).loss
-    copy.deepcopy(model)(**data.inputs)  # as EMA does
+    copy.deepcopy(model)(**data.inputs)  # like EMA
     with pytest.raises(
         TypeError, match=r"group: got .*, want a ProcessGroup that this process is in"
     ):
@@ -74,8 +74,7 @@ def test_a_process_group() -> None:
 
 
 def test_group_of_one_process() -> None:
-    """ "world" where torch.distributed is not initialised, as when the same script runs without a
-    launcher."""
+    """A group of "world" works without torch.distributed, so a script also runs without torchrun."""
     data = batches(UNEVEN, 0)[0]
     assert made(group="world")[0](**data.inputs).loss == made()[0](**data.inputs).loss
 
@@ -103,8 +102,8 @@ def test_group_does_not_change_the_metrics() -> None:
 
 
 def item_shares() -> Any:
-    """A trainer's num_items_in_batch over all processes: loss times world size, gradients
-    averaged."""
+    """With num_items_in_batch over all processes a trainer multiplies the loss by the world size
+    and averages gradients."""
     rank = torch.distributed.get_rank()
     data = [batches(UNEVEN, r)[0] for r in range(2)]
     # As if the step had two micro-batches.
@@ -126,7 +125,8 @@ def test_group_and_the_share_of_a_trainers_items() -> None:
 def test_the_term_is_kept_in_the_graph_of_the_logits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the output has no loss; without a copy, and with the gradients as they were."""
+    """If the output has no loss, the term is put into the graph without a copy, and gradients do
+    not change."""
     monkeypatch.setattr(output, "initialized", lambda: True)
     source = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
     term = torch.ones((), requires_grad=True)
@@ -145,7 +145,7 @@ def test_the_term_is_kept_in_the_graph_of_the_logits(
     (tied,) = output.logits(model_output)
     assert tied.data_ptr() == logits.data_ptr()
     assert kind != "tuple" or model_output[1] == "cache"
-    tied[:, 1:].mul_(2).div_(2)  # a temperature, in place
+    tied[:, 1:].mul_(2).div_(2)  # a temperature, applied in place
     tied.float().square().sum().backward()
     assert torch.equal(source.grad, 8 * source)
     assert term.grad == 0

@@ -1,5 +1,5 @@
-"""save and load under every strategy: what two processes trained is one file, which any number of
-processes reads."""
+"""save and load under every strategy: a head that was trained on two processes is saved to one
+file, which any number of processes can read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = 0.5
 
 
 def wrap(how: str, model: nn.Module) -> Any:
-    """(the wrapped model, backward, step, the optimizer) to train `model` by SGD."""
+    """The parts to train `model` by SGD: (the wrapped model, backward, step, the optimizer)."""
     if how.startswith("zero"):
         ds = engine(model, int(how[-1]), torch.optim.SGD, RATE, accumulation=1)
         return ds, ds.backward, ds.step, ds.optimizer
@@ -50,8 +50,8 @@ def wrap(how: str, model: nn.Module) -> Any:
 
 
 def roundtrip(how: str, folder: str) -> None:
-    """A step, save to "trained", load "given", save to "loaded", a step of rate 0, save to
-    "kept"."""
+    """Take a step, save to "trained", load "given", save to "loaded", take a step with learning
+    rate 0, save to "kept"."""
     model, handle = made(group="world")
     wrapped, backward, step, optimizer = wrap(how, model)
     model_argument = {"model": wrapped} if "fsdp1" in how else {}
@@ -67,7 +67,8 @@ def roundtrip(how: str, folder: str) -> None:
     step()
     save("trained")
     with torch.no_grad():
-        wrapped(**data.inputs)  # FSDP2 leaves the root whole after it
+        # FSDP2 leaves the parameters of the root gathered after this.
+        wrapped(**data.inputs)
     handle.load(Path(folder) / "given", **model_argument)
     save("loaded")
     for group in optimizer.param_groups:
@@ -79,7 +80,7 @@ def roundtrip(how: str, folder: str) -> None:
 
 def quiet_roundtrip(how: str, folder: str) -> None:
     with warnings.catch_warnings():
-        # Nothing is wrong, whatever splits the parameters.
+        # However the parameters are split, a correct training gets no warning.
         warnings.filterwarnings("error", message="PRe: ")
         roundtrip(how, folder)
 
@@ -112,7 +113,7 @@ def test_roundtrip(how: str, tmp_path: Path) -> None:
 
 
 def one_saves_alone(folder: str) -> None:
-    """Where parameters are whole only rank 0 writes, and the other need not take part."""
+    """Where parameters are not split only rank 0 writes, and the other rank need not take part."""
     _, handle = made()
     if torch.distributed.get_rank() == 1:
         handle.save(f"{folder}/one")
@@ -131,7 +132,7 @@ def errors_everywhere(folder: str) -> None:
     rank = torch.distributed.get_rank()
     model, handle = made()
     shard(model, False)
-    # Where rank 0 cannot make the directory, no rank waits for it.
+    # If rank 0 cannot make the directory, no rank waits for it.
     with pytest.raises(FileExistsError):
         handle.save(f"{folder}/file")
     handle.save(f"{folder}/good")

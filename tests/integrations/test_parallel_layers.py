@@ -1,5 +1,5 @@
-"""Sequence and tensor parallelism in two processes, and device_map: loss and every gradient are
-those of one."""
+"""Sequence and tensor parallelism on two processes, and device_map: loss and every gradient are
+those of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .support.two_ranks import both
 
 
 class Gathered(torch.autograd.Function):
-    """The parts (B, heads, T / 2, width) of both ranks along the sequence."""
+    """The parts (B, heads, T / 2, width) of both ranks, joined along the sequence."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Gathered(torch.autograd.Function):
 
 
 def ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Causal attention of this rank's half of the queries to the keys of both."""
+    """Causal attention of this rank's half of the queries to the keys of both ranks."""
     key, value = Gathered.apply(key), Gathered.apply(value)
     mine, total = query.shape[2], key.shape[2]
     place = torch.arange(mine)[:, None] + torch.distributed.get_rank() * mine
@@ -60,7 +60,7 @@ def sequence_parallel(sample: Any, level: str) -> Any:
         more = {"inputs_embeds": kwargs["inputs_embeds"][:, mine], "position_ids": places[:, mine]}
         return args, kwargs | more | {"attention_mask": None}
 
-    # Before apply_pre, so that PRe sees the half.
+    # This comes before apply_pre, so that PRe sees only the half.
     text.register_forward_pre_hook(split, with_kwargs=True)
     apply_pre(model, group="world", level=level, mask_fn=lambda inputs: data.visual[:, mine])
     shifted = nn.functional.pad(data.inputs["labels"][:, 1:], (0, 1), value=-100)
@@ -93,8 +93,8 @@ HALVES = {
     [*((name, "patch") for name in HALVES), ("an image on each rank", "image")],
 )
 def test_sequence_parallel(sample: str, level: str) -> None:
-    """Two halves of one sequence: what the ranks add up to is the whole sequence's loss and
-    gradients."""
+    """Each rank has half of a sequence. Summed over the ranks, loss and gradients are those of the
+    whole sequence."""
     found = both(sequence_parallel, HALVES[sample], level)
     data = batch("llava", [HALVES[sample]])
     loss, wanted = plainly(data, level)
@@ -141,8 +141,8 @@ def tensor_parallel(before: bool) -> Any:
 
 @pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
 def test_tensor_parallel(before: bool) -> None:
-    """Whole hidden states between layers whose weights are split: the same on both ranks as on
-    one."""
+    """Layers with split weights exchange full hidden states, so both ranks have the result of one
+    process."""
     loss, wanted = plainly(batches(UNEVEN, 0)[0])
     check(both(tensor_parallel, before), ([loss], wanted))
 
@@ -201,7 +201,7 @@ def test_hidden_states_that_are_split() -> None:
 
 
 def test_dispatched_model() -> None:
-    """accelerate's hooks of a device_map, which move every module's arguments."""
+    """Uses accelerate's hooks of a device_map, which move the arguments of every module."""
     from accelerate import dispatch_model
 
     model = build("llava")
@@ -227,7 +227,7 @@ def test_dispatched_model() -> None:
 
 
 def test_offloaded_model() -> None:
-    """Frozen weights that are on "meta" between forwards: the head is made where the layer
+    """Frozen weights are on "meta" between forwards. The head is made on the device where the layer
     computes, and trains."""
     from accelerate import cpu_offload
 
@@ -239,6 +239,6 @@ def test_offloaded_model() -> None:
     data = batches(UNEVEN, 0)[0]
     for m in (model, plain):
         m(**data.inputs).loss.backward()
-    # the frozen decoder has no gradient, the head has
+    # The frozen decoder has no gradient, but the head has one.
     for name, p in own.head.named_parameters():
         torch.testing.assert_close(handle.head.get_parameter(name).grad, p.grad)

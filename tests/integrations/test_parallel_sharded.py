@@ -1,5 +1,5 @@
-"""FSDP1, FSDP2 and ZeRO in two processes: loss and every gradient are what one process computes by
-hand."""
+"""FSDP1, FSDP2 and ZeRO on two processes: loss and every gradient are those that one process
+computes by hand."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
 @pytest.mark.parametrize("samples", [UNEVEN, TEXT_ONLY], ids=["uneven", "text-only"])
 def test_fsdp2(own: bool, samples: list[Any]) -> None:
-    # Otherwise FSDP2 reduces unequal sets of gradients, with PRe or without.
+    # Otherwise FSDP2 reduces sets of gradients that differ between ranks, with and without PRe.
     frozen = samples is TEXT_ONLY
     check(both(fsdp2, samples, own, frozen), by_hand(samples, frozen=frozen))
 
 
 def fsdp2_from_meta() -> Any:
-    """Made on the meta device, sharded, then materialised: head.reset_parameters() under a common
-    seed."""
+    """The model is made on the meta device, sharded, then materialised, with
+    head.reset_parameters() under a common seed."""
     source, _ = made()
     with torch.device("meta"):
         model = type(source)(source.config)
@@ -84,7 +84,8 @@ def test_fsdp2_from_the_meta_device() -> None:
 
 
 def seven_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """Image 1 of all visual tokens but the first; 1 / 7 is no bfloat16."""
+    """All visual tokens but the first belong to image 1. Their weight, 1 / 7, is not a bfloat16
+    number."""
     visual = inputs["input_ids"] == IMAGE
     return (visual & (visual.cumsum(1) > 1)).long()
 
@@ -234,21 +235,22 @@ def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:
 )
 def test_zero(stage: int, samples: list[Any]) -> None:
     need_deepspeed()
-    frozen = samples is TEXT_ONLY  # ZeRO-2 also reduces unequal sets of gradients otherwise
+    # Otherwise ZeRO-2 also reduces sets of gradients that differ between ranks.
+    frozen = samples is TEXT_ONLY
     check(both(zero, samples, stage, frozen), by_hand(samples, frozen=frozen))
 
 
 def test_zero3_text_only() -> None:
-    """On both ranks: a rank that skips the vision tower alone makes ZeRO-3 wait for ever, with PRe
-    or without."""
+    """The vision tower runs on both ranks, because ZeRO-3 waits forever if only one rank skips it,
+    with and without PRe."""
     need_deepspeed()
     samples = [[TEXT], [TEXT]]
     check(both(zero, samples, 3), by_hand(samples, forwards=1))
 
 
 def zero_init(folder: str, samples: list[Any]) -> Any:
-    """The model is loaded under zero.Init, as from_pretrained does under the Trainer; the head
-    comes afterwards."""
+    """The model is loaded under zero.Init, like from_pretrained does under the Trainer. The head is
+    made afterwards."""
     deepspeed()
     from transformers import LlavaForConditionalGeneration
     from transformers.integrations import HfDeepSpeedConfig
@@ -273,7 +275,7 @@ def test_zero3_init(tmp_path: Path) -> None:
     torch.manual_seed(7)
     handle.head.reset_parameters()
     assert all(torch.equal(p, zero[1][n]) for n, p in handle.head.named_parameters())
-    # by_hand has another head, so the whole step is done here
+    # by_hand has another head, so the whole step is done here.
     head = copy_of(handle.head)
     handle.remove()
     seen = watch(model, "llava")

@@ -1,5 +1,5 @@
-"""PEFT: attach to the PeftModel; a base that is wrapped after attaching is an error, not a head
-that never trains."""
+"""PEFT: attach to the PeftModel. Wrapping the base model after attaching is an error, because its
+head would never train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def lora(model: Any, **more: Any) -> Any:
     peft = get_peft_model(
         model, LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj", **more)
     )
-    with torch.no_grad():  # B starts at 0, which would hide A's gradient
+    # B starts at 0, which would hide the gradient of A.
+    with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
@@ -55,8 +56,8 @@ def test_attached_to_the_peft_model(family: str, reentrant: bool | None) -> None
 
 
 def test_a_base_whose_hooks_are_passed_by() -> None:
-    """Up to 0.20 a PeftModel calls its base's `forward`, so hooks on the base itself would not be
-    called."""
+    """Up to version 0.20 a PeftModel calls the `forward` of its base, so hooks on the base itself
+    would not be called."""
     wanted = lora(build("llava"))
     apply_pre(wanted)
     model = lora(build("llava"))

@@ -1,4 +1,5 @@
-"""PreCallback: PRe by a callback alone, with no class patched; Lightning's callback."""
+"""PreCallback attaches PRe with only a callback, without patching a class; and Lightning's
+callback."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 @pytest.mark.parametrize("later", [False, True], ids=["callbacks=", "add_callback"])
 def test_a_training(later: bool, tmp_path: Path) -> None:
-    """Gradients as by hand, the metrics in the log, the head beside the checkpoint; the class is
-    untouched."""
+    """Gradients are those by hand, the log has the metrics, the checkpoint has the head, and the
+    class is unchanged."""
     before = dict(vars(Trainer))
     model = build("llava")
     callback = PreCallback(layer=2, weight=0.5)
@@ -72,7 +73,7 @@ def test_the_schedule_moves(tmp_path: Path) -> None:
 
 
 class Starts(TrainerCallback):
-    """Keeps the head as it is when training begins."""
+    """Keeps a copy of the head from the beginning of the training."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
@@ -97,8 +98,8 @@ def test_resuming(tmp_path: Path) -> None:
 
 
 def test_resuming_from_elsewhere(tmp_path: Path) -> None:
-    """`train()` tells its folder to no callback; that of the same step in `output_dir` is another
-    training's."""
+    """`train()` tells no callback its folder. A folder of the same step in `output_dir` may belong
+    to another training."""
     callback, other = PreCallback(), PreCallback()
     make(tmp_path / "a", build("llava"), max_steps=2, callbacks=[callback], **SAVING).train()
     make(
@@ -132,7 +133,7 @@ def test_the_best_model_has_its_head(tmp_path: Path) -> None:
 
 
 def added_later(folder: str) -> str:
-    """In a process of two: what is said where the model is wrapped already."""
+    """On one of two processes: the error if the model is already wrapped."""
     trainer = make(Path(folder), build("llava"), ddp_backend="gloo", accumulation=1, size=2)
     trainer.add_callback(PreCallback())
     try:
@@ -207,7 +208,7 @@ def test_lightning(tmp_path: Path) -> None:
     straight = Module()
     for name, parameter in straight.model.pre_head.named_parameters():
         parameter.data.copy_(saved["pre_head"][f"model.pre_head.{name}"])
-    # The training went on from the checkpoint.
+    # The training continued from the checkpoint.
     assert not torch.equal(again.model.pre_head.w1, straight.model.pre_head.w1)
     Module(attached=False).load_state_dict(saved["state_dict"])
     with pytest.raises(RuntimeError, match=r"PreLightningCallback: Module has no PRe"):
@@ -215,7 +216,7 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def test_lightning_with_a_model_in_eval_mode(tmp_path: Path) -> None:
-    """As `from_pretrained` gives it, and Lightning leaves it."""
+    """`from_pretrained` returns a model in this mode, and Lightning leaves it so."""
     module = Module()
     module.model.eval()
     with pytest.raises(RuntimeError, match=r"LlavaForConditionalGeneration is in eval mode"):

@@ -1,4 +1,4 @@
-"""The reader gives what the layers made, of every family, and leaves the model as it was."""
+"""The reader returns the layers' output in every family, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_the_model_is_left_as_it_was() -> None:
     model = build("llava")
     model.model.vision_tower.eval()
     modes = [module.training for module in model.modules()]
-    model(**one_image().inputs)  # transformers hangs hooks of its own into it on first use
+    # transformers adds its own hooks at the first use.
+    model(**one_image().inputs)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     with Reader(model) as reader:
         images = reader.read(one_image().inputs)
@@ -63,7 +64,8 @@ def test_the_model_is_left_as_it_was() -> None:
         assert [module.training for module in model.modules()] == modes
         assert torch.is_grad_enabled()
         model(**one_image().inputs)
-        assert reader._seen is None  # other forwards keep nothing alive
+        # Other forwards keep no tensors alive.
+        assert reader._seen is None
         with pytest.raises(RuntimeError, match="boom"):
             reader.read(
                 one_image().inputs, call=lambda **_: (_ for _ in ()).throw(RuntimeError("boom"))
@@ -104,8 +106,8 @@ def test_peft() -> None:
     torch.testing.assert_close(found[0].hidden[DEPTH], wanted[0].hidden[DEPTH])
 
 
-# Chameleon forbids the tokens of images, others scale or bound their logits: the order of the rest
-# is what counts
+# Chameleon forbids the tokens of images, and others scale or bound their logits, so only the order
+# of the rest is compared.
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_logits_of_the_last_layer_are_the_models(family: str) -> None:

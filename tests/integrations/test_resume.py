@@ -1,4 +1,4 @@
-"""transformers.Trainer: what comes back from a checkpoint, of the head and of the model."""
+"""transformers.Trainer: the head and the model after resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_best_model_comes_with_its_head(tmp_path: Path) -> None:
                 2,
                 2,
                 max_steps=3,
-                learning_rate=30.0,  # so that the first step's model is the best
+                # This makes the model of the first step the best one.
+                learning_rate=30.0,
                 save_strategy="steps",
                 save_steps=1,
                 eval_strategy="steps",
@@ -104,7 +105,7 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 class SavesTheProjector(InOrder):
-    """Saves what is trained alone."""
+    """Saves only the trained parameters."""
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         found = self.model.state_dict()
@@ -149,7 +150,7 @@ def test_resume_with_a_module_of_the_users(tmp_path: Path) -> None:
 
 
 def test_resume_of_another_model_is_an_error(tmp_path: Path) -> None:
-    """The file's names of the wrapped layer were renamed, so neither route loads it."""
+    """The names of the wrapped layer in the file were changed, so neither route loads it."""
     for resume in (None, str(tmp_path / "checkpoint-1")):
         model = build("llava")
         attention = model.model.language_model.layers[0].self_attn
@@ -170,8 +171,8 @@ def test_resume_of_another_model_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("names", ["saved", "own", "more"])
 def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) -> None:
-    """They are the Trainer's to load: an error where it would go on without them, none where it
-    loads them."""
+    """The Trainer must load these parameters: an error if it would continue without them, none if
+    it loads them."""
     model = build("llava")
     apply_pre(model)
     folder = tmp_path / "checkpoint-1"
@@ -179,7 +180,8 @@ def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) 
         resumable(model, tmp_path, 1).train()
     weights = folder / "model.safetensors"
     state_dict = load_file(weights) if names == "saved" else tensors(model)
-    if names == "more":  # as old checkpoints have buffers that are none any more
+    # Old checkpoints have such buffers, which newer models lack.
+    if names == "more":
         state_dict["model.language_model.rotary_emb.inv_freq"] = torch.ones(2)
     weights.unlink()
     if sharded:
@@ -201,7 +203,8 @@ def test_resume_from_pickled_weights(names: str, sharded: bool, tmp_path: Path) 
         if names == "saved":
             with pytest.raises(RuntimeError, match=r"checkpoint-1 has no model.safetensors"):
                 trainer.train(resume_from_checkpoint=str(folder))
-            type(other).from_pretrained(folder).save_pretrained(folder)  # what the message says
+            # The message recommends this line.
+            type(other).from_pretrained(folder).save_pretrained(folder)
         trainer.train(resume_from_checkpoint=str(folder))
     saved = tensors(model)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors(other).items())

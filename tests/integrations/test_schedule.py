@@ -1,4 +1,4 @@
-"""λ along the training: warmup, the cosine, and progress that comes back from a checkpoint."""
+"""λ during the training: warmup, the cosine, and progress that is restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_wrong_progress(value: float) -> None:
 
 
 def test_the_trainer_moves_along_the_schedule(tmp_path: Path) -> None:
-    """Every step has a λ above 0 (DDP wants the head in each graph) and a resumed training the same
-    ones."""
+    """Every step has a λ above 0, because DDP needs the head in each graph, and a resumed training
+    has the same values."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     logs = []
     for resume in (None, str(tmp_path / "checkpoint-2")):

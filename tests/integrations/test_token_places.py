@@ -1,4 +1,4 @@
-"""Whether a visual token depends on the pixels that `diagnose` says it shows, in each family."""
+"""Whether each visual token depends on the pixels that `diagnose` assigns to it, in each family."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pre_kernels.integrations.families import find_parts
 
 from .support.tiny.models import FAMILIES, Batch, batch, build
 
-# ends of the names of the parameters through which a patch of a vision tower sees other patches
+# Ends of the names of the parameters that mix patches of a vision tower.
 MIXING = ("out_proj", "o_proj", "attn.proj", "projection_layer")
-# convolutions reach over a patch's border; chameleon's tokens are codes, which small changes leave
-# alone
+# Convolutions reach over the border of a patch. Chameleon's tokens are codes, which small changes
+# do not change.
 OVERLAPPING = {"got_ocr2"}
 NOT_SEEN = {"chameleon", *UNMAPPED}
 PACKED = {"llava_next", "llava_next_video", "llava_onevision"}
@@ -26,7 +26,7 @@ SIZES = [(8, 16), (16, 8)]
 
 
 def local(family: str) -> nn.Module:
-    """A model whose vision tower looks at each patch alone."""
+    """A model whose vision tower looks at each patch separately."""
     model = build(family).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ def local(family: str) -> nn.Module:
 def one_image(family: str, size: tuple[int, int]) -> tuple[Batch, str]:
     data = batch(family, [[("text", 2), ("image", *size), ("text", 3)]])
     name = next(name for name in ("pixel_values", "pixel_values_images") if name in data.inputs)
-    # The second tile is padding, which an image alone has not.
+    # The second tile is padding, which a single image does not have.
     if family in ("idefics3", "smolvlm"):
         data.inputs |= {
             key: data.inputs[key][:, :1]
@@ -51,7 +51,7 @@ def one_image(family: str, size: tuple[int, int]) -> tuple[Batch, str]:
 
 
 def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
-    """The visual tokens as they enter the language model (tokens, width)."""
+    """The visual tokens (tokens, width) that enter the language model."""
     parts = find_parts(model)
     states: list[Tensor] = []
 
@@ -71,7 +71,7 @@ def embeddings(model: nn.Module, data: Batch, **changed: Tensor) -> Tensor:
 
 
 def changes(model: nn.Module, data: Batch, name: str, places: Tensor) -> Tensor:
-    """How far other pixels at each row of `places` move each token, (rows, tokens)."""
+    """The change of each token when the pixels of each row of `places` change, (rows, tokens)."""
     before = embeddings(model, data)
     pixels = data.inputs[name]
     rows = []

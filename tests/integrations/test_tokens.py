@@ -1,5 +1,5 @@
-"""The ids of visual tokens are the config's at each forward, and images without any are said, for
-one look at most."""
+"""The ids of visual tokens are read from the config in each forward, and images without any give a
+warning, which costs at most one look at the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .support.tiny.training import make
 from .support.waits import Waits
 from .support.warned import pre_warnings
 
-NEW = 55  # no word of the batches
+NEW = 55  # not the id of a word in the batches
 FOUND_NONE = (
     r"PRe: the forward got pixel_values, but input_ids has none of the image tokens 55 "
     r".*pass mask_fn="
@@ -35,7 +35,7 @@ def renamed(data: Any, old: int, new: int) -> Any:
 
 
 def without_pixels(model: nn.Module) -> nn.Module:
-    """Takes images without a place for them, as models do whose code has the token's id
+    """Accepts images without a place for them, like models whose code keeps the token's id
     elsewhere."""
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "pixel_values"}),
@@ -85,7 +85,7 @@ def test_images_without_a_visual_token_are_said_once(
     model = without_pixels(build(family))
     data = batch(family)
     handle = apply_pre(model)
-    model.config.image_token_id = NEW  # and the collator knows nothing of it
+    model.config.image_token_id = NEW  # and the collator does not know this
     for number in range(1, 2 * tokens.PATIENCE + 2):
         model(**data.inputs).loss.backward()
         assert len(pre_warnings(recwarn)) == (number >= tokens.PATIENCE)
@@ -113,8 +113,8 @@ def test_a_trainer_that_finds_no_visual_token_says_it(
 
 @pytest.mark.parametrize("case", ["masked", "dummies first", "no images", "image_flags"])
 def test_nothing_is_said_of_trainings_in_order(case: str, recwarn: pytest.WarningsRecorder) -> None:
-    """Dummy images: under the attention mask; before the first real one; as an empty tensor;
-    flagged as dummies."""
+    """Dummy images under the attention mask, before the first real one, as an empty tensor, and
+    marked as dummies."""
     model = without_pixels(build("llava"))
     data = batch("llava")
     text = batch("llava", [[("text", 6)], [("text", 9)]]).inputs

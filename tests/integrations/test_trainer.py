@@ -1,8 +1,8 @@
 """transformers.Trainer: the auxiliary gradient of an optimizer step, with and without
-patch_trainer; logs.
+patch_trainer, and logs.
 
-The head's gradient is purely auxiliary, so it is compared directly; the model's is compared with
-the whole loss.
+The head's gradient comes only from L_PRe, so it is compared directly. The model's is compared with
+that of the whole loss.
 """
 
 from __future__ import annotations
@@ -57,10 +57,8 @@ def test_accumulation_changes_nothing_where_counts_are_equal(
     for accumulation in (2, 4):
         several, _, _ = train(family, EQUAL, tmp_path, accumulation, patched)
         assert_head(several, wanted)
-        for (
-            name,
-            gradient,
-        ) in once.items():  # the model's gradients are equal too, as the labels are
+        # The labels are equal too, so the model's gradients are as well.
+        for name, gradient in once.items():
             torch.testing.assert_close(several[name], gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -138,7 +136,7 @@ def test_the_patch_adds_to_the_model_exactly_the_auxiliary_gradient(
 
 
 class OwnBackward(InOrder):
-    """A trainer whose accelerator somebody else has patched already."""
+    """A trainer whose accelerator has been patched by someone else."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         backward = self.accelerator.backward
@@ -190,8 +188,8 @@ def test_the_patch_reaches_trainers_that_take_the_labels(tmp_path: Path) -> None
 
 
 class Rows(InOrder):
-    """Its batches are lists of rows, of which it makes the model's inputs later, as trainers that
-    generate do."""
+    """Its batches are lists of rows, from which it makes the model's inputs later, like trainers
+    that generate."""
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return super()._prepare_inputs(self.merge([row["index"] for row in inputs]))
@@ -232,8 +230,8 @@ class NoBackward(InOrder):
 
 
 def test_a_training_step_without_the_accelerator(tmp_path: Path) -> None:
-    """The first micro-batch is lost, and said to be; from then on its forwards add their own mean
-    to the loss."""
+    """The first micro-batch is lost, and a warning says so. Later forwards add their own mean to
+    the loss."""
     recorder = Recorder()
     model = build("llava")
     handle = apply_pre(model)
@@ -257,8 +255,8 @@ def test_a_training_step_without_the_accelerator(tmp_path: Path) -> None:
 
 
 def test_the_head_is_on_another_gpu_than_the_loss() -> None:
-    """As under a device_map over several: what the Trainer logs is on the loss's. Fake tensors need
-    no GPU."""
+    """As under a device_map over several devices: the Trainer's log is on the device of the loss.
+    Fake tensors need no GPU."""
     handle = apply_pre(build("llava"))
     with FakeTensorMode():
         loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
@@ -317,7 +315,7 @@ def test_autocast_training(patched: bool, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_evaluation_is_without_pre(tmp_path: Path) -> None:
     _, handle, trainer = train("llava", EQUAL, tmp_path, 1, patched=True)
-    trainer.model.train()(**batch("llava").inputs)  # counted, and not yet read by a log
+    trainer.model.train()(**batch("llava").inputs)  # counted, but not yet logged
     before = handle.metrics(reset=False)
     assert before["pre_rows"] > 0
     with patch_trainer():
@@ -354,7 +352,7 @@ def test_patch_is_reversible_and_leaves_other_trainers_alone(tmp_path: Path) -> 
 
 
 def test_signatures_are_those_before(tmp_path: Path) -> None:
-    """Trainer reads signatures: of the model's forward, to drop the columns it does not take."""
+    """Trainer reads the signature of the model's forward, to drop columns that it does not take."""
     methods = [name for name, value in vars(Trainer).items() if inspect.isfunction(value)]
     before = {name: inspect.signature(getattr(Trainer, name)) for name in methods}
     kept = []

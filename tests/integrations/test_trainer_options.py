@@ -1,4 +1,4 @@
-"""The Trainer's own options beside PRe: accumulation, evaluation, a loss function, freezing."""
+"""PRe with the Trainer's own options: accumulation, evaluation, a loss function, freezing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .support.tiny.training import EQUAL, UNEQUAL_IMAGES, Recorder, Samples, mak
 
 
 def test_the_last_accumulation_is_incomplete(tmp_path: Path) -> None:
-    """Five samples, two at a time, two batches a step: the second step has one sample alone."""
+    """Five samples, two per batch and two batches per step: the second step has only one sample."""
     model = build("llava")
     recorder = Recorder()
     handle = apply_pre(model)
@@ -60,7 +60,7 @@ def test_evaluation_in_the_middle_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_compute_loss_func(tmp_path: Path) -> None:
-    """It is given the labels instead of the model."""
+    """It gets the labels instead of the model."""
     grads = []
     for func in (None, own_loss):
         model = build("llava")

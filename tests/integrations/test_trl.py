@@ -42,7 +42,7 @@ def auxiliary(
     return grads | {f"pre_head.{name}": p.grad for name, p in head.items()}
 
 
-# what TRL deprecates is used as long as TRL takes it
+# Options that TRL deprecates are used while TRL accepts them.
 @pytest.mark.filterwarnings("default:.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("accumulation", "options"),
@@ -57,7 +57,8 @@ def auxiliary(
         (2, {"gradient_checkpointing": True}),
         (2, {"average_tokens_across_devices": False}),
     ],
-    # Without the addresses of functions, so that they are alike in each process of pytest-xdist.
+    # Addresses of functions are removed, so that the names are the same in each process of
+    # pytest-xdist.
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",
 )
 def test_exactly_the_auxiliary_gradient_is_added(
@@ -80,7 +81,7 @@ def test_exactly_the_auxiliary_gradient_is_added(
 def test_lora(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.[qv]_proj")
     found, handle, trainer = train(COUNTS, tmp_path, 2, peft_config=config)
-    # LoRA's B is 0 at first, so that the model is the plain one.
+    # LoRA's B is 0 at first, so the model is the plain one.
     added = auxiliary(batches(trainer, COUNTS), handle.head)
     for name in ("w1", "b1", "w2", "b2"):
         torch.testing.assert_close(

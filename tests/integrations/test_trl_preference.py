@@ -1,5 +1,5 @@
-"""TRL's preference and RL trainers make a loss of their own: with patch_trainer exactly L_PRe's
-gradient is added."""
+"""TRL's preference and RL trainers have their own loss: patch_trainer adds exactly the gradient of
+L_PRe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from .support.tiny.models import IMAGE
 from .support.tiny.preference import auxiliary, train
 
-# Whether terms are counted ahead: batches of rows cannot be.
+# Whether terms are counted ahead, which is impossible for batches of rows.
 AHEAD = {
     "DPO": True,
     "KTO": True,
@@ -32,7 +32,7 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
     )
     plain, _, _, again, _ = train(kind, tmp_path / "plain", attached=False)
     assert len(forwards) == len(again) == (2 if AHEAD[kind] else 4)
-    for forward, other in zip(forwards, again, strict=True):  # what GRPO and RLOO generate too
+    for forward, other in zip(forwards, again, strict=True):  # GRPO and RLOO also generate this
         assert all(torch.equal(forward[name], other[name]) for name in forward)
 
     added = auxiliary(forwards, handle.head, AHEAD[kind])
@@ -46,7 +46,8 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
     log = trainer.state.log_history[0]
     tokens = [int((inputs["input_ids"] == IMAGE).sum()) for inputs in forwards]
     assert log["pre_tokens"] == sum(tokens)
-    assert len(set(tokens)) > 1  # else the two kinds of means are the same
+    # Otherwise both kinds of means are the same.
+    assert len(set(tokens)) > 1
     assert log["pre_cosine"] == -log["pre_loss"]
     assert log["pre_head_grad_norm"] > 0
 
@@ -62,9 +63,9 @@ def test_exactly_the_auxiliary_gradient_is_added(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", AHEAD)
 def test_lora(kind: str, tmp_path: Path) -> None:
-    """The reference is the model itself, without its adapter or with a copy of it."""
+    """The reference is the model itself without its adapter, or a copy of it."""
     grads, handle, trainer, forwards, told = train(kind, tmp_path, lora=True)
-    # LoRA's B is 0 at first, so that the model is the plain one.
+    # LoRA's B is 0 at first, so the model is the plain one.
     added = auxiliary(forwards, handle.head, AHEAD[kind])
     for name in ("w1", "b1", "w2", "b2"):
         torch.testing.assert_close(

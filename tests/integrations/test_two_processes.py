@@ -1,5 +1,5 @@
-"""transformers.Trainer in two processes: DDP, DeepSpeed; the head in every checkpoint, and
-resume."""
+"""transformers.Trainer on two processes: DDP, DeepSpeed, the head in every checkpoint, and
+resuming."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LossFunc(InOrder):
 
 
 def ddp(family: str, folder: str, trainer_class: type = InOrder, **options: Any) -> Any:
-    """The Trainer's default is to find unused parameters."""
+    """By default the Trainer makes DDP find unused parameters."""
     options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
     found, _, trainer = train(
         family, UNEQUAL_IMAGES, Path(folder), 2, True, trainer_class, **options
@@ -50,7 +50,7 @@ def test_ddp(family: str, how: str, tmp_path: Path) -> None:
     """The step's tokens are counted over both processes, one of which has a micro-batch without
     images.
 
-    Also where the model is not given the labels, so that its output has no loss.
+    This also works if the model does not get the labels, so that its output has no loss.
     """
     tokens = sum(int(batch(family, [s]).visual.sum()) for s in UNEQUAL_IMAGES)
     wanted = by_hand(family, UNEQUAL_IMAGES, apply_pre(build(family)), [1 / tokens] * 4, "sum")
@@ -72,7 +72,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 @pytest.mark.parametrize("how", RUNS)
 def test_head_beside_every_checkpoint(how: str, tmp_path: Path) -> None:
-    """It loads in one process, and training goes on from it."""
+    """The checkpoint loads on one process, and training continues from it."""
     if "ZeRO" in how:
         need_deepspeed()
     run = RUNS[how]
@@ -89,8 +89,10 @@ def test_head_beside_every_checkpoint(how: str, tmp_path: Path) -> None:
     resumed = both(*run, str(tmp_path / "b"), 2, str(tmp_path / "a" / "checkpoint-1"))
     if "ZeRO" not in how:
         assert all(torch.equal(w1, first["w1"]) for w1 in resumed)
-    if how == "DDP":  # transformers 5 does not restore all of this model, so the next step differs
+    # transformers 5 does not restore all of this model, so the next step differs.
+    if how == "DDP":
         alone = trained(str(tmp_path / "c"), 2, str(tmp_path / "a" / "checkpoint-1"))
         assert torch.equal(alone, first["w1"])
-    else:  # ends with the very head that training without a stop has
+    # The head at the end is that of a training without interruption.
+    else:
         assert same(*heads(tmp_path / "a", "last"), *heads(tmp_path / "b", "last"))

@@ -1,4 +1,4 @@
-"""The two-process helper itself: results by rank, both tracebacks, a time limit, nothing left
+"""The helper for two processes: results by rank, both tracebacks, a time limit, nothing left
 behind."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_calls_start_alike() -> None:
 
 
 def test_a_group_is_joined_by_both(tmp_path: Path) -> None:
-    """One may leave it at once: the other is there."""
+    """A rank may leave the group at once, because the other is in it already."""
     both(joins_and_leaves, str(tmp_path))
 
 

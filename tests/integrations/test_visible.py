@@ -1,5 +1,5 @@
-"""Padding and dummy images, by whatever mask they are known: the same visual tokens as by the plain
-(B, T) one."""
+"""Padding and dummy images in every form of mask: the visual tokens are the same as with the plain
+mask (B, T)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WINDOW = 8  # of the tiny Gemma 3
 DUMMIES = {  # which of two samples has padding, and where
     "right": (1, slice(11, TOKENS)),  # with both images
     "left": (0, slice(0, 6)),  # with the first image
-    "inside": (0, slice(2, 6)),  # the first image alone
+    "inside": (0, slice(2, 6)),  # only the first image
     "last": (1, slice(TOKENS - 1, TOKENS)),  # one token
     "all": (1, slice(0, TOKENS)),
 }
@@ -50,15 +50,15 @@ def look(mask: Any, shape: tuple[int, int] = (2, TOKENS), **more: Any) -> Any:
 
 
 def square(valid: torch.Tensor, attends: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, 1, T, T): causal but for padding."""
+    """(B, 1, T, T): causal, except for padding."""
     tokens = valid.shape[1]
     attends = torch.ones(tokens, tokens, dtype=torch.bool).tril() if attends is None else attends
     return attends & valid[:, None, None, :]
 
 
 def to_all(attends: torch.Tensor) -> torch.Tensor:
-    """Queries without any key attend to all, as transformers has it where kernels would make nan of
-    them."""
+    """Queries without any key attend to all keys. transformers does this for kernels that would
+    otherwise return nan."""
     return attends | ~attends.any(-1, keepdim=True)
 
 
@@ -73,7 +73,7 @@ def of_heads(attends: torch.Tensor) -> torch.Tensor:
 
 
 def sloped(attends: torch.Tensor) -> torch.Tensor:
-    """With a bias for the distance beside the padding."""
+    """With a bias for the distance, in addition to the padding."""
     place = torch.arange(attends.shape[-1])
     return (
         (place - place[:, None])
@@ -100,8 +100,7 @@ FORMS = {
 def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
     data, valid = padded(where)
     mask = FORMS[form](square(valid))
-    # in float32 gradients through queries whose scores have all gone down to the lowest number are
-    # noisy
+    # In float32, gradients through queries whose scores are all at the lowest number are noisy.
     data.inputs["attention_mask"] = mask if mask.dtype == torch.bool else mask.double()
     data.inputs["pixel_values"] = data.inputs["pixel_values"].double()
     model, plain = build("llava").double(), build("llava").double()
@@ -121,10 +120,10 @@ def test_rows_and_gradients_under_a_square_mask(form: str, where: str) -> None:
 def test_padding_under_a_square_mask(form: str, where: str) -> None:
     _, valid = padded(where)
     mask = FORMS[form](square(valid))
-    # Nothing tells it from a sample that attends in both directions.
+    # Nothing distinguishes it from a sample that attends in both directions.
     if where == "all" and "to all" in form:
         valid[1] = True
-    # Nor its last token from that of a whole sample.
+    # Nothing distinguishes its last token from that of a whole sample.
     if where in ("right", "last") and "to itself" in form:
         valid[1, -1] = True
     assert torch.equal(look(mask), valid)
@@ -143,7 +142,7 @@ def test_minus_infinity_and_half_precision() -> None:
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_masks_that_models_make_of_the_plain_one(family: str, impl: str) -> None:
-    """Causal ones, sliding windows, and those in which images or a prefix attend in both
+    """Causal masks, sliding windows, and masks in which images or a prefix attend in both
     directions."""
     model = build(family)
     try:
@@ -170,7 +169,7 @@ def test_masks_without_padding() -> None:
     every = torch.ones(1, 1, TOKENS, TOKENS).bool()
     causal = every.tril()
     block = causal.clone()
-    # Two images that attend in both directions, one at the end.
+    # Two images that attend in both directions, one of them at the end.
     block[..., 6:11, 6:11] = block[..., -3:, -3:] = True
     prefix = causal.clone()
     prefix[..., :9, :9] = True
@@ -179,7 +178,8 @@ def test_masks_without_padding() -> None:
     packed[..., 8:, :8] = packed[..., 15:, :15] = False
     apart = causal.clone()
     apart[..., 6:11, 6:11] = True
-    apart[..., 6:11, :6] = False  # an image that sees itself alone, and the last query all
+    # The image attends only to itself, and the last query attends to all keys.
+    apart[..., 6:11, :6] = False
     others = every & ~torch.eye(TOKENS).bool()
     masks = (
         every,
@@ -201,8 +201,8 @@ def test_masks_without_padding() -> None:
 
 
 def test_packed_sequences_in_a_square_mask() -> None:
-    """Three of them and padding behind: to which nothing attends; which attends to all; each to
-    itself alone."""
+    """Three sequences with padding after them: nothing attends to it, or it attends to all, or each
+    of its tokens to itself."""
     sequence = torch.tensor([0] * 6 + [1] * 7 + [2] * 4 + [3] * 3)
     blocks = (sequence[:, None] == sequence) & torch.ones(TOKENS, TOKENS).bool().tril()
     real = sequence < 3
@@ -215,19 +215,19 @@ def test_packed_sequences_in_a_square_mask() -> None:
 
 
 def test_keys_before_the_tokens() -> None:
-    """Of a prefix or a cache, which are no tokens of the batch."""
+    """The keys of a prefix or a cache, which are not tokens of the batch."""
     _, valid = padded("right")
     before = torch.ones(2, 3).bool()
     assert torch.equal(look(torch.cat([before, valid], 1).long()), valid)
     mask = torch.cat([before[:, None, None].expand(2, 1, TOKENS, 3), square(valid)], -1)
     assert torch.equal(look(mask), valid)
-    assert torch.equal(look(valid[:, None, None]), valid)  # a mask of keys alone
+    assert torch.equal(look(valid[:, None, None]), valid)  # a mask of keys only
 
 
 def check_gradients(family: str, data: Batch, valid: torch.Tensor) -> None:
     model, plain = build(family), build(family)
     for module in (model, plain):
-        # A cache keeps models from seeing packed sequences.
+        # With a cache, models do not look for packed sequences.
         module.config.get_text_config().use_cache = False
     handle = apply_pre(model)
     assert 0 < handle.count(data.inputs) == (data.visual & valid).sum() < data.visual.sum()
@@ -272,7 +272,7 @@ PACKED = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]  # two seq
 
 
 def packed(family: str) -> tuple[Batch, torch.Tensor]:
-    """A row of two sequences and an image as padding."""
+    """A row with two sequences, and an image as padding."""
     data = batch(
         family, [[("text", 2), ("image", 8, 8), ("text", 7), ("image", 8, 8), ("text", 1)]]
     )
@@ -305,14 +305,14 @@ def test_position_ids_that_tell_nothing() -> None:
         assert torch.equal(look(None, position_ids=ids), wanted)
     counted = torch.arange(TOKENS) + torch.tensor([[0], [7]])
     assert look(None, position_ids=counted).all()
-    left = (wanted.flip(1).cumsum(1) - 1).where(wanted.flip(1), 1)  # as generate() has it
+    left = (wanted.flip(1).cumsum(1) - 1).where(wanted.flip(1), 1)  # like generate()
     assert torch.equal(look(None, position_ids=left), wanted.flip(1))
     for ids in (torch.stack([row] * 3), row.float(), row[:, :9], row[None], None, PACKED):
         assert look(None, position_ids=ids) is None
-    # One token is all there is.
+    # > only one token
     assert look(None, (2, 1), position_ids=torch.zeros(2, 1).long()) is None
     assert look(None, (6,), position_ids=torch.zeros(1, 6).long()) is None
-    # Beside a mask transformers does not look at them either.
+    # transformers ignores these arguments too if there is a mask.
     assert look(torch.ones(2, TOKENS), position_ids=row).all()
 
 
@@ -357,7 +357,7 @@ def test_masks_cost_no_host_sync() -> None:
 
 
 class BlockMask:
-    """Stands in for that of flex attention."""
+    """A stand-in for the mask of flex attention."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The warning of an L_PRe that is computed and never trained, and where it has to keep quiet."""
+"""The warning about an L_PRe that is computed and never trained, and the cases in which it must not
+come."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn
     (first + model(**data.inputs).loss).backward()  # two forwards, one backward
     del first
     for _ in range(3):
-        # A forward that is only looked at, one whose gradient is, and one that is trained.
+        # One forward is only looked at, the gradient of one is looked at, and one is trained.
         model(**data.inputs)
         model(**data.inputs).logits.float().mean().backward()
         model(**data.inputs).loss.backward()
@@ -33,7 +34,8 @@ def test_the_watchdog_is_quiet_where_the_loss_is_trained(tmp_path: Path, recwarn
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: Any) -> None:
-    """Forwards in a row whose losses are only looked at, or lost to what raises after them."""
+    """Several forwards in a row whose losses are only looked at, or lost because something raises
+    after them."""
     model = build("llava")
     data = batch("llava")
     handle = apply_pre(model)
@@ -51,7 +53,7 @@ def test_the_watchdog_is_quiet_where_no_backward_came(deferred: bool, recwarn: A
 @pytest.mark.parametrize("trained", [".", "lm_head"])
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple: bool) -> None:
-    """Also where nothing below the head's layer trains."""
+    """It also comes if nothing below the head's layer trains."""
     model = build("llava")
     data = batch("llava")
     for name, parameter in model.named_parameters():
@@ -69,7 +71,7 @@ def test_the_watchdog_warns_of_a_loss_of_the_trainers_own(trained: str, as_tuple
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "own loss"])
 def test_the_watchdog_warns_of_a_training_in_eval_mode(labelled: bool) -> None:
-    """As `from_pretrained` leaves the model."""
+    """`from_pretrained` leaves the model in this mode."""
     model = build("llava").eval()
     data = batch("llava")
     handle = apply_pre(model)
@@ -98,7 +100,7 @@ def test_the_watchdog_is_quiet_in_evaluation(recwarn: Any) -> None:
             model(**data.inputs)
         with torch.inference_mode():
             model(**data.inputs)
-        model(**data.inputs).loss.backward()  # somebody's look at a gradient
+        model(**data.inputs).loss.backward()  # someone looks at a gradient
         model.train()(**data.inputs).loss.backward()
     handle.enabled = False
     model.eval()
