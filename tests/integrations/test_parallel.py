@@ -74,7 +74,7 @@ def test_a_process_group() -> None:
 
 
 def test_group_of_one_process() -> None:
-    """A group of "world" works without torch.distributed, so a script also runs without torchrun."""
+    """The group "world" works without torch.distributed, so scripts also run without torchrun."""
     data = batches(UNEVEN, 0)[0]
     assert made(group="world")[0](**data.inputs).loss == made()[0](**data.inputs).loss
 

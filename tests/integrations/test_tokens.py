@@ -213,7 +213,7 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
 
 def test_a_config_without_the_token_says_where_to_set_it() -> None:
     model, inputs = home_made()
-    message = r"InternVL's own chat code.* set image_token_id .* in config\.json, "
+    message = r"InternVL's own chat code.* set image_token_id .* in config\.json "
     message += r"or in model\.config; or pass mask_fn="
     with pytest.raises(ValueError, match=message):
         apply_pre(model, layers="trunk.blocks")
