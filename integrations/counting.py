@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .deferred import Deferred
 from .handle import PreHandle
+from .task_loss import sum_dtype, without_pre
 
 
 @dataclass
@@ -51,9 +52,13 @@ class Counting:
         # Since the last log: the number of micro-batches whose forwards had other terms than were
         # counted, the terms that were counted, and those that the forwards had.
         device = trainer.args.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, dtype=dtype, device=device)
+        self.sums = torch.zeros(3, dtype=sum_dtype(device), device=device)
         self.uncounted = 0  # micro-batches that could not be counted
+        # Since the last log, of the micro-batches whose training_step was seen: the losses that it
+        # returned, and PRe's part of them.
+        self.losses = torch.zeros(2, dtype=sum_dtype(device), device=device)
+        self.all_losses = (0.0, 0.0)  # those of all processes, as last combined
+        self.logged_at = trainer.state.global_step  # the step of the last log
 
     def begin(self, batches: list[Any]) -> None:
         """A step of these batches begins; collective while terms are counted ahead."""
@@ -124,20 +129,50 @@ class Counting:
             seen = deferred.seen.to(self.sums)
             self.sums = self.sums + torch.stack([(counted != seen).to(self.sums), counted, seen])
 
+    def returned(self, loss: Tensor | float, added: Tensor | float) -> None:
+        """A micro-batch's loss, as training_step returns it, and PRe's part of it, summed as the
+        Trainer sums them; no host sync."""
+        sums = self.losses
+        values = [
+            value.detach().to(sums) if torch.is_tensor(value) else sums.new_full((), value)
+            for value in (loss, added)
+        ]
+        pair = torch.stack(values)
+        if self.trainer.args.logging_nan_inf_filter:
+            # The Trainer logs the mean of the steps before instead of a loss that is not finite.
+            steps = 1 + self.trainer.state.global_step - self.logged_at
+            pair = torch.where(pair[0].isfinite(), pair, sums / steps)
+        self.losses = sums + pair
+
+    def task_loss(self, logged: float) -> float | None:
+        """`logged`, the loss of a log whose sums have just been combined, without PRe's part; None
+        where that is not known exactly."""
+        steps = self.trainer.state.global_step - self.logged_at
+        self.logged_at = self.trainer.state.global_step
+        if not steps:
+            return None
+        backward = self.handle.totals.backward
+        mean = 1 / (steps * self.trainer.accelerator.num_processes)
+        loss, added = self.all_losses
+        return without_pre(logged, mean * (loss + backward.loss), mean * (added + backward.added))
+
     def combined(self) -> Callable[[Tensor], Tensor]:
         """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which
         is judged."""
 
         def combine(totals: Tensor) -> Tensor:
-            sums = [totals, self.sums.to(totals), totals.new_tensor([self.uncounted])]
+            own = [self.losses.to(totals), self.sums.to(totals)]
+            sums = [totals, *own, totals.new_tensor([self.uncounted])]
             combined = over_processes(self.trainer, torch.cat(sums))
-            differ, counted, seen, uncounted = combined[-4:].tolist()
+            loss, added, differ, counted, seen, uncounted = combined[-6:].tolist()
+            self.all_losses = loss, added
+            self.losses = torch.zeros_like(self.losses)
             self.sums = torch.zeros_like(self.sums)
             self.uncounted = 0
             if differ:
                 self.handle.notices.warn("counted otherwise", counted=int(counted), seen=int(seen))
             self.ahead &= not (differ or uncounted)
-            return combined[:-4]
+            return combined[:-6]
 
         return combine
 

@@ -3,6 +3,10 @@ its own."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,3 +72,29 @@ class Deferred:
                 total = total * torch.where(counts.sum() <= self.counted.to(device), 1.0, own)
         self.added = self.added + total.detach()
         return total
+
+
+def added_to_backward(
+    accelerator: Any, deferred: Deferred
+) -> contextlib.AbstractContextManager[None]:
+    """Inside it `accelerator.backward` adds to its loss what `deferred` has gathered."""
+    backward = accelerator.backward
+
+    def with_terms(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        term = deferred.take()
+        return backward(loss if term is None else loss + term.to(loss.device), *args, **kwargs)
+
+    return replaced(accelerator, "backward", with_terms)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Inside it `owner` has `method` under `name`; its own is put back at the end."""
+    own = vars(owner).get(name)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)

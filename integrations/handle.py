@@ -18,7 +18,7 @@ from .head_options import HeadOptions, ScheduledWeight
 from .metrics import Totals
 from .objective import Objective
 from .optimizers import ignore, listen, unwrapped
-from .output import add_to_loss, keep_in_graph, logits, loss_share, tensors
+from .output import add_to_loss, keep_in_graph, logits, loss_share, own_loss, tensors
 from .saved_keys import SavedKeys
 from .watchdog import Watchdog
 
@@ -52,7 +52,7 @@ class PreHandle(ScheduledWeight):
         self._model = model
         self._objective = objective
         self._several = isinstance(head, nn.ModuleList)
-        self._totals = Totals(objective.layers, objective.loss, objective.nonfinite == "skip")
+        self.totals = Totals(objective.layers, objective.loss, objective.nonfinite == "skip")
         self._watchdog = Watchdog(self.notices, labels)
         self._checks = HeadChecks(model, head, ATTRIBUTE, self.notices)
         self._labels = labels
@@ -101,7 +101,7 @@ class PreHandle(ScheduledWeight):
     @property
     def contributed(self) -> bool:
         """Whether a forward ever had a term, a visual token; reading it may be a host sync."""
-        return self._totals.contributed
+        return self.totals.contributed
 
     def settings(self) -> dict[str, Any]:
         """What the heads were made for, as it is kept beside a saved head."""
@@ -136,11 +136,11 @@ class PreHandle(ScheduledWeight):
 
         `combine` sums the totals over processes.
         """
-        metrics = self._totals.read(combine)
+        metrics = self.totals.read(combine)
         if self._options.scheduled:
             metrics["pre_weight"] = self.scheduled_weight
         if reset:
-            self._totals.reset()
+            self.totals.reset()
         return metrics
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -351,7 +351,7 @@ class PreHandle(ScheduledWeight):
         losses = self._objective.losses(
             seen, heads, divisor, deferred is not None and deferred.ungrouped
         )
-        self._totals.add(
+        self.totals.add(
             losses.layers,
             full_divisor=losses.full_divisor,
             count=losses.count,
@@ -371,7 +371,12 @@ class PreHandle(ScheduledWeight):
             self._own = term
         else:
             term = term * loss_share(seen.inputs, self._labels, device, self._objective.group)
+            own = own_loss(output)
             output = add_to_loss(output, term)
+            loss = own_loss(output)
+            assert own is not None  # add_to_loss has found it
+            assert loss is not None
+            self.totals.add_own_loss(own, loss, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
         added_here = deferred is None and self._labels is not None
         return output if added_here else keep_in_graph(output, total)
@@ -379,7 +384,7 @@ class PreHandle(ScheduledWeight):
     def _measure(self, optimizer: Any, *_: Any) -> None:
         # The optimizer may outlive PRe.
         if self._capture is not None:
-            self._totals.gradient.measure(self.head, optimizer)
+            self.totals.gradient.measure(self.head, optimizer)
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:

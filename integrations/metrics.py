@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pre_kernels import PreHead
 
+from .task_loss import BackwardLosses, sum_dtype
+
 SAMPLE = 256  # rows of a forward whose cosines are computed for the log alone
 NOT_LOGGED = ("pre_rows", "pre_forwards")
 
@@ -28,10 +30,15 @@ class Totals:
     Attributes:
         names: of the sums, in the order in which they are packed: "count" of the terms, "tokens",
             "cosine" and "sampled" of the sampled rows, "loss_<l>" for each layer, "skipped" if
-            `skips`, then those of `gradient`.
+            `skips`; then those of `OWN`, `backward` and `gradient`.
+        backward: the losses that were back-propagated with L_PRe in them.
         gradient: the norm of the head's gradient.
-        forwards: of this process.
+        forwards: the number of this process's forwards since the last reset.
+        resets: the number of resets.
     """
+
+    # the sum of the forwards' own losses, before L_PRe was added, and the number of those forwards
+    OWN = ("task", "task_forwards")
 
     def __init__(self, layers: Sequence[int], loss: str, skips: bool) -> None:
         self.layers = {number: f"loss_{number}" for number in layers}
@@ -39,10 +46,13 @@ class Totals:
         self.summed = ["count", "tokens", "cosine", "sampled", *self.layers.values()]
         if skips:
             self.summed.append("skipped")
-        self.names = [*self.summed, *GradientNorm.NAMES]
+        self.names = [*self.summed, *self.OWN, *BackwardLosses.NAMES, *GradientNorm.NAMES]
+        self.backward = BackwardLosses()
         self.gradient = GradientNorm()
         self.forwards = 0
+        self.resets = 0
         self._sums: Tensor | None = None  # those of `summed`; None before the first forward
+        self._own: Tensor | None = None  # those of `OWN`; None before the first such forward
         self._contributed = False
 
     def add(
@@ -57,7 +67,7 @@ class Totals:
     ) -> None:
         """Add a forward, whose attributes of `Losses` these are; no host sync."""
         device = losses[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = sum_dtype(device)
         divisor = torch.as_tensor(full_divisor).to(device)
         # There are none where the loss is the cosine.
         sampled = torch.zeros(2, dtype=dtype, device=device)
@@ -73,6 +83,14 @@ class Totals:
         self._sums = packed if self._sums is None else self._sums + packed
         self.forwards += 1
 
+    def add_own_loss(self, own: Tensor, loss: Tensor, added: Tensor) -> None:
+        """A forward whose `output.loss` was `own` and is `loss`, with L_PRe's part `added`; all
+        0-d, no host sync."""
+        value = own.detach().to(sum_dtype(own.device))
+        pair = torch.stack([value, torch.ones_like(value)])
+        self._own = pair if self._own is None else self._own + pair
+        self.backward.watch(loss, added)
+
     @property
     def contributed(self) -> bool:
         """Whether a forward ever had a term; reading it may be a host sync."""
@@ -82,11 +100,15 @@ class Totals:
         """The metrics, see `PreHandle.metrics`; one host sync. `combine` sums the packed tensor
         over processes."""
         packed = self._packed()
-        packed = torch.cat([packed, self.gradient.packed(packed)])
+        own = packed.new_zeros(2) if self._own is None else self._own.to(packed)
+        parts = [packed, own, self.backward.packed(packed), self.gradient.packed(packed)]
+        packed = torch.cat(parts)
         combined = packed if combine is None else combine(packed)
         sums = dict(zip(self.names, combined.tolist(), strict=True))
         count = sums["count"]
         self._contributed |= count > 0
+        self.backward.loss, self.backward.added = (sums[n] for n in BackwardLosses.NAMES)
+        self.backward.forwards = int(sums["task_forwards"])
 
         means = {
             number: sums[name] / count if count else math.nan
@@ -100,6 +122,8 @@ class Totals:
         else:
             sampled = sums["sampled"]
             metrics["pre_cosine"] = sums["cosine"] / sampled if sampled else math.nan
+        if sums["task_forwards"]:
+            metrics["task_loss"] = sums["task"] / sums["task_forwards"]
         metrics["pre_rows"] = count
         metrics["pre_tokens"] = sums["tokens"]
         metrics["pre_forwards"] = self.forwards
@@ -113,7 +137,10 @@ class Totals:
     def reset(self) -> None:
         """Forget the forwards; `contributed` and the gradient's norm stay."""
         self._sums = None
+        self._own = None
+        self.backward.sums = None
         self.forwards = 0
+        self.resets += 1
 
     def _packed(self) -> Tensor:
         if self._sums is None:

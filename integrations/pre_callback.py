@@ -16,6 +16,7 @@ from .distributed import initialized
 from .handle import PreHandle, find_handle
 from .metrics import saw_tokens, to_log
 from .optimizers import parameters, unwrapped
+from .task_loss import without_pre
 
 # settings that need groups of the optimizer, which a callback cannot make
 REFUSED = ("head_lr", "head_weight_decay")
@@ -62,6 +63,8 @@ class PreCallback(TrainerCallback):
         self.settings = settings
         self.handle: PreHandle | None = None
         self._watch: Any = None
+        self._logged_at = 0  # the step of the last log
+        self._resets = 0  # of the handle's sums, when that was written
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
@@ -92,6 +95,8 @@ class PreCallback(TrainerCallback):
         self.handle.new_training()
         self.handle.metrics()
         self.handle.restore_dtypes()
+        self._logged_at = state.global_step
+        self._resets = self.handle.totals.resets
         self._watch = self.handle.watch(optimizer)
         if state.global_step:
             self._resume(args, state)
@@ -113,9 +118,13 @@ class PreCallback(TrainerCallback):
             return totals
 
         metrics = self.handle.metrics(combine=over_processes)
+        metrics.pop("task_loss", None)  # of forwards, which the Trainer may weigh
+        task = self._task_loss(logs["loss"], state)
+        if task is not None:
+            logs["task_loss"] = task
         if saw_tokens(metrics):
             logs |= to_log(metrics)
-            state.log_history[-1].update(logs)
+        state.log_history[-1].update(logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Write the head beside the model."""
@@ -133,6 +142,23 @@ class PreCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+
+    def _task_loss(self, logged: float, state: Any) -> float | None:
+        """`logged` without PRe's part, None where that is not known exactly; after the metrics of
+        the log were read."""
+        assert self.handle is not None
+        totals = self.handle.totals
+        steps = state.global_step - self._logged_at
+        resets = totals.resets - self._resets
+        self._logged_at = state.global_step
+        self._resets = totals.resets
+        if not steps or resets != 1:  # somebody else, such as patch_trainer, has read the sums
+            return None
+        backward = totals.backward
+        if not backward.forwards:
+            return logged
+        count = steps * (torch.distributed.get_world_size() if initialized() else 1)
+        return without_pre(logged, backward.loss / count, backward.added / count)
 
     def _attach(self, model: nn.Module) -> None:
         self.handle = find_handle(model) or apply_pre(model, **self.settings)

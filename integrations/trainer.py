@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .counting import counting_of
-from .deferred import Deferred
+from .deferred import added_to_backward, replaced
 from .handle import PreHandle, find_handle
 from .head_options import NO_GROUPS, add_head_groups, has_requested_settings
 from .metrics import saw_tokens, to_log
@@ -167,10 +167,10 @@ class TrainerPatch:
             yield
             return
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(trainer, _MARK, self))
+            stack.enter_context(replaced(trainer, _MARK, self))
             for name in _WRAPPERS:
                 if hasattr(trainer, name) and name not in trainer._pre_inside:
-                    stack.enter_context(_replaced(trainer, name, self._of_instance(name, trainer)))
+                    stack.enter_context(replaced(trainer, name, self._of_instance(name, trainer)))
             yield
 
 
@@ -208,7 +208,7 @@ def _inner_training_loop(
         create = functools.partial(
             _create_optimizer, trainer.create_optimizer, handle, trainer, stack
         )
-        stack.enter_context(_replaced(trainer, "create_optimizer", create))
+        stack.enter_context(replaced(trainer, "create_optimizer", create))
         try:
             return original(*args, **kwargs)
         finally:
@@ -274,7 +274,10 @@ def _training_step(
     wanted = handle.enabled and handle.scheduled_weight
     if not wanted:
         counting.skip()
-    if not (wanted and counting.deferring and counts_ahead):
+        loss = original(*args, **kwargs)
+        counting.returned(loss, 0.0)
+        return loss
+    if not (counting.deferring and counts_ahead):
         return original(*args, **kwargs)
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
@@ -283,7 +286,7 @@ def _training_step(
     ungrouped = counting.ahead and count is None
     with (
         handle.defer(divisor, step.size, count, ungrouped) as deferred,
-        _added_to_backward(trainer.accelerator, deferred),
+        added_to_backward(trainer.accelerator, deferred),
     ):
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=ungrouped)
@@ -294,32 +297,9 @@ def _training_step(
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
     added = deferred.added
-    return loss + (added.to(loss.device) if torch.is_tensor(added) else added)
-
-
-def _added_to_backward(
-    accelerator: Any, deferred: Deferred
-) -> contextlib.AbstractContextManager[None]:
-    backward = accelerator.backward
-
-    def with_terms(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        term = deferred.take()
-        return backward(loss if term is None else loss + term.to(loss.device), *args, **kwargs)
-
-    return _replaced(accelerator, "backward", with_terms)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
-    """`method` in place of that of this instance, which may have one of its own."""
-    own = vars(owner).get(name)
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if own is not None:
-            setattr(owner, name, own)
+    total = loss + (added.to(loss.device) if torch.is_tensor(added) else added)
+    counting.returned(total, added)
+    return total
 
 
 def _log(
@@ -331,7 +311,12 @@ def _log(
     **kwargs: Any,
 ) -> Any:
     if "loss" in logs:  # a training log, which every process writes at the same step
-        metrics = handle.metrics(combine=counting_of(trainer, handle).combined())
+        counting = counting_of(trainer, handle)
+        metrics = handle.metrics(combine=counting.combined())
+        metrics.pop("task_loss", None)  # of forwards, which a trainer may weigh
+        task = counting.task_loss(logs["loss"])
+        if task is not None:
+            logs["task_loss"] = task
         if saw_tokens(metrics):
             logs |= to_log(metrics)
     return original(logs, *args, **kwargs)

@@ -54,6 +54,7 @@ examples:
   pre-kernels demo --layer 8 --weight 1   regularise the last layer instead, twice as strongly
   pre-kernels diagnose MODEL IMAGES       write an HTML report on the visual tokens of each layer
   pre-kernels trace out/                  score against probe accuracy along a training
+  pre-kernels trace a/ b/ --loss          draw the task loss of two trainings in one plot
   pre-kernels tune --width 4096           time the tiles of the Triton matmuls and save the best
   pre-kernels env                         print versions and devices, for a bug report
   pre-kernels env --models                list the vision-language models that PRe attaches to
@@ -251,7 +252,7 @@ def diagnose(options: argparse.Namespace) -> int:
 
 
 def trace(options: argparse.Namespace) -> int:
-    """Plot a training's score against its probe accuracy."""
+    """Plot a training's score against its probe accuracy, or the losses of trainings."""
     if problem := missing("trace", EXTRA):
         return fail(problem)
     try:

@@ -261,7 +261,8 @@ def test_the_head_is_on_another_gpu_than_the_loss() -> None:
     with FakeTensorMode():
         loss, term = torch.ones((), device="cuda:0"), torch.ones((), device="cuda:1")
         trainer = SimpleNamespace(
-            args=SimpleNamespace(device=loss.device),
+            args=SimpleNamespace(device=loss.device, logging_nan_inf_filter=True),
+            state=SimpleNamespace(global_step=0),
             accelerator=SimpleNamespace(backward=lambda loss: None),
             get_batch_samples=None,
         )

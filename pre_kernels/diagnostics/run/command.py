@@ -31,6 +31,7 @@ IMAGES contains images, or a subfolder of images for each class. --masks is a fo
 each image, in which each value is an object, or a file of COCO annotations. To resume an
 interrupted run, give the same command again.
 """
+TRACE_DEFAULTS = {"layer": None, "metric": "linear_probe", "score": "score", "scores": None}
 TRACE = """\
 examples:
   pre-kernels trace out/checkpoint-5000                            what LayerCallback logged, drawn
@@ -40,6 +41,8 @@ examples:
   pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv
                                                                    two runs, with scores from CSV
                                                                    files: step,score
+  pre-kernels trace without/ with/ --loss --out loss.png           the task loss of both runs over
+                                                                   steps, in one plot
 
 Reads trainer_state.json, which the Trainer writes into every checkpoint. LOG is this file, a folder
 with it, or a folder with checkpoint-* folders, of which the last one is read.
@@ -150,9 +153,10 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
 
     trace = commands.add_parser(
         "trace",
-        help="draw a training's score against its probe accuracy, from the trainer's log",
+        help="draw a training's score against its probe accuracy, or its loss, from the log",
         description="Draw the paper's plot from the log of a training with LayerCallback: task "
-        "score and probe accuracy of a layer over steps, and one against the other.",
+        "score and probe accuracy of a layer over steps, and one against the other. With --loss: "
+        "the task loss of each run over steps, which every log of a Trainer has.",
         epilog=TRACE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -169,13 +173,13 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
     trace.add_argument(
         "--metric",
         "--figure",
-        default="linear_probe",
+        default=TRACE_DEFAULTS["metric"],
         metavar="NAME",
         help="metric of the layer (default: %(default)s); --figure is its old name",
     )
     trace.add_argument(
         "--score",
-        default="score",
+        default=TRACE_DEFAULTS["score"],
         metavar="NAME",
         help="name of the score in the log (default: %(default)s)",
     )
@@ -187,11 +191,16 @@ def add_parsers(commands: Any, whole: Callable[[str], int]) -> None:
         help="files with columns step and score, one for each LOG, instead of --score",
     )
     trace.add_argument(
+        "--loss",
+        action="store_true",
+        help="draw the task loss instead: task_loss of the log, or loss where the log has no "
+        "L_PRe; as logged, and smoothed over a twentieth of the steps",
+    )
+    trace.add_argument(
         "--out",
         type=Path,
-        default=Path("trace.png"),
         metavar="FILE",
-        help="png, svg or pdf (default: %(default)s)",
+        help="png, svg or pdf (default: trace.png, with --loss loss.png)",
     )
 
 
@@ -271,10 +280,15 @@ def check_device(name: str) -> None:
 
 def trace(options: argparse.Namespace) -> None:
     """Run `pre-kernels trace`. ValueError and OSError say what is wrong."""
-    from .trace import draw
+    from .trace import draw, draw_losses
 
-    lines = draw(
-        options.logs, options.layer, options.metric, options.score, options.scores, options.out
-    )
-    print(lines)
-    print(f"the plot: {options.out}", file=sys.stdout)
+    out = options.out or Path("loss.png" if options.loss else "trace.png")
+    if options.loss:
+        for name, default in TRACE_DEFAULTS.items():
+            value = getattr(options, name)
+            if value != default:
+                raise ValueError(f"--{name}: got {value!r} with --loss, which draws the loss only")
+        print(draw_losses(options.logs, out))
+    else:
+        print(draw(options.logs, options.layer, options.metric, options.score, options.scores, out))
+    print(f"the plot: {out}", file=sys.stdout)

@@ -1,15 +1,20 @@
-"""The paper's plot from a training's log: the task's score against a layer's probe accuracy (arXiv
-2603.20808)."""
+"""Plots from trainings' logs: the paper's, of the task's score against a layer's probe accuracy
+(arXiv 2603.20808), and the task losses of several runs."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from .data import names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATE = "trainer_state.json"
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -37,11 +42,10 @@ def draw(
     """
     from ..report.plots import trajectory
 
-    if out.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"out: got {str(out)!r}, want a name that ends in {', '.join(SUFFIXES)}")
+    check_name(out)
     if scores is not None and len(scores) != len(logs):
         raise ValueError(f"scores: got {len(scores)} files for {len(logs)} logs, want one for each")
-    named = unique([path.parent if path.name == STATE else path for path in logs])
+    named = run_names(logs)
     runs = [
         run(
             history(log),
@@ -53,8 +57,7 @@ def draw(
         )
         for number, (log, name) in enumerate(zip(logs, named, strict=True))
     ]
-    if not out.parent.is_dir():
-        raise ValueError(f"out: {out.parent} is not a folder")
+    check_folder(out)
     trajectory(runs).savefig(out, dpi=150)
     return "\n".join(
         f"{drawn['name']}: {len(drawn['steps'])} steps"
@@ -64,6 +67,118 @@ def draw(
         )
         for drawn in runs
     )
+
+
+def draw_losses(logs: list[Path], out: Path) -> str:
+    """Write the plot of the runs' task losses over steps to `out`; returns a line for each run that
+    says what it shows.
+
+    Args:
+        logs: trainer_state.json of each run, or folders that have one.
+        out: a name that ends in one of `SUFFIXES`.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+    check_name(out)
+    runs = [Losses(history(log), name) for log, name in zip(logs, run_names(logs), strict=True)]
+    check_folder(out)
+    loss_plot(runs).savefig(out, dpi=150)
+    return "\n".join(map(str, runs))
+
+
+class Losses:
+    """The task loss of a run, by step.
+
+    An entry of the log counts with its `task_loss`; without one, with its `loss` if it has no
+    `pre_loss`, since L_PRe is not in that loss.
+
+    Attributes:
+        values: by step, in the order of the steps.
+        mixed: True if no entry has a task loss, and `values` contain λ · L_PRe.
+        left_out: the number of steps whose task loss is not known.
+
+    Raises:
+        ValueError: if no entry has a loss.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], name: str) -> None:
+        self.name = name
+        tasks = points(entries, "task_loss")
+        plain = points([entry for entry in entries if "pre_loss" not in entry], "loss")
+        every = points(entries, "loss")
+        if not every and not tasks:
+            raise ValueError(
+                f"log: {name} has no loss as a number, want the {STATE} of a training that logged "
+                "one (logging_steps)"
+            )
+        values = plain | tasks
+        self.mixed = not tasks and len(plain) < len(every)
+        if self.mixed:
+            values = every
+        self.values = dict(sorted(values.items()))
+        self.left_out = len(every.keys() - values.keys())
+
+    def __str__(self) -> str:
+        steps = [*self.values]
+        losses = [*self.values.values()]
+        said = (
+            f"{self.name}: steps {steps[0]} to {steps[-1]}, {len(steps)} logged, "
+            f"{'loss' if self.mixed else 'task loss'} {losses[0]:.4f} → {losses[-1]:.4f}"
+        )
+        if self.mixed:
+            said += "; this curve contains λ·L_PRe: the log has pre_loss, but no task_loss"
+        if self.left_out:
+            said += f"; {self.left_out} steps with pre_loss but no task_loss are left out"
+        return said
+
+
+def loss_plot(runs: Sequence[Losses]) -> Figure:
+    """All runs in one plot: each as logged, in a light line, and smoothed."""
+    from ..report.plots import grid, legend, styles
+
+    figure, (axes,) = grid(1)
+    figure.set_size_inches(7.0, 4.2)
+    curves = [{"name": run.name + (" (contains λ·L_PRe)" if run.mixed else "")} for run in runs]
+    for run, style in zip(runs, styles(curves), strict=True):
+        steps = [*run.values]
+        losses = [*run.values.values()]
+        colour = style["color"]
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, smoothed(losses), **style, linewidth=1.8, marker=marker)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("task loss (without λ·L_PRe)")
+    legend(axes, curves)
+    return figure
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean over the values around each, about a twentieth of all; at an end fewer, as many on
+    either side."""
+    most = len(values) // 40
+    means = []
+    for place in range(len(values)):
+        reach = min(most, place, len(values) - 1 - place)
+        means.append(mean(values[place - reach : place + reach + 1]))
+    return means
+
+
+def check_name(out: Path) -> None:
+    """Raise a ValueError for a name that is not of a picture."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"out: got {str(out)!r}, want a name that ends in {', '.join(SUFFIXES)}")
+
+
+def check_folder(out: Path) -> None:
+    """Raise a ValueError if there is no folder for it."""
+    if not out.parent.is_dir():
+        raise ValueError(f"out: {out.parent} is not a folder")
+
+
+def run_names(logs: list[Path]) -> list[str]:
+    """A name for each run, by its folder."""
+    return unique([path.parent if path.name == STATE else path for path in logs])
 
 
 def history(path: Path) -> list[dict[str, Any]]:

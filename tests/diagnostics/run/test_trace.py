@@ -236,3 +236,104 @@ def test_bad_input(training, tmp_path, capsys):
     )
     assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
     assert not list(tmp_path.glob("plot*"))
+
+
+def write(folder, entries):
+    folder.mkdir(exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    return folder
+
+
+def entries(with_pre, steps=100, task=True):
+    """Logs of a training; the task loss is 4 - step / 50."""
+    made = []
+    for step in range(1, steps + 1):
+        entry = {"step": step, "loss": 4 - step / 50}
+        if with_pre:
+            entry |= {"loss": 4 - step / 50 - 0.4, "pre_loss": -0.8}
+            entry |= {"task_loss": 4 - step / 50} if task else {}
+        made.append(entry)
+    return [*made, {"step": steps, "train_loss": 1.0}, {"step": steps, "eval_loss": 9.0}]
+
+
+def test_losses_of_two_runs(tmp_path, capsys):
+    """Without PRe the log has only loss, which is the task loss."""
+    without, with_pre = (write(tmp_path / n, entries(n == "with")) for n in ("without", "with"))
+    out = tmp_path / "loss.png"
+    assert drawn(without, with_pre / "trainer_state.json", "--loss", "--out", out) == 0
+    said = capsys.readouterr().out.splitlines()
+    line = "steps 1 to 100, 100 logged, task loss 3.9800 → 2.0000"
+    assert said == [f"without: {line}", f"with: {line}", f"the plot: {out}"]
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+    runs = [trace.Losses(trace.history(folder), folder.name) for folder in (without, with_pre)]
+    assert runs[0].values == runs[1].values
+    (axes,) = trace.loss_plot(runs).axes
+    assert axes.get_ylabel() == "task loss (without λ·L_PRe)"
+    assert axes.get_xlabel() == "optimizer step"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["without", "with"]
+    raw, smooth, *others = axes.lines
+    assert len(others) == 2
+    assert [*raw.get_ydata()] == [*runs[0].values.values()]
+    assert raw.get_alpha() < 0.5 < (smooth.get_alpha() or 1)
+
+
+def test_smoothing_keeps_ends_and_straight_lines():
+    line = [float(n) for n in range(100)]
+    assert trace.smoothed(line) == pytest.approx(line)
+    noisy = [(-1.0) ** n for n in range(100)]
+    assert trace.smoothed(noisy)[50] == pytest.approx(0.2)  # the mean of 5
+    assert trace.smoothed([1.0, 5.0]) == [1.0, 5.0]
+    assert trace.smoothed(noisy)[0] == 1.0
+
+
+def test_a_log_of_before_task_loss(tmp_path, capsys):
+    """Its curve contains λ·L_PRe, which the line and the legend say; text-only steps do not."""
+    old = write(tmp_path / "old", entries(True, task=False))
+    assert drawn(old, "--loss", "--out", tmp_path / "loss.svg") == 0
+    said = capsys.readouterr().out
+    assert "old: steps 1 to 100, 100 logged, loss 3.5800 → 1.6000; this curve contains" in said
+    (axes,) = trace.loss_plot([trace.Losses(trace.history(old), "old")]).axes
+    (text,) = axes.get_legend().get_texts()
+    assert text.get_text() == "old (contains λ·L_PRe)"
+
+
+def test_steps_whose_task_loss_is_not_known(tmp_path, capsys):
+    log = entries(True)
+    del log[1]["task_loss"]
+    del log[2]["task_loss"], log[2]["pre_loss"]  # text only
+    some = write(tmp_path / "some", log)
+    assert drawn(some, "--loss", "--out", tmp_path / "loss.png") == 0
+    said = capsys.readouterr().out
+    assert "99 logged, task loss 3.9800 → 2.0000; 1 steps with pre_loss but no task_loss" in said
+    values = trace.Losses(trace.history(some), "some").values
+    assert 2 not in values
+    assert values[3] == log[2]["loss"]
+
+
+def test_bad_input_of_losses(tmp_path, capsys, monkeypatch):
+    def error(*arguments):
+        assert drawn(*arguments, "--loss") == 2
+        return capsys.readouterr().err
+
+    folder = write(tmp_path / "run", entries(False))
+    empty = write(tmp_path / "empty", [{"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}])
+    nan = write(tmp_path / "nan", [{"step": 1, "loss": float("nan")}])
+    for log in (empty, nan):
+        assert f"log: {log.name} has no loss as a number, want" in error(folder, log)
+    assert "log: cannot read" in error(tmp_path / "nowhere")
+    assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
+    assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
+    for option, value in (("layer", 3), ("metric", "contrast"), ("score", "x"), ("scores", "x")):
+        assert f"--{option}: got" in error(folder, f"--{option}", value)
+    assert not list(tmp_path.rglob("*.png"))
+    monkeypatch.chdir(tmp_path)
+    assert drawn(folder, "--loss") == 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_training_logs_its_task_loss(training, capsys, tmp_path):
+    assert drawn(training[0], "--loss", "--out", tmp_path / "loss.png") == 0
+    said = capsys.readouterr().out
+    assert "steps 1 to 4, 4 logged, task loss" in said
+    assert "contains" not in said
