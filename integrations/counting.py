@@ -141,7 +141,7 @@ class Counting:
         if self.trainer.args.logging_nan_inf_filter:
             # The Trainer logs the mean of the steps before instead of a loss that is not finite.
             steps = 1 + self.trainer.state.global_step - self.logged_at
-            pair = torch.where(pair[0].isfinite(), pair, sums / steps)
+            pair = torch.where(values[0].isfinite(), pair, sums / steps)
         self.losses = sums + pair
 
     def task_loss(self, logged: float) -> float | None:
