@@ -1,5 +1,5 @@
-"""The terms of an optimizer step, counted ahead of its forwards, and whether the forwards then had
-as many."""
+"""The terms of an optimizer step, counted before its forwards and compared with what the forwards
+have; and the loss that a trainer logs, less PRe's part."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Step:
 
     Attributes:
         size: the number of its micro-batches.
-        divisor: what Σℓ of each is divided by, 0-d; None: their own means are taken.
-        counts: the terms of each micro-batch that is still to come, 0-d; None where they cannot be
-            counted.
-        used: how many micro-batches came.
+        divisor: Σℓ of each micro-batch is divided by it, 0-d. None: each takes its own mean.
+        counts: the number of terms of each micro-batch to come, 0-d; None if it cannot be counted.
+        used: the number of micro-batches that came.
     """
 
     size: int
@@ -34,7 +33,7 @@ class Step:
 
 
 class Counting:
-    """Of one training of one trainer.
+    """The counts and losses of one training of one trainer.
 
     Attributes:
         ahead: whether terms are counted ahead; every process changes it at the same log.
@@ -46,18 +45,18 @@ class Counting:
         self.trainer = trainer
         self.ahead = True
         self.deferring = True
-        self.reached = False  # whether losses came to accelerator.backward before
+        self.reached = False  # whether losses ever reached accelerator.backward
         self.step: Step | None = None
         self.later: list[Any] | None = None  # batches of a step that began while PRe was off
-        # Since the last log: the number of micro-batches whose forwards had other terms than were
-        # counted, the terms that were counted, and those that the forwards had.
+        # Three sums since the last log: micro-batches whose forwards had a different number of
+        # terms than was counted, terms that were counted, and terms that the forwards had.
         device = trainer.args.device
         self.sums = torch.zeros(3, dtype=sum_dtype(device), device=device)
         self.uncounted = 0  # micro-batches that could not be counted
-        # Since the last log, of the micro-batches whose training_step was seen: the losses that it
-        # returned, and PRe's part of them.
+        # Two sums since the last log: the losses that `_training_step` returned to the trainer, and
+        # PRe's part of them.
         self.losses = torch.zeros(2, dtype=sum_dtype(device), device=device)
-        self.all_losses = (0.0, 0.0)  # those of all processes, as last combined
+        self.all_losses = (0.0, 0.0)  # the same over all processes, as last combined
         self.logged_at = trainer.state.global_step  # the step of the last log
 
     def begin(self, batches: list[Any]) -> None:
@@ -77,25 +76,25 @@ class Counting:
             self.trainer, sum(known, torch.zeros((), dtype=torch.long, device=device))
         )
         if known:
-            # the processes' gradients are averaged, so each divides by its part of the global count
+            # Gradients are averaged over processes, so each divides by the mean count of them.
             self.step.divisor = total.clamp(min=1).float() / self.trainer.accelerator.num_processes
 
     def _count(self, batch: Any) -> Tensor | None:
-        """A batch's terms; None where its forward will be given something else, which may work for
-        all that."""
+        """The number of terms of a batch. None if the batch is not what its forward will get; the
+        forward may work all the same."""
         trainer = type(self.trainer).__name__
         if not hasattr(batch, "keys"):
             reason = f"they are not mappings but {type(batch).__name__}"
         else:
             try:
                 return self.handle.count(dict(batch)).to(self.trainer.args.device)
-            except Exception as error:  # mask_fn is the user's
+            except Exception as error:  # mask_fn is the user's code, so it may raise anything
                 reason = f"{type(error).__name__}: {error}"
         self.handle.notices.warn("not counted", trainer=trainer, reason=reason)
         return None
 
     def micro_batch(self) -> Step:
-        """The step of the micro-batch that begins; its first count is this one's."""
+        """The step of the micro-batch that begins, with the count of this micro-batch first."""
         if self.later:
             self.begin(self.later)
         if self.step is None or self.step.used == self.step.size:
@@ -107,7 +106,7 @@ class Counting:
         return self.step
 
     def wait(self, batches: list[Any]) -> None:
-        """A step of these batches begins with PRe off; they are counted if it is on when they are
+        """A step of these batches begins with PRe off. They are counted if PRe is on when they are
         trained."""
         self.step = None
         self.later = batches
@@ -121,7 +120,7 @@ class Counting:
             self.step.counts[:1] = []
 
     def saw(self, deferred: Deferred, uncounted: bool) -> None:
-        """Compare what was counted for a micro-batch with what its forwards had; no host sync."""
+        """Compare the counted terms of a micro-batch with those of its forwards; no host sync."""
         if uncounted:
             self.uncounted += 1
         elif deferred.counted is not None and torch.is_tensor(deferred.seen):
@@ -130,8 +129,8 @@ class Counting:
             self.sums = self.sums + torch.stack([(counted != seen).to(self.sums), counted, seen])
 
     def returned(self, loss: Tensor | float, added: Tensor | float) -> None:
-        """A micro-batch's loss, as training_step returns it, and PRe's part of it, summed as the
-        Trainer sums them; no host sync."""
+        """Add the loss of a micro-batch, as the trainer gets it, and PRe's part of it; no host
+        sync."""
         sums = self.losses
         values = [
             value.detach().to(sums) if torch.is_tensor(value) else sums.new_full((), value)
@@ -139,14 +138,14 @@ class Counting:
         ]
         pair = torch.stack(values)
         if self.trainer.args.logging_nan_inf_filter:
-            # The Trainer logs the mean of the steps before instead of a loss that is not finite.
+            # Instead of a loss that is not finite the Trainer adds the mean of its sum so far.
             steps = 1 + self.trainer.state.global_step - self.logged_at
             pair = torch.where(values[0].isfinite(), pair, sums / steps)
         self.losses = sums + pair
 
     def task_loss(self, logged: float) -> float | None:
-        """`logged`, the loss of a log whose sums have just been combined, without PRe's part; None
-        where that is not known exactly."""
+        """`logged`, the loss of the log whose sums were just combined, without PRe's part; None if
+        that is not known exactly."""
         steps = self.trainer.state.global_step - self.logged_at
         self.logged_at = self.trainer.state.global_step
         if not steps:
@@ -157,8 +156,8 @@ class Counting:
         return without_pre(logged, mean * (loss + backward.loss), mean * (added + backward.added))
 
     def combined(self) -> Callable[[Tensor], Tensor]:
-        """For `PreHandle.metrics`: its totals over processes, and with them what was counted, which
-        is judged."""
+        """For `PreHandle.metrics`: a function that sums its totals over processes, together with
+        the sums of this object, and warns if forwards had other terms than were counted."""
 
         def combine(totals: Tensor) -> Tensor:
             own = [self.losses.to(totals), self.sums.to(totals)]
@@ -178,7 +177,7 @@ class Counting:
 
 
 def counting_of(trainer: Any, handle: PreHandle) -> Counting:
-    """The trainer's of this training."""
+    """The `Counting` of this training of `trainer`."""
     counting: Counting | None = getattr(trainer, "_pre_counting", None)
     if counting is None or counting.handle is not handle:
         counting = trainer._pre_counting = Counting(handle, trainer)

@@ -1,5 +1,5 @@
-"""The losses of the forwards of a micro-batch, kept for the place where a trainer makes a loss of
-its own."""
+"""The losses of the forwards of a micro-batch, kept until a trainer back-propagates a
+loss of its own."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 class Deferred:
-    """λ · L_PRe of forwards inside `PreHandle.defer`, to be added to the loss that is
+    """λ · L_PRe of the forwards inside `PreHandle.defer`, to be added to the loss that is
     back-propagated.
 
-    With a `divisor` it is λ · Σℓ ÷ `divisor`. Without one, or where the forwards of a backward pass
-    had more terms than were counted, it is their own mean, divided by the number of micro-batches:
-    nothing is read on the host. Fewer may be those of a part of the micro-batch, which has a
-    backward pass for each.
+    With a `divisor` this is λ · Σℓ ÷ `divisor`. Without one, or if the forwards of a backward pass
+    had more terms than were counted, it is their own mean divided by the number of micro-batches.
+    Nothing is read on the host. Fewer terms than counted are normal: a micro-batch may be split,
+    with a backward pass for each part.
 
     Args:
-        divisor: what Σℓ is divided by, 0-d or a number; None: the forwards' own terms.
-        micro_batches: of the optimizer step.
-        counted: the terms that the forwards should have, 0-d; None: not known.
-        ungrouped: without a `divisor` the group of `apply_pre` is not asked for one either.
+        divisor: Σℓ is divided by it, 0-d or a number. None: by the number of the forwards' terms.
+        micro_batches: the number of micro-batches of the optimizer step.
+        counted: the number of terms that the forwards should have, 0-d; None: not known.
+        ungrouped: without a `divisor`, do not ask the group of `apply_pre` for one.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Deferred:
         self.ungrouped = ungrouped
         self.losses: list[Tensor] = []
         self.counts: list[Tensor] = []
-        self.seen: Tensor | int = 0  # terms of all forwards
+        self.seen: Tensor | int = 0  # the number of terms of all forwards
         self.added: Tensor | float = 0.0
 
     def add(self, loss: Tensor, count: Tensor) -> None:
-        """A forward's λ · Σℓ ÷ `divisor`, or its mean if there is no divisor; and the number of its
-        terms, 0-d."""
+        """Add a forward: λ · Σℓ ÷ `divisor`, or λ times its mean without a divisor, and the number
+        of its terms; both 0-d."""
         self.losses.append(loss)
         self.counts.append(count.to(loss.device, non_blocking=True))
         self.seen = self.seen + self.counts[-1]

@@ -26,14 +26,15 @@ ATTRIBUTE = "pre_head"
 
 
 class PreHandle(ScheduledWeight):
-    """What `apply_pre` returns; as a context manager it removes itself at the end.
+    """PRe on one model, as `apply_pre` returns it. As a context manager it removes itself at the
+    end.
 
     Attributes:
         enabled: False turns PRe off without removing it.
         weight: λ, before the schedule.
-        progress: where in the training the next step is, 0..1; the schedule reads it.
-        scheduled_weight: λ as the schedule has it at `progress`. At 0 the head is not in the graph,
-            which DDP has to be told of.
+        progress: the position of the next step in the training, 0..1; the schedule reads it.
+        scheduled_weight: λ by the schedule at `progress`. At 0 the head is not in the graph, so DDP
+            needs `find_unused_parameters=True`.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class PreHandle(ScheduledWeight):
         self._checks = HeadChecks(model, head, ATTRIBUTE, self.notices)
         self._labels = labels
         self._deferred: Deferred | None = None
-        self._own: Tensor | None = None  # what loss() returns
-        self._as_layer = as_layer  # whether the head is made in its layer's dtype
+        self._own: Tensor | None = None  # the return value of loss()
+        self._as_layer = as_layer  # whether the head was made in its layer's dtype
 
         model.add_module(ATTRIBUTE, head)
         self._saved_keys = SavedKeys(model, ATTRIBUTE)
@@ -80,8 +81,8 @@ class PreHandle(ScheduledWeight):
 
     @property
     def head(self) -> Any:
-        """The predictor: a `PreHead`, or a ModuleList of one per layer. Looked up each time: PEFT
-        may copy it."""
+        """The predictor: a `PreHead`, or a ModuleList with one per layer."""
+        # PEFT may copy the head, so the attribute is read each time.
         if self._capture is None:
             raise RuntimeError(
                 "handle: it was removed, and its head with it; use the head before remove()"
@@ -100,17 +101,17 @@ class PreHandle(ScheduledWeight):
 
     @property
     def contributed(self) -> bool:
-        """Whether a forward ever had a term, a visual token; reading it may be a host sync."""
+        """Whether any forward had a term (a visual token). Reading this may be a host sync."""
         return self.totals.contributed
 
     def settings(self) -> dict[str, Any]:
-        """What the heads were made for, as it is kept beside a saved head."""
+        """The settings that a saved head has to match; `save` writes them beside it."""
         named = isinstance(self._objective.anchor, str)
         return {
             "layers": list(self.layers),
             "several": self._several,
             "level": self._objective.level,
-            # images weigh the same at level "image" whatever `weighting` says
+            # At level "image" images weigh the same whatever `weighting` says.
             "weighting": "image" if self._objective.level == "image" else self._objective.weighting,
             "anchor": self._objective.anchor if named else "callable",
         }
@@ -118,23 +119,26 @@ class PreHandle(ScheduledWeight):
     def metrics(
         self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, float]:
-        """What was seen since the last reset; reading it is the only host sync.
+        """The metrics of the forwards since the last reset. Reading them is the only host sync.
 
-        - "pre_loss": mean L_PRe per term (a visual token; an image at level or weighting "image";
-          nan without any), the layers averaged, without λ; "pre_loss/layer_<l>" for each of
-          several;
-        - "pre_cosine": mean cosine between predictions and anchors; for the losses that are not
-          -cosine, of at most `metrics.SAMPLE` rows of each forward;
-        - "pre_rows": the number of terms; "pre_tokens": of visual tokens; "pre_forwards": of this
-          process's forwards;
-        - "pre_skipped": of visual tokens left out for a nan or inf, with `nonfinite="skip"`; they
-          are not in the above;
-        - "pre_head_grad_norm": of the head's gradient as the last optimizer step took it (unscaled,
-          clipped), once an optimizer is watched (`watch`, `patch_trainer`) and has the gradients;
-          under FSDP1 with `combine` only;
+        - "task_loss": mean over forwards of `output.loss` before λ · L_PRe was added; absent with
+          `labels=None`, and where a trainer makes its own loss (`patch_trainer` logs its own).
+        - "pre_loss": mean L_PRe per term, without λ, averaged over layers. A term is a visual
+          token, or an image at level or weighting "image"; without terms it is nan.
+          "pre_loss/layer_<l>" is the same for each of several layers.
+        - "pre_cosine": mean cosine between predictions and anchors. If the loss is not the cosine,
+          of at most `metrics.SAMPLE` rows of each forward.
+        - "pre_rows", "pre_tokens": the number of terms, of visual tokens. "pre_forwards": the
+          number of this process's forwards.
+        - "pre_skipped": with `nonfinite="skip"`, the number of visual tokens that were left out for
+          a nan or inf; no other metric has them.
+        - "pre_head_grad_norm": the norm of the head's gradient as the last optimizer step took it,
+          unscaled and clipped. It needs `watch` or `patch_trainer`, and under FSDP1 `combine`.
         - "pre_weight": λ of the last step, if it has a schedule.
 
-        `combine` sums the totals over processes.
+        Args:
+            reset: whether the next call starts from zero.
+            combine: sums the packed totals, a 1-d tensor, over processes.
         """
         metrics = self.totals.read(combine)
         if self._options.scheduled:
@@ -144,11 +148,11 @@ class PreHandle(ScheduledWeight):
         return metrics
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of the head's parameters that require grad, with `head_lr` and
+        """Optimizer groups for the head's parameters that require grad, with `head_lr` and
         `head_weight_decay` if given.
 
-        First the weights, then the biases, which are not decayed. Leave these parameters out of
-        other groups.
+        The weights come first, then the biases, which are not decayed. Leave these parameters out
+        of other groups.
         """
         return self._options.groups(self.head.named_parameters())
 
@@ -159,13 +163,13 @@ class PreHandle(ScheduledWeight):
 
     def watch(self, optimizer: Any) -> RemovableHandle:
         """Measure the norm of the head's gradient at each step of `optimizer`, for `metrics`, until
-        it is removed.
+        the returned handle is removed.
 
-        An optimizer that accelerate or DeepSpeed has wrapped is unwrapped; DeepSpeed's steps copies
-        of the gradients, so there is no norm of those.
+        Wrappers of accelerate and DeepSpeed are unwrapped. DeepSpeed's optimizer steps copies of
+        the gradients, so their norm is not measured.
 
         Raises:
-            TypeError: for what is no `torch.optim.Optimizer` and has none inside.
+            TypeError: if `optimizer` is not a `torch.optim.Optimizer` and has none inside.
         """
         inner = unwrapped(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
@@ -180,16 +184,19 @@ class PreHandle(ScheduledWeight):
         self, directory: Any, model: nn.Module | None = None, *, writes: bool | None = None
     ) -> None:
         """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained`
-        leaves it out.
+        leaves the head out.
 
-        Rank 0 writes. Where the head is split over processes (FSDP, ZeRO-3) every process has to
-        call it: the parts are gathered, and all return when the files are there; elsewhere (DDP,
-        ZeRO-1, ZeRO-2) the others return at once and need not call it. `model`: under FSDP1 its
-        wrapper around the model, the only one that can gather. `writes`: whether this process
-        writes the files; None: if it is rank 0.
+        Where the head is split over processes (FSDP, ZeRO-3), every process has to call this: the
+        parts are gathered, and all return when the files exist. Elsewhere (DDP, ZeRO-1, ZeRO-2)
+        other ranks return at once and need not call it.
+
+        Args:
+            directory: it is made if needed.
+            model: under FSDP1 the wrapper around the model, which is needed to gather the parts.
+            writes: whether this process writes the files. None: if it is rank 0.
 
         Raises:
-            RuntimeError: if the head is split in a way that is not known.
+            RuntimeError: if the head is split in an unknown way.
             OSError: on every process, if rank 0 cannot write.
         """
         checkpoint.save(
@@ -202,20 +209,20 @@ class PreHandle(ScheduledWeight):
         )
 
     def load(self, directory: Any, model: nn.Module | None = None) -> None:
-        """Read the head that `save` wrote, into this handle's: bit for bit, under any number of
+        """Read the head that `save` wrote into this handle's head, bit for bit, under any number of
         processes.
 
-        Every process reads the files and takes its part; where the head is split every process has
-        to call it. `model` as in `save`.
+        Every process reads the files and takes its part. Where the head is split, every process has
+        to call this. `model` as in `save`.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing, broken, or differs from this
+            FileNotFoundError, ValueError: naming what is missing or broken, or differs from this
                 handle; on every process that takes part.
         """
         checkpoint.load(self.head, self.settings(), directory, attached=self._model, wrapper=model)
 
     def remove(self) -> None:
-        """Take hooks and head off again: the model is what it was. Calling it twice is fine."""
+        """Take hooks and head off: the model is what it was. Calling this twice is fine."""
         if self._capture is None:
             return
         self._capture.remove()
@@ -232,16 +239,16 @@ class PreHandle(ScheduledWeight):
         self.remove()
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of terms (visual tokens, or images) in the loss of a forward with these
-        arguments, 0-d."""
+        """The number of terms (visual tokens, or images) that a forward with these arguments has;
+        0-d."""
         return self._objective.count(inputs)
 
     def loss(self) -> Tensor:
-        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to the
-        loss; else 0.
+        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to your
+        loss.
 
-        Each forward's is given once. It is the mean over the forward's visual tokens: weigh it like
-        the loss that it is added to.
+        Each forward's is returned once; after that, and without one, this is 0. It is the mean over
+        the forward's visual tokens: weigh it like the loss that it is added to.
 
         Raises:
             RuntimeError: if the handle adds L_PRe to `output.loss` itself.
@@ -256,12 +263,8 @@ class PreHandle(ScheduledWeight):
         return torch.zeros(()) if loss is None else loss
 
     def excluded(self) -> contextlib.AbstractContextManager[None]:
-        """Inside it no `state_dict()` has the head's keys, for ways of saving that know nothing of
-        it.
-
-        `save_pretrained` needs it not. `with handle.excluded(): accelerator.save_model(model,
-        folder)`.
-        """
+        """Inside it no `state_dict()` has the head's keys: `with handle.excluded():
+        accelerator.save_model(model, folder)`. `save_pretrained` does not need this."""
         return self._saved_keys.excluded()
 
     @contextlib.contextmanager
@@ -272,8 +275,8 @@ class PreHandle(ScheduledWeight):
         counted: Tensor | None = None,
         ungrouped: bool = False,
     ) -> Iterator[Deferred]:
-        """Inside it forwards don't add to `output.loss`: λ · L_PRe gathers in what this yields, see
-        `Deferred`."""
+        """Inside it forwards do not add to `output.loss`: λ · L_PRe is gathered in the yielded
+        `Deferred`, which has these arguments."""
         self._deferred = Deferred(divisor, micro_batches, counted, ungrouped)
         try:
             yield self._deferred
@@ -281,40 +284,37 @@ class PreHandle(ScheduledWeight):
             self._deferred = None
 
     def restore_dtypes(self) -> None:
-        """Cast the head's parameters back to the dtypes they were made in, where somebody cast
-        them, and say so.
-
-        A head without a `head_dtype` may be cast with its layer.
-        """
+        """Cast the head's parameters back to the dtypes they were made in, if somebody cast them,
+        and warn. A head without a `head_dtype` may be cast together with its layer."""
         followed = self.layers if self._as_layer else ()
         parts = self._objective.parts
         dtypes = {parts.dtype_and_device(number)[0] for number in followed}
         self._checks.restore_dtypes(self.head, dtypes)
 
     def advise(self, advice: str | None) -> None:
-        """What to do where a trainer leaves L_PRe out of its loss; None: what is said without a
-        trainer's patch."""
+        """Set the advice of the warning that a trainer leaves L_PRe out of its loss; None restores
+        the default."""
         self._watchdog.advice = advice or self._watchdog.default
 
     def new_training(self) -> None:
-        """What was said and seen of another training is forgotten."""
+        """A training begins: forget the warnings and observations of another one."""
         self.notices.forget()
         self._checks.new_training()
 
     def stepped(self, optimizer: Any) -> None:
-        """An optimizer's step begins, see `optimizers.listen`."""
+        """An optimizer's step begins; `optimizers.listen` calls this."""
         self._checks.stepped(optimizer, self.head)
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._watchdog.reason = None
         if torch.is_grad_enabled():
-            # Nobody asked for the last forward's; its graph is not kept beside this one's.
+            # Nobody asked for the last forward's L_PRe; drop its graph before this one is made.
             self._own = None
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
         if not self._wanted():
             return False
-        # A Trainer with a loss of its own takes the labels out, but defers L_PRe.
+        # A Trainer with its own loss removes the labels, but defers L_PRe.
         labelled = (
             self._labels is None
             or inputs.get(self._labels) is not None
@@ -332,7 +332,7 @@ class PreHandle(ScheduledWeight):
         self._watchdog.watch_without(tensors(output))
 
     def _check_steps(self) -> None:
-        """After an optimizer's first step: that it has the head, and that a schedule moves on."""
+        """After an optimizer's first step: check that it has the head, and that λ moves."""
         if not self._checks.steps.count:
             return
         if self._options.scheduled and not self._progressed:
@@ -374,7 +374,7 @@ class PreHandle(ScheduledWeight):
             own = own_loss(output)
             output = add_to_loss(output, term)
             loss = own_loss(output)
-            assert own is not None  # add_to_loss has found it
+            assert own is not None
             assert loss is not None
             self.totals.add_own_loss(own, loss, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
@@ -388,8 +388,8 @@ class PreHandle(ScheduledWeight):
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:
-    """The handle attached to `model`, around it or inside it; None if there is none. Works on deep
-    copies too."""
+    """The handle of `model` or of a module inside it; None if there is none. Works on deep copies
+    too."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             capture = getattr(hook, "__self__", None)

@@ -1,5 +1,5 @@
-"""PRe in a Lightning training: λ along the schedule, the log, and checkpoints whose model has no
-key of the head."""
+"""PRe in a Lightning training: λ along its schedule, the log, and checkpoints whose model has no
+keys of the head."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ STATE = "pre_head"  # the key of the head in a checkpoint
 
 
 class PreLightningCallback(Callback):
-    """Beside `apply_pre(module.model)` in a LightningModule's `__init__` or `configure_model`.
+    """Use this with `apply_pre(self.model)` in a LightningModule's `__init__` or `configure_model`.
 
     ```python
     lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
-    It logs `handle.metrics()` every `log_every_n_steps`, sets `handle.progress`, and keeps the head
-    under a key of its own in the checkpoint: `checkpoint["state_dict"]` has the names of the model
-    without PRe, and a resumed training has the head back. Strategies that write their checkpoints
-    themselves (DeepSpeed, sharded FSDP) keep the head in them.
+    Every `log_every_n_steps` it logs `handle.metrics()` over all processes, with "task_loss" as the
+    mean of the forwards' `output.loss` without PRe. It sets `handle.progress`, and keeps the head
+    under its own key in the checkpoint: `checkpoint["state_dict"]` has the keys of the model
+    without PRe, and resuming restores the head. Strategies that write their own checkpoints
+    (DeepSpeed, sharded FSDP) keep the head in those.
 
     Raises:
         RuntimeError: at the start of a training whose module has no handle, or whose model is in
-            eval mode, as `from_pretrained` gives it and Lightning leaves it.
+            eval mode, in which `from_pretrained` returns it and Lightning leaves it.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Complain of a module without PRe before it is trained."""
+        """Raise for a module without PRe before it is trained."""
         if find_handle(pl_module) is None:
             raise RuntimeError(
                 f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on "
@@ -42,7 +43,7 @@ class PreLightningCallback(Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """λ at the middle of the step."""
+        """Set λ to its value at the middle of the step."""
         handle = _handle(pl_module)
         steps = trainer.estimated_stepping_batches
         if handle.enabled and not handle.model.training:
@@ -56,7 +57,7 @@ class PreLightningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was seen since the last log."""
+        """Log the metrics since the last log."""
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             metrics = to_log(
                 _handle(pl_module).metrics(
@@ -70,15 +71,15 @@ class PreLightningCallback(Callback):
             )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Move the head from the module's keys to its own."""
+        """Move the head from the module's keys to its own key."""
         state = checkpoint["state_dict"]
         checkpoint[STATE] = {
             key: state.pop(key) for key in list(state) if ATTRIBUTE in key.split(".")
         }
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A checkpoint's model is loaded before callbacks are asked: what it lacks of the head is
-        the head as it is."""
+        """Lightning loads a checkpoint's model before it calls callbacks, so missing keys of the
+        head are filled with the head's present values."""
         if find_handle(pl_module) is None:
             return
 
@@ -96,7 +97,7 @@ class PreLightningCallback(Callback):
             hook.remove()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the head back."""
+        """Restore the head."""
         head = checkpoint.get(STATE)
         if head is None:
             _handle(pl_module).notices.warn(

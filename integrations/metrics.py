@@ -1,5 +1,4 @@
-"""The logged metrics: what is summed over forwards on the device, and what is reported of the
-sums."""
+"""The logged metrics: sums over forwards on the device, and the numbers reported from them."""
 
 from __future__ import annotations
 
@@ -14,30 +13,30 @@ from pre_kernels import PreHead
 
 from .task_loss import BackwardLosses, sum_dtype
 
-SAMPLE = 256  # rows of a forward whose cosines are computed for the log alone
+SAMPLE = 256  # rows of a forward whose cosines are computed only for the log
 NOT_LOGGED = ("pre_rows", "pre_forwards")
 
 
 class Totals:
-    """Named sums over the forwards since the last reset, packed in one tensor on the device, so
-    that `read` is the only host sync.
+    """Named sums over the forwards since the last reset. They are packed in one tensor on the
+    device, so only `read` syncs with the host.
 
     Args:
         layers: the numbers of the layers, one head each.
-        loss: the head's.
+        loss: the name of the head's loss.
         skips: whether visual tokens with a nan or inf are left out and counted.
 
     Attributes:
-        names: of the sums, in the order in which they are packed: "count" of the terms, "tokens",
-            "cosine" and "sampled" of the sampled rows, "loss_<l>" for each layer, "skipped" if
-            `skips`; then those of `OWN`, `backward` and `gradient`.
+        names: the names of the sums, in packed order: "count" of the terms, "tokens", "cosine" and
+            "sampled" of the sampled rows, "loss_<l>" for each layer, "skipped" if `skips`, then
+            those of `OWN`, `backward` and `gradient`.
         backward: the losses that were back-propagated with L_PRe in them.
         gradient: the norm of the head's gradient.
         forwards: the number of this process's forwards since the last reset.
         resets: the number of resets.
     """
 
-    # the sum of the forwards' own losses, before L_PRe was added, and the number of those forwards
+    # The sum of the forwards' own losses, before L_PRe was added, and the number of such forwards.
     OWN = ("task", "task_forwards")
 
     def __init__(self, layers: Sequence[int], loss: str, skips: bool) -> None:
@@ -65,11 +64,11 @@ class Totals:
         cosines: Sequence[Tensor],
         skipped: Tensor | None,
     ) -> None:
-        """Add a forward, whose attributes of `Losses` these are; no host sync."""
+        """Add a forward with these attributes of `Losses`; no host sync."""
         device = losses[0].device
         dtype = sum_dtype(device)
         divisor = torch.as_tensor(full_divisor).to(device)
-        # There are none where the loss is the cosine.
+        # With the cosine loss there are no sampled cosines.
         sampled = torch.zeros(2, dtype=dtype, device=device)
         if cosines:
             sampled = torch.stack([pair.to(device, dtype) for pair in cosines]).sum(0)
@@ -84,8 +83,8 @@ class Totals:
         self.forwards += 1
 
     def add_own_loss(self, own: Tensor, loss: Tensor, added: Tensor) -> None:
-        """A forward whose `output.loss` was `own` and is `loss`, with L_PRe's part `added`; all
-        0-d, no host sync."""
+        """Add a forward whose `output.loss` was `own`, and is `loss` after `added`, the part of
+        L_PRe; all 0-d, no host sync."""
         value = own.detach().to(sum_dtype(own.device))
         pair = torch.stack([value, torch.ones_like(value)])
         self._own = pair if self._own is None else self._own + pair
@@ -93,12 +92,12 @@ class Totals:
 
     @property
     def contributed(self) -> bool:
-        """Whether a forward ever had a term; reading it may be a host sync."""
+        """Whether any forward had a term; reading this may be a host sync."""
         return self._contributed or bool(self._packed()[self.summed.index("count")] > 0)
 
     def read(self, combine: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The metrics, see `PreHandle.metrics`; one host sync. `combine` sums the packed tensor
-        over processes."""
+        """The metrics of `PreHandle.metrics`; one host sync. `combine` sums the packed tensor over
+        processes."""
         packed = self._packed()
         own = packed.new_zeros(2) if self._own is None else self._own.to(packed)
         parts = [packed, own, self.backward.packed(packed), self.gradient.packed(packed)]
@@ -135,7 +134,7 @@ class Totals:
         return metrics
 
     def reset(self) -> None:
-        """Forget the forwards; `contributed` and the gradient's norm stay."""
+        """Forget the forwards, but neither `contributed` nor the gradient's norm."""
         self._sums = None
         self._own = None
         self.backward.sums = None
@@ -149,32 +148,32 @@ class Totals:
 
 
 def saw_tokens(metrics: Mapping[str, float]) -> bool:
-    """Whether there were visual tokens, if only some that were left out."""
+    """Whether there were visual tokens, including those that were left out."""
     return bool(metrics["pre_rows"] or metrics.get("pre_skipped"))
 
 
 def to_log(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those of `PreHandle.metrics()` that a training's log gets."""
+    """The values of `PreHandle.metrics()` that go into a training's log."""
     return {name: value for name, value in metrics.items() if name not in NOT_LOGGED}
 
 
 class GradientNorm:
-    """The norm of the head's gradient as the last step of an optimizer took it, also where each
-    process has a part of it; no host sync, and no collective but FSDP2's."""
+    """The norm of the head's gradient as the last step of an optimizer took it, also if each
+    process has a part of it. No host sync, and no collective except FSDP2's."""
 
-    NAMES = ("gradient_square", "gradient_elements")  # of the sums in `packed`
+    NAMES = ("gradient_square", "gradient_elements")  # the sums in `packed`
 
     def __init__(self) -> None:
         self.norm = torch.zeros(())
-        self.elements_here = 0  # of the gradient in this process
-        self.elements = 0  # of the gradient in all processes, each counted once
+        self.elements_here = 0  # elements of the gradient in this process
+        self.elements = 0  # elements of the whole gradient, each counted once
 
     def measure(self, head: nn.Module, optimizer: Any) -> None:
-        """Look at the gradients there are at the beginning of a step of `optimizer`."""
+        """Measure the gradients that exist at the beginning of a step of `optimizer`."""
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # Where the optimizer's step itself unscales (fused), it has the GradScaler's scale.
+        # A fused optimizer unscales in its step, and has the GradScaler's scale.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             self.norm = self.norm / scale.to(self.norm.device)
@@ -184,13 +183,13 @@ class GradientNorm:
         )
 
     def packed(self, like: Tensor) -> Tensor:
-        """The norm's square and the number of elements of what this process has, (2,) as `like`;
-        those of several processes are added."""
+        """The squared norm and the number of elements of this process's part, (2,) with dtype and
+        device of `like`. Values of several processes may be added."""
         return torch.stack([self.norm.to(like).square(), like.new_tensor(self.elements_here)])
 
     def read(self, sums: Mapping[str, float]) -> float | None:
-        """The norm by the sums of `packed`, where each element may be there several times; None
-        where one is missing."""
+        """The norm, from the sums of `packed`, which may count each element several times; None if
+        an element is missing."""
         seen = sums["gradient_elements"]
         if not seen >= self.elements > 0:
             return None
@@ -198,7 +197,7 @@ class GradientNorm:
 
 
 def _trained_elements(head: PreHead) -> int:
-    """The number of elements that train, however they are split over processes."""
+    """The number of elements that train, independent of how they are split over processes."""
     sizes = {"w1": head.hidden_dim * head.dim, "b1": head.hidden_dim}
     sizes |= {"w2": head.out_dim * head.hidden_dim, "b2": head.out_dim}
     return sum(sizes[name] for name, p in head.named_parameters(recurse=False) if p.requires_grad)
@@ -208,8 +207,8 @@ def _trained_elements(head: PreHead) -> int:
 def sample_cosine(
     head: nn.Module, hidden: Tensor, anchor: Tensor, mask: Tensor | None, impl: str
 ) -> Tensor:
-    """The sum and the number (2,) of the cosines between predictions and anchors of at most
-    `SAMPLE` rows, spread evenly, for the logs of losses other than the cosine; no host sync.
+    """The sum and the number of the cosines between predictions and anchors of at most `SAMPLE`
+    rows, spread evenly; (2,), no host sync. For the logs of losses other than the cosine.
 
     Args:
         head: a `PreHead`.
@@ -223,19 +222,19 @@ def sample_cosine(
         mask = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     size = min(SAMPLE, len(target))
     if size == 0:
-        # The head is called all the same, on a row that does not count: a sharded head gathers its
-        # parameters at each call, on all processes.
+        # Call the head on a row that does not count: a sharded head gathers its parameters at each
+        # call, on all processes.
         size = 1
         mask = mask.new_zeros(1)
         flat = flat.new_zeros(1, flat.shape[-1])
         target = target.new_zeros(1, target.shape[-1])
     places = mask.flatten().cumsum(0)
     count = places[-1]
-    # which of the N rows are taken
+    # `ranks` says which of the N rows are taken.
     ranks = (torch.arange(size, device=flat.device) * (count / size).clamp(min=1)).long()
     valid = ranks < count
     rows = torch.searchsorted(places, ranks + 1).clamp(max=len(flat) - 1)
     matching = rows if len(target) == len(flat) else ranks.clamp(max=len(target) - 1)
     cosines = -head(flat[rows], target[matching], None, loss="cosine", reduction="none", impl=impl)
-    # The cosine of what stands in for a row that does not count may be nan.
+    # A row that does not count has a stand-in, whose cosine may be nan.
     return torch.stack([cosines.where(valid, 0).sum(), valid.sum().to(cosines.dtype)])

@@ -1,4 +1,4 @@
-"""The losses of one captured forward: its terms, and the layers' hidden states, to the heads."""
+"""The losses of one captured forward: its terms and the layers' hidden states go to the heads."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from .tokens import find_tokens, pool, warn_of_images
 
 @dataclass(frozen=True)
 class Losses:
-    """What one forward gave.
+    """The losses of one forward.
 
     Attributes:
-        layers: each layer's loss, 0-d, on its own device.
-        full_divisor: what they are Σ weight · ℓ over all terms divided by; 0-d or a number.
-        count: the number of this forward's terms, visual tokens or images; 0-d.
+        layers: each layer's loss, 0-d, on its own device: Σ weight · ℓ over all terms divided by
+            `full_divisor`.
+        full_divisor: 0-d or a number.
+        count: the number of this forward's terms (visual tokens or images), 0-d.
         tokens: the number of visual tokens, 0-d.
-        cosines: (2,) for each layer, the sum and the number of sampled cosines; empty where they
-            are the loss.
+        cosines: for each layer the sum and the number of sampled cosines, (2,); empty with the
+            cosine loss.
         skipped, counted: as in `Terms`.
     """
 
@@ -43,16 +44,15 @@ class Losses:
 
 @dataclass(kw_only=True)
 class Objective(TermOptions):
-    """What the heads predict and from which layers' states; the arguments of `apply_pre` of the
-    same names."""
+    """What the heads predict and from which layers' states. The attributes are the arguments of
+    `apply_pre` of the same names."""
 
     layers: tuple[int, ...]
     impl: str
     loss: str = "cosine"
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of terms of a forward with these arguments: its visual tokens, or its images;
-        0-d."""
+        """The number of terms (visual tokens or images) of a forward with these arguments, 0-d."""
         visual = find_tokens(self.parts, inputs, self.mask_fn)
         if visual is None:
             return torch.zeros((), dtype=torch.long)
@@ -67,10 +67,13 @@ class Objective(TermOptions):
         divisor: Tensor | float | None,
         ungrouped: bool = False,
     ) -> Losses:
-        """The heads' losses of a forward: Σ / `divisor`; without one, the mean over the forward's
-        or group's terms.
+        """The heads' losses of a forward.
 
-        `ungrouped`: the forward's, whatever the group, whose other processes may have a divisor.
+        Args:
+            divisor: the sum of the terms is divided by it. None: the mean over the terms of the
+                forward, or of the group's forwards.
+            ungrouped: without a divisor, take the forward's mean even if there is a group, because
+                its other processes may have a divisor.
         """
         if ungrouped:
             return replace(self, group=None).losses(seen, heads, divisor)
@@ -111,7 +114,7 @@ class Objective(TermOptions):
     def _options(
         self, state: Tensor, drawn_divisor: Tensor | float | None, weight: Tensor | None
     ) -> dict[str, Any]:
-        """Keywords of a head's call on `state`, in the autocast state of the products."""
+        """Keywords of a head's call on `state`, in the autocast state of the matmuls."""
         device = state.device
         options: dict[str, Any] = {
             "impl": self.impl,
@@ -135,8 +138,8 @@ class Objective(TermOptions):
         heads: Sequence[nn.Module],
         divisor: Tensor | float | None,
     ) -> Losses:
-        """0 for each layer, with the head in the graph: DDP waits for its gradients on every
-        rank."""
+        """A loss of 0 for each layer with the head in the graph, because DDP waits for the head's
+        gradients on every rank."""
         zero = torch.zeros((), dtype=torch.long)
         agreed = agreed_divisor(self.group, zero, hidden[0].device, divisor)
         losses = []
@@ -148,7 +151,7 @@ class Objective(TermOptions):
             with _products(seen, number, state, head):
                 losses.append(head(state, anchor, no_rows, impl=self.impl, normalizer=normalizer))
                 # A sharded head gathers its parameters at each call, so every rank has to call it
-                # as often as the others.
+                # equally often.
                 if self.loss != "cosine":
                     no_state = state[..., :0, :]
                     cosines.append(sample_cosine(head, no_state, anchor, None, self.impl))
@@ -166,8 +169,8 @@ class Objective(TermOptions):
 def _products(
     seen: CapturedForward, number: int, hidden: Tensor, head: nn.Module
 ) -> torch.autocast:
-    """The layer's autocast state; for master weights over a layer in half precision, autocast to
-    the layer's dtype."""
+    """The layer's autocast state. For float32 master weights over a layer in half precision:
+    autocast to the layer's dtype."""
     half = hidden.dtype.itemsize == 2 and not seen.autocast[number][1]
     if half and next(head.parameters()).dtype == torch.float32:
         return torch.autocast(hidden.device.type, dtype=hidden.dtype)

@@ -1,4 +1,4 @@
-"""How L_PRe enters what the model returns: weighed like the model's own loss, added to it."""
+"""How L_PRe is added to the output of a model, weighed like the model's own loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .distributed import Group, initialized
 def loss_share(
     inputs: dict[str, Any], labels: str, device: torch.device, group: Group | None
 ) -> Tensor | float:
-    """1, or this micro-batch's share of the step's label items where the model's own loss is
-    divided by those.
+    """The part of a step's labels that this micro-batch has, if the model divides its own loss by
+    the labels of the step; else 1.
 
-    With a group it is the mean share: Σℓ of all its processes is one micro-batch.
+    With a group it is the mean over its processes, whose forwards are one micro-batch.
     """
     items = inputs.get("num_items_in_batch")
     if items is None:
@@ -30,13 +30,13 @@ def loss_share(
 
 
 def own_loss(output: Any) -> Tensor | None:
-    """The loss in what the model returns, of a tuple the first number; None if it has none."""
+    """The loss in a model's output; in a tuple the first 0-d tensor. None if there is none."""
     loss = _get(output, "loss", _places(output)[0])
     return loss if torch.is_tensor(loss) and loss.dim() == 0 else None
 
 
 def add_to_loss(output: Any, term: Tensor) -> Any:
-    """`output` with `term` in its loss; a ModelOutput keeps its keys, a tuple its length."""
+    """`output` with `term` added to its loss. A ModelOutput keeps its keys, a tuple its length."""
     loss = own_loss(output)
     if loss is None:
         raise RuntimeError(
@@ -47,15 +47,16 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
 
 
 def keep_in_graph(output: Any, term: Tensor) -> Any:
-    """`output` with `term` in the graph of its loss, or of its logits if it has none, at a gradient
-    of 0.
+    """`output` with `term` in the graph of its loss, or of its logits if there is no loss, with
+    gradient 0.
 
-    DDP looks there for the parameters that are used; `term` is to be back-propagated from
-    elsewhere.
+    DDP searches this graph for the parameters that are used. `term` itself is back-propagated from
+    another place.
     """
     if own_loss(output) is not None:
         return add_to_loss(output, 0 * term)
-    if not initialized():  # tied logits cannot be changed in place
+    # Without other processes nobody searches the graph, and the logits stay as they are.
+    if not initialized():
         return output
     for values in logits(output):
         tied: Tensor = _Tied.apply(values, term.to(values.device))  # type: ignore[no-untyped-call]
@@ -64,11 +65,12 @@ def keep_in_graph(output: Any, term: Tensor) -> Any:
 
 
 class _Tied(torch.autograd.Function):
-    """A tensor as it is, without a copy of it, and a term in its graph."""
+    """The same tensor without a copy, with a term in its graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
-        return x.detach()  # no view for autograd, so that it may be changed in place
+        # A detached tensor is not a view for autograd, so later code may change it in place.
+        return x.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -76,14 +78,13 @@ class _Tied(torch.autograd.Function):
 
 
 def logits(output: Any) -> list[Tensor]:
-    """Those in what the model returns, where there are any: what a trainer's own loss is made
-    of."""
+    """The logits in a model's output, if there are any; a trainer's own loss is made from them."""
     values = _get(output, "logits", _places(output)[1])
     return [values] if torch.is_tensor(values) and values.dim() else []
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """What of the output a loss may be made of, the model's own loss first."""
+    """The tensors of the output that a loss may be made from, the model's own loss first."""
     values: Iterable[Any] = [output]
     if isinstance(output, dict):
         values = output.values()
@@ -95,8 +96,8 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def _places(output: Any) -> tuple[int, int]:
-    """Of a tuple: where the loss is, its first number, and where the logits are, its first tensor
-    with dimensions."""
+    """The indices of loss and logits in a tuple: its first 0-d tensor, and its first tensor with
+    dimensions."""
     if not isinstance(output, tuple):
         return 0, 0
     dims = [value.dim() if torch.is_tensor(value) else None for value in output]

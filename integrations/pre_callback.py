@@ -1,4 +1,4 @@
-"""PRe on the model of a `transformers.Trainer` by a callback alone, where no class may be
+"""PRe on the model of a `transformers.Trainer` by a callback only, where no class may be
 patched."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .metrics import saw_tokens, to_log
 from .optimizers import parameters, unwrapped
 from .task_loss import without_pre
 
-# settings that need groups of the optimizer, which a callback cannot make
+# These settings need optimizer groups, which a callback cannot make.
 REFUSED = ("head_lr", "head_weight_decay")
 
 
 class PreCallback(TrainerCallback):
-    """`apply_pre` on the Trainer's model, λ along its schedule, the metrics in its log, the head in
-    its checkpoints.
+    """Attaches PRe to the Trainer's model, moves λ along its schedule, logs the metrics, and saves
+    the head in checkpoints.
 
     ```python
     # better: Trainer(..., callbacks=[PreCallback(...)])
@@ -33,21 +33,31 @@ class PreCallback(TrainerCallback):
     ```
 
     Given in `callbacks=`, it attaches when the Trainer is made. Added by `trainer.add_callback`, or
-    where `model_init` makes the model again, it attaches when training begins: in one process only,
-    since by then the model may be wrapped, and such a training cannot be resumed with its
-    optimizer.
+    if `model_init` makes the model again, it attaches when training begins. That works in one
+    process only, because the model may be wrapped by then, and such a training cannot be resumed
+    with its optimizer.
 
-    What needs `patch_trainer` instead: the mean over the visual tokens of the whole step (here each
-    micro-batch adds its own, weighed like its loss); trainers that ignore `output.loss` (TRL's) or
-    take the labels; optimizer groups of the head's own; resuming a checkpoint of a training without
-    PRe; FSDP1's sharded head; the metrics in reporters (`report_to`), which come before this in the
-    Trainer's list: they are in `state.log_history` and on the screen.
+    These need `patch_trainer` instead:
+
+    - the mean over the visual tokens of the whole step; here each micro-batch adds its own mean,
+      weighed like its loss;
+    - trainers that ignore `output.loss` (TRL's) or take the labels;
+    - optimizer groups for the head;
+    - resuming a checkpoint of a training without PRe;
+    - FSDP1's sharded head;
+    - the metrics in reporters (`report_to`), which the Trainer calls before this callback. Here the
+      metrics are in `state.log_history` and on the screen.
+
+    The log gets "task_loss", the logged "loss" less PRe's part, if that is known exactly: the
+    trainer's loss is `output.loss` times a factor, without fp16's scale, and PRe was on in all
+    steps since the last log or in none.
 
     Args:
         settings: keywords of `apply_pre`.
 
     Attributes:
-        handle: what `apply_pre` returned; None before. `callback.handle.remove()` ends it.
+        handle: the return value of `apply_pre`; None before that. `callback.handle.remove()` takes
+            PRe off.
 
     Raises:
         ValueError: for `head_lr` or `head_weight_decay`.
@@ -64,7 +74,7 @@ class PreCallback(TrainerCallback):
         self.handle: PreHandle | None = None
         self._watch: Any = None
         self._logged_at = 0  # the step of the last log
-        self._resets = 0  # of the handle's sums, when that was written
+        self._resets = 0  # how often the handle's sums had been reset after that log
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
@@ -81,7 +91,7 @@ class PreCallback(TrainerCallback):
         optimizer: Any = None,
         **more: Any,
     ) -> None:
-        """Attach if that is still to be done; take the head of the checkpoint that is resumed."""
+        """Attach if this is not done yet; load the head of the checkpoint that is resumed."""
         if find_handle(model) is None:
             if initialized() and torch.distributed.get_world_size() > 1:
                 raise RuntimeError(
@@ -102,7 +112,7 @@ class PreCallback(TrainerCallback):
             self._resume(args, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """λ at the middle of the step."""
+        """Set λ to its value at the middle of the step."""
         if self.handle is not None:
             self.handle.progress = min((state.global_step + 0.5) / max(state.max_steps, 1), 1.0)
 
@@ -118,7 +128,8 @@ class PreCallback(TrainerCallback):
             return totals
 
         metrics = self.handle.metrics(combine=over_processes)
-        metrics.pop("task_loss", None)  # of forwards, which the Trainer may weigh
+        # The mean over forwards is not the Trainer's, which may weigh them.
+        metrics.pop("task_loss", None)
         task = self._task_loss(logs["loss"], state)
         if task is not None:
             logs["task_loss"] = task
@@ -132,7 +143,8 @@ class PreCallback(TrainerCallback):
             self.handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The handle stays: the model may be trained on. With the best model comes its head."""
+        """Load the best model's head if the Trainer loaded that model. The handle stays, because
+        training may continue."""
         if (
             self.handle is not None
             and args.load_best_model_at_end
@@ -144,15 +156,16 @@ class PreCallback(TrainerCallback):
             self._watch = None
 
     def _task_loss(self, logged: float, state: Any) -> float | None:
-        """`logged` without PRe's part, None where that is not known exactly; after the metrics of
-        the log were read."""
+        """`logged` without PRe's part; None if that is not known exactly. Call it after the metrics
+        of the log were read."""
         assert self.handle is not None
         totals = self.handle.totals
         steps = state.global_step - self._logged_at
         resets = totals.resets - self._resets
         self._logged_at = state.global_step
         self._resets = totals.resets
-        if not steps or resets != 1:  # somebody else, such as patch_trainer, has read the sums
+        # With more than one reset somebody else, such as patch_trainer, has read the sums.
+        if not steps or resets != 1:
             return None
         backward = totals.backward
         if not backward.forwards:
@@ -164,8 +177,8 @@ class PreCallback(TrainerCallback):
         self.handle = find_handle(model) or apply_pre(model, **self.settings)
 
     def _join(self, optimizer: Any) -> None:
-        """Put the head's parameters into groups that are there: the scheduler has an entry for
-        each, so no new one."""
+        """Put the head's parameters into existing groups. The scheduler has an entry for each
+        group, so no new group can be added."""
         assert self.handle is not None
         there = {id(p) for p in parameters(optimizer)}
         for group in self.handle.param_groups():
@@ -191,7 +204,7 @@ class PreCallback(TrainerCallback):
 
 
 def _resumed() -> str | None:
-    """The folder that `train()` was given, which it tells no callback."""
+    """The folder that `train()` was given. Callbacks do not get it, so the stack is read."""
     frame = inspect.currentframe()
     while frame is not None:
         folder = frame.f_locals.get("resume_from_checkpoint")

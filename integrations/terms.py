@@ -1,5 +1,5 @@
-"""The terms of one forward's loss: which visual tokens or images count, what they are to predict,
-and what their sum is divided by."""
+"""The terms of one forward's loss: which visual tokens or images count, their targets, and the
+divisor of their sum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool
 
 @dataclass(kw_only=True)
 class TermOptions:
-    """What decides on the terms; the arguments of `apply_pre` of the same names."""
+    """The options that decide on the terms. The attributes are the arguments of `apply_pre` of the
+    same names."""
 
     parts: Parts
     anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
@@ -44,18 +45,18 @@ class Terms:
 
     Attributes:
         tokens: bool mask (B, T) of the visual tokens that count.
-        rows: bool mask of the hidden states' leading shape, at level "image" (images,); None for
-            all.
-        anchor: its leading shape + (z,), else (N, z) in the order of the rows.
-        weight: of the rows' leading shape, or None for 1.
+        rows: bool mask with the hidden states' leading shape, at level "image" (images,); None:
+            all rows.
+        anchor: that leading shape + (z,), or (N, z) in the order of the rows.
+        weight: a weight for each row, with the rows' leading shape; None: 1.
         count: Σ weight over all rows, drawn or not; 0-d.
-        full_divisor: what Σ weight · ℓ over all rows is divided by.
-        drawn_divisor: what it is divided by over `rows`, None for Σ weight.
-        images: the number of each visual token's image, at level "image".
-        skipped: the number of visual tokens left out for a nan or inf, 0-d; None where they are
-            not.
-        counted: what `Objective.count` should have said of this forward: its terms, before any were
-            left out; 0-d.
+        full_divisor: Σ weight · ℓ over all rows is divided by this.
+        drawn_divisor: Σ weight · ℓ over the drawn `rows` is divided by this; None: by Σ weight.
+        images: at level "image", the index of each visual token's image.
+        skipped: the number of visual tokens left out for a nan or inf, 0-d; None without
+            `nonfinite="skip"`.
+        counted: the number of terms before any were left out, which `Objective.count` should give
+            for this forward; 0-d.
     """
 
     tokens: Tensor
@@ -72,24 +73,24 @@ class Terms:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Visual tokens: their mask (B, T), their anchors, (B, T, z) or (N, z), and their images'
-    numbers (N,), if those are asked for."""
+    """Visual tokens: their mask (B, T), their anchors (B, T, z) or (N, z), and the indices of their
+    images (N,), if needed."""
 
     mask: Tensor
     anchor: Tensor
     images: Tensor | None
 
     def count(self) -> Tensor:
-        """The number of images if they are told apart, else of tokens; 0-d."""
+        """The number of images if `images` is there, else of tokens; 0-d."""
         return self.mask.sum() if self.images is None else count_images(self.images)
 
     def finite(self, hidden: Sequence[Tensor]) -> _Tokens:
-        """Those of them without a nan or inf in the anchor or in one of `hidden`."""
+        """The tokens without a nan or inf in the anchor or in any of `hidden`."""
         mask = drop_nonfinite(self.mask, self.anchor, hidden)
         flat = self.anchor.shape[:-1] != mask.shape
         if not flat and self.images is None:
             return _Tokens(mask, self.anchor, None)
-        # This waits for the device, as finding flat anchors or images has done before.
+        # This waits for the device; flat anchors and images have waited for it already.
         kept = mask[self.mask]
         return _Tokens(
             mask,
@@ -100,7 +101,7 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Undrawn:
-    """All terms: a mask of them, and what `Terms` has of the same names."""
+    """All terms, before any are drawn: their mask, and attributes as in `Terms`."""
 
     mask: Tensor
     rows: Tensor | None
@@ -119,7 +120,7 @@ def find_terms(
     """The terms of a forward with the visual tokens `visual` and the layers' states `hidden`.
 
     Args:
-        divisor: the full one; None: `group`'s, or without a group the forward's own count.
+        divisor: the full divisor. None: that of the group, or without one the forward's count.
     """
     tokens = _Tokens(
         visual.mask,
@@ -161,22 +162,22 @@ def find_terms(
 
 
 def count_images(numbers: Tensor) -> Tensor:
-    """How many images the numbers of visual tokens' images name, 0-d."""
+    """The number of different images in the indices of visual tokens' images, 0-d."""
     return torch.tensor(numbers.unique().numel())
 
 
 def agreed_divisor(
     group: Group | None, count: Tensor, device: torch.device, divisor: Tensor | float | None
 ) -> Tensor | float | None:
-    """`divisor` if it is given, else the group's, of which every process has to ask; None without
-    either."""
+    """`divisor` if given, else that of the group, for which every process has to ask; None without
+    both."""
     if divisor is not None or group is None:
         return divisor
     return group.divisor(count.to(device, non_blocking=True))
 
 
 def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualTokens) -> Tensor:
-    """What the visual tokens are to predict: (B, T, z), or (N, z) in the order of the tokens."""
+    """The targets of the visual tokens: (B, T, z), or (N, z) in the order of the tokens."""
     if options.anchor == "pre_llm":
         return seen.anchor()
     if callable(options.anchor):
@@ -217,7 +218,7 @@ def _undrawn(options: TermOptions, tokens: _Tokens) -> _Undrawn:
 
 
 def _projector_anchor(parts: Parts, seen: CapturedForward, visual: VisualTokens) -> Tensor:
-    """What the projector maps to the visual tokens, (N, z)."""
+    """The inputs that the projector maps to the visual tokens, (N, z)."""
     if not seen.projector:
         raise RuntimeError(
             "anchor: the batch has images but the projector did not run; pass a callable anchor"
@@ -234,7 +235,8 @@ def _projector_anchor(parts: Parts, seen: CapturedForward, visual: VisualTokens)
 
 
 def _check_finite(anchor: Tensor, mask: Tensor) -> None:
-    """Reads the device, so only under PRE_KERNELS_DEBUG=1."""
+    """Raise for anchors that are not finite. This reads the device, so it is called only under
+    PRE_KERNELS_DEBUG=1."""
     rows = anchor[mask.to(anchor.device)] if anchor.shape[:-1] == mask.shape else anchor
     bad = int((~rows.isfinite()).any(-1).sum())
     if bad:

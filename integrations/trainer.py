@@ -1,5 +1,5 @@
-"""patch_trainer: `transformers.Trainer` weighs L_PRe over the whole optimizer step, logs it, keeps
-the head."""
+"""patch_trainer: `transformers.Trainer` averages L_PRe over the whole optimizer step, logs it, and
+saves the head."""
 
 from __future__ import annotations
 
@@ -25,35 +25,39 @@ _MARK = "_pre_patch"
 
 
 def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
-    """A patch on `trainer_class` (`transformers.Trainer` and with it all subclasses if None), until
-    its `remove()`.
+    """Patch `trainer_class` until `remove()` of the returned patch; None patches
+    `transformers.Trainer` and with it all subclasses.
 
     For trainers whose model has a handle (`apply_pre`, before or after this call):
 
-    - the auxiliary gradient of an optimizer step is λ · ∇(Σℓ over the step's visual tokens ÷ their
-      number, over all micro-batches and processes), whatever the accumulation, the image counts and
-      the rule for the loss's scale. It is added where the trainer calls `accelerator.backward`, so
-      it also reaches trainers that ignore `output.loss`;
-    - the head's parameters are in optimizer groups of their own, last, with `head_lr` and
-      `head_weight_decay`, also where a subclass makes the optimizer or leaves the head out; one
-      that is there before `train()` stays as it is;
-    - λ follows its schedule: a step's `handle.progress` is its middle in the `max_steps`, so no
-      step has λ 0;
-    - training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm"
-      and "pre_weight", each where `handle.metrics()` has it, over all processes, since the last
-      log;
-    - `checkpoint-*` folders also hold the head, and resuming restores it (DeepSpeed does from its
-      own), and the model too where the Trainer would not, because its keys were renamed on saving.
-      A checkpoint made without PRe can be resumed with it, and the reverse.
+    - L_PRe is averaged over all visual tokens of an optimizer step: its gradient is
+      λ · ∇(Σℓ ÷ number of visual tokens) over all micro-batches and processes, however the trainer
+      scales its own loss. It is added where the trainer calls `accelerator.backward`, so it also
+      reaches trainers that ignore `output.loss`.
+    - The head's parameters get optimizer groups of their own, after the others, with `head_lr` and
+      `head_weight_decay`, also if a subclass makes the optimizer or leaves the head out. An
+      optimizer that exists before `train()` stays as it is.
+    - λ follows its schedule: `handle.progress` is the middle of each step in `max_steps`, so no
+      step has λ 0.
+    - Training logs get "pre_loss", "pre_cosine", "pre_tokens", "pre_skipped", "pre_head_grad_norm"
+      and "pre_weight", if `handle.metrics()` has them, over all processes, since the last log.
+    - Training logs get "task_loss": the logged "loss" less PRe's part of it, averaged as the
+      trainer averages "loss". It is exact or absent: it is left out if `training_step` never calls
+      `accelerator.backward` and returns something other than the loss that it back-propagates, and
+      if "loss" is nan or inf.
+    - `checkpoint-*` folders also hold the head, and resuming restores it. (DeepSpeed restores it
+      from its own files.) The model is restored too where the Trainer would not, because its keys
+      were renamed on saving. A checkpoint made without PRe can be resumed with PRe, and the
+      reverse.
 
-    Where terms cannot be counted ahead (batches that are not mappings, inputs that are made later),
-    or forwards have more than were counted, a micro-batch adds its own mean, all weighing the same,
-    and a warning says so. Before transformers 4.46 nothing is counted: each forward with labels
-    adds its own mean, as without this patch.
+    If terms cannot be counted ahead (batches that are not mappings, inputs that are made later), or
+    forwards have more terms than were counted, each micro-batch adds its own mean with equal
+    weight, and a warning says so. Before transformers 4.46 nothing is counted: each forward with
+    labels adds its own mean, as without this patch.
 
-    While a trainer trains, its methods are wrapped on the instance, whatever replaced them since: a
-    subclass's own, or another patch. Trainers whose model has no handle train as before, and a
-    warning says that they do.
+    While a trainer trains, its methods are wrapped on the instance, even if a subclass or another
+    patch replaced them. Trainers whose model has no handle train as without the patch, and a
+    warning says so.
 
     ```python
     with apply_pre(trainer.model), patch_trainer():
@@ -83,9 +87,9 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.active = True
-        # whether it warns of a training without a handle, for which the launcher has its own words
+        # Whether to warn of a training without a handle; the launcher has its own message.
         self.warns = True
-        # what the class had of its own, and what it has now
+        # For each name: the attribute of the class itself (None without one), and its replacement.
         self._replaced: dict[str, tuple[Any, Any]] = {}
         if not hasattr(target, "get_batch_samples"):
             warnings.warn(
@@ -101,11 +105,12 @@ class TrainerPatch:
         setattr(target, _MARK, self)
 
     def remove(self) -> None:
-        """Put the class back as it was; what somebody else put there since stays. Calling it twice
-        is fine."""
+        """Restore the class, except methods that somebody else has replaced since. Calling this
+        twice is fine."""
         if not self.active:
             return
-        self.active = False  # somebody may have kept one of the methods
+        # Somebody may have kept one of the methods; it calls the original only from here on.
+        self.active = False
         for name, (before, method) in self._replaced.items():
             if vars(self.target).get(name) is not method:
                 continue
@@ -123,7 +128,8 @@ class TrainerPatch:
         self.remove()
 
     def _of_class(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)  # the Trainer reads signatures
+        # The Trainer reads signatures, which `wraps` keeps.
+        @functools.wraps(original)
         def method(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             return self._call(name, functools.partial(original, trainer), trainer, *args, **kwargs)
 
@@ -141,8 +147,8 @@ class TrainerPatch:
     def _call(
         self, name: str, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The wrapper of `name` around `original`, but inside itself: the outermost of class and
-        instance counts."""
+        """Call the wrapper of `name` around `original`. Inside itself it calls `original` only, so
+        that the outermost of the wrappers on class and instance counts."""
         if not self.active or trainer.model is None or name in vars(trainer).get("_pre_inside", ()):
             return original(*args, **kwargs)
         inside: set[str] = vars(trainer).setdefault("_pre_inside", set())
@@ -162,7 +168,7 @@ class TrainerPatch:
 
     @contextlib.contextmanager
     def _on(self, trainer: Any) -> Iterator[None]:
-        """All methods wrapped on this instance, once."""
+        """Inside it all methods of this instance are wrapped, once."""
         if vars(trainer).get(_MARK) is not None:
             yield
             return
@@ -195,7 +201,7 @@ def _inner_training_loop(
     if handle.model not in (trainer.model, inner):
         names = {"inner": type(handle.model).__name__, "model": type(trainer.model).__name__}
         handle.notices.warn("handle inside", **names)
-    handle.metrics()  # forgets what a training that ran out of memory has left
+    handle.metrics()  # resets the sums of a training that ended by an error
     handle.advise(
         "patch_trainer() is in use, but its training_step is not: add output.loss, or call the "
         "Trainer's"
@@ -204,7 +210,7 @@ def _inner_training_loop(
     if not trainer.is_deepspeed_enabled:
         handle.restore_dtypes()
     with contextlib.ExitStack() as stack:
-        # Replaced on the instance, since a subclass may have a method of its own.
+        # A subclass may have its own method, so the one of the instance is replaced.
         create = functools.partial(
             _create_optimizer, trainer.create_optimizer, handle, trainer, stack
         )
@@ -261,7 +267,7 @@ def _get_batch_samples(
     counting = counting_of(trainer, handle)
     if handle.enabled and handle.scheduled_weight:
         counting.begin(samples)
-    else:  # a callback may turn it on before the first micro-batch
+    else:  # A callback may turn PRe on before the first micro-batch.
         counting.wait(samples)
     return samples, items
 
@@ -282,7 +288,7 @@ def _training_step(
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
     divisor = None if count is None else step.divisor
-    # Other processes may have counted theirs, so the group is not asked for the divisor.
+    # Other processes may have counted their terms, so the group is not asked for the divisor.
     ungrouped = counting.ahead and count is None
     with (
         handle.defer(divisor, step.size, count, ungrouped) as deferred,
@@ -291,8 +297,8 @@ def _training_step(
         loss = original(*args, **kwargs)
     counting.saw(deferred, uncounted=ungrouped)
     counting.reached |= torch.is_tensor(deferred.added)
-    # Where losses came to accelerator.backward before, the trainer left this one out on purpose: it
-    # is nan, say, or was only looked at.
+    # If losses reached accelerator.backward before, the trainer left this one out on purpose, for
+    # instance because it is nan.
     if deferred.losses and not counting.reached:
         handle.notices.warn("no accelerator.backward", trainer=type(trainer).__name__)
         counting.deferring = False
@@ -310,10 +316,11 @@ def _log(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if "loss" in logs:  # a training log, which every process writes at the same step
+    if "loss" in logs:  # This is a training log, which every process writes at the same step.
         counting = counting_of(trainer, handle)
         metrics = handle.metrics(combine=counting.combined())
-        metrics.pop("task_loss", None)  # of forwards, which a trainer may weigh
+        # The mean over forwards is not the trainer's, which may weigh them.
+        metrics.pop("task_loss", None)
         task = counting.task_loss(logs["loss"])
         if task is not None:
             logs["task_loss"] = task
@@ -336,7 +343,7 @@ def _save_model(
     handle: PreHandle, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     done = original(*args, **kwargs)
-    # Saving is collective then, and not every process comes to `_save`.
+    # Saving a sharded model is collective, and not every process reaches `_save`.
     if sharded(trainer):
         folder = (args[0] if args else kwargs.get("output_dir")) or trainer.args.output_dir
         handle.save(folder, trainer.model_wrapped, writes=trainer.args.should_save)
