@@ -109,8 +109,8 @@ class Losses:
         every = points(entries, "loss")
         if not every and not tasks:
             raise ValueError(
-                f"log: {name} has no loss as a number, want the {STATE} of a training that logged "
-                "one (logging_steps)"
+                f"log: got no loss that is a number in {name}, want the {STATE} of a training that "
+                "logged its loss (logging_steps)"
             )
         values = plain | tasks
         self.mixed = not tasks and len(plain) < len(every)

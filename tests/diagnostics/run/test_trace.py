@@ -320,7 +320,7 @@ def test_bad_input_of_losses(tmp_path, capsys, monkeypatch):
     empty = write(tmp_path / "empty", [{"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}])
     nan = write(tmp_path / "nan", [{"step": 1, "loss": float("nan")}])
     for log in (empty, nan):
-        assert f"log: {log.name} has no loss as a number, want" in error(folder, log)
+        assert f"log: got no loss that is a number in {log.name}, want" in error(folder, log)
     assert "log: cannot read" in error(tmp_path / "nowhere")
     assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
     assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
