@@ -35,8 +35,8 @@ from .support.two_ranks import both
 from .support.waits import Waits
 
 TEXT = [("text", 7)]
-# transformers 4 rounds the loss that it logs to 4 decimals.
-EXACT = 2e-6 if int(transformers.__version__.split(".")[0]) > 4 else 6e-5
+# transformers 4 rounds each loss that it logs to 4 decimals, so two differ by up to 1e-4.
+EXACT = 2e-6 if int(transformers.__version__.split(".")[0]) > 4 else 1e-4 + 2e-6
 
 
 class BackwardOfItsOwn(InOrder):
@@ -130,8 +130,14 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("way", "kind"), WAYS, ids=lambda value: getattr(value, "__name__", value))
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("way", "kind", "accumulation"),
+    [
+        *((way, kind, 2) for way, kind in WAYS),
+        *((way, InOrder, n) for way in ("patch", "callback") for n in (1, 4)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_it_is_the_loss_of_a_training_without_pre(
     way: str, kind: type, accumulation: int, tmp_path: Path
 ) -> None:

@@ -287,7 +287,9 @@ def trace(options: argparse.Namespace) -> None:
         for name, default in TRACE_DEFAULTS.items():
             value = getattr(options, name)
             if value != default:
-                raise ValueError(f"--{name}: got {value!r} with --loss, want none, as only the loss is drawn")
+                raise ValueError(
+                    f"--{name}: got {value!r} with --loss, want none, as only the loss is drawn"
+                )
         print(draw_losses(options.logs, out))
     else:
         print(draw(options.logs, options.layer, options.metric, options.score, options.scores, out))
