@@ -1,5 +1,5 @@
-"""Measurements: speed, memory and correctness of the loss beside its baselines, in one run. Not
-part of the wheel."""
+"""Measurements: speed, memory and correctness of the loss beside its baselines, in the same run.
+This package is not part of the wheel."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""What is measured: a table of ours and the baselines beside it, each a training step's loss and
-gradients on the same inputs.
+"""The table of implementations that are measured: ours and the baselines. Each computes the loss
+and gradients of a training step on the same inputs.
 
-A new baseline is a row: a loss function of the signature of `reference.pre_loss`, and why it may be
-unavailable. Records and options call each of them a peer.
+A new baseline is a row with its loss function, of the signature of `reference.pre_loss`, and the
+reason why it may be unavailable. Records and options call each of them a peer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from . import compositions
 step, floor, Step = cases.step, cases.floor, cases.Step
 Missing = Callable[[torch.device, torch.dtype], str | None]
 
-# Compilation takes half a minute for each entry of the plan that a compiled baseline is measured
-# with, and minutes for each that a costly one is: so many entries have them.
+# Number of entries of the plan that are measured with a compiled baseline, and with a costly one.
+# Compilation takes half a minute for each entry with the former, and minutes with the latter.
 COMPILED = 7
 COSTLY = 2
 
@@ -37,19 +37,20 @@ COSTLY = 2
 class Baseline:
     name: str
     what: str
-    # makes the loss function; None for the six bare matmuls, which have no loss
+    # Makes the loss function. None for the six bare matmuls, which have no loss.
     build: Callable[[], Callable[..., Tensor]] | None
-    # why it cannot run there; None if it can
+    # Says why the baseline cannot run on a device in a dtype. None if it can.
     missing: Missing = lambda device, dtype: None
-    # A failed check of ours fails the run; that of another one only leaves it out.
+    # If the check of ours fails, the run fails. If that of a baseline fails, it is left out.
     ours: bool = False
-    # It is measured only with the first entries of the plan, so many: some compile for minutes.
+    # It is measured with this many entries of the plan, the first ones. Some compile for minutes.
     max_plan_entries: float = math.inf
-    # options of the loss, where it can compute no other
+    # Options of the loss, if it supports only these.
     options: Mapping[str, Any] = field(default_factory=dict)
-    # False where it can have no biases
+    # False if it does not support biases.
     biases: bool = True
-    # The relative rms error let through in each gradient, where the error rule cannot hold.
+    # Limit of the relative RMS error of each gradient, for a baseline that cannot keep the error
+    # rule.
     gate: float | None = None
 
 
@@ -63,13 +64,13 @@ def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := _triton_missing(device, dtype):
         return reason
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-        return "no fp8 products before sm_89"
-    return None if dtype == torch.bfloat16 else "measured only beside bfloat16 products"
+        return "no fp8 matmuls before sm_89"
+    return None if dtype == torch.bfloat16 else "measured only beside bfloat16 matmuls"
 
 
 def _epilogue_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
-        return "the epilogue is cuBLASLt's; a CPU makes two passes of it"
+        return "the epilogue belongs to cuBLASLt; a CPU makes two passes of it"
     return None
 
 
@@ -81,10 +82,10 @@ def _quack_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("quack") is None:
         return "quack-kernels is not installed"
     if device.type != "cuda" or torch.version.hip is not None:
-        return "its kernels are of NVIDIA GPUs"
+        return "its kernels need an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (9, 0):
-        return "its products are measured on Hopper and newer"
-    return "its products are of half precision" if dtype == torch.float32 else None
+        return "its matmuls are measured on Hopper and newer"
+    return "its matmuls need half precision" if dtype == torch.float32 else None
 
 
 def _ours(impl: str, **options: Any) -> Callable[..., Tensor]:
@@ -132,7 +133,7 @@ BASELINES = [
     Baseline(
         "addmm-activation",
         "bias and gelu in cuBLASLt's epilogue (torch._addmm_activation), whose gelu is the tanh "
-        "one: compared with eager's gelu_tanh; the backward repeats the first product, 7 instead "
+        "one: compared with eager's gelu_tanh; the backward repeats the first matmul, 7 instead "
         "of 6",
         lambda: compositions.addmm_activation,
         _epilogue_missing,
@@ -140,8 +141,8 @@ BASELINES = [
     ),
     Baseline(
         "quack",
-        "QuACK's MLP without biases, gelu_tanh in its products' epilogues, then the cosine loss "
-        "under torch.compile: compared with eager's gelu_tanh without biases",
+        "QuACK's MLP without biases, gelu_tanh in the epilogues of its matmuls, then the cosine "
+        "loss under torch.compile: compared with eager's gelu_tanh without biases",
         compositions.quack,
         _quack_missing,
         max_plan_entries=COSTLY,
@@ -168,12 +169,12 @@ BY_NAME = {baseline.name: baseline for baseline in BASELINES}
 
 
 def planned(number: int) -> list[str]:
-    """Names of those that entry `number` of the plan is measured with."""
+    """Return the names of the baselines that entry `number` of the plan is measured with."""
     return [baseline.name for baseline in BASELINES if number < baseline.max_plan_entries]
 
 
 def own_case(baseline: Baseline, case: Case) -> Case:
-    """The case with the options that the baseline insists on, and without biases where it has
-    none."""
+    """Return the case with the options that the baseline needs, and without biases if it does not
+    support them."""
     tensors = case.tensors if baseline.biases else {**case.tensors, "b1": None, "b2": None}
     return replace(case, tensors=tensors, options={**case.options, **baseline.options})

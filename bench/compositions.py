@@ -1,4 +1,4 @@
-"""Other ways to the same loss, composed of what PyTorch and other libraries offer; each a row of
+"""Other ways to compute the same loss, composed from PyTorch and other libraries. Each is a row of
 the table of baselines."""
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def addmm_activation(
     rows: Tensor,
     activation: str,
 ) -> Tensor:
-    """Bias and gelu in the epilogue of the first product: on CUDA the tanh gelu, on a CPU the erf
-    one."""
+    """Compute bias and gelu in the epilogue of the first matmul: the tanh gelu on CUDA, the erf
+    gelu on a CPU."""
     x, a = _selected(hidden, anchor, rows)
     g = _LinearGelu.apply(x, w1, b1, "tanh" if activation == "gelu_tanh" else "none")
     return _mean_cosine(F.linear(g, w2, b2), a)
 
 
 class _LinearGelu(torch.autograd.Function):
-    """`torch._addmm_activation` keeps no pre-activation and has no derivative: a seventh product in
-    the backward."""
+    """A linear layer with gelu. `torch._addmm_activation` keeps no pre-activation and has no
+    derivative, so the backward takes a seventh matmul."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, approximate: str) -> Tensor:
@@ -56,8 +56,8 @@ class _LinearGelu(torch.autograd.Function):
 
 
 def liger(**options: Any) -> Loss:
-    """First linear and gelu in eager, the second and the cosine in Liger's chunked distillation
-    loss."""
+    """Compute the first linear layer and gelu in eager, and the second layer and the cosine in
+    Liger's chunked distillation loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
 
     distillation = LigerFusedLinearCosineSimilarityLoss(
@@ -68,7 +68,7 @@ def liger(**options: Any) -> Loss:
         hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
     ) -> Tensor:
         x, a = _selected(hidden, anchor, rows)
-        # The hard loss wants labels, and has a weight of 0.
+        # The hard loss needs labels, and has a weight of 0.
         labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
         teacher = _identity(a.shape[1], a.dtype, a.device)
         # Liger's row loss is 1 - cos.
@@ -83,11 +83,11 @@ def _identity(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def quack() -> Loss:
-    """QuACK's MLP over the selected rows, then the cosine loss under torch.compile.
+    """Compute QuACK's MLP over the selected rows, then the cosine loss under torch.compile.
 
-    The weights of the case stand in for the module's own. On a device or at widths that its fused
-    products do not take the module falls back to PyTorch without a word: the first is for the table
-    of baselines to know, the second raises here.
+    The weights of the case replace the module's own. On a device or at widths that its fused
+    matmuls do not support the module silently falls back to PyTorch. The table of baselines
+    excludes such devices, and such widths raise here.
     """
     from quack.mlp import MLP
 
@@ -108,9 +108,9 @@ def quack() -> Loss:
             raise ValueError("quack: its fused training step has gelu_tanh and no biases")
         widths = (w1.shape[1], w1.shape[0], w2.shape[0])
         if any(width % 8 for width in widths):
-            raise ValueError(f"quack: widths {widths}, its fused products need multiples of 8")
+            raise ValueError(f"quack: widths {widths}, its fused matmuls need multiples of 8")
         if widths not in modules:
-            # The weights that are made here are never read, and take no memory.
+            # These weights are never read, and take no memory.
             modules[widths] = MLP(*widths, activation="gelu_tanh_approx", device="meta")
         x, a = _selected(hidden, anchor, rows)
         weights = {"fc1.weight": w1, "fc2.weight": w2}
@@ -122,7 +122,7 @@ def quack() -> Loss:
 def viral(
     hidden: Tensor, anchor: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: Tensor
 ) -> Tensor:
-    """The predictor over every token, then a loop over the samples that picks the visual ones."""
+    """Apply the predictor to every token, then pick the visual ones in a loop over the samples."""
     mask = rows
     if rows.dtype != torch.bool:
         mask = torch.zeros(hidden.shape[:-1], dtype=torch.bool, device=rows.device)

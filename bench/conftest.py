@@ -1,5 +1,5 @@
-"""`pytest bench/ --benchmark`: the option, the measurements that the tests of a shape share, the
-tables at the end."""
+"""`pytest bench/ --benchmark`: the options, the measurements that the tests of a shape share, and
+the tables at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark",
         action="store_true",
-        help="measure; without it the tests in bench/ are skipped",
+        help="run the measurements; without it the tests in bench/ are skipped",
     )
     group.addoption(
         "--shape", action="append", default=[], help=f"only this: {', '.join(shapes.BY_NAME)}"
@@ -30,14 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dtype",
         action="append",
         choices=list(shapes.DTYPES),
-        help="with --shape; else bf16 and fp32",
+        help="with --shape (default: bf16 and fp32)",
     )
-    group.addoption("--rows", action="append", choices=shapes.ROWS, help="with --shape; else index")
+    group.addoption(
+        "--rows", action="append", choices=shapes.ROWS, help="with --shape (default: index)"
+    )
     group.addoption(
         "--peer", action="append", default=[], choices=list(baselines.BY_NAME), help="only this"
     )
-    group.addoption("--seconds", type=float, help="of sampling each shape")
-    group.addoption("--results", help="folder of the result file; else GPU_OUT, else bench/results")
+    group.addoption("--seconds", type=float, help="seconds of sampling for each shape")
+    group.addoption(
+        "--results", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,8 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[shapes.Shape, str, str], Group]:
-    """(shape, dtype, rows) → records by baseline: measured at the first call, since baselines take
-    turns, and kept."""
+    """Return a function from (shape, dtype, rows) to records by baseline. It measures at the first
+    call, since baselines take turns, and keeps the records."""
     config = request.config
     device = current()
     kept: dict[tuple[shapes.Shape, str, str], Group] = {}

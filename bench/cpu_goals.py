@@ -1,5 +1,5 @@
-"""The goals on a CPU beside what was measured: each number comes out of records, or is said to be
-missing."""
+"""The goals on a CPU, and what was measured for each. Every number comes from records; where there
+are none, the table says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPES = ("cpu-16k", "cpu-4k-encoder")
 SMALL = "cpu-small"
 MODES = ("compile", "compile-max")
 VLM = "smolvlm-256m"
-# Other records of a CPU are of no goal, and of other numbers of threads.
+# No goal uses other records of a CPU, and their numbers of threads differ.
 KINDS = ("loss", "workspace", "training")
 A_CPU = "a CPU"
 
@@ -23,7 +23,7 @@ def milliseconds(entry: Record) -> float | None:
 
 
 def extra(entry: Record) -> float | None:
-    """Peak MiB beyond the gradients returned."""
+    """Return the peak MiB beyond the returned gradients."""
     return entry["peak_mib"] - entry["returned_mib"] if "peak_mib" in entry else None
 
 
@@ -34,8 +34,8 @@ def over(
     names: Sequence[str],
     records: list[Record],
 ) -> Finding | None:
-    """A metric of ours ÷ the least of some baselines in the same run: the worst of the shapes of
-    `names`, of how the rows are given, of `dtypes`."""
+    """Return a metric of ours ÷ the smallest of some baselines in the same run: the worst over the
+    shapes of `names`, over the ways to give rows, and over `dtypes`."""
     findings: list[Finding] = []
     for run in runs(records, kind="loss"):
         ours = fastest_of_ours(run)
@@ -60,8 +60,8 @@ def _worst(findings: Sequence[Finding]) -> Finding | None:
 
 
 def small_memory(dtype: str, records: list[Record]) -> Finding | None:
-    """Extra peak with the workspace that takes the least ÷ eager's in the same sweep; the worst of
-    the shapes."""
+    """Return the extra peak of the workspace that takes the least, ÷ eager's in the same sweep: the
+    worst of the shapes."""
     sweeps: dict[str, list[Record]] = {}
     for entry in records:
         if (
@@ -87,7 +87,7 @@ def small_memory(dtype: str, records: list[Record]) -> Finding | None:
 
 
 def outside(records: list[Record]) -> Finding | None:
-    """How many runs of ours broke the error rule, and so have no time either."""
+    """Return how many runs of ours broke the error rule. Such runs have no time either."""
     judged = [
         entry
         for entry in records
@@ -160,8 +160,8 @@ GOALS = [
 
 
 def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
-    """Header and a row for each goal and CPU, from the records with its last versions and number of
-    threads; `absent` stands where there are none."""
+    """Return the header and a row for each goal and CPU, from the records with its last versions
+    and number of threads. `absent` fills the cell of a goal without records."""
     of_cpus = goals.by_device(
         entry for entry in records if not entry.get("capability") and entry["kind"] in KINDS
     )

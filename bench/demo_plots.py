@@ -1,4 +1,4 @@
-"""Pictures of the demo's results, in large type: a metric over depth, and the loss along
+"""Pictures of the demo's results, in large type: the linear probe over depth, and the loss during
 training."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from pre_kernels.demo import plot, results
 from pre_kernels.diagnostics.report import plots
 
-# A wide picture that stays readable at half its size.
+# The picture is wide, and readable at half its size.
 SIZE = (8.0, 3.6)
 STYLE: dict[Any, Any] = {
     **plots.STYLE,
@@ -23,13 +23,13 @@ Results = dict[str, Any]
 
 
 def demo(found: Results, path: Path, note: str = "") -> None:
-    """The picture that the demo itself writes."""
+    """Draw the picture that the demo itself writes."""
     plot.draw(results.document(found), path, note)
 
 
 def probe(found: Results, path: Path, note: str = "") -> None:
-    """The linear probe over depth without and with PRe: means over seeds, a thin line for each
-    seed."""
+    """Draw the linear probe over depth without and with PRe: means over seeds, and bands from the
+    smallest to the largest."""
     axes, figure = _axes(note)
     layers = range(found["settings"]["layers"] + 1)
     for arm in ("without", "with"):
@@ -52,7 +52,7 @@ def probe(found: Results, path: Path, note: str = "") -> None:
 
 
 def pre_loss(found: Results, path: Path, note: str = "") -> None:
-    """L_PRe over the steps of the training with PRe, a line for each seed."""
+    """Draw L_PRe over the steps of the training with PRe, with a line for each seed."""
     axes, figure = _axes(note)
     colour = results.ARMS["with"][1]["color"]
     for dash, seed in zip(plots.DASHES, found["seeds"], strict=False):

@@ -1,17 +1,17 @@
-"""Patch structure measured: sums of unit vectors beside all pairwise similarities and beside the
-per-pair definition.
+"""The cost of the diagnostics of patch structure: sums of unit vectors, compared with all pairwise
+similarities and with the definition per pair.
 
     python -m bench.diagnostics      64 images × 576 patches × 32 layers, 4,096 wide
     python -m bench.diagnostics --images 2 --patches 64 --layers 2 --width 256
 
-What is timed is one image of one layer: contrast ratio and spatial contrast of random float32
-features with 8 objects. Images and layers are independent of each other, so the total is that time
-× images × layers: extrapolated, as each record says. No time is recorded of a method whose
-four means differ from those of all similarities in float64.
+One image of one layer is timed: contrast ratio and spatial contrast of random float32 features with
+8 objects. Images and layers are independent of each other, so the total is that time × images ×
+layers. It is extrapolated, as each record says. A method whose four means differ from those of all
+similarities in float64 gets no time.
 
-`ours` is `LayerReport`, checks included; `matrix` makes the patch-by-patch similarities in one
-float32 product and averages over them; `pairs` is the definition as a loop over pairs of patches.
-The first two take turns, the loop runs once and its memory is not measured.
+`ours` is `LayerReport`, checks included. `matrix` computes the patch-by-patch similarities in one
+float32 matmul and averages over them. `pairs` is the definition as a loop over pairs of patches.
+The first two take turns; the loop runs once and its memory is not measured.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pre_kernels.diagnostics import LayerReport
 from . import ROOT, record, tables
 
 OBJECTS = 8
-TOLERANCE = 1e-5  # of means of cosines, for float32 products
+TOLERANCE = 1e-5  # of means of cosines, for float32 matmuls
 
 Step = Callable[[], tuple[float, float, float, float]]
 
 
 def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Features (patches, width) with a common part, as those of models have; masks (OBJECTS,
-    patches); the grid."""
+    """Return features (patches, width) with a common part, as features of models have it, masks
+    (OBJECTS, patches), and the grid."""
     rows = max(side for side in range(1, math.isqrt(patches) + 1) if patches % side == 0)
     g = torch.Generator().manual_seed(0)
     features = torch.randn(patches, width, generator=g) + 0.5 * torch.randn(width, generator=g)
@@ -76,10 +76,10 @@ def matrix(
 
 
 def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which patches share a side, and which are further apart than the radius; (patches, patches)
-    bool each."""
-    place = torch.arange(patches, device=device)
-    rows, columns = place // grid[1], place % grid[1]
+    """Return two bool (patches, patches): which patches share a side, and which are further apart
+    than the radius."""
+    number = torch.arange(patches, device=device)
+    rows, columns = number // grid[1], number % grid[1]
     down = (rows[:, None] - rows).abs()
     along = (columns[:, None] - columns).abs()
     return down + along == 1, torch.maximum(down, along) > max(1, min(grid) // 4)
@@ -140,7 +140,7 @@ def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
 def measure(
     images: int, patches: int, layers: int, width: int, device: Cpu | Cuda, seconds: float = 5.0
 ) -> list[dict[str, Any]]:
-    """A record of each method."""
+    """Return a record of each method."""
     by_name = steps(patches, width, device.torch_device)
     features, masks, grid = case(patches, width, device.torch_device)
     expected = torch.tensor(matrix(features.double(), masks, grid))
@@ -185,7 +185,7 @@ def measure(
             "total_s": times[name]["median_ms"] * images * layers / 1e3,
             "slower_than_ours": times[name]["median_ms"] / times["ours"]["median_ms"],
             "largest_error": off,
-            # what all similarities of all images and layers would take, were they kept
+            # memory of all similarities of all images and layers together
             "all_pairs_mib": images * layers * patches**2 * 4 / MIB,
             **({} if name == "pairs" else peak(name, patches, width, device, by_name[name])),
         }
@@ -194,7 +194,8 @@ def measure(
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's table: patch structure of a data set, and where the numbers come from."""
+    """Return the page's table of what patch structure of a data set costs, and where its numbers
+    come from."""
     chosen = [entry for entry in records if entry["kind"] == "diagnostics" and "median_ms" in entry]
     if not chosen:
         return "Not yet measured."
@@ -228,15 +229,15 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         )
     kept = sorted({f"{entry['all_pairs_mib']:,.0f} MiB" for entry in chosen})
     about = (
-        "Contrast ratio and spatial contrast. One image of one layer is timed and the rest "
-        "extrapolated, since images and layers are independent; keeping all pairwise similarities "
-        f"would take {', '.join(kept)}."
+        "Both the contrast ratio and the spatial contrast. One image of one layer is timed and the "
+        "rest extrapolated, since images and layers are independent. All pairwise similarities "
+        f"together would take {', '.join(kept)}."
     )
     return "\n".join([tables.markdown(rows), "", about, "", tables.below(chosen)])
 
 
 def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) -> dict[str, Any]:
-    """Memory beyond the features of one image and layer, at the peak of a step."""
+    """Return the memory beyond the features of one image and layer, at the peak of a step."""
     if isinstance(device, Cuda):
         return {"peak_mib": device.peak(lambda: step()[:0])[0]}
     if reason := resident.missing():
@@ -251,9 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, default in (("images", 64), ("patches", 576), ("layers", 32), ("width", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of sampling")
-    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
-    # what a process for memory runs
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of sampling")
+    parser.add_argument(
+        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
+    # A process that measures memory runs with this option.
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak:

@@ -206,16 +206,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--seeds", type=int, default=5, help="seeds 0 .. N-1 (default: %(default)s)"
+        "--seeds", type=int, default=5, help="use seeds 0 .. N-1 (default: %(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="short trainings, which show that it runs"
+        "--quick", action="store_true", help="smoke test: too short to show an effect"
     )
     parser.add_argument(
-        "--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)"
+        "--results",
+        type=Path,
+        default=record.RESULTS,
+        help="folder of the results (default: bench/results)",
     )
     options = parser.parse_args(argv)
     path = record.folder(options.results) / "evidence.jsonl"

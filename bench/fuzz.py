@@ -1,13 +1,13 @@
-"""A fuzz campaign: loss and gradients of drawn cases against float64, by the error rule of the
-tests.
+"""A fuzz campaign: it compares loss and gradients of drawn cases with float64, by the error rule of
+the tests.
 
     python -m bench.fuzz --cases 11500 --seed 1 --jobs 2   a line for each group of cases into
                                                            bench/results/fuzz.jsonl
     python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
 
-Cases come in blocks, each with its own seed, and every block is kept in build/fuzz as soon as it is
-done: the same command resumes where it was stopped. Without a GPU the kernels are interpreted, and
-most cases are of the torch path.
+Cases come in blocks, each with its own seed. Every block is kept in build/fuzz as soon as it is
+done, so the same command resumes where it was stopped. Without a GPU the kernels are interpreted,
+and most cases take the torch path.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from . import ROOT, fuzz_table, record
 from .tables import markdown, plain_table
 
 FRACTIONS = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
-# cases in a block, which take some seconds
+# Cases in a block. They take some seconds.
 BLOCK = {"torch": 100, "triton": 10, "blas": 20}
-# what draws a case and judges it, beside the sources that are measured
+# Files that draw a case and judge it, besides the sources that are measured.
 RULES = [
     "verify/oracle.py",
     "verify/oracle_wide.py",
@@ -54,8 +54,8 @@ RULES = [
 
 
 def blocks(cases: int) -> list[tuple[str, int]]:
-    """(implementation, number) of every block. The implementations take turns, so that a campaign
-    that is cut short is one of fewer cases."""
+    """Return (implementation, number) of every block. The implementations take turns, so that a
+    campaign that is cut short only has fewer cases."""
     counts = {impl: math.ceil(cases * part / BLOCK[impl]) for impl, part in FRACTIONS.items()}
     return sorted(
         ((impl, i) for impl in FRACTIONS for i in range(counts[impl])),
@@ -64,7 +64,7 @@ def blocks(cases: int) -> list[tuple[str, int]]:
 
 
 def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, Any]]:
-    """`size` cases and their outcomes."""
+    """Return `size` cases and their outcomes."""
     import hypothesis
 
     from verify.fuzz.draw import specs
@@ -90,7 +90,7 @@ def run_block(impl: str, number: int, seed: int, size: int) -> list[dict[str, An
 
 
 def run_case(spec: Any) -> dict[str, Any]:
-    """A case as `fuzz_table.aggregate` wants it; an exception is a violation."""
+    """Return a case as `fuzz_table.aggregate` takes it. An exception is a violation."""
     from verify.fuzz.verdicts import run
 
     try:
@@ -121,7 +121,7 @@ def run_case(spec: Any) -> dict[str, Any]:
 
 
 def changed(spec: Any) -> dict[str, Any]:
-    """The fields that are not the default, impl and seed always."""
+    """Return the fields that differ from the default, and always impl and seed."""
     default = dataclasses.asdict(type(spec)())
     return {
         k: v
@@ -131,22 +131,22 @@ def changed(spec: Any) -> dict[str, Any]:
 
 
 def distinct(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every case once: blocks begin with the same simple ones."""
+    """Return every case once: all blocks begin with the same simple ones."""
     return list({json.dumps(case["spec"], sort_keys=True): case for case in cases}.values())
 
 
 def _prepare() -> None:
-    # A case is too small for more threads.
+    # A case is too small for several threads.
     torch.set_num_threads(1)
-    # numpy warns of nan and infinity, which some cases want.
+    # numpy warns of nan and infinity, which some cases contain on purpose.
     warnings.simplefilter("ignore")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _kept(seed: int) -> Path:
-    """Where blocks are kept: another file for other code, so that results of two versions do not
-    mix."""
+    """Return the file of blocks. Other code has another file, so that results of two versions do
+    not mix."""
     digest = hashlib.sha256(record.stamp(current())["source"].encode())
     for path in (Path(__file__), *(ROOT / name for name in RULES)):
         digest.update(path.read_bytes())
@@ -191,7 +191,7 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
                 )
                 progress.update(bars[impl], advance=BLOCK[impl], found=failed[impl])
         except BaseException:
-            # Otherwise what is left would be run before this is seen.
+            # Without this the remaining blocks would run before the exception is raised.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -201,19 +201,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", type=int, default=11_500, help="how many to draw (default: %(default)s)"
+        "--cases", type=int, default=11_500, help="number of cases to draw (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the whole campaign (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the whole campaign (default: %(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--results", type=Path, default=record.RESULTS, help="folder (default: bench/results)"
+        "--results",
+        type=Path,
+        default=record.RESULTS,
+        help="folder of the results (default: bench/results)",
     )
     parser.add_argument(
-        "--case", type=json.loads, help="only this case, as JSON: its outcomes on the screen"
+        "--case", type=json.loads, help="run only this case, given as JSON, and print its outcomes"
     )
     options = parser.parse_args(argv)
     _prepare()

@@ -1,5 +1,5 @@
-"""What a fuzz campaign found, as result lines and as the README's table; reads outcomes, and needs
-no hypothesis."""
+"""The results of a fuzz campaign, as result lines and as the table of its page. This module reads
+outcomes and does not need hypothesis."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ VERDICTS = ("within", "overflow", "luck", "violation")
 
 
 def aggregate(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each implementation, dtype of the products, loss and activation. A case: its
-    group, `spec` and `outcomes`, each of (tensor, verdict, error, eager's, what the rule allows
-    besides, whether eager is outside the rule against ours, message)."""
+    """Return a line for each implementation, dtype of the matmuls, loss and activation. A case has
+    the fields of its group, `spec`, and `outcomes`, each of (tensor, verdict, error, eager's error,
+    what the rule allows besides, whether eager is outside the rule against ours, message)."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for case in cases:
         groups.setdefault(tuple(case[name] for name in GROUP), []).append(case)
@@ -48,12 +48,12 @@ def _of(members: Iterable[dict[str, Any]], name: str) -> Iterable[Sequence[Any]]
 
 
 def _metrics(outcomes: Iterable[Sequence[Any]]) -> dict[str, Any]:
-    """Of one tensor; empty if it was never wanted."""
+    """Return the metrics of one tensor; empty if no case asked for it."""
     outcomes = list(outcomes)
     if not outcomes:
         return {}
     ratios = [error / eager for _, _, error, eager, *_ in outcomes if eager and eager > 0]
-    # Where eager is exact by chance, its error is no measure: the rule's own bound is.
+    # Where eager is exact by chance, its error is not a measure, so the rule's own bound is used.
     bounded = [
         error / max(eager, allowed)
         for _, _, error, eager, allowed, *_ in outcomes
@@ -75,8 +75,8 @@ def _rounded(value: float) -> float:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The README's section, of the last campaign: rows by implementation, dtype and loss, and by
-    activation too."""
+    """Return the page's text about the last campaign: rows by implementation, dtype and loss, and
+    then by activation too."""
     records = [entry for entry in records if entry["kind"] == "fuzz"]
     if not records:
         return "No results yet."
@@ -134,16 +134,17 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
     failed = sum(len(entry["violations"]) for entry in records)
     cases = sum(entry["cases"] for entry in records)
     return (
-        f"{cases:,} distinct cases of seed {records[0]['seed']} with {total:,} tensors: "
-        f"{count['within']:,} within the rule; {count['overflow']:,} where eager overflows or is "
-        f"about to; {count['luck']:,} where eager's own error is luck, and the rule holds over an "
-        f"ensemble of neighbouring cases; {failed:,} violations. Held against ours by the same "
-        f"rule, eager is outside in {count['turned']:,}. A cell: error ÷ eager's error, the median "
-        "· the largest, for which eager's error counts at least as what the rule allows in any "
-        "case. The oracle is float64, that of float64 80-bit floats."
+        f"The campaign of seed {records[0]['seed']} had {cases:,} distinct cases with {total:,} "
+        f"tensors. {count['within']:,} tensors are within the rule. In {count['overflow']:,} eager "
+        f"overflows or is about to. In {count['luck']:,} eager's own error is small by luck, and "
+        f"the rule holds over an ensemble of neighbouring cases. {failed:,} violate the rule. With "
+        f"the roles exchanged, eager is outside the rule in {count['turned']:,}.\n\nA cell holds "
+        "the error ÷ eager's error: the median · the largest. For the largest, eager's error "
+        "counts as at least what the rule allows in any case. The exact values are computed in "
+        "float64, and for float64 inputs in 80-bit floats."
     )
 
 
 def plain(value: float) -> float | None:
-    """JSON has no nan."""
+    """Return the value, or None for nan and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -1,5 +1,5 @@
-"""A goal, what is found for it in the records, and the table of both: what the goals on a GPU
-(`gpu_goals`) and on a CPU (`cpu_goals`) share."""
+"""A goal, its finding in the records, and the table of both. The goals on a GPU (`gpu_goals`) and
+on a CPU (`cpu_goals`) share this module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 
 class Finding(NamedTuple):
-    # held against the bound; None where `text` says what is wrong
+    # Is compared with the bound. None where `text` says what is wrong.
     value: float | None
     text: str
     # the records that it comes from
@@ -30,7 +30,7 @@ class Goal(NamedTuple):
 
 
 def runs(records: Iterable[Record], **fields: Any) -> list[dict[str, Record]]:
-    """Timed records of the loss by baseline, for each run that has these fields."""
+    """Return the timed records of the loss by baseline, for each run that has these fields."""
     by_group: dict[str, dict[str, Record]] = {}
     for entry in records:
         if "median_ms" in entry and all(entry.get(name) == value for name, value in fields.items()):
@@ -39,7 +39,7 @@ def runs(records: Iterable[Record], **fields: Any) -> list[dict[str, Record]]:
 
 
 def fastest_of_ours(run: dict[str, Record]) -> Record | None:
-    """The fastest of ours, fp8 apart."""
+    """Return the fastest of ours, without fp8."""
     times = [
         entry for name, entry in run.items() if name.startswith("ours-") and name != "ours-fp8"
     ]
@@ -47,7 +47,7 @@ def fastest_of_ours(run: dict[str, Record]) -> Record | None:
 
 
 def field(kind: str, name: str, records: list[Record], **fields: Any) -> Finding | None:
-    """The worst (largest) of a field, over the baselines."""
+    """Return the worst (largest) value of a field over the baselines."""
     kept = [
         entry
         for entry in records
@@ -65,7 +65,7 @@ def field(kind: str, name: str, records: list[Record], **fields: Any) -> Finding
 
 
 def by_device(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Of each device what was measured with the setting of its last record."""
+    """Return, for each device, the records with the same setting as its last record."""
     devices: dict[str, list[Record]] = {}
     for entry in records:
         devices.setdefault(entry["device"], []).append(entry)

@@ -1,10 +1,11 @@
-"""The one entry for a machine with a GPU, on which nothing needs to be installed but torch, triton,
-numpy and pytest.
+"""The only entry point that a machine with a GPU needs. Nothing needs to be installed there except
+torch, triton, numpy and pytest.
 
-    python -m bench.gpu                     all that a first run of 500 s can tell, the most
-                                            telling first
-    python -m bench.gpu --summary FOLDER    the summary of a run's results once more
-    python -m bench.gpu --dry-run           tiny sizes on whatever is here, to try the script itself
+    python -m bench.gpu                     a first run of 500 s, with the most important parts
+                                            first
+    python -m bench.gpu --summary FOLDER    print the summary of a run's results again
+    python -m bench.gpu --dry-run           tiny sizes on the device that is here, to try the
+                                            script itself
 
 More of one kind, where there is more time:
 
@@ -13,13 +14,13 @@ More of one kind, where there is more time:
     --stage bench       speed and memory beside the baselines, over the real shapes
     --stage peers       the first two of them again, with the baselines that compile for minutes
     --stage profile     kernels of a step, host syncs, graphs, workspace, first call, training step
-    --stage sweep       N × m, and the tiles of the Triton products
+    --stage sweep       N × m, and the tiles of the Triton matmuls
 
-Run from the repository's root; it ends before --limit seconds. Into the folder (--out, else
-GPU_OUT, else bench/results) go the records, appended to one JSONL file as they are measured,
-log.txt, what the parts printed, and summary.txt. Every part is a process that has to end by its
-place in the plan: one that fails or hangs costs its own numbers alone, one that ends early leaves
-its time to the next. Where there is no .git, GIT_COMMIT names the commit.
+Run it from the repository's root. It ends before --limit seconds. These files go into the folder
+(--out, else GPU_OUT, else bench/results): the records, appended to one JSONL file as they are
+measured, log.txt with the output of the parts, and summary.txt. Every part is a process with a
+deadline in the plan. A part that fails or hangs loses only its own numbers, and a part that ends
+early leaves its time to the next. Without .git, GIT_COMMIT names the commit.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from .gpu_stages import LOG_FILE, PACKAGES, STAGES, Part, has_xdist
 LIMIT = 500.0
 # seconds between asking a part to stop and ending it
 GRACE = 3.0
-# bytes kept of what a part prints
+# bytes of a part's output that are kept
 LOG = 1 << 20
 
 
 def environment(out: Path, dry: bool = False) -> dict[str, str]:
-    """For the parts: this checkout importable, results to `out`, their records
-    those of one run."""
+    """Return the environment of the parts: this checkout can be imported, results go to `out`, and
+    their records belong to one run."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(PACKAGES)]
     extra = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GPU_OUT": str(out),
         "PYTHONUNBUFFERED": "1",
-        # There are many processes at once.
+        # Many processes run at the same time.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     # Triton does not look for a compiler of this name.
@@ -69,7 +70,7 @@ def environment(out: Path, dry: bool = False) -> dict[str, str]:
 
 
 def run(part: Part, seconds: float, out: Path) -> int | None:
-    """The exit status of a part, or None if it had to be ended within `seconds`."""
+    """Return the exit status of a part, or None if it was ended after `seconds`."""
     path = out / part.log
     with path.open("a") as log:
         began = log.tell()
@@ -81,7 +82,7 @@ def run(part: Part, seconds: float, out: Path) -> int | None:
             env=os.environ | part.settings,
             stdout=log,
             stderr=log,
-            # Its group of processes is that part and its children.
+            # The process group is that part and its children.
             start_new_session=True,
         )
         try:
@@ -93,17 +94,17 @@ def run(part: Part, seconds: float, out: Path) -> int | None:
                 os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
-            # What it left behind would hold the device.
+            # Processes that it left behind would hold the device.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # A process that is stuck in the driver may outlive that.
+            # A process that is stuck in the driver may survive that.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             _shorten(path, began)
 
 
 def _shorten(path: Path, began: int) -> None:
-    """Of what a part printed the first and the last half of LOG bytes are kept."""
+    """Keep only the first and the last half of LOG bytes of the output of a part."""
     with path.open("r+b") as log:
         log.seek(began)
         text = log.read()
@@ -114,7 +115,7 @@ def _shorten(path: Path, began: int) -> None:
 
 
 def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int:
-    """Run the parts of a stage, tell of each and of all; 0, or the largest exit status of a
+    """Run the parts of a stage, and report each and all. Return 0, or the largest exit status of a
     part."""
     from pre_kernels.check.device import current
 
@@ -123,13 +124,12 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
     device = current()
     path = record.file(out, device)
     stamp = record.stamp(device)
-    # The time for importing torch from a cold disk is no part's.
+    # The time to import torch from a cold disk does not count for any part.
     planned = time.monotonic() - start
     worst = 0
 
     def told() -> list[str]:
-        """The summary, or why there is none: records that it does not expect must not end the
-        run."""
+        """Return the summary, or why there is none: unexpected records must not end the run."""
         try:
             return summary.of_folder(out)
         except Exception:
@@ -141,7 +141,7 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
             {"kind": "part", "item": name, "outcome": outcome, "seconds": round(seconds, 1)}
             | stamp,
         )
-        # A run that is killed then has what is known so far.
+        # A run that is killed at this point has all results so far.
         (out / "summary.txt").write_text("\n".join(told()) + "\n")
         print(f"== {name}: {outcome}, {seconds:.0f} s", flush=True)
 
@@ -176,22 +176,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
-    parser.add_argument("--out", help="folder of the results; else GPU_OUT, else bench/results")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="seconds from the start of the command"
+        "--out", help="folder of the results (default: GPU_OUT, else bench/results)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, also without a GPU")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help="end before this many seconds from the start of the command",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="use tiny sizes; works without a GPU"
+    )
     parser.add_argument(
         "--summary",
         type=Path,
         metavar="FOLDER",
-        help="print that of the last run there, run nothing",
+        help="print the summary of the last run in this folder, run nothing",
     )
     arguments = parser.parse_args(argv)
     stage = arguments.stage
     dry = arguments.dry_run
 
-    # It takes seconds from a cold disk, which count towards the limit.
+    # The import takes seconds from a cold disk, which count towards the limit.
     import torch
 
     from pre_kernels.check.device import current
@@ -201,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.summary:
         print(*summary.of_folder(arguments.summary), sep="\n")
         return 0
-    # argparse does not check a default.
+    # argparse does not check defaults.
     if stage not in STAGES:
         parser.error(f"GPU_STAGE: got {stage!r}, want one of {', '.join(STAGES)}")
     if current().kind == "cpu" and not dry:

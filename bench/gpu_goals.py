@@ -1,5 +1,5 @@
-"""The goals on a GPU beside what was measured: each number comes out of records, or is said to be
-missing."""
+"""The goals on a GPU, and what was measured for each. Every number comes from records; where there
+are none, the table says so."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from . import goals, shapes
 from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, runs
 from .tables import over_floor
 
-# × the lower bound: the first goals, after which tighter ones stand in the table
+# × the lower bound. These are the first goals; the table has tighter ones after them.
 BLAS = 1.10
 MASK = 1.25
-# what is said of a guarantee that is kept
+# outcome of a guarantee that is kept
 KEPT = {"sync": "no sync", "graph": CAPTURED, "fullgraph": NO_BREAK}
 MAIN = "llava15-7b-sft"
 SMALL = "qwen25vl-7b-small"
@@ -26,7 +26,7 @@ COMPILED = ("compile", "compile-max")
 
 
 def _main(records: list[Record], **fields: Any) -> dict[str, Record]:
-    """The last run of the main shape."""
+    """Return the last run of the main shape."""
     about = {"kind": "loss", "shape": MAIN, "dtype": "bf16", "selection": "index", **fields}
     return next(iter(reversed(runs(records, **about))), {})
 
@@ -43,7 +43,8 @@ def blas_time(records: list[Record]) -> Finding | None:
 
 
 def mask_time(records: list[Record]) -> Finding | None:
-    """Of triton, if it was seen not to wait for the device with such a mask."""
+    """Return the time of triton ÷ the floor, if a call with such a mask did not wait for the
+    device."""
     calls = [
         entry
         for entry in records
@@ -70,7 +71,7 @@ def small_workspace(records: list[Record]) -> Finding | None:
 
 
 def every_shape(records: list[Record]) -> Finding | None:
-    """The worst of the shapes, each with the best of ours."""
+    """Return the worst of the shapes, each with the best of ours."""
     wanted = {shape.name for shape in shapes.GPU if shape.selected >= 2304}
     ratios: dict[str, Finding] = {}
     for run in runs(records, kind="loss", dtype="bf16", selection="index"):
@@ -87,7 +88,7 @@ def every_shape(records: list[Record]) -> Finding | None:
 
 
 def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Finding | None:
-    """Of the best of ours over the fastest of some baselines."""
+    """Return the speed of the best of ours over the fastest of some baselines."""
     run = _main(records, shape=shape)
     ours = fastest_of_ours(run)
     other = min(
@@ -105,7 +106,8 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Finding
 
 
 def launches(records: list[Record]) -> Finding | None:
-    """Of the implementation that is the fastest at that size, else of the one with the fewest."""
+    """Return the launches of the implementation that is the fastest at that size, else of the one
+    with the fewest."""
     steps = [
         entry
         for entry in records
@@ -118,7 +120,7 @@ def launches(records: list[Record]) -> Finding | None:
 
 
 def memory(n: int, records: list[Record]) -> Finding | None:
-    """Peak beyond the gradients returned ÷ the formula, of the fastest of ours."""
+    """Return the peak beyond the returned gradients ÷ the formula, of the fastest of ours."""
     fields = {"n": n, "d": 4096, "m": 4096, "z": 4096, "dtype": "bf16", "selection": "index"}
     known = [run for run in runs(records, **fields) if "peak_mib" in (fastest_of_ours(run) or {})]
     ours = fastest_of_ours(known[-1]) if known else None
@@ -130,7 +132,7 @@ def memory(n: int, records: list[Record]) -> Finding | None:
 
 
 def kept_guarantees(kind: str, records: list[Record]) -> Finding | None:
-    """How many calls broke a guarantee."""
+    """Return how many calls broke a guarantee."""
     calls = [entry for entry in records if entry["kind"] == kind and entry["shape"] == MAIN]
     broken = [entry for entry in calls if entry["outcome"] != KEPT[kind]]
     names = "; ".join(f"{entry['peer']}, {entry['item']}: {entry['outcome']}" for entry in broken)
@@ -196,8 +198,8 @@ GOALS = [
 
 
 def table(records: Iterable[Record], absent: str = ABSENT) -> list[Sequence[str]]:
-    """Header and a row for each goal and GPU, from the records with its last version of torch and
-    triton; `absent` stands where there are none."""
+    """Return the header and a row for each goal and GPU, from the records with its last version of
+    torch and triton. `absent` fills the cell of a goal without records."""
     of_gpus = goals.by_device(entry for entry in records if entry.get("capability"))
     return goals.table(
         GOALS, "card", of_gpus, CARDS, NO_GPU if absent == ABSENT and not of_gpus else absent

@@ -1,7 +1,8 @@
-"""What each stage of `bench.gpu` runs: parts, each a process with a limit, in the order of their
-worth.
+"""The parts that each stage of `bench.gpu` runs. Each part is a process with a time limit, and the
+most valuable come first.
 
-What imports torch is imported in the stages that need it: seconds from a cold disk, which count.
+Modules that import torch are only imported in the stages that need them: the import takes seconds
+from a cold disk, which count towards the limit.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import NamedTuple
 from . import ROOT
 
 LOG_FILE = "log.txt"
-# `make peers` puts there what a machine without a network may lack.
+# `make peers` installs packages there that a machine without a network may lack.
 PACKAGES = ROOT / ".deps" / "peers"
 
 
 class Part(NamedTuple):
-    """A process of a stage, with its limit in seconds, the file for its output, and what its
-    environment has besides that of every part."""
+    """A process of a stage, with its limit in seconds, the file for its output, and the variables
+    that are added to the environment of every part."""
 
     name: str
     command: list[str]
@@ -37,24 +38,25 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def has_xdist() -> bool:
-    """Whether tests can run in several processes."""
+    """Return whether tests can run in several processes."""
     return bool(importlib.util.find_spec("xdist")) or (PACKAGES / "xdist").exists()
 
 
 def pytest(*arguments: str, workers: int = 1) -> list[str]:
-    """In several processes if xdist is there: Triton compiles hundreds of variants."""
+    """Return the command of a test run, in several processes if xdist is there: Triton compiles
+    hundreds of variants."""
     command = module(
         "pytest", "-p", "bench.live_report", "-q", "--tb=short", "-p", "no:cacheprovider"
     )
     if workers > 1 and has_xdist():
-        # A worker that has lost the device ends, and another takes its place.
+        # A worker that has lost the device ends, and another replaces it.
         command += ["-n", str(min(workers, os.cpu_count() or 1)), "--max-worker-restart", "200"]
     return [*command, *arguments]
 
 
 def everything(dry: bool, out: Path) -> Iterator[Part]:
-    """The limits add up to 495 s. What is likely to fail comes after what is to be known in any
-    case."""
+    """Return the parts of a first run. Their limits add up to 495 s. Parts that are likely to fail
+    come after those whose result is needed in any case."""
     main = "tiny" if dry else "llava15-7b-sft"
     small = "tiny" if dry else "qwen25vl-7b-small"
     dtype = "fp32" if dry else "bf16"
@@ -62,7 +64,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
     cores = 1 if dry else 14
 
     def suite(name: str, limit: float, shape: str, names: list[str], *more: str) -> Part:
-        # On a CPU nothing else of ours runs.
+        # On a CPU no other implementation of ours runs.
         names = [*names, "ours-torch"] if dry else names
         return Part(name, module("bench.suite", shape, dtype, "--peers", *names, *more), limit)
 
@@ -123,20 +125,20 @@ def _ncu(size: list[str], limit: float) -> Iterator[Part]:
 
 
 def tests(dry: bool, out: Path) -> Iterator[Part]:
-    """The loss first, then what runs models."""
+    """Return the tests of the loss, then those that run models."""
     if dry:
         yield Part(
             "loss", pytest("tests/core/test_loss.py", "-k", "torch and no_rows_with_zero"), 60
         )
         return
     yield Part("loss", pytest("tests/core/test_loss.py", workers=12), 400)
-    # Compiling ahead of time and the tests of the measurements say nothing new on a GPU.
+    # Compilation ahead of time and the tests of the measurements show nothing new on a GPU.
     done = ["tests/core/test_loss.py", "tests/core/test_compile.py", "tests/bench"]
     yield Part("others", pytest("tests", *(f"--ignore={name}" for name in done), workers=12), 400)
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer of the CUDA toolkit, which does not put it on every PATH."""
+    """Return the path of compute-sanitizer, which the CUDA toolkit does not put on every PATH."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     folders = [Path(home, "bin") for home in (*homes, "/usr/local/cuda")]
     return shutil.which("compute-sanitizer") or shutil.which(
@@ -145,9 +147,9 @@ def sanitizer() -> str | None:
 
 
 def sanitize(dry: bool, out: Path) -> Iterator[Part]:
-    """Each kernel in the small sizes of its fences, which run without them too. Every tensor an
-    allocation of its own: within the blocks that torch caches an access beyond a tensor is no
-    error."""
+    """Return parts that run each kernel under compute-sanitizer, in the small sizes of its tests
+    between fences. Every tensor is an allocation of its own, since within the blocks that torch
+    caches an access beyond a tensor would not be an error."""
     tool = sanitizer()
     if tool is None:
         print(
@@ -181,9 +183,9 @@ def bench(dry: bool, out: Path) -> Iterator[Part]:
 
 
 def costly(dry: bool, out: Path) -> Iterator[Part]:
-    """All baselines side by side: what this finds replaces what `bench` found for these shapes.
-    QuACK, whose kernels are tuned at the first call, comes last and apart: however long that takes,
-    it costs no other its times."""
+    """Return parts that measure all baselines side by side. Their results replace those of `bench`
+    for these shapes. QuACK tunes its kernels at the first call, so it comes last and separately:
+    however long that takes, the others keep their times."""
     from pre_kernels.check.device import current
 
     from . import baselines, shapes

@@ -1,17 +1,18 @@
 """Host microseconds until a forward and backward are queued: `python -m bench.host`.
 
-Each call of each implementation in turn, round by round; the least and the median of the rounds.
+It runs each call of each implementation in turn, round by round, and prints the minimum and the
+median of the rounds.
 
 On a GPU all of it is real: the device is idle when a step begins, and nobody waits for it before
 the clock has stopped.
 
-Without one the device's part is taken away, and the time is a part of a GPU's: what this package,
-autograd and torch's dispatcher do, on small tensors in the CPU's memory, and all of Triton's Python
-from `kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the compiled
-kernel). Not in it: Triton's launcher in C and the tensor maps that it fills, the driver,
-`torch.cuda.device`, the vendor's products (`torch.mm` and its like return at once), and what CUDA's
-allocator takes more or less than the CPU's. With --ours a Triton launch returns at once too: what
-is left is what this package can change.
+Without a GPU the device's part is removed. The time is then a part of the time on a GPU: this
+package, autograd and torch's dispatcher on small tensors in the CPU's memory, and all of Triton's
+Python from `kernel[grid](...)` on (binding of arguments, specialisation, key and look-up of the
+compiled kernel). These are not in it: Triton's launcher in C and the tensor maps that it fills, the
+driver, `torch.cuda.device`, the vendor's matmuls (`torch.mm` and others return at once), and the
+difference between CUDA's allocator and the CPU's. With --ours a Triton launch returns at once too,
+which leaves the part that this package can change.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 class Driver:
-    """An H200 that has nothing to do, as far as Triton's Python asks."""
+    """The answers of an idle H200 to the questions of Triton's Python."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -67,13 +68,14 @@ def _compiled(kernel: Any, key: Any, signature: Any, device: int, *rest: Any) ->
 
 @contextmanager
 def without_device(ours: bool) -> Iterator[None]:
-    """Launches and the vendor's products do nothing, and the CPU's memory passes for a GPU's."""
+    """Make launches and the vendor's matmuls do nothing, and let the CPU's memory pass for a
+    GPU's."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     patches = [mock.patch.object(torch, name, _nothing) for name in ("mm", "addmm", "_scaled_mm")]
     patches.append(mock.patch("pre_kernels.loss.unavailable", _nothing))
-    # On a GPU the values of rows are not asked for either.
+    # On a GPU the values of rows are not read either.
     patches.append(mock.patch("pre_kernels.checks.row_values", _nothing))
     if ours:
         patches.append(mock.patch.object(JITFunction, "run", _nothing))
@@ -87,7 +89,7 @@ def without_device(ours: bool) -> Iterator[None]:
 
 
 def step(device: str, rows: str = "index", **options: Any) -> Callable[[], Any]:
-    """A forward and backward with every gradient wanted: 256 rows, as of one small image."""
+    """Return a forward and backward with every gradient: 256 rows, as of one small image."""
     width = 3584 if device == "cuda" else 64
     total = 1024
     n = 256
@@ -109,7 +111,8 @@ def step(device: str, rows: str = "index", **options: Any) -> Callable[[], Any]:
 
 
 def measure(device: str, seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each call, for that long; those that cannot run are left out."""
+    """Return the microseconds of each call, sampled for `seconds`. Calls that cannot run here are
+    left out."""
     steps: dict[str, Callable[[], Any]] = {}
     for name, options in CALLS.items():
         steps[name] = step(device, **options)
@@ -137,9 +140,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ours", action="store_true", help="without Triton's Python; only where there is no GPU"
+        "--ours", action="store_true", help="leave out Triton's Python; only without a GPU"
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="seconds of measuring (default: 10)"
+    )
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,5 +1,5 @@
-"""What the documentation guarantees of a call: no host sync, a CUDA graph can hold it,
-torch.compile finds no break."""
+"""The documentation's guarantees of a call: it does not make the host wait, a CUDA graph can
+capture it, and torch.compile finds no graph break."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Records = Iterator[dict[str, Any]]
 
 
 def impls(device: Cpu | Cuda, dtype: str) -> list[str]:
-    """Those that run here; on a GPU without the torch one, which guarantees nothing there."""
+    """Return the implementations that run here; on a GPU without the torch one, which guarantees
+    nothing there."""
     names = ("blas", "triton") if device.kind == "cuda" else ("torch",)
     missing = (
         baselines.BY_NAME[f"ours-{name}"].missing(device.torch_device, shapes.DTYPES[dtype])
@@ -38,21 +39,24 @@ def guarantees(
     dtype: str,
     kinds: Collection[str] = ("sync", "graph", "fullgraph"),
 ) -> Records:
-    """A record for each guarantee of `kinds`, implementation and kind of call."""
-    place = device.torch_device
-    weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=place)}
+    """Yield a record for each guarantee of `kinds`, implementation and kind of call."""
+    torch_device = device.torch_device
+    weights = {"row_weight": torch.rand(shape.batch, shape.tokens, device=torch_device)}
     calls: dict[str, tuple[str, dict[str, Any]]] = {
         "integer rows": ("index", {}),
         "mask, leading anchor": ("mask", {}),
         "mask, leading anchor and weights": ("mask", weights),
-        "normalizer on the device": ("mask", {"normalizer": torch.full((), 100.0, device=place)}),
+        "normalizer on the device": (
+            "mask",
+            {"normalizer": torch.full((), 100.0, device=torch_device)},
+        ),
         "normalizer of the host": ("mask", {"normalizer": 100.0}),
         "sum": ("mask", {"reduction": "sum"}),
     }
     for impl in impls(device, dtype):
         for number, (item, (rows, options)) in enumerate(calls.items()):
             about = {"peer": f"ours-{impl}", "item": item, "selection": rows}
-            case = shapes.case(shape, shapes.DTYPES[dtype], place, rows)
+            case = shapes.case(shape, shapes.DTYPES[dtype], torch_device, rows)
             case.options = options
             function = partial(fused_pre_loss, impl=impl)
             if "sync" in kinds:
@@ -67,9 +71,9 @@ def guarantees(
                     **about,
                     **_attempt(partial(_graph, device, function, case)),
                 }
-            # Compilation takes seconds each.
+            # Each compilation takes seconds.
             if number < 2 and "fullgraph" in kinds:
-                # On a CPU N of a mask is needed on the host; on a GPU no setting may be needed.
+                # On a CPU the host needs N of a mask. On a GPU it must work without any setting.
                 on_cpu = isinstance(device, Cpu)
                 with checks.output_shapes() if on_cpu else contextlib.nullcontext():
                     answer = outcome(partial(checks.fullgraph, function, case))
@@ -77,7 +81,7 @@ def guarantees(
 
 
 def outcome(check: Callable[[], str]) -> str:
-    """What a check says, or the first line of what it raises."""
+    """Return what a check returns, or the first line of what it raises."""
     return _attempt(lambda: {"outcome": check()})["outcome"]
 
 
@@ -89,7 +93,8 @@ def _attempt(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _graph(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> dict[str, Any]:
-    """With the times of a replay and of the step itself, where the graph holds what it should."""
+    """Return the outcome and, if the graph captured the right gradients, the times of a replay and
+    of the step itself."""
     step = baselines.step(function, case)
     outcome, replay = checks.graph(device, step, case)
     if outcome != checks.CAPTURED:

@@ -1,9 +1,9 @@
-"""A pytest plugin (`-p bench.live_report`): each test's outcome is a line on the disk at once, so a
-run that is killed keeps what it found.
+"""A pytest plugin (`-p bench.live_report`). It writes each test's outcome to the disk at once, so a
+run that is killed keeps its results.
 
-After some errors of CUDA, an illegal access say, a process can do nothing more on the device: each
-later test in it would fail for no reason of its own. So a worker of xdist ends once such a test has
-been reported, and xdist starts another; without workers the run stops.
+After some errors of CUDA, such as an illegal access, a process can do nothing more on the device:
+each later test in it would fail for no reason of its own. So a worker of xdist ends once such a
+test has been reported, and xdist starts another. Without workers the run stops.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ SUSPECT = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, a
 
 
 def works() -> bool:
-    """Whether the device still does what it is told: a call that a library refuses leaves it as it
-    was."""
+    """Return whether the device still works. A call that a library refuses does not break it."""
     try:
         return torch.ones(2, device=current().torch_device).sum().item() == 2
     except Exception:
@@ -40,9 +39,11 @@ class LiveReport:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
-            return  # a setup or teardown without news
+            # A setup or teardown that passed is not recorded.
+            return
         if report.nodeid in self.failed:
-            return  # the first failure tells why; that its worker ended then is no news
+            # The first failure gives the reason. The end of its worker afterwards is not recorded.
+            return
         if report.failed:
             self.failed.add(report.nodeid)
         self._append(report, report.duration)
@@ -64,11 +65,11 @@ class LiveReport:
 
 
 class LostDevice:
-    """In the process that runs tests."""
+    """Ends the process that runs tests once it has lost the device."""
 
     def __init__(self, is_worker: bool) -> None:
         self.is_worker = is_worker
-        # the test that lost the device, once one has
+        # the test that lost the device, if one has
         self.lost_by = ""
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -82,7 +83,7 @@ class LostDevice:
             if self.is_worker:
                 os._exit(1)
             self.session.shouldstop = (
-                f"{self.lost_by} lost the device to an error of CUDA, what follows could not pass"
+                f"{self.lost_by} lost the device to an error of CUDA, so later tests could not pass"
             )
 
 

@@ -1,28 +1,28 @@
-"""Mutation testing, a task before a release: each small error put into a copy of the sources, and
-the tests run until one of them sees it.
+"""Mutation testing, a task before a release: it puts each small error into a copy of the sources,
+and runs the tests until one of them fails.
 
     python -m bench.mutate
         every mutant (hours): a line for each file of the sources into bench/results/mutation.jsonl
     python -m bench.mutate --sample 300 --seed 1
         some, drawn over all files
     python -m bench.mutate --again --sample 24
-        some of those that the results know, by the test that killed them
+        some of those in the results, each only with the test that killed it
     python -m bench.mutate --only row_loss
-        those whose key has this text; the screen shows who survives
+        those whose key contains this text; the screen shows the survivors
     python -m bench.mutate --only row_loss --list
-        what would be changed, and nothing run
+        print the changes and run nothing
     python -m bench.mutate --stale
-        the keys in verify/mutation/survivors.txt that no mutant has any more, and nothing run
+        print the keys in verify/mutation/survivors.txt whose mutant no longer exists, run nothing
 
-What is changed, and what is left alone: `verify/mutation/rules.py`. Which tests: those that reach
-the mutant's statement (traced once, in minutes), those of single kernels first, as many as --budget
-allows. What is named as equivalent meets none. Every outcome is kept in build/mutation as it comes:
-the same command continues where it was stopped, and survivors meet the tests again when these have
-changed. Kernels are interpreted.
+`verify/mutation/rules.py` says what is changed and what stays as it is. A mutant meets the tests
+that reach its statement (traced once, in minutes): those of single kernels first, as many as
+--budget allows. A mutant that is named as equivalent meets none. Every outcome is kept in
+build/mutation as it comes, so the same command resumes where it was stopped. Survivors meet the
+tests again when these have changed. Kernels are interpreted.
 
-A mutant is known by the text of its line. When that line changes, its key in survivors.txt is
-stale: each run first prints such keys, on stderr. Exit status 1: a mutant survived
-that survivors.txt does not name, or with --stale, there are stale keys.
+A mutant is identified by the text of its line. When that line changes, its key in survivors.txt is
+stale; each run first prints such keys, on stderr. The exit status is 1 if a mutant survived that
+survivors.txt does not name, or with --stale if there are stale keys.
 
 mutmut and cosmic-ray would start Python and import torch for each mutant, and mutmut's trampolines
 hide functions from `triton.jit`, which reads their source.
@@ -85,8 +85,8 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def reach(folder: Path) -> dict[str, Any]:
-    """Seconds of each test, and the tests of each line of the package: traced, or kept from last
-    time."""
+    """Return the seconds of each test, and the tests of each line of the package: traced, or kept
+    from the last time."""
     source = digest(PACKAGE.rglob("*.py"))
     known: dict[str, Any] = {
         "seconds": {},
@@ -123,9 +123,9 @@ def reach(folder: Path) -> dict[str, Any]:
 
 
 def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
-    """The seconds of the tests that reach a mutant's statement: those of single kernels, the
-    cheapest first, then the longest of each test function, another of each, and so on. All tests of
-    a file reach what is run on import."""
+    """Return the seconds of the tests that reach a mutant's statement. Tests of single kernels come
+    first, the cheapest of them first. Then comes the longest of each test function, another of
+    each, and so on. All tests of a file reach what runs on import."""
     lines = known["lines"].get(mutant.file, {})
     seconds = known["seconds"]
     wanted = range(mutant.lines[0], mutant.lines[1] + 1)
@@ -142,8 +142,8 @@ def reaching(mutant: Mutant, known: dict[str, Any]) -> dict[str, float]:
 
 
 def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -> dict[str, float]:
-    """Those whose seconds add up to the budget at most; `first` come first, which changes no
-    outcome."""
+    """Return the tests whose seconds add up to at most the budget. `first` come first, which does
+    not change the outcome."""
     total = 0.0
     chosen: dict[str, float] = {}
     for name, each in seconds.items():
@@ -156,8 +156,8 @@ def affordable(seconds: dict[str, float], first: Iterable[str], budget: float) -
 def campaign(
     wanted: Sequence[Mutant], path: Path, budget: float, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """The outcome of each mutant by its key, those that are kept in `path` and those that are run
-    now."""
+    """Return the outcome of each mutant by its key: those that are kept in `path`, and those that
+    are run now."""
     kept = (
         {entry["key"]: entry for entry in map(json.loads, path.read_text().splitlines())}
         if path.exists()
@@ -211,7 +211,7 @@ def campaign(
 
 
 def recorded() -> dict[str, str]:
-    """The test that killed a mutant, by `Mutant.short`, as the results name it."""
+    """Return the test that killed a mutant, by `Mutant.short`, as the results name it."""
     lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
     return {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
 
@@ -219,8 +219,9 @@ def recorded() -> dict[str, str]:
 def again(
     wanted: Sequence[Mutant], folder: Path, killers: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """The same by one test. A mutant that no result knows meets those of `GENERAL`, and so does one
-    that is not killed again: what a value that nobody stored is depends on the versions."""
+    """Return the same, with one test for each mutant. A mutant that no result has meets the tests
+    of `GENERAL`. So does one that is not killed again, since a value that nobody stored depends on
+    the versions."""
     outcomes = {}
     for mutant in wanted:
         test = killers.get(mutant.short)
@@ -235,8 +236,8 @@ def again(
 
 
 def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """A line for each file into the results."""
-    # They import the package, which the process that mutants are forked from must not have.
+    """Append a line for each file to the results."""
+    # These import the package, which the process that forks the mutants must not have imported.
     from pre_kernels.check.device import current
 
     from . import mutation_table, record
@@ -250,12 +251,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sample", type=int, help="how many to draw; else all")
+    parser.add_argument("--sample", type=int, help="number of mutants to draw (default: all)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the draw, and of the order (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draw and of the order (default: %(default)s)",
     )
     parser.add_argument(
-        "--only", default="", help="mutants whose key (file function: before → after) has this text"
+        "--only",
+        default="",
+        help="only mutants whose key (file function: before → after) contains this text",
     )
     parser.add_argument(
         "--budget",
@@ -264,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="seconds of tests for a mutant (default: %(default)s)",
     )
     parser.add_argument(
-        "--again", action="store_true", help="run only the test that killed it, whatever is kept"
+        "--again",
+        action="store_true",
+        help="run only the test that killed each, and ignore kept outcomes",
     )
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument(

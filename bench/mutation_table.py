@@ -1,4 +1,5 @@
-"""What mutation testing found (`bench/mutate.py`), as result lines and as the README's table."""
+"""The results of mutation testing (`bench/mutate.py`), as result lines and as the table of its
+page."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ SURVIVED = ("equivalent", "gap", "unreached", "survived")
 def aggregate(
     outcomes: Iterable[Mapping[str, Any]], named: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
-    """A line for each file. An outcome: key, short, file, operator, outcome, and the test that
-    failed; named: the reasons of mutants, by "equivalent" and "gap"."""
+    """Return a line for each file. An outcome has key, short, file, operator, outcome, and the test
+    that failed. `named` has the reasons of mutants, by "equivalent" and "gap"."""
     files: dict[str, list[Mapping[str, Any]]] = {}
     for entry in outcomes:
         files.setdefault(entry["file"], []).append(entry)
@@ -50,14 +51,14 @@ def aggregate(
 
 
 def last(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines of the last campaign."""
+    """Return the lines of the last campaign."""
     records = [entry for entry in records if entry["kind"] == "mutation"]
     date = max((entry["date"] for entry in records), default="")
     return [entry for entry in records if entry["date"] == date]
 
 
 def page(records: Sequence[Mapping[str, Any]]) -> str:
-    """The README's section: a row for each file, the rates, and who survived."""
+    """Return the page's text: a row for each file, the rates, and the survivors."""
     records = last(records)
     if not records:
         return "No results yet."
@@ -111,12 +112,12 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{number:,} mutants ({drawn}): {killed:,} killed ({ways}), {100 * killed / number:.1f} %; "
         f"{100 * killed / (number - total['equivalent']):.1f} % of those that are not equivalent. "
-        f"A cell of an operator: killed/mutants."
+        f"A cell of an operator holds killed/mutants."
     )
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The survivors by their reason."""
+    """Return the survivors by their reason."""
     reasons = defaultdict[tuple[str, str], list[str]](list)
     for record in records:
         for entry in record["survivors"]:

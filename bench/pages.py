@@ -1,6 +1,6 @@
-"""Which generated table stands on which page, and writing it there.
+"""The generated tables and their pages.
 
-A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, each on a line of its own.
+A table is between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, each on a line of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMAND = "make bench-report"
 
 
 def loss(records: Records) -> str:
-    """A table of the loss for each device, and where its numbers come from."""
+    """Return a table of the loss for each device, and where its numbers come from."""
     timed = [entry for entry in records if entry["kind"] == "loss"]
     parts = []
     for device in dict.fromkeys(entry["device"] for entry in timed):
@@ -100,24 +100,24 @@ TABLES = {
 
 
 def committed() -> Records:
-    """The last record of each key in bench/results."""
+    """Return the last record of each key in bench/results."""
     return known(sorted(record.RESULTS.glob("*.jsonl")))
 
 
 def known(paths: Iterable[Path]) -> Records:
-    """The last record of each key in some files, without trial runs."""
+    """Return the last record of each key in some files, without trial runs."""
     return [entry for entry in record.latest(record.load(paths)) if not entry.get("dry_run")]
 
 
 def demo_results() -> dict[str, Any]:
-    """What the demo wrote last."""
+    """Return the results of the committed run of the demo."""
     found: dict[str, Any] = json.loads((record.RESULTS / "demo.json").read_text(encoding="utf-8"))
     return found
 
 
 def adopt_demo(folder: Path = ROOT / "demo-out") -> Path | None:
-    """Copy the results that `make demo` left to bench/results, if they are of the demo's own
-    settings and of the code that is here. The path if they were copied."""
+    """Copy the results that `make demo` left to bench/results, if they have the default settings
+    and belong to the code that is here. Return the path if they were copied."""
     from pre_kernels.demo.settings import Settings
 
     path = folder / "demo.json"
@@ -142,12 +142,12 @@ def write(names: Iterable[str], records: Records, root: Path = ROOT) -> None:
 
 
 def written(name: str, root: Path = ROOT) -> str:
-    """The table that stands on its page."""
+    """Return the table that is on its page."""
     return _parts(root / TABLES[name].page, name)[1].strip("\n")
 
 
 def _parts(path: Path, name: str) -> tuple[str, str, str]:
-    """A page up to the first marker, between the two, and from the second."""
+    """Return a page up to the first marker, between the two, and from the second."""
     text = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -1,12 +1,13 @@
 """Peak memory of one step on the CPU, in a process of its own:
 `python -m bench.peak_memory SHAPE DTYPE PEER ROWS [MIB]`.
 
-Prints {"peak_mib", "returned_mib"}: how far the resident memory of the process rose during the
-second of two steps above what it was before that step (so the inputs, the code and what the first
-step left cached are not in it; the gradients returned and the libraries' scratch memory are), and
-the size of those gradients. Large blocks are mapped one by one (MALLOC_MMAP_THRESHOLD_), so what is
-counted is in use: by default glibc keeps some that are free, a seventh more or less from run to
-run. MIB is the workspace, of those of ours that take one.
+It prints {"peak_mib", "returned_mib"}. The first is the rise of the process's resident memory
+during the second of two steps, above its value before that step. So it excludes the inputs, the
+code and what the first step left cached, and includes the returned gradients and the scratch memory
+of libraries. The second is the size of those gradients. Large blocks are mapped one by one
+(MALLOC_MMAP_THRESHOLD_), so that only memory in use counts: by default glibc keeps some free
+blocks, a seventh more or less from run to run. MIB is the workspace, for those of ours that take
+one.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from . import ROOT, baselines, shapes
 def peak(
     shape: str, dtype: str, name: str, rows: str, workspace: int | None = None
 ) -> tuple[float, float]:
-    """(peak, returned) in MiB of a baseline, with that many MiB of workspace, measured in a fresh
-    process."""
+    """Return (peak, returned) in MiB of a baseline, with that many MiB of workspace, measured in a
+    fresh process."""
     given = [] if workspace is None else [str(workspace)]
     result = fresh("bench.peak_memory", shape, dtype, name, rows, *given, folder=ROOT)
     return result["peak_mib"], result["returned_mib"]

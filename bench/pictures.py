@@ -1,6 +1,6 @@
 """The pictures of docs/pictures that are drawn from results.
 
-Each keeps a digest of what it was drawn from, so a test can tell that it is older than its results.
+Each keeps a digest of what it was drawn from, so a test can tell when it is older than its results.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PICTURES = {
 
 
 def results(name: str, records: Records) -> Any:
-    """What a picture is drawn from: the demo's results, or the records of the device that was
-    measured last."""
+    """Return what a picture is drawn from: the demo's results, or the records of the device that
+    was measured last."""
     kinds = PICTURES[name].kinds
     if kinds == (DEMO,):
         return pages.demo_results()
@@ -49,19 +49,19 @@ def results(name: str, records: Records) -> Any:
 
 
 def note(name: str, found: Any) -> str:
-    """The line below a picture."""
+    """Return the line below a picture."""
     return outdated([{**found, "kind": DEMO}] if PICTURES[name].kinds == (DEMO,) else found)
 
 
 def digest(name: str, records: Records) -> str:
-    """Of the results that a picture shows and of the line below it."""
+    """Return a digest of the results that a picture shows and of the line below it."""
     found = results(name, records)
     text = json.dumps([found, note(name, found)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def drawn_from(path: Path) -> str | None:
-    """The digest that a picture keeps."""
+    """Return the digest that a picture keeps."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -69,7 +69,7 @@ def drawn_from(path: Path) -> str | None:
 
 
 def draw(names: Iterable[str], records: Records, folder: Path = FOLDER) -> None:
-    """Draw these pictures that are not drawn from these results yet."""
+    """Draw those of these pictures that are not yet drawn from these results."""
     from PIL import Image, PngImagePlugin
 
     for name in names:

@@ -11,13 +11,13 @@ from . import baselines, shapes
 from .tables import groups, ratios
 
 Record = dict[str, Any]
-# tokens of a shape in the bars: at smaller ones calls cost more than products
+# Fewest tokens of a shape in the bars. In smaller shapes calls cost more than matmuls.
 LEAST = 1000
 
 
 def bars(records: Iterable[Record], path: Path, note: str = "") -> None:
-    """For each shape of at least LEAST tokens: time ÷ that of the six bare matmuls in the same run,
-    and peak memory ÷ eager's. `note` is a line below."""
+    """Draw for each shape of at least LEAST tokens: time ÷ that of the six bare matmuls in the same
+    run, and peak memory ÷ eager's. `note` is a line below."""
     pyplot = _pyplot()
     runs = [
         run
@@ -74,7 +74,7 @@ def _note(plot: Any, text: str) -> None:
 
 
 def curves(records: Iterable[Record], path: Path) -> list[str]:
-    """The panels there is data for, of one device, in one picture; their titles."""
+    """Draw the panels that have data, of one device, in one picture. Return their titles."""
     records = list(records)
     device = next((entry["device"] for entry in reversed(records) if entry.get("capability")), None)
     device = device or next((entry["device"] for entry in records), None)
@@ -107,8 +107,8 @@ def curves(records: Iterable[Record], path: Path) -> list[str]:
 
 
 def workspaces(records: Iterable[Record], path: Path, note: str = "") -> list[str]:
-    """What the workspace buys on a CPU, the last one that was swept: a row for each dtype; the
-    titles."""
+    """Draw time and memory over the workspace of the CPU that was swept last, with a row for each
+    dtype. Return the titles."""
     swept = [
         entry
         for entry in records
@@ -148,7 +148,7 @@ def workspaces(records: Iterable[Record], path: Path, note: str = "") -> list[st
 
 
 def over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
-    """Lines: the sweep at d = m = z; crosses: the real shapes."""
+    """Draw the sweep at d = m = z as lines, and the real shapes as crosses."""
     axis.set(title="time ÷ the six bare matmuls", xlabel="N", xscale="log")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     _lines(axis, runs, lambda run, name: ratios(run, name)["floor"])
@@ -209,7 +209,8 @@ def workspace_memory(axis: Any, records: list[Record]) -> None:
 
 
 def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], float]) -> None:
-    """Curves of the baselines that take one, lines across for those that take none."""
+    """Draw a curve for each baseline that takes a workspace, and a horizontal line for each that
+    takes none."""
     axis.set_xscale("log", base=2)
     for entry in records:
         if "item" not in entry and entry["peer"] != "floor":
@@ -225,7 +226,8 @@ def _over_workspace(axis: Any, records: list[Record], value: Callable[[Record], 
 
 
 def intensity(entry: Record) -> float:
-    """FLOP of the six products ÷ bytes that any implementation reads and writes at least once."""
+    """Return the FLOP of the six matmuls ÷ the bytes that any implementation reads and writes at
+    least once."""
     n, d, m, z = (entry[name] for name in "ndmz")
     # hidden and anchor; weights and their gradients; dH
     elements = n * (d + z) + 2 * m * (d + z) + n * d
@@ -233,7 +235,7 @@ def intensity(entry: Record) -> float:
 
 
 def _timed(records: list[Record]) -> list[dict[str, Record]]:
-    """Runs with a floor: the real shapes and, of the sweep, the widest predictor."""
+    """Return the runs with a floor: the real shapes and, of the sweep, the widest predictor."""
     kept = [
         entry
         for entry in records
@@ -276,7 +278,7 @@ def _lines(
     runs: list[dict[str, Record]],
     value: Callable[[dict[str, Record], str], float | None],
 ) -> None:
-    """For each baseline a line through the sweep and crosses for the other shapes."""
+    """Draw for each baseline a line through the sweep and crosses for the other shapes."""
     for name in _names(runs):
         for kind, style in (("sweep", {"marker": "o"}), ("loss", {"marker": "x", "linestyle": ""})):
             of_kind = [run for run in runs if name in run and run[name]["kind"] == kind]
@@ -292,7 +294,7 @@ def _names(runs: list[dict[str, Record]]) -> list[str]:
 
 
 def _color(name: str) -> Any:
-    """The same in every panel and in the bars."""
+    """Return the color of a baseline, which is the same in every panel and in the bars."""
     order = list(baselines.BY_NAME)
     return _pyplot().get_cmap("tab20")(order.index(name) if name in order else len(order))
 

@@ -1,6 +1,6 @@
-"""Where a step's time goes, whether the host ever waits, and what the workspace buys.
+"""Where the time of a step goes, whether the host waits, and what a larger workspace saves.
 
-python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large product of
+python -m bench.profiling ceilings     GB/s of a copy on the device, TFLOP/s of a large matmul of
                                        random numbers
 python -m bench.profiling kernels      kernel times and launches of a step, for each baseline
                                        (torch.profiler)
@@ -9,7 +9,7 @@ python -m bench.profiling fullgraph    the same under torch.compile
 python -m bench.profiling workspace    time ÷ floor and peak memory over the bytes of a chunk's
                                        buffers
 python -m bench.profiling workspace --dtype bf16 fp32
-                                       on a CPU: that curve, and eager and torch.compile beside it
+                                       on a CPU: that curve, with eager and torch.compile
 python -m bench.profiling firstcall    seconds of the first step of a process, with Triton's cache
                                        empty and filled
 python -m bench.profiling once         one step between cudaProfilerStart and Stop, for ncu
@@ -40,15 +40,16 @@ from . import ROOT, baselines, record, shapes, suite, tables
 from .gpu_goals import KEPT
 from .kept_guarantees import guarantees, impls
 
-# MiB of workspace in a sweep, and the baselines beside it
+# MiB of workspace in a sweep
 MIBS = {
     "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
     "cpu": (2, 4, 8, 16, 32, 64, 128, 256),
 }
+# baselines that are measured beside the sweep
 BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}
 SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
 STEPS = 5
-# Of each baseline so many kernels are kept, those that take the longest.
+# This many kernels of each baseline are kept, the slowest ones.
 TOP = 25
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
 
@@ -56,15 +57,17 @@ Records = Iterator[dict[str, Any]]
 
 
 def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
-    """What nothing can beat. Of random numbers: those of a product of zeros cost less power, and so
-    less time."""
+    """Yield the limits of the device. The numbers are random: a matmul of zeros needs less power,
+    and so less time."""
     if failure := _no_launch(device):
         yield {"kind": "ceiling", "item": "launch", "failed": failure}
-    place = device.torch_device
+    torch_device = device.torch_device
     big, side = (1 << 31, 8192) if device.kind == "cuda" else (1 << 22, 128)
-    source = torch.empty(big, dtype=torch.int8, device=place)
+    source = torch.empty(big, dtype=torch.int8, device=torch_device)
     to = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=place, dtype=shapes.DTYPES[dtype]) for _ in range(2))
+    a, b = (
+        torch.randn(side, side, device=torch_device, dtype=shapes.DTYPES[dtype]) for _ in range(2)
+    )
     out = torch.empty_like(a)
     steps = {"copy": lambda: to.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
     for item, samples in interleaved(device, steps, 2.0).items():
@@ -75,8 +78,8 @@ def ceilings(device: Cpu | Cuda, dtype: str) -> Records:
 
 
 def _no_launch(device: Cpu | Cuda) -> str | None:
-    """Why no kernel of Triton starts, which wants a C compiler and Python's headers; None if one
-    does."""
+    """Return why no Triton kernel can start, which needs a C compiler and Python's headers. None if
+    one starts."""
     if device.kind == "cpu":
         return None
     try:
@@ -92,8 +95,8 @@ def _no_launch(device: Cpu | Cuda) -> str | None:
 def kernels(
     device: Cpu | Cuda, shape: shapes.Shape, dtype: str, names: Iterable[str] = ()
 ) -> Records:
-    """Time and launches of each kernel per step (on a CPU: of each operator), and the calls that
-    make the host wait."""
+    """Yield time and launches of each kernel per step (on a CPU: of each operator), and the calls
+    that make the host wait."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     on_gpu = device.kind == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -150,8 +153,9 @@ def workspace(
     names: Sequence[str] = (),
     mibs: Sequence[int] = (),
 ) -> Records:
-    """Time and peak over the workspace, for all implementations that run; sizes take turns with the
-    floor, and on a CPU with the baselines that take no workspace, whose records have no "item"."""
+    """Yield time and peak memory over the workspace, for all implementations that run. Sizes take
+    turns with the floor, and on a CPU with the baselines that take no workspace, whose records have
+    no "item"."""
     if reason := suite.too_large(shape, device):
         yield {"kind": "workspace", "unavailable": reason}
         return
@@ -164,9 +168,9 @@ def workspace(
         (name, mib) for name in ours for mib in mibs or MIBS[device.kind]
     ]
     plan = [
-        place
-        for place in plan + [(name, None) for name in BESIDE[device.kind]]
-        if not names or place[0] in names
+        entry
+        for entry in plan + [(name, None) for name in BESIDE[device.kind]]
+        if not names or entry[0] in names
     ]
     steps: dict[tuple[str, int | None], baselines.Step] = {}
     known: dict[tuple[str, int | None], dict[str, Any]] = {("floor", None): {}}
@@ -185,22 +189,22 @@ def workspace(
             yield told(name, mib)
         else:
             steps[name, mib] = step
-    # Its float64 gradients would crowd out what is measured.
+    # The float64 gradients would take memory from what is measured.
     judges.clear()
     peaks = False
     for times in suite.staged(device, {**steps, ("floor", None): baselines.floor(case)}, 20.0):
-        for place, samples in times.items():
-            known[place] |= suite.timed(samples, times["floor", None])
-            known[place]["over_floor"] = known[place]["median_ms"] / known[place]["floor_ms"]
-            yield told(*place)
-        for place, step in steps.items() if not peaks else ():
-            known[place] |= suite.peak(device, step, shape.name, dtype, place[0], "index", place[1])
+        for entry, samples in times.items():
+            known[entry] |= suite.timed(samples, times["floor", None])
+            known[entry]["over_floor"] = known[entry]["median_ms"] / known[entry]["floor_ms"]
+            yield told(*entry)
+        for entry, step in steps.items() if not peaks else ():
+            known[entry] |= suite.peak(device, step, shape.name, dtype, entry[0], "index", entry[1])
         peaks = True
 
 
 def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """In fresh processes: imports, inputs and the device are there; kernels are compiled, or read
-    from the cache."""
+    """Yield the seconds of a first call in fresh processes. Imports, inputs and the device are
+    ready; kernels are compiled, or read from the cache."""
     for name in impls(device, dtype):
         with tempfile.TemporaryDirectory() as cache:
             for item in ("cold cache", "warm cache"):
@@ -226,7 +230,7 @@ def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
 
 
 def first(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
-    """What `firstcall` runs in a process of its own."""
+    """Run what `firstcall` measures, in a process of its own."""
     case = shapes.case(shape, shapes.DTYPES[dtype], device.torch_device)
     step = baselines.step(partial(fused_pre_loss, impl=os.environ["BENCH_IMPL"]), case)
     device.synchronize()
@@ -273,16 +277,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=WHAT)
     parser.add_argument(
-        "--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"else, by the device, {SHAPE}"
+        "--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"default, by the device: {SHAPE}"
     )
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
     parser.add_argument(
-        "--peers", nargs="+", choices=baselines.BY_NAME, help="of kernels and workspace; else all"
+        "--peers",
+        nargs="+",
+        choices=baselines.BY_NAME,
+        help="baselines of kernels and workspace (default: all)",
     )
     parser.add_argument(
-        "--mib", nargs="+", type=int, help=f"of workspace; else, by the device, {MIBS}"
+        "--mib",
+        nargs="+",
+        type=int,
+        help=f"sizes of the workspace (default, by the device: {MIBS})",
     )
-    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument(
+        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
     arguments = parser.parse_args(argv)
     device = current()
     path = record.file(record.folder(arguments.out), device)

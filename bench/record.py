@@ -1,5 +1,5 @@
-"""Result files: one JSON object a line, only ever appended to, each line saying where and of what
-it was measured."""
+"""Result files: one JSON object on each line. Lines are only appended, and each says where it was
+measured and with which code."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pre_kernels.check.device import Cpu, Cuda
 
 from . import ROOT
 
-# What is measured. `pre_kernels/integrations` is a link to the second folder: the first is hashed
-# without it, and git, which does not look behind a link, is asked about both.
+# The code that is measured. `pre_kernels/integrations` is a link to the second folder, so the first
+# is hashed without it. git does not look behind a link and is asked about both.
 SOURCES = ("pre_kernels", "integrations")
 RESULTS = Path(__file__).with_name("results")
 
-# a later line of the same key replaces an earlier one in tables and plots
+# In tables and plots a later line with the same key replaces an earlier one.
 KEY = (
     "kind",
     "device",
@@ -44,14 +44,14 @@ KEY = (
 
 
 def folder(given: str | None = None) -> Path:
-    """Where results go: as given, else GPU_OUT, else bench/results."""
+    """Return the folder of the results: the argument, else GPU_OUT, else bench/results."""
     path = Path(given or os.environ.get("GPU_OUT") or RESULTS)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def file(where: Path, device: Cpu | Cuda) -> Path:
-    """The file for this device: cpu.jsonl, or a GPU's name."""
+    """Return the file for this device: cpu.jsonl, or one with the name of a GPU."""
     if dry_run():
         return where / "dry-run.jsonl"
     name = device.kind if device.kind == "cpu" else device.describe()["device"]
@@ -59,8 +59,8 @@ def file(where: Path, device: Cpu | Cuda) -> Path:
 
 
 def stamp(device: Cpu | Cuda) -> dict[str, Any]:
-    """Device, versions, date, commit and a hash of the sources (a copy without .git has that at
-    least); of which run of `bench.gpu` it is a part."""
+    """Return device, versions, date, commit and a hash of the sources (which a copy without .git
+    has too), and the run of `bench.gpu` that this is a part of."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **device.describe(),
@@ -76,7 +76,8 @@ def stamp(device: Cpu | Cuda) -> dict[str, Any]:
 
 
 def dry_run() -> bool:
-    """Whether measurements are of tiny sizes, to try the scripts: kept apart, and in no table."""
+    """Return whether the sizes are tiny, to try the scripts. Such records are kept separately, and
+    are in no table."""
     return os.environ.get("BENCH_DRY_RUN") == "1"
 
 
@@ -93,7 +94,7 @@ def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Every record of some files; a line cut short by a kill is passed over."""
+    """Return every record of some files, without lines that were cut short by a kill."""
     records = []
     for path in paths:
         for line in path.read_text().splitlines():
@@ -105,11 +106,11 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record of each key, in the order in which the keys first came.
+    """Return the last record of each key, in the order in which the keys first came.
 
-    Baselines that were measured side by side stay together: of the runs of a shape the last one
-    counts, or the last with eager and the floor in it if there is one, since without them a time
-    has nothing to be divided by.
+    Baselines that were measured side by side stay together. Of the runs of a shape the last one
+    counts, or the last that has eager and the floor, since without them there is nothing to divide
+    a time by.
     """
     records = list(records)
     timed: dict[str, set[str]] = {}
@@ -120,31 +121,30 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen: dict[tuple[Any, ...], str] = {}
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        place = _place(record)
+        key = _key(record)
         group = record.get("group", "")
         if (
-            place not in chosen
+            key not in chosen
             or timed[group] >= {"eager", "floor"}
-            or not timed[chosen[place]] >= {"eager", "floor"}
+            or not timed[chosen[key]] >= {"eager", "floor"}
         ):
-            chosen[place] = group
+            chosen[key] = group
     for record in records:
-        place = _place(record)
-        if record.get("group", "") == chosen[place]:
-            last[(*place, record.get("peer"))] = record
+        key = _key(record)
+        if record.get("group", "") == chosen[key]:
+            last[(*key, record.get("peer"))] = record
     return list(last.values())
 
 
-def _place(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The key but for the baseline; records from before rows were also given as indices are of a
-    mask."""
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the key without the baseline. Records without "selection" are of a mask."""
     return tuple(
         record.get(name, "mask" if name == "selection" else None) for name in KEY if name != "peer"
     )
 
 
 def changed(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records whose code is no longer the code that is here."""
+    """Return the records whose code differs from the code that is here."""
     return [entry for entry in records if entry.get("measured") != sources.digest(entry["kind"])]
 
 
@@ -184,11 +184,11 @@ def _source() -> str:
 
 
 def files() -> list[Path]:
-    """The Python files of what is measured, each once: none behind a link, which `rglob` follows or
-    not by the version of Python."""
+    """Return the Python files of the code that is measured, each once. Files behind a link are left
+    out, since `rglob` follows links in some versions of Python only."""
     paths: list[Path] = []
     for folder in SOURCES:
         walk = os.walk(ROOT / folder, followlinks=False)
-        every = (Path(place, name) for place, _, names in walk for name in names)
+        every = (Path(parent, name) for parent, _, names in walk for name in names)
         paths += sorted(path for path in every if path.suffix == ".py")
     return paths

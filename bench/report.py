@@ -1,6 +1,6 @@
 """Result files as tables and plots.
 
-    python -m bench.report                             every committed result, as markdown
+    python -m bench.report                             print every committed result, as Markdown
     python -m bench.report bench/results/cpu.jsonl     one file
     python -m bench.report --pages                     write the committed results, and what
                                                        `make demo` left in demo-out, into README.md
@@ -11,8 +11,7 @@
     python -m bench.report --kind tile                 the sweep of tiles (other kinds: sweep, sync,
                                                        kernel)
 
-`bench/pages.py` says which table stands on which page, `bench/pictures.py` which pictures there
-are.
+`bench/pages.py` lists the tables and their pages, and `bench/pictures.py` the pictures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The problem sizes that are measured: real training steps on a GPU, stand-ins that a CPU finishes
-in seconds."""
+"""The problem sizes that are measured: real training steps on a GPU, and stand-ins that a CPU
+finishes in seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pre_kernels.check.cases import DTYPES, Shape, case
 
 __all__ = ["BY_NAME", "CPU", "DTYPES", "GPU", "ROWS", "TINY", "Shape", "case", "plan"]
 
-ROWS = ("index", "mask")  # ways to say which rows take part
+# ways to give the rows that take part
+ROWS = ("index", "mask")
 
 
 GPU = [
@@ -78,8 +79,8 @@ def plan(
     dtypes: Iterable[str] = ("bf16", "fp32"),
     rows: Iterable[str] = ("index",),
 ) -> list[tuple[Shape, str, str]]:
-    """(shape, dtype, rows) to measure on `device`, the most telling first; or the shapes of `names`
-    in `dtypes`."""
+    """Return (shape, dtype, rows) to measure on `device`, the most important first, or the shapes
+    of `names` in `dtypes`."""
     if picked := list(names):
         unknown = [name for name in picked if name not in BY_NAME]
         if unknown:

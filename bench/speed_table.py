@@ -1,4 +1,4 @@
-"""The README's table: time and memory of the larger CPU shapes beside eager and torch.compile."""
+"""The README's table: time and memory of the larger CPU shapes, with eager and torch.compile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING = (
 
 
 def page(records: Iterable[dict[str, Any]]) -> str:
-    """The table of the CPU that was measured last, or a link where nothing of this code is
+    """Return the table of the CPU that was measured last, or a link if nothing of this code is
     measured."""
     records = [
         entry for entry in records if entry["kind"] == "loss" and not entry.get("capability")

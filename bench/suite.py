@@ -1,5 +1,5 @@
-"""One shape measured: check ours and every baseline, time those that pass side by side, read their
-peak memory.
+"""Measurement of one shape: check ours and every baseline, time those that pass side by side, and
+read their peak memory.
 
 python -m bench.suite cpu-16k bf16
 python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-triton --seconds 5
@@ -23,14 +23,14 @@ from pre_kernels.check.timing import interleaved, spread
 
 from . import baselines, peak_memory, record, shapes, tables
 
-# of sampling a shape, beyond the least of rounds
+# seconds of sampling a shape, beyond the minimum of rounds
 SECONDS = {"cpu": 8.0, "cuda": 5.0}
 
 Records = Iterator[dict[str, Any]]
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error."""
+    """Return the first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
@@ -45,18 +45,18 @@ def measure(
     rows: str = "index",
     hot: bool = False,
 ) -> Records:
-    """Records of each baseline as they come, judged in the order of `names` (else all): its
-    verdict, its times after the least of rounds, those of all rounds. A later record of a baseline
-    replaces an earlier one: what ends this early leaves what was known. A baseline that is
-    unavailable or fails its check has "unavailable" or "failed" instead of times. `hot` leaves the
-    L2 cache as the step before left it; such records are of a kind of their own."""
+    """Yield records of each baseline as they come, judged in the order of `names` (else all): its
+    verdict, its times after the minimum of rounds, and its times after all rounds. A later record
+    of a baseline replaces an earlier one, so an early end leaves the results so far. A baseline
+    that is unavailable or fails its check has "unavailable" or "failed" instead of times. `hot`
+    leaves the L2 cache as the step before left it; such records have their own kind."""
     chosen = [baselines.BY_NAME[name] for name in names] or baselines.BASELINES
     torch_dtype = shapes.DTYPES[dtype]
-    place = device.torch_device
+    torch_device = device.torch_device
     stamp = record.stamp(device)
     size = {"rows": shape.rows, "n": shape.selected, "d": shape.d, "m": shape.m, "z": shape.z}
     kind = "hot" if hot else "loss"
-    # One run is one group: what is divided by another baseline's time was measured beside it, or
+    # One run is one group. Times are only divided by times that were measured beside them, or
     # beside the same floor.
     group = f"{stamp.get('run', stamp['date'])} {kind} {shape.name} {dtype} {rows}"
     about = {
@@ -77,10 +77,11 @@ def measure(
             results[name] = {"unavailable": lack}
             yield told(name)
         return
-    case = shapes.case(shape, torch_dtype, place, rows)
+    case = shapes.case(shape, torch_dtype, torch_device, rows)
     steps: dict[str, baselines.Step] = {}
     judges: dict[str, Judge] = {}
-    # Without a reset a second shape would be compiled for any size. Dynamo takes seconds to import.
+    # Without a reset a second shape would be compiled for any size. Dynamo is not imported for
+    # this, since that takes seconds.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     for baseline in chosen:
@@ -89,15 +90,15 @@ def measure(
             steps[baseline.name] = step
         if results[baseline.name]:
             yield told(baseline.name)
-    # Its float64 gradients would crowd out what is measured.
+    # The float64 gradients would take memory from what is measured.
     judges.clear()
 
     if hot and isinstance(device, Cuda):
-        # An empty buffer: nothing is written between samples.
-        device.scratch = torch.empty(0, device=place)
+        # With an empty buffer nothing is written between samples.
+        device.scratch = torch.empty(0, device=torch_device)
     extra: dict[str, dict[str, Any]] = {}
     for samples in staged(device, steps, SECONDS[device.kind] if seconds is None else seconds):
-        # again, with the clocks of just after work
+        # The stamp is taken again, with the clocks right after work.
         stamp = record.stamp(device)
         for name, milliseconds in samples.items():
             results[name] |= timed(milliseconds, samples.get("floor"))
@@ -114,11 +115,11 @@ def measure(
 def judged(
     baseline: baselines.Baseline, case: Case, judges: dict[str, Judge]
 ) -> tuple[dict[str, Any], baselines.Step | None]:
-    """What is to be said of a baseline before it is timed, and its step if it is to be. `judges`
-    keeps the judge of each own case."""
-    place = case.tensors["hidden"].device
+    """Return what is known of a baseline before it is timed, and its step if it is to be timed.
+    `judges` keeps the judge of each case."""
+    device = case.tensors["hidden"].device
     dtype = case.product_dtype
-    if missing := baseline.missing(place, dtype):
+    if missing := baseline.missing(device, dtype):
         return {"unavailable": missing}, None
     if baseline.build is None:
         return {}, baselines.floor(case)
@@ -143,8 +144,8 @@ def judged(
 def staged(
     device: Cpu | Cuda, steps: Mapping[Any, baselines.Step], seconds: float
 ) -> Iterator[dict[Any, list[float]]]:
-    """Interleaved samples of each step: those of the least of rounds, then all that `seconds`
-    give."""
+    """Yield the samples of each step, which take turns: those of the minimum of rounds, then all
+    that `seconds` allow."""
     start = time.monotonic()
     samples = interleaved(device, steps, 0.0)
     yield samples
@@ -153,13 +154,14 @@ def staged(
 
 
 def timed(milliseconds: list[float], floor: list[float] | None) -> dict[str, float]:
-    """Median and quartiles, and the median of the floor that was sampled beside it, if one was."""
+    """Return median and quartiles, and the median of the floor that was sampled beside it, if
+    any."""
     return {**spread(milliseconds), **({"floor_ms": spread(floor)["median_ms"]} if floor else {})}
 
 
 def too_large(shape: shapes.Shape, device: Cpu | Cuda) -> str | None:
-    """Why judging a shape is not tried, by an estimate of its float64 arithmetic; None if it
-    fits."""
+    """Return why a shape is too large to judge, by an estimate of its float64 arithmetic. None if
+    it fits."""
     need = needed(shape, torch.float64, FLUSH)
     free = device.free()
     if free is None or need <= free:
@@ -176,8 +178,8 @@ def _beside(
     step: baselines.Step,
     with_memory: bool,
 ) -> dict[str, Any]:
-    """What is read of a step but its time: peak memory and the designed one, what it costs the
-    host."""
+    """Return what is measured of a step besides its time: peak memory, the memory by design, and
+    the time of the host."""
     enqueue = device.enqueue_us(step)
     result = {} if enqueue is None else {"enqueue_us": enqueue}
     if baselines.BY_NAME[name].ours:
@@ -191,8 +193,8 @@ def _beside(
 
 
 def peak(device: Cpu | Cuda, step: baselines.Step, *named: Any) -> dict[str, Any]:
-    """Peak and returned MiB of a step, which a process of its own finds by the arguments of
-    `peak_memory.peak` on a CPU; or why they are not known."""
+    """Return peak and returned MiB of a step, or why they are not known. On a CPU a fresh process
+    finds them by the arguments of `peak_memory.peak`."""
     try:
         if isinstance(device, Cuda):
             most, returned = device.peak(step)
@@ -217,13 +219,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given"
     )
     parser.add_argument(
-        "--peers", nargs="+", choices=baselines.BY_NAME, default=[], help="in this order; else all"
+        "--peers",
+        nargs="+",
+        choices=baselines.BY_NAME,
+        default=[],
+        help="measure these, in this order (default: all)",
     )
-    parser.add_argument("--seconds", type=float, help="of sampling")
+    parser.add_argument("--seconds", type=float, help="seconds of sampling")
     parser.add_argument(
         "--hot", action="store_true", help="without a cold L2 cache before each step"
     )
-    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument(
+        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
     arguments = parser.parse_args(argv)
 
     device = current()

@@ -1,5 +1,5 @@
-"""What a run of `bench.gpu` found, in at most 40 lines: a function of the records that it left, and
-of check.json."""
+"""A summary of a run of `bench.gpu` in at most 40 lines: a function of its records and of
+check.json."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .tables import groups, ratios
 
 Record = dict[str, Any]
 
-# kernels that are no pass over rows
+# kernels that are not passes over rows
 PRODUCT = re.compile("gemm|nvjet|cutlass|xmma|matmul|weight_grad")
-# × the time: from here on a difference is no accident
+# × the time: a larger difference is not noise
 SOONER = 0.97
 UNITS = {"gb_per_s": "GB/s", "tflops": "TFLOP/s"}
 HEAD = "", "ms", "÷ floor", "÷ eager", "error", "÷ formula", "host µs"
 
 
 def of_folder(folder: Path) -> list[str]:
-    """Of the last run whose records are there."""
+    """Return the summary of the last run that has records there."""
     records = record.load(sorted(folder.glob("*.jsonl")))
     last = max((entry["run"] for entry in records if "run" in entry), default=None)
     file = folder / "check.json"
     checked = json.loads(file.read_text()) if file.exists() else {}
-    # Both dates are in UTC; they are compared to the second.
+    # Both dates are in UTC, and are compared to the second.
     if last and checked.get("date", "")[:19] < last[:19]:
-        # The file is of an earlier run.
+        # The file belongs to an earlier run.
         checked = {}
     return lines(record.latest(entry for entry in records if entry.get("run") == last), checked)
 
 
 def lines(records: Sequence[Record], checked: Record) -> list[str]:
-    """The summary; a part that left no record has no line but among the parts."""
+    """Return the summary. A part that left no record is only listed among the parts."""
     if not records:
         return ["no records"]
     sections = [
@@ -83,7 +83,7 @@ def _head(records: Sequence[Record]) -> list[str]:
 
 
 def _check(checked: Record) -> list[str]:
-    """A line for each implementation, with the first thing that is wrong with it."""
+    """Return a line for each implementation, with the first thing that is wrong with it."""
     results: dict[str, list[Record]] = {
         impl: [] for impl in checked.get("settings", {}).get("impl", [])
     }
@@ -109,7 +109,7 @@ def _of_check(checked: Record) -> Iterator[str]:
 
 
 def _lacking(records: Sequence[Record]) -> list[str]:
-    """What was to be measured and was not."""
+    """Return what was planned and not measured."""
     texts = []
     for entry in records:
         reason = entry.get("failed") or entry.get("unavailable")
@@ -151,7 +151,7 @@ def _speeds(records: Sequence[Record]) -> list[str]:
 
 
 def _memory(entry: Record) -> float | None:
-    """Peak beyond the gradients returned ÷ the formula."""
+    """Return the peak beyond the returned gradients ÷ the formula."""
     if "peak_mib" not in entry or "formula_mib" not in entry:
         return None
     return (entry["peak_mib"] - entry["returned_mib"]) / entry["formula_mib"]
@@ -171,7 +171,7 @@ def _tests(records: Sequence[Record]) -> list[str]:
 
 
 def _last(text: str) -> str:
-    """The last line that says something."""
+    """Return the last line that is not empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -191,7 +191,7 @@ def _guarantees(records: Sequence[Record]) -> list[str]:
 
 
 def _slowest(records: Sequence[Record], name: str, passes: bool = False) -> list[str]:
-    """The kernels of a step that take most of it; of its passes over rows alone."""
+    """Return the slowest kernels of a step, and the slowest of its passes over rows."""
     of_baseline = [entry for entry in _kind(records, "kernel") if entry["peer"] == name]
     shown = [entry for entry in of_baseline if not (passes and PRODUCT.search(entry["item"]))]
     shown.sort(key=lambda entry: -entry["us"])
@@ -206,7 +206,7 @@ def _kernels(records: Sequence[Record]) -> list[str]:
 
 
 def _candidates(records: Sequence[Record]) -> Iterator[tuple[str, Record, Record]]:
-    """(role, shipped tile, best tile) where both were timed."""
+    """Return (role, shipped tile, best tile) where both were timed."""
     timed = [entry for entry in _kind(records, "tile") if "median_ms" in entry]
     for role in dict.fromkeys(entry["role"] for entry in timed):
         tiles = [entry for entry in timed if entry["role"] == role]
@@ -229,7 +229,7 @@ def _tiles(records: Sequence[Record]) -> list[str]:
 
 
 def _workspace_runs(records: Sequence[Record]) -> dict[str, dict[int, float]]:
-    """÷ floor by MiB, for each of ours."""
+    """Return time ÷ floor by MiB, for each of ours."""
     runs: dict[str, dict[int, float]] = {}
     for entry in _kind(records, "workspace"):
         if "over_floor" in entry and "item" in entry:
@@ -248,7 +248,7 @@ def _workspaces(records: Sequence[Record]) -> list[str]:
 
 
 def _next(records: Sequence[Record]) -> Iterator[str]:
-    """Simple rules from what was found to what it suggests, the gravest first."""
+    """Return suggestions that follow from the results by simple rules, the most serious first."""
     if failed := [entry for entry in _kind(records, "test") if entry["outcome"] == "failed"]:
         yield f"mend {failed[0]['item']} and {len(failed) - 1} more: no number counts before"
     yield from (f"mend {text}" for text in _broken(records)[:1])
@@ -274,7 +274,8 @@ def _next(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
-    """What the baselines of a shape, measured side by side, suggest."""
+    """Return suggestions that follow from the baselines of a shape that were measured side by
+    side."""
     timed = {name: entry for name, entry in run.items() if "median_ms" in entry}
     ours = {name: entry for name, entry in timed.items() if name.startswith("ours-")}
     for name, entry in run.items():

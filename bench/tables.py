@@ -1,6 +1,5 @@
-"""Records as tables: the loss beside its baselines, any other kind of record, and where the numbers
-come from. All that shows records stands on this module.
-"""
+"""Records as tables: the loss and its baselines, any other kind of record, and where the numbers
+come from. All modules that show records use this one."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ HEAD = (
 
 
 def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """Records by baseline, for each run of a shape."""
+    """Return records by baseline, for each run of a shape."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in records:
         runs.setdefault(entry["group"], {})[entry["peer"]] = entry
@@ -24,14 +23,14 @@ def groups(records: Iterable[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
 
 
 def over_floor(run: dict[str, dict[str, Any]], name: str) -> float | None:
-    """A baseline's time over that of the six bare matmuls that were sampled beside it."""
+    """Return a baseline's time ÷ that of the six bare matmuls that were sampled beside it."""
     entry = run.get(name, {})
     floor = entry.get("floor_ms", run.get("floor", {}).get("median_ms"))
     return entry["median_ms"] / floor if floor and "median_ms" in entry else None
 
 
 def ratios(run: dict[str, dict[str, Any]], name: str) -> dict[str, float | None]:
-    """Of a baseline: its time over eager's and the floor's, its peak memory over eager's, with and
+    """Return a baseline's time ÷ eager's and ÷ the floor's, and its peak memory ÷ eager's, with and
     without gradients. Times of different processes are compared by the floor beside each."""
     over, eager = over_floor(run, name), over_floor(run, "eager")
 
@@ -58,7 +57,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def loss_table(records: Iterable[dict[str, Any]]) -> list[Sequence[str]]:
-    """Header and rows; a baseline without times is left out (see `refusals`)."""
+    """Return header and rows. A baseline without times is left out (see `refusals`)."""
     table: list[Sequence[str]] = [HEAD]
     for run in groups(records):
         for name, entry in run.items():
@@ -94,7 +93,7 @@ def _rule(entry: dict[str, Any]) -> str:
 
 
 def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each measurement that was not taken, with the reason."""
+    """Return a line for each measurement that was not taken, with the reason."""
     lines = []
     for entry in records:
         for what in ("failed", "unavailable", "memory_unavailable", "outside_rule"):
@@ -105,8 +104,8 @@ def refusals(records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
-    """Records of any other kind: a column for each field that is not the same in all, but no lists
-    and no stamp."""
+    """Return a table of records of any other kind: a column for each field that differs between
+    them, without lists and stamps."""
     hidden = {
         "kind",
         "group",
@@ -139,7 +138,7 @@ def plain_table(records: list[dict[str, Any]]) -> list[Sequence[str]]:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose source lines up too."""
+    """Return a Markdown table whose source is aligned too."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -150,14 +149,15 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def below(records: Iterable[Mapping[str, Any]]) -> str:
-    """Below a table: where its numbers come from, and whether the code has changed since."""
+    """Return the lines below a table: where its numbers come from, and whether the code has changed
+    since."""
     records = list(records)
     lines = [f"- {line}" for line in provenance(records)]
     return "\n".join([*lines, *(("", line) if (line := outdated(records)) else ())])
 
 
 def outdated(records: Iterable[Mapping[str, Any]]) -> str:
-    """A sentence about the records whose code has changed since; empty if there are none."""
+    """Return a sentence about the records whose code has changed since; empty if there are none."""
     dates: dict[str, set[str]] = {}
     for entry in record.changed(records):
         dates.setdefault(entry["commit"], set()).add(entry["date"][:10])
@@ -168,7 +168,7 @@ def outdated(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def provenance(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each device, version and commit that the numbers come from."""
+    """Return a line for each device, version and commit that the numbers come from."""
     lines = {}
     for entry in records:
         extras = [f"driver {entry['driver_version']}"] if entry.get("driver_version") else []

@@ -1,5 +1,5 @@
-"""Time and memory of the loss's forward and backward, each behind a check against float64 in the
-same run."""
+"""Time and memory of the loss, forward and backward, each after a check against float64 in the same
+run."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from . import baselines
 
 class Samples:
     """A clock that advances by the next sample at each call of `tick`, so that pytest-benchmark's
-    table shows ours."""
+    table shows our samples."""
 
     def __init__(self) -> None:
         self.now = 0.0

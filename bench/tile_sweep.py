@@ -1,9 +1,9 @@
-"""Sweeps on a GPU: the loss over N and the predictor's width, and the tiles of the Triton products.
+"""Sweeps on a GPU: the loss over N and the predictor's width, and the tiles of the Triton matmuls.
 
 python -m bench.tile_sweep sizes --n 9216        ours, eager and the floor at N = 9,216 for
                                                  m = d/4, 2048, d (d = 4096)
 python -m bench.tile_sweep tiles --role project  each candidate tile beside cuBLAS, in one of the
-                                                 products' roles
+                                                 roles of the matmuls
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Records = Iterator[dict[str, Any]]
 
 
 def sizes(device: Cpu | Cuda, n: int, dtype: str, d: int = 4096) -> Records:
-    """The loss at N rows of 1.25 N, for three widths of the predictor."""
+    """Yield records of the loss at N of 1.25 N rows, for three widths of the predictor."""
     for m in dict.fromkeys((d, 2048 if d == 4096 else d // 2, d // 4)):
         shape = shapes.Shape(f"n{n}-m{m}", 1, n * 5 // 4, n, d, m, d, "sweep")
         names = ("ours-blas", "ours-triton", "ours-torch", "eager", "floor")
@@ -52,8 +52,8 @@ def tiles(
     kinds: Sequence[str] = KINDS,
     most: int | None = None,
 ) -> Records:
-    """Milliseconds of a product for each candidate (of each kind the `most` likely ones) and for
-    cuBLAS, taking turns; only results that are right count."""
+    """Yield milliseconds of a matmul for each candidate (of each kind the `most` likely ones) and
+    for cuBLAS, which take turns. Only correct results count."""
     if reason := unavailable(device.torch_device, shapes.DTYPES[dtype]):
         yield {"kind": "tile", "role": role, "item": role, "unavailable": reason}
         return
@@ -98,7 +98,7 @@ def tiles(
             with (
                 mock.patch.dict(tiles.DESCRIPTOR_TILES, clear=True),
                 mock.patch.dict(table, {key: (tile,)}),
-                # Otherwise a tuned tile would be timed under each name.
+                # Without this a tuned tile would be timed under each name.
                 mock.patch.object(tiles, "remembered", dict),
                 mock.patch.object(tiles, "GROUP_M", group_m),
             ):
@@ -118,7 +118,7 @@ def _timed(
     flop: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The metrics of a product, or why there are none."""
+    """Return the metrics of a matmul, or why there are none."""
     try:
         run()
         device.synchronize()
@@ -140,15 +140,15 @@ def _timed(
 def _product(
     device: Cpu | Cuda, role: str, n: int, d: int, m: int, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], Any], torch.Tensor, torch.Tensor]:
-    """(ours, cuBLAS's, ours' output, the float64 result) of a product in one of its roles."""
+    """Return (ours, cuBLAS's, ours' output, the float64 result) of a matmul in one of its roles."""
     from pre_kernels.fused.kernels.matmul import matmul
     from pre_kernels.fused.kernels.weight_grad import add_weight_grad
 
-    place = device.torch_device
-    generator = torch.Generator(place).manual_seed(0)
+    torch_device = device.torch_device
+    generator = torch.Generator(torch_device).manual_seed(0)
 
     def randn(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=dtype, device=place)
+        return torch.randn(size, generator=generator, dtype=dtype, device=torch_device)
 
     x = randn(n, d)
     dy = randn(n, m)
@@ -166,7 +166,7 @@ def _product(
             y,
             dy.double() @ w.double(),
         )
-    total = torch.zeros(m, d, device=place)
+    total = torch.zeros(m, d, device=torch_device)
     out = torch.empty_like(w)
     truth = dy.double().t() @ x.double()
     return lambda: add_weight_grad(total, dy, x), lambda: torch.mm(dy.t(), x, out=out), total, truth
@@ -179,12 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("sizes", "tiles"))
     parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
     parser.add_argument("--d", type=int, default=4096)
-    parser.add_argument("--m", type=int, default=4096, help="of a tile's product")
+    parser.add_argument("--m", type=int, default=4096, help="dtype of a tile's matmul")
     parser.add_argument("--role", choices=ROLES, default="project")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
-    parser.add_argument("--most", type=int, help="candidates of each kind; else all")
+    parser.add_argument("--most", type=int, help="number of candidates of each kind (default: all)")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
-    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument(
+        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
     arguments = parser.parse_args(argv)
 
     device = current()

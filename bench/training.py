@@ -1,19 +1,21 @@
-"""A training step of a vision-language model with PRe ÷ the same step without: time and peak
-memory.
+"""The cost of PRe in a training step of a vision-language model: time and peak memory with it ÷
+without it.
 
 python -m bench.training            on a GPU LLaVA-1.5-7B: batch 16 × 1,024 tokens, 576 of them
                                     visual, in bfloat16; on a CPU SmolVLM-256M: batch 6 × 96 tokens,
                                     64 of them visual, in float32
 python -m bench.training --tiny     a small model, on either
 
-Weights are random, made on the device; the vision tower is frozen, the rest is trained by fused
-AdamW in the weights' dtype under non-reentrant gradient checkpointing. At 7B: 13 GiB of parameters,
-13 of gradients, 25 of optimizer state and some 20 of activations and logits. For the time the steps
-take turns, PRe switched on and off, and each pair of neighbours gives a ratio. The peak is of
-parameters, gradients, optimizer state and all that a step adds: on a GPU what the allocator says,
-before PRe is attached and after; on a CPU what lies there before a step, and how far the resident
-memory of a fresh process rises in it. The head's own parameters, gradients and optimizer state are
-taken off the peak with it; `memory_ratio_with_head` has them in it.
+Weights are random and made on the device. The vision tower is frozen; the rest is trained by fused
+AdamW in the weights' dtype under non-reentrant gradient checkpointing. At 7B this takes 13 GiB of
+parameters, 13 of gradients, 25 of optimizer state and some 20 of activations and logits.
+
+For the time, steps with and without PRe take turns, and each pair of neighbours gives a ratio. The
+peak consists of parameters, gradients, optimizer state and everything that a step adds. On a GPU
+the allocator measures it, before PRe is attached and after. On a CPU it is the sum of what is held
+before a step and the rise of a fresh process's resident memory during the step. The head's own
+parameters, gradients and optimizer state are subtracted from the peak with PRe;
+`memory_ratio_with_head` includes them.
 """
 
 from __future__ import annotations
@@ -39,23 +41,23 @@ from . import ROOT, record, tables
 from .shapes import DTYPES
 
 IMAGE = 5  # token id
-# GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, room for the
-# unforeseen
+# GiB of the GPU: 51 of parameters, gradients and moments, some 20 of activations, and a reserve
 NEEDED = 100
-# seconds of the turns, and how many there are at least
+# seconds of the turns, and their minimum number
 BUDGET = {"cpu": (150.0, 5), "cuda": (30.0, 10)}
-# what names of parameters call the encoder of images
+# parts of names of parameters that belong to the image encoder
 FROZEN = ("vision_tower", "vision_model")
 
 
 class Size(NamedTuple):
-    """What is trained: a batch of samples of one image each."""
+    """A model and its batch of samples, with one image each."""
 
     name: str
     config: Callable[[Size], Any]
     dtype: str
     batch: int
-    tokens: int  # of a sample, visual ones included
+    # of a sample, including visual ones
+    tokens: int
     text: dict[str, int]
     vision: dict[str, int]
     layer: int
@@ -149,7 +151,7 @@ DEFAULT = {"cpu": SMOLVLM, "cuda": LLAVA}
 
 
 def visual(size: Size) -> int:
-    """Tokens of an image."""
+    """Return the number of tokens of an image."""
     return (size.vision["image_size"] // size.vision["patch_size"] // size.scale) ** 2
 
 
@@ -161,8 +163,8 @@ def build(size: Size, device: torch.device) -> nn.Module:
     model.config.use_cache = False
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in FROZEN))
-    # transformers 5 would have all inputs require gradients, and send the backward through the
-    # frozen encoder
+    # transformers 5 would make all inputs require gradients, and the backward would go through the
+    # frozen encoder.
     model.enable_input_require_grads = lambda: None
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -188,16 +190,16 @@ def batch(size: Size, device: torch.device) -> dict[str, Tensor]:
 
 
 class Step:
-    """A training step; with PRe from `attach` on."""
+    """A training step, with PRe once `attach` was called."""
 
     def __init__(self, size: Size, device: Cpu | Cuda) -> None:
         torch.manual_seed(0)
         self.size = size
-        place = device.torch_device
-        self.model = build(size, place)
-        self.inputs = batch(size, place)
+        torch_device = device.torch_device
+        self.model = build(size, torch_device)
+        self.inputs = batch(size, torch_device)
         trained = (p for p in self.model.parameters() if p.requires_grad)
-        # so small a rate that the model stays where it was: every step then costs the same
+        # The rate is so small that the model hardly changes, so every step costs the same.
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         self.handle: PreHandle | None = None
         self.losses: list[Tensor] = []
@@ -215,7 +217,8 @@ class Step:
         self.losses.append(loss.detach())
 
     def held_mib(self) -> float:
-        """What lies there between steps: parameters, buffers, optimizer state, the batch."""
+        """Return the MiB that are held between steps: parameters, buffers, optimizer state, the
+        batch."""
         moments = [
             x
             for state in self.optimizer.state.values()
@@ -232,7 +235,7 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
     handle = step.attach()
     head = list(handle.head.parameters())
     with_mib = peak(device, step)
-    # its parameters, gradients and both moments
+    # its parameters, gradients and two moments
     own_mib = 4 * sum(p.nbytes for p in head) / MIB
     before = [p.detach().clone() for p in head]
     start = time.monotonic()
@@ -279,12 +282,12 @@ def measure(device: Cpu | Cuda, size: Size) -> dict[str, Any]:
 
 
 def tell(line: str) -> None:
-    """How far it is: a step takes seconds."""
+    """Print the progress, since a step takes seconds."""
     print(line, file=sys.stderr, flush=True)
 
 
 def pairs(with_ms: Sequence[float], without_ms: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of neighbours: what slows the machine for a while slows
+    """Return median and quartiles of the ratios of neighbours. A slow phase of the machine slows
     both of a pair."""
     ratios = [mine / other for mine, other in zip(with_ms, without_ms, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -292,7 +295,8 @@ def pairs(with_ms: Sequence[float], without_ms: Sequence[float]) -> dict[str, fl
 
 
 def peak(device: Cpu | Cuda, step: Step) -> float | None:
-    """MiB in all at the peak of the second of two steps; None where the system does not say."""
+    """Return the total MiB at the peak of the second of two steps. None if the system does not
+    say."""
     if device.kind == "cpu":
         if memory.missing():
             return None
@@ -310,8 +314,8 @@ def peak(device: Cpu | Cuda, step: Step) -> float | None:
 
 
 def resident(size: Size, attached: bool) -> dict[str, float]:
-    """MiB that lie there before the second of two steps, and by how much the memory of this process
-    rises in it."""
+    """Return the MiB that are held before the second of two steps, and the rise of the resident
+    memory of this process during it."""
     step = Step(size, Cpu())
     if attached:
         step.attach()
@@ -320,7 +324,7 @@ def resident(size: Size, attached: bool) -> dict[str, float]:
 
 
 def lacks(device: Cpu | Cuda, size: Size) -> str | None:
-    """Why it is not tried; None if it is."""
+    """Return why the measurement is not tried. None if it is."""
     if device.kind == "cpu" or size is TINY:
         return None
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -331,10 +335,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="a small model")
-    parser.add_argument("--out", help="folder of the result file; else GPU_OUT, else bench/results")
+    parser.add_argument("--tiny", action="store_true", help="use a small model")
     parser.add_argument(
-        "--peak", choices=("with", "without"), help="only the peak memory of a CPU's step, as JSON"
+        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
+    )
+    parser.add_argument(
+        "--peak",
+        choices=("with", "without"),
+        help="print only the peak memory of a step on a CPU, as JSON",
     )
     arguments = parser.parse_args(argv)
     device = current()

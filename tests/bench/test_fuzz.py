@@ -76,11 +76,14 @@ def test_page():
         ["torch", "float32", "mse", "gelu", "3", "2.00 · 1.00", "", "1.00 · 1.50", "", "", ""],
         ["torch", "float32", "mse", "relu", "1", "", "", "4.50 · 4.50", "", "", ""],
     ]
-    assert "5 distinct cases of seed 6 with 7 tensors: 4 within the rule; 1 where eager" in text
+    assert (
+        "of seed 6 had 5 distinct cases with 7 tensors. 4 tensors are within the rule. In 1 eager"
+        in text
+    )
     assert "eager overflows or is" in text
-    assert "1 where eager's own error is luck" in text
-    assert "2 violations" in text
-    assert "eager is outside in 1." in text
+    assert "In 1 eager's own error is small by luck" in text
+    assert "2 violate the rule" in text
+    assert "eager is outside the rule in 1." in text
     assert fuzz_table.page([]) == "No results yet."
 
 
