@@ -352,7 +352,7 @@ def test_each_process_reports_for_itself(
     if child == "run.sh":
         assert f"that the launcher cannot follow (`sh {tmp_path}/run.sh`)" in lines[0]
         assert (
-            f"start those by `python -m {LAUNCHER} --weight=0.25 --set=loss=mse -- train.py`"
+            f"start those with `python -m {LAUNCHER} --weight=0.25 --set=loss=mse -- train.py`"
             in lines[0]
         )
 
