@@ -160,7 +160,7 @@ BASELINES = [
     ),
     Baseline(
         "viral",
-        "VIRAL's way: the predictor over all tokens, a loop over samples",
+        "VIRAL's method: the predictor over all tokens, a loop over samples",
         lambda: compositions.viral,
     ),
     Baseline("floor", "the six bare matmuls, on rows already gathered", None),

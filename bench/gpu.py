@@ -154,7 +154,7 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
             # The summary takes a moment at the end.
             left = min(planned, limit - 2.0) - (began - start)
             if left < 2 * GRACE:
-                tell(part.name, "left out, no time", 0.0)
+                tell(part.name, "left out, no time was left", 0.0)
                 continue
             running = part
             status = run(part, left, out)

@@ -177,7 +177,9 @@ def memory_over_n(axis: Any, runs: list[dict[str, Record]]) -> None:
 
 
 def roofline(axis: Any, runs: list[dict[str, Record]]) -> None:
-    axis.set(title="TFLOP/s over FLOP a byte of least traffic", xlabel="FLOP / byte", xscale="log")
+    axis.set(
+        title="TFLOP/s over FLOP per byte of minimal traffic", xlabel="FLOP / byte", xscale="log"
+    )
     for name in _names(runs):
         points = [
             (intensity(run[name]), run[name]["tflops"])

@@ -50,7 +50,7 @@ def lines(records: Sequence[Record], checked: Record) -> list[str]:
     ]
     sections += [*_lacking(records), *_kernels(records), *_tiles(records), *_workspaces(records)]
     hints = list(dict.fromkeys([*_of_check(checked), *_next(records)]))
-    return [*sections, "what to try next:", *_few(hints or ["nothing that these rules know of"], 5)]
+    return [*sections, "what to try next:", *_few(hints or ["nothing: no rule applies"], 5)]
 
 
 def _kind(records: Sequence[Record], *kinds: str) -> list[Record]:
@@ -78,7 +78,7 @@ def _head(records: Sequence[Record]) -> list[str]:
     wrong = [
         f"{entry['item']}: {entry['outcome']}" for entry in parts if entry["outcome"] != "exit 0"
     ]
-    well = f"parts: {len(parts) - len(wrong)} of {len(parts)} well; {'; '.join(wrong)}"
+    well = f"parts: {len(parts) - len(wrong)} of {len(parts)} passed; {'; '.join(wrong)}"
     return [*told, well.rstrip("; ")[:300]]
 
 
@@ -105,7 +105,7 @@ def _of_check(checked: Record) -> Iterator[str]:
     for entry in checked.get("results", []):
         if entry["outcome"] == "fail":
             wrong = f"{entry['check']}: {entry['says']}"
-            yield f"mend {entry['impl']}, which check found wrong: {wrong}"
+            yield f"fix {entry['impl']}, which failed the check: {wrong}"
 
 
 def _lacking(records: Sequence[Record]) -> list[str]:
@@ -250,8 +250,8 @@ def _workspaces(records: Sequence[Record]) -> list[str]:
 def _next(records: Sequence[Record]) -> Iterator[str]:
     """Return suggestions that follow from the results by simple rules, the most serious first."""
     if failed := [entry for entry in _kind(records, "test") if entry["outcome"] == "failed"]:
-        yield f"mend {failed[0]['item']} and {len(failed) - 1} more: no number counts before"
-    yield from (f"mend {text}" for text in _broken(records)[:1])
+        yield f"fix {failed[0]['item']} and {len(failed) - 1} more: no number counts until then"
+    yield from (f"fix {text}" for text in _broken(records)[:1])
     for run in groups(_kind(records, "loss")):
         yield from _of_run(run, records)
     for role, shipped, best in _candidates(records):
@@ -280,7 +280,7 @@ def _of_run(run: dict[str, Record], records: Sequence[Record]) -> Iterator[str]:
     ours = {name: entry for name, entry in timed.items() if name.startswith("ours-")}
     for name, entry in run.items():
         if name.startswith("ours-") and entry.get("failed"):
-            yield f"mend {name} at {entry['shape']}, {entry['selection']}: {entry['failed']}"
+            yield f"fix {name} at {entry['shape']}, {entry['selection']}: {entry['failed']}"
     for name, entry in ours.items():
         where = f"{name} at {entry['shape']}, {entry['selection']}"
         over = ratios(run, name)["floor"]

@@ -1,12 +1,12 @@
-"""What several tests of the measurements share: records of runs that meet every goal, and what a
-record says of itself."""
+"""Support of several tests of the measurements: records of runs that meet every goal, and the
+fields of every record."""
 
 import sys
 
 from bench import gpu, gpu_goals, record, shapes
 
 TINY = shapes.BY_NAME["tiny"]
-# what every record says of itself
+# fields of every record
 STAMP = {"device", "torch", "triton", "date", "commit", "source"}
 PYTHON = [sys.executable, "-c"]
 HANG = "import time; time.sleep(600)"
@@ -56,7 +56,7 @@ def results() -> list[dict]:
 
 
 def gpu_results() -> list[dict]:
-    """Of a GPU that meets each goal: every time is the floor's 2 ms × 1.05 for ours."""
+    """Return records of a GPU that meets each goal: the time of ours is the floor's 2 ms × 1.05."""
     stamp = {
         "device": "G",
         "capability": "9.0",
@@ -113,7 +113,7 @@ def gpu_results() -> list[dict]:
 
 
 def cpu_results() -> list[dict]:
-    """Of a CPU that meets each goal."""
+    """Return records of a CPU that meets each goal."""
     stamp = {
         "device": "C",
         "threads": 2,

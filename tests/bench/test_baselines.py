@@ -1,4 +1,4 @@
-"""The baselines: each computes the loss that it stands for, and is measured where it can run."""
+"""Each baseline computes the loss that it names, and is measured where it can run."""
 
 import sys
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .support import TINY
 
 COMPOSITIONS = {
     "viral": (lambda: compositions.viral, {}),
-    # on a CPU the epilogue is the erf gelu
+    # On a CPU the epilogue computes the erf gelu.
     "addmm-activation": (lambda: compositions.addmm_activation, {"activation": "gelu"}),
     "liger": (lambda: compositions.liger(compiled=False, chunk_size=64), {}),
 }
@@ -44,13 +44,13 @@ def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     plan = shapes.plan(torch.device("cuda"))
     assert plan[0] == (shapes.BY_NAME[gpu_goals.MAIN], "bf16", "index")
     assert (shapes.BY_NAME[gpu_goals.MAIN], "bf16", "mask") in plan
-    # A goal is to be faster than torch.compile there.
+    # One goal is to be faster than torch.compile there.
     assert (shapes.BY_NAME[gpu_goals.SMALL], "bf16", "index") in plan[: baselines.COMPILED]
     assert {shape for shape, _, _ in plan} == set(shapes.GPU)
 
 
 def test_fp8_is_measured_where_the_device_has_it(monkeypatch):
-    # It stands for a GPU that runs Triton.
+    # This stands in for a GPU that runs Triton.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     missing = baselines.BY_NAME["ours-fp8"].missing
@@ -82,7 +82,8 @@ class StandIn(torch.nn.Module):
 
 @pytest.fixture
 def quack(monkeypatch):
-    """Its baseline with the stand-in, wherever this runs; the functions that were compiled."""
+    """Return its baseline with the stand-in, which runs anywhere, and the functions that were
+    compiled."""
     mlp = ModuleType("quack.mlp")
     mlp.MLP = StandIn
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
@@ -102,7 +103,7 @@ def test_quack_is_judged_and_timed_without_biases(rows, quack):
     assert compiled == [compositions._mean_cosine]
     dh, dw1, dw2 = step()
     assert (dh.shape, dw1.shape, dw2.shape) == ((2, 160, 128), (96, 128), (64, 96))
-    # what has biases, or another activation, is judged by itself
+    # A case with biases, or with another activation, has its own judge.
     _, step = suite.judged(baselines.BY_NAME["eager"], case, judges)
     assert len(step()) == 5
     tanh = replace(baselines.BY_NAME["eager"], options=baseline.options)

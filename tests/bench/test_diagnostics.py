@@ -1,4 +1,4 @@
-"""The measurement of the diagnostics beside their definition."""
+"""The measurement of the diagnostics, compared with their definition."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The table of evidence says what its records hold."""
+"""The table of evidence shows what its records contain."""
 
 import pytest
 
@@ -13,7 +13,8 @@ SEEDS = (0, 1, 2)
 
 
 def records(**raised):
-    """One for each arm and seed; `raised`: metric → what PRe at L/2 adds to it, by seed."""
+    """Return one for each arm and seed. `raised` maps a metric to what PRe at L/2 adds to it, by
+    seed."""
     lines = []
     for arm in (evidence.BEFORE, *evidence.ARMS):
         for seed in SEEDS:
@@ -48,7 +49,7 @@ def line(text, beginning):
 def test_rows_are_means_over_seeds_and_differences_within_them():
     text = evidence.table(records(probe=(0.02, 0.03, 0.04)))
     cells = [cell.strip() for cell in line(text, f"| {evidence.BASE}").split("|")]
-    # 0.9 less the mean of 0.04 … 0.08, and 0.03
+    # 0.9 minus the mean of 0.04 … 0.08, plus 0.03
     assert cells[3] == "0.870 ± 0.010 (+0.030 ± 0.010; 3/3)"
     assert cells[2] == "0.901 ± 0.001 (+0.000 ± 0.000; 0/3)"
     assert "(" not in line(text, f"| {evidence.WITHOUT}")

@@ -1,4 +1,4 @@
-"""The table of a fuzz campaign says what its outcomes are."""
+"""The table of a fuzz campaign shows its outcomes."""
 
 import pytest
 

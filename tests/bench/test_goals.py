@@ -33,7 +33,7 @@ def test_goals():
     assert goal_row(records, "time ÷ the bf16 floor in fp8")[2] == "0.75, met"
     assert goal_row(records, "speed over VIRAL")[2] == "3.333, met"
     assert goal_row(records, "peak memory ÷ formula, N = 131,072")[2] == "0.9524, met"
-    # each card has rows of its own, and one of which less is known says so
+    # Each card has its own rows. A card with fewer records says so.
     other = [{**line, "device": "H"} for line in records if line["kind"] == "step"]
     cards = [
         row[1:3] for row in gpu_goals.table([*records, *other]) if row[0].startswith("blas ÷ floor")
@@ -85,7 +85,7 @@ def test_goals_on_a_cpu():
         assert row[1] == "C"
         assert row[2].endswith(", met"), row
         assert "2026-01-02, commit c" in row[3]
-    # the worst of three, ÷ the faster mode
+    # The worst of three is divided by the faster mode.
     where = "cpu-16k bf16 mask, beside compile-max, the worst of 3; 2026-01-02, commit c"
     assert cpu_goal(records, "bf16: time ÷ the best of torch.compile")[2:] == ("0.9, met", where)
     assert cpu_goal(records, "fp32: time ÷ eager")[2] == "0.475, met"
@@ -95,7 +95,7 @@ def test_goals_on_a_cpu():
     assert cpu_goal(records, "fp16")[2] == "0.75, met"
     assert cpu_goal(records, "N = 64")[2] == "1.3, met"
     assert cpu_goal(records, "runs outside")[2] == "0 of 7 runs, met"
-    # no record of a GPU, nor of another number of threads, is taken for this CPU's
+    # Records of a GPU or of another number of threads do not count for this CPU.
     fuzzed = {"kind": "fuzz", "device": "C", "threads": 1, "date": "2026-01-03"}
     assert cpu_goals.table([*records, *gpu_results(), fuzzed]) == cpu_goals.table(records)
     older = [
@@ -123,7 +123,7 @@ def test_goals_that_a_run_says_nothing_of():
     assert cpu_goal(only, "training step of SmolVLM-256M, time")[2] == "not yet measured"
     assert cpu_goal(alone, "bf16: time ÷ eager")[2] == "not yet measured"
     assert cpu_goal(alone, "runs outside")[2] == "0 of 4 runs, met"
-    # eager of another run is nothing to be compared with
+    # Eager of another run is not compared.
     apart = [
         {**line, "group": f"{line['group']} {line['peer']}"}
         for line in cpu_results()

@@ -1,4 +1,4 @@
-"""The script for GPU machines: every stage dry, the whole run, and the plan of it."""
+"""The script for GPU machines: every stage as a dry run, the whole run, and its plan."""
 
 import argparse
 import importlib
@@ -17,7 +17,8 @@ from .support import HANG, PYTHON, STAMP, dry
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Parts of bench/ run here: starting Python again and again would take most of the time."""
+    """Parts of bench/ run in this process, since starting Python again and again would take most of
+    the time."""
     in_processes = gpu.run
 
     def run(part, seconds, out):
@@ -38,7 +39,7 @@ def sound(lines):
 
 @pytest.mark.parametrize("stage", [name for name in gpu_stages.STAGES if name != "all"])
 def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeypatch):
-    # It takes a process each, and other tests have it.
+    # Each takes its own process, and other tests run it.
     monkeypatch.setattr(training, "peak", lambda *_: 3.0)
     status, lines = dry(stage, tmp_path)
     assert status == 0
@@ -76,13 +77,13 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     planned = list(parts)
     parts["ceilings"] = parts["ceilings"]._replace(command=[*PYTHON, HANG], limit=7.0)
     parts["compile"] = parts["compile"]._replace(command=[*PYTHON, "import os; os.abort()"])
-    # this machine may be slower than one with a GPU
+    # This machine may be slower than one with a GPU.
     slow = [
         part._replace(limit=part.limit + 60.0 * (name != "ceilings"))
         for name, part in parts.items()
     ]
     monkeypatch.setitem(gpu_stages.STAGES, "all", lambda dry, out: iter(slow))
-    # It takes a process each, and other tests have it.
+    # Each takes its own process, and other tests run it.
     monkeypatch.setattr(peak_memory, "peak", lambda *arguments: (3.0, 1.0))
     status, lines = dry("all", tmp_path)
     assert status == signal.SIGABRT
@@ -112,7 +113,8 @@ def test_the_whole_run(tmp_path, in_this_process, monkeypatch, capsys):
     assert max(files.values()) < 16 << 20
     told = (tmp_path / "summary.txt").read_text()
     assert told in capsys.readouterr().out
-    assert len(told.splitlines()) <= 39  # with the line of the seconds: 40
+    # 40 with the line of the seconds
+    assert len(told.splitlines()) <= 39
     assert "ceilings: ended at its limit; compile: exit -6" in told
     assert gpu.main(["--summary", str(tmp_path)]) == 0
     assert capsys.readouterr().out == told
@@ -135,7 +137,8 @@ def test_the_plan_of_the_run_fits_its_time(tmp_path, monkeypatch):
 
     parsed = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    for part in parts:  # each command is one that its module takes
+    # Each command is one that its module accepts.
+    for part in parts:
         module, *arguments = part.command[part.command.index("-m") + 1 :]
         if module == "pytest":
             files = [word for word in arguments if word.startswith("tests/")]
@@ -168,7 +171,7 @@ def test_the_stage_of_all_baselines_ends_with_what_is_tuned_for_minutes(tmp_path
 
 
 def test_the_compiler_of_the_launchers(tmp_path, monkeypatch):
-    """Triton looks for gcc and clang, and takes what CC names."""
+    """Triton looks for gcc and clang, and uses the compiler that CC names."""
     monkeypatch.delenv("CC", raising=False)
     for there, wanted in (({"gcc", "cc"}, None), ({"cc"}, "cc"), (set(), None)):
         monkeypatch.setattr(

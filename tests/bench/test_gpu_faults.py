@@ -1,4 +1,5 @@
-"""The script for GPU machines, where a part hangs, is stopped, or something is missing."""
+"""The script for GPU machines when a part hangs, when it is stopped, and when something is
+missing."""
 
 import os
 import signal
@@ -17,7 +18,8 @@ from .support import HANG, PYTHON, dry
 def gone(process):
     state = Path(f"/proc/{process}/stat")
     end = time.monotonic() + 10
-    while state.exists() and state.read_text().split()[2] != "Z":  # nobody may have reaped it
+    # The process may not have been reaped.
+    while state.exists() and state.read_text().split()[2] != "Z":
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
@@ -117,7 +119,7 @@ def test_what_no_time_is_left_for_is_told(tmp_path, monkeypatch, capsys):
         lambda dry, out: iter([gpu_stages.Part("late", [*PYTHON, ""], 60)]),
     )
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--limit", "5"]) == 0
-    assert "late: left out, no time" in capsys.readouterr().out
+    assert "late: left out, no time was left" in capsys.readouterr().out
 
 
 def test_compute_sanitizer(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The pytest plugin that writes each outcome at once, and what it does when the device is lost."""
+"""The pytest plugin that writes each outcome at once, and its behaviour when the device is lost."""
 
 import os
 import subprocess
@@ -55,7 +55,8 @@ def test_a_lost_device_costs_the_tests_of_its_worker_alone(workers, tmp_path):
         in [entry["message"] for entry in lines if entry["outcome"] == "failed"][-1]
     )
     assert outcomes["test_is_refused"] == "failed"  # and nothing else came of it
-    assert len(lines) == len(outcomes)  # that its worker ended is no second failure
+    # The end of its worker is not a second failure.
+    assert len(lines) == len(outcomes)
     if workers:
         assert {str(number) for number in range(9)} | {"lost"} == set(ran)
         assert list(outcomes.values()).count("passed") == 9

@@ -1,4 +1,4 @@
-"""The table of what mutation testing found, and the command's word on stale reasons."""
+"""The table of mutation testing, and the command's message about stale reasons."""
 
 from bench import mutate, mutation_table, record
 from pre_kernels.check.device import Cpu

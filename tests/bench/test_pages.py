@@ -1,5 +1,5 @@
-"""Each generated table is what the committed results say, and says so where it is older than the
-code; pictures alike."""
+"""Each generated table shows the committed results, and says so if they are older than the code.
+The same for pictures."""
 
 import json
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class Site(NamedTuple):
 
 @pytest.fixture
 def site(tmp_path):
-    """A page with the markers of a table."""
+    """Return a page with the markers of a table."""
     (tmp_path / "docs").mkdir()
     path = tmp_path / pages.TABLES["bench"].page
     path.write_text("before\n<!-- bench:begin -->\nolder\n<!-- bench:end -->\nafter\n")
@@ -92,7 +92,7 @@ def test_the_report_writes_the_tables_that_are_named(monkeypatch):
 
 
 def fresh():
-    """Records of this code."""
+    """Return records of this code."""
     return [{**entry, "measured": sources.digest(entry["kind"])} for entry in cpu_results()]
 
 
@@ -104,7 +104,7 @@ def test_a_table_of_older_code_says_so():
         assert "has changed" not in table(fresh())
         assert table(old).endswith(said)
         assert table(without).endswith(said)
-    # A record of the loss is not older because that of another kind is.
+    # A record of another kind does not make the records of the loss older.
     half = [entry for entry in fresh() if entry["kind"] == "loss"]
     half += [entry for entry in old if entry["kind"] != "loss"]
     assert "has changed" not in pages.loss(half)

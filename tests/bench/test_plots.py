@@ -1,4 +1,4 @@
-"""The plots that are made of records."""
+"""The plots of records."""
 
 import pytest
 
@@ -16,7 +16,8 @@ def test_curves_over_the_workspace_of_a_cpu(tmp_path):
     assert picture.stat().st_size > 10_000
     without = [line for line in cpu_results() if line["dtype"] == "bf16"]
     for line in without:
-        line.pop("peak_mib", None)  # a system that does not tell
+        # as on a system that does not say it
+        line.pop("peak_mib", None)
     assert len(plots.workspaces(without, picture)) == 2
     swept = [line for line in cpu_results() if line["kind"] == "workspace"]
     assert plots.curves(swept, tmp_path / "curves.png") == ["time ÷ floor over the workspace"]

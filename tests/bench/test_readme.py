@@ -1,4 +1,4 @@
-"""bench/README.md names what is there, and nothing else."""
+"""bench/README.md names all files that are there, and no others."""
 
 import re
 

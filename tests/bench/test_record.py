@@ -13,7 +13,7 @@ from .support import STAMP, results
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A small one, with the link of the real one."""
+    """Return a small checkout, with the link of the real one."""
     monkeypatch.setattr(record, "ROOT", tmp_path)
     for folder in ("pre_kernels", "integrations", "bench/results"):
         (tmp_path / folder).mkdir(parents=True)

@@ -12,7 +12,8 @@ def test_report_and_picture(tmp_path, capsys):
         {**results()[0], "median_ms": 99.0},
         *results(),
         alone,
-    ]:  # the later of two lines of a key counts
+        # The later of two lines with the same key counts.
+    ]:
         record.append(file, line)
     with file.open("a") as out:
         out.write('{"kind": "loss", "sha')  # cut short by a kill
@@ -47,7 +48,7 @@ def test_rows_by_index_and_by_mask_are_kept_apart():
 
 
 def test_times_of_two_processes_are_compared_by_the_floor_of_each():
-    """The second had the card at half its clock."""
+    """In the second process the card ran at half its clock."""
     run = {one["peer"]: one for one in results()}
     run["late"] = {**run["ours-torch"], "peer": "late", "median_ms": 3.0, "floor_ms": 2.0}
     assert tables.ratios(run, "late") == tables.ratios(run, "ours-torch")

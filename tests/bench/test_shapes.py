@@ -14,7 +14,8 @@ def test_the_plan_of_a_cpu():
     assert {name for name, _, _ in plan} == {shape.name for shape in shapes.CPU}
     large = [one for one in plan if one[0] != cpu_goals.SMALL]
     assert plan[: baselines.COSTLY] == [("cpu-16k", "bf16", "index"), ("cpu-16k", "fp32", "index")]
-    assert plan[: baselines.COMPILED] == large  # torch.compile beside all of them
+    # All of them are measured beside torch.compile.
+    assert plan[: baselines.COMPILED] == large
     assert {dtype for name, dtype, _ in plan if name == cpu_goals.SMALL} == {"bf16", "fp32"}
     assert {("cpu-16k", dtype, "mask") for dtype in ("bf16", "fp32")} | {
         ("cpu-16k", "fp16", "index")

@@ -1,4 +1,4 @@
-"""The digest of what a result depends on changes with the code, and with nothing else."""
+"""The digest of what a result depends on changes with the code only."""
 
 import shutil
 
@@ -70,7 +70,7 @@ def test_code_counts(edit):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A copy of the package; the folder of integrations is in its place, as in a wheel."""
+    """Return a copy of the package. The folder of integrations replaces its link, as in a wheel."""
     folder = tmp_path_factory.mktemp("copy") / "pre_kernels"
     shutil.copytree(sources.PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
@@ -81,7 +81,7 @@ def digests(package, monkeypatch):
     return {kind: sources.digest.__wrapped__(kind) for kind in sources.MEASURED}
 
 
-# A file, and the kinds of results that depend on it.
+# Each file, and the kinds of results that depend on it.
 CORE_KINDS = set(sources.MEASURED) - {"diagnostics"}
 FILES = {
     "loss.py": CORE_KINDS,

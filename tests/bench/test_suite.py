@@ -59,15 +59,14 @@ def test_pytest_bench_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "| tiny " in done.stdout
     assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
-    # after the table of the loss
+    # It comes after the table of the loss.
     verdict = done.stdout[done.stdout.index("| goal ") :]
     assert "| bf16: time ÷ eager: ≤ 0.6 " in verdict
-    # No goal is of that shape.
+    # No goal uses that shape.
     assert verdict.count(" not measured in this run ") == len(cpu_goals.GOALS)
     (file,) = (tmp_path / "results").iterdir()
     ours, floor = record.latest(record.load([file]))
-    # pytest-benchmark's table has the samples that were taken, not the time it took to hand them
-    # over
+    # pytest-benchmark's table shows the samples that were taken, not the time to hand them over.
     medians = [row["stats"]["median"] * 1e3 for row in json.loads(table.read_text())["benchmarks"]]
     # Samples are rounded.
     assert medians == pytest.approx([ours["median_ms"], floor["median_ms"]], rel=1e-4)
@@ -92,7 +91,7 @@ def test_no_time_passes_a_failed_check(monkeypatch):
         baselines.Baseline("ours-wrong", "", scaled(1.01), ours=True),
         baselines.Baseline("ours-coarse", "", scaled(1 + 1e-6), ours=True),
         baselines.Baseline("other-wrong", "", scaled(1.01)),
-        # A few eps are a finding, not a wrong result.
+        # An error of a few eps is reported, and is not a wrong result.
         baselines.Baseline("other-coarse", "", scaled(1 + 1e-6)),
         baselines.Baseline("other-broken", "", lambda: 1 / 0),
         baselines.Baseline("ours-gated", "", scaled(1.01), ours=True, gate=0.02),

@@ -35,13 +35,14 @@ def part(name, outcome="exit 0", seconds=9.0):
 
 
 def told(*more):
-    """Of a run that met all goals, and of what is added to it."""
+    """Return the summary of a run that met all goals, and of added records."""
     records = [{**one, **STAMP} for one in gpu_results()]
     return summary.lines(record.latest([*records, part("blas"), *more]), {})
 
 
 def changed(change, **fields):
-    """Records of the run that have these fields, changed: they replace the ones before."""
+    """Return the records of the run that have these fields, changed. They replace the earlier
+    ones."""
     return [{**one, **STAMP, **change} for one in gpu_results() if fields.items() <= one.items()]
 
 
@@ -59,7 +60,7 @@ def test_a_run_that_met_its_goals():
         "workspace of ours-blas, ÷ floor: 32 MiB 1.200, 64 MiB 1.100, 512 MiB 1.010; best 512"
         in text
     )
-    assert hints(text) == ["  nothing that these rules know of"]
+    assert hints(text) == ["  nothing: no rule applies"]
 
 
 CHECKED = [
@@ -116,7 +117,7 @@ RULES = {
     ),
     "a wrong result": (
         changed({"failed": "w1"}, **MAIN, peer="ours-fp8"),
-        f"mend ours-fp8 at {gpu_goals.MAIN}, index: w1",
+        f"fix ours-fp8 at {gpu_goals.MAIN}, index: w1",
     ),
     "a failed test": (
         [
@@ -125,11 +126,11 @@ RULES = {
                 "message": "x\nE  boom", **STAMP,
             },
         ],
-        "mend tests/test_a.py::b and 0 more",
+        "fix tests/test_a.py::b and 0 more",
     ),
     "a broken guarantee": (
         changed({"outcome": "waits"}, kind="sync"),
-        "mend sync, ours-triton, mask, leading anchor: waits",
+        "fix sync, ours-triton, mask, leading anchor: waits",
     ),
     "a slow part": ([part("tiles", "ended at its limit", 24.0)], "tiles took more than its 24 s"),
 }  # fmt: skip
@@ -165,7 +166,8 @@ def test_everything_at_once_is_40_lines(tmp_path):
         *(part(f"p{i}", "exit 1") for i in range(20)),
     ]
     text = told(*more)
-    assert len(text) <= 39  # and the line of the seconds
+    # and one line with the seconds
+    assert len(text) <= 39
     assert max(map(len, text)) <= 320
     assert "ceilings: copy 4,321 GB/s, product 4,321 TFLOP/s" in text
 
@@ -184,7 +186,7 @@ def test_what_failed_and_what_is_missing_is_told():
     assert "  ceiling launch: no C compiler" in text
     assert "  check blas: 1 passed, 1 failed, ended before its end; time: slow" in text
     assert "  check fp8: 0 passed, 0 failed, ended before its end" in text
-    assert hints(text) == ["  mend blas, which check found wrong: time: slow"]
+    assert hints(text) == ["  fix blas, which failed the check: time: slow"]
 
 
 def test_the_last_run_of_a_folder_and_its_check(tmp_path):
@@ -206,6 +208,6 @@ def test_the_last_run_of_a_folder_and_its_check(tmp_path):
             json.dumps({"date": date, "results": CHECKED, "finished": True})
         )
         text = summary.of_folder(tmp_path)
-        assert "parts: 1 of 1 well" in text
+        assert "parts: 1 of 1 passed" in text
         assert (line in text) == is_told
     assert summary.of_folder(tmp_path / "nowhere") == ["no records"]

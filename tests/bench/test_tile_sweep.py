@@ -1,4 +1,4 @@
-"""The sweep of tiles, where it cannot be."""
+"""The sweep of tiles, on a machine where it cannot run."""
 
 from bench import tile_sweep
 from pre_kernels.check.device import Cpu

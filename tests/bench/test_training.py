@@ -1,4 +1,4 @@
-"""The training step that is measured with and without PRe, at tiny sizes."""
+"""The measured training step, with and without PRe, at tiny sizes."""
 
 import json
 
@@ -57,14 +57,14 @@ def test_a_training_step_of_every_class_of_models(size):
                 lambda module, inputs, output: seen.append(output[0].requires_grad)
             )
     step()
-    # No backward goes through the frozen encoder.
+    # The backward does not go through the frozen encoder.
     assert seen == [False]
     held = step.held_mib()
     head = step.attach().head
     before = [p.detach().clone() for p in head.parameters()]
     step()
     assert step.handle.metrics()["pre_tokens"] == size.batch * training.visual(size)
-    # in bfloat16 so small a rate leaves some as they were
+    # In bfloat16 such a small rate leaves some parameters unchanged.
     assert not all(torch.equal(p, old) for p, old in zip(head.parameters(), before, strict=True))
     # parameters and both moments; AdamW counts steps too
     own = 3 * sum(p.nbytes for p in head.parameters()) / 2**20
@@ -79,13 +79,13 @@ def test_training_on_a_cpu_records_both_ratios(tmp_path, capsys):
     assert line.keys() >= STAMP | {"with_ms", "without_ms", "samples"}
     assert (line["item"], line["n"]) == ("tiny", 32)
     assert 0 < line["time_ratio_q1"] <= line["time_ratio"] <= line["time_ratio_q3"]
-    # the whole of the model is in it, and the head is taken off
+    # The peak contains the whole model, and the head is subtracted.
     assert line["without_mib"] > training.Step(training.TINY, Cpu()).held_mib()
     assert line["memory_ratio"] == (line["with_mib"] - line["head_mib"]) / line["without_mib"]
     assert line["memory_ratio_with_head"] == line["with_mib"] / line["without_mib"]
     for name in ("time_ratio", "memory_ratio"):
         assert goals.field("training", name, records, item="tiny").value == line[name]
-    # One more of each warms up.
+    # One more step of each kind is a warm-up.
     assert said.err.count(", with PRe") == said.err.count(", without PRe") == line["samples"] + 1
     assert "memory_ratio_with_head" in said.out
 
@@ -101,6 +101,6 @@ def test_what_the_processes_of_both_peaks_hold(capsys):
 
 
 def test_the_ratio_of_times_is_that_of_neighbours():
-    """Medians of each alone would give 24 / 20."""
+    """The medians of both would give 24 / 20."""
     found = training.pairs([11.0, 24.0, 90.0], [10.0, 20.0, 100.0])
     assert found == pytest.approx({"time_ratio": 1.1, "time_ratio_q1": 1.0, "time_ratio_q3": 1.15})
