@@ -34,7 +34,8 @@ from pre_kernels.diagnostics import LayerReport
 from . import ROOT, record, tables
 
 OBJECTS = 8
-TOLERANCE = 1e-5  # of means of cosines, for float32 matmuls
+# the error that means of cosines may have with float32 matmuls
+TOLERANCE = 1e-5
 
 Step = Callable[[], tuple[float, float, float, float]]
 

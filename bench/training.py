@@ -56,7 +56,7 @@ class Size(NamedTuple):
     config: Callable[[Size], Any]
     dtype: str
     batch: int
-    # of a sample, including visual ones
+    # all tokens of a sample, including visual ones
     tokens: int
     text: dict[str, int]
     vision: dict[str, int]

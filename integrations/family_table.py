@@ -25,7 +25,8 @@ RULES = {
     "grids": "grid_thw",
     "tiles": "tiles of pixel_values",
     "shapes": "spatial_shapes",
-    "merge": "their order in images",  # of the original code bases, see llava.Merge
+    # the merge of the original code bases, see llava.Merge
+    "merge": "their order in images",
 }
 
 

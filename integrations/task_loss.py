@@ -20,7 +20,8 @@ class BackwardLosses:
     is what it reports, and the second is PRe's part of that.
     """
 
-    NAMES = ("backward_loss", "backward_added")  # of the sums in `packed`
+    # the names of the sums in `packed`
+    NAMES = ("backward_loss", "backward_added")
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None  # (2,); None before the first backward pass

@@ -170,8 +170,7 @@ def fused_pre_loss(
             and the gradients are zero. If D = 0 and N > 0 the result is nan.
 
     Raises:
-        ValueError: for a wrong value or shape. The message names the argument, what it got and what
-            it wants.
+        ValueError: for a wrong value or shape. The message is `name: got X, want Y`.
         TypeError: for a wrong type or dtype, with the same message.
         RuntimeError: if `impl` or `precision` cannot run here, or if a gradient is differentiated
             again.

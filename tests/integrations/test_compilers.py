@@ -61,7 +61,7 @@ def test_liger_kernels(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     but not hooks."""
     liger = pytest.importorskip("liger_kernel.transformers")
     if transformers.__version__.startswith("4."):
-        pytest.skip("Liger wants transformers 5")
+        pytest.skip("Liger needs transformers 5")
     from transformers.models.llama import modeling_llama
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)

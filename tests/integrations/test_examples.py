@@ -136,7 +136,7 @@ def test_pages_and_docstrings_have_examples() -> None:
 
 
 def test_the_readme_trains_with_pre(given: Given) -> None:
-    """The stand-ins are no excuse: the head is there before the training, and was trained."""
+    """It does so with the stand-ins: the head is there before the training, and is trained."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [param.values[0] for param in of_page("README.md", text)]
     (block,) = (block for block in blocks if "trainer.train()" in block.code)

@@ -76,7 +76,7 @@ def test_layers_of_the_model_itself() -> None:
 
 def test_layers_of_another_number_than_the_configs_are_passed_by() -> None:
     model, _ = home_made(num_hidden_layers=DEPTH)
-    model.layers = nn.ModuleList([nn.Linear(8, 8)])  # of an encoder, for example
+    model.layers = nn.ModuleList([nn.Linear(8, 8)])  # for example those of an encoder
     model.decoder = model.trunk
     model.trunk.layers = model.trunk.blocks
     assert families.find_parts(model).layers is model.trunk.blocks

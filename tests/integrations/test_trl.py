@@ -20,7 +20,7 @@ from .support.tiny.trl import batches, train
 
 needs_5_18 = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),
-    reason="TRL wants transformers 5.18 for it",
+    reason="TRL needs transformers 5.18 for it",
 )
 COUNTS = [1, 0, 2, 1]  # images in each conversation
 

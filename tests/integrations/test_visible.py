@@ -21,8 +21,9 @@ from .support.waits import Waits
 from .support.warned import pre_warnings
 
 TOKENS = 20
-WINDOW = 8  # of the tiny Gemma 3
-DUMMIES = {  # which of two samples has padding, and where
+WINDOW = 8  # the sliding window of the tiny Gemma 3
+# name: (the one of two samples that has padding, its positions)
+DUMMIES = {
     "right": (1, slice(11, TOKENS)),  # with both images
     "left": (0, slice(0, 6)),  # with the first image
     "inside": (0, slice(2, 6)),  # only the first image

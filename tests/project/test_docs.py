@@ -33,9 +33,9 @@ OF_OTHERS.add("docs/stacks.md")
 OURS = [page for page in PAGES if page not in OF_OTHERS]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
-# file endings of what a page calls a file, where it is no name of a class or an attribute
+# A word with such an ending is the name of a file, not of a class or an attribute.
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|json|jsonl|png|yaml)|(?:[\w.-]+/)+")
-# Files that a command writes, beside what it is about, or that are on the user's side.
+# Files that a command writes, or that the user has.
 WRITTEN = {
     "report.html", "check.json", "layers.csv", "diagnosis.json", "train.py", "pre.yaml",
     "trainer_state.json", "pre_head.json", "instances_val2017.json",
@@ -51,7 +51,7 @@ def read(page: str) -> str:
 
 
 def blocks(text: str) -> list[str]:
-    """The lines of code blocks in bash or without a language: what one types, without comments."""
+    """The lines that one types: code blocks in bash or without a language, without comments."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     typed = [
         line

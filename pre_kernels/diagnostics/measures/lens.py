@@ -67,8 +67,7 @@ class LogitLens:
         """ValueError unless `counts` has the vocabulary size of earlier counts."""
         if self.total and len(counts) != len(self.counts):
             raise ValueError(
-                f"logits: got a vocabulary of {len(counts)}, want that of before, "
-                f"{len(self.counts)}"
+                f"logits: got a vocabulary of {len(counts)}, want {len(self.counts)}, as before"
             )
 
     def count(self, counts: Tensor) -> None:

@@ -38,7 +38,7 @@ def draw(
         scores: a CSV for each run with the columns step and score, instead.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: for a wrong argument, as `name: got X, want Y`.
     """
     from ..report.plots import trajectory
 
@@ -78,7 +78,7 @@ def draw_losses(logs: list[Path], out: Path) -> str:
         out: a name that ends in one of `SUFFIXES`.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: for a wrong argument, as `name: got X, want Y`.
     """
     check_name(out)
     runs = [Losses(history(log), name) for log, name in zip(logs, run_names(logs), strict=True)]

@@ -185,8 +185,8 @@ def wave(rows, width, step):
     return torch.sin(step * torch.arange(rows * width, dtype=torch.double).reshape(rows, width))
 
 
-# of the authors' code, github.com/minyoungg/platonic-rep at dcd76ba, on the unit rows; it adds 1e-6
-# to the denominator
+# The published values are those of the authors' code (github.com/minyoungg/platonic-rep at dcd76ba)
+# on the unit rows. It adds 1e-6 to the denominator.
 @pytest.mark.parametrize(
     ("neighbours", "published"), [(5, 0.221277), (10, 0.628267), (59, 0.905121)]
 )

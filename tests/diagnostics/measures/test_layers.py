@@ -190,7 +190,7 @@ def good():
         (
             {"logits": lambda h: h},
             ValueError,
-            "logits: got a vocabulary of 6, want that of before, 40",
+            "logits: got a vocabulary of 6, want 40, as before",
         ),
     ],
 )

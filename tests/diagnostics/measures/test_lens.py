@@ -78,7 +78,7 @@ def test_bad_input_names_the_argument_and_counts_nothing():
             torch.ones(2, 50),
             lambda h: h[:, :9],
             ValueError,
-            "logits: got a vocabulary of 9, want that of before, 50",
+            "logits: got a vocabulary of 9, want 50, as before",
         ),
     ):
         with pytest.raises(error, match=message):

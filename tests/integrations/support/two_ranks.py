@@ -19,7 +19,7 @@ returns both results.
   the call destroyed it: then it is made anew. `transformers.Trainer` sees both processes with
   `use_cpu=True` in its arguments.
 - An exception on a rank, or `timeout` seconds, is one AssertionError with what both ranks last did;
-  the pair is ended and the next call starts a new one. Errors that a test wants are caught inside
+  the pair is ended and the next call starts a new one. Errors that a test expects are caught inside
   the function (`pytest.raises`).
 - The processes end with the one that started them, whatever way that one ends.
 """
@@ -179,8 +179,8 @@ class Pair:
 def join(store: Any, rank: int, **options: Any) -> None:
     """Make the default group of the two, and wait until the other has it too.
 
-    gloo lets a rank go on as soon as its own side of the connection stands: if it then ends the
-    group at once, the other, still connecting, fails with "connection closed by peer".
+    gloo lets a rank continue as soon as its own side is connected. If it then ends the group
+    immediately, the other rank, which is still connecting, fails with "connection closed by peer".
     """
     import torch
 
