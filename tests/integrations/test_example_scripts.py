@@ -24,31 +24,20 @@ pytest.importorskip("sklearn")
 
 from safetensors import safe_open
 
-from pre_kernels.demo.export import processor, save_scenes
-from pre_kernels.demo.model import build
+from pre_kernels.demo.export import save_scenes
 from pre_kernels.demo.scenes import split_digits
-from pre_kernels.demo.settings import Settings
 
-from .support.tiny.family import text_config
-from .support.tiny.grids import MROPE, QWEN_VISION
+from .support.tiny import saved
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
-QWEN_NAMES = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-# Qwen's names of roles and ends, without its default system prompt
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LAYERS = 4
 LISTED = (".py", ".ipynb")
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+# in the place of the notebook's sizes
+TINY = """settings = Settings(
+    width=32, vision_steps=10, text_steps=10, text_bytes=20_000, train_scenes=100, test_scenes=60
+)
+STEPS, RATE, WEIGHT = 12, 3e-3, 0.5"""
 
 
 def run(script: str, *arguments: object, folder: Path) -> str:
@@ -83,60 +72,32 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA and its processor, whose tokenizer pads and ends, as a real one's does."""
-    folder = tmp_path_factory.mktemp("llava")
-    torch.manual_seed(0)
-    build(Settings(width=32, layers=LAYERS)).save_pretrained(folder)
-    saved = processor()
-    saved.tokenizer.add_special_tokens({"pad_token": "<s>", "eos_token": "<s>"})
-    saved.save_pretrained(folder)
-    return folder
+    return saved.llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved.llava_next(tmp_path_factory.mktemp("llava_next"))
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2.5-VL with a tokenizer of bytes and Qwen's special tokens, and an image processor."""
-    folder = tmp_path_factory.mktemp("qwen")
-    tokenizer = processor().tokenizer
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    tokenizer.add_special_tokens({"additional_special_tokens": [*QWEN_NAMES], **ends})
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    vision = {
-        **QWEN_VISION,
-        "hidden_size": 24,
-        "out_hidden_size": 32,
-        "intermediate_size": 32,
-        "window_size": 8,
-        "fullatt_block_indexes": [1],
-    }
-    text = text_config(rope_scaling=MROPE, vocab_size=len(tokenizer), max_position_embeddings=512)
-    tokens = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
-    torch.manual_seed(0)
-    config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **tokens)
-    hf.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    sizes = {"patch_size": 2, "temporal_patch_size": 2, "merge_size": 2}
-    hf.Qwen2VLImageProcessor(**sizes, min_pixels=16, max_pixels=144).save_pretrained(folder)
-    return folder
+    return saved.qwen2_5_vl(tmp_path_factory.mktemp("qwen"))
 
 
 def losses(line: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"(\w*loss) (\S+)", line)}
 
 
-def test_own_loop(llava: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_own_loop(
+    family: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(family)
     numbers = range(30)
     captions = {f"{n:02}": f"The middle is {n // 3}." for n in numbers}
     captioned(images, tmp_path / "data", captions)
-    printed = run("own_loop.py", "data", "out", "--model", llava, "--lr", 3e-3, folder=tmp_path)
+    printed = run("own_loop.py", "data", "out", "--model", model, "--lr", 3e-3, folder=tmp_path)
     steps = [losses(line) for line in printed.splitlines() if line.startswith("step ")]
     assert len(steps) == math.ceil(30 / 4)
     for step in steps:
@@ -144,9 +105,9 @@ def test_own_loop(llava: Path, images: Path, tmp_path: Path) -> None:
     for name in ("task_loss", "pre_loss"):
         assert steps[-1][name] < steps[0][name] - 0.1, name
     assert keys(tmp_path / "out", "pre_head.safetensors")
-    assert keys(tmp_path / "out") == keys(llava)
+    assert keys(tmp_path / "out") == keys(model)
     head = json.loads((tmp_path / "out" / "pre_head.json").read_text(encoding="utf-8"))
-    assert head["layers"] == [LAYERS // 2]
+    assert head["layers"] == [saved.DEPTH // 2]
 
 
 def parts_with_loss(batch: dict[str, torch.Tensor], tokenizer: Any) -> list[str]:
@@ -243,7 +204,7 @@ def test_diagnose_in_python(llava: Path, images: Path, tmp_path: Path) -> None:
     printed = run("diagnose_in_python.py", images, "--model", llava, folder=tmp_path)
     total, header, *rows = printed.splitlines()
     assert total == "30 images, 1080 visual tokens"
-    assert [int(row.split()[0]) for row in rows] == list(range(LAYERS + 1))
+    assert [int(row.split()[0]) for row in rows] == list(range(saved.DEPTH + 1))
     table = [dict(zip(header.split()[1:], row.split()[1:], strict=True)) for row in rows]
     assert float(table[0]["cosine"]) == 1
     assert all(0 < float(row["linear_probe"]) <= 1 for row in table)
@@ -283,6 +244,61 @@ def conversations(images: Path, file: Path) -> None:
         said = [{"from": who, "value": value} for who, value in turns]
         entries.append({"image": str(image.relative_to(file.parent)), "conversations": said})
     file.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def printed_by(notebook: Any) -> str:
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", []))
+    return "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream")
+
+
+def pictures(notebook: Any) -> int:
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", []))
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+
+
+def test_the_notebook_runs(notebook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    from verify.notebook import executed
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    (sizes,) = (
+        number
+        for number, cell in enumerate(notebook["cells"])
+        if "parameters" in cell["metadata"].get("tags", [])
+    )
+    ran = executed(NOTEBOOK, {sizes: TINY}, timeout=120)
+    assert pictures(ran) == pictures(notebook) == 3
+    falls = re.findall(r"(\w+) (-?[\d.]+) → (-?[\d.]+)", printed_by(ran))
+    assert [name for name, *_ in falls] == ["task_loss", "task_loss", "pre_loss"]
+    for name, first, last in falls:
+        assert float(last) < float(first) - 0.3, name
+    # Both trainings begin at the same loss.
+    assert falls[0][1] == falls[1][1]
+    assert "without it, as at the start: True" in printed_by(ran)
+
+
+def test_the_notebooks_outputs_are_those_of_a_run_and_of_no_machine(notebook: Any) -> None:
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] is None for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert notebook["metadata"]["language_info"] == {"name": "python"}
+    words = json.dumps([cell["source"] for cell in notebook["cells"]]) + printed_by(notebook)
+    assert not re.search(r"/(tmp|home|root|work|Users)/|0x[0-9a-f]{6}", words)
+    assert NOTEBOOK.stat().st_size < 200_000
+    falls = re.findall(r"(\w+) (-?[\d.]+) → (-?[\d.]+)", printed_by(notebook))
+    assert len(falls) == 3
+    assert all(float(last) < float(first) for _, first, last in falls)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
