@@ -23,13 +23,13 @@ parser.add_argument("--weight", type=float, default=0.5, help="λ (default: 0.5)
 parser.add_argument("--lr", type=float, default=2e-5, help="learning rate (default: 2e-5)")
 args = parser.parse_args()
 
+torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
 processor = AutoProcessor.from_pretrained(args.model)
 model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(device).train()
 model.model.vision_tower.requires_grad_(False)
-question = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
-chat = [{"role": "user", "content": question}]
+chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
 prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
 
 

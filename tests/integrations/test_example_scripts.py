@@ -89,15 +89,15 @@ def losses(line: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"(\w*loss) (\S+)", line)}
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(("family", "rate"), [("llava", 3e-3), ("llava_next", 1e-2)])
 def test_own_loop(
-    family: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, rate: float, images: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(family)
     numbers = range(30)
     captions = {f"{n:02}": f"The middle is {n // 3}." for n in numbers}
     captioned(images, tmp_path / "data", captions)
-    printed = run("own_loop.py", "data", "out", "--model", model, "--lr", 3e-3, folder=tmp_path)
+    printed = run("own_loop.py", "data", "out", "--model", model, "--lr", rate, folder=tmp_path)
     steps = [losses(line) for line in printed.splitlines() if line.startswith("step ")]
     assert len(steps) == math.ceil(30 / 4)
     for step in steps:
@@ -129,6 +129,7 @@ def test_own_loop_trains_on_captions(
     arguments = ["own_loop.py", str(data), str(tmp_path / "out"), "--model", str(llava)]
     monkeypatch.setattr(sys, "argv", arguments)
     names = runpy.run_path(str(EXAMPLES / "own_loop.py"))
+    assert not hasattr(names["model"], "pre_head")
     tokenizer = names["processor"].tokenizer
     tokenizer.padding_side = side
     batch = names["collate"](names["files"])
@@ -142,9 +143,10 @@ def test_qwen_trainer(qwen: Path, images: Path, tmp_path: Path) -> None:
     conversations(images, images.parent / "data.json")
     printed = run(
         "qwen_trainer.py", images.parent / "data.json", "--model", qwen,
-        "--output_dir", "out", "--learning_rate", 3e-3, "--lr_scheduler_type", "constant",
-        "--logging_steps", 1, "--max_steps", 10, "--per_device_train_batch_size", 2,
-        "--gradient_accumulation_steps", 2, "--report_to", "none", "--disable_tqdm", "True",
+        "--output-dir", "out", "--learning-rate", 3e-3, "--lr-scheduler-type", "constant",
+        "--logging-steps", 1, "--max-steps", 10, "--per-device-train-batch-size", 2,
+        "--gradient-accumulation-steps", 2, "--report-to", "none", "--disable-tqdm", "True",
+        "--gradient-checkpointing", "True",
         folder=tmp_path,
     )  # fmt: skip
     assert "'pre_loss'" in printed
@@ -171,8 +173,8 @@ def test_qwen_trainer_trains_on_answers(
     entries = json.loads(data.read_text(encoding="utf-8"))[2:4]
     entries[0]["conversations"] = entries[0]["conversations"][:2]
     data.write_text(json.dumps(entries), encoding="utf-8")
-    options = ["--output_dir", str(tmp_path), "--max_steps", "1", "--report_to", "none"]
-    arguments = ["qwen_trainer.py", str(data), "--model", str(qwen), "--use_cpu", "True"]
+    options = ["--output-dir", str(tmp_path), "--max-steps", "1", "--report-to", "none"]
+    arguments = ["qwen_trainer.py", str(data), "--model", str(qwen), "--use-cpu", "True"]
     monkeypatch.setattr(sys, "argv", [*arguments, *options])
     try:
         names = runpy.run_path(str(EXAMPLES / "qwen_trainer.py"))
