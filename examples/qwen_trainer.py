@@ -1,7 +1,6 @@
 """Fine-tune Qwen2.5-VL with transformers.Trainer and PRe on conversations about images.
 
-DATA is a JSON list in LLaVA's form, as README.md beside this shows; its paths are relative to it.
-The log's `loss` is task_loss + λ · pre_loss. Checkpoints have the head beside the model.
+DATA is JSON in LLaVA's form, see README.md. The log's `loss` is task_loss + λ · pre_loss.
 Run: Qwen2.5-VL, tiny and random, on a CPU. Not run: pretrained weights, a GPU.
 """
 
@@ -47,6 +46,7 @@ parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="name
 parser.add_argument("--layer", type=int, help="the layer that PRe reads (default: half the depth)")
 parser.add_argument("--weight", type=float, default=0.5, help="λ (default: 0.5)")
 arguments, options = parser.parse_args_into_dataclasses()
+transformers.set_seed(arguments.seed)  # the same head in all processes
 arguments.remove_unused_columns = False  # `collate` needs them
 data = json.loads(options.data.read_text(encoding="utf-8"))
 tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
