@@ -73,7 +73,7 @@ CLAIMS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "An LLM that has only seen text loses what patches show (probe, layer 0 minus layer L)": (
         lambda arms: arms[BEFORE]["probe"][0] - arms[BEFORE]["probe"][-1]
     ),
-    "Training without PRe does not repair it (the same difference)": (
+    "Training without PRe repairs it only in part (the same difference)": (
         lambda arms: arms[WITHOUT]["probe"][0] - arms[WITHOUT]["probe"][-1]
     ),
     "Training without PRe loses patch structure (contrast ratio, layer 0 minus mean of L/2 to L)": (
