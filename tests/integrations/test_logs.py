@@ -18,7 +18,7 @@ from .support.by_hand import copy_of, pre_loss, watch
 from .support.tiny.models import batch, build
 from .support.tiny.training import UNEQUAL_IMAGES, Recorder, make
 
-LOGGED = ("pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm")
+LOGGED = ("task_loss", "pre_loss", "pre_cosine", "pre_tokens", "pre_head_grad_norm")
 
 
 class Seen(TrainerCallback):

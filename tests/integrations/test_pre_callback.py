@@ -167,7 +167,9 @@ class Module(lightning.LightningModule):
             apply_pre(self.model, schedule="cosine")
 
     def training_step(self, data: Any, index: int) -> torch.Tensor:
-        return self.model(**data).loss
+        loss = self.model(**data).loss
+        self.last = float(loss.detach())
+        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -195,6 +197,8 @@ def test_lightning(tmp_path: Path) -> None:
     trainer = fit(tmp_path, module, 2)
     first = float(trainer.callback_metrics["pre_loss"])
     assert float(trainer.callback_metrics["pre_weight"]) == pytest.approx(0.5 * 0.1464466)
+    task_loss = module.last - 0.5 * 0.1464466 * first
+    assert float(trainer.callback_metrics["task_loss"]) == pytest.approx(task_loss, abs=1e-5)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     saved = torch.load(tmp_path / "kept.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == {f"model.{key}" for key in build("llava").state_dict()}

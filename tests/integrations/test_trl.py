@@ -65,7 +65,7 @@ def test_exactly_the_auxiliary_gradient_is_added(
     accumulation: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     grads, handle, trainer = train(COUNTS, tmp_path, accumulation, **options)
-    plain, _, _ = train(COUNTS, tmp_path, accumulation, attached=False, **options)
+    plain, _, without = train(COUNTS, tmp_path, accumulation, attached=False, **options)
     added = auxiliary(batches(trainer, COUNTS), handle.head)
     assert grads.keys() == plain.keys() | {f"pre_head.{name}" for name in ("w1", "b1", "w2", "b2")}
     for name, gradient in grads.items():
@@ -76,6 +76,9 @@ def test_exactly_the_auxiliary_gradient_is_added(
     log = trainer.state.log_history[0]
     assert log["pre_tokens"] == 16
     assert log["pre_cosine"] == -log["pre_loss"]
+    # transformers 4 rounds both losses to 4 decimals.
+    assert log["task_loss"] == pytest.approx(without.state.log_history[0]["loss"], abs=1.1e-4)
+    assert log["loss"] - log["task_loss"] == pytest.approx(0.5 * log["pre_loss"], abs=1e-5)
 
 
 def test_lora(tmp_path: Path) -> None:
