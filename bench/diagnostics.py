@@ -200,6 +200,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     chosen = [entry for entry in records if entry["kind"] == "diagnostics" and "median_ms" in entry]
     if not chosen:
         return "Not yet measured."
+    last = max(chosen, key=lambda entry: entry["date"])
+    chosen = [entry for entry in chosen if entry["group"] == last["group"]]
     rows: list[Sequence[str]] = [
         (
             "patch structure of",

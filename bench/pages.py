@@ -31,11 +31,14 @@ COMMAND = "make bench-report"
 
 
 def loss(records: Records) -> str:
-    """Return a table of the loss for each device, and where its numbers come from."""
-    timed = [entry for entry in records if entry["kind"] == "loss"]
+    """Return a table of the loss for each device, the last measured first, and where its numbers
+    come from."""
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for entry in records:
+        if entry["kind"] == "loss":
+            devices.setdefault(entry["device"], []).append(entry)
     parts = []
-    for device in dict.fromkeys(entry["device"] for entry in timed):
-        here = [entry for entry in timed if entry["device"] == device]
+    for here in sorted(devices.values(), key=lambda here: max(e["date"] for e in here))[::-1]:
         parts += [markdown(loss_table(here)), "", below(here), ""]
     return "\n".join(parts[:-1]) if parts else "No results yet."
 

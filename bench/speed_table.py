@@ -7,7 +7,7 @@ from typing import Any
 
 from . import record
 from .cpu_goals import MODES, SHAPES, extra
-from .goals import runs
+from .goals import by_device, runs
 from .tables import markdown, provenance
 
 OURS = "ours-torch"
@@ -35,12 +35,13 @@ def page(records: Iterable[dict[str, Any]]) -> str:
     records = [entry for entry in records if id(entry) not in old]
     if not records:
         return NOTHING
-    device = max(records, key=lambda entry: entry["date"])["device"]
+    last = max(records, key=lambda entry: entry["date"])
+    records = by_device(records)[last["device"]]
     rows: list[Sequence[str]] = [HEAD]
     shown = []
     for shape in SHAPES:
         for dtype in DTYPES:
-            about = {"device": device, "shape": shape, "dtype": dtype, "selection": "index"}
+            about = {"shape": shape, "dtype": dtype, "selection": "index"}
             for run in runs(records, **about):
                 compiled = [run[name] for name in MODES if name in run]
                 if {OURS, "eager"} <= run.keys() and compiled:

@@ -36,3 +36,22 @@ def test_diagnostics_beside_the_definition(tmp_path, monkeypatch, capsys):
     failed = record.load([file])[3]
     assert "a mean is off" in failed["failed"]
     assert "median_ms" not in failed
+
+
+def test_the_page_shows_the_last_measurement():
+    size = {
+        "images": 2,
+        "patches": 48,
+        "layers": 3,
+        "width": 32,
+        "kind": "diagnostics",
+        "torch": "2",
+    }
+    times = {"median_ms": 1.0, "total_s": 1.0, "slower_than_ours": 1.0, "largest_error": 0.0}
+    old = {**size, **times, "all_pairs_mib": 1.0, "peer": "ours", "triton": "3", "commit": "c"}
+    old |= {"device": "A", "date": "2026-01-02", "group": "a"}
+    new = {**old, "device": "B", "date": "2026-01-03", "group": "b"}
+    page = diagnostics.page([new, old])
+    assert page.count("`LayerReport`") == 1
+    assert "- B, torch 2" in page
+    assert "- A" not in page

@@ -167,3 +167,24 @@ def test_the_readme_shows_times_of_this_code_only():
     old = [{**entry, "measured": "another"} for entry in fresh()]
     assert speed_table.page(old) == speed_table.NOTHING
     assert "docs/benchmarks.md" in speed_table.NOTHING
+
+
+def test_the_device_that_was_measured_last_comes_first():
+    later = {"device": "D", "date": "2026-01-03", "commit": "d"}
+    both = [
+        *fresh(),
+        *({**entry, **later, "group": f"D {entry.get('group')}"} for entry in fresh()),
+    ]
+    origins = [line for line in pages.loss(both).splitlines() if line.startswith("- ")]
+    assert [line[:3] for line in origins] == ["- D", "- C"]
+    assert speed_table.page(both).endswith("2026-01-03, commit d.")
+    assert speed_table.page(both).count("12,288 tokens") == 2
+    two = {**later, "threads": 4}
+    again = [
+        *both,
+        *({**entry, **two, "date": "2026-01-04"} for entry in both if entry["device"] == "D"),
+    ]
+    assert "4 threads" in speed_table.page(again)
+    assert speed_table.page(again).count("12,288 tokens") == 2
+    old = [{**entry, "measured": "another"} if entry["device"] == "D" else entry for entry in both]
+    assert speed_table.page(old).endswith("2026-01-02, commit c.")
