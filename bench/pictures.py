@@ -65,7 +65,8 @@ def drawn_from(path: Path) -> str | None:
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.info.get(DRAWN_FROM)
+        found: str | None = image.info.get(DRAWN_FROM)
+    return found
 
 
 def draw(names: Iterable[str], records: Records, folder: Path = FOLDER) -> None:

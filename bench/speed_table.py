@@ -38,7 +38,7 @@ def page(records: Iterable[dict[str, Any]]) -> str:
     last = max(records, key=lambda entry: entry["date"])
     records = by_device(records)[last["device"]]
     rows: list[Sequence[str]] = [HEAD]
-    shown = []
+    shown: list[dict[str, Any]] = []
     for shape in SHAPES:
         for dtype in DTYPES:
             about = {"shape": shape, "dtype": dtype, "selection": "index"}
@@ -50,10 +50,10 @@ def page(records: Iterable[dict[str, Any]]) -> str:
                     shown += entries
     if not shown:
         return NOTHING
-    about = (
+    legend = (
         "“×”: how many times as fast as eager. Extra memory: the peak beyond inputs and gradients."
     )
-    return "\n".join([markdown(rows), "", f"{about} {'; '.join(provenance(shown))}."])
+    return "\n".join([markdown(rows), "", f"{legend} {'; '.join(provenance(shown))}."])
 
 
 def _row(eager: dict[str, Any], compiled: dict[str, Any], ours: dict[str, Any]) -> Sequence[str]:
