@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-# of all outputs of a notebook, in bytes
+# the most bytes that all outputs of a notebook may have
 MOST = 200_000
 
 
