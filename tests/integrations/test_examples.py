@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from verify import ROOT
 from verify.docs import pages
@@ -145,6 +146,32 @@ def test_the_readme_trains_with_pre(given: Given) -> None:
     code = block.code.replace("trainer.train()", f"{before}\ntrainer.train()\n{after}")
     assert run(dataclasses.replace(block, code=code), given)["moved"]
     assert any("pre_loss" in entry for entry in given.trainer.state.log_history)
+
+
+def test_the_readme_by_hand_is_what_apply_pre_adds(given: Given) -> None:
+    """With the same weights both codes of the first screen have the same loss and gradients."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    by_hand, attached = (param.values[0] for param in list(of_page("README.md", text))[:2])
+    model = given.model
+    names = run(by_hand, given)
+    names["loss"].backward()
+    parameters = dict(model.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    model.zero_grad()
+
+    # The second code with the weights of the first one's head.
+    first, _, second = names["head"]
+    weights = [first.weight, first.bias, second.weight, second.bias]
+    model.by_hand = weights
+    copy = "for mine, its in zip(handle.head.parameters(), model.by_hand): mine.data.copy_(its)"
+    code = attached.code.replace("\nloss =", f"\n{copy}\nloss =")
+    added = run(dataclasses.replace(attached, code=code), given)
+    added["loss"].backward()
+    torch.testing.assert_close(added["loss"], names["loss"])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    for mine, its in zip(added["handle"].head.parameters(), weights, strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)
 
 
 def members(module: Any) -> Iterator[tuple[str, Any]]:
