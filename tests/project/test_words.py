@@ -35,8 +35,6 @@ FOLDERS = ("pre_kernels", "integrations", "bench", "verify", "examples", "tests"
 PAGES = (*pages(ROOT), "bench/NOTES.md")
 # These pages quote the words, to tell what to write instead.
 QUOTING = ("CONTRIBUTING.md", "AGENTS.md")
-# Pages whose lines are not wrapped.
-UNWRAPPED = ("README.md",)
 COLUMNS = 120
 README_LINES = 220
 
@@ -111,8 +109,7 @@ def test_sources_are_in_plain_words(folder: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_in_plain_words_and_lines_of_few_columns(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    if page not in UNWRAPPED:
-        assert too_wide(text) == []
+    assert too_wide(text) == []
     if page not in QUOTING:
         assert unplain(prose(text)) == []
 
