@@ -358,8 +358,7 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of an installation from a repository, from pip's record of it (PEP 610), or
-    an empty string."""
+    """Return the commit that pip recorded on installation (PEP 610), or an empty string."""
     try:
         record = metadata.distribution("pre-kernels").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
