@@ -20,7 +20,7 @@ from torch import Tensor
 from pre_kernels import fused_pre_loss, reference
 from pre_kernels.check import cases
 from pre_kernels.check.rule import Case
-from pre_kernels.loss import unavailable
+from pre_kernels.loss import fp8_unavailable, unavailable
 
 from . import compositions
 
@@ -61,10 +61,8 @@ def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _fp8_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := _triton_missing(device, dtype):
+    if reason := _triton_missing(device, dtype) or fp8_unavailable(device):
         return reason
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-        return "no fp8 matmuls before sm_89"
     return None if dtype == torch.bfloat16 else "measured only beside bfloat16 matmuls"
 
 

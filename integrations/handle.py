@@ -59,6 +59,7 @@ class PreHandle(ScheduledWeight):
         self._labels = labels
         self._deferred: Deferred | None = None
         self._own: Tensor | None = None  # the return value of loss()
+        self._plain = False  # whether this forward is trained on its loss while PRe is off
         self._as_layer = as_layer  # whether the head was made in its layer's dtype
 
         model.add_module(ATTRIBUTE, head)
@@ -121,8 +122,8 @@ class PreHandle(ScheduledWeight):
     ) -> dict[str, float]:
         """The metrics of the forwards since the last reset. Reading them is the only host sync.
 
-        - "task_loss": mean over forwards of `output.loss` before λ · L_PRe was added; absent with
-          `labels=None`, and where a trainer makes its own loss (`patch_trainer` logs its own).
+        - "task_loss": mean over forwards in training of `output.loss` without λ · L_PRe, also while
+          PRe is off. Absent with `labels=None` or a trainer's own loss (`patch_trainer` logs its).
         - "pre_loss": mean L_PRe per term, without λ, averaged over layers. A term is a visual
           token, or an image at level or weighting "image"; without terms it is nan.
           "pre_loss/layer_<l>" is the same for each of several layers.
@@ -287,8 +288,7 @@ class PreHandle(ScheduledWeight):
         """Cast the head's parameters back to the dtypes they were made in, if somebody cast them,
         and warn. A head without a `head_dtype` may be cast together with its layer."""
         followed = self.layers if self._as_layer else ()
-        parts = self._objective.parts
-        dtypes = {parts.dtype_and_device(number)[0] for number in followed}
+        dtypes = {self._objective.parts.dtype_and_device(number)[0] for number in followed}
         self._checks.restore_dtypes(self.head, dtypes)
 
     def advise(self, advice: str | None) -> None:
@@ -312,14 +312,13 @@ class PreHandle(ScheduledWeight):
             self._own = None
         if module.training and self.enabled and self.weight and torch.is_grad_enabled():
             self._check_steps()
-        if not self._wanted():
+        wanted = self._wanted()
+        labels = self._labels is not None and inputs.get(self._labels) is not None
+        self._plain = labels and module.training and torch.is_grad_enabled() and not wanted
+        if not wanted:
             return False
         # A Trainer with its own loss removes the labels, but defers L_PRe.
-        labelled = (
-            self._labels is None
-            or inputs.get(self._labels) is not None
-            or self._deferred is not None
-        )
+        labelled = labels or self._labels is None or self._deferred is not None
         if not self._watchdog.begin(module.training, labelled):
             return False
         self._checks.check_frozen(self.head)
@@ -330,6 +329,9 @@ class PreHandle(ScheduledWeight):
 
     def _skipped(self, output: Any) -> None:
         self._watchdog.watch_without(tensors(output))
+        own = own_loss(output) if self._plain else None
+        if own is not None:
+            self.totals.add_own_loss(own)
 
     def _check_steps(self) -> None:
         """After an optimizer's first step: check that it has the head, and that λ moves."""
@@ -346,11 +348,9 @@ class PreHandle(ScheduledWeight):
 
     def _finish(self, output: Any, seen: CapturedForward) -> Any:
         deferred = self._deferred
-        divisor = None if deferred is None else deferred.divisor
+        divisor, ungrouped = (deferred.divisor, deferred.ungrouped) if deferred else (None, False)
         heads = self.head if self._several else [self.head]
-        losses = self._objective.losses(
-            seen, heads, divisor, deferred is not None and deferred.ungrouped
-        )
+        losses = self._objective.losses(seen, heads, divisor, ungrouped)
         self.totals.add(
             losses.layers,
             full_divisor=losses.full_divisor,
@@ -378,8 +378,8 @@ class PreHandle(ScheduledWeight):
             assert loss is not None
             self.totals.add_own_loss(own, loss, term)
         self._watchdog.watch(term, [*seen.hidden.values(), *logits(output)])
-        added_here = deferred is None and self._labels is not None
-        return output if added_here else keep_in_graph(output, total)
+        added = deferred is None and self._labels is not None
+        return output if added else keep_in_graph(output, total)
 
     def _measure(self, optimizer: Any, *_: Any) -> None:
         # The optimizer may outlive PRe.

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from .handle import ATTRIBUTE, PreHandle, find_handle
-from .metrics import to_log
+from .metrics import saw_tokens, to_log
 
 STATE = "pre_head"  # the key of the head in a checkpoint
 
@@ -21,10 +21,11 @@ class PreLightningCallback(Callback):
     lightning.Trainer(max_steps=2, callbacks=[PreLightningCallback()]).fit(module, loader)
     ```
 
-    Every `log_every_n_steps` it logs `handle.metrics()` over all processes, with "task_loss" as the
-    mean of the forwards' `output.loss` without PRe. It sets `handle.progress`, and keeps the head
-    under its own key in the checkpoint: `checkpoint["state_dict"]` has the keys of the model
-    without PRe, and resuming restores the head. Strategies that write their own checkpoints
+    Every `log_every_n_steps` optimizer steps, counted over epochs, it logs `handle.metrics()` over
+    all processes, with "task_loss" as the mean of the forwards' `output.loss` without PRe. Without
+    visual tokens since the last log it logs only "task_loss". It sets `handle.progress`, and keeps
+    the head under its own key in the checkpoint: `checkpoint["state_dict"]` has the keys of the
+    model without PRe, and resuming restores the head. Strategies that write their own checkpoints
     (DeepSpeed, sharded FSDP) keep the head in those.
 
     Raises:
@@ -39,6 +40,10 @@ class PreLightningCallback(Callback):
                 f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on "
                 "its model in __init__"
             )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from the step at which the training resumes."""
+        self._periods = _periods(trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -58,17 +63,23 @@ class PreLightningCallback(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the metrics since the last log."""
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            metrics = to_log(
-                _handle(pl_module).metrics(
-                    combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
-                )
-            )
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-            trainer.callback_metrics.update(
-                {name: torch.tensor(value) for name, value in metrics.items()}
-            )
+        # Several optimizers may take several steps in a batch, and accumulation none.
+        periods = _periods(trainer)
+        if periods == self._periods:
+            return
+        self._periods = periods
+        metrics = _handle(pl_module).metrics(
+            combine=lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
+        )
+        if saw_tokens(metrics):
+            metrics = to_log(metrics)
+        else:
+            metrics = {name: metrics[name] for name in ("task_loss",) if name in metrics}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in metrics.items()}
+        )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Move the head from the module's keys to its own key."""
@@ -105,6 +116,12 @@ class PreLightningCallback(Callback):
             )
         else:
             pl_module.load_state_dict(head, strict=False)
+
+
+def _periods(trainer: Any) -> int:
+    """The number of times that `log_every_n_steps` steps have been taken. 0 steps: never log."""
+    every = trainer.log_every_n_steps
+    return int(trainer.global_step // every) if every else 0
 
 
 def _handle(module: Any) -> PreHandle:

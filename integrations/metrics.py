@@ -36,8 +36,9 @@ class Totals:
         resets: the number of resets.
     """
 
-    # The sum of the forwards' own losses, before L_PRe was added, and the number of such forwards.
-    OWN = ("task", "task_forwards")
+    # The sum of the forwards' own losses, before L_PRe was added; the number of such forwards; and
+    # of those to which L_PRe was added.
+    OWN = ("task", "task_forwards", "added_forwards")
 
     def __init__(self, layers: Sequence[int], loss: str, skips: bool) -> None:
         self.layers = {number: f"loss_{number}" for number in layers}
@@ -82,13 +83,17 @@ class Totals:
         self._sums = packed if self._sums is None else self._sums + packed
         self.forwards += 1
 
-    def add_own_loss(self, own: Tensor, loss: Tensor, added: Tensor) -> None:
+    def add_own_loss(
+        self, own: Tensor, loss: Tensor | None = None, added: Tensor | None = None
+    ) -> None:
         """Add a forward whose `output.loss` was `own`, and is `loss` after `added`, the part of
-        L_PRe; all 0-d, no host sync."""
+        L_PRe; all 0-d, no host sync. While PRe is off there are only `own` and no part."""
         value = own.detach().to(sum_dtype(own.device))
-        pair = torch.stack([value, torch.ones_like(value)])
-        self._own = pair if self._own is None else self._own + pair
-        self.backward.watch(loss, added)
+        one = torch.ones_like(value)
+        sums = torch.stack([value, one, torch.zeros_like(value) if added is None else one])
+        self._own = sums if self._own is None else self._own + sums
+        if loss is not None and added is not None:
+            self.backward.watch(loss, added)
 
     @property
     def contributed(self) -> bool:
@@ -99,7 +104,7 @@ class Totals:
         """The metrics of `PreHandle.metrics`; one host sync. `combine` sums the packed tensor over
         processes."""
         packed = self._packed()
-        own = packed.new_zeros(2) if self._own is None else self._own.to(packed)
+        own = packed.new_zeros(len(self.OWN)) if self._own is None else self._own.to(packed)
         parts = [packed, own, self.backward.packed(packed), self.gradient.packed(packed)]
         packed = torch.cat(parts)
         combined = packed if combine is None else combine(packed)
@@ -107,7 +112,7 @@ class Totals:
         count = sums["count"]
         self._contributed |= count > 0
         self.backward.loss, self.backward.added = (sums[n] for n in BackwardLosses.NAMES)
-        self.backward.forwards = int(sums["task_forwards"])
+        self.backward.forwards = int(sums["added_forwards"])
 
         means = {
             number: sums[name] / count if count else math.nan
@@ -143,6 +148,8 @@ class Totals:
 
     def _packed(self) -> Tensor:
         if self._sums is None:
+            if self._own is not None:  # PRe was off in all forwards
+                return self._own.new_zeros(len(self.summed))
             return torch.zeros(len(self.summed), dtype=torch.double)
         return self._sums
 

@@ -33,6 +33,27 @@ def test_compositions_are_within_the_error_rule(name, rows):
     assert Judge(case)(build()).failure is None
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((8, 9), None, "older than sm_90"),
+        ((9, 4), "6.0", "only for NVIDIA"),
+        ((9, 0), None, None),
+    ],
+)
+def test_fp8_is_measured_where_the_loss_runs_it(monkeypatch, capability, hip, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "L4")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    # This stands in for a GPU that runs Triton.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    missing = baselines.BY_NAME["ours-fp8"].missing
+    found = missing(torch.device("cuda"), torch.bfloat16)
+    assert found is None if reason is None else reason in found
+    assert missing(torch.device("cuda"), torch.float32) is not None
+    assert missing(torch.device("cpu"), torch.bfloat16) is not None
+
+
 def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     assert set(baselines.planned(0)) == set(baselines.BY_NAME)
     assert set(baselines.planned(0)) - set(baselines.planned(2)) == {
@@ -47,20 +68,6 @@ def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     # One goal is to be faster than torch.compile there.
     assert (shapes.BY_NAME[gpu_goals.SMALL], "bf16", "index") in plan[: baselines.COMPILED]
     assert {shape for shape, _, _ in plan} == set(shapes.GPU)
-
-
-def test_fp8_is_measured_where_the_device_has_it(monkeypatch):
-    # This stands in for a GPU that runs Triton.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    missing = baselines.BY_NAME["ours-fp8"].missing
-    cuda = torch.device("cuda")
-    capability = (8, 0)
-    assert "sm_89" in missing(cuda, torch.bfloat16)
-    capability = (9, 0)
-    assert missing(cuda, torch.bfloat16) is None
-    assert missing(cuda, torch.float32) is not None
-    assert missing(torch.device("cpu"), torch.bfloat16) is not None
 
 
 class StandIn(torch.nn.Module):

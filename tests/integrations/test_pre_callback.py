@@ -219,6 +219,65 @@ def test_lightning(tmp_path: Path) -> None:
         fit(tmp_path, Module(attached=False), 1)
 
 
+class Logged(lightning.pytorch.loggers.logger.DummyLogger):
+    """Keeps what is logged, by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.steps.setdefault(step, {}).update(metrics)
+
+
+def logged(
+    folder: Path, data: list[Any], module: Any = None, resume: Any = None, **options: Any
+) -> tuple[dict[int, dict[str, float]], Any]:
+    logger = Logged()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        callbacks=[PreLightningCallback()],
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    trainer.fit(module or Module(), loader, ckpt_path=resume)
+    return {step: entry for step, entry in logger.steps.items() if "task_loss" in entry}, trainer
+
+
+def test_lightning_logs_by_optimizer_steps_over_epochs(tmp_path: Path) -> None:
+    """With fewer batches in an epoch than steps between logs, with accumulation, and resumed."""
+    data = [batch("llava", seed=seed).inputs for seed in range(2)]
+    found, trainer = logged(tmp_path, data, max_epochs=4, log_every_n_steps=3)
+    assert list(found) == [3, 6]
+    assert [entry["pre_tokens"] for entry in found.values()] == [36, 36]  # 12 a batch
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    found, _ = logged(
+        tmp_path, data, resume=tmp_path / "kept.ckpt", max_epochs=6, log_every_n_steps=3
+    )
+    assert list(found) == [9, 12]
+    found, _ = logged(tmp_path, data, max_epochs=4, log_every_n_steps=3, accumulate_grad_batches=2)
+    assert list(found) == [3]
+    assert found[3]["pre_tokens"] == 72
+    assert not logged(tmp_path, data, max_epochs=2, log_every_n_steps=0)[0]
+
+
+def test_lightning_logs_only_the_task_loss_without_visual_tokens(tmp_path: Path) -> None:
+    data = [batch("llava", seed=0).inputs, batch("llava", [[("text", 7)]], seed=1).inputs]
+    found, _ = logged(tmp_path, data, max_epochs=1, log_every_n_steps=1)
+    assert "pre_loss" in found[1]
+    assert set(found[2]) & {"pre_loss", "pre_cosine", "pre_tokens", "task_loss"} == {"task_loss"}
+    off = Module()
+    find_handle(off).weight = 0.0
+    found, _ = logged(tmp_path, data, off, max_epochs=1, log_every_n_steps=1)
+    assert found[2]["task_loss"] == pytest.approx(off.last)
+    assert "pre_loss" not in found[1]
+
+
 def test_lightning_with_a_model_in_eval_mode(tmp_path: Path) -> None:
     """`from_pretrained` returns a model in this mode, and Lightning leaves it so."""
     module = Module()

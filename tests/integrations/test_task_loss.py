@@ -387,9 +387,53 @@ def test_a_loop_of_ones_own() -> None:
             assert "task_loss" not in handle.metrics()
             model(**data[0])
             assert handle.metrics()["task_loss"] == pytest.approx(plain[0])
-            handle.enabled = False
+
+
+@pytest.mark.parametrize("off", [{"enabled": False}, {"weight": 0.0}])
+def test_a_loop_of_ones_own_while_pre_is_off(off: dict[str, Any]) -> None:
+    """A baseline reads the same key. Only forwards in training with labels count."""
+    model = build("llava")
+    data = [batch("llava", seed=0).inputs, batch("llava", TEXT_ONLY, seed=1).inputs]
+    plain = [model(**inputs).loss.detach() for inputs in data]
+    unlabelled = {name: value for name, value in data[0].items() if name != "labels"}
+    with apply_pre(model) as handle:
+        handle.head.forward = None  # the head is not called
+        for name, value in off.items():
+            setattr(handle, name, value)
+        for inputs, wanted in zip(data, plain, strict=True):
+            output = model(**inputs)
+            assert torch.equal(output.loss, wanted)
+            output.loss.backward()
+        model(**unlabelled)
+        with torch.no_grad():
             model(**data[0])
-            assert "task_loss" not in handle.metrics()
+        model.eval()
+        model(**data[0])
+        model.train()
+        metrics = handle.metrics()
+        assert metrics["task_loss"] == pytest.approx(float(sum(plain)) / 2)
+        assert metrics["pre_rows"] == metrics["pre_forwards"] == 0
+        assert handle.totals.backward.forwards == 0
+        assert "task_loss" not in handle.metrics()
+        del handle.head.forward
+        model(**data[1])
+        handle.enabled, handle.weight = True, 0.5
+        model(**data[0])
+        assert handle.metrics()["task_loss"] == pytest.approx(float(sum(plain)) / 2)
+        assert handle.totals.backward.forwards == 1
+
+
+def test_pre_that_is_off_waits_for_no_device() -> None:
+    model = build("llava")
+    inputs = batch("llava").inputs
+    with Waits() as wanted:
+        model(**inputs)
+    with apply_pre(model) as handle:
+        handle.weight = 0.0
+        with Waits() as found:
+            model(**inputs)
+        assert found.found == wanted.found
+        assert handle.metrics()["task_loss"] > 0
 
 
 TEXT_ONLY = [TEXT]
