@@ -59,8 +59,8 @@ def apply_pre(
     layers), in the dtype and on the device of the layer it reads. Call this after the weights are
     loaded and after `get_peft_model`, with the same seed on all ranks. Create the optimizer and
     shard the model (FSDP, ZeRO) afterwards. The head does not run in eval mode, in `generate()`,
-    under `no_grad`, in a forward without labels, or at weight 0. A batch without images adds 0,
-    with zero gradients for the head.
+    under `no_grad`, at weight 0, or in a forward without labels unless `labels` is None. A batch
+    without images adds 0, with zero gradients for the head.
 
     Under gradient accumulation every micro-batch adds its own mean. The trainer weights that mean
     as it weights the loss: equally, or by `num_items_in_batch` if the model gets it.

@@ -53,7 +53,7 @@ class Family:
             that the layer works on.
         name: the family's common name.
         since: the oldest supported transformers that has the family.
-        videos: whether the family has separate tokens for videos.
+        videos: whether the tokens of videos are visual tokens too.
     """
 
     images: Callable[[Tensor, str, Inputs, Any], Tensor] = runs
