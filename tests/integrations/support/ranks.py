@@ -151,11 +151,42 @@ def need_zero_init() -> None:
         )
 
 
+class AllOf:
+    """Several collectives, as one to wait for."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def gather_each(
+    _: Any, outputs: list[Tensor], inputs: list[Tensor], group: Any = None, async_op: bool = False
+) -> AllOf | None:
+    """DeepSpeed's `all_gather_coalesced`, waiting for every tensor.
+
+    DeepSpeed waits for the last one only. gloo runs collectives in several threads, so an earlier
+    one may not be done by then, and ZeRO-3 takes memory that nothing was written to for weights.
+    """
+    gather = torch.distributed.all_gather_into_tensor
+    pairs = zip(outputs, inputs, strict=True)
+    works = AllOf([gather(whole, part, group=group, async_op=True) for whole, part in pairs])
+    if async_op:
+        return works
+    works.wait()
+    return None
+
+
 def deepspeed() -> Any:
-    """The package, without the C++ operator that it would compile for sums in shared memory."""
+    """The package, without the C++ operator that it would compile for sums in shared memory, and
+    with a gather that is safe on gloo."""
     import deepspeed
+    from deepspeed.comm.torch import TorchBackend
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    TorchBackend.all_gather_coalesced = gather_each
     return deepspeed
 
 
