@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, screen
 from .check import command as checking
 from .diagnostics.run import command
 from .fused.products import half_precision
@@ -63,12 +62,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal may not have λ.
-            stream.reconfigure(errors="replace")
+    return screen.run(lambda: perform(sys.argv[1:] if arguments is None else arguments))
+
+
+def perform(arguments: Sequence[str]) -> int:
+    """Parse the arguments and run the command that they name."""
     options = parser().parse_args(arguments)
-    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.arguments = list(arguments)
     run = {
         "check": check,
         "demo": demo,
@@ -77,11 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tune": tune,
         "env": env,
     }[options.command]
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run(options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -245,9 +241,8 @@ def diagnose(options: argparse.Namespace) -> int:
         command.diagnose(options, options.arguments)
     except (ValueError, OSError, ImportError) as error:
         return fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes from what is saved", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command resumes from what is saved") from None
     return 0
 
 
@@ -392,7 +387,7 @@ def automatic() -> tuple[str, str]:
 
 def fail(message: str) -> int:
     """Print the error, and return argparse's exit status for wrong arguments."""
-    print(f"pre-kernels: error: {message}", file=sys.stderr)
+    screen.say(f"error: {message}")
     return 2
 
 

@@ -281,8 +281,6 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     about = {"date": now, "argv": options.arguments, "settings": settings, "versions": facts}
     heard: queue.Queue[tuple[Child, dict[str, Any] | None]] = queue.Queue()
     children: list[Child] = []
-    # SIGTERM becomes KeyboardInterrupt, so that the children are ended too.
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for impl in plan.impls:
             children.append(Child(impl, plan, heard))
@@ -300,7 +298,6 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     finally:
         for child in children:
             child.kill()
-        signal.signal(signal.SIGTERM, handler)
     report.save(finished=True)
     count = report.counts
     summary = f"{count['pass']} passed, {count['fail']} failed, {count['skip']} left out"

@@ -257,7 +257,7 @@ def test_a_signal_to_end_leaves_nothing_behind(tmp_path, children):
         "time.sleep(1); os.kill(os.getppid(), 15); time.sleep(600)"  # not while it is being started
     )
     children(torch=f"open({str(file)!r}, 'w').write(str(os.getpid())); {stop}")
-    assert status("--impl", "torch", "--out", tmp_path) == 130
+    assert status("--impl", "torch", "--out", tmp_path) == 143
     assert gone(int(file.read_text()))
     kept = written(tmp_path)
     assert (kept["finished"], kept["results"]) == (False, [])

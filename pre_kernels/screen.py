@@ -1,0 +1,189 @@
+"""What all commands do in the same way on the screen: text that every terminal can show, and one
+clear line where a command is stopped, its output is closed or a disk is full."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+# For an encoding that lacks the character. Letters with accents lose them, and others become "?".
+ASCII = {
+    "λ": "lambda",
+    "Σ": "sum",
+    "√": "sqrt",
+    "×": "x",
+    "÷": "/",
+    "·": "*",
+    "•": "-",
+    "±": "+/-",
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "…": "...",
+    "≤": "<=",
+    "≥": ">=",
+    "≠": "!=",
+    "≈": "~",
+    "²": "^2",
+    "½": "1/2",
+    "→": "->",
+    "←": "<-",
+    "↑": "(up)",
+    "↓": "(down)",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+    "─": "-",
+    "━": "-",
+    "│": "|",
+    "█": "#",
+    "✓": "ok",
+}
+# The kinds of OSError that say that a disk does not take any more, by what mends them.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS,)
+# The exit statuses that a shell gives to a program which the signal has ended.
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+CLOSED = 128 + 13  # SIGPIPE, which Windows does not have
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `stoppable` raises it."""
+
+
+def run(command: Callable[[], int]) -> int:
+    """Call a command and return its exit status.
+
+    One line on stderr says that it was stopped by ^C (status 130) or SIGTERM (143), or that a disk
+    is full or read-only (1). A command adds what it has kept as the text of the exception:
+    `raise type(stop)("the same command resumes") from None`. If nobody reads its output any more,
+    as after `| head`, it ends without a line (141).
+    """
+    prepare()
+    try:
+        with stoppable():
+            try:
+                return command()
+            finally:
+                print(end="", flush=True)
+    except KeyboardInterrupt as stop:
+        kept = f": {stop}" if str(stop) else ""
+        ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        say(f"{ended}{kept}")
+        return stopped(stop)
+    except BrokenPipeError:
+        # Other pipes break too, as that of a worker that has died.
+        if not [stream for stream in (sys.stdout, sys.stderr) if stream and closed(stream)]:
+            raise
+        return CLOSED
+    except OSError as error:
+        if error.errno not in (*FULL, *READ_ONLY):
+            raise
+        say(f"error: {why(error)}")
+        return 1
+
+
+def prepare() -> None:
+    """Make stdout and stderr write readable ASCII for each character that their encoding lacks."""
+    codecs.register_error("readable", _readable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="readable")
+
+
+def readable(text: str) -> str:
+    """Return the text in ASCII."""
+    characters = []
+    for character in text:
+        # In this form an accent is a character of its own, which is dropped.
+        plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        characters.append(ASCII.get(character, plain or "?"))
+    return "".join(characters)
+
+
+def _readable(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return readable(error.object[error.start : error.end]), error.end
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`, a KeyboardInterrupt, so that it saves and cleans up as ^C
+    does. A handler that the program has set itself is kept. Other threads than the main one cannot
+    set any, and there nothing changes."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stopped(stop: KeyboardInterrupt) -> int:
+    """Return the exit status after ^C, or after SIGTERM."""
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def why(error: OSError, path: str | Path | None = None) -> str:
+    """Say in one line which file the system refused, why, and what to do about it.
+
+    Args:
+        error: its own path counts; an error of `write` has none.
+        path: where the error has no path.
+    """
+    name = error.filename if error.filename is not None else path
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        what = "the output" if name is None else name
+        return f"cannot write {what}: {reason}; free space there, or choose another folder"
+    if error.errno in READ_ONLY:
+        what = "the output" if name is None else name
+        return f"cannot write {what}: {reason}; choose a folder that can be written"
+    return reason if name is None else f"{name}: {reason}"
+
+
+def say(line: str) -> None:
+    """Print a line of pre-kernels on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"pre-kernels: {line}", file=sys.stderr, flush=True)
+
+
+def closed(stream: TextIO) -> bool:
+    """Whether the reader of the stream has gone. If so, what is left to write is dropped, since
+    Python would complain about it when it ends."""
+    try:
+        number = stream.fileno()
+    except OSError:
+        return False  # a stream in memory
+    poll = select.poll()
+    poll.register(number, 0)
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    return True
