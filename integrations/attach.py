@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
+from .arguments import check_module
 from .distributed import Group, check_not_wrapped, check_same_everywhere
 from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
@@ -145,16 +146,16 @@ def apply_pre(
         ValueError, TypeError: with the argument, the value it got and the value it needs.
         RuntimeError: if the model already has a handle.
     """
-    if isinstance(model, nn.DataParallel):
-        raise TypeError(
-            "model: got nn.DataParallel, whose replicas share hooks; want the module inside, under "
-            "DDP or FSDP"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
-    if find_handle(model) is not None or hasattr(model, ATTRIBUTE):
+    check_module(model)
+    if find_handle(model) is not None:
         raise RuntimeError(
-            f"model: {type(model).__name__} has PRe attached already; call handle.remove() first"
+            f"model: {type(model).__name__} has PRe attached already; call remove() on its handle "
+            "first: find_handle(model).remove()"
+        )
+    if hasattr(model, ATTRIBUTE):
+        raise RuntimeError(
+            f"model: got a {type(model).__name__} with an attribute `{ATTRIBUTE}` of its own, want "
+            "that name free for the head; rename the attribute"
         )
     check_not_wrapped(model)
     choice("level", level, LEVELS)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from . import checkpoint
 from .capture import Capture, CapturedForward
 from .deferred import Deferred
+from .description import describe
 from .head_checks import HeadChecks
 from .head_options import HeadOptions, ScheduledWeight
 from .metrics import Totals
@@ -26,8 +27,7 @@ ATTRIBUTE = "pre_head"
 
 
 class PreHandle(ScheduledWeight):
-    """PRe on one model, as `apply_pre` returns it. As a context manager it removes itself at the
-    end.
+    """PRe on one model, returned by `apply_pre`. As a context manager it removes itself at the end.
 
     Attributes:
         enabled: False turns PRe off without removing it.
@@ -233,6 +233,9 @@ class PreHandle(ScheduledWeight):
         self._saved_keys.remove()
         delattr(self._model, ATTRIBUTE)
 
+    def __repr__(self) -> str:
+        return describe(self, self._objective, self._labels, removed=self._capture is None)
+
     def __enter__(self) -> PreHandle:
         return self
 
@@ -240,8 +243,7 @@ class PreHandle(ScheduledWeight):
         self.remove()
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of terms (visual tokens, or images) that a forward with these arguments has;
-        0-d."""
+        """The number of terms (visual tokens or images) of a forward with these arguments, 0-d."""
         return self._objective.count(inputs)
 
     def loss(self) -> Tensor:
@@ -276,8 +278,7 @@ class PreHandle(ScheduledWeight):
         counted: Tensor | None = None,
         ungrouped: bool = False,
     ) -> Iterator[Deferred]:
-        """Inside it forwards do not add to `output.loss`: λ · L_PRe is gathered in the yielded
-        `Deferred`, which has these arguments."""
+        """Inside it λ · L_PRe goes to the yielded `Deferred` (of these arguments), not the loss."""
         self._deferred = Deferred(divisor, micro_batches, counted, ungrouped)
         try:
             yield self._deferred
@@ -388,8 +389,7 @@ class PreHandle(ScheduledWeight):
 
 
 def find_handle(model: nn.Module) -> PreHandle | None:
-    """The handle of `model` or of a module inside it; None if there is none. Works on deep copies
-    too."""
+    """The handle of `model` or of a module inside it, also in a deep copy; None without one."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             capture = getattr(hook, "__self__", None)

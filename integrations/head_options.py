@@ -117,6 +117,16 @@ class ScheduledWeight:
         needs `find_unused_parameters`."""
         return self._weight * self._options.factor(self._progress)
 
+    def described_weight(self) -> str:
+        """λ, with its schedule if it has one."""
+        if not self._options.scheduled:
+            return f"{self.weight:g}"
+        warmup = f" after a warmup of {self._options.warmup:g}" if self._options.warmup else ""
+        return (
+            f"{self.weight:g}, {self._options.schedule}{warmup} "
+            f"({self.scheduled_weight:.3g} at progress {self.progress:.3g})"
+        )
+
 
 def add_head_groups(
     optimizer: Any, groups: list[dict[str, Any]]

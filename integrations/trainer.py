@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_trainer_class
 from .counting import counting_of
 from .deferred import added_to_backward, replaced
 from .handle import PreHandle, find_handle
@@ -64,21 +65,19 @@ def patch_trainer(trainer_class: type | None = None) -> TrainerPatch:
         trainer.train()
     ```
 
+    If `trainer_class` or a base of it is patched already, this returns the patch that is there. It
+    lasts until `remove()`, or until the last `with` block ends, if each call was in one.
+
     Raises:
         TypeError: if `trainer_class` is not a `transformers.Trainer`.
-        RuntimeError: if it (or a base of it) is patched already.
     """
     from transformers import Trainer
 
     target: Any = Trainer if trainer_class is None else trainer_class
-    if not (isinstance(target, type) and issubclass(target, Trainer)):
-        raise TypeError(f"trainer_class: got {target!r}, want transformers.Trainer or a subclass")
-    if getattr(target, _MARK, None) is not None:
-        raise RuntimeError(
-            f"trainer_class: {target.__name__} is patched already; call remove() of that patch "
-            "first"
-        )
-    return TrainerPatch(target)
+    check_trainer_class(target, Trainer)
+    patch: TrainerPatch = getattr(target, _MARK, None) or TrainerPatch(target)
+    patch.calls += 1
+    return patch
 
 
 class TrainerPatch:
@@ -87,6 +86,7 @@ class TrainerPatch:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.active = True
+        self.calls = 0  # the calls of `patch_trainer` whose `with` block has not ended
         # Whether to warn of a training without a handle; the launcher has its own message.
         self.warns = True
         # For each name: the attribute of the class itself (None without one), and its replacement.
@@ -125,7 +125,9 @@ class TrainerPatch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        self.calls -= 1
+        if self.calls <= 0:
+            self.remove()
 
     def _of_class(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         # The Trainer reads signatures, which `wraps` keeps.

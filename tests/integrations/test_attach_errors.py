@@ -82,7 +82,7 @@ def test_bad_weight_later() -> None:
 
 
 def test_no_module() -> None:
-    with pytest.raises(TypeError, match=r"model: got str"):
+    with pytest.raises(TypeError, match=r"model: got 'llava', want a loaded model"):
         apply_pre("llava")  # type: ignore[arg-type]
 
 
