@@ -15,8 +15,8 @@ from pre_kernels.diagnostics.report.statistics import effect, spread
 # Each arm has a name and a style of line.
 ARMS = {
     "before": ("before visual training", {"color": "0.55", "linestyle": ":"}),
-    "without": ("without PRe", {"color": COLOURS[1], "linestyle": "-"}),
-    "with": ("with PRe", {"color": COLOURS[0], "linestyle": "-"}),
+    "without": ("without PRe", {"color": COLOURS[0], "linestyle": "-"}),
+    "with": ("with PRe", {"color": COLOURS[1], "linestyle": "-"}),
 }
 # The keys are the names of the lists over layers, the values the metrics of a report.
 METRICS = {"probe": "linear_probe"} | {
@@ -168,7 +168,7 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
                 "label": f"L_PRe at layer {settings['layer']} (line: stage two begins)",
                 "values": seed["with"]["train_pre_loss"],
                 "marked": [settings["align_steps"]],
-                "style": {"color": COLOURS[0], "linestyle": DASHES[n % len(DASHES)]},
+                "style": {"color": COLOURS[1], "linestyle": DASHES[n % len(DASHES)]},
             }
             for n, seed in enumerate(seeds)
         ],

@@ -17,7 +17,7 @@ from .contrast import Contrast, check_masks
 from .fidelity import cka_of_moments, cknna
 from .lens import LogitLens, decode
 from .moments import Moments
-from .probe import knn_probe, linear_probe
+from .probe import counts_in_test, knn_probe, linear_probe
 from .reservoir import Reservoir
 from .spatial import Spatial, check_grid
 from .spectrum import Spectrum, SpectrumSummary
@@ -51,7 +51,9 @@ class LayerReport:
     | (always)  | lens_share, lens_tokens (`LogitLens`)            | `logits`                    |
 
     Each row also has layer, images, tokens, and notes, which say why a metric is missing although
-    its input was given. None means that a metric could not be measured.
+    its input was given. None means that a metric could not be measured. probe_test is the number of
+    images in the probes' test part, and probe_chance the share of its most frequent class, which a
+    guess gets right.
 
     Memory does not grow with the number of images. In float64 on the layer's device, a layer of
     width d with an anchor of width z takes 8·d² bytes for spectrum or cka, and 8·d·z more for cka:
@@ -288,6 +290,7 @@ class LayerReport:
             "lens_tokens": lens.tokens if lens else None,
             "linear_probe": attempt(bool(labelled), lambda: probe(linear_probe)),
             "knn_probe": attempt(bool(labelled), lambda: probe(knn_probe)),
+            **_tested([label for label, _ in labelled]),
         }
         row = {
             name: None if isinstance(value, float) and math.isnan(value) else value
@@ -357,6 +360,16 @@ def _taken(
         for item, row in zip(items, rows, strict=True):
             item[name] = row.clone()
     return items
+
+
+def _tested(labels: list[int]) -> dict[str, Any]:
+    """The size of the probes' test part, and the share of its most frequent class. None where the
+    probes cannot be measured."""
+    counts = torch.tensor(labels, dtype=torch.int64).unique(return_counts=True)[1]
+    if len(counts) < 2 or counts.min() < 2:
+        return {"probe_test": None, "probe_chance": None}
+    tested = counts_in_test(counts)
+    return {"probe_test": int(tested.sum()), "probe_chance": int(tested.max()) / int(tested.sum())}
 
 
 def _means(hidden: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -163,8 +163,21 @@ def _split(number: Tensor, counts: Tensor, test_size: float, seed: int) -> Tenso
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     place -= (counts.cumsum(0) - counts)[number]
-    wanted = (counts * test_size).round().long().clamp(min=1).minimum(counts - 1)
-    return place < wanted[number]
+    return place < counts_in_test(counts, test_size)[number]
+
+
+def counts_in_test(counts: Tensor, test_size: float = TEST_SIZE) -> Tensor:
+    """How many rows of each class the probes test, if they are given no test rows.
+
+    Args:
+        counts: (classes,), integers: the rows of each class, at least two.
+        test_size: as in `linear_probe`.
+
+    Returns:
+        (classes,), int64. The largest divided by the sum is the accuracy of a guess that always
+        names the most frequent class.
+    """
+    return (counts * test_size).round().long().clamp(min=1).minimum(counts - 1)
 
 
 def _fit(x: Tensor, y: Tensor, classes: int, inverse_penalty: float, max_iter: int) -> Tensor:

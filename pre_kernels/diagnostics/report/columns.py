@@ -21,6 +21,7 @@ class Column(NamedTuple):
         digits: how many digits are printed after the decimal point.
         scale: the scale of the y axis, as matplotlib names it.
         in_unit_interval: whether the metric is in 0..1 by definition.
+        better: which values are better, "higher" or "lower". Empty: neither is.
     """
 
     name: str
@@ -31,7 +32,25 @@ class Column(NamedTuple):
     digits: int = 3
     scale: str = "linear"
     in_unit_interval: bool = False
+    better: str = ""
 
+    @property
+    def arrow(self) -> str:
+        """The direction of better values as a mark behind the title, or nothing."""
+        return ARROWS[self.better]
+
+    @property
+    def direction(self) -> str:
+        """The direction of better values in words."""
+        return f"{self.better} is better" if self.better else "neither higher nor lower is better"
+
+
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+PROBES = ("linear_probe", "knn_probe")
+# The main metrics, which are described in words.
+MAIN = ("linear_probe", "contrast", "effective_dimension", "cosine")
+# For a metric that was not measured, the one that is shown in its place.
+STAND_INS = {"contrast": "spatial_contrast"}
 
 _ALL = (
     Column(
@@ -42,6 +61,7 @@ _ALL = (
         "visual tokens (arXiv 2603.20808)",
         "labels, a class for each image",
         in_unit_interval=True,
+        better="higher",
     ),
     Column(
         "knn_probe",
@@ -51,6 +71,7 @@ _ALL = (
         "et al. 2018)",
         "labels, a class for each image",
         in_unit_interval=True,
+        better="higher",
     ),
     Column(
         "contrast",
@@ -58,6 +79,7 @@ _ALL = (
         "cohesion ÷ coupling",
         "cohesion ÷ coupling; at 1 object borders leave no trace (arXiv 2603.20808)",
         "masks, the patches of each object",
+        better="higher",
     ),
     Column(
         "cohesion",
@@ -81,6 +103,7 @@ _ALL = (
         "of the image's shorter side apart; a substitute for the semantic contrast ratio without "
         "masks, with other values",
         "the grid of the patches",
+        better="higher",
     ),
     Column(
         "cosine",
@@ -89,6 +112,7 @@ _ALL = (
         "mean over visual tokens of cos(hidden state, anchor); without a predictor, L_PRe is the "
         "negative of this",
         "an anchor as wide as the layer",
+        better="higher",
     ),
     Column(
         "cka_debiased",
@@ -97,6 +121,7 @@ _ALL = (
         "HSIC(x, y) ÷ √(HSIC(x, x) · HSIC(y, y)) of linear kernels, HSIC unbiased (Kornblith et "
         "al. 2019, Song et al. 2012); about 0 for independent features",
         "at least 4 visual tokens and the metric “cka”",
+        better="higher",
     ),
     Column(
         "cknna",
@@ -105,6 +130,7 @@ _ALL = (
         "CKA over pairs of tokens that are nearest neighbours in both spaces, on a sample of "
         "tokens (Huh et al. 2024)",
         "more visual tokens than neighbours and the metric “cknna”",
+        better="higher",
     ),
     Column(
         "effective_dimension",
@@ -114,6 +140,7 @@ _ALL = (
         "arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
         digits=1,
+        better="higher",
     ),
     Column(
         "components_90",
@@ -122,6 +149,7 @@ _ALL = (
         "the smallest number of eigenvalues of the covariance that make up 90 % of their sum",
         "tokens that differ and the metric “spectrum”",
         digits=1,
+        better="higher",
     ),
     Column(
         "correlation",
@@ -131,6 +159,7 @@ _ALL = (
         "(arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
         in_unit_interval=True,
+        better="lower",
     ),
     Column(
         "norm_mean",
@@ -158,6 +187,7 @@ _ALL = (
         "vocabulary tokens (nostalgebraist 2020)",
         "logits, the model's final norm and unembedding",
         in_unit_interval=True,
+        better="lower",
     ),
 )
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
@@ -181,3 +211,10 @@ def measured_columns(models: Iterable[Mapping[str, Any]]) -> list[Column]:
     return [
         column for column in _ALL if any(by_layer(model["runs"], column.name) for model in models)
     ]
+
+
+def main_names(columns: Iterable[Column]) -> list[str]:
+    """The names of the main metrics among `columns`, with stand-ins for those that are missing."""
+    names = [column.name for column in columns]
+    chosen = [name if name in names else STAND_INS.get(name, name) for name in MAIN]
+    return [name for name in chosen if name in names]

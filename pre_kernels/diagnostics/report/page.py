@@ -12,14 +12,20 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from .columns import COLUMNS, Column, by_layer, measured_columns
+from .columns import (
+    COLUMNS,
+    MAIN,
+    PROBES,
+    STAND_INS,
+    Column,
+    by_layer,
+    main_names,
+    measured_columns,
+)
 from .statistics import effect, spread
+from .verdict import deep, probe_size, ranges, verdict
 
 Document = Mapping[str, Any]
-# The metrics that are described in words.
-MAIN = ("linear_probe", "contrast", "effective_dimension", "cosine")
-# For a metric that was not measured, the one that is described in its place.
-STAND_INS = {"contrast": "spatial_contrast"}
 TEMPLATE = "report.html.jinja"
 # How many classes of the data the page names.
 CLASSES = 30
@@ -43,12 +49,20 @@ def html(document: Document) -> str:
                 `plots.heat_maps`
             curves: [{"name", "label", "values"}] as for `plots.steps`; curves with the same label
                 share a plot
-            findings: [str], printed before the sentences that are derived from the numbers
+            findings: [str], printed before the folded sentences that are derived from the numbers
             notes: [str], printed under “How it was measured”
             command, date, device: str
             versions: {name: version}
-            data: {"images": int, "labelled": int, "classes": [str, ...], "masks": str, "folder":
-                str, "prompt": str}
+            data: {"images": int, "listed": int, "left_out": {reason: [name, ...] or int},
+                "labelled": int, "classes": [str, ...], "masks": str, "folder": str, "prompt": str};
+                images are those that were measured, of those listed in the folder
+
+            verdict: [str], the sentences shown first. Without it they are those of
+                `verdict.verdict`
+            about: str, what the report is about, below the verdict
+            warning: str, in a box above all. With it no verdict is derived
+            scene: {"picture": a PNG in base64, "caption": str}, beside the verdict
+            unit: str, what the probes classify (default: "images")
 
             Only title and models are required, and of a model only name and runs. None is the same
             as missing.
@@ -63,24 +77,25 @@ def html(document: Document) -> str:
     )
     models = document["models"]
     data = document.get("data") or {}
+    columns = measured_columns(models)
+    shown = [column for column in columns if column.name in main_names(columns)]
+    verdict_texts = document.get("verdict")
     return template.render(
         title=document["title"],
         meta=[
             text for text in (document.get("date"), _images(data), document.get("device")) if text
         ],
+        warning=document.get("warning"),
+        verdict=verdict(document) if verdict_texts is None else verdict_texts,
+        about=document.get("about"),
+        scene=document.get("scene"),
         said=document.get("findings") or [],
         findings=findings(document),
         legend=list(_legend(models)),
-        panels=[
-            (
-                column,
-                _depth_image(document, column),
-                " ".join(_course(model, column) for model in models),
-            )
-            for column in measured_columns(models)
-        ],
+        panels=[_panel(document, column) for column in shown],
+        others=[_panel(document, column) for column in columns if column not in shown],
         marked=document.get("marked") or [],
-        curves=list(_curve_images(document.get("curves") or [])),
+        curves=list(_curves(document.get("curves") or [])),
         maps=[
             (heat_map, _map_image(heat_map), len(heat_map["layers"]) + 1)
             for heat_map in document.get("maps") or []
@@ -165,17 +180,17 @@ def _course(model: Mapping[str, Any], column: Column) -> str:
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], column: Column) -> list[str]:
     """Sentences on how two models differ in the mean of the deep half, and in its last layer."""
-    deep = [_deep(model, column) for model in (before, after)]
-    if not all(deep):
+    halves = [deep(model, column) for model in (before, after)]
+    if not all(halves):
         return []
     texts: dict[str, str] = {}
     for start in (0, -1):
-        layers = [[*runs[0]][start:] for runs in deep]
+        layers = [[*runs[0]][start:] for runs in halves]
         old, new = (
             [mean(run[n] for n in chosen) for run in runs]
-            for runs, chosen in zip(deep, layers, strict=True)
+            for runs, chosen in zip(halves, layers, strict=True)
         )
-        where = " and ".join(dict.fromkeys(map(_ranges, layers)))
+        where = " and ".join(dict.fromkeys(map(ranges, layers)))
         name = ("mean of " if len(layers[0]) > 1 else "") + where
         texts[where] = _effect(
             name, old, new, (f"({before['name']})", f"({after['name']})"), column.digits
@@ -195,32 +210,30 @@ def _effect(
     )
 
 
-def _deep(model: Mapping[str, Any], column: Column) -> list[dict[int, float]]:
-    """For each run, its values at the layers from L/2 on that all runs have. Empty if there are no
-    such layers."""
-    by_number = by_layer(model["runs"], column.name)
-    depth = model.get("depth") or max(by_number, default=0)
-    runs = range(len(model["runs"]))
-    layers = [
-        layer
-        for layer, values in by_number.items()
-        if layer >= depth // 2 and len(values) == len(runs)
-    ]
-    return [{layer: by_number[layer][run] for layer in layers} for run in runs] if layers else []
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """[4, 5, 6] as "layers 4 to 6", [4, 6] as "layers 4, 6"."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if len(layers) == layers[-1] - layers[0] + 1:
-        return f"layers {layers[0]} to {layers[-1]}"
-    return "layers " + ", ".join(map(str, layers))
-
-
 def _images(data: Mapping[str, Any]) -> str | None:
+    """How many images were measured, and how many were left out or have a class."""
     count = data.get("images")
-    return None if count is None else f"{count:,} image{'' if count == 1 else 's'}"
+    if count is None:
+        return None
+    said = f"{count:,} image{'' if count == 1 else 's'}"
+    left_out = sum(map(_number, (data.get("left_out") or {}).values()))
+    more = [f"{left_out:,} left out"] if left_out else []
+    if data.get("labelled"):
+        more.append(f"{data['labelled']:,} with a class")
+    return said + (f" ({', '.join(more)})" if more else "")
+
+
+def _left_out(reason: str, names: Any) -> str:
+    """The number of images that were left out for a reason, and the first names."""
+    listed = [] if isinstance(names, int) else [*map(str, names)]
+    more = len(listed) - CLASSES
+    first = ", ".join(listed[:CLASSES]) + (f" and {more} more" if more > 0 else "")
+    return f"{_number(names):,}: {reason}" + (f" ({first})" if first else "")
+
+
+def _number(names: Any) -> int:
+    """The number of names in a list, or the number that is given in its place."""
+    return names if isinstance(names, int) else len(names)
 
 
 def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
@@ -234,21 +247,37 @@ def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str
         yield model["name"], to_hex(style["color"]), dashes.get(style["linestyle"], "none")
 
 
-def _depth_image(document: Document, column: Column) -> str:
+def _panel(document: Document, column: Column) -> dict[str, str]:
+    """The plot of a metric over depth, its heading and its caption."""
     from .plots import grid, over_depth
 
     figure, [axes] = grid(1)
     over_depth(axes, document["models"], column._replace(title=""), document.get("marked") or [])
-    return _source(figure)
+    size = probe_size(document) if column.name in PROBES else ""
+    tested, few, rest = size.partition(" Too few")
+    return {
+        "title": column.title + column.arrow,
+        "source": _source(figure),
+        "alt": f"{column.title} over depth. "
+        + " ".join(_course(model, column) for model in document["models"]),
+        "caption": f"{column.formula[0].upper()}{column.formula[1:]}; {column.direction}. {tested}",
+        "few": (few + rest).strip(),
+    }
 
 
-def _curve_images(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _curves(curves: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     from .plots import grid, steps
 
     for label in dict.fromkeys(curve["label"] for curve in curves):
         figure, [axes] = grid(1)
         steps(axes, [curve for curve in curves if curve["label"] == label])
-        yield label, _source(figure)
+        yield {
+            "title": label,
+            "source": _source(figure),
+            "alt": f"{label} over training steps.",
+            "caption": "",
+            "few": "",
+        }
 
 
 def _map_image(heat_map: Mapping[str, Any]) -> str:
@@ -300,7 +329,7 @@ def _notes(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 if row.get("notes"):
                     layers.setdefault(row["notes"], set()).add(row["layer"])
         for note, numbers in layers.items():
-            yield f"{model['name']}, {_ranges(sorted(numbers))}: {note}"
+            yield f"{model['name']}, {ranges(sorted(numbers))}: {note}"
 
 
 def _facts(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -310,6 +339,10 @@ def _facts(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str, s
     more = f" and {len(classes) - CLASSES} more" if len(classes) > CLASSES else ""
     facts = {
         "Images": data.get("images"),
+        "Images listed": data.get("listed"),
+        "Left out": "; ".join(
+            _left_out(reason, names) for reason, names in (data.get("left_out") or {}).items()
+        ),
         "Folder": data.get("folder"),
         "Labelled images": data.get("labelled"),
         f"Classes ({len(classes)})": ", ".join(map(str, classes[:CLASSES])) + more,

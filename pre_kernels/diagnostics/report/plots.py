@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Dashes tell lines apart even
-# when they are printed in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# when they are printed in grey. The first model, the one without PRe, is orange everywhere, and the
+# second, the one with it, blue.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
 # The width and height of a panel in inches.
@@ -309,7 +310,7 @@ def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
             corner = (column * width / columns, row * height / rows)
             place.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="white", linewidth=2.4))
             place.add_patch(
-                Rectangle(corner, *cell, fill=False, edgecolor=COLOURS[1], linewidth=1.4)
+                Rectangle(corner, *cell, fill=False, edgecolor=COLOURS[0], linewidth=1.4)
             )
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)

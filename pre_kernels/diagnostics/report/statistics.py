@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+# With two seeds, Student's t multiplies the standard error by 12.7: such an interval says nothing.
+FEWEST_SEEDS = 3
+
 
 def spread(values: Sequence[float] | None, sign: str = "", digits: int = 3) -> str:
     """The mean ± standard deviation over seeds. "–" for None."""
@@ -21,8 +24,8 @@ def effect(
     names: tuple[str, str] = ("without", "with PRe"),
     digits: int = 3,
 ) -> str:
-    """A difference in words and, with several seeds, whether it exceeds the noise between them
-    (paired t-test).
+    """A difference in words and, with three or more seeds, whether it exceeds the noise between
+    them (paired t-test). Two seeds are too few for an interval, and the text says so.
 
     Args:
         name: the quantity that is compared.
@@ -40,19 +43,33 @@ def effect(
     text = f"{name}: {means}, difference {spread(changes, '+', digits)}"
     if len(changes) < 2:
         return f"{text}."
+    above = sum(change > 0 for change in changes)
+    text = f"{text}; positive in {above} of {len(changes)} seeds"
+    if len(changes) < FEWEST_SEEDS:
+        return f"{text}, too few to tell it from the noise between seeds ({FEWEST_SEEDS} or more)."
     low, high = interval(changes)
     verdict = "within" if low <= 0 <= high else "clear of"
-    above = sum(change > 0 for change in changes)
     return (
-        f"{text}; positive in {above} of {len(changes)} seeds, {verdict} the noise between seeds "
-        "(95 % interval of "
-        f"the mean {low:+.{digits}f} to {high:+.{digits}f})."
+        f"{text}, {verdict} the noise between seeds (95 % interval of the mean "
+        f"{low:+.{digits}f} to {high:+.{digits}f})."
     )
 
 
 def interval(changes: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of the mean of at least two differences (Student's t)."""
+    """The 95 % confidence interval of the mean of at least `FEWEST_SEEDS` differences (Student's
+    t)."""
     from scipy.stats import t
 
     half = t.ppf(0.975, len(changes) - 1) * stdev(changes) / len(changes) ** 0.5
     return mean(changes) - half, mean(changes) + half
+
+
+def standard_error(share: float, count: int) -> float:
+    """The standard error of a share in 0..1 that was measured on `count` cases (binomial).
+
+    Two successes and two failures are added (Agresti and Coull 1998), since the plain formula says
+    0 where all cases agree.
+    """
+    total = count + 4
+    adjusted = (share * count + 2) / total
+    return float((adjusted * (1 - adjusted) / total) ** 0.5)

@@ -23,7 +23,7 @@ from ..measures.layers import LayerReport
 from .measure import Sample, measure
 
 # The entries of a report's row that are not metrics.
-LABELS = ("layer", "images", "tokens", "notes", "lens_tokens")
+LABELS = ("layer", "images", "tokens", "notes", "lens_tokens", "probe_test", "probe_chance")
 
 
 class LayerCallback(TrainerCallback):

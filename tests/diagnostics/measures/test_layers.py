@@ -53,7 +53,7 @@ def test_every_metric_is_its_functions():
             "cknna": cknna(tokens, anchor),
             "lens_share": lens.result().share, "lens_tokens": lens.result().tokens,
             "linear_probe": linear_probe(means, labels), "knn_probe": knn_probe(means, labels),
-            "notes": "",
+            "probe_test": 3, "probe_chance": 1 / 3, "notes": "",
         }  # fmt: skip
         assert_rows_equal([row], [expected])
     assert rows[0]["cosine"] == rows[0]["cka"] == pytest.approx(1)
@@ -118,7 +118,7 @@ def test_without_masks_labels_grid_and_logits_the_rest_is_measured():
         missing = {name for name, value in row.items() if value is None}
         assert missing == {
             "cohesion", "coupling", "contrast", "near", "far", "spatial_contrast", "cosine",
-            "lens_share", "lens_tokens", "linear_probe", "knn_probe",
+            "lens_share", "lens_tokens", "linear_probe", "knn_probe", "probe_test", "probe_chance",
         }  # fmt: skip
         assert row["notes"] == ""
 

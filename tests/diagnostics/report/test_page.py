@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from pre_kernels.diagnostics.report import page as report
+from pre_kernels.diagnostics.report.columns import COLUMNS
 from pre_kernels.diagnostics.report.statistics import effect, spread
 
 EVIL = "<script>alert('&')</script>"
@@ -137,7 +138,7 @@ def test_a_page_shows_everything_it_was_given():
     said = " ".join(" ".join(page.text).split())
     for text in (
         "a title",
-        "2026-01-02 · 1 image · CPU",
+        "2026-01-02 · 1 image (1 with a class) · CPU",
         "layer 4: where PRe reads",
         "How.",
         "torch 2.13",
@@ -146,7 +147,7 @@ def test_a_page_shows_everything_it_was_given():
     assert "Classes (41)" in said
     assert "and 11 more" in said
     assert f"before{EVIL}, layers 4, 8: few" in said
-    assert page.tags.count("table") == page.tags.count("details") == 2
+    assert page.tags.count("table") == 2
     assert page.tags.count("tr") == 2 * (1 + 3)
     assert "1 2" in page.text
     assert len(page.alts) == 2 + 1 + 1  # two metrics, a curve, an image
@@ -160,6 +161,11 @@ def test_the_least_document_has_a_page():
         assert "a title" in said
         assert "Semantic contrast ratio: needs masks, the patches of each object." in said
     optional = (
+        "verdict",
+        "about",
+        "warning",
+        "scene",
+        "unit",
         "marked",
         "maps",
         "curves",
@@ -281,8 +287,12 @@ def test_the_document_is_json():
 def test_sentences_of_a_difference_follow_the_numbers():
     steady = effect("x", [0.5, 0.6, 0.4], [0.6, 0.7, 0.501])
     assert "difference +0.100 ± 0.001; positive in 3 of 3 seeds, clear of the noise" in steady
-    noisy = effect("x", [0.5, 0.6], [0.9, 0.3])
-    assert "positive in 1 of 2 seeds, within the noise" in noisy
+    noisy = effect("x", [0.5, 0.6, 0.4], [0.9, 0.3, 0.5])
+    assert "positive in 2 of 3 seeds, within the noise" in noisy
+    two = effect("x", [0.5, 0.6], [0.9, 0.3])
+    assert two.endswith(
+        "; positive in 1 of 2 seeds, too few to tell it from the noise between seeds (3 or more)."
+    )
     assert effect("x", [0.5], [0.6]) == "x: 0.500 without, 0.600 with PRe, difference +0.100."
     assert (
         effect("x", [5.0], [6.0], ("(a)", "(b)"), digits=1)
@@ -301,6 +311,64 @@ def test_the_interval_is_the_paired_t_test():
     without, with_ = [0.5, 0.6, 0.4], [0.62, 0.65, 0.55]
     low, high = ttest_rel(with_, without).confidence_interval(0.95)
     assert f"{low:+.3f} to {high:+.3f}" in effect("x", without, with_)
+
+
+def test_verdict_and_main_curves_stand_before_everything_that_is_folded():
+    text = report.html(full())
+    folded = text.index("<details")
+    head = text[:folded]
+    assert text.index("its visual tokens lose some information") < text.index("Linear probe ↑")
+    assert "Semantic contrast ratio ↑" in head
+    assert text.count("<img") == 4
+    assert head.count("<img") == 3  # two main measures and the curve of the training
+    assert "<table" not in head
+    assert "deep half" not in head
+    assert text.count("<details") == text.count("</details>") == 4
+
+
+def test_a_warning_stands_first_and_draws_no_verdict():
+    text = report.html(full() | {"warning": "A smoke test.", "about": "PRe is this."})
+    assert text.index("A smoke test.") < text.index("PRe is this.") < text.index("Linear probe ↑")
+    assert "lose" not in "".join(Page(text).text)
+    own = report.html(full() | {"verdict": ["Mine: it works."]})
+    assert "<strong>Mine: </strong>it works." in own
+    assert "lose" not in "".join(Page(own).text)
+
+
+def test_a_scene_has_its_picture_and_caption():
+    text = report.html(full() | {"scene": {"picture": PICTURE, "caption": f"Which digit?{EVIL}"}})
+    assert f"data:image/png;base64,{PICTURE}" in text
+    assert EVIL not in text
+
+
+def test_images_that_were_left_out_are_counted():
+    data = {"images": 7, "listed": 10, "left_out": {"cannot be read": ["a", "b"], "too small": 1}}
+    page = Page(report.html(document(("a", []), data=data)))
+    said = " ".join(" ".join(page.text).split())
+    assert "7 images (3 left out)" in said
+    assert "2: cannot be read (a, b); 1: too small" in said
+
+
+def test_a_probe_says_on_how_many_images_it_was_tested():
+    few = rows([0.9, 0.5, 0.6], probe_test=[24] * 3, probe_chance=[0.25] * 3)
+    text = " ".join("".join(Page(report.html(document(("a", [few])))).text).split())
+    assert "Tested on 24 images: standard error up to 0.09, chance 0.25. Too few" in text
+    many = rows([0.9, 0.5, 0.6], probe_test=[2400] * 3, probe_chance=[0.25] * 3)
+    text = " ".join("".join(Page(report.html(document(("a", [many])))).text).split())
+    assert "Tested on 2,400 images" in text
+    assert "Too few" not in text
+
+
+def test_every_measure_says_which_values_are_better():
+    directions = {"higher is better", "lower is better", "neither higher nor lower is better"}
+    assert {column.direction for column in COLUMNS.values()} == directions
+    table = (ROOT / "docs" / "diagnostics.md").read_text()
+    rows = re.findall(r"^\| \[.*\| (`[a-z_*0-9`, ]+`) \|.*\| ([a-z –]+) \|$", table, re.M)
+    assert len(rows) == 9
+    for names, better in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            if name in COLUMNS and name not in ("cohesion", "coupling"):
+                assert better.split()[0] == (COLUMNS[name].better or "neither"), name
 
 
 def test_the_template_is_installed_with_the_package():

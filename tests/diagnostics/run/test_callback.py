@@ -65,7 +65,7 @@ def offline(model: torch.nn.Module, layers: Any = (0, 2, DEPTH)) -> dict[str, fl
     report = LayerReport(("structure", "cosine", "probe"))
     with Reader(model, layers) as reader:
         list(measure(reader, held_out(), report))
-    labels = ("layer", "images", "tokens", "notes")
+    labels = ("layer", "images", "tokens", "notes", "probe_test", "probe_chance")
     return {
         f"layer_{row['layer']}/{name}": value
         for row in report.rows()
