@@ -176,7 +176,10 @@ def apply_pre(
         )
     counted_over = None if group is None else Group(group)
     if mask_fn is not None and not callable(mask_fn):
-        raise TypeError(f"mask_fn: got {type(mask_fn).__name__}, want a callable")
+        raise TypeError(
+            f"mask_fn: got {type(mask_fn).__name__}, want a callable that returns the mask, such "
+            'as lambda inputs: inputs["input_ids"] == image_token_id'
+        )
     training = HeadOptions(head_lr, head_weight_decay, schedule, warmup)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
@@ -230,7 +233,9 @@ def apply_pre(
 
 def _check_fraction(fraction: Any) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
-        raise TypeError(f"fraction: got {type(fraction).__name__}, want a number in (0, 1]")
+        raise TypeError(
+            f"fraction: got {fraction!r} ({type(fraction).__name__}), want a number in (0, 1]"
+        )
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
 
@@ -262,7 +267,9 @@ def _head_dtype(requested: Any, layer: torch.dtype) -> torch.dtype:
     if requested is None:
         return layer
     if not isinstance(requested, torch.dtype):
-        raise TypeError(f"head_dtype: got {requested!r}, want a torch.dtype or None")
+        raise TypeError(
+            f"head_dtype: got {requested!r}, want a torch.dtype, such as torch.float32, or None"
+        )
     if requested != layer and (requested != torch.float32 or layer.itemsize > 2):
         raise ValueError(
             f"head_dtype: got {requested} over a layer in {layer}, want None, {layer}, or float32 "

@@ -161,13 +161,17 @@ def _read(
             continue
         if config.get(name) != wanted:
             raise ValueError(
-                f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}"
+                f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}; "
+                "call apply_pre with the settings of the saved head, on a model of its width"
             )
 
     tensors = _read_weights(paths[WEIGHTS])
     where = f"{paths[WEIGHTS]!r}"
     if tensors.keys() != shapes.keys():
-        raise ValueError(f"{where}: holds {sorted(tensors)}, this head has {sorted(shapes)}")
+        raise ValueError(
+            f"{where}: holds {sorted(tensors)}, this head has {sorted(shapes)}; both files must be "
+            "of one handle.save()"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise ValueError(
@@ -183,7 +187,9 @@ def _read_config(path: str) -> dict[str, Any]:
         with open(path) as file:
             config = json.load(file)
     except ValueError as error:  # JSON and Unicode errors are both subclasses
-        raise ValueError(f"{path!r}: not valid JSON: {error}") from error
+        raise ValueError(
+            f"{path!r}: not valid JSON: {error}; copy the file again, or load another checkpoint"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path!r}: format {got!r}, want {FORMAT}")
@@ -197,4 +203,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path!r}: not a valid safetensors file: {error}") from error
+        raise ValueError(
+            f"{path!r}: not a valid safetensors file: {error}; copy the file again, or load "
+            "another checkpoint"
+        ) from error

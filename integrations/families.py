@@ -333,8 +333,10 @@ def _module(model: nn.Module, name: str, part: Any) -> tuple[str, nn.Module]:
         try:
             return part, model.get_submodule(part)
         except AttributeError as error:
+            near = [path for path, _ in model.named_modules() if path.count(".") == 1][:8]
             raise ValueError(
-                f"{name}: got {part!r}, which is not a module of the model: {error}"
+                f"{name}: got {part!r}, which is not a module of the model: {error}; the model has "
+                f"{', '.join(near)}, and those inside"
             ) from error
     if not isinstance(part, nn.Module):
         hint = "; numbers of layers go into layer=" if name == "layers" else ""

@@ -45,7 +45,10 @@ class HeadOptions:
                 nonnegative(name, getattr(self, name))
         nonnegative("warmup", self.warmup)
         if self.warmup > 1:
-            raise ValueError(f"warmup: got {self.warmup}, want a share of the training, 0..1")
+            raise ValueError(
+                f"warmup: got {self.warmup}, want a share of the training, 0..1 (steps of warm-up "
+                "/ steps)"
+            )
 
     @property
     def scheduled(self) -> bool:
@@ -107,7 +110,7 @@ class ScheduledWeight:
     @progress.setter
     def progress(self, value: float) -> None:
         if nonnegative("progress", value) > 1:
-            raise ValueError(f"progress: got {value}, want 0..1")
+            raise ValueError(f"progress: got {value}, want 0..1, such as (step + 0.5) / steps")
         self._progress = float(value)
         self._progressed = True
 

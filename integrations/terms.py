@@ -192,11 +192,13 @@ def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualToken
     ):
         raise ValueError(
             f"anchor: got shape {tuple(anchor.shape)} for {int(visual.mask.sum())} visual tokens "
-            f"in a batch of {tuple(visual.mask.shape)}; want (N, z) or (batch, tokens, z)"
+            f"in a batch of {tuple(visual.mask.shape)}; want (N, z) or (batch, tokens, z), such as "
+            f"({int(visual.mask.sum())}, z)"
         )
     if anchor.shape[-1] != options.anchor_dim:
         raise ValueError(
-            f"anchor: got shape {tuple(anchor.shape)}, want width {options.anchor_dim} (anchor_dim)"
+            f"anchor: got shape {tuple(anchor.shape)}, want width {options.anchor_dim} "
+            f"(anchor_dim); pass anchor_dim={anchor.shape[-1]} to apply_pre"
         )
     if debugging() and options.nonfinite != "skip":
         _check_finite(anchor, visual.mask)

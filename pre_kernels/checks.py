@@ -44,7 +44,7 @@ def width(name: str, value: Any) -> int:
 
 def nonnegative(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), want a number")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}: got {value}, want a finite number ≥ 0")
     return float(value)
@@ -52,7 +52,10 @@ def nonnegative(name: str, value: Any) -> float:
 
 def _tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, want a torch.Tensor (torch.as_tensor makes one "
+            "of a list or an array)"
+        )
     # This test for a DTensor does not import torch.distributed.tensor.
     if hasattr(value, "placements"):
         raise TypeError(
@@ -72,14 +75,18 @@ def _floating(name: str, value: Any, device: torch.device | None = None) -> Tens
     tensor = _tensor(name, value, device)
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise TypeError(
-            f"{name}: got dtype {tensor.dtype}, want float16, bfloat16, float32 or float64"
+            f"{name}: got dtype {tensor.dtype}, want float16, bfloat16, float32 or float64 "
+            f"({name}.float() converts it)"
         )
     return tensor
 
 
 def _shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     if tuple(value.shape) != wanted:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}")
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, want {meaning} = {wanted}"
+            f"{'' if name == 'rows' else ' (in a PreHead m is hidden_dim, z is out_dim)'}"
+        )
 
 
 def under_autocast(device: str) -> bool:
@@ -102,8 +109,8 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
     for name, value in parameters.items():
         if value.dtype != hidden.dtype:
             raise TypeError(
-                f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype} (or use "
-                "autocast)"
+                f"{name}: got dtype {value.dtype}, want hidden's dtype {hidden.dtype}; convert one "
+                "by .to(dtype), or use torch.autocast"
             )
     return hidden.dtype
 
@@ -121,12 +128,14 @@ def row_values(problem: Problem) -> None:
     low, high = (min(few), max(few)) if few else map(int, rows.aminmax())
     if low < 0 or high >= total:
         raise ValueError(
-            f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows)"
+            f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows; "
+            "with shape (B, T, d) token t of sample b is row b * T + t)"
         )
     distinct = len(set(few)) if few else int(torch.bincount(rows).count_nonzero())
     if distinct < rows.numel():
         raise ValueError(
-            f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no duplicates"
+            f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no "
+            "duplicates (rows.unique() has none)"
         )
 
 
@@ -139,10 +148,14 @@ def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
         return selection.flatten()
     if dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"rows: got dtype {dtype}, want bool (a mask), int32 or int64 (flat row indices)"
+            f"rows: got dtype {dtype}, want bool (a mask; rows.bool() is one), int32 or int64 "
+            "(flat row indices)"
         )
     if selection.dim() != 1:
-        raise ValueError(f"rows: got shape {shape}, want (N,) flat row indices")
+        raise ValueError(
+            f"rows: got shape {shape} of {dtype}, want (N,) flat row indices, or a mask of dtype "
+            "bool (rows.bool() is one)"
+        )
     return selection
 
 
@@ -151,8 +164,8 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
         return None
     if reduction != "mean":
         raise ValueError(
-            f"normalizer: got one with reduction={reduction!r}, want None (it replaces the mean's "
-            "divisor)"
+            f"normalizer: got one with reduction={reduction!r}, want None, or reduction='mean', "
+            "whose divisor it replaces"
         )
     if isinstance(normalizer, Tensor):
         _tensor("normalizer", normalizer)
@@ -163,7 +176,7 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
         if normalizer.is_complex() or normalizer.dtype == torch.bool:
             raise TypeError(f"normalizer: got dtype {normalizer.dtype}, want a real number")
         if normalizer.requires_grad:
-            raise TypeError("normalizer: requires grad, want a constant (detach it)")
+            raise TypeError("normalizer: requires grad, want a constant: normalizer.detach()")
         return normalizer
     if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(
@@ -183,7 +196,8 @@ def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int])
         raise ValueError(f"precision: got {precision!r}, want 'fp8' or None (the inputs' own)")
     if dtype != torch.bfloat16:
         raise TypeError(
-            f"precision: got 'fp8' with products in {dtype}, want torch.bfloat16 inputs or autocast"
+            f"precision: got 'fp8' with products in {dtype}, want torch.bfloat16 inputs, autocast "
+            "to it, or precision=None"
         )
     if any(width % 16 or width > FP8_LONGEST for width in widths):
         raise ValueError(
@@ -226,12 +240,12 @@ def arguments(
     if hidden.dim() < 2:
         raise ValueError(
             f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading "
-            "dimension"
+            "dimension (hidden[None] has one)"
         )
     if anchor.dim() < 2:
         raise ValueError(
             f"anchor: got shape {tuple(anchor.shape)}, want hidden's leading shape + (z,), or "
-            "(N, z)"
+            "(N, z) with one row for each selected row"
         )
     leading = hidden.shape[:-1]
     dim = hidden.shape[-1]
@@ -244,7 +258,7 @@ def arguments(
     if w1.dim() != 2 or w1.shape[1] != dim or w1.shape[0] == 0:
         raise ValueError(
             f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last "
-            "dimension"
+            f"dimension: the layout of nn.Linear({dim}, m).weight and of PreHead(dim={dim})"
         )
     inner = w1.shape[0]
     _shape("w2", w2, (out_dim, inner), "(z, m), z as anchor's last dimension and m as w1's first,")
@@ -282,7 +296,7 @@ def arguments(
     if row_weight is not None:
         row_weight = _floating("row_weight", row_weight, device)
         if row_weight.requires_grad:
-            raise TypeError("row_weight: requires grad, want a constant (detach it)")
+            raise TypeError("row_weight: requires grad, want a constant: row_weight.detach()")
         # (N,) is the first reading, but the N of a mask is not known here: a weight that has the
         # mask's own shape is read as (R,).
         weight_compact = count is not None and tuple(row_weight.shape) == (count,)
@@ -336,5 +350,6 @@ def selected_count(problem: Problem, count: int) -> None:
     ):
         if compact and value is not None and value.shape[0] != count:
             raise ValueError(
-                f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected rows"
+                f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected "
+                "rows, or all rows, in hidden's leading shape"
             )

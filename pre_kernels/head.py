@@ -72,7 +72,10 @@ class PreHead(nn.Module):
         if dtype is not None and not (
             isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         ):
-            raise TypeError(f"dtype: got {dtype!r}, want float16, bfloat16, float32 or float64")
+            raise TypeError(
+                f"dtype: got {dtype!r}, want torch.float16, torch.bfloat16, torch.float32 or "
+                "torch.float64"
+            )
         self.dim = dim
         self.hidden_dim = hidden_dim
         self.out_dim = out_dim

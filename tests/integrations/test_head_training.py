@@ -169,11 +169,11 @@ def test_param_groups_of_several_heads_and_frozen_ones() -> None:
         ),
         ({"head_dtype": torch.float64}, ValueError, r"head_dtype: got torch.float64"),
         ({"head_lr": -1}, ValueError, r"head_lr: got -1, want a finite number"),
-        ({"head_lr": "1e-3"}, TypeError, r"head_lr: got str, want a number"),
+        ({"head_lr": "1e-3"}, TypeError, r"head_lr: got '1e-3' .str., want a number"),
         ({"head_weight_decay": math.nan}, ValueError, r"head_weight_decay: got nan"),
         ({"schedule": "linear"}, ValueError, r"schedule: got 'linear'"),
         ({"warmup": 1.5}, ValueError, r"warmup: got 1.5, want a share"),
-        ({"warmup": True}, TypeError, r"warmup: got bool"),
+        ({"warmup": True}, TypeError, r"warmup: got True"),
     ],
 )
 def test_wrong_arguments(given: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -38,7 +38,7 @@ from pre_kernels.integrations import launch
         (["--layer", "middle", "--", "ok.py"], "layer: got 'middle', want an int"),
         (["--layer", "0", "--", "ok.py"], "layer: got 0, want 1"),
         (["--weight", "-1", "--", "ok.py"], "weight: got -1"),
-        (["--weight", "much", "--", "ok.py"], "weight: got str, want a number"),
+        (["--weight", "much", "--", "ok.py"], "weight: got 'much' (str), want a number"),
         (["--set", "loss=l3", "--", "ok.py"], "loss: got 'l3'"),
         (["--set", "hidden_dim=0", "--", "ok.py"], "hidden_dim: got 0"),
         (["--set", "anchor=json:nothing", "--", "ok.py"], "anchor: cannot import 'json:nothing'"),

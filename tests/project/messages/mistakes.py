@@ -1,0 +1,94 @@
+"""What a row of the tables of mistakes is, and how it is tried."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pre_kernels import cli
+from pre_kernels.integrations import launch
+
+GAP = "…"  # any text
+COMMAND = "$ "
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake of a user, and what the library says about it.
+
+    Attributes:
+        about: the mistake in words.
+        wrong: the mistake as Python, or as a command line behind "$ ".
+        says: the whole message, in which … stands for any text.
+        right: what the message leads to, as Python or a command line. It works, and if it has
+            words that `wrong` lacks, the message has one of them.
+    """
+
+    about: str
+    wrong: str
+    says: str
+    right: str
+
+    def __str__(self) -> str:
+        return self.about
+
+
+def heard(code: str, makers: Mapping[str, Callable[[], Any]]) -> list[str]:
+    """Run Python or a command line, and return the messages of the library.
+
+    Args:
+        code: Python, or a command line behind "$ ".
+        makers: a function for each name that Python takes as given. It makes the value.
+    """
+    if code.startswith(COMMAND):
+        return run_command(shlex.split(code.removeprefix(COMMAND)))
+    tree = ast.parse(code)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    values = {name: make() for name, make in makers.items() if name in used}
+    messages = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            exec(compile(tree, "<mistake>", "exec"), values)
+        except Exception as error:
+            messages.append(str(error))
+    about_pre = [str(w.message) for w in caught if str(w.message).startswith("PRe: ")]
+    return about_pre + messages
+
+
+def run_command(words: list[str]) -> list[str]:
+    """Run a command line in this process, and return the message with which it ends, without the
+    name of the program and its usage."""
+    said = io.StringIO()
+    status: Any = 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            if words[0] == "pre-kernels":
+                status = cli.main(words[1:])
+            elif words[:3] == ["python", "-m", "pre_kernels.integrations.launch"]:
+                launch.main(words[3:])
+            else:
+                raise AssertionError(f"no such program: {words[0]}")
+        except SystemExit as left:
+            status = left.code
+    _, found, message = said.getvalue().partition("error: ")
+    assert bool(found) == bool(status), said.getvalue()
+    return [message.strip()] if found else []
+
+
+def matches(pattern: str, message: str) -> bool:
+    """Whether the message is the pattern; a gap is any text, line breaks are spaces."""
+    parts = (re.escape(part) for part in " ".join(pattern.split()).split(GAP))
+    return re.fullmatch(".*".join(parts), " ".join(message.split())) is not None
+
+
+def words(code: str) -> set[str]:
+    """The words and numbers in a text, those that a name is made of too."""
+    return set(re.findall(r"[A-Za-z]+|\d+", code))
