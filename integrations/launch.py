@@ -9,38 +9,33 @@ DeepSpeed wrap the model.
 The target may also be a command that trains in other processes, such as `… -- trl sft …` or
 `… -- accelerate launch train.py`. The launcher follows it into these processes, over any number of
 steps.
+
+Modules that import torch are imported when they are needed, since that takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import os
 import runpy
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from .attach import apply_pre
-from .checkpoint import CONFIG, WEIGHTS
 from .follow import LAUNCHER, console, is_python, python_flags
-from .launched import Launch
+from .launch_settings import checked_head, parameters, read_settings, restored, short_options
 
-PARAMETERS = {n: p for n, p in inspect.signature(apply_pre).parameters.items() if n != "model"}
+if TYPE_CHECKING:
+    from .launched import Launch
+
+OPTIONS = ("layer", "weight", "config", "set", "head")
 LINE = f"python -m {LAUNCHER} … -- train.py"
-# These settings name modules of the model, so they cannot be checked before the model exists.
-OF_THE_MODEL = ("text_model", "layers")
 EXAMPLES = """\
 settings (--set key=value, or the keys of --config), see apply_pre:
 {settings}
@@ -69,19 +64,12 @@ pre.yaml:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the target after `--`. Exceptions of the target pass through, `SystemExit` included."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:cut])
-    with _restored():
+    with restored():
         try:
-            run = _target(arguments[cut + 1 :])
-            if options.local_rank is not None:
-                sys.argv.insert(1, f"--local_rank={options.local_rank}")
-            head = _checked_head(options.head)
-            settings = _settings(options)
-            launch = Launch(settings, head, _again(options), options.followed is not None)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            parser.error(str(error))
+            run, launch = _prepared(arguments)
+        except KeyboardInterrupt:
+            print("PRe: interrupted before the script started", file=sys.stderr)
+            raise SystemExit(130) from None
         failed = True
         try:
             with launch:
@@ -94,8 +82,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
             launch.report(failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    shown = [f"  {name:<20} default: {p.default}" for name, p in PARAMETERS.items()]
+def _prepared(arguments: list[str]) -> tuple[Callable[[], Any], Launch]:
+    """A function that runs the target, and the launch inside which it has to run. `sys.argv` and
+    `sys.path[0]` are those of the target."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = _parser("--help" in arguments[:cut] or "-h" in arguments[:cut])
+    options, unknown = parser.parse_known_args(arguments[:cut])
+    if unknown:
+        parser.error(f"unrecognized arguments: {unknown[0]}; {_meant(unknown[0])}")
+    misplaced = options.target if options.module is None else ["-m", *options.module]
+    if misplaced:
+        own = arguments[: cut - len(misplaced)]
+        line = shlex.join([*own, "--", *misplaced, *arguments[cut + 1 :]])
+        start = "…" if "LOCAL_RANK" in os.environ else "python"  # torchrun's options are unknown
+        parser.error(
+            f"got no -- before {misplaced[0]!r}, want it there: `{start} -m {LAUNCHER} {line}`"
+        )
+    try:
+        run = _target(arguments[cut + 1 :])
+        if options.local_rank is not None:
+            sys.argv.insert(1, f"--local_rank={options.local_rank}")
+        head = checked_head(options.head)
+        settings = read_settings(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        parser.error(str(error))
+    from .launched import Launch
+
+    return run, Launch(settings, head, _again(options), options.followed is not None)
+
+
+def _parser(shows_help: bool) -> argparse.ArgumentParser:
+    shown = [
+        f"  {name:<20} default: {p.default}"
+        for name, p in (parameters().items() if shows_help else ())
+    ]
     parser = argparse.ArgumentParser(
         prog="python -m pre_kernels.integrations.launch",
         usage="%(prog)s [options] -- script.py | -m module | command [its arguments]",
@@ -125,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="start from the head saved in DIR, such as the output_dir of stage 1",
     )
+    # A script in front of which `--` is missing, with all that follows it.
+    parser.add_argument("target", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     # DeepSpeed's launcher puts --local_rank before all other arguments.
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", help=argparse.SUPPRESS)
     # The launcher passes --followed to the launchers in processes that it follows: the folder of
@@ -133,10 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _meant(word: str) -> str:
+    """What to write instead of an option that the launcher does not have."""
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, [*OPTIONS, *parameters()], n=1)
+    if not near:
+        return f"want an option of --help; options of the script go behind it: `{LINE} {word}`"
+    if near[0] in OPTIONS:
+        return f"did you mean --{near[0]}?"
+    return f"want `--set {near[0]}=…` for a setting of apply_pre"
+
+
 def _again(options: argparse.Namespace) -> list[str]:
     """Launcher arguments that give another process the same settings, even if its working directory
     is another."""
-    words = [f"--{name}={value}" for name, value in _short_options(options)]
+    words = [f"--{name}={value}" for name, value in short_options(options)]
     words += [f"--set={pair}" for pair in options.set]
     words += [
         f"--{n}={os.path.abspath(path)}"
@@ -144,23 +178,6 @@ def _again(options: argparse.Namespace) -> list[str]:
         if (path := getattr(options, n)) is not None
     ]
     return [*words, f"--followed={options.followed or os.path.abspath(sys.path[0])}"]
-
-
-def _short_options(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The names and texts of the settings that were given by `--layer` and `--weight`."""
-    values = ((name, getattr(options, name)) for name in ("layer", "weight"))
-    return [(name, value) for name, value in values if value is not None]
-
-
-@contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    argv = sys.argv
-    path = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        sys.path[:] = path
 
 
 def _target(words: list[str]) -> Callable[[], Any]:
@@ -230,106 +247,6 @@ def _is_module(name: str) -> bool:
             return False
         raise
     return spec is not None
-
-
-def _checked_head(folder: str | None) -> str | None:
-    for name in (CONFIG, WEIGHTS) if folder is not None else ():
-        if not os.path.isfile(path := os.path.join(str(folder), name)):
-            raise ValueError(f"--head: {path!r} is missing; want a folder that handle.save() wrote")
-    return folder
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `apply_pre`, checked as far as possible without the model."""
-    import yaml
-
-    values: dict[str, Any] = {}
-    if options.config is not None:
-        try:
-            with open(options.config, encoding="utf-8") as file:
-                config = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config: {options.config!r} is not valid YAML: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(
-                f"--config: {options.config!r} holds {type(config).__name__}, want a mapping of "
-                "settings"
-            )
-        where = f"--config {options.config}"
-        values |= {_known(name, where): value for name, value in config.items()}
-    for pair in [*options.set, *(f"{name}={value}" for name, value in _short_options(options))]:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set: got {pair!r}, want key=value")
-        try:
-            values[_known(name, "--set")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"--set: {name}: {text!r} is not a valid YAML value: {error}"
-            ) from error
-    with _restored():
-        sys.path += [] if options.followed is None else [options.followed]
-        settings = {name: _value(name, value) for name, value in values.items()}
-    _rehearse(settings)
-    return settings
-
-
-def _known(name: Any, where: str) -> str:
-    if name in PARAMETERS:
-        return str(name)
-    near = difflib.get_close_matches(str(name), PARAMETERS, n=3)
-    meant = (
-        f"; did you mean {' or '.join(near)}?" if near else f"; want one of {', '.join(PARAMETERS)}"
-    )
-    raise ValueError(f"{where}: unknown setting {name!r}{meant}")
-
-
-def _value(name: str, value: Any) -> Any:
-    """A YAML value, converted to the type of the parameter: a number that YAML reads as text, a
-    dtype, or a callable given as "module:name"."""
-    wanted = str(PARAMETERS[name].annotation)
-    if not isinstance(value, str):
-        return value
-    if "Callable" in wanted and ":" in value:
-        return _import(name, value)
-    if "dtype" in wanted and isinstance(
-        dtype := getattr(torch, value.removeprefix("torch."), None), torch.dtype
-    ):
-        return dtype
-    if "float" in wanted:  # YAML 1.1 takes 1e-3 for text
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _import(name: str, path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    try:
-        value: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: cannot import {path!r}: {error}") from error
-    return value
-
-
-def _rehearse(settings: dict[str, Any]) -> None:
-    """Call `apply_pre` on a stand-in without data, so that wrong arguments raise before any
-    work."""
-    layer = settings.get("layer")
-    numbers = [n for n in (layer if isinstance(layer, list) else [layer]) if isinstance(n, int)]
-    depth = min(max([2, *numbers]), 10_000)
-    model: Any = nn.Module()
-    model.layers = nn.ModuleList([nn.Linear(8, 8, device="meta")] * depth)
-    model.multi_modal_projector = nn.Linear(8, 8, device="meta")
-    config = {
-        "model_type": "llava",
-        "image_token_id": 1,
-        "hidden_size": 8,
-        "num_hidden_layers": depth,
-    }
-    model.config = SimpleNamespace(**config)
-    apply_pre(model, **{n: v for n, v in settings.items() if n not in OF_THE_MODEL}).remove()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pre_kernels import cli
 from pre_kernels.demo.export import save_model
 from pre_kernels.diagnostics.run.loading import load
 from pre_kernels.integrations import apply_pre, launch
+from pre_kernels.integrations.launch_settings import parameters
 
 from .support.tiny.models import build
 
@@ -64,8 +65,8 @@ def test_settings_of_the_launcher_are_not_evaluated(
 ) -> None:
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
     # Settings of the form module:name import the module by design.
-    named = [name for name, p in launch.PARAMETERS.items() if "Callable" in str(p.annotation)]
-    for name in launch.PARAMETERS.keys() - (named if text == "os:system" else ()):
+    named = [name for name, p in parameters().items() if "Callable" in str(p.annotation)]
+    for name in parameters().keys() - (named if text == "os:system" else ()):
         (folder / "pre.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
         # The text as YAML, and as a string in YAML.
         for options in (
@@ -81,7 +82,7 @@ def test_settings_of_the_launcher_are_not_evaluated(
 
 def test_only_callables_are_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.runpy, "run_path", lambda *_, **__: None)
-    for name, parameter in launch.PARAMETERS.items():
+    for name, parameter in parameters().items():
         if "Callable" in str(parameter.annotation):
             continue
         with pytest.raises(SystemExit):

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from pre_kernels.integrations import launch
+from pre_kernels.integrations.launch_settings import parameters
+from pre_kernels.integrations.launched import Launch
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,24 @@ from pre_kernels.integrations import launch
         ),
         (["--", "-m", "missing.module"], "no module named 'missing.module' can be run"),
         (["--", "-m", "json"], "no module named 'json' can be run"),
-        (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer"),
+        (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer; did you mean --layer?"),
+        (
+            ["--hidden-dim", "8", "--", "ok.py"],
+            "unrecognized arguments: --hidden-dim; want `--set hidden_dim=…`",
+        ),
+        (
+            ["--lr=2e-5", "--", "ok.py"],
+            f"options of the script go behind it: `{launch.LINE} --lr=2e-5`",
+        ),
+        (
+            ["--layer", "2", "ok.py", "--lr", "2e-5"],
+            f"got no -- before 'ok.py', want it there: `python -m {launch.LAUNCHER} --layer 2 -- "
+            "ok.py --lr 2e-5`",
+        ),
+        (["ok.py"], f"`python -m {launch.LAUNCHER} -- ok.py`"),
+        (["--weight=1", "ok.py", "--", "--lr", "1"], "--weight=1 -- ok.py --lr 1`"),
+        (["--layer", "2", "-m", "a.b", "--layer"], "--layer 2 -- -m a.b --layer`"),
+        (["--layer", "[1, 2]", "torchrun", "ok.py"], "--layer '[1, 2]' -- torchrun ok.py`"),
         (["--set", "lyer=2", "--", "ok.py"], "--set: unknown setting 'lyer'; did you mean layer"),
         (
             ["--set", "qqq=2", "--", "ok.py"],
@@ -46,8 +65,16 @@ from pre_kernels.integrations import launch
             ["--set", "mask_fn=no.module:f", "--", "ok.py"],
             "mask_fn: cannot import 'no.module:f': No module named 'no'",
         ),
-        (["--config", "missing.yaml", "--", "ok.py"], "No such file or directory: 'missing.yaml'"),
-        (["--config", ".", "--", "ok.py"], "Is a directory"),
+        (
+            ["--config", "missing.yaml", "--", "ok.py"],
+            "--config: got 'missing.yaml' (No such file or directory), want a YAML file of "
+            "settings, such as a line `layer: 16`",
+        ),
+        (["--config", ".", "--", "ok.py"], "--config: got '.' (Is a directory), want a YAML file"),
+        (
+            ["--config", "empty.yaml", "--", "ok.py"],
+            "--config: got 'empty.yaml', which is empty, want a YAML file",
+        ),
         (
             ["--config", "list.yaml", "--", "ok.py"],
             "--config: 'list.yaml' holds list, want a mapping of settings",
@@ -97,6 +124,7 @@ def test_errors_before_any_work(
 ) -> None:
     files = {
         "list": b"- layer",
+        "empty": b"# layer: 16",
         "broken": b"layer: [2",
         "binary": b"\xff\xfe\x00\xd8",
         "typo": b"wieght: 1",
@@ -105,6 +133,7 @@ def test_errors_before_any_work(
         (tmp_path / f"{name}.yaml").write_bytes(content)
     (tmp_path / "ok.py").write_text("raise AssertionError('it ran')")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     argv = sys.argv
     with pytest.raises(SystemExit) as left:
         launch.main(arguments)
@@ -123,7 +152,7 @@ def test_settings_come_from_the_file_and_options_win(
     )
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr(launch.Launch, "__enter__", lambda self: seen.append(self.settings))
+    monkeypatch.setattr(Launch, "__enter__", lambda self: seen.append(self.settings))
     more = [
         "--set",
         "loss=smooth_l1",
@@ -152,4 +181,4 @@ def test_every_setting_of_apply_pre_is_taken_and_shown(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         launch.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in launch.PARAMETERS)
+    assert all(f"  {name} " in shown for name in parameters())

@@ -4,7 +4,9 @@ others replace."""
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,68 @@ def test_the_report_comes_however_the_script_ends(
             warning = "LlavaForConditionalGeneration was trained, but no batch had a term of PRe"
             assert said.count(f"WARNING: {warning}") == 1
         assert (NOTHING in said) is (reports and not training)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_is_left_to_the_script(name: str, run: Any, capsys: Captured) -> None:
+    """Its own handler gets the signal, also in the middle of a training, and ends it as it
+    likes."""
+    body = """
+    import signal
+    class Stops(InOrder):
+        def training_step(self, *args, **more):
+            if self.state.global_step:
+                signal.raise_signal(number)
+            return super().training_step(*args, **more)
+    InOrder = Stops
+    def save(number, frame):
+        print("saved", number)
+        sys.exit(3)
+    """
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(SystemExit) as left:
+            run(
+                f"number = {int(number)}\n{textwrap.dedent(body)}\nsignal.signal(number, save)\n"
+                "trainer(build('llava'), steps=2).train()"
+            )
+    finally:
+        signal.signal(number, before)
+    assert left.value.code == 3
+    said = capsys.readouterr()
+    assert f"saved {int(number)}" in said.out
+    assert [line[:13] for line in said.err.splitlines() if "PRe: " in line] == ["PRe: attached"]
+
+
+def test_an_interrupt_before_the_script_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "ok.py").write_text("raise AssertionError('it ran')")
+    monkeypatch.setattr(launch, "read_settings", stop)
+    with pytest.raises(SystemExit) as left:
+        launch.main(["--", str(tmp_path / "ok.py")])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "PRe: interrupted before the script started\n"
+    assert left.value.__suppress_context__
+
+
+def test_a_script_that_patches_the_trainer_itself(run: Any, capsys: Captured) -> None:
+    """The launcher's patch outlives the script's block, so the second training has PRe too."""
+    run(
+        """
+        from pre_kernels.integrations import patch_trainer
+        with patch_trainer():
+            trainer(build("llava")).train()
+        t = trainer(build("llava"))
+        t.train()
+        assert "pre_loss" in t.state.log_history[0]
+        """
+    )
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_a_training_that_breaks_off_is_left_to_its_traceback(run: Any, capsys: Captured) -> None:

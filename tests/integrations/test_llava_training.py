@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from pre_kernels.integrations.handle import find_handle
-from pre_kernels.integrations.launch import Launch
+from pre_kernels.integrations.launched import Launch
 
 from .support.original_llava import SAMPLES, TinyLlava, build_original, original_batch, parts
 from .support.tiny.training import InOrder, Samples, arguments
