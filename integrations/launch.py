@@ -111,7 +111,7 @@ def _prepared(arguments: list[str]) -> tuple[Callable[[], Any], Launch]:
     return run, Launch(settings, head, _again(options), options.followed is not None)
 
 
-def _parser(shows_help: bool) -> argparse.ArgumentParser:
+def _parser(shows_help: bool = False) -> argparse.ArgumentParser:
     shown = [
         f"  {name:<20} default: {p.default}"
         for name, p in (parameters().items() if shows_help else ())
