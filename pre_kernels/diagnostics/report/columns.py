@@ -213,8 +213,8 @@ def measured_columns(models: Iterable[Mapping[str, Any]]) -> list[Column]:
     ]
 
 
-def main_names(columns: Iterable[Column]) -> list[str]:
-    """The names of the main metrics among `columns`, with stand-ins for those that are missing."""
-    names = [column.name for column in columns]
-    chosen = [name if name in names else STAND_INS.get(name, name) for name in MAIN]
-    return [name for name in chosen if name in names]
+def main_columns(models: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """The `MAIN` metrics that were measured for at least one model, with stand-ins for others."""
+    measured = {column.name: column for column in measured_columns(models)}
+    names = [name if name in measured else STAND_INS.get(name, name) for name in MAIN]
+    return [measured[name] for name in names if name in measured]

@@ -19,7 +19,7 @@ from .columns import (
     STAND_INS,
     Column,
     by_layer,
-    main_names,
+    main_columns,
     measured_columns,
 )
 from .statistics import effect, spread
@@ -77,8 +77,7 @@ def html(document: Document) -> str:
     )
     models = document["models"]
     data = document.get("data") or {}
-    columns = measured_columns(models)
-    shown = [column for column in columns if column.name in main_names(columns)]
+    shown = main_columns(models)
     verdict_texts = document.get("verdict")
     return template.render(
         title=document["title"],
@@ -93,7 +92,9 @@ def html(document: Document) -> str:
         findings=findings(document),
         legend=list(_legend(models)),
         panels=[_panel(document, column) for column in shown],
-        others=[_panel(document, column) for column in columns if column not in shown],
+        others=[
+            _panel(document, column) for column in measured_columns(models) if column not in shown
+        ],
         marked=document.get("marked") or [],
         curves=list(_curves(document.get("curves") or [])),
         maps=[
@@ -104,11 +105,6 @@ def html(document: Document) -> str:
         notes=[*(document.get("notes") or []), *_notes(models)],
         facts=list(_facts(document, data)),
     )
-
-
-def sentences(document: Document) -> list[str]:
-    """The findings of `document` as a list of sentences. `document` is as for `html`."""
-    return [f"{title} – {text}" for title, texts in findings(document).items() for text in texts]
 
 
 def findings(document: Document) -> dict[str, list[str]]:
@@ -216,7 +212,8 @@ def _images(data: Mapping[str, Any]) -> str | None:
     if count is None:
         return None
     said = f"{count:,} image{'' if count == 1 else 's'}"
-    left_out = sum(map(_number, (data.get("left_out") or {}).values()))
+    # The reasons also count masks that were left out, whose images were measured.
+    left_out = (data.get("listed") or count) - count
     more = [f"{left_out:,} left out"] if left_out else []
     if data.get("labelled"):
         more.append(f"{data['labelled']:,} with a class")
@@ -224,27 +221,24 @@ def _images(data: Mapping[str, Any]) -> str | None:
 
 
 def _left_out(reason: str, names: Any) -> str:
-    """The number of images that were left out for a reason, and the first names."""
+    """How many were left out for a reason, and the first names."""
     listed = [] if isinstance(names, int) else [*map(str, names)]
     more = len(listed) - CLASSES
     first = ", ".join(listed[:CLASSES]) + (f" and {more} more" if more > 0 else "")
-    return f"{_number(names):,}: {reason}" + (f" ({first})" if first else "")
+    return f"{len(listed) or names:,} {reason}" + (f" ({first})" if first else "")
 
 
-def _number(names: Any) -> int:
-    """The number of names in a list, or the number that is given in its place."""
-    return names if isinstance(names, int) else len(names)
-
-
-def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """The name, colour and SVG dashes of the line of each model."""
+def _legend(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """The name, colours on a light and on a dark page, and SVG dashes of the line of each model."""
     from matplotlib.colors import to_hex
 
-    from .plots import styles
+    from .plots import DARK, styles
 
     dashes = {"-": "none", "--": "6 3", "-.": "7 2 2 2", ":": "2 2.5"}
     for model, style in zip(models, styles(models), strict=True):
-        yield model["name"], to_hex(style["color"]), dashes.get(style["linestyle"], "none")
+        colour = to_hex(style["color"])
+        dash = dashes.get(style["linestyle"], "none")
+        yield model["name"], colour, DARK.get(colour, colour), dash
 
 
 def _panel(document: Document, column: Column) -> dict[str, str]:
@@ -260,9 +254,14 @@ def _panel(document: Document, column: Column) -> dict[str, str]:
         "source": _source(figure),
         "alt": f"{column.title} over depth. "
         + " ".join(_course(model, column) for model in document["models"]),
-        "caption": f"{column.formula[0].upper()}{column.formula[1:]}; {column.direction}. {tested}",
+        "start": f"{_upper(column.direction)}. {tested}",
         "few": (few + rest).strip(),
+        "end": f"{_upper(column.formula)}.",
     }
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
@@ -275,8 +274,9 @@ def _curves(curves: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
             "title": label,
             "source": _source(figure),
             "alt": f"{label} over training steps.",
-            "caption": "",
+            "start": "",
             "few": "",
+            "end": "",
         }
 
 

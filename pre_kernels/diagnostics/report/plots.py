@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .columns import Column, by_layer, measured_columns
+from .columns import PROBES, Column, by_layer, measured_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARK: dict[str, Any] = {"color": "0.75", "linewidth": 1.5, "zorder": 0}
 # The width and height of a panel in inches.
-PANEL = (4.3, 3.0)
+PANEL = (4.3, 2.75)
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -35,12 +35,25 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "0.4",
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "0.92",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+# Colours of a plot that would be hard to see on a dark page, and what they are there.
+DARK = {
+    "#000000": "#e6e9ee",  # text and ticks
+    "#666666": "#a0a9b8",  # axes
+    "#ebebeb": "#2f3641",  # the grid
+    "#bfbfbf": "#5f6876",  # marks
+    "#d55e00": "#ee8031",
+    "#0072b2": "#4aa8e8",
+    "#009e73": "#2bc79b",
+}
+# The axis of a probe spans at least this much, so that noise does not look like a course.
+LEAST_SPAN = 0.2
 Runs = Sequence[Sequence[Mapping[str, Any]]]
 
 
@@ -122,17 +135,52 @@ def over_depth(
     axes: Axes, models: Sequence[Mapping[str, Any]], panel: Column, marked: Sequence[int] = ()
 ) -> None:
     """Draw one panel of `depth` into `axes`, without a legend."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     for model, style in zip(models, styles(models), strict=True):
         _curve(axes, model["name"], model["runs"], panel.name, style)
     for layer in marked:
         axes.axvline(layer, **MARK)
-    axes.set(title=panel.title, xlabel="LLM layer", ylabel=panel.axis, yscale=panel.scale)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    title = panel.title + panel.arrow if panel.title else ""
+    axes.set(title=title, xlabel="LLM layer", ylabel=panel.axis)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], min_n_ticks=3))
+    if panel.scale == "log":
+        # The default labels of a span below a decade are such as 6 x 10^0.
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     if panel.in_unit_interval:
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        if panel.name in PROBES and high - low < LEAST_SPAN:
+            middle = min(max((low + high) / 2, LEAST_SPAN / 2), 1 - LEAST_SPAN / 2)
+            low, high = middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2
+        # Markers at 0 and 1 stay whole.
+        edge = 0.018 * (high - low)
+        low = -edge if low <= 0 else low
+        high = 1 + edge if high >= 1 else high
+        axes.set_ylim(low, high)
+        if panel.name in PROBES:
+            _chance(axes, models)
+
+
+def _chance(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the accuracy of a guess, if it is known and inside the axes."""
+    found = {
+        value
+        for model in models
+        for values in by_layer(model["runs"], "probe_chance").values()
+        for value in values
+    }
+    low, high = axes.get_ylim()
+    for value in found:
+        if low <= value <= high:
+            axes.axhline(value, color="0.4", linewidth=1, linestyle=":", zorder=0)
+            axes.text(
+                1, value, "chance", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+                color="0.4", fontsize=7.5,
+            )  # fmt: skip
 
 
 def _curve(axes: Axes, name: str, runs: Runs, metric: str, style: Mapping[str, Any]) -> None:
@@ -322,13 +370,25 @@ def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG. The same figure always gives the same SVG, and labels stay text."""
+    """The figure as SVG without a background, in colours that follow the page's light or dark
+    scheme. The same figure always gives the same SVG, and labels stay text."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pre-kernels"}):
-        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
-    return buffer.getvalue()
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None}, facecolor="none")
+    text = buffer.getvalue().replace("fill: #ffffff", "fill: none")
+    light, dark = (
+        "".join(f"--c{name[1:]}: {colour}; " for name, colour in palette)
+        for palette in (((name, name) for name in DARK), DARK.items())
+    )
+    for name in DARK:
+        text = text.replace(f": {name}", f": var(--c{name[1:]})")
+    rules = (
+        f"svg {{ {light}}} text {{ fill: var(--c000000); }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {dark}}} }}"
+    )
+    return text.replace(" <defs>", f" <style>{rules}</style>\n <defs>", 1)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -281,10 +281,13 @@ def _instead(models: Sequence[Model]) -> str:
 
 
 def _wanted(measured: set[str]) -> str:
-    wanted = [
-        f"{COLUMNS[name].needs}" for name in ("linear_probe", "contrast") if name not in measured
+    """What would have to be given to measure what is missing."""
+    needs = [
+        COLUMNS[name].needs.partition(", ")
+        for name in ("linear_probe", "contrast")
+        if name not in measured
     ]
-    return f"To tell more: give {' or '.join(wanted)}."
+    return f"To tell more: give {' or '.join(f'{name} ({what})' for name, _, what in needs)}."
 
 
 def deep(model: Model, column: Column) -> list[dict[int, float]]:

@@ -257,11 +257,10 @@ def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
     )
     document = diagnose(settings, options.out, console, shlex.join(["pre-kernels", *arguments]))
 
-    from ..report.page import sentences
+    from ..report.terminal import show
 
     console.print()
-    for sentence in sentences(document):
-        console.print(f"• {sentence}")
+    show(document, console)
     console.print()
     for name, what in FILES.items():
         console.print(f"{what}: {options.out / name}")

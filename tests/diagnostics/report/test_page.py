@@ -254,15 +254,6 @@ def test_without_masks_spatial_contrast_stands_in():
     assert "Spatial contrast" not in report.findings(document(("a", [with_masks])))
 
 
-def test_sentences_name_their_metric():
-    one = document(("a", [rows([0.9, 0.5, 0.6], effective_dimension=[3.0, 2.25, 2.0])]))
-    found = report.sentences(one)
-    assert found[0].startswith("Linear probe – a: 0.900 at layer 0")
-    assert found[1].startswith("Effective dimension – a: 3.0 at layer 0, 2.0 at layer 8")
-    assert "Not measured – Cosine with the anchor: needs an anchor as wide as the layer." in found
-    assert len(found) == sum(map(len, report.findings(one).values()))
-
-
 def test_csv_has_a_line_for_each_model_run_and_layer():
     a = [rows([0.9, None, 0.6], lens_tokens=[[1, 2], [3], None]), rows([0.8, 0.7, 0.6])]
     text = report.csv_text(
@@ -342,11 +333,15 @@ def test_a_scene_has_its_picture_and_caption():
 
 
 def test_images_that_were_left_out_are_counted():
-    data = {"images": 7, "listed": 10, "left_out": {"cannot be read": ["a", "b"], "too small": 1}}
+    data = {
+        "images": 7,
+        "listed": 10,
+        "left_out": {"images that could not be read": ["a", "b"], "too small": 1},
+    }
     page = Page(report.html(document(("a", []), data=data)))
     said = " ".join(" ".join(page.text).split())
     assert "7 images (3 left out)" in said
-    assert "2: cannot be read (a, b); 1: too small" in said
+    assert "2 images that could not be read (a, b); 1 too small" in said
 
 
 def test_a_probe_says_on_how_many_images_it_was_tested():

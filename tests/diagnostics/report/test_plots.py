@@ -73,7 +73,10 @@ def test_a_panel_for_each_metric_that_some_model_has():
         {"name": "b", "runs": [run([2.0, 3.0, 4.0], "effective_dimension")]},
     ]
     figure = plots.depth(models, marked=[4])
-    assert [axes.get_title() for axes in figure.axes] == ["Linear probe", "Effective dimension"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Linear probe ↑",
+        "Effective dimension ↑",
+    ]
     probe, dimension = figure.axes
     assert lines(probe, "a") == [([0, 4], [1.0, 0.5])]
     assert lines(probe, "b") == []
@@ -82,7 +85,7 @@ def test_a_panel_for_each_metric_that_some_model_has():
     assert (probe.get_ylabel(), probe.get_xlabel()) == ("test accuracy", "LLM layer")
     assert legend_of(figure) == ["a", "b"]
     chosen = plots.depth(models, [COLUMNS["linear_probe"]._replace(title="digits")])
-    assert [axes.get_title() for axes in chosen.axes] == ["digits"]
+    assert [axes.get_title() for axes in chosen.axes] == ["digits ↑"]
 
 
 def test_several_runs_are_thin_lines_and_a_band_around_their_mean():
@@ -228,3 +231,66 @@ def test_axes_of_a_share_end_at_0_and_1():
         assert -0.02 <= axes.get_ylim()[0] < axes.get_ylim()[1] <= 1.02
     [axes] = plots.depth([{"name": "a", "runs": [run([1.0, 3.0, 2.0], "contrast")]}]).axes
     assert axes.get_ylim()[1] > 3
+
+
+def ticks(axes, name):
+    """The numbers and labels of the ticks that can be seen."""
+    axes.figure.canvas.draw()
+    low, high = getattr(axes, f"get_{name}lim")()
+    axis = getattr(axes, f"{name}axis")
+    shown = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    return {round(place, 9): label.get_text() for place, label in shown if low <= place <= high}
+
+
+def test_the_axis_of_a_probe_does_not_enlarge_noise():
+    for values in ([0.5, 0.51, 0.5], [1.0, 1.0, 0.99], [0.0, 0.01, 0.0]):
+        [axes] = plots.depth([{"name": "a", "runs": [run(values)]}]).axes
+        low, high = axes.get_ylim()
+        assert high - low > 0.19
+        assert low < min(values) < max(values) < high
+        assert all(0 <= place <= 1 for place in ticks(axes, "y"))
+    [axes] = plots.depth([{"name": "a", "runs": [run([0.5, 0.51, 0.5], "correlation")]}]).axes
+    assert axes.get_ylim()[1] - axes.get_ylim()[0] < 0.1
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 16, 32), (0, 40, 80)])
+def test_layers_are_whole_numbers_on_the_axis(layers):
+    [axes] = plots.depth([{"name": "a", "runs": [run([0.5, 0.4, 0.1], layers=layers)]}]).axes
+    labels = ticks(axes, "x")
+    assert len(labels) >= 3
+    assert all(label == f"{place:.0f}" for place, label in labels.items())
+
+
+@pytest.mark.parametrize("values", [(11.0, 12.0, 13.0), (0.5, 3.0, 700.0), (1.0, 900.0, 2e5)])
+def test_a_logarithmic_axis_has_plain_numbers(values):
+    [axes] = plots.depth([{"name": "a", "runs": [run(values, "norm_mean")]}]).axes
+    labels = ticks(axes, "y")
+    assert len(labels) >= 2
+    assert all(float(label.replace(",", "")) == place for place, label in labels.items())
+
+
+def test_the_accuracy_of_a_guess_is_drawn_where_it_is_in_sight():
+    def probe(values, chance):
+        rows = [row | {"probe_chance": chance} for row in run(values)]
+        [axes] = plots.depth([{"name": "a", "runs": [rows]}]).axes
+        return [text.get_text() for text in axes.texts], lines(axes)
+
+    texts, drawn = probe([0.9, 0.3, 0.1], 0.25)
+    assert texts == ["chance"]
+    assert any(set(y) == {0.25} for _, y in drawn)
+    assert probe([0.9, 0.8, 0.9], 0.25)[0] == []
+
+
+def test_pictures_follow_the_dark_scheme_of_the_page():
+    text = plots.svg(plots.depth([{"name": "a", "runs": [run([1, 0, 0])]}]))
+    assert "@media (prefers-color-scheme: dark)" in text
+    style = text.index("</style>", text.index("@media"))
+    for light, dark in plots.DARK.items():
+        assert dark in text[:style]
+        assert f": {light}" not in text[style:]
+    assert "fill: #ffffff" not in text
+
+
+def test_the_first_model_is_orange_and_the_second_blue():
+    first, second = (style["color"] for style in plots.styles([{"name": "a"}, {"name": "b"}]))
+    assert (first, second) == ("#D55E00", "#0072B2")

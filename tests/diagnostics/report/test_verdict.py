@@ -122,7 +122,7 @@ def test_without_classes_the_structure_is_described():
     grid = verdict(document(("a", [run([1.5, 1.5, 1.5, 1.5], "spatial_contrast")])))
     assert grid[0].startswith("a: no loss of spatial structure is seen")
     assert grid[-1] == (
-        "To tell more: give labels, a class for each image or masks, the patches of each object."
+        "To tell more: give labels (a class for each image) or masks (the patches of each object)."
     )
     other = verdict(document(("a", [run([1.0, 0.5, 0.4, 0.3], "cosine")])))
     assert "cannot be told from these measures" in other[0]

@@ -1,0 +1,66 @@
+import io
+
+import pytest
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from pre_kernels.diagnostics.report.terminal import show
+
+
+def run(values, column="linear_probe", **more):
+    return [{"layer": 4 * place, column: value} | more for place, value in enumerate(values)]
+
+
+def document(*models, **more):
+    return {
+        "title": "",
+        "models": [{"name": name, "depth": 8, "runs": [rows]} for name, rows in models],
+    } | more
+
+
+def shown(document, width=80):
+    text = io.StringIO()
+    show(document, Console(file=text, width=width, highlight=False))
+    return text.getvalue()
+
+
+def both(name="b"):
+    tested = {"probe_test": 40, "probe_chance": 0.1}
+    return document(("a", run([0.9, 0.4, 0.5], **tested)), (name, run([0.9, 0.8, 0.75], **tested)))
+
+
+def test_the_verdict_stands_before_a_table_of_the_main_measures():
+    text = shown(both())
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0].startswith("a: its visual tokens lose much information.")
+    table = lines[lines.index("") + 1 :]
+    assert table == [
+        "first lowest (layer) last",
+        "Linear probe ↑ (40 test images)",
+        "a 0.90 0.40 (4) 0.50",
+        "b 0.90 0.75 (8) 0.75",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("name", ["b", "an/organisation-with-a-very-long-name-of-a-model-7b-hf"])
+def test_every_line_fits_the_terminal(width, name):
+    text = shown(both(name), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\x1b" not in text
+    assert name in text.replace("\n", "").replace(" ", "").replace("0.900.75(8)0.75", "")
+
+
+def test_a_warning_takes_the_place_of_the_verdict():
+    text = shown(both() | {"warning": "A smoke test.", "about": "PRe is [this]."})
+    assert text.startswith("A smoke test.\nPRe is [this].\n")
+    assert "lose" not in text
+    assert shown(both() | {"verdict": ["Mine."]}).startswith("Mine.\n")
+
+
+def test_a_model_without_a_measure_has_dashes():
+    text = shown(document(("a", run([1.5, 1.2, 1.1], "contrast")), ("b", [])))
+    assert text.splitlines()[-1].split() == ["b", "–", "–", "–"]
+    assert "nothing was measured" in shown(document(("a", [])))
