@@ -70,7 +70,7 @@ def everything(dry: bool, out: Path) -> Iterator[Part]:
 
     yield Part("ceilings", module("bench.profiling", "ceilings", *size), 15)
     check = ["--impl", "torch", "--width", "64", "--rows", "64"] if dry else []
-    yield Part("check", module("pre_kernels.cli", "check", "--out", str(out), *check), 42)
+    yield Part("check", module("pre_kernels", "check", "--out", str(out), *check), 42)
     yield suite("blas", 35, main, ["floor", "eager", "ours-blas", "ours-fp8"])
     yield suite(
         "triton", 35, main, ["floor", "ours-triton"], "--rows", "index", "mask", "--seconds", "3"

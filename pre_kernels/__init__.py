@@ -4,11 +4,37 @@ This module has the loss and its head; `pre_kernels.reference` has the equations
 `pre_kernels.integrations` attaches both to models and trainers. `pre_kernels.diagnostics` measures
 how much of its visual tokens a model keeps. Its `LayerCallback` measures that during a training, on
 images that its `load_samples` reads.
+
+The names are imported on first use, since the command line starts with this package and torch takes
+seconds.
 """
 
-from . import reference
-from .head import PreHead
-from .loss import fused_pre_loss
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy
+
+if TYPE_CHECKING:
+    from . import reference
+    from .head import PreHead
+    from .loss import fused_pre_loss
 
 __all__ = ["PreHead", "fused_pre_loss", "reference"]
 __version__ = "0.1.0"
+
+# A type checker that saw this would accept any name as one of the package.
+if not TYPE_CHECKING:
+    __getattr__ = lazy(
+        __name__,
+        {
+            "loss": ("fused_pre_loss", "loss"),
+            "head": ("PreHead", "head"),
+            "reference": ("reference",),
+            "checks": ("checks",),
+            "problem": ("problem",),
+            "fused": ("fused",),
+        },
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

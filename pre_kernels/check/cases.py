@@ -16,9 +16,10 @@ from pre_kernels.fused.products import fastest_dtype
 from pre_kernels.fused.steps_torch import IN_CACHE
 from pre_kernels.problem import Options, Problem
 
+from . import DTYPES as NAMES
 from .rule import LEAVES, Case
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 Step = Callable[[], tuple[Tensor, ...]]
 
 

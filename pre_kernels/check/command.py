@@ -17,17 +17,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pre_kernels.fused.products import half_precision
 
-from . import implementation
+from . import IMPLEMENTATIONS, implementation
 from .cases import DTYPES
 from .device import Cpu, Cuda, current
 
-IMPLEMENTATIONS = ("blas", "triton", "fp8", "torch")
 # A check may take this many seconds.
 LIMIT = 120.0
 # This many characters are kept of the stderr of a process that died.
@@ -35,75 +34,6 @@ TAIL = 4000
 # The defaults are width, rows and dtype.
 DEFAULTS = {"cuda": (4096, 9216, "bf16"), "cpu": (512, 1024, "fp32")}
 MARKS = {"pass": "PASS", "fail": "FAIL", "skip": "-", "info": ""}
-EXAMPLES = """\
-examples:
-  pre-kernels check                            check whatever can run here
-  pre-kernels check --impl blas --width 3584 --rows 5120
-  pre-kernels check --dtype fp16 --out /tmp    write check.json there; attach it to a bug report
-  TRITON_INTERPRET=1 pre-kernels check         without a GPU: interpret the kernels at tiny sizes
-
-how to read a line:
-  PASS, FAIL, or - for a check that was left out, with the reason; a time has no mark, because no
-                        time is guaranteed
-  0.85 × the rule       the error is 0.85 times the allowed one, which is a little more than the
-                        error of eager PyTorch in the same dtype; above 1 fails
-  0.50 × the formula    the memory beside the gradients is half of what the design allows; above 1
-                        fails
-
-exit status: 0 if every check that ran passed, 1 if one failed or none ran, 2 for wrong arguments
-"""
-
-
-def add_parser(commands: Any, width: Callable[[str], int]) -> None:
-    """Add the command to the parsers of `pre-kernels`."""
-    show = commands.add_parser(
-        "check",
-        help="check and time the loss on this machine",
-        description="Check what the library guarantees, for each implementation that can run on "
-        "this machine: loss and gradients against float64, no host syncs, CUDA graphs, "
-        "torch.compile, peak memory. Time it beside six bare matmuls and eager PyTorch. Print a "
-        "line for each check, and write the details to check.json.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    show.add_argument(
-        "--impl",
-        nargs="+",
-        action="extend",
-        choices=IMPLEMENTATIONS,
-        metavar="IMPL",
-        help=f"one or more of {', '.join(IMPLEMENTATIONS)} (default: those that can run here; "
-        "on a GPU torch only if no other can)",
-    )
-    show.add_argument(
-        "--width",
-        type=width,
-        metavar="D",
-        help="width of all layers (default: 4096; 512 on a CPU)",
-    )
-    show.add_argument(
-        "--rows",
-        type=rows,
-        metavar="N",
-        help="selected rows of the real size (default: 9216; 1024 on a CPU)",
-    )
-    show.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the inputs (default: bf16; fp32 on a CPU)"
-    )
-    show.add_argument(
-        "--out",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder for check.json (default: this folder)",
-    )
-
-
-def rows(text: str) -> int:
-    """Parse a number of rows that is large enough for their mean error to mean something."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 64:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 64")
-    return int(text)
 
 
 class Plan:

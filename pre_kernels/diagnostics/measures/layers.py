@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import inputs, state
+from . import METRICS, inputs, state
 from .contrast import Contrast, check_masks
 from .fidelity import cka_of_moments, cknna
 from .lens import LogitLens, decode
@@ -21,9 +21,6 @@ from .probe import counts_in_test, knn_probe, linear_probe
 from .reservoir import Reservoir
 from .spatial import Spatial, check_grid
 from .spectrum import Spectrum, SpectrumSummary
-
-METRICS = ("structure", "cosine", "spectrum", "cka", "cknna", "probe")
-"""The groups of metrics that a `LayerReport` can measure."""
 
 
 class LayerReport:

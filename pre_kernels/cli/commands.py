@@ -1,0 +1,184 @@
+"""The commands: checks of what the machine has, the work, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pre_kernels import screen
+from pre_kernels.check import command as checking
+from pre_kernels.diagnostics.run import command
+from pre_kernels.loss import unavailable
+
+from .facts import facts, installed
+
+EXTRA = "pip install 'pre-kernels[demo]'"
+MODELS = ("transformers", "accelerate", "safetensors", "numpy")
+# These are the modules that each command imports.
+NEEDED = {
+    "the demo": (
+        "einops",
+        "sklearn",
+        "matplotlib",
+        "rich",
+        "jinja2",
+        "PIL",
+        "scipy",
+        "threadpoolctl",
+        *MODELS,
+    ),
+    "diagnose": ("einops", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
+    "trace": ("matplotlib",),
+}
+# These modules come from packages of another name.
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command that the options name, and return the exit status."""
+    commands = {
+        "check": check,
+        "demo": demo,
+        "diagnose": diagnose,
+        "trace": trace,
+        "tune": tune,
+        "env": env,
+    }
+    return commands[options.command](options)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Check the arguments and the packages, then run the demo."""
+    from pre_kernels.demo.settings import QUICK, Settings
+
+    settings = QUICK if options.quick else Settings()
+    asked = {name: getattr(options, name) for name in ("seeds", "layer", "weight")}
+    settings = replace(
+        settings, **{name: value for name, value in asked.items() if value is not None}
+    )
+    if not 1 <= settings.pre_layer <= settings.layers:
+        return fail(
+            f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the "
+            "demo's LLM"
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
+    if problem := missing("the demo", EXTRA) or unwritable(options.out):
+        return fail(problem)
+
+    from pre_kernels.demo.run import run
+
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
+    run(settings, device, options.out, jobs=min(jobs, settings.seeds))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check and time the loss on this machine."""
+    if problem := unwritable(options.out):
+        return fail(problem)
+    try:
+        return checking.check(options, facts())
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """Measure a model's layers on images."""
+    if problem := missing("diagnose", "pip install 'pre-kernels[diagnose]'") or unwritable(
+        options.out
+    ):
+        return fail(problem)
+    try:
+        command.diagnose(options, options.arguments)
+    except (ValueError, OSError, ImportError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command resumes from what is saved") from None
+    return 0
+
+
+def trace(options: argparse.Namespace) -> int:
+    """Plot a training's score against its probe accuracy, or the losses of trainings."""
+    if problem := missing("trace", EXTRA):
+        return fail(problem)
+    try:
+        command.trace(options)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    return 0
+
+
+def missing(name: str, extra: str) -> str | None:
+    """Name the packages that a command needs and how to install them; None if all are there."""
+    absent = [module for module in NEEDED[name] if importlib.util.find_spec(module) is None]
+    packages = [PACKAGES.get(module, module) for module in absent]
+    return f"{name} needs {', '.join(packages)}: {extra}" if packages else None
+
+
+def unwritable(folder: Path, argument: str = "--out") -> str | None:
+    """Say why no file can be written into `folder`, or return None. Makes the folder if it is
+    missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{argument}: cannot write into {folder}: {error.strerror or error}"
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Time the tiles of the Triton matmuls and save the best."""
+    if not torch.cuda.is_available():
+        return fail("tune needs a GPU, and torch sees none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    if reason := unavailable(device, dtype):
+        return fail(f"tune: {reason}")
+
+    from pre_kernels.fused.kernels import tiles
+    from pre_kernels.fused.kernels.tune import tune
+
+    if problem := unwritable(tiles.cache_file().parent, "PRE_KERNELS_CACHE"):
+        return fail(problem)
+    for tuned in tune(options.width or [4096], dtype, device):
+        shipped = next(iter(tuned.times))
+        best = tuned.times[tuned.best]
+        gain = tuned.times[shipped] / best
+        print(f"{tuned.name}: {tuple(tuned.best)}, {best:.3f} ms", end="")
+        print(f" ({gain:.2f} × as fast as {tuple(shipped)})", flush=True)
+    print(f"saved in {tiles.cache_file()}")
+    return 0
+
+
+def env(options: argparse.Namespace) -> int:
+    """Print the facts for a bug report, or the table of models."""
+    if options.models:
+        from pre_kernels.integrations import family_table
+
+        print(
+            family_table.markdown()
+            if options.markdown
+            else family_table.text(installed("transformers"))
+        )
+        return 0
+    if options.markdown:
+        return fail("--markdown needs --models")
+    rows = facts()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def fail(message: str) -> int:
+    """Print the error, and return argparse's exit status for wrong arguments."""
+    screen.say(f"error: {message}")
+    return 2
