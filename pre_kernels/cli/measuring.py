@@ -145,7 +145,11 @@ def add_diagnose(commands: Any, whole: Callable[[str], int]) -> None:
         help='text after the image (default: "Describe the image.")',
     )
     show.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: as the weights are saved"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        metavar="NAME",
+        help=f"one of {', '.join(DTYPES)} (default: auto, as the weights are saved)",
     )
     show.add_argument(
         "--device",

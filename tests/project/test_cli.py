@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+import pre_kernels
 from pre_kernels import cli
 from verify import ROOT
 
@@ -66,10 +67,82 @@ def test_env_without_optional_packages(monkeypatch, capsys):
     assert "not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("tune",), ("env",)])
-def test_help(command, capsys):
+COMMANDS = ("check", "demo", "diagnose", "trace", "tune", "env")
+
+
+def alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The code in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+def test_help_version_and_wrong_options_import_nothing_slow():
+    """All in one process, whose modules and own time are asked for at its end."""
+    code = """
+import sys, time
+from pre_kernels.cli import main
+for line in sys.argv[1:]:
+    try:
+        print("status", main(line.split()))
+    except SystemExit as stop:
+        print("status", stop.code)
+print("seconds", time.process_time())
+print("modules", *sys.modules)
+"""
+    helps = [f"{command} --help" for command in COMMANDS]
+    done = alone(code, "", "--help", "--version", *helps, "demo --sedes", "train")
+    statuses = re.findall(r"^status (.*)$", done.stdout, re.M)
+    assert statuses == ["2", *["0"] * (2 + len(COMMANDS)), "2", "2"], done.stderr
+    for command in COMMANDS:
+        assert f"usage: pre-kernels {command} " in done.stdout
+    *_, seconds, modules = done.stdout.splitlines()
+    slow = {"torch", "numpy", "transformers", "rich", "importlib.metadata", "asyncio"}
+    assert not slow & set(modules.split())
+    assert float(seconds.split()[1]) < 0.5
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert status() == 2
+    printed = capsys.readouterr()
+    assert "examples:" in printed.out
+    assert not printed.err
+
+
+def test_a_wrong_option_shows_the_usage_of_its_command(capsys):
+    assert status("demo", "--sedes", "3") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: pre-kernels demo ")
+    assert "\npre-kernels demo: error: got --sedes 3" in said
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert status(*command, "--help") == 0
-    assert "pre-kernels" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    # A command that is wrapped can still be copied.
+    lines = printed.splitlines()
+    for place, line in enumerate(lines):
+        if line.endswith("\\"):
+            assert lines[place + 1].startswith("    ")
+
+
+def test_python_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "pre_kernels", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"pre-kernels {pre_kernels.__version__}\n"
 
 
 def test_help_of_the_demo_has_examples(capsys):
@@ -82,8 +155,23 @@ def test_help_of_the_demo_has_examples(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "command"),
-        (("train",), "invalid choice: 'train'"),
+        (("train",), "command: got 'train', want one of check, demo, diagnose"),
+        (
+            ("dignose", "m", "i"),
+            "want one of check, demo, diagnose, trace, tune, env; did you mean di",
+        ),
+        (
+            ("--verison",),
+            "got --verison, want only what pre-kernels --help lists; did you mean --v",
+        ),
+        (("demo", "--sedes", "3"), "demo --help lists; did you mean --seeds?"),
+        (("demo", "--sedes=3"), "got --sedes=3, want only what pre-kernels demo --help lists; did"),
+        (("demo", "quick"), "did you mean --quick?"),
+        (("trace", "a", "--zzz"), "got --zzz, want only what pre-kernels trace --help lists\n"),
+        (
+            ("check", "--impl", "trito"),
+            "--impl: got 'trito', want one of blas, triton, fp8, torch; di",
+        ),
         (("demo", "--seeds", "0"), "--seeds: got '0', want a whole number of at least 1"),
         (("demo", "--seeds", "two"), "--seeds: got 'two'"),
         (("demo", "--weight", "-1"), "--weight: got '-1', want a number above 0"),
@@ -91,7 +179,7 @@ def test_help_of_the_demo_has_examples(capsys):
         (("demo", "--weight", "heavy"), "--weight: got 'heavy'"),
         (("demo", "--layer", "0"), "--layer: got 0, want 1..8"),
         (("demo", "--layer", "9"), "--layer: got 9, want 1..8"),
-        (("demo", "--device", "tpu"), "invalid choice: 'tpu'"),
+        (("demo", "--device", "tpu"), "--device: got 'tpu', want one of auto, cpu, cuda"),
     ],
 )
 def test_bad_arguments_say_what_is_wanted(
@@ -172,17 +260,7 @@ def test_trace_needs_matplotlib_alone(tmp_path):
         f"import sys; sys.modules.update(dict.fromkeys({others})); "
         "from pre_kernels import cli; sys.exit(cli.main())"
     )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "trace",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "plot.svg"),
-    ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = alone(code, "trace", str(tmp_path), "--out", str(tmp_path / "plot.svg"))
     assert done.returncode == 0, done.stderr
     assert "2 steps" in done.stdout
 
@@ -239,11 +317,10 @@ def test_options_reach_the_demo(tmp_path, started):
 
 
 def test_importing_the_package_imports_no_extra():
-    code = "import sys, pre_kernels, pre_kernels.cli, pre_kernels.diagnostics; print(*sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    code = "import sys; from pre_kernels import *; from pre_kernels.diagnostics import METRICS; "
+    code += "from pre_kernels.cli import commands; print(*sys.modules)"
+    out = alone(code)
+    assert "pre_kernels.loss" in out.stdout, out.stderr
     extras = {"sklearn", "matplotlib", "transformers", "rich", "accelerate", "einops"}
     assert not {*extras, "pre_kernels.integrations"} & set(out.stdout.split())
 

@@ -107,7 +107,7 @@ def test_help_lists_every_command_with_an_example(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("command", sorted(commands()))
 def test_examples_of_help_texts_parse(command: str) -> None:
-    text = commands()[command].format_help()
+    text = re.sub(r" \\\n +", " ", commands()[command].format_help())
     for line in re.findall(r"^  pre-kernels (.*)$", text, re.MULTILINE):
         cli.parser().parse_args(shlex.split(re.split(r"  +", line)[0]))
 

@@ -70,7 +70,7 @@ ALLOWED = {
         "importlib.import_module",
     ): "an optional package by a name in the source",
     (
-        "pre_kernels/diagnostics/__init__.py",
+        "pre_kernels/_lazy.py",
         "importlib.import_module",
     ): "its own modules, when one of their names is looked up",
     ("pre_kernels/_moved.py", "importlib.import_module"): "the module to which a name has moved",
