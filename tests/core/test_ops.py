@@ -1,6 +1,9 @@
 """The operators as torch sees them: torch.compile without a graph break, export, fake tensors and
 opcheck."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -204,6 +207,32 @@ def test_a_graph_from_before_autograd_has_the_operator(impl, device):
             torch.testing.assert_close(
                 graph(case.tensors["hidden"], rows), function(case.tensors["hidden"], rows)
             )
+
+
+class Loss(torch.nn.Module):
+    def forward(self, hidden, anchor, w1, w2):
+        return fused_pre_loss(hidden, anchor, w1, None, w2, None, impl="torch")
+
+
+def test_an_exported_program_needs_the_name_imported_where_it_is_loaded(tmp_path):
+    """`from pre_kernels import fused_pre_loss` registers the operators."""
+    torch.manual_seed(0)
+    tensors = tuple(torch.randn(shape) for shape in ((6, 16), (6, 8), (16, 16), (8, 16)))
+    torch.export.save(torch.export.export(Loss(), tensors), tmp_path / "loss.pt2")
+    torch.save(tensors, tmp_path / "tensors.pt")
+    code = "import sys, torch; from pre_kernels import fused_pre_loss; folder = sys.argv[1]; "
+    code += "tensors = torch.load(folder + '/tensors.pt', weights_only=True); "
+    code += "print(torch.export.load(folder + '/loss.pt2').module()(*tensors).item())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(Loss()(*tensors).item())
 
 
 @pytest.mark.filterwarnings("ignore")
