@@ -21,9 +21,9 @@ from .launches import OPERANDS, TARGETS, Launch, element_type, launches
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def resources(target: str, kernel: Any) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel; on NVIDIA also its
-    `budgets.Count`."""
+def resources(target: str, kernel: Any, counted: bool) -> dict[str, Any]:
+    """Registers, spills and shared memory of a compiled kernel; if it is `counted`, which NVIDIA's
+    tools can do, also its `budgets.Count`."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -39,25 +39,26 @@ def resources(target: str, kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text, code = (
-            subprocess.run(
+
+        def shown(tool: str, option: str) -> str:
+            return subprocess.run(
                 [BIN / tool, option, file.name], capture_output=True, text=True, check=True
             ).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
+
+        text = shown("cuobjdump", "--dump-resource-usage")
+        # The disassembler takes half a second, as long as the compilation.
+        code = shown("nvdisasm", "-c") if counted else ""
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
     )
     # A call of the slow path of a division or a root needs a stack frame, which is not a spill.
     if stack <= 8:
         stack = 0
-    return {
-        "registers": registers,
-        "spills": stack + local,
-        "shared": kernel.metadata.shared,
-        "count": budgets.count(code, kernel.metadata.num_warps),
-        "ahead": budgets.AHEAD in code,
-    }
+    used = {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared}
+    if counted:
+        used["count"] = budgets.count(code, kernel.metadata.num_warps)
+        used["ahead"] = budgets.AHEAD in code
+    return used
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "precision": launch.constants.get("PRECISION"),
         "fusion": launch.options.get("enable_fp_fusion"),
         "budget": launch.budget,
-        **resources(launch.target, compiled),
+        **resources(launch.target, compiled, bool(launch.budget) or present_words["wgmma"]),
         "instructions": [word for word, present in present_words.items() if present],
     }
 

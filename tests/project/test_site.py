@@ -93,25 +93,33 @@ def test_two_pages_that_are_right_build(copy: Path) -> None:
     assert build(copy, copy / "out").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("page", "text", "said"),
-    [
-        ("index.md", "[a page](gone.md)", "gone.md"),
-        ("index.md", "[a heading](api.md#gone)", "#gone"),
-        ("index.md", "[a heading](#gone)", "#gone"),
-        ("index.md", "[a file](../recipes/gone.md)", "docs/index.md: ../recipes/gone.md"),
-        ("index.md", "![a picture](pictures/gone.png)", "pictures/gone.png"),
-        ("index.md", "![a picture](../README.md)", "../README.md: got a picture outside docs/"),
-        ("api.md", "::: pre_kernels.gone", "pre_kernels.gone"),
-        ("unlisted.md", "# Not in the navigation", "unlisted.md"),
-    ],
-)
-def test_a_page_that_is_wrong_does_not(page: str, text: str, said: str, copy: Path) -> None:
-    with (copy / "docs" / page).open("a", encoding="utf-8") as file:
-        file.write(f"\n{text}\n")
+def test_each_fault_of_a_page_is_a_warning_that_stops_the_build(copy: Path) -> None:
+    """One build for all of them; the last line counts the warnings."""
+    faults = {
+        "[a page](gone.md)": "'gone.md'",
+        "[a heading](api.md#gone)": "'api.md#gone'",
+        "[a heading](#lost)": "'#lost'",
+        "[a file](../recipes/gone.md)": "docs/index.md: ../recipes/gone.md",
+        "![a picture](pictures/gone.png)": "'pictures/gone.png'",
+        "![a picture](../README.md)": "../README.md: got a picture outside docs/",
+    }
+    with (copy / "docs" / "index.md").open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n\n".join(faults) + "\n")
+    (copy / "docs" / "unlisted.md").write_text("# Not in the navigation\n")
     done = build(copy, copy / "out")
     assert done.returncode != 0
-    assert said in done.stderr
+    warnings = re.findall(r"^WARNING +- +(.*(?:\n(?!\w).*)*)", done.stderr, re.MULTILINE)
+    for said in (*faults.values(), "unlisted.md"):
+        assert sum(said in warning for warning in warnings) == 1, (said, done.stderr)
+    assert f"Aborted with {len(faults) + 1} warnings" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_name_that_is_not_there_stops_the_build(copy: Path) -> None:
+    with (copy / "docs" / "api.md").open("a", encoding="utf-8") as file:
+        file.write("\n::: pre_kernels.gone\n")
+    done = build(copy, copy / "out")
+    assert done.returncode != 0
+    assert "pre_kernels.gone" in done.stderr
 
 
 def test_links_that_leave_the_pages() -> None:
