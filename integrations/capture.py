@@ -53,7 +53,8 @@ class CapturedForward:
         embeddings = self.embeds if self.embeds is not None else self.first
         if embeddings is None:
             raise RuntimeError(
-                "anchor: neither the text model nor its first layer ran in this forward"
+                "anchor: neither the text model nor its first layer ran in this forward; attach to "
+                "the model that is called, or name the decoder that runs: apply_pre(text_model=...)"
             )
         return embeddings
 
@@ -64,7 +65,10 @@ class CapturedForward:
             RuntimeError: if the layer did not run.
         """
         if number not in self.hidden:
-            raise RuntimeError(f"layer: decoder layer {number} did not run in this forward")
+            raise RuntimeError(
+                f"layer: decoder layer {number} did not run in this forward, as after an early "
+                "exit; choose one that always runs: apply_pre(layer=...)"
+            )
         return self.parts.family.hidden(self.hidden[number], self.parts.config)
 
     def autocast_of(self, number: int) -> torch.autocast:

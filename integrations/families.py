@@ -267,10 +267,11 @@ def find_parts(
     """
     config = getattr(model, "config", None)
     if config is None and layers is None:
+        inside = [name for name, part in model.named_children() if hasattr(part, "config")]
         raise ValueError(
             f"model: {type(model).__name__} has no .config; want a Hugging Face vision-language "
-            "model, or pass layers= (the ModuleList of the decoder's layers, or its path) and "
-            "mask_fn="
+            f"model{f', such as its part: apply_pre(model.{inside[0]})' if inside else ''}, or "
+            "pass layers= (the ModuleList of the decoder's layers, or its path) and mask_fn="
         )
     config = SimpleNamespace() if config is None else config
     original = is_original(model)

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run, launch = _prepared(arguments)
         except KeyboardInterrupt:
             print("PRe: interrupted before the script started", file=sys.stderr)
-            raise SystemExit(130) from None
+            sys.exit(130)
         failed = True
         try:
             with launch:

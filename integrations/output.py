@@ -41,7 +41,8 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
     if loss is None:
         raise RuntimeError(
             "model: labels were given but the output has no loss to add L_PRe to; attach to the "
-            "model that computes it"
+            "model that computes it, or call apply_pre(model, labels=None) and add handle.loss() "
+            "to your loss"
         )
     return _put(output, "loss", _places(output)[0], loss + term.to(loss.device))
 

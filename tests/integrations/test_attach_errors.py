@@ -91,6 +91,15 @@ def test_model_without_config() -> None:
         apply_pre(nn.Linear(2, 2))
 
 
+def test_model_inside_another_module() -> None:
+    """As in a LightningModule."""
+    around = nn.Module()
+    around.net = build("llava")
+    with pytest.raises(ValueError, match=r"no .config; want .* its part: apply_pre\(model.net\)"):
+        apply_pre(around)
+    apply_pre(around.net)
+
+
 def test_model_without_visual_tokens(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=16,
