@@ -3,6 +3,7 @@ patched."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from typing import Any
@@ -61,6 +62,7 @@ class PreCallback(TrainerCallback):
 
     Raises:
         ValueError: for `head_lr` or `head_weight_decay`.
+        TypeError: for a name that is not an argument of `apply_pre`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -70,6 +72,10 @@ class PreCallback(TrainerCallback):
                     f"{name}: got {settings[name]}, but a callback makes no optimizer groups; use "
                     "apply_pre and patch_trainer()"
                 )
+        for name in settings.keys() - inspect.signature(apply_pre).parameters.keys():
+            near = difflib.get_close_matches(name, inspect.signature(apply_pre).parameters, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{name}: got {settings[name]!r}, want a setting of apply_pre{meant}")
         self.settings = settings
         self.handle: PreHandle | None = None
         self._watch: Any = None

@@ -81,7 +81,10 @@ class LayerCallback(TrainerCallback):
         **reader: Any,
     ) -> None:
         if not hasattr(trainer, "model_wrapped"):
-            raise TypeError(f"trainer: got {type(trainer).__name__}, want a transformers.Trainer")
+            raise TypeError(
+                f"trainer: got {type(trainer).__name__}, want a transformers.Trainer: "
+                "LayerCallback(trainer, samples, every)"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every: got {every!r}, want a positive number of steps")
         if max_share is not None and not 0 < max_share <= 1:
@@ -92,7 +95,10 @@ class LayerCallback(TrainerCallback):
         wrong = next((s for s in self.samples if not isinstance(s, Sample)), None)
         if wrong is not None or not self.samples:
             got = "none" if wrong is None else type(wrong).__name__
-            raise TypeError(f"samples: got {got}, want at least one Sample")
+            raise TypeError(
+                f"samples: got {got}, want at least one Sample; load_samples(model, processor, "
+                "folder) makes them"
+            )
         # Both are made here so that wrong arguments raise now, and not at the first measurement.
         LayerReport(metrics)
         with Reader(trainer.model, layers, **reader) as first:

@@ -222,7 +222,8 @@ def run(
     layers = sorted(int(number) for number in numbers if number.isascii() and number.isdecimal())
     if not layers:
         raise ValueError(
-            f"log: {name} has no metric {metric!r} of a layer, want a training with LayerCallback"
+            f"log: {name} has no metric {metric!r} of a layer, want a training with LayerCallback; "
+            "--loss draws the loss, which every log has"
         )
     number = layers[len(layers) // 2] if layer is None else layer
     if number not in layers:
@@ -239,6 +240,7 @@ def run(
             f"score: {name} has no step with both {key!r} ({len(probe)} steps) and {score!r} "
             f"({len(scored)}) as numbers; pass score= to LayerCallback, or evaluate at the same "
             f"steps; the log has {', '.join(others) or 'no scores'}"
+            f"{', which --score draws' if others else ''}"
         )
     return {
         "name": name,

@@ -277,7 +277,7 @@ def test_masks_that_cannot_be_read(tmp_path):
         ValueError, match=r"masks: .*nowhere is not there, want a folder of PNG files or a COCO"
     ):
         open_masks(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"masks: .*a\.png is neither"):
+    with pytest.raises(ValueError, match=r"masks: .*a\.png is a file of another kind"):
         open_masks(tmp_path / "a.png")
 
 

@@ -144,8 +144,8 @@ MISTAKES = [
     Mistake(
         "nn.DataParallel",
         "apply_pre(nn.DataParallel(model))",
-        "model: got nn.DataParallel, whose replicas share hooks; want the module inside, under DDP "
-        "or FSDP",
+        "model: got nn.DataParallel, whose replicas share hooks; want the module inside, "
+        "apply_pre(model.module), under DDP or FSDP",
         "apply_pre(nn.DataParallel(model).module)",
     ),
     Mistake(
