@@ -101,7 +101,8 @@ def _config(path: str) -> dict[Any, Any]:
         raise ValueError(f"--config: got {path!r}, which is empty, {example}")
     if not isinstance(config, dict):
         raise ValueError(
-            f"--config: {path!r} holds {type(config).__name__}, want a mapping of settings"
+            f"--config: {path!r} holds {type(config).__name__}, want a mapping of settings, "
+            "such as a line `layer: 16`"
         )
     return config
 
@@ -157,7 +158,14 @@ def _rehearse(settings: dict[str, Any]) -> None:
     from .attach import apply_pre
 
     layer = settings.get("layer")
-    numbers = [n for n in (layer if isinstance(layer, list) else [layer]) if isinstance(n, int)]
+    numbers = layer if isinstance(layer, list) else [] if layer is None else [layer]
+    for number in numbers:
+        # The errors of `apply_pre` would have the depth of the stand-in.
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"layer: got {number!r}, want an int of at least 1, the first decoder layer, or a "
+                "list of them, such as [8,16]"
+            )
     depth = min(max([2, *numbers]), 10_000)
     model: Any = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(8, 8, device="meta")] * depth)

@@ -55,7 +55,7 @@ from pre_kernels.integrations.launched import Launch
             "is not a valid YAML value",
         ),
         (["--layer", "middle", "--", "ok.py"], "layer: got 'middle', want an int"),
-        (["--layer", "0", "--", "ok.py"], "layer: got 0, want 1"),
+        (["--layer", "0", "--", "ok.py"], "layer: got 0, want an int of at least 1"),
         (["--weight", "-1", "--", "ok.py"], "weight: got -1"),
         (["--weight", "much", "--", "ok.py"], "weight: got 'much' (str), want a number"),
         (["--set", "loss=l3", "--", "ok.py"], "loss: got 'l3'"),

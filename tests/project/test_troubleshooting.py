@@ -104,6 +104,8 @@ def _collect(body: list[ast.stmt], names: dict[str, str]) -> list[tuple[int, str
             if isinstance(node.exc.func, ast.Call):
                 continue  # `type(stop)(...)`: a command that was stopped says what it has kept
             message = node.exc.args[-1]  # some exceptions have a kind before it
+            if isinstance(message, ast.Constant) and isinstance(message.value, int):
+                continue  # an exit status
         elif isinstance(node, ast.Call) and node.args:
             if ast.unparse(node.func) in ("warnings.warn", "fail"):
                 message = node.args[0]
@@ -212,6 +214,7 @@ def test_contents_find_each_warning_by_its_words() -> None:
         ('def f():\n    return fail("a")', ["a"]),
         ('def missing(a):\n    return f"b {a}" if a else None', ["b …"]),
         ("raise first", []),
+        ("raise SystemExit(130)", []),
         ('raise type(stop)("the same command resumes")', []),
         ("raise ValueError(why(a))", ["why(a)"]),
         ('def f():\n    w = "b"\ndef g():\n    raise ValueError(f"{w} c")', ["… c"]),

@@ -257,8 +257,8 @@ def open_masks(path: Path, background: Collection[int] = (0, 255)) -> MaskSource
     if path.suffix.lower() == ".json" and path.is_file():
         return _Coco(path)
     raise ValueError(
-        f"masks: {path} is {'neither' if path.exists() else 'not there'}, want a "
-        "folder of PNG files or a COCO *.json"
+        f"masks: {path} is {'a file of another kind' if path.exists() else 'not there'}, "
+        "want a folder of PNG files or a COCO *.json"
     )
 
 

@@ -37,6 +37,7 @@ FILES = {
     "lost.csv": "image,label\n9.png,cat\n",
     "scores.csv": "step,score\n1,0.2\n2,0.3\n",
     "anchors.py": "def dino(inputs, rows): ...",
+    "layer.yaml": "layer: 16\n",
     "typo.yaml": "wieght: 1\n",
     "list.yaml": "- layer\n",
     "plain/trainer_state.json": log({"loss": 2.0}, {"loss": 1.5}),
@@ -234,6 +235,39 @@ MISTAKES = [
         LAUNCH + "--layer 2 -- train.py",
     ),
     Mistake(
+        "the launcher without --",
+        LAUNCH + "--layer 2 train.py",
+        "got no -- before 'train.py', want it there: `python -m pre_kernels.integrations.launch "
+        "--layer 2 -- train.py`",
+        LAUNCH + "--layer 2 -- train.py",
+    ),
+    Mistake(
+        "a mistyped option of the launcher",
+        LAUNCH + "--lyer 2 -- train.py",
+        "unrecognized arguments: --lyer; did you mean --layer?",
+        LAUNCH + "--layer 2 -- train.py",
+    ),
+    Mistake(
+        "a setting as an option of the launcher",
+        LAUNCH + "--loss mse -- train.py",
+        "unrecognized arguments: --loss; want `--set loss=…` for a setting of apply_pre",
+        LAUNCH + "--set loss=mse -- train.py",
+    ),
+    Mistake(
+        "a layer in words for the launcher",
+        LAUNCH + "--layer middle -- train.py",
+        "layer: got 'middle', want an int of at least 1, the first decoder layer, or a list of "
+        "them, such as [8,16]",
+        LAUNCH + "--layer [8,16] -- train.py",
+    ),
+    Mistake(
+        "a file of settings that is not there",
+        LAUNCH + "--config nope.yaml -- train.py",
+        "--config: got 'nope.yaml' (No such file or directory), want a YAML file of settings, such "
+        "as a line `layer: 16`",
+        LAUNCH + "--config layer.yaml -- train.py",
+    ),
+    Mistake(
         "a mistyped script",
         LAUNCH + "-- trian.py",
         "script: 'trian.py' is neither a file nor an installed console command…",
@@ -260,8 +294,8 @@ MISTAKES = [
     Mistake(
         "a file of settings that is a list",
         LAUNCH + "--config list.yaml -- train.py",
-        "--config: 'list.yaml' holds list, want a mapping of settings…",
-        LAUNCH + "--set layer=2 -- train.py",
+        "--config: 'list.yaml' holds list, want a mapping of settings, such as a line `layer: 16`",
+        LAUNCH + "--config layer.yaml -- train.py",
     ),
     Mistake(
         "a loss that the launcher does not know",
