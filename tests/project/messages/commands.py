@@ -85,7 +85,7 @@ MISTAKES = [
     Mistake(
         "a device that is not one",
         "$ pre-kernels demo --device gpu",
-        "argument --device: invalid choice: 'gpu' (choose from …auto…, …cpu…, …cuda…)",
+        "argument --device: got 'gpu', want one of auto, cpu, cuda; did you mean cpu?",
         "$ pre-kernels demo --device cuda",
     ),
     Mistake(
@@ -162,7 +162,8 @@ MISTAKES = [
     Mistake(
         "a dtype by its short name",
         DIAGNOSE + " --dtype bf16",
-        "argument --dtype: invalid choice: 'bf16' (choose from …bfloat16…)",
+        "argument --dtype: got 'bf16', want one of auto, float32, bfloat16, float16; did you mean "
+        "bfloat16?",
         DIAGNOSE + " --dtype bfloat16",
     ),
     Mistake(
