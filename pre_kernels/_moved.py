@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def moved(module: str, new: Mapping[str, str]) -> Callable[[str], Any]:
+def moved(
+    module: str, new: Mapping[str, str], others: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
     """Return a `__getattr__` for `module` that finds each name of `new` in the module it has moved
-    to."""
+    to, and other names by `others`."""
 
     def get(name: str) -> Any:
+        if name not in new and others is not None:
+            return others(name)
         if name not in new:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
