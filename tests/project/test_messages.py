@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from .messages import attach, commands, loss, trainers
+from .messages import attach, commands, loss, measures, trainers
 from .messages.mistakes import Mistake, heard, matches, own_words, words
 
-TABLES = (loss, attach, trainers, commands)
+TABLES = (loss, attach, trainers, measures, commands)
 EVERY = [(mistake, table.GIVEN) for table in TABLES for mistake in table.MISTAKES]
 every_mistake = pytest.mark.parametrize(
     ("mistake", "given"), EVERY, ids=[mistake.about for mistake, _ in EVERY]
 )
 Makers = dict[str, Callable[[], Any]]
+# Words that only somebody who has read the source would know.
+INTERNAL = ("Traceback", "object at 0x", "NoneType", "self.", "pre_kernels/", ".py:")
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +56,38 @@ def test_what_the_message_leads_to_works(mistake: Mistake, given: Makers, done: 
         done.add(mistake.right)
     new = own_words(mistake.right) - words(mistake.wrong)
     assert not new or new & words(mistake.says), f"the message names none of {new}"
+
+
+@every_mistake
+def test_a_message_can_be_read_without_the_source(mistake: Mistake, given: Makers) -> None:
+    assert not [word for word in INTERNAL if word in mistake.says]
+    assert len(mistake.says) < 600
+
+
+def test_the_list_is_long_enough_and_repeats_nothing() -> None:
+    assert len(EVERY) >= 50
+    assert all(len(table.MISTAKES) >= 10 for table in TABLES)
+    assert len({mistake.about for mistake, _ in EVERY}) == len(EVERY)
+    assert len({mistake.wrong for mistake, _ in EVERY}) == len(EVERY)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message", "same"),
+    [
+        ("a: got 1", "a: got 1", True),
+        ("a: got 1", "a: got 1, want 2", False),
+        ("a: got …, want 2", "a: got\n1, want 2", True),
+        ("a: got (…)", "a: got (1)", True),
+    ],
+)
+def test_how_messages_are_matched(pattern: str, message: str, same: bool) -> None:
+    assert matches(pattern, message) is same
+
+
+def test_what_is_heard() -> None:
+    assert heard("1 + 1", {}) == []
+    assert heard("raise ValueError(name)", {"name": lambda: "text"}) == ["text"]
+    warn = "import warnings; warnings.warn('PRe: a'); warnings.warn('b'); raise ValueError('c')"
+    assert heard(warn, {}) == ["PRe: a", "c"]
+    assert heard("$ pre-kernels env --markdown", {}) == ["--markdown needs --models"]
+    assert heard("$ pre-kernels env --markdown --models", {}) == []

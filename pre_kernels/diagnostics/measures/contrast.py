@@ -130,7 +130,9 @@ def check_masks(masks: object, features: Tensor) -> Tensor:
     """`masks` as (images, objects, patches), checked against `features` (images, patches,
     width)."""
     if not torch.is_tensor(masks) or masks.dtype != torch.bool:
-        raise TypeError(f"masks: got {inputs.describe(masks)}, want a bool tensor")
+        raise TypeError(
+            f"masks: got {inputs.describe(masks)}, want a bool tensor (masks.bool() is one)"
+        )
     if masks.dim() == 2 and len(features) == 1:
         masks = masks[None]
     images, patches, _ = features.shape

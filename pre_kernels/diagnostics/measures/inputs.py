@@ -13,7 +13,9 @@ def describe(value: object) -> str:
 
 def check_floating(name: str, value: object) -> None:
     if not torch.is_tensor(value) or not value.is_floating_point():
-        raise TypeError(f"{name}: got {describe(value)}, want a floating point tensor")
+        raise TypeError(
+            f"{name}: got {describe(value)}, want a floating point tensor ({name}.float() is one)"
+        )
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -21,7 +23,10 @@ def check_finite(name: str, value: Tensor) -> None:
     # can also overflow when all are finite, so only then each number is checked.
     total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
     if not total.isfinite() and not value.isfinite().all():
-        raise ValueError(f"{name}: got nan or infinite values, want finite ones")
+        raise ValueError(
+            f"{name}: got nan or infinite values, want finite ones; {name}.isfinite() is False "
+            "where they are"
+        )
 
 
 def check_rows(name: str, value: object, want: str = "(N, width)") -> None:

@@ -223,7 +223,10 @@ def _check(
 ) -> tuple[Tensor, Tensor]:
     inputs.check_floating(name, features)
     if not torch.is_tensor(labels) or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"{label_name}: got {inputs.describe(labels)}, want an integer tensor")
+        raise TypeError(
+            f"{label_name}: got {inputs.describe(labels)}, want an integer tensor, a class for "
+            f"each row ({label_name}.long() is one)"
+        )
     inputs.check_rows(name, features)
     assert torch.is_tensor(features)
     if labels.shape != features.shape[:1]:
