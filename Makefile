@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The demo needs less. Where everything is installed, that is used.
+DEMO := $(or $(wildcard $(INSTALLED)),$(VENV)/.installed-demo)
 # Two single-threaded workers are faster than one with two threads: most of a test's time is spent in Python.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 OTHERS := oldest image newest
@@ -26,16 +28,18 @@ help:  ## print this list
 
 install: $(INSTALLED)  ## make the environment in .venv; without an NVIDIA GPU with the CPU build of torch
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): EXTRA := dev
+$(VENV)/.installed-demo: EXTRA := demo
+$(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# The newest torch on the registry brings gigabytes of CUDA. This version has a CPU build.
 	nvidia-smi -L >/dev/null 2>&1 || $(BIN)/pip install torch==2.13.0
 	@# uv takes a third of the time of pip. It does not read pip's settings: where they name the registry, pip installs.
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python -e '.[dev]' || $(BIN)/pip install -e '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRA)]' || $(BIN)/pip install -e '.[$(EXTRA)]'
 	touch $@
 
-demo: $(INSTALLED)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute)
+demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute)
 	$(BIN)/pre-kernels demo $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss" for some tests)

@@ -28,7 +28,9 @@ from pre_kernels.demo.evaluate import evaluate
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
-from pre_kernels.demo.workers import Bar, each_seed, quiet
+from pre_kernels.demo.stages import Bar
+from pre_kernels.demo.threads import quiet
+from pre_kernels.demo.workers import each_seed
 from pre_kernels.diagnostics.report.statistics import interval, spread
 
 from . import record

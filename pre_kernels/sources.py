@@ -17,7 +17,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 CORE = ("loss.py", "head.py", "checks.py", "problem.py", "reference.py", "fused")
-TRAINED = (*CORE, "integrations", "demo", "diagnostics/measures")
+# What decides the numbers of the demo, without its texts, plots and progress.
+DEMO = ("compare", "evaluate", "model", "scenes", "settings", "text", "threads", "train")
+TRAINED = (
+    *CORE,
+    "integrations",
+    *(f"demo/{name}.py" for name in DEMO),
+    "diagnostics/measures",
+)
 # For each kind of result the files and folders of the package that it depends on; CORE for others.
 MEASURED = {
     "loss": CORE,

@@ -29,6 +29,9 @@ def _run(arguments: list[str]) -> int:
         return 2
     options.arguments = arguments
 
+    if options.command == "demo":
+        print("Starting: PyTorch and transformers take some seconds to load.", flush=True)
+
     from . import commands
 
     return commands.run(options)

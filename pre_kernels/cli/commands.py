@@ -69,14 +69,20 @@ def demo(options: argparse.Namespace) -> int:
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
-    if problem := missing("the demo", EXTRA) or unwritable(options.out):
+    out = options.out or Path("demo-quick-out" if options.quick else "demo-out")
+    if problem := missing("the demo", EXTRA) or unwritable(out):
         return fail(problem)
 
+    from pre_kernels.demo import Unsaved
     from pre_kernels.demo.run import run
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
-    run(settings, device, options.out, jobs=min(jobs, settings.seeds))
+    try:
+        run(settings, device, out, jobs=min(jobs, settings.seeds))
+    except Unsaved as error:
+        screen.say(f"error: {error}")
+        return 1
     return 0
 
 
@@ -107,7 +113,7 @@ def diagnose(options: argparse.Namespace) -> int:
 
 def trace(options: argparse.Namespace) -> int:
     """Plot a training's score against its probe accuracy, or the losses of trainings."""
-    if problem := missing("trace", EXTRA):
+    if problem := missing("trace", "pip install 'pre-kernels[trace]'"):
         return fail(problem)
     try:
         command.trace(options)

@@ -4,94 +4,46 @@ and with PRe."""
 from __future__ import annotations
 
 import copy
-import dataclasses
-import platform
-import subprocess
-import time
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-import pre_kernels
-from pre_kernels import sources
 from pre_kernels.integrations import apply_pre
 
 from .evaluate import evaluate
-from .export import save_model, save_scenes
-from .model import Advance, build, learn_to_read, learn_to_see
+from .model import build, learn_to_read, learn_to_see
 from .scenes import Scenes, compose, split_digits
 from .settings import Settings
+from .stages import ALIGN, MEASURE, READ, SEE, TUNE, Advance, Bar
 from .text import library_source
 from .train import train_stage
-from .workers import Bar, each_seed
 
 ARMS = ("without", "with")
-# This many scenes of each digit are written as files.
-SCENES = 12
 # These words in the names of parameters identify the parts of the model.
 PROJECTOR = ("multi_modal_projector",)
 LLM = ("language_model", "lm_head")
 HEAD = ("pre_head",)
-
-
-def compare(
-    settings: Settings, device: str, bar: Bar, jobs: int, keep: Path | None = None
-) -> dict[str, Any]:
-    """Return all measurements, ready for JSON: `seeds` holds, per seed, the metrics "before",
-    "without" and "with". `measured` is a digest of the code that the results depend on.
-
-    Seed 0's models, and scenes that no training saw, are written into `keep`.
-    """
-    start = time.monotonic()
-    measured = sources.digest("demo")
-    seeds = each_seed(run_seed, settings.seeds, (settings, device, keep), bar, jobs)
-    threads = f"CPU, {jobs} × {torch.get_num_threads()} thread"
-    return {
-        "settings": dataclasses.asdict(settings) | {"layer": settings.pre_layer},
-        "device": torch.cuda.get_device_name() if device == "cuda" else threads,
-        "versions": {
-            "pre_kernels": pre_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit(),
-        "measured": measured,
-        "seconds": round(time.monotonic() - start, 1),
-        "seeds": seeds,
-    }
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that runs this, or None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+# This function takes a model that was measured, and its arm.
+Keep = Callable[[LlavaForConditionalGeneration, str], None]
 
 
 def run_seed(
-    seed: int, settings: Settings, device: str, keep: Path | None, bar: Bar
+    seed: int, settings: Settings, device: str, keep: Keep | None, bar: Bar
 ) -> dict[str, Any]:
-    """Run both arms of one seed. They share the digits, the scenes, the pre-trained parts and the
-    order of the batches."""
+    """Run both arms of one seed, and return its metrics "before", "without" and "with". The arms
+    share the digits, the scenes, the pre-trained parts and the order of the batches."""
     digits = split_digits(seed)
     sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
     training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
 
     before = pretrained(training, settings, seed, device, bar)
-    metrics = evaluate(before, fitting, test, settings, None)
+    with bar(MEASURE, f"seed {seed}: measuring", settings.layers + 1) as advance:
+        metrics = evaluate(before, fitting, test, settings, None, advance)
     results: dict[str, Any] = {"seed": seed, "before": metrics}
-    models = keep / "models" if keep is not None and seed == 0 else None
-    if models is not None:
-        save_scenes(digits[2], SCENES, seed, models.with_name("scenes"))
-        save_model(before, models / "before")
+    if keep is not None:
+        keep(before, "before")
     for arm in ARMS:
         options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
         model = copy.deepcopy(before)
@@ -106,8 +58,8 @@ def run_seed(
             seed=seed,
             bar=bar,
         )
-        if models is not None:
-            save_model(model, models / arm)
+        if keep is not None:
+            keep(model, arm)
     return results
 
 
@@ -122,9 +74,9 @@ def pretrained(
     model: LlavaForConditionalGeneration = untrained.to(device)
     decoder: Any = LlamaForCausalLM(untrained.config.text_config)
     language: LlamaForCausalLM = decoder.to(device)
-    with bar(f"seed {seed}: vision tower on digits", settings.vision_steps) as advance:
+    with bar(SEE, f"seed {seed}: {SEE.name}", settings.vision_steps) as advance:
         learn_to_see(model.model.vision_tower, scenes, settings, seed, advance)
-    with bar(f"seed {seed}: LLM on text", settings.text_steps) as advance:
+    with bar(READ, f"seed {seed}: {READ.name}", settings.text_steps) as advance:
         learn_to_read(language, library_source(settings.text_bytes), settings, seed, advance)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
@@ -151,10 +103,10 @@ def run_arm(
     logs = []
     curve = []
     for stage, trained, steps, rate in (
-        ("alignment", PROJECTOR, settings.align_steps, settings.align_rate),
-        ("instruction tuning", PROJECTOR + LLM, settings.tune_steps, settings.tune_rate),
+        (ALIGN, PROJECTOR, settings.align_steps, settings.align_rate),
+        (TUNE, PROJECTOR + LLM, settings.tune_steps, settings.tune_rate),
     ):
-        with bar(f"seed {seed}: {stage} {name}", steps) as advance:
+        with bar(stage, f"seed {seed}: {stage.name} {name}", steps) as advance:
 
             def step(loss: float, advance: Advance = advance) -> None:
                 if handle is not None:
@@ -164,7 +116,8 @@ def run_arm(
             logs += train_stage(model, training, trained + HEAD, steps, rate, settings, seed, step)
     if handle is not None:
         handle.remove()
-    metrics = evaluate(model, fitting, test, settings, head)
+    with bar(MEASURE, f"seed {seed}: {MEASURE.name} {name}", settings.layers + 1) as advance:
+        metrics = evaluate(model, fitting, test, settings, head, advance)
     metrics["train_loss"] = [entry["loss"] for entry in logs]
     if curve:
         metrics["train_pre_loss"] = curve

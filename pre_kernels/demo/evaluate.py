@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pre_kernels.integrations import Reader
 from .model import fit
 from .scenes import Scenes, masks
 from .settings import Settings
+from .stages import Advance
 from .text import visual_batch
 
 
@@ -69,9 +71,10 @@ def evaluate(
     test: Scenes,
     settings: Settings,
     head: nn.Module | None,
+    advance: Advance = lambda loss: None,
 ) -> dict[str, Any]:
     """Return all metrics of one model. Probes and a fresh predictor are fitted on `fitting`, and
-    every metric is computed on `test`."""
+    every metric is computed on `test`. `advance` is called after each layer's probe."""
     before = states(model, fitting)
     after = states(model, test)
     layers = range(len(after.hidden))
@@ -80,16 +83,22 @@ def evaluate(
     ]
     spectra = [spectrum(after.hidden[layer]) for layer in layers]
     tokens = after.hidden.flatten(1, 2)
+
+    def probe(layer: int) -> float:
+        accuracy = linear_probe(
+            before.objects(layer),
+            fitting.digits.flatten(),
+            after.objects(layer),
+            test.digits.flatten(),
+        )
+        advance(math.nan)
+        return accuracy
+
     metrics = {
         "accuracy": after.correct.double().mean().item(),
         "pre_loss": fresh_pre_loss(before, after, settings),
         "pre_loss_constant": constant_pre_loss(before, after),
-        "probe": [
-            linear_probe(
-                before.objects(n), fitting.digits.flatten(), after.objects(n), test.digits.flatten()
-            )
-            for n in layers
-        ],
+        "probe": [probe(layer) for layer in layers],
         "cohesion": [c.cohesion for c in contrasts],
         "coupling": [c.coupling for c in contrasts],
         "contrast": [c.ratio for c in contrasts],

@@ -3,17 +3,22 @@ diagnose`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks
+from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks, split_digits
 from .text import BEGIN, IMAGE
+
+# This many scenes of each digit are written as files.
+SCENES = 12
 
 
 def processor() -> LlavaProcessor:
@@ -53,6 +58,36 @@ def processor() -> LlavaProcessor:
         ),
     )
     return made
+
+
+class Kept:
+    """The folder of a seed's models and scenes.
+
+    A disk that does not take a file does not stop the seed, whose measurements go on.
+
+    Attributes:
+        problems: why files could not be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+
+    def model(self, model: Any, arm: str) -> None:
+        """Save a model, and with the first one the scenes of seed 0, which no training saw."""
+        if arm == "before":
+            scenes = self.folder / "scenes"
+            self._write(scenes, lambda: save_scenes(split_digits(0)[2], SCENES, 0, scenes))
+        path = self.folder / "models" / arm
+        self._write(path, lambda: save_model(model, path))
+
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
+        try:
+            write()
+        # safetensors has an error of its own for a full disk.
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            self.problems.append(f"cannot write {path}: {reason}")
 
 
 def save_model(model: Any, folder: Path) -> None:

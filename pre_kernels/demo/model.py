@@ -18,10 +18,8 @@ from transformers import (
 
 from .scenes import PATCH, SIDE, Scenes, regions
 from .settings import Settings
+from .stages import Advance
 from .text import BEGIN, IMAGE, VOCABULARY, text_batch
-
-# This function moves a progress bar on and takes the loss of the step.
-Advance = Callable[[float], None]
 
 
 def build(settings: Settings) -> LlavaForConditionalGeneration:

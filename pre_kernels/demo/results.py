@@ -1,9 +1,10 @@
-"""The results of a comparison as a table, a plot, sentences and a report. Every number in them
-comes from the runs."""
+"""The results of a comparison as tables, a plot and a report. Every number in them comes from the
+runs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 from pre_kernels.diagnostics.report import page
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
 from pre_kernels.diagnostics.report.statistics import effect, spread
+
+from . import words
+from .picture import scene
+from .scenes import OBJECTS
 
 # Each arm has a name and a style of line.
 ARMS = {
@@ -24,26 +29,55 @@ METRICS = {"probe": "linear_probe"} | {
     for name in ("contrast", "cohesion", "coupling", "cosine", "effective_dimension", "correlation")
 }
 HEADER = ("", "without PRe", "with PRe", "difference")
-Rows = list[tuple[str, list[float] | None, list[float] | None]]
+SHORT_HEADER = ("↑ ↓: better if higher, lower", "without PRe", "with PRe", "better with PRe")
+MARKS = {1: "↑", -1: "↓"}
+TITLE = "A tiny LLaVA on scenes of handwritten digits"
+SMOKE_TITLE = "Smoke test, too short to show an effect"
+Values = list[float] | None
+Rows = list[tuple[str, Values, Values]]
+
+
+def short_rows(results: dict[str, Any], spreads: bool = True) -> list[tuple[str, ...]]:
+    """Return the rows of the short table: the metric, its mean without and with PRe, and in how
+    many seeds it is better with PRe. A smoke test says nothing about better.
+
+    Args:
+        results: what `parts.compare` returns.
+        spreads: whether the standard deviation over seeds is shown too.
+    """
+    settings = results["settings"]
+    layers = {0: "input", settings["layer"]: f"layer {settings['layer']}"}
+    layers[settings["layers"]] = "last layer"
+    metrics: list[tuple[str, str, int | None, int]] = [
+        ("task accuracy", "accuracy", None, 1),
+        ("L_PRe", "pre_loss", None, -1),
+    ]
+    for name, key in (("linear probe", "probe"), ("contrast ratio", "contrast")):
+        metrics += [(f"{name}, {where}", key, layer, 1) for layer, where in layers.items()]
+    rows = []
+    for name, key, index, sign in metrics:
+        without, with_ = (_values(results, arm, key, index) or [] for arm in ("without", "with"))
+        shown = [spread(v if spreads else [mean(v)]) for v in (without, with_)]
+        last = words.better([b - a for a, b in zip(without, with_, strict=True)], sign)
+        smoke = words.smoke_test(settings)
+        rows.append((f"{name} {MARKS[sign]}", *shown, *(() if smoke else (last,))))
+    return rows
+
+
+def _values(results: dict[str, Any], arm: str, key: str, index: int | None = None) -> Values:
+    runs = [seed[arm] for seed in results["seeds"]]
+    if key not in runs[0]:
+        return None
+    return [run[key] if index is None else run[key][index] for run in runs]
 
 
 def table_rows(results: dict[str, Any]) -> Rows:
     """Return the rows of the table: the name, and a value per seed without and with PRe."""
     depth = results["settings"]["layers"]
 
-    def row(
-        name: str, key: str, index: int | None = None
-    ) -> tuple[str, list[float] | None, list[float] | None]:
-        values = [
-            [arm[key] if index is None else arm[key][index] for arm in runs]
-            if key in runs[0]
-            else None
-            for runs in (
-                [seed["without"] for seed in results["seeds"]],
-                [seed["with"] for seed in results["seeds"]],
-            )
-        ]
-        return name, values[0], values[1]
+    def row(name: str, key: str, index: int | None = None) -> tuple[str, Values, Values]:
+        without = _values(results, "without", key, index)
+        return name, without, _values(results, "with", key, index)
 
     rows = [
         row("task accuracy", "accuracy"),
@@ -145,13 +179,20 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
 
     def rows(lists: dict[str, Any]) -> list[dict[str, Any]]:
         names = {name: metric for name, metric in METRICS.items() if name in lists}
+        tested = {"probe_test": settings["test_scenes"] * OBJECTS, "probe_chance": 0.1}
         return [
-            {"layer": n} | {metric: lists[name][n] for name, metric in names.items()}
+            {"layer": n} | {metric: lists[name][n] for name, metric in names.items()} | tested
             for n in layers
         ]
 
+    smoke = words.smoke_test(settings)
     return {
-        "title": "A tiny LLaVA on scenes of handwritten digits, without and with PRe",
+        "title": f"{TITLE}, without and with PRe",
+        "verdict": words.verdict(results),
+        "about": words.ABOUT,
+        "warning": words.SMOKE if smoke else None,
+        "scene": scene(),
+        "unit": "digits",
         "models": [
             {
                 "name": name,
@@ -172,7 +213,7 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
             }
             for n, seed in enumerate(seeds)
         ],
-        "findings": training(results),
+        "findings": [] if smoke else training(results),
         "notes": [
             caption(results),
             "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
@@ -182,20 +223,84 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
+    """Return all numbers and what follows from them, as Markdown without HTML."""
+    lines = _table(HEADER, cells(results))
     lines += ["", caption(results), "", *(f"- {sentence}" for sentence in conclusion(results)), ""]
     return "\n".join(lines)
 
 
-def save(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write demo.json, demo.md, demo.png and demo.html, and return their paths."""
+def story(results: dict[str, Any]) -> str:
+    """Return the verdict, what PRe is, the short table and the picture as Markdown, with all
+    numbers folded."""
+    smoke = words.smoke_test(results["settings"])
+    short = _table(SHORT_HEADER[: 3 if smoke else 4], short_rows(results))
+    lines = [
+        f"# {SMOKE_TITLE if smoke else TITLE}",
+        "",
+        *([f"**{words.SMOKE}**"] if smoke else [f"- {text}" for text in words.verdict(results)]),
+        "",
+        words.ABOUT,
+        "",
+        *short,
+        "",
+        took(results),
+        "",
+        "![Linear probe, contrast ratio and L_PRe, without and with PRe](demo.png)",
+        "",
+        "<details>",
+        "<summary>All numbers</summary>",
+        "",
+        markdown(results),
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def took(results: dict[str, Any]) -> str:
+    """Return how long the run took, and on which machine."""
+    return f"Measured in {minutes(results['seconds'])} on {results['device']}."
+
+
+def minutes(seconds: float) -> str:
+    """Return a time in whole minutes, or in seconds below one."""
+    count = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{count} minute{'' if count == 1 else 's'}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def save(results: dict[str, Any], folder: Path) -> tuple[list[Path], list[str]]:
+    """Write demo.json, demo.md, demo.png and demo.html, and return the paths of those that were
+    written, and why the others were not."""
     from .plot import draw
 
-    paths = [folder / f"demo.{ending}" for ending in ("json", "md", "png", "html")]
     shown = document(results)
-    paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
-    draw(shown, paths[2])
-    paths[3].write_text(page.html(shown), encoding="utf-8")
-    return paths
+
+    def picture(path: Path) -> None:
+        draw(shown, path, words.SMOKE if shown["warning"] else "")
+
+    def text(content: Callable[[], str]) -> Callable[[Path], object]:
+        return lambda path: path.write_text(content(), encoding="utf-8")
+
+    files: dict[str, Callable[[Path], object]] = {
+        "json": text(lambda: json.dumps(results, indent=1) + "\n"),
+        "md": text(lambda: story(results)),
+        "png": picture,
+        "html": text(lambda: page.html(shown)),
+    }
+    written = []
+    problems = []
+    for ending, write in files.items():
+        path = folder / f"demo.{ending}"
+        try:
+            write(path)
+            written.append(path)
+        except OSError as error:
+            problems.append(f"cannot write {path}: {error.strerror or error}")
+    return written, problems

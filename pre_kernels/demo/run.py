@@ -1,52 +1,141 @@
-"""`pre-kernels demo`: run the comparison, and show and save its results."""
+"""`pre-kernels demo`: run the comparison, and show and save its results.
+
+transformers takes seconds to import, so this module imports it after its first line on the screen.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .compare import compare
-from .progress import bars
-from .results import HEADER, caption, cells, conclusion, save
+from . import Unsaved, stages, words
+from .progress import Estimate, bars
 from .settings import Settings
-from .workers import quiet
+
+if TYPE_CHECKING:
+    from .parts import Parts
+
+NAME = "pre-kernels"
+# A narrower screen has no room for standard deviations.
+WIDE = 74
 
 
 def run(
     settings: Settings, device: str, out: Path, console: Console | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Train, measure, print the table, write the files into `out`, and return the measurements.
+    """Train, measure, write the files into `out`, print what they show, and return the
+    measurements.
 
-    On a CPU `jobs` seeds run at once, each in its own process with one thread.
+    On a CPU `jobs` seeds run at once, each in its own process with one thread. Seeds that an
+    earlier run of the same demo has finished are not run again.
+
+    Raises:
+        KeyboardInterrupt: its text says what is kept.
+        Unsaved: files could not be written. What was measured has been printed.
     """
     console = Console() if console is None else console
+    smoke = words.smoke_test(vars(settings))
+    if smoke:
+        console.print(words.SMOKE, style="bold")
+
+    from .parts import Parts
+
+    parts = Parts(settings, device, out)
+    with _kept(parts):
+        results = _measure(settings, device, out, console, jobs, parts)
+
+        from .results import save
+
+        paths, problems = save(results, out)
+    problems = [*parts.problems, *problems]
+    if not problems:
+        parts.remove()
+    show(results, paths, out, console)
+    if problems:
+        raise Unsaved("; ".join(problems))
+    return results
+
+
+def _measure(
+    settings: Settings, device: str, out: Path, console: Console, jobs: int, parts: Parts
+) -> dict[str, Any]:
+    """Run the seeds that `parts` lacks, with bars, and return all measurements."""
+    from .parts import compare
+    from .threads import quiet
+
+    if parts.done:
+        again = ", ".join(map(str, parts.done))
+        console.print(f"Resuming: seed {again} is finished in {parts.folder}.", highlight=False)
+    left = settings.seeds - len(parts.done)
+    jobs = min(jobs, max(left, 1))
+    total = left * stages.seconds(settings)
+    console.print(
+        f"{left} seed{'' if left == 1 else 's'}, {jobs} at a time: {Estimate(total, jobs)}",
+        highlight=False,
+    )
     restore = quiet()
     try:
-        with bars(console) as bar:
-            results = compare(settings, device, bar, jobs, out)
+        with bars(console, total, jobs) as bar:
+            return compare(settings, device, bar, jobs, parts, out)
     finally:
         restore()
 
-    table = Table(*HEADER, title="A tiny LLaVA on scenes of handwritten digits")
-    for row in cells(results):
+
+@contextlib.contextmanager
+def _kept(parts: Parts) -> Iterator[None]:
+    """Let an interruption say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = parts.kept()
+        seeds = f"seed{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
+        said = f"{seeds} kept in {parts.folder}; " if kept else "no seed was finished; "
+        again = "resumes from there" if kept else "starts again"
+        raise type(stop)(f"{said}the same command {again}") from None
+
+
+def show(results: dict[str, Any], paths: list[Path], out: Path, console: Console) -> None:
+    """Print the verdict, what PRe is, the short table, where the files are, and what to run
+    next."""
+    from .results import SHORT_HEADER, SMOKE_TITLE, short_rows
+
+    smoke = words.smoke_test(results["settings"])
+    console.print(words.SMOKE if smoke else " ".join(words.verdict(results)), highlight=False)
+    console.print()
+    console.print(words.ABOUT, style="dim", highlight=False)
+    console.print()
+    table = Table(
+        box=None,
+        title=SMOKE_TITLE if smoke else None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    rows = short_rows(results, spreads=console.width >= WIDE)
+    for name, justify in zip(SHORT_HEADER, ("left", "right", "right", "right"), strict=True):
+        if name != SHORT_HEADER[3] or not smoke:
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(caption(results), style="dim")
-    console.print()
-    for sentence in conclusion(results):
-        console.print(f"• {sentence}")
-    console.print()
-    for path, what in zip(
-        save(results, out), ("all numbers", "the table", "the curves", "the report"), strict=True
-    ):
-        console.print(f"{what}: {path}", soft_wrap=True)
+    names = ", ".join(path.name for path in reversed(paths))
+    console.print(
+        f"Files in {out}: {names}. Layer by layer:", soft_wrap=True, highlight=False, markup=False
+    )
+    console.print(f"  {next_command(out)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def next_command(out: Path) -> str:
+    """Return the command that diagnoses the demo's models, as it can be typed here."""
     models = out / "models"
     scenes = out / "scenes"
-    console.print("To look at seed 0's models layer by layer, run:")
     more = [
         models / "without",
         scenes / "images",
@@ -54,7 +143,23 @@ def run(
         scenes / "masks",
         "--compare",
         models / "with",
+        "--out",
+        out / "diagnosis",
     ]
-    command = shlex.join(map(str, ["pre-kernels", "diagnose", *more, "--out", out / "diagnosis"]))
-    console.print(f"  {command}", soft_wrap=True, markup=False)
-    return results
+    return shlex.join(map(str, [started(), "diagnose", *more]))
+
+
+def started() -> str:
+    """Return the program as it can be typed here: its name if the shell finds it by that, else its
+    path."""
+    program = Path(sys.argv[0])
+    if program.name != NAME:
+        # python -m, or a call of the function: the program beside this Python
+        program = Path(sys.executable).with_name(NAME)
+    found = shutil.which(NAME)
+    if not program.exists() or (found and Path(found).resolve() == program.resolve()):
+        return NAME
+    with contextlib.suppress(ValueError):
+        program = program.relative_to(Path.cwd())
+    # A shell looks for a name without a slash elsewhere.
+    return str(program) if len(program.parts) > 1 else f"./{program}"

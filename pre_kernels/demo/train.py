@@ -14,9 +14,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from .model import Advance
 from .scenes import Scenes
 from .settings import Settings
+from .stages import Advance
 from .text import visual_batch
 
 

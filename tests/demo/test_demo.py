@@ -1,6 +1,3 @@
-import json
-import math
-import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import mean
@@ -9,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from verify import ROOT
-
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from rich.console import Console
-
-from pre_kernels import cli, sources
-from pre_kernels.demo import compare, export, plot, results, workers
+from pre_kernels.demo import compare, export, plot, results, stages
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.evaluate import states
-from pre_kernels.demo.run import run
-from pre_kernels.demo.settings import Settings
 from pre_kernels.demo.text import (
     BEGIN,
     IGNORED,
@@ -34,26 +24,7 @@ from pre_kernels.demo.text import (
 )
 from pre_kernels.diagnostics.report.statistics import spread
 
-TINY = Settings(
-    seeds=2,
-    width=16,
-    layers=2,
-    vision_steps=3,
-    text_steps=3,
-    align_steps=2,
-    tune_steps=3,
-    batch=4,
-    tune_batch=4,
-    text_bytes=5000,
-    train_scenes=12,
-    test_scenes=20,
-    readout_steps=3,
-)
-
-
-@contextmanager
-def no_bar(name, steps):
-    yield lambda loss: None
+from .support import TINY, committed, no_bar
 
 
 def test_parts_of_the_digits_are_disjoint_and_complete():
@@ -131,49 +102,20 @@ def test_text_is_the_standard_library():
     assert bytes(ids[0, 1:].tolist()) in bytes(corpus.tolist())
 
 
-def test_end_to_end(tmp_path):
-    out = tmp_path / "mit Leerzeichen, ü 目录"
-    out.mkdir()
-    console = Console(record=True, width=160, file=(tmp_path / "screen").open("w"))
-    threads = torch.get_num_threads()
-    measurements = run(TINY, "cpu", out, console, jobs=2)
-    assert torch.get_num_threads() == threads
-
-    printed = console.export_text()
-    assert str(out / "demo.png") in printed
-    (command,) = [line for line in printed.splitlines() if "pre-kernels diagnose" in line]
-    arguments = cli.parser().parse_args(shlex.split(command)[1:])
-    assert arguments.images == out / "scenes" / "images"
-    assert arguments.images.is_dir()
-    assert "linear probe, layer 2" in printed
-    for seed in (0, 1):
-        assert f"seed {seed}: instruction tuning with PRe: {TINY.tune_steps} steps, loss" in printed
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "demo.html").read_text().startswith("<!DOCTYPE html>")
-    table = (out / "demo.md").read_text().splitlines()
-    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
-    assert sum("contrast ratio, layer" in line for line in table) == TINY.layers + 1
-
-    saved = json.loads((out / "demo.json").read_text())
-    assert saved == json.loads(json.dumps(measurements))
-    assert saved["settings"]["tune_steps"] == 3
-    assert saved["settings"]["layer"] == 1
-    assert saved["versions"]["torch"] == torch.__version__
-    assert saved["measured"] == sources.digest("demo")
-    assert [seed["seed"] for seed in saved["seeds"]] == [0, 1]
-    for metrics in (seed[arm] for seed in saved["seeds"] for arm in ("before", "without", "with")):
-        assert len(metrics["probe"]) == len(metrics["contrast"]) == TINY.layers + 1
-        assert all(0 <= value <= 1 for value in [*metrics["probe"], metrics["accuracy"]])
-        assert -1 <= metrics["pre_loss"] <= 1
-        assert all(math.isfinite(value) for value in metrics["cohesion"] + metrics["coupling"])
-    assert len(saved["seeds"][0]["with"]["train_pre_loss"]) == TINY.align_steps + TINY.tune_steps
-    assert "train_pre_loss" not in saved["seeds"][0]["without"]
-
-
 def test_the_saved_models_are_those_that_were_measured(tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    found = compare.run_seed(0, TINY, "cpu", tmp_path, no_bar)
+    kept = export.Kept(tmp_path)
+    run = []
+
+    @contextmanager
+    def bar(stage, name, steps):
+        run.append([stage, 0])
+        yield lambda loss: run.append([stage, run.pop()[1] + 1])
+
+    found = compare.run_seed(0, TINY, "cpu", kept.model, bar)
+    assert not kept.problems
+    assert [(stage, steps) for stage, steps in run] == [*stages.of_a_seed(TINY)]
     test = sc.compose(sc.split_digits(0)[2], TINY.test_scenes, 0)
     for arm in ("before", "without", "with"):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "models" / arm)
@@ -216,26 +158,6 @@ def test_a_saved_scene_enters_the_model_as_in_training(tmp_path, monkeypatch):
     assert ((pixels * 16) - (pixels * 16).round()).abs().max() < 16 * 0.5 / 255 + 1e-6
     mask = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / "1" / "000.png")))
     assert torch.equal(mask[:: sc.PATCH, :: sc.PATCH].flatten(), sc.regions() + 1)
-
-
-def test_seeds_in_processes_of_their_own_find_the_same(tmp_path):
-    console = Console(file=(tmp_path / "screen").open("w"))
-    apart, together = (run(TINY, "cpu", tmp_path, console, jobs=n) for n in (2, 1))
-    assert apart["seeds"] == together["seeds"]
-
-
-def broken(seed, bar):
-    with bar(f"seed {seed}", 2) as advance:
-        advance(1.0)
-        if seed:
-            raise ValueError(f"seed {seed} is broken")
-        advance(1.0)
-    return seed
-
-
-def test_a_failed_seed_raises_what_it_raised():
-    with pytest.raises(ValueError, match="seed 1 is broken"):
-        workers.each_seed(broken, 2, (), no_bar, 2)
 
 
 def pretrained(seed=0):
@@ -310,10 +232,6 @@ def test_states_are_those_that_the_layers_made():
     torch.testing.assert_close(objects[:, 0], activations.hidden[1][:, sc.regions() == 0].mean(1))
 
 
-def committed():
-    return json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
-
-
 def test_the_report_has_the_metrics_of_the_seeds(tmp_path):
     measurements = committed()
     shown = results.document(measurements)
@@ -362,10 +280,3 @@ def test_the_plot_has_probe_contrast_and_the_loss_along_training(monkeypatch, tm
     curves = [list(line.get_ydata()) for line in training.get_lines()][:2]
     assert curves == [seed["with"]["train_pre_loss"] for seed in measurements["seeds"]]
     assert [30, 30] in [list(line.get_xdata()) for line in training.get_lines()]
-
-
-def test_one_seed_is_said_to_be_one():
-    found = committed()
-    hint = "One seed says nothing about noise: use --seeds."
-    assert hint not in results.conclusion(found)
-    assert hint in results.conclusion(found | {"seeds": found["seeds"][:1]})

@@ -77,7 +77,7 @@ ALLOWED = {
     ("pre_kernels/check/command.py", "subprocess.Popen"): "an implementation, which may crash",
     ("pre_kernels/check/memory.py", "subprocess.run"): "a module of ours, whose peak is measured",
     ("pre_kernels/check/device.py", "subprocess.run"): "nvidia-smi",
-    ("pre_kernels/demo/compare.py", "subprocess.run"): "git, for the commit in the demo's report",
+    ("pre_kernels/demo/parts.py", "subprocess.run"): "git, for the commit in the demo's report",
 }
 
 
