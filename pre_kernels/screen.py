@@ -9,8 +9,10 @@ import errno
 import io
 import os
 import select
+import shutil
 import signal
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,7 +92,7 @@ def run(command: Callable[[], int]) -> int:
             raise
         return CLOSED
     except OSError as error:
-        if error.errno not in (*FULL, *READ_ONLY):
+        if not is_disk(error):
             raise
         say(f"error: {why(error)}")
         return 1
@@ -148,6 +150,12 @@ def stopped(stop: KeyboardInterrupt) -> int:
     return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
+def is_disk(error: OSError) -> bool:
+    """Whether a disk is full or read-only, which is a fault neither of the command nor of its
+    arguments."""
+    return error.errno in (*FULL, *READ_ONLY)
+
+
 def why(error: OSError, path: str | Path | None = None) -> str:
     """Say in one line which file the system refused, why, and what to do about it.
 
@@ -164,6 +172,16 @@ def why(error: OSError, path: str | Path | None = None) -> str:
         what = "the output" if name is None else name
         return f"cannot write {what}: {reason}; choose a folder that can be written"
     return reason if name is None else f"{name}: {reason}"
+
+
+def hanging(begin: str, text: str) -> str:
+    """Return a line of a table whose last cell is wrapped into its column on a terminal. Elsewhere
+    it stays one line, for grep."""
+    columns = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or columns < len(begin) + 20:
+        return begin + text
+    lines = textwrap.wrap(text, columns - len(begin), break_on_hyphens=False)
+    return begin + f"\n{' ' * len(begin)}".join(lines)
 
 
 def say(line: str) -> None:

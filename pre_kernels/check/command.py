@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pre_kernels import screen
 from pre_kernels.fused.products import half_precision
 
 from . import IMPLEMENTATIONS, implementation
@@ -168,6 +169,7 @@ class Report:
         self.about = about
         self.results: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
+        self.lost = False
         # This saves at once, because the run may end before its first line, and an earlier file
         # would stay.
         self.save(finished=False)
@@ -175,17 +177,21 @@ class Report:
     def add(self, impl: str, record: dict[str, Any]) -> None:
         self.results.append({"impl": impl, **record})
         self.counts[record["outcome"]] += 1
-        print(
-            f"{MARKS[record['outcome']]:<4}  {impl:<6}  {record['check']:<25} {record['says']}",
-            flush=True,
-        )
+        begin = f"{MARKS[record['outcome']]:<4}  {impl:<6}  {record['check']:<25} "
+        print(screen.hanging(begin, record["says"]), flush=True)
         self.save(finished=False)
 
     def save(self, finished: bool) -> None:
+        """Write the file. If the disk does not take it, say so once: the lines are what remains."""
         partial = self.path.with_name(self.path.name + ".part")
         content = strict({**self.about, "finished": finished, "results": self.results})
-        partial.write_text(json.dumps(content, indent=1))
-        os.replace(partial, self.path)
+        try:
+            partial.write_text(json.dumps(content, indent=1))
+            os.replace(partial, self.path)
+        except OSError as error:
+            if not self.lost:
+                screen.say(f"error: {screen.why(error, self.path)}; the checks continue")
+            self.lost = True
 
 
 def strict(value: Any) -> Any:
@@ -231,8 +237,9 @@ def check(options: argparse.Namespace, facts: dict[str, str]) -> int:
     report.save(finished=True)
     count = report.counts
     summary = f"{count['pass']} passed, {count['fail']} failed, {count['skip']} left out"
-    print(f"{summary} in {time.monotonic() - began:.0f} s; {report.path}", flush=True)
-    return 1 if count["fail"] or not count["pass"] else 0
+    file = f"{report.path} is not complete" if report.lost else report.path
+    print(f"{summary} in {time.monotonic() - began:.0f} s; {file}", flush=True)
+    return 1 if count["fail"] or not count["pass"] or report.lost else 0
 
 
 def _follow(

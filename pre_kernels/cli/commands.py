@@ -93,7 +93,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         return checking.check(options, facts())
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return failed(error)
 
 
 def diagnose(options: argparse.Namespace) -> int:
@@ -105,7 +105,7 @@ def diagnose(options: argparse.Namespace) -> int:
     try:
         command.diagnose(options, options.arguments)
     except (ValueError, OSError, ImportError) as error:
-        return fail(str(error))
+        return failed(error)
     except KeyboardInterrupt as stop:
         raise type(stop)("the same command resumes from what is saved") from None
     return 0
@@ -118,7 +118,7 @@ def trace(options: argparse.Namespace) -> int:
     try:
         command.trace(options)
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return failed(error)
     return 0
 
 
@@ -182,6 +182,15 @@ def env(options: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def failed(error: Exception) -> int:
+    """Print the error. A full disk is no wrong argument: `screen.run` reports it."""
+    if not isinstance(error, OSError):
+        return fail(str(error))
+    if screen.is_disk(error):
+        raise error
+    return fail(screen.why(error))
 
 
 def fail(message: str) -> int:

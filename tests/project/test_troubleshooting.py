@@ -23,7 +23,6 @@ RETURN_MESSAGES = {"missing", "unwritable", "none_left"}
 UNSEEN = {
     "module … has no attribute …": "Python's own words, for a name that does not exist",
     "has version …, want …": "caught in the same function, and quoted by `cannot be read`",
-    "log_history is not a list of objects": "caught, and quoted by `log: cannot read`",
     "pixels have mode …, want 8 bits for each channel": "caught; quoted by `cannot read … as an`",
     "… failed: …": "caught by `pre-kernels check`, which shows it in its table",
     "…: …": "caught by `pre-kernels check`, which shows it in its table",

@@ -33,7 +33,7 @@ from pre_kernels.integrations import Reader
 from .. import METRICS, LayerReport, similarity_map
 from ..report import page
 from .data import Images, MaskSource, find_images, names, open_image, open_masks
-from .loading import SPREAD, Loaded, load
+from .loading import SPREAD, Loaded, check_sources, load
 from .measure import Sample, measure
 from .samples import PROMPT, Preparation, Unusable, ahead, counted, none_left
 
@@ -92,6 +92,7 @@ def diagnose(
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     images = find_images(settings.images, settings.labels, settings.limit, settings.seed)
     masks = None if settings.masks is None else open_masks(settings.masks, settings.background)
+    check_sources(settings.models)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     results = []
     for source, name in zip(settings.models, names(settings.models), strict=True):

@@ -184,21 +184,34 @@ def run_names(logs: list[Path]) -> list[str]:
 def history(path: Path) -> list[dict[str, Any]]:
     """What a trainer logged: `log_history` of its state, in a folder that of the last
     checkpoint."""
-    if path.is_dir():
-        checkpoints = [
-            p for p in path.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()
-        ]
-        last = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=path)
-        path = path / STATE if (path / STATE).exists() else last / STATE
+    path = state_file(path)
+    where = f"log: cannot read {path}, want the {STATE} of a transformers.Trainer"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise TypeError("log_history is not a list of objects")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"log: cannot read {path}, want the {STATE} of a transformers.Trainer: {error!r}"
-        ) from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    entries = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{where}: it has no log_history, a list of objects")
     return entries
+
+
+def state_file(path: Path) -> Path:
+    """The file of the trainer's state that is meant: the path itself, or a file in it or in its
+    last checkpoint."""
+    if not path.exists():
+        raise ValueError(f"log: {path} is not there, want the {STATE} of a training, or its folder")
+    if not path.is_dir():
+        return path
+    checkpoints = [p for p in path.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    checkpoints.sort(key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for folder in (path, *checkpoints):
+        if (folder / STATE).exists():
+            return folder / STATE
+    raise ValueError(
+        f"log: {path} has no {STATE}, neither itself nor in a folder checkpoint-*, want a folder "
+        "to which a Trainer has saved a checkpoint, or trainer.save_state()"
+    )
 
 
 def run(

@@ -212,7 +212,7 @@ def test_bad_input(there, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "images: " in error(there / "a", tmp_path / "nowhere")
-    assert "cannot be loaded as a vision-language model" in error(
+    assert "nowhere-model is not there, want a folder" in error(
         tmp_path / "nowhere-model", pictures
     )
     assert "is not a folder, want one that save_pretrained wrote" in error(

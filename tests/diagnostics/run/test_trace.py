@@ -216,7 +216,9 @@ def test_bad_input(training, tmp_path, capsys):
 
     folder = training[0]
     assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
-    assert "log: cannot read" in error(tmp_path, "--out", tmp_path / "plot.png")
+    assert f"log: {tmp_path} has no trainer_state.json, neither itself nor in a folder" in error(
+        tmp_path, "--out", tmp_path / "plot.png"
+    )
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0, "step": 1}]}')
     assert "has no metric 'linear_probe' of a layer" in error(
         tmp_path, "--out", tmp_path / "plot.png"
@@ -321,7 +323,9 @@ def test_bad_input_of_losses(tmp_path, capsys, monkeypatch):
     nan = write(tmp_path / "nan", [{"step": 1, "loss": float("nan")}])
     for log in (empty, nan):
         assert f"log: got no loss that is a number in {log.name}, want" in error(folder, log)
-    assert "log: cannot read" in error(tmp_path / "nowhere")
+    assert f"log: {tmp_path / 'nowhere'} is not there, want" in error(tmp_path / "nowhere")
+    write(tmp_path / "dots" / "checkpoint-x", entries(False))
+    assert f"log: {tmp_path / 'dots'} has no trainer_state.json" in error(tmp_path / "dots")
     assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
     assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
     for option, value in (("layer", 3), ("metric", "contrast"), ("score", "x"), ("scores", "x")):
