@@ -1,6 +1,7 @@
 """`pre-kernels check` from its arguments to its file, with implementations that are broken, crash
 or hang."""
 
+import errno
 import json
 import os
 import signal
@@ -363,6 +364,21 @@ def test_bad_arguments_say_what_is_wanted(arguments, message, capsys, tmp_path, 
     if message.startswith("--impl"):
         assert said.strip().endswith("; want one of torch")
     assert not (tmp_path / "check.json").exists()
+
+
+def test_a_full_disk_is_said_once_and_the_checks_continue(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    report = command.Report(tmp_path / "check.json", {})
+    monkeypatch.setattr(Path, "write_text", full)
+    for check in ("first", "second"):
+        report.add("torch", {"check": check, "outcome": "pass", "says": "well"})
+    printed = capsys.readouterr()
+    assert printed.out.count("well") == 2
+    assert printed.err.count("\n") == 1
+    assert f"cannot write {tmp_path / 'check.json'}: No space left on device; free" in printed.err
+    assert report.lost
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):

@@ -139,3 +139,16 @@ def test_a_thread_sets_no_handler():
     thread.start()
     thread.join()
     assert entered
+
+
+def test_a_cell_is_wrapped_on_a_terminal_only(monkeypatch):
+    text = "one two three four five six seven eight"
+    monkeypatch.setenv("COLUMNS", "40")
+    assert screen.hanging("begin  ", text) == f"begin  {text}"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    first, second = screen.hanging("begin  ", text).splitlines()
+    assert first.startswith("begin  one")
+    assert second.startswith("       ")
+    assert f"{first[7:]} {second[7:]}" == text
+    monkeypatch.setenv("COLUMNS", "20")
+    assert "\n" not in screen.hanging("begin  ", text)

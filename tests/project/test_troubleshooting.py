@@ -29,6 +29,7 @@ UNSEEN = {
     "no … on this system": "the reason in a row of that table",
     "…, …: …": "puts the name of an image in front of another message",
     # Expressions in the place of a message.
+    "screen.why(error)": "the system's own reason, with the name of the file",
     "str(error)": "another exception is raised again, or shown by a command",
     "problem": "one of RETURN_MESSAGES",
     "none_left(images, left_out)": "one of RETURN_MESSAGES",

@@ -324,7 +324,7 @@ def test_bad_input_of_losses(tmp_path, capsys, monkeypatch):
     for log in (empty, nan):
         assert f"log: got no loss that is a number in {log.name}, want" in error(folder, log)
     assert f"log: {tmp_path / 'nowhere'} is not there, want" in error(tmp_path / "nowhere")
-    write(tmp_path / "dots" / "checkpoint-x", entries(False))
+    (tmp_path / "dots" / "checkpoint-5").mkdir(parents=True)
     assert f"log: {tmp_path / 'dots'} has no trainer_state.json" in error(tmp_path / "dots")
     assert "want a name that ends in .png" in error(folder, "--out", tmp_path / "plot.jpeg")
     assert "out: " in error(folder, "--out", tmp_path / "nowhere" / "plot.png")
