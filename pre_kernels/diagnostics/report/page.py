@@ -23,10 +23,12 @@ from .columns import (
     measured_columns,
 )
 from .statistics import effect, spread
-from .verdict import deep, probe_size, ranges, verdict
+from .verdict import about, deep, probe_size, ranges, verdict
 
 Document = Mapping[str, Any]
 TEMPLATE = "report.html.jinja"
+# How many of the main metrics have their curves above everything that is folded: a row of them.
+SHOWN = 3
 # How many classes of the data the page names.
 CLASSES = 30
 
@@ -59,7 +61,8 @@ def html(document: Document) -> str:
 
             verdict: [str], the sentences shown first. Without it they are those of
                 `verdict.verdict`
-            about: str, what the report is about, below the verdict
+            about: str, what the report is about, below the verdict. Without it the measures of the
+                verdict are explained
             warning: str, in a box above all. With it no verdict is derived
             scene: {"picture": a PNG in base64, "caption": str}, beside the verdict
             unit: str, what the probes classify (default: "images")
@@ -77,7 +80,7 @@ def html(document: Document) -> str:
     )
     models = document["models"]
     data = document.get("data") or {}
-    shown = main_columns(models)
+    shown = main_columns(models)[:SHOWN]
     verdict_texts = document.get("verdict")
     return template.render(
         title=document["title"],
@@ -86,7 +89,7 @@ def html(document: Document) -> str:
         ],
         warning=document.get("warning"),
         verdict=verdict(document) if verdict_texts is None else verdict_texts,
-        about=document.get("about"),
+        about=about(document),
         scene=document.get("scene"),
         said=document.get("findings") or [],
         findings=findings(document),

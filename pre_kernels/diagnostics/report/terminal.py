@@ -7,7 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from .columns import PROBES, Column, by_layer, main_columns
-from .verdict import Document, Model, probe_part, verdict
+from .verdict import Document, Model, about, probe_part, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +31,8 @@ def show(document: Document, console: Console) -> None:
     for text in verdict(document) if said is None else said:
         name, colon, rest = text.partition(": ")
         console.print(Text.assemble((name + colon, "bold"), rest), soft_wrap=False)
-    if document.get("about"):
-        console.print(Text(document["about"], "dim"), soft_wrap=False)
+    if text := about(document):
+        console.print(Text(text, "dim"), soft_wrap=False)
     console.print()
     console.print(table(document), soft_wrap=False)
 

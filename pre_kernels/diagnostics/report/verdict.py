@@ -21,6 +21,15 @@ LOSSES = {
     "contrast": ("its patches lose", "contrast between objects", 1.0),
     "spatial_contrast": ("its patches lose", "spatial structure", 1.0),
 }
+# What each of them says, for readers who do not know it.
+READING = {
+    "linear_probe": "The linear probe is the share of test {unit} whose class can be read from the "
+    "visual tokens of a layer.",
+    "contrast": "The semantic contrast ratio says how much more alike two patches of one object "
+    "are than patches of two objects; at 1 they are equally alike.",
+    "spatial_contrast": "Spatial contrast says how much more alike neighbouring patches are than "
+    "distant ones; at 1 they are equally alike.",
+}
 # A fall of less than this share of what is above that value is called so.
 AMOUNTS = ((0.05, "little"), (0.25, "some"), (math.inf, "much"))
 # A change of this share of the first value (at least of 1) is the smallest that is called one.
@@ -55,21 +64,43 @@ def verdict(document: Document) -> list[str]:
     if document.get("warning"):
         return []
     models = document["models"]
-    measured = {column.name for column in measured_columns(models)}
-    chosen = [name for name in LOSSES if name in measured]
-    if "contrast" in chosen and "spatial_contrast" in chosen:
-        chosen.remove("spatial_contrast")
+    chosen = _chosen(models)
     if not chosen:
-        return [_instead(models), _wanted(measured)]
-    unit = document.get("unit") or "images"
+        return [_instead(models), _wanted(models)]
+    unit = _unit(document)
     column = COLUMNS[chosen[0]]
     said = [_course(model, column, unit) for model in models]
     for before, after in pairwise(models):
         said += _comparison(before, after, [COLUMNS[name] for name in chosen])
     said.append(_certainty(models, column, unit))
     if chosen == ["spatial_contrast"]:
-        said.append(_wanted(measured))
+        said.append(_wanted(models))
     return said
+
+
+def about(document: Document) -> str:
+    """What the report is about: the document's own words, or how to read the measures of the
+    verdict."""
+    if document.get("about"):
+        return str(document["about"])
+    chosen = _chosen(document["models"])
+    said = [READING[name].format(unit=_unit(document)) for name in chosen]
+    return " ".join([*said, "Layer 0 is the input of the LLM."] if said else [])
+
+
+def _chosen(models: Sequence[Model]) -> list[str]:
+    """The measures of `LOSSES` that were measured. Spatial contrast counts only without masks."""
+    measured = {column.name for column in measured_columns(models)}
+    return [
+        name
+        for name in LOSSES
+        if name in measured and not (name == "spatial_contrast" and "contrast" in measured)
+    ]
+
+
+def _unit(document: Document) -> str:
+    """What a probe classifies."""
+    return document.get("unit") or "images"
 
 
 class Tested(NamedTuple):
@@ -100,7 +131,7 @@ def probe_size(document: Document) -> str:
     if not found:
         return ""
     least = min(found)
-    unit = document.get("unit") or "images"
+    unit = _unit(document)
     text = (
         f"Tested on {least.size:,} {unit}: standard error up to {least.error:.2f}, "
         f"chance {least.chance:.2f}"
@@ -280,12 +311,13 @@ def _instead(models: Sequence[Model]) -> str:
     )
 
 
-def _wanted(measured: set[str]) -> str:
+def _wanted(models: Sequence[Model]) -> str:
     """What would have to be given to measure what is missing."""
+    measured = measured_columns(models)
     needs = [
         COLUMNS[name].needs.partition(", ")
         for name in ("linear_probe", "contrast")
-        if name not in measured
+        if COLUMNS[name] not in measured
     ]
     return f"To tell more: give {' or '.join(f'{name} ({what})' for name, _, what in needs)}."
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from pre_kernels.diagnostics.report.statistics import standard_error
-from pre_kernels.diagnostics.report.verdict import probe_part, probe_size, steepest, verdict
+from pre_kernels.diagnostics.report.verdict import about, probe_part, probe_size, steepest, verdict
 
 LAYERS = (0, 4, 8, 12)
 
@@ -158,3 +158,13 @@ def test_the_standard_error_is_never_nothing():
     assert standard_error(1.0, 20) == pytest.approx(standard_error(0.0, 20))
     assert standard_error(1.0, 20) > 0.04
     assert math.isfinite(standard_error(1.0, 0))
+
+
+def test_the_measures_of_the_verdict_are_explained():
+    probe = document(("a", [run([0.9, 0.5, 0.5, 0.5])]), unit="digits")
+    assert about(probe) == (
+        "The linear probe is the share of test digits whose class can be read from the visual "
+        "tokens of a layer. Layer 0 is the input of the LLM."
+    )
+    assert about(probe | {"about": "Mine."}) == "Mine."
+    assert about(document(("a", []))) == ""
