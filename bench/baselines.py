@@ -45,6 +45,8 @@ class Baseline:
     ours: bool = False
     # It is measured with this many entries of the plan, the first ones. Some compile for minutes.
     max_plan_entries: float = math.inf
+    # seconds that its first step compiles for, about
+    compiles: float = 0.0
     # Options of the loss, if it supports only these.
     options: Mapping[str, Any] = field(default_factory=dict)
     # False if it does not support biases.
@@ -121,12 +123,14 @@ BASELINES = [
         "the same under torch.compile, default mode",
         compositions.compiled,
         max_plan_entries=COMPILED,
+        compiles=30.0,
     ),
     Baseline(
         "compile-max",
         "the same under torch.compile, mode='max-autotune-no-cudagraphs'",
         partial(compositions.compiled, mode="max-autotune-no-cudagraphs"),
         max_plan_entries=COSTLY,
+        compiles=120.0,
     ),
     Baseline(
         "addmm-activation",
@@ -144,6 +148,7 @@ BASELINES = [
         compositions.quack,
         _quack_missing,
         max_plan_entries=COSTLY,
+        compiles=120.0,
         options={"activation": "gelu_tanh"},
         biases=False,
     ),
@@ -155,6 +160,7 @@ BASELINES = [
         compositions.liger,
         _liger_missing,
         max_plan_entries=COSTLY,
+        compiles=60.0,
     ),
     Baseline(
         "viral",

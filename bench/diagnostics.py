@@ -19,19 +19,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pre_kernels import screen
 from pre_kernels.check import memory as resident
 from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.diagnostics import LayerReport
 
-from . import ROOT, record, tables
+from . import ROOT, kept, record, tables, where
 
 OBJECTS = 8
 # the error that means of cosines may have with float32 matmuls
@@ -140,8 +141,8 @@ def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
 
 def measure(
     images: int, patches: int, layers: int, width: int, device: Cpu | Cuda, seconds: float = 5.0
-) -> list[dict[str, Any]]:
-    """Return a record of each method."""
+) -> Iterator[dict[str, Any]]:
+    """Yield a record of each method."""
     by_name = steps(patches, width, device.torch_device)
     features, masks, grid = case(patches, width, device.torch_device)
     expected = torch.tensor(matrix(features.double(), masks, grid))
@@ -167,18 +168,11 @@ def measure(
     samples["pairs"] = [device.sample(kept("pairs"))]
     times = {name: spread(samples[name]) for name in METHODS}
 
-    records = []
     for name in METHODS:
         off = (torch.tensor(means[name]) - expected).abs().max().item()
         if not off <= TOLERANCE:
-            records.append(
-                {
-                    **about,
-                    "peer": name,
-                    "failed": f"a mean is off by {off:.1e}, want ≤ {TOLERANCE}",
-                    **stamp,
-                }
-            )
+            failed = f"a mean is off by {off:.1e}, want ≤ {TOLERANCE}"
+            yield {**about, "peer": name, "failed": failed, **stamp}
             continue
         result = {
             **times[name],
@@ -190,8 +184,7 @@ def measure(
             "all_pairs_mib": images * layers * patches**2 * 4 / MIB,
             **({} if name == "pairs" else peak(name, patches, width, device, by_name[name])),
         }
-        records.append({**about, "peer": name, **result, **stamp})
-    return records
+        yield {**about, "peer": name, **result, **stamp}
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
@@ -256,9 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default in (("images", 64), ("patches", 576), ("layers", 32), ("width", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of sampling")
-    parser.add_argument(
-        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
-    )
+    where.add_options(parser.add_argument)
     # A process that measures memory runs with this option.
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -268,22 +259,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     device = current()
-    path = record.file(record.folder(arguments.out), device)
-    records = measure(
-        arguments.images,
-        arguments.patches,
-        arguments.layers,
-        arguments.width,
-        device,
-        arguments.seconds,
+    run = kept.start(arguments, device, parser.error)
+    run.every(
+        measure(
+            arguments.images,
+            arguments.patches,
+            arguments.layers,
+            arguments.width,
+            device,
+            arguments.seconds,
+        )
     )
-    for line in records:
-        record.append(path, line)
-    print(tables.markdown(tables.plain_table(records)))
-    for line in tables.refusals(records):
-        print(line)
-    return any("failed" in line for line in records)
+    table = tables.markdown(tables.plain_table(run.records)) if run.records else ""
+    print(table, *tables.refusals(run.records), *run.told(), sep="\n")
+    return run.status or int(any("failed" in line for line in run.records))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(screen.run(main))

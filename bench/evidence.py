@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pre_kernels import screen
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm
 from pre_kernels.demo.evaluate import evaluate
@@ -33,7 +34,7 @@ from pre_kernels.demo.threads import quiet
 from pre_kernels.demo.workers import each_seed
 from pre_kernels.diagnostics.report.statistics import interval, spread
 
-from . import record
+from . import record, where
 from .tables import below, markdown
 
 DEPTH = Settings().layers
@@ -142,14 +143,22 @@ def run_seed(
         keep(arm, measured, time.monotonic() - begin)
 
 
+def whole_seeds(records: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the seeds of which every arm is measured."""
+    return sorted(
+        set.intersection(
+            *(
+                {entry["seed"] for entry in records if entry["arm"] == arm}
+                for arm in (BEFORE, *ARMS)
+            )
+        )
+    )
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return the page's text: mean ± standard deviation over seeds, and the difference to training
     without PRe within each seed."""
-    seeds = sorted(
-        set.intersection(
-            *({entry["seed"] for entry in records if entry["arm"] == arm} for arm in ARMS)
-        )
-    )
+    seeds = whole_seeds(records)
     by_arm = {
         arm: [
             next(entry for entry in records if (entry["arm"], entry["seed"]) == (arm, seed))
@@ -203,7 +212,7 @@ def claim(text: str, changes: Sequence[float]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,15 +228,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="smoke test: too short to show an effect"
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=record.RESULTS,
-        help="folder of the results (default: bench/results)",
-    )
+    where.add_options(parser.add_argument)
     options = parser.parse_args(argv)
-    path = record.folder(options.results) / "evidence.jsonl"
-    records = record.load([path]) if path.exists() else []
+    path = where.file(options, "evidence.jsonl", parser.error)
+    records = record.load([path])
     settings = dataclasses.replace(QUICK if options.quick else Settings(), seeds=options.seeds)
     others = {
         entry["item"]
@@ -238,14 +242,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--results: {path} has results of other settings; want another folder")
     done = {(entry["seed"], entry["arm"]) for entry in records}
     jobs = min(options.jobs, options.seeds)
+    stopped = 0
     restore = quiet()
     try:
         with bars(Console()) as bar:
             each_seed(run_seed, options.seeds, (settings, path, done), bar, jobs)
+    except KeyboardInterrupt as stop:
+        stopped = screen.stopped(stop)
     finally:
         restore()
-    print(table(record.load([path])))
+    records = record.load([path])
+    if whole_seeds(records):
+        print(table(records))
+    if stopped:
+        print("Stopped: the same command resumes.")
+    print(where.told(path))
+    return stopped
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(screen.run(main))

@@ -2,7 +2,8 @@
 the tests.
 
     python -m bench.fuzz --cases 11500 --seed 1 --jobs 2   a line for each group of cases into
-                                                           bench/results/fuzz.jsonl
+                                                           bench-out/fuzz.jsonl, with --record
+                                                           into bench/results
     python -m bench.fuzz --case '{"dtype": "float16", …}'  one case again, from a violation's `spec`
 
 Cases come in blocks, each with its own seed. Every block is kept in build/fuzz as soon as it is
@@ -19,10 +20,12 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pre_kernels import screen, sources
 from pre_kernels.check.device import current
 
-from . import ROOT, fuzz_table, record
+from . import ROOT, fuzz_table, record, where
 from .tables import markdown, plain_table
 
 FRACTIONS = {"torch": 0.95, "triton": 0.025, "blas": 0.025}
@@ -179,7 +183,11 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
             for impl in FRACTIONS
         }
         failed = dict.fromkeys(FRACTIONS, 0)
+        # ^C on a terminal reaches the workers too. They inherit that it is blocked.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = {pool.submit(run_block, *block, seed, BLOCK[block[0]]): block for block in left}
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in as_completed(futures):
                 block = futures[future]
@@ -212,12 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=os.cpu_count(),
         help="number of processes (default: %(default)s)",
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=record.RESULTS,
-        help="folder of the results (default: bench/results)",
-    )
+    where.add_options(parser.add_argument)
     parser.add_argument(
         "--case", type=json.loads, help="run only this case, given as JSON, and print its outcomes"
     )
@@ -233,7 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     wanted = blocks(options.cases)
     path = _kept(options.seed)
-    campaign(wanted, options.seed, options.jobs, path)
+    written = where.file(options, "fuzz.jsonl", parser.error)
+    stopped = 0
+    try:
+        campaign(wanted, options.seed, options.jobs, path)
+    except KeyboardInterrupt as stop:
+        stopped = screen.stopped(stop)
+        print(f"stopped; the same command resumes from {path}", file=sys.stderr)
+        if not path.exists():
+            return stopped
     kept = [entry for entry in record.load([path]) if tuple(entry["block"]) in wanted]
     kept.sort(key=lambda entry: wanted.index(tuple(entry["block"])))
     cases = distinct([case for entry in kept for case in entry["cases"]])
@@ -246,9 +257,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hypothesis": hypothesis.__version__,
     }
     lines = [{**about, **line, **record.stamp(current())} for line in fuzz_table.aggregate(cases)]
-    date = lines[-1]["date"]
-    written = record.folder(options.results) / "fuzz.jsonl"
-    print(fuzz_table.page([record.append(written, {**line, "date": date}) for line in lines]))
+    lines = [{**line, "date": lines[-1]["date"]} for line in lines]
+    lost = ""
+    for line in () if stopped else lines:
+        # The table is shown even if the disk is full.
+        try:
+            record.append(written, line)
+        except OSError as error:
+            lost = screen.why(error, written)
+    # A record has this digest once it is appended.
+    digest = sources.digest("fuzz")
+    print(fuzz_table.page([{**line, "measured": digest} for line in lines]))
+    print(lost or ("Nothing is recorded of a part." if stopped else where.told(written)))
     failed = [entry for line in lines for entry in line["violations"]]
     if failed:
         print(
@@ -256,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plain_table([{**entry, "spec": json.dumps(entry["spec"])} for entry in failed])
             )
         )
-    return int(bool(failed))
+    return stopped or int(bool(failed or lost))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(screen.run(main))

@@ -17,7 +17,7 @@ More of one kind, where there is more time:
     --stage sweep       N × m, and the tiles of the Triton matmuls
 
 Run it from the repository's root. It ends before --limit seconds. These files go into the folder
-(--out, else GPU_OUT, else bench/results): the records, appended to one JSONL file as they are
+(--results, else GPU_OUT, else bench-out): the records, appended to one JSONL file as they are
 measured, log.txt with the output of the parts, and summary.txt. Every part is a process with a
 deadline in the plan. A part that fails or hangs loses only its own numbers, and a part that ends
 early leaves its time to the next. Without .git, GIT_COMMIT names the commit.
@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-from . import ROOT
+from . import ROOT, where
 from .gpu_stages import LOG_FILE, PACKAGES, STAGES, Part, has_xdist
 
 # seconds from the start of the command
@@ -117,6 +117,7 @@ def _shorten(path: Path, began: int) -> None:
 def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int:
     """Run the parts of a stage, and report each and all. Return 0, or the largest exit status of a
     part."""
+    from pre_kernels import screen
     from pre_kernels.check.device import current
 
     from . import record, summary
@@ -166,6 +167,9 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
         worst = 130
         if running:
             tell(running.name, "stopped with the run", time.monotonic() - began)
+    except OSError as error:
+        worst = 2
+        print(f"The run ends here: {screen.why(error, path)}", file=sys.stderr)
     print("", *told(), f"{time.monotonic() - start:.0f} s in all, results in {out}", sep="\n")
     return worst
 
@@ -176,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
-    parser.add_argument(
-        "--out", help="folder of the results (default: GPU_OUT, else bench/results)"
-    )
+    where.add_options(parser.add_argument)
     parser.add_argument(
         "--limit",
         type=float,
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pre_kernels.check.device import current
 
-    from . import record, summary
+    from . import summary
 
     if arguments.summary:
         print(*summary.of_folder(arguments.summary), sep="\n")
@@ -220,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"No GPU, {why}; --dry-run tries the script on the CPU.", file=sys.stderr)
         return 2
     try:
-        out = record.folder(arguments.out).resolve()
+        out = where.folder(arguments.results, arguments.record).resolve()
         (out / LOG_FILE).open("a").close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"The folder of the results cannot be written to: {error}", file=sys.stderr)
         return 2
     if not has_xdist():
@@ -244,9 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with mock.patch.dict(os.environ, environment(out, dry)):
             return measure(stage, dry, out, arguments.limit, start)
-    except OSError as error:
-        print(f"The run ends here: {error}", file=sys.stderr)
-        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

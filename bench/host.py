@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 
-from pre_kernels import fused_pre_loss
+from pre_kernels import fused_pre_loss, screen
 
 CALLS: dict[str, dict[str, Any]] = {
     "blas": {"impl": "blas"},
@@ -135,7 +135,7 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
     return samples
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,8 @@ def main() -> None:
             f"{name:14} least {min(samples):7.0f} µs   "
             f"median {statistics.median(samples):7.0f} µs   of {len(samples)}"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(screen.run(main))

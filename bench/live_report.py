@@ -17,7 +17,7 @@ import torch
 
 from pre_kernels.check.device import current
 
-from . import record
+from . import record, where
 
 SUSPECT = re.compile(r"CUDA error|Triton Error \[CUDA\]")  # as torch says it, and as triton does
 
@@ -33,7 +33,7 @@ def works() -> bool:
 class LiveReport:
     def __init__(self) -> None:
         device = current()
-        self.path = record.file(record.folder(), device)
+        self.path = record.file(where.folder(), device)
         self.stamp = record.stamp(device)
         self.failed: set[str] = set()
 

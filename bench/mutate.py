@@ -2,11 +2,12 @@
 and runs the tests until one of them fails.
 
     python -m bench.mutate
-        every mutant (hours): a line for each file of the sources into bench/results/mutation.jsonl
+        every mutant (hours): a line for each file of the sources into bench-out/mutation.jsonl,
+        with --record into bench/results
     python -m bench.mutate --sample 300 --seed 1
         some, drawn over all files
     python -m bench.mutate --again --sample 24
-        some of those in the results, each only with the test that killed it
+        some of those in the committed results, each only with the test that killed it
     python -m bench.mutate --only row_loss
         those whose key contains this text; the screen shows the survivors
     python -m bench.mutate --only row_loss --list
@@ -63,8 +64,10 @@ from verify.mutation.runner import (
     run,
 )
 
+from . import where
+
 KEPT = ROOT / "build" / "mutation"
-RESULTS = ROOT / "bench" / "results" / "mutation.jsonl"
+COMMITTED = where.RESULTS / "mutation.jsonl"
 NAMED = named()
 KILLED = ("killed", "timeout", "crash", "invalid")
 # what the tests judge by, besides themselves
@@ -211,8 +214,8 @@ def campaign(
 
 
 def recorded() -> dict[str, str]:
-    """Return the test that killed a mutant, by `Mutant.short`, as the results name it."""
-    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
+    """Return the test that killed a mutant, by `Mutant.short`, as the committed results name it."""
+    lines = map(json.loads, COMMITTED.read_text().splitlines() if COMMITTED.exists() else ())
     return {key: test for line in lines for test, keys in line["killers"].items() for key in keys}
 
 
@@ -235,8 +238,8 @@ def again(
     return outcomes
 
 
-def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Append a line for each file to the results."""
+def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    """Append a line for each file of the sources to the results."""
     # These import the package, which the process that forks the mutants must not have imported.
     from pre_kernels.check.device import current
 
@@ -244,7 +247,7 @@ def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
 
     stamp = record.stamp(current())
     for line in mutation_table.aggregate(outcomes, NAMED):
-        record.append(RESULTS, {"kind": "mutation", **about, **line, **stamp})
+        record.append(path, {"kind": "mutation", **about, **line, **stamp})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print the named survivors whose mutant no longer exists, run nothing",
     )
+    where.add_options(parser.add_argument)
     options = parser.parse_args(argv)
     every = every_mutant()
     stale_keys = stale(every)
@@ -300,19 +304,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mutant in wanted:
             print(f"{mutant.operator:5} {mutant.key}")
         return 0
+    results = where.file(options, "mutation.jsonl", parser.error)
     prepare()
     KEPT.mkdir(parents=True, exist_ok=True)
     path = KEPT / f"{digest(PACKAGE / file for file in FILES)}.jsonl"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy(folder)
-        outcomes = (
-            again(wanted, folder, killers)
-            if options.again
-            else campaign(wanted, path, options.budget, folder)
-        )
+        try:
+            outcomes = (
+                again(wanted, folder, killers)
+                if options.again
+                else campaign(wanted, path, options.budget, folder)
+            )
+        except KeyboardInterrupt:
+            print(f"stopped; the outcomes so far are in {path}, and the same command resumes")
+            return 130
     if not (options.again or options.only):
-        write(list(outcomes.values()), {"seed": options.seed, "drawn": options.sample})
+        about = {"seed": options.seed, "drawn": options.sample}
+        write(list(outcomes.values()), about, results)
+        print(where.told(results))
     print(
         f"{len(outcomes)} mutants: {dict(Counter(entry['outcome'] for entry in outcomes.values()))}"
     )

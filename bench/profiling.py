@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 
-from pre_kernels import fused_pre_loss
+from pre_kernels import fused_pre_loss, screen
 from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import ROOT, baselines, record, shapes, suite, tables
+from . import ROOT, baselines, kept, record, shapes, suite, tables, where
 from .gpu_goals import KEPT
 from .kept_guarantees import guarantees, impls
 
@@ -284,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--peers",
         nargs="+",
         choices=baselines.BY_NAME,
+        metavar="PEER",
         help="baselines of kernels and workspace (default: all)",
     )
     parser.add_argument(
@@ -292,28 +293,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         help=f"sizes of the workspace (default, by the device: {MIBS})",
     )
-    parser.add_argument(
-        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
-    )
+    where.add_options(parser.add_argument)
     arguments = parser.parse_args(argv)
     device = current()
-    path = record.file(record.folder(arguments.out), device)
+    run = kept.start(arguments, device, parser.error)
     shape = shapes.BY_NAME[arguments.shape or SHAPE[device.kind]]
     choices = {"names": arguments.peers, "mibs": arguments.mib}
     options = {name: value for name, value in choices.items() if value is not None}
-    lines = []
-    for dtype in arguments.dtype:
-        about = {"shape": shape.name, "dtype": dtype, **record.stamp(device)}
-        for line in WHAT[arguments.what](device, shape, dtype, **options):
-            record.append(path, line | about)
-            lines.append(line | {"dtype": dtype})
+    run.every(
+        line | {"shape": shape.name, "dtype": dtype, **record.stamp(device)}
+        for dtype in arguments.dtype
+        for line in WHAT[arguments.what](device, shape, dtype, **options)
+    )
+    lines = run.records
     for kind in dict.fromkeys(line["kind"] for line in lines):
         print(
             tables.markdown(tables.plain_table([line for line in lines if line["kind"] == kind])),
             "\n",
         )
-    return any("failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines)
+    print(*run.told(), sep="\n")
+    broken = any(
+        "failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines
+    )
+    return run.status or int(broken)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(screen.run(main))

@@ -21,12 +21,12 @@ import torch
 from pre_kernels import sources
 from pre_kernels.check.device import Cpu, Cuda
 
-from . import ROOT
+from . import ROOT, where
 
 # The code that is measured. `pre_kernels/integrations` is a link to the second folder, so the first
 # is hashed without it. git does not look behind a link and is asked about both.
 SOURCES = ("pre_kernels", "integrations")
-RESULTS = Path(__file__).with_name("results")
+RESULTS = where.RESULTS
 
 # In tables and plots a later line with the same key replaces an earlier one.
 KEY = (
@@ -43,19 +43,12 @@ KEY = (
 )
 
 
-def folder(given: str | None = None) -> Path:
-    """Return the folder of the results: the argument, else GPU_OUT, else bench/results."""
-    path = Path(given or os.environ.get("GPU_OUT") or RESULTS)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def file(where: Path, device: Cpu | Cuda) -> Path:
+def file(folder: Path, device: Cpu | Cuda) -> Path:
     """Return the file for this device: cpu.jsonl, or one with the name of a GPU."""
     if dry_run():
-        return where / "dry-run.jsonl"
+        return folder / "dry-run.jsonl"
     name = device.kind if device.kind == "cpu" else device.describe()["device"]
-    return where / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".jsonl")
+    return folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".jsonl")
 
 
 def stamp(device: Cpu | Cuda) -> dict[str, Any]:
@@ -86,8 +79,12 @@ def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     written. It is on the disk then, since the process may be killed at any time."""
     if "kind" in record:
         record = {**record, "measured": sources.digest(record["kind"])}
-    with path.open("a") as out:
-        out.write(json.dumps(record) + "\n")
+    with path.open("ab+") as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            # A line that a kill or a full disk has cut short does not take this one with it.
+            out.write(b"\n" * (out.read() != b"\n"))
+        out.write(json.dumps(record).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())
     return record

@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 
+from pre_kernels import screen
 from pre_kernels.check import memory as resident
 from pre_kernels.check.cases import formula, needed
 from pre_kernels.check.device import FLUSH, MIB, Cpu, Cuda, current
 from pre_kernels.check.rule import Case, Judge
 from pre_kernels.check.timing import interleaved, spread
 
-from . import baselines, peak_memory, record, shapes, tables
+from . import baselines, kept, pace, peak_memory, record, shapes, shown, where
 
-# seconds of sampling a shape, beyond the minimum of rounds
-SECONDS = {"cpu": 8.0, "cuda": 5.0}
+STEP_LIMIT = (
+    "on a CPU, leave out a baseline whose step takes more than this many seconds (default: "
+    f"{pace.STEP_LIMIT:g})"
+)
 
 Records = Iterator[dict[str, Any]]
 
@@ -44,12 +47,16 @@ def measure(
     with_memory: bool = True,
     rows: str = "index",
     hot: bool = False,
+    step_limit: float = pace.STEP_LIMIT,
+    tell: pace.Tell = pace.silent,
 ) -> Records:
     """Yield records of each baseline as they come, judged in the order of `names` (else all): its
     verdict, its times after the minimum of rounds, and its times after all rounds. A later record
     of a baseline replaces an earlier one, so an early end leaves the results so far. A baseline
     that is unavailable or fails its check has "unavailable" or "failed" instead of times. `hot`
-    leaves the L2 cache as the step before left it; such records have their own kind."""
+    leaves the L2 cache as the step before left it; such records have their own kind. On a CPU a
+    baseline is "unavailable" if a step takes more than `step_limit` seconds. `tell` is told what
+    begins."""
     chosen = [baselines.BY_NAME[name] for name in names] or baselines.BASELINES
     torch_dtype = shapes.DTYPES[dtype]
     torch_device = device.torch_device
@@ -58,7 +65,8 @@ def measure(
     kind = "hot" if hot else "loss"
     # One run is one group. Times are only divided by times that were measured beside them, or
     # beside the same floor.
-    group = f"{stamp.get('run', stamp['date'])} {kind} {shape.name} {dtype} {rows}"
+    which = f"{shape.name} {dtype} {rows}"
+    group = f"{stamp.get('run', stamp['date'])} {kind} {which}"
     about = {
         "kind": kind,
         "shape": shape.name,
@@ -72,7 +80,16 @@ def measure(
     def told(name: str) -> dict[str, Any]:
         return {**about, "peer": name, **results[name], **stamp}
 
-    if lack := too_large(shape, device):
+    def slow(baseline: baselines.Baseline) -> str | None:
+        if baseline.missing(torch_device, torch_dtype):
+            return None
+        return pace.too_slow(baseline, shape, dtype, device, step_limit)
+
+    tell(f"{which}: making its inputs", 0.0)
+    lack = too_large(shape, device)
+    if lack is None and (reference_is := slow(baselines.BY_NAME["eager"])):
+        lack = f"the error rule needs eager: {reference_is}"
+    if lack:
         for name in results:
             results[name] = {"unavailable": lack}
             yield told(name)
@@ -85,7 +102,12 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     for baseline in chosen:
-        results[baseline.name], step = judged(baseline, case, judges)
+        compiling = " and compiling" if baseline.compiles else ""
+        tell(f"{which}: checking{compiling} {baseline.name}", pace.CHECK + baseline.compiles)
+        if reason_slow := slow(baseline):
+            results[baseline.name], step = {"unavailable": reason_slow}, None
+        else:
+            results[baseline.name], step = judged(baseline, case, judges)
         if step is not None:
             steps[baseline.name] = step
         if results[baseline.name]:
@@ -97,7 +119,9 @@ def measure(
         # With an empty buffer nothing is written between samples.
         device.scratch = torch.empty(0, device=torch_device)
     extra: dict[str, dict[str, Any]] = {}
-    for samples in staged(device, steps, SECONDS[device.kind] if seconds is None else seconds):
+    seconds = pace.SECONDS[device.kind] if seconds is None else seconds
+    tell(f"{which}: timing {len(steps)} in turn", seconds)
+    for samples in staged(device, steps, seconds):
         # The stamp is taken again, with the clocks right after work.
         stamp = record.stamp(device)
         for name, milliseconds in samples.items():
@@ -107,9 +131,11 @@ def measure(
             results[name] |= extra.get(name, {})
             yield told(name)
         for name in steps if not extra else ():
+            tell(f"{which}: memory of {name}", pace.PEAK)
             extra[name] = _beside(
                 device, shape, dtype, name, rows, steps[name], with_memory and not hot
             )
+        tell(f"{which}: timing {len(steps)} in turn", 0.0)
 
 
 def judged(
@@ -148,8 +174,9 @@ def staged(
     that `seconds` allow."""
     start = time.monotonic()
     samples = interleaved(device, steps, 0.0)
+    left = seconds - (time.monotonic() - start)
     yield samples
-    more = interleaved(device, steps, seconds - (time.monotonic() - start), least=0)
+    more = interleaved(device, steps, left, least=0)
     yield {name: known + more[name] for name, known in samples.items()}
 
 
@@ -222,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--peers",
         nargs="+",
         choices=baselines.BY_NAME,
+        metavar="PEER",
         default=[],
         help="measure these, in this order (default: all)",
     )
@@ -229,32 +257,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--hot", action="store_true", help="without a cold L2 cache before each step"
     )
-    parser.add_argument(
-        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
-    )
+    parser.add_argument("--step-limit", type=float, default=pace.STEP_LIMIT, help=STEP_LIMIT)
+    where.add_options(parser.add_argument)
     arguments = parser.parse_args(argv)
 
     device = current()
-    path = record.file(record.folder(arguments.out), device)
-    records = []
-    for rows in arguments.rows:
-        for line in measure(
-            shapes.BY_NAME[arguments.shape],
-            arguments.dtype,
-            device,
-            arguments.peers,
-            arguments.seconds,
-            rows=rows,
-            hot=arguments.hot,
-        ):
-            record.append(path, line)
-            records.append(line)
-    records = record.latest(records)
-    print(tables.markdown(tables.loss_table(records)))
-    for line in tables.refusals(records):
-        print(line)
-    return any("failed" in line and baselines.BY_NAME[line["peer"]].ours for line in records)
+    run = kept.start(arguments, device, parser.error)
+    shape = shapes.BY_NAME[arguments.shape]
+    names = arguments.peers or list(baselines.BY_NAME)
+    predicted = pace.predicted(names, device, arguments.seconds)
+    with run.measuring([predicted] * len(arguments.rows)) as progress:
+        for number, rows in enumerate(arguments.rows):
+            progress.part(number)
+            for line in measure(
+                shape,
+                arguments.dtype,
+                device,
+                names,
+                arguments.seconds,
+                rows=rows,
+                hot=arguments.hot,
+                step_limit=arguments.step_limit,
+                tell=progress.tell,
+            ):
+                run.add(line)
+    records = record.latest(run.records)
+    print(*shown.loss(records), "", *shown.wrapped(run.told()), sep="\n")
+    failed = any("failed" in line and baselines.BY_NAME[line["peer"]].ours for line in records)
+    return run.status or int(failed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(screen.run(main))

@@ -15,11 +15,12 @@ from unittest import mock
 
 import torch
 
+from pre_kernels import screen
 from pre_kernels.check.device import Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.loss import unavailable
 
-from . import record, shapes, suite, tables
+from . import kept, record, shapes, suite, tables, where
 
 NS = (256, 2304, 4608, 9216, 18432, 24576, 131072)
 # how operands are loaded
@@ -184,31 +185,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
     parser.add_argument("--most", type=int, help="number of candidates of each kind (default: all)")
     parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
-    parser.add_argument(
-        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
-    )
+    where.add_options(parser.add_argument)
     arguments = parser.parse_args(argv)
 
     device = current()
-    path = record.file(record.folder(arguments.out), device)
+    run = kept.start(arguments, device, parser.error)
     stamp = record.stamp(device) | {"dtype": arguments.dtype}
     if arguments.what == "sizes":
         records = sizes(device, arguments.n, arguments.dtype, arguments.d)
     else:
         size = arguments.n, arguments.d, arguments.m, arguments.dtype
         records = tiles(device, arguments.role, *size, arguments.kinds, arguments.most)
-    lines = []
-    for line in records:
-        record.append(path, line | stamp)
-        lines.append(line)
+    run.every(line | stamp for line in records)
+    lines = run.records
     table = (
         tables.loss_table(record.latest(lines))
         if arguments.what == "sizes"
         else tables.plain_table(lines)
     )
-    print(tables.markdown(table))
-    return any("failed" in line for line in lines)
+    print(tables.markdown(table), *run.told(), sep="\n")
+    return run.status or int(any("failed" in line for line in lines))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(screen.run(main))

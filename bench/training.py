@@ -26,18 +26,19 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pre_kernels import screen
 from pre_kernels.check import memory
 from pre_kernels.check.device import MIB, Cpu, Cuda, current
 from pre_kernels.check.timing import interleaved, spread
 from pre_kernels.integrations import PreHandle, apply_pre
 
-from . import ROOT, record, tables
+from . import ROOT, kept, record, tables, where
 from .shapes import DTYPES
 
 IMAGE = 5  # token id
@@ -331,14 +332,20 @@ def lacks(device: Cpu | Cuda, size: Size) -> str | None:
     return f"needs a GPU of {NEEDED} GiB, this one has {gib:.0f}" if gib < NEEDED else None
 
 
+def records(device: Cpu | Cuda, size: Size) -> Iterator[dict[str, Any]]:
+    """Yield the record of the size, or why there is none."""
+    if reason := lacks(device, size):
+        yield {"kind": "training", "item": size.name, "unavailable": reason}
+    else:
+        yield measure(device, size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="use a small model")
-    parser.add_argument(
-        "--out", help="folder of the result file (default: GPU_OUT, else bench/results)"
-    )
+    where.add_options(parser.add_argument)
     parser.add_argument(
         "--peak",
         choices=("with", "without"),
@@ -350,16 +357,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.peak:
         print(json.dumps(resident(size, arguments.peak == "with")))
         return 0
-    reason = lacks(device, size)
-    line = (
-        {"kind": "training", "item": size.name, "unavailable": reason}
-        if reason
-        else measure(device, size)
-    )
-    record.append(record.file(record.folder(arguments.out), device), line | record.stamp(device))
-    print(tables.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
-    return "failed" in line
+    run = kept.start(arguments, device, parser.error)
+    run.every(line | record.stamp(device) for line in records(device, size))
+    for line in run.records:
+        print(tables.markdown([("", ""), *((name, str(value)) for name, value in line.items())]))
+    print(*run.told(), sep="\n")
+    return run.status or int(any("failed" in line for line in run.records))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(screen.run(main))
