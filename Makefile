@@ -75,10 +75,10 @@ test-full: test test-oldest test-versions matrix  ## run all tests that need no 
 compile: $(INSTALLED)  ## compile every kernel without a GPU; prints registers, spills, shared memory and matrix instructions
 	$(BIN)/python -m verify.compile $(ARGS)
 
-bench: $(INSTALLED)  ## measure speed and memory of the loss and the baselines; appends to bench/results
+bench: $(INSTALLED)  ## measure speed and memory of the loss and the baselines, into bench-out (ARGS=--record: into bench/results)
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
-fuzz: $(INSTALLED)  ## compare more than 10,000 random cases with float64; appends to bench/results/fuzz.jsonl (ARGS="--seed 7 --cases 100")
+fuzz: $(INSTALLED)  ## compare more than 10,000 random cases with float64, into bench-out (ARGS="--seed 7 --cases 100", --record)
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 mutate: $(INSTALLED)  ## before a release: check that the tests see small errors in the kernels and the Function; takes hours

@@ -22,8 +22,7 @@ Record = dict[str, Any]
 class Kept:
     """The records of a run, in memory and in a file.
 
-    If the disk refuses one, the run goes on without it, since the table at the end still shows
-    what was measured.
+    If the disk refuses one, the run continues, since the table at the end shows what was measured.
 
     Attributes:
         records: those so far.
@@ -39,14 +38,15 @@ class Kept:
 
     def add(self, entry: Record) -> Record:
         """Keep a record, and return what was written."""
+        # It is known even if ^C comes while it is written.
+        self.records.append(entry)
         try:
-            entry = record.append(self.path, entry)
+            self.records[-1] = record.append(self.path, entry)
         except OSError as error:
             if not self.problem:
                 self.problem = screen.why(error, self.path)
-                print(f"\n{self.problem}. The run measures on.", file=sys.stderr, flush=True)
-        self.records.append(entry)
-        return entry
+                print(f"\n{self.problem}. Measuring continues.", file=sys.stderr, flush=True)
+        return self.records[-1]
 
     @contextmanager
     def measuring(self, parts: Iterable[float] = ()) -> Iterator[Progress]:

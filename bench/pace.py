@@ -64,6 +64,6 @@ def too_slow(
     if seconds <= limit:
         return None
     return (
-        f"a step takes about {seconds:.0f} s here, by {FEW} of its rows; "
-        f"--step-limit {limit:g} leaves it out"
+        f"a step takes about {seconds:.0f} s here, by the time of {FEW} of its rows; "
+        f"--step-limit {2 * seconds:.0f} waits for it (got {limit:g})"
     )

@@ -23,8 +23,10 @@ HEAD = (
     ("peak", "÷eager"),
     ("error", "÷eager"),
 )
+# Columns that are left out, in this order, where the screen is too narrow for all.
+SPARE = (2, 6)
 LEGEND = {
-    "peer": "what is measured: ours-*, or a baseline (docs/benchmarks.md says what each is)",
+    "peer": "what is measured, ours or a baseline (docs/benchmarks.md says what each is)",
     "time": "the median of a step, which is the loss and all gradients",
     "spread": "the distance of the quartiles of the times ÷ their median",
     "eager": "the equations in plain PyTorch with autograd; below 1 is better than eager",
@@ -79,19 +81,23 @@ def table(run: Run, width: int) -> list[str]:
             )
         )
     gap = "  " if width >= 72 else " "
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    shown = [*range(len(HEAD))]
+    for column in SPARE:
+        if sum(widths[c] + len(gap) for c in shown) - len(gap) > width:
+            shown.remove(column)
     title = (
         f"{first['shape']} {first['dtype']}, rows by {first.get('selection', 'mask')}: "
         f"{first['n']:,} rows, widths {first['d']}→{first['m']}→{first['z']}"
     )
     lines = [
         gap.join(
-            cell.rjust(w) if column else cell.ljust(w)
-            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+            row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
+            for column in shown
         ).rstrip()
         for row in rows
     ]
-    return [title, "", *lines]
+    return [*wrapped([title], width), "", *lines]
 
 
 def spread(entry: dict[str, Any]) -> float:
@@ -105,7 +111,7 @@ def noise(records: Iterable[dict[str, Any]]) -> list[str]:
     if not noisy:
         return []
     worst = max(noisy, key=spread)
-    others = f", and those of {len(noisy) - 1} more above {NOISY:.0%}" if len(noisy) > 1 else ""
+    others = f", and {len(noisy) - 1} more are above {NOISY:.0%}" if len(noisy) > 1 else ""
     return [
         f"Too noisy: the quartiles of {_which(worst)} {worst['peer']} are {spread(worst):.0%} of "
         f"its median apart{others}; want at most {NOISY:.0%}. Other work ran on this machine, or "

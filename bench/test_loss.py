@@ -25,8 +25,7 @@ CLOCK = Samples()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_loss(shape, dtype, rows, peer, measured, benchmark):
-    benchmark.group = f"{shape.name} {dtype} {rows}: {shape.size}"
+def test_loss(shape, dtype, rows, peer, measured, request):
     result = measured(shape, dtype, rows)[peer]
     if "unavailable" in result:
         pytest.skip(result["unavailable"])
@@ -35,6 +34,9 @@ def test_loss(shape, dtype, rows, peer, measured, benchmark):
             pytest.fail(f"not timed: {result['failed']}")
         pytest.skip(f"not timed, its own check failed: {result['failed']}")
     samples = result["all_ms"]
+    # It warns if it is asked for and not used.
+    benchmark = request.getfixturevalue("benchmark")
+    benchmark.group = f"{shape.name} {dtype} {rows}: {shape.size}"
     CLOCK.ahead = iter(x / 1e3 for x in samples)
     benchmark.extra_info.update({key: value for key, value in result.items() if key != "all_ms"})
     benchmark.pedantic(CLOCK.tick, rounds=len(samples))

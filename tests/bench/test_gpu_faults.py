@@ -1,6 +1,7 @@
 """The script for GPU machines when a part hangs, when it is stopped, and when something is
 missing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, gpu_stages, summary
+from bench import gpu, gpu_stages, record, summary
 from verify import ROOT
 
 from .support import HANG, PYTHON, dry
@@ -102,14 +103,18 @@ def test_a_summary_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "dry-run.jsonl").symlink_to("/dev/full")
+    def full(path, entry):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record, "append", full)
     monkeypatch.setitem(
         gpu_stages.STAGES, "all", lambda dry, out: iter([gpu_stages.Part("one", [*PYTHON, ""], 60)])
     )
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "No space left" in error
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert f"cannot write {tmp_path / 'dry-run.jsonl'}: No space left" in printed.err
+    assert "what to try next" in printed.out
 
 
 def test_what_no_time_is_left_for_is_told(tmp_path, monkeypatch, capsys):

@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from bench import (
     baselines,
-    cpu_goals,
+    conftest,
     kept_guarantees,
+    pace,
     peak_memory,
     profiling,
     record,
@@ -27,46 +30,46 @@ from verify import ROOT
 from .support import STAMP, TINY
 
 
-def pytest_in_bench(*arguments):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/", *arguments]
+def bench_command(*arguments):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/", *arguments]
     # not this run's options, nor its worker number, with which pytest-benchmark turns itself off
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
     }
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    # as on a terminal of 60 columns without Unicode
+    environment |= {"COLUMNS": "60", "PYTHONIOENCODING": "ascii"}
+    return {"args": command, "cwd": ROOT, "env": environment, "text": True}
+
+
+def pytest_in_bench(*arguments):
+    return subprocess.run(**bench_command(*arguments), capture_output=True, check=False)
+
+
+FEW = ("--shape", "tiny", "--dtype", "bf16", "--peer", "ours-torch", "--peer", "floor")
 
 
 def test_pytest_bench_benchmark(tmp_path):
-    only = (
-        "--shape",
-        "tiny",
-        "--dtype",
-        "bf16",
-        "--peer",
-        "ours-torch",
-        "--peer",
-        "floor",
-        "--seconds",
-        "0",
-    )
     table = tmp_path / "table" / "table.json"
     table.parent.mkdir()
     done = pytest_in_bench(
-        "--benchmark", *only, "--results", tmp_path / "results", f"--benchmark-json={table}"
+        *("--benchmark", *FEW, "--seconds", "0", "--results", tmp_path / "results"),
+        f"--benchmark-json={table}",
     )
     assert done.returncode == 0, done.stdout
-    assert "| tiny " in done.stdout
-    assert "test_loss[tiny-bf16-index-ours-torch]" in done.stdout
-    # It comes after the table of the loss.
-    verdict = done.stdout[done.stdout.index("| goal ") :]
-    assert "| bf16: time ÷ eager: ≤ 0.6 " in verdict
-    # No goal uses that shape.
-    assert verdict.count(" not measured in this run ") == len(cpu_goals.GOALS)
+    assert "1/1 tiny bf16 index: " in done.stderr
+    assert " left" in done.stderr
+    shown = done.stdout[done.stdout.index(" loss, forward and backward ") :]
+    assert "tiny bf16, rows by index: 200 rows, widths 128->96->64" in shown
+    assert "\nours-torch " in shown
+    assert "floor: the six bare matmuls" in shown
+    # A path is not broken.
+    assert all(len(line) <= 60 or "/cpu.jsonl" in line for line in shown.splitlines())
+    # pytest-benchmark's own table repeats the times in 200 columns.
+    assert "test_loss[" not in done.stdout
     (file,) = (tmp_path / "results").iterdir()
+    assert f"Records are in {file}." in " ".join(shown.split())
     ours, floor = record.latest(record.load([file]))
-    # pytest-benchmark's table shows the samples that were taken, not the time to hand them over.
+    # pytest-benchmark has the samples that were taken, not the time to hand them over.
     medians = [row["stats"]["median"] * 1e3 for row in json.loads(table.read_text())["benchmarks"]]
     # Samples are rounded.
     assert medians == pytest.approx([ours["median_ms"], floor["median_ms"]], rel=1e-4)
@@ -75,11 +78,40 @@ def test_pytest_bench_benchmark(tmp_path):
     assert ours.keys() >= floor.keys() | {"peak_mib", "returned_mib", "error_ratio", "formula_mib"}
 
 
+def test_a_stopped_run_keeps_and_shows_what_it_has(tmp_path):
+    """SIGTERM comes once the first record is on the disk."""
+    file = tmp_path / "cpu.jsonl"
+    process = subprocess.Popen(
+        **bench_command("--benchmark", *FEW, "--results", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not (file.exists() and file.stat().st_size):
+        time.sleep(0.02)
+    process.terminate()
+    shown, error = process.communicate()
+    assert process.returncode == 143, shown
+    assert "Stopped by SIGTERM: this is what was measured" in shown
+    assert str(file) in shown
+    assert "Traceback" not in shown + error
+    assert record.load([file])[0]["peer"] == "ours-torch"
+
+
 def test_without_the_option_nothing_is_measured(tmp_path):
     done = pytest_in_bench("--shape", "tiny", "--results", tmp_path)
     assert done.returncode == 0
-    assert "pass --benchmark" in done.stdout
+    assert "`pytest bench/ --benchmark` measures them" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_names_nothing_ends_the_run_before_anything_is_collected():
+    given = {"--benchmark": True, "--peer": ["aeger"]}
+    config = SimpleNamespace(
+        getoption=lambda name: given.get(name, []),
+        pluginmanager=SimpleNamespace(get_plugin=lambda name: None),
+    )
+    with pytest.raises(pytest.UsageError, match="--peer: got 'aeger', want one of ours-blas, "):
+        conftest.pytest_collection(SimpleNamespace(config=config))
 
 
 def scaled(factor):
@@ -216,3 +248,41 @@ def test_a_shape_that_the_memory_cannot_hold_is_not_tried(monkeypatch):
     assert line["unavailable"] == "judging it takes 8 GiB, of which 1 are free"
     monkeypatch.setattr(Cpu, "free", lambda self: 79 << 30)
     assert all(suite.too_large(shape, Cpu()) is None for shape in shapes.GPU)
+
+
+def test_a_step_of_minutes_is_not_waited_for(monkeypatch):
+    """The few rows of the estimate take 0.3 s by the clock, and other steps are not taken."""
+    now = iter(range(1000))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(now) * 0.3)
+    big = shapes.Shape("big", 2, 8000, 6400, 8, 8, 8, "")
+    told = []
+    lines = list(
+        suite.measure(
+            big,
+            "fp32",
+            Cpu(),
+            ["ours-torch", "eager"],
+            step_limit=10.0,
+            tell=lambda what, _: told.append(what),
+        )
+    )
+    assert [line["peer"] for line in lines] == ["ours-torch", "eager"]
+    for line in lines:
+        assert line["unavailable"] == (
+            "the error rule needs eager: a step takes about 15 s here, by the time of 256 of its "
+            "rows; --step-limit 30 waits for it (got 10)"
+        )
+    assert told == ["big fp32 index: making its inputs"]
+    for baseline in (baselines.BY_NAME["eager"], baselines.BY_NAME["floor"]):
+        assert pace.too_slow(baseline, big, "fp32", Cpu(), 16.0) is None
+        assert pace.too_slow(baseline, big, "fp32", Cpu(), 14.0)
+        # A small shape is simply measured, and a GPU has the limits of its stages.
+        assert pace.too_slow(baseline, TINY, "fp32", Cpu(), 0.0) is None
+
+
+def test_what_is_told_adds_up_to_the_prediction(monkeypatch):
+    monkeypatch.setattr(peak_memory, "peak", lambda *named: (3.0, 1.0))
+    names = ["ours-torch", "eager", "floor"]
+    told = []
+    list(suite.measure(TINY, "fp32", Cpu(), names, 0.5, tell=lambda what, for_: told.append(for_)))
+    assert sum(told) == pace.predicted(names, Cpu(), 0.5)
