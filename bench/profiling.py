@@ -217,6 +217,9 @@ def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
                     shape.name,
                     "--dtype",
                     dtype,
+                    # It keeps no record.
+                    "--results",
+                    cache,
                 ]
                 environment = os.environ | {"TRITON_CACHE_DIR": cache, "BENCH_IMPL": name}
                 done = subprocess.run(
@@ -311,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables.markdown(tables.plain_table([line for line in lines if line["kind"] == kind])),
             "\n",
         )
-    print(*run.told(), sep="\n")
+    for line in run.told():
+        print(line)
     broken = any(
         "failed" in line or line.get("outcome") != KEPT.get(line["kind"]) for line in lines
     )
