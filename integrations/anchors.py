@@ -85,7 +85,10 @@ class EncoderAnchor:
         anchor_dim: int | None = None,
     ) -> None:
         if not isinstance(encoder, nn.Module):
-            raise TypeError(f"encoder: got {type(encoder).__name__}, want an nn.Module")
+            raise TypeError(
+                f"encoder: got {type(encoder).__name__}, want an nn.Module, such as "
+                'AutoModel.from_pretrained("facebook/dinov2-base")'
+            )
         config = getattr(model, "config", None)
         if config is None:
             raise TypeError(
@@ -101,7 +104,10 @@ class EncoderAnchor:
                 "its visual tokens are not a grid; pass a callable anchor of your own"
             )
         if (image_mean is None) != (image_std is None):
-            raise ValueError("image_mean, image_std: got one of them, want both, or None for both")
+            raise ValueError(
+                "image_mean, image_std: got one of them, want both, or None for both; the model's "
+                "are in processor.image_processor"
+            )
         self.given = (
             None
             if image_mean is None

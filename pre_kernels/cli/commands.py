@@ -137,7 +137,8 @@ def unwritable(folder: Path, argument: str = "--out") -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"{argument}: cannot write into {folder}: {error.strerror or error}"
+        reason = error.strerror or error
+        return f"{argument}: cannot write into {folder}: {reason}; choose another folder"
 
 
 def tune(options: argparse.Namespace) -> int:

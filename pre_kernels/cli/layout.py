@@ -64,6 +64,7 @@ class Parser(argparse.ArgumentParser):
             names = re.findall(r"[\w-]+", choice[2])
             said = f"got {choice[1]!r}, want one of {', '.join(names)}{meant(choice[1], names)}"
             message = message[: choice.start()] + said
+        message = re.sub(r"invalid int value: (.*)", r"got \1, want a whole number", message)
         super().error(message)
 
 

@@ -90,7 +90,9 @@ class LayerCallback(TrainerCallback):
         if max_share is not None and not 0 < max_share <= 1:
             raise ValueError(f"max_share: got {max_share!r}, want a share in (0, 1], or None")
         if score is not None and not callable(score):
-            raise TypeError(f"score: got {type(score).__name__}, want a callable")
+            raise TypeError(
+                f"score: got {type(score).__name__}, want a callable: score(model) returns a number"
+            )
         self.samples = list(samples)
         wrong = next((s for s in self.samples if not isinstance(s, Sample)), None)
         if wrong is not None or not self.samples:

@@ -61,7 +61,8 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}"
+            f"--device: got {name!r}, which torch cannot use: {str(error).splitlines()[0]}; want "
+            "auto, cpu, cuda, cuda:1 or spread"
         ) from error
 
 

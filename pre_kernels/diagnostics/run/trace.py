@@ -173,7 +173,7 @@ def check_name(out: Path) -> None:
 def check_folder(out: Path) -> None:
     """Raise a ValueError if there is no folder for it."""
     if not out.parent.is_dir():
-        raise ValueError(f"out: {out.parent} is not a folder")
+        raise ValueError(f"out: {out.parent} is not a folder; make it: mkdir -p {out.parent}")
 
 
 def run_names(logs: list[Path]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from pre_kernels.integrations import Reader, apply_pre
+from pre_kernels.integrations import EncoderAnchor, Reader, apply_pre
 from tests.integrations.support.tiny import models
 from tests.integrations.support.tiny.fuyu import fuyu
 
@@ -34,12 +34,14 @@ GIVEN = {
     "json": lambda: json,
     "Path": lambda: Path,
     "apply_pre": lambda: apply_pre,
+    "EncoderAnchor": lambda: EncoderAnchor,
     "Reader": lambda: Reader,
     "model": lambda: models.build("llava"),
     "text_model": text_model,
     "batch": lambda: models.batch("llava").inputs,
     "visual": lambda: models.batch("llava").visual,
     "fuyu": fuyu,
+    "SIZES": lambda: {"size": 8, "anchor_dim": 2},
     "IMAGE": lambda: models.IMAGE,
 }
 PROJECTOR_ONLY = (
@@ -300,6 +302,21 @@ MISTAKES = [
         SAVED + 'Path("saved/pre_head.json").write_text("{")\napply_pre(model).load("saved")',
         "'saved/pre_head.json': not valid JSON: …; copy the file again, or load another checkpoint",
         SAVED + 'apply_pre(model).load("saved")',
+    ),
+    Mistake(
+        "the name of an encoder",
+        'EncoderAnchor("facebook/dinov2-base", model, image_mean=None, image_std=None, **SIZES)',
+        "encoder: got str, want an nn.Module, such as "
+        'AutoModel.from_pretrained("facebook/dinov2-base")',
+        "AutoModel = nn.Flatten()\n"
+        "EncoderAnchor(AutoModel, model, image_mean=None, image_std=None, **SIZES)",
+    ),
+    Mistake(
+        "an encoder's mean without its deviation",
+        "EncoderAnchor(nn.Flatten(), model, image_mean=[1, 1, 1], image_std=None, **SIZES)",
+        "image_mean, image_std: got one of them, want both, or None for both; the model's are in "
+        "processor.image_processor",
+        "EncoderAnchor(nn.Flatten(), model, image_mean=None, image_std=None, **SIZES)",
     ),
     Mistake(
         "layers to read that are not there",

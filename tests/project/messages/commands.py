@@ -65,6 +65,43 @@ DRAWN = "$ pre-kernels trace probed --score eval_accuracy --out trace.svg"
 DIAGNOSE = "$ pre-kernels diagnose model photos"
 MISTAKES = [
     Mistake(
+        "a mistyped command",
+        "$ pre-kernels dem",
+        "argument command: got 'dem', want one of check, demo, diagnose, trace, tune, env; did you "
+        "mean demo?",
+        "$ pre-kernels demo",
+    ),
+    Mistake(
+        "a mistyped option",
+        "$ pre-kernels demo --sedes 2",
+        "got --sedes 2, want only what pre-kernels demo --help lists; did you mean --seeds?",
+        "$ pre-kernels demo --seeds 2",
+    ),
+    Mistake(
+        "a command without its images",
+        "$ pre-kernels diagnose model",
+        "the following arguments are required: IMAGES",
+        DIAGNOSE,
+    ),
+    Mistake(
+        "a number in words",
+        DIAGNOSE + " --maps all",
+        "argument --maps: got 'all', want a whole number",
+        DIAGNOSE + " --maps 8",
+    ),
+    Mistake(
+        "a plot into a folder that is not there",
+        "$ pre-kernels trace probed --score eval_accuracy --out plots/trace.svg",
+        "out: plots is not a folder; make it: mkdir -p plots",
+        DRAWN,
+    ),
+    Mistake(
+        "an implementation that does not exist",
+        "$ pre-kernels check --impl cuda",
+        "argument --impl: got 'cuda', want one of blas, triton, fp8, torch",
+        "$ pre-kernels check --impl torch",
+    ),
+    Mistake(
         "no seed",
         "$ pre-kernels demo --seeds 0",
         "argument --seeds: got '0', want a whole number of at least 1",
@@ -91,7 +128,7 @@ MISTAKES = [
     Mistake(
         "results into a file",
         "$ pre-kernels demo --out file",
-        "--out: cannot write into file: …",
+        "--out: cannot write into file: File exists; choose another folder",
         "$ pre-kernels demo --out folder",
     ),
     Mistake(
@@ -169,7 +206,7 @@ MISTAKES = [
     Mistake(
         "a device that torch does not know",
         DIAGNOSE + " --device gpu",
-        "--device: got 'gpu', which torch cannot use: Expected one of cpu, cuda, …",
+        "--device: got 'gpu', which torch cannot use: …; want auto, cpu, cuda, cuda:1 or spread",
         DIAGNOSE + " --device cuda",
     ),
     Mistake(
