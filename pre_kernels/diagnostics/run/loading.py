@@ -94,7 +94,7 @@ def _ask_hub(name: str) -> None:
     except Exception as error:
         # The errors of a connection are those of an HTTP library, which differs by version.
         raise ValueError(
-            f"{where} the hub does not answer: {first_line(error)}, want a folder, or a connection"
+            f"{where} the hub does not answer ({first_line(error)}), want a folder, or a connection"
             f"{_near(Path(name))}"
         ) from error
 
@@ -146,7 +146,8 @@ def load(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{where} cannot be loaded as a vision-language model: {first_line(error)}"
+            f"{where} cannot be loaded as a vision-language model: {first_line(error)}; want one "
+            "that AutoModelForImageTextToText loads"
         ) from error
     try:
         processor: Any = AutoProcessor.from_pretrained(source, **more)

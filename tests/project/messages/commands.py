@@ -62,6 +62,7 @@ def make(place: Path) -> None:
 
 LAUNCH = "$ python -m pre_kernels.integrations.launch "
 DRAWN = "$ pre-kernels trace probed --score eval_accuracy --out trace.svg"
+LOSSES = "$ pre-kernels trace plain --loss --out loss.svg"
 DIAGNOSE = "$ pre-kernels diagnose model photos"
 MISTAKES = [
     Mistake(
@@ -130,6 +131,19 @@ MISTAKES = [
         "$ pre-kernels demo --out file",
         "--out: cannot write into file: File exists; choose another folder",
         "$ pre-kernels demo --out folder",
+    ),
+    Mistake(
+        "a model that is not there",
+        "$ pre-kernels diagnose ./modle photos",
+        "model: ./modle is not there, want a folder; did you mean model?",
+        DIAGNOSE,
+    ),
+    Mistake(
+        "a language model without images for diagnose",
+        "$ pre-kernels diagnose text photos",
+        "model: text cannot be loaded as a vision-language model: …LlamaConfig…; want one that "
+        "AutoModelForImageTextToText loads",
+        DIAGNOSE,
     ),
     Mistake(
         "images that are not there",
@@ -210,11 +224,31 @@ MISTAKES = [
         DIAGNOSE + " --device cuda",
     ),
     Mistake(
+        "a log that is not there",
+        "$ pre-kernels trace plian --loss --out loss.svg",
+        "log: plian is not there, want the trainer_state.json of a training, or its folder",
+        LOSSES,
+    ),
+    Mistake(
+        "a folder without a log",
+        "$ pre-kernels trace empty --loss --out loss.svg",
+        "log: empty has no trainer_state.json, neither itself nor in a folder checkpoint-*, want a "
+        "folder to which a Trainer has saved a checkpoint, or trainer.save_state()",
+        LOSSES,
+    ),
+    Mistake(
+        "a metric that was not logged",
+        "$ pre-kernels trace probed --metric knn --score eval_accuracy --out trace.svg",
+        "log: probed has no metric 'knn' of a layer, want a training with LayerCallback, or "
+        "--metric with one of linear_probe; --loss draws the loss, which every log has",
+        DRAWN,
+    ),
+    Mistake(
         "a log without measurements of layers",
         "$ pre-kernels trace plain",
         "log: plain has no metric 'linear_probe' of a layer, want a training with LayerCallback; "
         "--loss draws the loss, which every log has",
-        "$ pre-kernels trace plain --loss --out loss.svg",
+        LOSSES,
     ),
     Mistake(
         "a score under another name",
@@ -240,7 +274,7 @@ MISTAKES = [
         "a layer for a plot of losses",
         "$ pre-kernels trace plain --loss --layer 2 --out loss.svg",
         "--layer: got 2 with --loss, want none, as only the loss is drawn",
-        "$ pre-kernels trace plain --loss --out loss.svg",
+        LOSSES,
     ),
     Mistake(
         "scores for one log of two",

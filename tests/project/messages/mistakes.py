@@ -20,7 +20,7 @@ COMMAND = "$ "
 # The commands of pre-kernels that work for seconds or more.
 LONG = ("demo", "diagnose", "check", "tune")
 # Words of mended mistakes that a user chooses: names of files and variables.
-CHOSEN = {"anchors", "classes", "folder", "its", "photos", "train", "with"}
+CHOSEN = {"anchors", "classes", "folder", "its", "photos", "plain", "train", "with"}
 
 
 @dataclass(frozen=True)
