@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,13 +222,17 @@ class LayerReport:
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each layer, in order, all with the same keys. ValueError if there are no
         images."""
+        return list(self.iter_rows())
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        """The same one by one, each computed when it is asked for. The probes of a layer may take
+        seconds."""
         if not self.images:
             raise ValueError("images: got none so far, want at least one before the rows")
         sample = self._sample.items()
         labelled = self._labelled.items()
-        return [
-            self._row(number, layer, sample, labelled) for number, layer in self._layers.items()
-        ]
+        for number, layer in self._layers.items():
+            yield self._row(number, layer, sample, labelled)
 
     def _row(
         self, number: int, layer: _Layer, sample: list[dict[int | str, Tensor]], labelled: list[Any]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,31 @@ def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
 
     Raises:
         TypeError: `value` contains something else.
+        OSError: the file cannot be written. It names `path`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_describe(value, {kind: kind.__name__ for kind in classes}, tensors))
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {"version": str(VERSION), "value": described})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, {"version": str(VERSION), "value": described})
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        # What is there of it takes space on a full disk.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _of_system(error, path) from error
+
+
+def _of_system(error: Exception, path: Path) -> OSError:
+    """The error as an OSError that names `path`. safetensors puts its number into a text."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, str(path))
+    found = re.search(r"(?:os error|code:) (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error), str(path))
 
 
 def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cpu") -> Any:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .left_out import Unusable
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -189,8 +191,8 @@ def open_image(path: Path) -> Image.Image:
     first one.
 
     Raises:
-        ValueError: the file is unreadable, truncated or empty, or has 16 or 32 bits for each
-            channel. The message names it.
+        Unusable: the file is unreadable, truncated or empty, or has 16 or 32 bits for each
+            channel. It is a ValueError whose message names the file.
     """
     turned = optional("PIL.ImageOps").exif_transpose
     with _opened("images", path) as image:
@@ -208,7 +210,8 @@ def _opened(argument: str, path: Path) -> Iterator[Image.Image]:
             yield image
     except Exception as error:
         # On broken files, decoders raise errors of any type.
-        raise ValueError(f"{argument}: cannot read {path} as an image: {error}") from error
+        reason = "unreadable" if argument == "images" else "mask_unreadable"
+        raise Unusable(reason, f"{argument}: cannot read {path} as an image: {error}") from error
 
 
 class MaskSource(Protocol):
@@ -224,8 +227,8 @@ class MaskSource(Protocol):
                 upright image.
 
         Raises:
-            ValueError: the mask has a different size, cannot be read, or has more than
-                `MOST_OBJECTS` objects.
+            Unusable: the mask has a different size, cannot be read, or has more than
+                `MOST_OBJECTS` objects. It is a ValueError.
         """
         ...
 
@@ -274,8 +277,9 @@ class _Folder:
         with _opened("masks", path) as image:
             values = np.asarray(image)
         if values.ndim != 2:
-            raise ValueError(
-                f"masks: {path} has {values.shape[-1]} channels, want one, or a palette"
+            raise Unusable(
+                "mask_unreadable",
+                f"masks: {path} has {values.shape[-1]} channels, want one, or a palette",
             )
         _check_size(str(path), (values.shape[1], values.shape[0]), size)
         values = values.astype(np.int64)
@@ -320,9 +324,10 @@ class _Coco:
             mask: np.ndarray = self.coco.annToMask(annotation).astype(bool)
         except Exception as error:
             # On something that is not an outline, pycocotools' C code raises errors of any type.
-            raise ValueError(
+            raise Unusable(
+                "mask_unreadable",
                 f"masks: annotation {annotation['id']} in {self.path} has no segmentation that can "
-                f"be read, want polygons or RLE: {error!r}"
+                f"be read, want polygons or RLE: {error!r}",
             ) from error
         _check_size(
             f"annotation {annotation['id']} in {self.path}", (mask.shape[1], mask.shape[0]), size
@@ -339,9 +344,10 @@ def optional(module: str) -> Any:
 
 def _check_size(where: str, got: tuple[Any, Any], want: tuple[int, int]) -> None:
     if got != want:
-        raise ValueError(
+        raise Unusable(
+            "mask_size",
             f"masks: {where} is {got[0]} x {got[1]} pixels (width x height), want those of its "
-            f"image upright, {want[0]} x {want[1]}"
+            f"image upright, {want[0]} x {want[1]}",
         )
 
 
@@ -349,7 +355,10 @@ def _numbered(values: np.ndarray, none: int, where: str) -> np.ndarray:
     """`values` numbered 1..k in ascending order, with 0 for `none`."""
     objects = np.unique(values[values != none])
     if len(objects) > MOST_OBJECTS:
-        raise ValueError(f"masks: {where} has {len(objects)} objects, want at most {MOST_OBJECTS}")
+        raise Unusable(
+            "mask_unreadable",
+            f"masks: {where} has {len(objects)} objects, want at most {MOST_OBJECTS}",
+        )
     return np.where(values == none, 0, np.searchsorted(objects, values) + 1).astype(np.uint8)
 
 

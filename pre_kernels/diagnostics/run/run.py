@@ -4,52 +4,35 @@ interrupted run can be resumed."""
 from __future__ import annotations
 
 import base64
-import dataclasses
-import hashlib
 import io
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 import pre_kernels
 from pre_kernels.integrations import Reader
+from pre_kernels.screen import why
 
 from .. import METRICS, LayerReport, similarity_map
 from ..report import page
 from .data import Images, MaskSource, find_images, names, open_image, open_masks
+from .left_out import MASKS, Tally, by_reason, counted, images_of, none_left
 from .loading import SPREAD, Loaded, check_sources, load
 from .measure import Sample, measure
-from .samples import PROMPT, Preparation, Unusable, ahead, counted, none_left
+from .parts import FILES as FILES
+from .parts import PARTS, Part, Saver, alone, strangers, write
+from .progress import Meter
+from .samples import PROMPT, Preparation, ahead
 
-# The folder for the result of each model and the state of an interrupted run.
-PARTS = "parts"
-# The suffix of a file while it is being written.
-PARTIAL = ".partial"
 # Pixels along the longer side of an image in the report.
 THUMBNAIL = 336
-# The share of the time that may be spent on saving the state of a run.
-SAVING = 0.05
-FILES = {
-    "diagnosis.json": "all numbers",
-    "layers.csv": "a line for each layer",
-    "report.html": "the report",
-}
 
 
 @dataclass(frozen=True)
@@ -84,157 +67,173 @@ def diagnose(
     images. A run with the same name resumes from that state. If it was stopped while an image was
     being added, it resumes from the last save, half a minute or more before.
 
+    If the disk does not take what is to be kept, a line says so and measuring continues. If it does
+    not take the files, what was found is printed.
+
     Raises:
         ValueError: the message names the argument, what it got and what it needs. It comes before
             any work if possible.
-        OSError: `out` cannot be written.
+        OSError: a file of `out` cannot be written. It names the file.
+        KeyboardInterrupt: with a line about what is kept.
     """
     console = Console(highlight=False, soft_wrap=True) if console is None else console
     images = find_images(settings.images, settings.labels, settings.limit, settings.seed)
     masks = None if settings.masks is None else open_masks(settings.masks, settings.background)
     check_sources(settings.models)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    results = []
-    for source, name in zip(settings.models, names(settings.models), strict=True):
-        part = Part.of(settings, source, images, out / PARTS)
-        result = part.result()
-        if result is None:
-            result = examine(settings, source, name, images, masks, part, console)
-        else:
-            console.print(f"{name}: measured before ({part.path.name})")
-        results.append(result | {"name": name})
-    document = described(settings, images, results, command)
-    texts = (
-        json.dumps(document, indent=1) + "\n",
-        page.csv_text(document),
-        page.html(document),
-    )
-    for name, text in zip(FILES, texts, strict=True):
-        write(out / name, text)
+    with alone(out):
+        parts = [Part.of(settings, source, images, out / PARTS) for source in settings.models]
+        if line := strangers(out / PARTS, parts):
+            console.print(line)
+        results = Run(settings, images, masks, console).results(parts)
+        document = described(settings, images, results, command)
+        console.print("writing the report")
+        try:
+            write_all(document, out)
+        except OSError:
+            for sentence in page.sentences(document):
+                console.print(f"• {sentence}")
+            raise
+        except KeyboardInterrupt as stop:
+            raise type(stop)("all is measured; the same command writes the report") from None
     return document
 
 
-@dataclass(frozen=True)
-class Part:
-    """The files of one model: its result at `path` and, while it is being measured, its state at
-    `state`."""
+def write_all(document: dict[str, Any], out: Path) -> None:
+    """Write `FILES`, the report last, as drawing it takes some seconds."""
+    contents: tuple[Callable[[], str], ...] = (
+        lambda: json.dumps(document, indent=1) + "\n",
+        lambda: page.csv_text(document),
+        lambda: page.html(document),
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        write(out / name, content())
 
-    path: Path
 
-    @classmethod
-    def of(cls, settings: Settings, source: str, images: Images, folder: Path) -> Part:
-        """The part whose name depends on everything that the result depends on."""
-        settled = {
-            name: str(value)
-            for name, value in dataclasses.asdict(settings).items()
-            if name != "models"
-        }
-        files = sorted(Path(source).rglob("*")) if Path(source).is_dir() else []
-        files += [item.path for item in images.items]
-        files += [path for path in (settings.masks, settings.labels) if path is not None]
-        if settings.masks is not None and settings.masks.is_dir():
-            files += sorted(settings.masks.rglob("*"))
-        parts = folder.resolve()
-        stamps = [
-            (str(file), stat.st_size, stat.st_mtime_ns)
-            for file in files
-            if (stat := file.stat()) and file.is_file() and not written(file.resolve(), parts)
-        ]
-        key = json.dumps([settled, source, stamps, pre_kernels.__version__, torch.__version__])
-        return cls(
-            folder / f"{Path(source).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+class Run:
+    """The measuring of the models of a run."""
+
+    def __init__(
+        self, settings: Settings, images: Images, masks: MaskSource | None, console: Console
+    ) -> None:
+        self.settings = settings
+        self.images = images
+        self.masks = masks
+        self.console = console
+
+    def results(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """The result of each model, measured or read from its part."""
+        number = len(self.images.items)
+        models = [*zip(names(self.settings.models), self.settings.models, parts, strict=True)]
+        self.meter = Meter(
+            self.console, {name: number for name, _, part in models if not part.path.exists()}
         )
+        results = []
+        for name, source, part in models:
+            result = part.result()
+            if result is None:
+                result = self.examine(source, name, part)
+            else:
+                self.console.print(f"{name}: measured before ({part.path.name})")
+            results.append(result | {"name": name})
+        return results
 
-    @property
-    def state(self) -> Path:
-        return self.path.with_suffix(".safetensors")
-
-    def result(self) -> dict[str, Any] | None:
-        """The result, or None if there is none yet. ValueError if the file is broken."""
-        if not self.path.exists():
-            return None
-        try:
-            result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"out: {self.path} is broken: {error}; delete it to measure again"
-            ) from error
-        return result
-
-    def keep(self, result: dict[str, Any]) -> None:
-        write(self.path, json.dumps(result) + "\n")
-        self.state.unlink(missing_ok=True)
-
-
-def examine(
-    settings: Settings,
-    source: str,
-    name: str,
-    images: Images,
-    masks: MaskSource | None,
-    part: Part,
-    console: Console,
-) -> dict[str, Any]:
-    """Measure one model. Returns its rows, heat maps and notes, and keeps them in `part`."""
-    if part.state.exists():
-        layers, more = LayerReport.load(part.state, sums_device(settings.device))
-        console.print(f"{name}: resuming after {more['done']} of {len(images.items)} images")
-    else:
+    def examine(self, source: str, name: str, part: Part) -> dict[str, Any]:
+        """Measure one model. Returns its rows, heat maps and what was left out, and keeps them in
+        `part`."""
+        settings = self.settings
+        total = len(self.images.items)
         layers = LayerReport(settings.metrics, seed=settings.seed)
         more = {"done": 0, "masked": 0, "left_out": [], "maps": [], "seconds": 0.0}
-    console.print(f"{name}: loading")
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    loaded = load(source, dtype, settings.device, settings.trust_remote_code)
-    saver = Saver(lambda: layers.save(part.state, **more))
-    try:
-        with Reader(loaded.model, settings.layers) as reader, progress(console) as bar:
-            depth = reader.depth
-            task = bar.add_task(name, total=len(images.items), completed=more["done"])
-            for sample, item in usable(loaded, images, masks, settings, more, console):
-                try:
-                    (hidden,) = measure(
-                        reader, [sample], layers, lens=settings.lens, device=loaded.model.device
-                    )
-                except ValueError as error:
-                    raise ValueError(f"{name}, {item.name}: {error}") from error
-                if len(more["maps"]) < settings.maps and sample.grid is not None:
-                    more["maps"].append(heat_map(item.path, item.name, sample, hidden))
-                more["masked"] += sample.masks is not None
-                more["done"] += 1
-                bar.update(task, completed=more["done"])
-                saver.now_and_then()
-    finally:
-        # If the run stopped while an image was being added, some layers have it and others do not.
-        # A save now would count it twice on resuming, so the last save is kept.
-        if more["done"] and more["done"] == layers.images + len(more["left_out"]):
-            more["seconds"] += saver.elapsed()
-            saver.save()
-    if masks is not None and not more["masked"]:
-        console.print(f"masks: {settings.masks} has none of these images", style="yellow")
-    if not layers.images:
-        raise ValueError(none_left(images, more["left_out"]))
-    result = {"depth": depth, "rows": layers.rows(), "device": device_name(settings.device), **more}
-    part.keep(result)
-    return result
+        if part.state.exists():
+            layers, more = LayerReport.load(part.state, sums_device(settings.device))
+            self.console.print(f"{name}: resuming after {more['done']} of {total} images")
+        kept = more["done"]
+
+        def save() -> None:
+            nonlocal kept
+            layers.save(part.state, **more)
+            kept = more["done"]
+
+        try:
+            self.console.print(f"{name}: loading the model")
+            dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+            loaded = load(source, dtype, settings.device, settings.trust_remote_code)
+            depth, number = self.add_images(name, loaded, layers, more, Saver(save, self.warn))
+            rows = []
+            with self.meter.stage(name, "layers", number) as step:
+                for row in layers.iter_rows():
+                    rows.append(row)
+                    step()
+        except KeyboardInterrupt as stop:
+            what = f"{kept} of {total} images of {name} are" if kept else f"nothing of {name} is"
+            raise type(stop)(f"{what} kept; the same command resumes") from None
+        result = {"depth": depth, "rows": rows, "device": device_name(settings.device), **more}
+        try:
+            part.keep(result)
+        except OSError as error:
+            self.warn(why(error))
+        return result
+
+    def add_images(
+        self, name: str, loaded: Loaded, layers: LayerReport, more: dict[str, Any], saver: Saver
+    ) -> tuple[int, int]:
+        """Add the images that are left to `layers`, and save. Returns the depth of the model and
+        the number of layers measured."""
+        settings = self.settings
+        total = len(self.images.items)
+        tally = Tally(more["left_out"], self.warn)
+        prepare = Preparation(loaded.model, loaded.processor, self.masks, settings.prompt)
+        device = loaded.model.device
+        try:
+            with (
+                Reader(loaded.model, settings.layers) as reader,
+                self.meter.stage(name, "images", total, more["done"]) as step,
+            ):
+                for item, sample, without in ahead(prepare, self.images.items[more["done"] :]):
+                    if without is not None:
+                        tally.add(without)
+                    if sample is not None:
+                        try:
+                            (hidden,) = measure(
+                                reader, [sample], layers, lens=settings.lens, device=device
+                            )
+                        except ValueError as error:
+                            raise ValueError(f"{name}, {item.name}: {error}") from error
+                        if len(more["maps"]) < settings.maps and sample.grid is not None:
+                            more["maps"].append(heat_map(item.path, item.name, sample, hidden))
+                        more["masked"] += sample.masks is not None
+                    more["done"] += 1
+                    step()
+                    saver.now_and_then()
+                depth = reader.depth
+                number = len(reader.layers)
+        finally:
+            # If the run stopped while an image was being added, some layers have it and others do
+            # not. A save now would count it twice on resuming, so the last save is kept.
+            if more["done"] and more["done"] == layers.images + len(images_of(more["left_out"])):
+                more["seconds"] += saver.elapsed()
+                saver.save()
+        tally.close()
+        if line := no_masks(settings, more):
+            self.warn(f"masks: {line}")
+        if not layers.images:
+            raise ValueError(none_left(self.images.folder, total, more["left_out"]))
+        return depth, number
+
+    def warn(self, text: str) -> None:
+        """Print a line that stands out."""
+        self.console.print(text, style="yellow")
 
 
-def usable(
-    loaded: Loaded,
-    images: Images,
-    masks: MaskSource | None,
-    settings: Settings,
-    more: dict[str, Any],
-    console: Console,
-) -> Iterator[tuple[Sample, Any]]:
-    """The usable images that are left, as samples. Unusable images are named and counted."""
-    prepare = Preparation(loaded.model, loaded.processor, masks, settings.prompt)
-    for item, sample in ahead(prepare, images.items[more["done"] :]):
-        if isinstance(sample, Unusable):
-            console.print(f"left out: {sample}", style="yellow")
-            more["left_out"].append((item.name, sample.reason))
-            more["done"] += 1
-        else:
-            yield sample, item
+def no_masks(settings: Settings, more: Mapping[str, Any]) -> str | None:
+    """Why no image has a mask, or None if one has."""
+    if settings.masks is None or more["masked"]:
+        return None
+    number = sum(reason in MASKS for _, reason in more["left_out"])
+    if number:
+        return f"none of the {number} masks in {settings.masks} can be used"
+    return f"{settings.masks} has no mask of any of these images"
 
 
 def heat_map(path: Path, name: str, sample: Sample, hidden: dict[int, Tensor]) -> dict[str, Any]:
@@ -272,7 +271,9 @@ def described(
     settings: Settings, images: Images, results: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The document that `page.html` shows."""
-    labelled = sum(item.label is not None for item in images.items)
+    left_out = [tuple(one) for result in results for one in result["left_out"]]
+    without = images_of(left_out)
+    used = [item for item in images.items if item.name not in without]
     maps: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         for drawn in result["maps"]:
@@ -284,8 +285,8 @@ def described(
     models = []
     for result in results:
         notes = counted(result["left_out"])
-        if settings.masks is not None and not result["masked"]:
-            notes.append(f"{settings.masks} has no mask of any of these images")
+        if line := no_masks(settings, result):
+            notes.append(line)
         notes += sorted({row["notes"] for row in result["rows"] if row["notes"]})
         models.append(
             {
@@ -305,8 +306,11 @@ def described(
         "seconds": {result["name"]: round(result["seconds"], 1) for result in results},
         "versions": versions(),
         "data": {
-            "images": len(images.items),
-            "labelled": labelled,
+            # An image that one model cannot use is not counted.
+            "images": len(used),
+            "listed": len(images.items),
+            "left_out": by_reason(left_out),
+            "labelled": sum(item.label is not None for item in used),
             "classes": list(images.classes),
             "masks": None if settings.masks is None else f"{settings.masks} (of {masked} images)",
             "folder": str(images.folder),
@@ -315,39 +319,6 @@ def described(
         "models": models,
         "maps": list(maps.values()),
     }
-
-
-class Saver:
-    """Saves now and then, so rarely that saving takes at most the share `SAVING` of the time."""
-
-    def __init__(self, save: Callable[[], None]) -> None:
-        self.save = save
-        self._start = time.monotonic()
-        self._due = self._start + 30.0
-
-    def elapsed(self) -> float:
-        """Seconds since this was created."""
-        return time.monotonic() - self._start
-
-    def now_and_then(self) -> None:
-        begin = time.monotonic()
-        if begin < self._due:
-            return
-        self.save()
-        end = time.monotonic()
-        self._due = end + max(30.0, (end - begin) / SAVING)
-
-
-def progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
 
 
 def sums_device(device: str) -> str:
@@ -375,18 +346,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def written(file: Path, parts: Path) -> bool:
-    """Whether a run with this folder of parts wrote the file. Both paths are resolved. It matters
-    because --out may lie in the folder of the model."""
-    return parts in file.parents or (
-        file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES
-    )
-
-
-def write(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -4,23 +4,24 @@ image's patches."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pre_kernels.integrations.model_config import visual_tokens
 
-from .data import Images, Item, MaskSource, find_images, open_image, open_masks
+from .data import Item, MaskSource, find_images, open_image, open_masks
 from .geometry import find_packing, token_grid, token_objects
+from .left_out import LeftOut, Tally, Unusable, none_left
 from .measure import Sample
 
 PROMPT = "Describe the image."
 # How many images are prepared while the model is busy.
 AHEAD = 4
-LEFT_OUT = {"unreadable": "could not be read", "refused": "were refused by the model's processor"}
 
 
 class Preparation:
@@ -46,25 +47,18 @@ class Preparation:
         self.masks = masks
         self.text = _text(processor, prompt)
 
-    def __call__(self, item: Item) -> Sample:
-        """The image as a batch of one, on the CPU.
+    def __call__(self, item: Item) -> tuple[Sample | None, LeftOut | None]:
+        """The image as a batch of one, on the CPU, and what of it is left out. The sample is None
+        if the image itself is left out. If its mask is left out, the sample has no masks.
 
         Raises:
-            Unusable: the image cannot be read, or the processor refuses it.
-            ValueError: the mask does not fit the image. Both messages name the file.
+            ValueError: the model and its processor can use no image, or no mask.
         """
         try:
             image = open_image(item.path)
-        except ValueError as error:
-            raise Unusable("unreadable", str(error)) from error
-        try:
-            inputs = dict(self._process(image, return_tensors="pt"))
-        except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-            # The size or the pixels of an image can cause these errors. Others have other causes.
-            name = type(self.processor).__name__
-            raise Unusable(
-                "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
-            ) from error
+            inputs = self._inputs(item, image)
+        except Unusable as error:
+            return None, LeftOut(item.name, error.reason, str(error))
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
@@ -73,33 +67,50 @@ class Preparation:
                 "image"
             )
         tokens = int(placed.sum())
-        kind = self.config.model_type
         masks = None
-        if self.masks is not None:
-            objects = self.masks.objects(item, image.size)
-            if objects is not None:
-                masks = token_objects(
-                    self._process, objects, inputs, tokens, kind, packing=self.packing
-                )
+        left_out = None
+        try:
+            masks = self._masks(item, image.size, inputs, tokens)
+        except Unusable as error:
+            left_out = LeftOut(item.name, error.reason, str(error))
         inputs = {
             name: value.to(self.dtype)
             if torch.is_tensor(value) and value.is_floating_point()
             else value
             for name, value in inputs.items()
         }
-        return Sample(inputs, item.label, masks, token_grid(inputs, tokens, kind))
+        grid = token_grid(inputs, tokens, self.config.model_type)
+        return Sample(inputs, item.label, masks, grid), left_out
+
+    def _inputs(self, item: Item, image: Any) -> dict[str, Any]:
+        try:
+            return dict(self._process(image, return_tensors="pt"))
+        except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+            # The size or the pixels of an image can cause these errors. Others have other causes.
+            name = type(self.processor).__name__
+            raise Unusable(
+                "refused", f"images: {name} refuses {item.path}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _masks(
+        self, item: Item, size: tuple[int, int], inputs: dict[str, Any], tokens: int
+    ) -> Tensor | None:
+        """The masks of the image's tokens, or None if there are none for this image."""
+        objects = None if self.masks is None else self.masks.objects(item, size)
+        if objects is None:
+            return None
+        kind = self.config.model_type
+        masks = token_objects(self._process, objects, inputs, tokens, kind, packing=self.packing)
+        if not masks.any():
+            raise Unusable(
+                "mask_empty",
+                f"masks: got no object of half a patch or more in the mask of {item.name}, want at "
+                "least one (a value in --background is not an object)",
+            )
+        return masks
 
     def _process(self, image: Any, **options: Any) -> Any:
         return self.processor(images=[image], text=[self.text], **options)
-
-
-class Unusable(ValueError):
-    """Raised for an image that is left out, while others can be used. `reason` is a key of
-    `LEFT_OUT`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def load_samples(
@@ -118,7 +129,8 @@ def load_samples(
 
     The arguments are those of `pre-kernels diagnose`, which gives the metrics of the callback if
     the checkpoint is diagnosed with the same arguments. Images that cannot be read, or that the
-    processor refuses, are left out, and a warning names each of them.
+    processor refuses, are left out. An image whose mask cannot be read, has another size or shows
+    no object is used without it. Warnings name the first few for each reason, and count them all.
 
     ```python
     samples = load_samples(model, processor, "held-out/", limit=256)
@@ -132,41 +144,32 @@ def load_samples(
     images = find_images(Path(folder), None if labels is None else Path(labels), limit, seed)
     prepare = Preparation(model, processor, source, prompt)
     samples: list[Sample] = []
-    left_out: list[tuple[str, str]] = []
+    said: list[str] = []
+    tally = Tally([], said.append)
     for item in images.items:
-        try:
-            samples.append(prepare(item))
-        except Unusable as error:
-            left_out.append((item.name, error.reason))
-            warnings.warn(f"left out: {error}", stacklevel=2)
+        sample, without = prepare(item)
+        if sample is not None:
+            samples.append(sample)
+        if without is not None:
+            tally.add(without)
+    tally.close()
+    for text in said:
+        warnings.warn(text, stacklevel=2)
     if not samples:
-        raise ValueError(none_left(images, left_out))
+        raise ValueError(none_left(images.folder, len(images.items), tally.left_out))
     return samples
 
 
-def none_left(images: Images, left_out: Sequence[tuple[str, str]]) -> str:
-    """The message if no image is left. `left_out` has the name and the reason of each image."""
-    reasons = "; ".join(counted(left_out))
-    return f"images: none of the {len(images.items)} in {images.folder} can be used: {reasons}"
-
-
-def counted(left_out: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each reason: how many images were left out for it, and the first names."""
-    lines = []
-    for reason, what in LEFT_OUT.items():
-        names = [name for name, its in left_out if its == reason]
-        if names:
-            lines.append(f"{len(names)} images {what}: {', '.join(names[:10])}")
-    return lines
+Prepared = tuple[Sample | None, LeftOut | None]
 
 
 def ahead(
-    prepare: Callable[[Item], Sample], items: Iterable[Item]
-) -> Iterator[tuple[Item, Sample | Unusable]]:
-    """Yield each item in order, with its sample or with the reason why its image is left out.
-    Threads prepare some of them ahead."""
+    prepare: Callable[[Item], Prepared], items: Iterable[Item]
+) -> Iterator[tuple[Item, Sample | None, LeftOut | None]]:
+    """Yield each item in order, with what `prepare` returns for it. Threads prepare some of them
+    ahead."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        waiting: list[tuple[Item, Future[Sample]]] = []
+        waiting: list[tuple[Item, Future[Prepared]]] = []
         rest = iter(items)
         try:
             while True:
@@ -175,10 +178,7 @@ def ahead(
                 if not waiting:
                     return
                 item, future = waiting.pop(0)
-                try:
-                    yield item, future.result()
-                except Unusable as error:
-                    yield item, error
+                yield item, *future.result()
         finally:
             for _, future in waiting:
                 future.cancel()
