@@ -106,8 +106,6 @@ def diagnose(options: argparse.Namespace) -> int:
         command.diagnose(options, options.arguments)
     except (ValueError, OSError, ImportError) as error:
         return failed(error)
-    except KeyboardInterrupt as stop:
-        raise type(stop)("the same command resumes from what is saved") from None
     return 0
 
 

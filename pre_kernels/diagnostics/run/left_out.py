@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 # The reasons for which an image is left out, and those for which only its mask is.
 IMAGES = {
@@ -30,15 +29,6 @@ class Unusable(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """The name of an image, the reason why it or its mask is left out, and the whole message."""
-
-    name: str
-    reason: str
-    message: str
-
-
 class Tally:
     """Counts what is left out, and says the first `NAMED` of each reason one by one.
 
@@ -49,14 +39,14 @@ class Tally:
         self.left_out = left_out
         self.say = say
 
-    def add(self, one: LeftOut) -> None:
-        """Count one, and say so if it is among the first."""
-        before = sum(reason == one.reason for _, reason in self.left_out)
-        self.left_out.append((one.name, one.reason))
+    def add(self, name: str, error: Unusable) -> None:
+        """Count the image of this name, or its mask, and say so if it is among the first."""
+        before = sum(reason == error.reason for _, reason in self.left_out)
+        self.left_out.append((name, error.reason))
         if before < NAMED:
-            self.say(f"left out: {one.message}")
+            self.say(f"left out: {error}")
         elif before == NAMED:
-            self.say(f"left out: more {REASONS[one.reason]}, only counted from here on")
+            self.say(f"left out: more {REASONS[error.reason]}, only counted from here on")
 
     def close(self) -> None:
         """Say how many there are of the reasons of which not all were named."""

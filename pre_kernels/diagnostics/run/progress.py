@@ -49,7 +49,9 @@ class Meter:
         short = model if len(model) <= most else "…" + model[1 - most :]
         animated = self.console.is_terminal and not self.console.is_dumb_terminal
         bar = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=self.console,

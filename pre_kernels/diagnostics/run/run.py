@@ -190,9 +190,11 @@ class Run:
                 Reader(loaded.model, settings.layers) as reader,
                 self.meter.stage(name, "images", total, more["done"]) as step,
             ):
-                for item, sample, without in ahead(prepare, self.images.items[more["done"] :]):
+                for item, sample, without in ahead(
+                    prepare.usable, self.images.items[more["done"] :]
+                ):
                     if without is not None:
-                        tally.add(without)
+                        tally.add(item.name, without)
                     if sample is not None:
                         try:
                             (hidden,) = measure(

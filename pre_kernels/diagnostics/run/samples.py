@@ -16,12 +16,14 @@ from pre_kernels.integrations.model_config import visual_tokens
 
 from .data import Item, MaskSource, find_images, open_image, open_masks
 from .geometry import find_packing, token_grid, token_objects
-from .left_out import LeftOut, Tally, Unusable, none_left
+from .left_out import Tally, Unusable, none_left
 from .measure import Sample
 
 PROMPT = "Describe the image."
 # How many images are prepared while the model is busy.
 AHEAD = 4
+# What is made of an image, and why it, or only its mask, cannot be used.
+Prepared = tuple[Sample | None, Unusable | None]
 
 
 class Preparation:
@@ -47,18 +49,29 @@ class Preparation:
         self.masks = masks
         self.text = _text(processor, prompt)
 
-    def __call__(self, item: Item) -> tuple[Sample | None, LeftOut | None]:
-        """The image as a batch of one, on the CPU, and what of it is left out. The sample is None
-        if the image itself is left out. If its mask is left out, the sample has no masks.
+    def __call__(self, item: Item) -> Sample:
+        """The image as a batch of one, on the CPU.
 
         Raises:
+            Unusable: the image cannot be read, the processor refuses it, or its mask cannot be
+                read, has another size or shows no object. It is a ValueError whose message names
+                the file.
             ValueError: the model and its processor can use no image, or no mask.
         """
+        sample, error = self.usable(item)
+        if error is not None:
+            raise error
+        assert sample is not None
+        return sample
+
+    def usable(self, item: Item) -> Prepared:
+        """The same, with the error instead of raising it. The sample is None if the image cannot be
+        used. It has no masks if only the mask cannot be used."""
         try:
             image = open_image(item.path)
             inputs = self._inputs(item, image)
         except Unusable as error:
-            return None, LeftOut(item.name, error.reason, str(error))
+            return None, error
         placed = visual_tokens(self.config, inputs)
         if placed is None or not placed.any():
             raise ValueError(
@@ -68,11 +81,11 @@ class Preparation:
             )
         tokens = int(placed.sum())
         masks = None
-        left_out = None
+        without = None
         try:
             masks = self._masks(item, image.size, inputs, tokens)
         except Unusable as error:
-            left_out = LeftOut(item.name, error.reason, str(error))
+            without = error
         inputs = {
             name: value.to(self.dtype)
             if torch.is_tensor(value) and value.is_floating_point()
@@ -80,7 +93,7 @@ class Preparation:
             for name, value in inputs.items()
         }
         grid = token_grid(inputs, tokens, self.config.model_type)
-        return Sample(inputs, item.label, masks, grid), left_out
+        return Sample(inputs, item.label, masks, grid), without
 
     def _inputs(self, item: Item, image: Any) -> dict[str, Any]:
         try:
@@ -147,11 +160,11 @@ def load_samples(
     said: list[str] = []
     tally = Tally([], said.append)
     for item in images.items:
-        sample, without = prepare(item)
+        sample, without = prepare.usable(item)
         if sample is not None:
             samples.append(sample)
         if without is not None:
-            tally.add(without)
+            tally.add(item.name, without)
     tally.close()
     for text in said:
         warnings.warn(text, stacklevel=2)
@@ -160,12 +173,9 @@ def load_samples(
     return samples
 
 
-Prepared = tuple[Sample | None, LeftOut | None]
-
-
 def ahead(
     prepare: Callable[[Item], Prepared], items: Iterable[Item]
-) -> Iterator[tuple[Item, Sample | None, LeftOut | None]]:
+) -> Iterator[tuple[Item, Sample | None, Unusable | None]]:
     """Yield each item in order, with what `prepare` returns for it. Threads prepare some of them
     ahead."""
     with ThreadPoolExecutor(AHEAD) as pool:

@@ -10,7 +10,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from pre_kernels.diagnostics.measures.moments import Moments
-from pre_kernels.diagnostics.run import run
+from pre_kernels.diagnostics.run import parts, run
 
 from .support import EACH, Stop, close, diagnose, document, interrupted
 
@@ -80,16 +80,16 @@ def test_an_image_that_was_half_added_is_not_added_twice(
 
 def test_saving_takes_a_small_part_of_the_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
     saved = []
 
     def save():
         now[0] += 6.0
         saved.append(now[0])
 
-    saver = run.Saver(save)
+    saver = parts.Saver(save, pytest.fail)
     while now[0] < 3600:
         now[0] += 1.0
         saver.now_and_then()
-    assert 6.0 * len(saved) <= 1.05 * run.SAVING * 3600
+    assert 6.0 * len(saved) <= 1.05 * parts.SAVING * 3600
     assert len(saved) > 20
