@@ -34,8 +34,9 @@ UNSEEN = {
     "'; '.join(problems)": "the files that the demo could not write, each explained",
     "workers[pipe]": "the argument of a function that returns an error",
     "problem": "one of RETURN_MESSAGES",
-    "none_left(images, left_out)": "one of RETURN_MESSAGES",
-    "none_left(images, more['left_out'])": "one of RETURN_MESSAGES",
+    "none_left(images.folder, len(images.items), tally.left_out)": "one of RETURN_MESSAGES",
+    "none_left(self.images.folder, total, more['left_out'])": "one of RETURN_MESSAGES",
+    "screen.why(error)": "the system's own words about a file",
     "otherwise": "caught by `pre-kernels check`, which shows it in its table",
 }
 

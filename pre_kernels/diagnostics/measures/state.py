@@ -43,16 +43,19 @@ def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
         # What is there of it takes space on a full disk.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise _of_system(error, path) from error
+        refused = _of_system(error)
+        refused.filename = str(path)
+        raise refused from error
 
 
-def _of_system(error: Exception, path: Path) -> OSError:
-    """The error as an OSError that names `path`. safetensors puts its number into a text."""
+def _of_system(error: Exception) -> OSError:
+    """The error as an OSError. safetensors puts the number of one into its text."""
     if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror, str(path))
+        return error
     found = re.search(r"(?:os error|code:) (\d+)", str(error))
-    number = int(found[1]) if found else errno.EIO
-    return OSError(number, os.strerror(number) if found else str(error), str(path))
+    if found is None:
+        return OSError(errno.EIO, str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cpu") -> Any:

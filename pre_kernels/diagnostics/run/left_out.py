@@ -44,15 +44,15 @@ class Tally:
         before = sum(reason == error.reason for _, reason in self.left_out)
         self.left_out.append((name, error.reason))
         if before < NAMED:
-            self.say(f"left out: {error}")
+            self.say(str(error))
         elif before == NAMED:
-            self.say(f"left out: more {REASONS[error.reason]}, only counted from here on")
+            self.say(f"more {REASONS[error.reason]}, only counted from here on")
 
     def close(self) -> None:
         """Say how many there are of the reasons of which not all were named."""
         for text, names in by_reason(self.left_out).items():
             if len(names) > NAMED:
-                self.say(f"left out: {len(names)} {text}")
+                self.say(f"{len(names)} {text}")
 
 
 def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +19,7 @@ import pre_kernels
 from pre_kernels.screen import why
 
 from .data import Images
-
-if TYPE_CHECKING:
-    from .run import Settings
+from .settings import Settings
 
 FILES = {
     "diagnosis.json": "all numbers",
@@ -194,4 +192,5 @@ def write(path: Path, text: str) -> None:
         # What is there of it takes space on a full disk.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        error.filename = str(path)
+        raise

@@ -8,7 +8,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import pre_kernels
 from pre_kernels.integrations import Reader
 from pre_kernels.screen import why
 
-from .. import METRICS, LayerReport, similarity_map
-from ..report import page
+from .. import LayerReport, similarity_map
+from ..report import page, terminal
 from .data import Images, MaskSource, find_images, names, open_image, open_masks
 from .left_out import MASKS, Tally, by_reason, counted, images_of, none_left
 from .loading import SPREAD, Loaded, check_sources, load
@@ -29,31 +28,11 @@ from .measure import Sample, measure
 from .parts import FILES as FILES
 from .parts import PARTS, Part, Saver, alone, strangers, write
 from .progress import Meter
-from .samples import PROMPT, Preparation, ahead
+from .samples import Preparation, ahead
+from .settings import Settings as Settings
 
 # Pixels along the longer side of an image in the report.
 THUMBNAIL = 336
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `pre-kernels diagnose`, with the same defaults."""
-
-    models: tuple[str, ...]
-    images: Path
-    masks: Path | None = None
-    labels: Path | None = None
-    background: tuple[int, ...] = (0, 255)
-    layers: tuple[int, ...] | None = None
-    metrics: tuple[str, ...] = METRICS
-    lens: bool = True
-    limit: int | None = None
-    maps: int = 3
-    prompt: str = PROMPT
-    dtype: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
-    trust_remote_code: bool = False
 
 
 def diagnose(
@@ -91,11 +70,11 @@ def diagnose(
         try:
             write_all(document, out)
         except OSError:
-            for sentence in page.sentences(document):
-                console.print(f"• {sentence}")
+            terminal.show(document, console)
             raise
         except KeyboardInterrupt as stop:
-            raise type(stop)("all is measured; the same command writes the report") from None
+            stop.args = ("all is measured and kept; the same command writes the report",)
+            raise
     return document
 
 
@@ -167,7 +146,8 @@ class Run:
                     step()
         except KeyboardInterrupt as stop:
             what = f"{kept} of {total} images of {name} are" if kept else f"nothing of {name} is"
-            raise type(stop)(f"{what} kept; the same command resumes") from None
+            stop.args = (f"{what} kept; the same command resumes",)
+            raise
         result = {"depth": depth, "rows": rows, "device": device_name(settings.device), **more}
         try:
             part.keep(result)
@@ -182,7 +162,7 @@ class Run:
         the number of layers measured."""
         settings = self.settings
         total = len(self.images.items)
-        tally = Tally(more["left_out"], self.warn)
+        tally = Tally(more["left_out"], lambda text: self.warn(f"left out: {text}"))
         prepare = Preparation(loaded.model, loaded.processor, self.masks, settings.prompt)
         device = loaded.model.device
         try:

@@ -167,7 +167,7 @@ def load_samples(
             tally.add(item.name, without)
     tally.close()
     for text in said:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(f"left out: {text}", stacklevel=2)
     if not samples:
         raise ValueError(none_left(images.folder, len(images.items), tally.left_out))
     return samples

@@ -29,7 +29,13 @@ STAGES = {
     "loading": (run, "load", 1, signal.SIGTERM, "nothing of a is kept; the same command resumes"),
     "measuring": (run, "measure", 4, signal.SIGINT, "3 of 5 images of a are kept; the same"),
     "probes": (LayerReport, "_row", 2, signal.SIGTERM, "5 of 5 images of a are kept; the same"),
-    "report": (page, "html", 1, signal.SIGINT, "all is measured; the same command writes the rep"),
+    "report": (
+        page,
+        "html",
+        1,
+        signal.SIGINT,
+        "all is measured and kept; the same",
+    ),
 }
 
 
@@ -110,10 +116,10 @@ def test_a_process_that_is_terminated(there, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk():
-    """Files of more than 16 KiB cannot be written, which the state and the numbers do not need, but
+    """Files of more than 48 KiB cannot be written, which the state and the numbers do not need, but
     the report does. The error is EFBIG, and a full disk has another number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -121,15 +127,15 @@ def small_disk():
 def test_a_disk_that_has_no_room_for_the_report(there, tmp_path, capsys, monkeypatch, small_disk):
     pictures = images(tmp_path / "images", 5)
     out = tmp_path / "out"
-    assert diagnose(there / "a", pictures, *QUICK, "--out", out) in (1, 2)
+    assert diagnose(there / "a", pictures, "--out", out) in (1, 2)
     said = capsys.readouterr()
     assert f"cannot write {out / 'report.html'}: File too large; free space there" in said.err
     assert "Traceback" not in said.err
-    assert "Cosine with the anchor – a: " in said.out
+    assert "Cosine" in said.out
     assert document(out)["data"]["images"] == 5
     assert not [*out.glob("*.partial")]
     done = interrupted(monkeypatch, 100, Stop())
-    assert diagnose(there / "a", pictures, *QUICK, "--out", out) in (1, 2)
+    assert diagnose(there / "a", pictures, "--out", out) in (1, 2)
     assert not done
 
 

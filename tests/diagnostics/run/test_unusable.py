@@ -210,11 +210,11 @@ def test_what_is_left_out_is_named_once_and_counted():
     tally.close()
     text = "images that could not be read"
     assert said == [
-        "left out: message 1",
-        "left out: message 2",
-        f"left out: more {text}, only counted from here on",
-        "left out: a mask",
-        f"left out: 6 {text}",
+        "message 1",
+        "message 2",
+        f"more {text}, only counted from here on",
+        "a mask",
+        f"6 {text}",
     ]
     # A run that was stopped between the two counts of an image names it again.
     names = [*tally.left_out, ("0.png", "mask_size")]
