@@ -184,10 +184,11 @@ def env(options: argparse.Namespace) -> int:
 
 
 def failed(error: Exception) -> int:
-    """Print the error. A full disk is no wrong argument: `screen.run` reports it."""
+    """Print the error. A full disk or a closed pipe is not a wrong argument: `screen.run` reports
+    it."""
     if not isinstance(error, OSError):
         return fail(str(error))
-    if screen.is_disk(error):
+    if screen.is_disk(error) or isinstance(error, BrokenPipeError):
         raise error
     return fail(screen.why(error))
 
