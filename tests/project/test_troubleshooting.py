@@ -36,7 +36,6 @@ UNSEEN = {
     "problem": "one of RETURN_MESSAGES",
     "none_left(images.folder, len(images.items), tally.left_out)": "one of RETURN_MESSAGES",
     "none_left(self.images.folder, total, more['left_out'])": "one of RETURN_MESSAGES",
-    "screen.why(error)": "the system's own words about a file",
     "otherwise": "caught by `pre-kernels check`, which shows it in its table",
 }
 
