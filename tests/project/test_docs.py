@@ -133,7 +133,8 @@ def missing_files(text: str) -> list[str]:
     return [
         name
         for name in named
-        if name not in WRITTEN and not name.startswith(("out/", "demo-out/", "without", "with"))
+        if name not in WRITTEN
+        and not name.startswith(("out/", "demo-out/", "demo-quick-out/", "without", "with"))
         if not (ROOT / name).exists()
         if not ("/" not in name and name in file_names())
         if not any(ROOT.glob(f"*/{name}"))
