@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from pre_kernels.screen import why
+
 from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks, split_digits
 from .text import BEGIN, IMAGE
 
@@ -63,7 +65,7 @@ def processor() -> LlavaProcessor:
 class Kept:
     """The folder of a seed's models and scenes.
 
-    A disk that does not take a file does not stop the seed, whose measurements go on.
+    A disk that does not take a file does not stop the seed, which still returns what it measured.
 
     Attributes:
         problems: why files could not be written.
@@ -86,8 +88,10 @@ class Kept:
             write()
         # safetensors has an error of its own for a full disk.
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            self.problems.append(f"cannot write {path}: {reason}")
+            said = (
+                why(error, path) if isinstance(error, OSError) else f"cannot write {path}: {error}"
+            )
+            self.problems.append(said)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -21,6 +21,7 @@ import transformers
 
 import pre_kernels
 from pre_kernels import sources
+from pre_kernels.screen import why
 
 from .compare import run_seed
 from .export import Kept
@@ -75,7 +76,7 @@ class Parts:
             path.with_suffix(".new").write_text(text, encoding="utf-8")
             path.with_suffix(".new").replace(path)
         except OSError as error:
-            self.problems.append(f"cannot write {path}: {error.strerror or error}")
+            self.problems.append(why(error, path))
 
     def kept(self) -> list[int]:
         """Return the seeds that are on the disk."""

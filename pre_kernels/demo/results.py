@@ -12,6 +12,7 @@ from typing import Any
 from pre_kernels.diagnostics.report import page
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
 from pre_kernels.diagnostics.report.statistics import effect, spread
+from pre_kernels.screen import why
 
 from . import words
 from .picture import scene
@@ -302,5 +303,5 @@ def save(results: dict[str, Any], folder: Path) -> tuple[list[Path], list[str]]:
             write(path)
             written.append(path)
         except OSError as error:
-            problems.append(f"cannot write {path}: {error.strerror or error}")
+            problems.append(why(error, path))
     return written, problems

@@ -60,7 +60,8 @@ def run(
         parts.remove()
     show(results, paths, out, console)
     if problems:
-        raise Unsaved("; ".join(problems))
+        problem = "; ".join(problems)
+        raise Unsaved(problem)
     return results
 
 
@@ -118,10 +119,14 @@ def show(results: dict[str, Any], paths: list[Path], out: Path, console: Console
         padding=(0, 2, 0, 0),
         pad_edge=False,
     )
-    rows = short_rows(results, spreads=console.width >= WIDE)
-    for name, justify in zip(SHORT_HEADER, ("left", "right", "right", "right"), strict=True):
-        if name != SHORT_HEADER[3] or not smoke:
-            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    wide = console.width >= WIDE
+    rows = short_rows(results, spreads=wide)
+    for number, head in enumerate(SHORT_HEADER[: len(rows[0])]):
+        table.add_column(
+            head if wide else head.replace(" PRe", "\nPRe"),
+            justify="right" if number else "left",
+            min_width=max(len(row[number]) for row in rows),
+        )
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from pre_kernels.screen import TERMINATED, Terminated
 
@@ -71,7 +71,7 @@ def each_seed(
                 try:
                     seed, kind, what = pipe.recv()
                 except (EOFError, ConnectionError):
-                    raise _killed(workers[pipe]) from None
+                    _lost(workers[pipe])
                 if kind == "result":
                     results[seed] = what
                     done(seed, what)
@@ -136,12 +136,12 @@ def _send(pipe: Connection, what: Any) -> None:
         pipe.send(what)
 
 
-def _killed(process: BaseProcess) -> BaseException:
+def _lost(process: BaseProcess) -> NoReturn:
     process.join()
     if process.exitcode in (-signal.SIGTERM, TERMINATED):
         # Who ends a group of processes at once means this one too, which may hear of it later.
-        return Terminated()
-    return RuntimeError(
+        raise Terminated
+    raise RuntimeError(
         f"worker: got exit status {process.exitcode}, want 0; if the machine is short of memory, "
         "use --jobs 1"
     )

@@ -111,6 +111,7 @@ def test_a_narrow_screen_has_means_only():
     lines = shown(made_up(FALLS, KEPT), 60).splitlines()
     assert all(len(line) <= 60 for line in lines if "diagnose" not in line and "Files" not in line)
     assert "±" not in "".join(lines)
+    assert any(line.endswith("2 of 2 seeds") for line in lines)
     assert [line.split()[5:7] for line in lines if "probe, last" in line] == [["0.830", "0.945"]]
 
 

@@ -37,7 +37,7 @@ TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|json|jsonl|png|yaml)|(?:[\w.-]+/)+")
 # Files that a command writes, or that the user has.
 WRITTEN = {
-    "report.html", "check.json", "layers.csv", "diagnosis.json", "train.py", "pre.yaml",
+    "report.html", "demo.md", "check.json", "layers.csv", "diagnosis.json", "train.py", "pre.yaml",
     "trainer_state.json", "pre_head.json", "instances_val2017.json",
     "photos/", "imagenet/", "val2017/", "held-out/", "out/", "masks/",
 }  # fmt: skip
