@@ -7,12 +7,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import baselines, shapes
+from pre_kernels.diagnostics.report.plots import COLOURS as CYCLE
+
+from . import shapes
 from .tables import groups, ratios
 
 Record = dict[str, Any]
 # Fewest tokens of a shape in the bars. In smaller shapes calls cost more than matmuls.
 LEAST = 1000
+# Eager has the colour of a model without PRe, and ours that of one with PRe, as in all pages.
+COLOURS = {
+    **dict(
+        zip(("eager", "ours-torch", "compile", "compile-max", "liger", "viral"), CYCLE, strict=True)
+    ),
+    "ours-blas": "#003B5C",
+    "ours-triton": "#6A51A3",
+    "ours-fp8": "#00A3A3",
+    "addmm-activation": "#8C564B",
+    "quack": "#BCBD22",
+    "floor": "black",
+}
 
 
 def bars(records: Iterable[Record], path: Path, note: str = "") -> None:
@@ -295,10 +309,9 @@ def _names(runs: list[dict[str, Record]]) -> list[str]:
     return [name for name in dict.fromkeys(name for run in runs for name in run) if name != "floor"]
 
 
-def _color(name: str) -> Any:
+def _color(name: str) -> str:
     """Return the color of a baseline, which is the same in every panel and in the bars."""
-    order = list(baselines.BY_NAME)
-    return _pyplot().get_cmap("tab20")(order.index(name) if name in order else len(order))
+    return COLOURS.get(name, "0.5")
 
 
 def _pyplot() -> Any:

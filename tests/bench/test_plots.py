@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import plots
+from bench import baselines, plots
 
 from .support import cpu_results, gpu_results, results
 
@@ -33,3 +33,8 @@ def test_curves(tmp_path):
     assert "time ÷ floor over the workspace" not in plots.curves(without, picture)
     square = {"n": 1 << 40, "d": 4096, "m": 4096, "z": 4096, "dtype": "bf16"}
     assert plots.intensity(square) == pytest.approx(12 * 4096**2 / (3 * 4096 * 2))
+
+
+def test_every_baseline_has_a_colour_of_its_own():
+    assert plots.COLOURS.keys() == baselines.BY_NAME.keys()
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
