@@ -111,7 +111,7 @@ def noise(records: Iterable[dict[str, Any]]) -> list[str]:
     if not noisy:
         return []
     worst = max(noisy, key=spread)
-    others = f", and {len(noisy) - 1} more are above {NOISY:.0%}" if len(noisy) > 1 else ""
+    others = f" (others above {NOISY:.0%}: {len(noisy) - 1})" if len(noisy) > 1 else ""
     return [
         f"Too noisy: the quartiles of {_which(worst)} {worst['peer']} are {spread(worst):.0%} of "
         f"its median apart{others}; want at most {NOISY:.0%}. Other work ran on this machine, or "

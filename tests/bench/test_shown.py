@@ -44,8 +44,8 @@ def test_a_noisy_machine_is_told():
     worse = quiet | {"peer": "ours-torch", "q3_ms": 13.0}
     (line,) = shown.noise([quiet, noisy, worse])
     assert line.startswith(
-        "Too noisy: the quartiles of s bf16 mask ours-torch are 35% of its median apart, and 1 "
-        "more are above 10%; want at most 10%."
+        "Too noisy: the quartiles of s bf16 mask ours-torch are 35% of its median apart "
+        "(others above 10%: 1); want at most 10%."
     )
 
 
