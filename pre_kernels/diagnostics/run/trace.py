@@ -237,10 +237,10 @@ def run(
         logged = {
             key.partition("/")[2] for entry in entries for key in entry if key[:6] == "layer_"
         }
-        others = f", or --metric with one of {', '.join(sorted(logged))}" if logged else ""
+        instead = f", or --metric with one of {', '.join(sorted(logged))}" if logged else ""
         raise ValueError(
             f"log: {name} has no metric {metric!r} of a layer, want a training with LayerCallback"
-            f"{others}; --loss draws the loss, which every log has"
+            f"{instead}; --loss draws the loss, which every log has"
         )
     number = layers[len(layers) // 2] if layer is None else layer
     if number not in layers:

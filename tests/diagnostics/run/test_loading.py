@@ -64,7 +64,10 @@ def test_a_path_is_named_before_the_hub_is_asked(source, said, asked):
     [
         ("nobody/it", "nobody/it is not a folder here, and the hub has no such model, or only for"),
         ("modell", "want a folder or a model's name; did you mean model?"),
-        ("offline/it", "and the hub does not answer: no route to the hub, want a folder, or a con"),
+        (
+            "offline/it",
+            "and the hub does not answer (no route to the hub), want a folder, or a con",
+        ),
     ],
 )
 def test_the_hub_is_asked_once_and_its_answer_is_one_line(name, said, asked):
