@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 # For an encoding that lacks the character. Letters with accents lose them, and others become "?".
 ASCII = {
@@ -82,9 +82,7 @@ def run(command: Callable[[], int]) -> int:
             finally:
                 print(end="", flush=True)
     except KeyboardInterrupt as stop:
-        kept = f": {stop}" if str(stop) else ""
-        ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        say(f"{ended}{kept}")
+        say(ending(stop))
         return stopped(stop)
     except BrokenPipeError:
         # Other pipes break too, as that of a worker that has died.
@@ -122,27 +120,60 @@ def _readable(error: UnicodeError) -> tuple[str, int]:
     return readable(error.object[error.start : error.end]), error.end
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> contextlib.AbstractContextManager[None]:
     """Let SIGTERM raise `Terminated`, a KeyboardInterrupt, so that it saves and cleans up as ^C
     does. A handler that the program has set itself is kept. Other threads than the main one cannot
     set any, and there nothing changes."""
+    return _handled((signal.SIGTERM,), _terminate)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
 
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    try:
-        signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
+def starting(kept: str = "") -> contextlib.AbstractContextManager[None]:
+    """Let ^C and SIGTERM end the process at once, with a line, while modules are imported.
+    Extension modules swallow a KeyboardInterrupt, or fail because of it with errors of their own.
+
+    Args:
+        kept: what the line says after its first word.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        stop = Terminated(kept) if number == signal.SIGTERM else KeyboardInterrupt(kept)
+        # The signal may have come while something was printed.
+        with contextlib.suppress(Exception):
+            print(end="", flush=True)
+        with contextlib.suppress(Exception):
+            say(ending(stop))
+        os._exit(stopped(stop))
+
+    return _handled((signal.SIGINT, signal.SIGTERM), leave)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _handled(
+    numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    ours = (signal.SIG_DFL, signal.default_int_handler, _terminate)
+    before: dict[signal.Signals, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number in numbers:
+            current = signal.getsignal(number)
+            if current in ours:
+                signal.signal(number, handler)
+                before[number] = current
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, current in before.items():
+            signal.signal(number, current)
+
+
+def ending(stop: KeyboardInterrupt) -> str:
+    """Return the line that says how a command ended, and what it has kept."""
+    ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
+    return f"{ended}: {stop}" if str(stop) else ended
 
 
 def stopped(stop: KeyboardInterrupt) -> int:

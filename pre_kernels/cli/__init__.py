@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from pre_kernels import screen
 
-from .arguments import parser
+with screen.starting():
+    from .arguments import parser
 
 __all__ = ["main", "parser"]
 
@@ -32,6 +33,7 @@ def _run(arguments: list[str]) -> int:
     if options.command == "demo":
         print("Starting: PyTorch and transformers take some seconds to load.", flush=True)
 
-    from . import commands
+    with screen.starting():
+        from . import commands
 
     return commands.run(options)

@@ -74,7 +74,9 @@ def demo(options: argparse.Namespace) -> int:
         return fail(problem)
 
     from pre_kernels.demo import Unsaved
-    from pre_kernels.demo.run import run
+
+    with screen.starting():
+        from pre_kernels.demo.run import run
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
@@ -166,7 +168,8 @@ def tune(options: argparse.Namespace) -> int:
 def env(options: argparse.Namespace) -> int:
     """Print the facts for a bug report, or the table of models."""
     if options.models:
-        from pre_kernels.integrations import family_table
+        with screen.starting():
+            from pre_kernels.integrations import family_table
 
         print(
             family_table.markdown()

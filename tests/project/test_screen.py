@@ -128,6 +128,33 @@ def test_a_handler_of_the_program_is_kept():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    ("signal_name", "line", "status"),
+    [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)],
+)
+def test_a_signal_during_an_import_ends_the_process(signal_name, line, status):
+    """An extension module that swallows KeyboardInterrupt cannot keep it from ending."""
+    done = ended(
+        f"""print('measured')
+with screen.starting('the same command resumes'):
+    try:
+        os.kill(os.getpid(), signal.{signal_name})
+    except BaseException:
+        print('swallowed')
+print('not reached')"""
+    )
+    assert done.stdout == "measured\n"
+    assert done.stderr == f"pre-kernels: {line}: the same command resumes\n"
+    assert done.returncode == status
+
+
+def test_handlers_are_restored_after_imports():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with screen.starting():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_thread_sets_no_handler():
     entered = []
 

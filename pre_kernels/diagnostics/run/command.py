@@ -9,16 +9,19 @@ from pathlib import Path
 
 import torch
 
+from pre_kernels import screen
+
 from . import TRACE_DEFAULTS
 
 
 def diagnose(options: argparse.Namespace, arguments: list[str]) -> None:
     """Run `pre-kernels diagnose`. ValueError and OSError say what is wrong."""
-    from rich.console import Console
+    with screen.starting():
+        from rich.console import Console
 
-    from .loading import SPREAD
-    from .run import FILES, Settings, diagnose
-    from .samples import PROMPT
+        from .loading import SPREAD
+        from .run import FILES, Settings, diagnose
+        from .samples import PROMPT
 
     console = Console(highlight=False, soft_wrap=True)
     device = options.device

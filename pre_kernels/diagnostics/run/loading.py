@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pre_kernels import screen
+
 # The value of --device that spreads a model over all GPUs, with accelerate's device_map="auto".
 SPREAD = "spread"
 # A hub's names have at most one slash: "model" or "owner/model".
@@ -126,9 +128,10 @@ def load(
         ValueError: the source is not there, is not a vision-language model, or has no processor of
             images and text.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils.hub import cached_file
-    from transformers.utils.peft_utils import find_adapter_config_file
+    with screen.starting("the same command resumes from what is saved"):
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils.hub import cached_file
+        from transformers.utils.peft_utils import find_adapter_config_file
 
     more: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"device_map": "auto"} if device == SPREAD else {}
