@@ -60,7 +60,10 @@ CALLS = {
 ALLOWED = {
     ("integrations/launch.py", "runpy.run_path"): "the script that the user names",
     ("integrations/launch.py", "runpy.run_module"): "the module that the user names",
-    ("integrations/launch.py", "importlib.import_module"): "a callable named as module:name",
+    (
+        "integrations/launch_settings.py",
+        "importlib.import_module",
+    ): "a callable named as module:name",
     (
         "integrations/follow.py",
         "subprocess.Popen",
