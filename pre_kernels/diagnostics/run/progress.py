@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -95,6 +96,21 @@ class Meter:
             if self._units[kind]:
                 seconds += units * self._seconds[kind] / self._units[kind]
         return f"about {in_words(seconds)} left" if seconds >= 0.5 else ""
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' bar of the weights out of a log: it is for a terminal."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def in_words(seconds: float) -> str:

@@ -27,7 +27,7 @@ from .loading import SPREAD, Loaded, check_sources, load
 from .measure import Sample, measure
 from .parts import FILES as FILES
 from .parts import PARTS, Part, Saver, alone, strangers, write
-from .progress import Meter
+from .progress import Meter, quiet_loading
 from .samples import Preparation, ahead
 from .settings import Settings as Settings
 
@@ -137,7 +137,8 @@ class Run:
         try:
             self.console.print(f"{name}: loading the model")
             dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-            loaded = load(source, dtype, settings.device, settings.trust_remote_code)
+            with quiet_loading():
+                loaded = load(source, dtype, settings.device, settings.trust_remote_code)
             depth, number = self.add_images(name, loaded, layers, more, Saver(save, self.warn))
             rows = []
             with self.meter.stage(name, "layers", number) as step:
