@@ -34,6 +34,8 @@ READING = {
 AMOUNTS = ((0.05, "little"), (0.25, "some"), (math.inf, "much"))
 # A change of this share of the first value (at least of 1) is the smallest that is called one.
 SMALLEST = 0.02
+# The same where the noise is not known.
+SMALLEST_UNKNOWN = 0.05
 # An interval wider than ± this leaves the answer of a probe open.
 OPEN = 0.1
 # Most of a fall is this share of it.
@@ -52,7 +54,7 @@ def verdict(document: Document) -> list[str]:
     or more runs of a model, noise is half the 95 % interval over the runs (Student's t). With fewer
     it is that of the accuracy of a probe on as many test images (binomial, as if two layers or
     models were tested on different images, which is the wider interval). For other measures of one
-    or two runs it is not known.
+    or two runs it is not known, and `SMALLEST_UNKNOWN` takes its place.
 
     Args:
         document: as for `page.html`. With a "warning" there is no verdict.
@@ -197,7 +199,8 @@ def _clear(low: list[float], high: list[float], noise: float | None) -> bool:
     """Whether values of some runs are above others by more than the noise."""
     change = mean(high) - mean(low)
     signs = len(low) != len(high) or all(b > a for a, b in zip(low, high, strict=True))
-    return signs and change > max(noise or 0, SMALLEST * max(1, abs(mean(high))))
+    least = SMALLEST_UNKNOWN if noise is None else SMALLEST
+    return signs and change > max(noise or 0, least * max(1, abs(mean(high))))
 
 
 def steepest(means: Mapping[int, float], lowest: int) -> tuple[int, int]:

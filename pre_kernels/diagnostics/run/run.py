@@ -312,7 +312,8 @@ def sums_device(device: str) -> str:
 
 def device_name(device: str) -> str:
     if not sums_device(device).startswith("cuda"):
-        return f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
     count = torch.cuda.device_count() if device == SPREAD else 1
     return (
         f"{count} × {torch.cuda.get_device_name()}"

@@ -168,3 +168,11 @@ def test_the_measures_of_the_verdict_are_explained():
     )
     assert about(probe | {"about": "Mine."}) == "Mine."
     assert about(document(("a", []))) == ""
+
+
+def test_a_small_change_of_unknown_noise_is_not_called_one():
+    a = run([1.5, 1.2, 1.1, 1.1], "contrast")
+    b = run([1.5, 1.2, 1.14, 1.14], "contrast")
+    assert verdict(document(("a", [a]), ("b", [b])))[2].startswith("No difference is clear")
+    c = run([1.5, 1.2, 1.2, 1.2], "contrast")
+    assert verdict(document(("a", [a]), ("c", [c])))[2].startswith("c keeps more than a")
