@@ -175,7 +175,8 @@ def _read(
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise ValueError(
-                f"{where}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}"
+                f"{where}: `{name}` has shape {tuple(tensor.shape)}, this head's {shapes[name]}; "
+                "both files must be of one handle.save()"
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: `{name}` has dtype {tensor.dtype}, want floating point")
@@ -192,7 +193,10 @@ def _read_config(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path!r}: format {got!r}, want {FORMAT}")
+        raise ValueError(
+            f"{path!r}: format {got!r}, want {FORMAT}; install the version that wrote it, or a "
+            "newer one"
+        )
     return config
 
 

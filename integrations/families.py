@@ -192,7 +192,8 @@ class Parts:
                         return len(parameter)
         raise ValueError(
             f"model: its text config has hidden_size {width!r}, want an int; "
-            f"and {type(layer).__name__} has no norm to read the width from"
+            f"and {type(layer).__name__} has no norm to read the width from; set hidden_size in "
+            "model.config"
         )
 
     @property
@@ -213,7 +214,7 @@ class Parts:
         if not isinstance(width, int):
             raise ValueError(
                 'anchor: got "pre_projector", but the projector has no linear layer to read its '
-                "width from"
+                'width from; use "pre_llm", or a callable with anchor_dim='
             )
         return width
 
@@ -244,7 +245,8 @@ class Parts:
                     return parameter.dtype, torch.device(device)
                 return parameter.dtype, parameter.device
         raise ValueError(
-            f"model: {type(layer).__name__} has no floating point parameters to take a dtype from"
+            f"model: {type(layer).__name__} has no floating point parameters to take a dtype from; "
+            "choose another layer="
         )
 
 

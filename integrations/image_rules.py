@@ -98,7 +98,7 @@ def _parts(count: int, mask: Tensor, kind: str, name: str) -> Tensor:
     if total % count:
         raise ValueError(
             f"{name}: has {count} {kind}s for {total} {kind} tokens in input_ids, want the same "
-            f"number of tokens for each {kind}"
+            f"number of tokens for each {kind}; truncation may have cut one: raise max_length"
         )
     return torch.arange(count, device=mask.device).repeat_interleave(total // count)
 
@@ -111,7 +111,8 @@ def _numbered(
         numbers = numbers[kept.to(mask.device)]
     if len(numbers) != int(mask.sum()):
         raise ValueError(
-            f"{name}: stands for {len(numbers)} {kind} tokens, but input_ids has {int(mask.sum())}"
+            f"{name}: stands for {len(numbers)} {kind} tokens, but input_ids has "
+            f"{int(mask.sum())}; truncation may have cut one {kind}: raise the maximum length"
         )
     return numbers
 

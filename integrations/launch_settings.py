@@ -71,7 +71,7 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     for pair in [*options.set, *(f"{name}={value}" for name, value in short_options(options))]:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set: got {pair!r}, want key=value")
+            raise ValueError(f"--set: got {pair!r}, want key=value, such as --set layer=16")
         try:
             values[_known(name, "--set")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -146,7 +146,10 @@ def _import(name: str, path: str) -> Any:
         for part in attribute.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: cannot import {path!r}: {error}") from error
+        raise ValueError(
+            f"{name}: cannot import {path!r}: {error}; want module:name of a module in this folder "
+            "or on PYTHONPATH"
+        ) from error
     return value
 
 

@@ -243,5 +243,6 @@ def _check_finite(anchor: Tensor, mask: Tensor) -> None:
     bad = int((~rows.isfinite()).any(-1).sum())
     if bad:
         raise ValueError(
-            f"anchor: got nan or inf in {bad} of {len(rows)} visual tokens, want finite values"
+            f"anchor: got nan or inf in {bad} of {len(rows)} visual tokens, want finite values, or "
+            'apply_pre(nonfinite="skip")'
         )

@@ -85,5 +85,6 @@ def load_renamed(model: Any, folder: str, names: set[str]) -> None:
     lost = (set(info["unexpected_keys"]) - (names & own)) | set(result.unexpected_keys)
     if lost:
         raise RuntimeError(
-            f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}"
+            f"PRe: {folder} holds tensors that were not loaded into this model: {sorted(lost)}; "
+            "resume with the class and config of that checkpoint"
         )

@@ -31,8 +31,6 @@ UNSEEN = {
     # Expressions in the place of a message.
     "screen.why(error)": "the system's own reason, with the name of the file",
     "str(error)": "another exception is raised again, or shown by a command",
-    "'; '.join(problems)": "the files that the demo could not write, each explained",
-    "workers[pipe]": "the argument of a function that returns an error",
     "problem": "one of RETURN_MESSAGES",
     "none_left(images.folder, len(images.items), tally.left_out)": "one of RETURN_MESSAGES",
     "none_left(self.images.folder, total, more['left_out'])": "one of RETURN_MESSAGES",

@@ -1,4 +1,4 @@
-"""Mistakes on command lines: `pre-kernels` and the launcher of training scripts.
+"""Mistakes on command lines: `pre-kernels`, the launcher of training scripts, and the benchmark.
 
 They are made in a folder with a tiny LLaVA, `model`, a language model, `text`, images in `photos`,
 and the files of `FILES`.
@@ -295,6 +295,12 @@ MISTAKES = [
         "$ pre-kernels tune --width 1024",
     ),
     Mistake(
+        "measurements into two places",
+        "$ python -m bench.diagnostics --record --results there",
+        "--record: got --results there too, want one of them; leave one out",
+        "$ python -m bench.diagnostics --record",
+    ),
+    Mistake(
         "Markdown of something else than models",
         "$ pre-kernels env --markdown",
         "--markdown needs --models",
@@ -354,8 +360,8 @@ MISTAKES = [
     Mistake(
         "a setting without a value",
         LAUNCH + "--set layer -- train.py",
-        "--set: got 'layer', want key=value",
-        LAUNCH + "--set layer=2 -- train.py",
+        "--set: got 'layer', want key=value, such as --set layer=16",
+        LAUNCH + "--set layer=16 -- train.py",
     ),
     Mistake(
         "a mistyped setting in a file",
@@ -378,7 +384,8 @@ MISTAKES = [
     Mistake(
         "an anchor in a module that is not there",
         LAUNCH + "--set anchor=my:dino -- train.py",
-        "anchor: cannot import 'my:dino': No module named 'my'",
+        "anchor: cannot import 'my:dino': No module named 'my'; want module:name of a module in "
+        "this folder or on PYTHONPATH",
         LAUNCH + "--set anchor=anchors:dino -- train.py",
     ),
     Mistake(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -73,13 +74,16 @@ def heard(
 def run_command(words: list[str], parse_only: bool = False) -> list[str]:
     """Run a command line in this process, and return the message with which it ends, without the
     name of the program and its usage. With `parse_only` a command of `pre-kernels` that works for
-    seconds only reads its arguments."""
+    seconds only reads its arguments, and a benchmark does not run."""
     said = io.StringIO()
     status: Any = 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
             if words[0] == "pre-kernels" and parse_only and words[1] in LONG:
                 cli.parser().parse_args(words[1:])
+            elif words[2:] and words[2].startswith("bench."):
+                if not parse_only:
+                    status = importlib.import_module(words[2]).main(words[3:])
             elif words[0] == "pre-kernels":
                 status = cli.main(words[1:])
             elif words[:3] == ["python", "-m", "pre_kernels.integrations.launch"]:
