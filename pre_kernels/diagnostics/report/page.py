@@ -251,6 +251,9 @@ def _panel(document: Document, column: Column) -> dict[str, str]:
     figure, [axes] = grid(1)
     over_depth(axes, document["models"], column._replace(title=""), document.get("marked") or [])
     size = probe_size(document) if column.name in PROBES else ""
+    formula = column.formula
+    if column.name in PROBES and document.get("unit"):
+        formula = formula.replace("test images", f"test {document['unit']}")
     tested, few, rest = size.partition(" Too few")
     return {
         "title": column.title + column.arrow,
@@ -259,7 +262,7 @@ def _panel(document: Document, column: Column) -> dict[str, str]:
         + " ".join(_course(model, column) for model in document["models"]),
         "start": f"{_upper(column.direction)}. {tested}",
         "few": (few + rest).strip(),
-        "end": f"{_upper(column.formula)}.",
+        "end": f"{_upper(formula)}.",
     }
 
 

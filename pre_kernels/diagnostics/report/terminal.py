@@ -29,8 +29,9 @@ def show(document: Document, console: Console) -> None:
     for text in [document["warning"]] if document.get("warning") else []:
         console.print(Text(text, "bold yellow"), soft_wrap=False)
     for text in verdict(document) if said is None else said:
-        name, colon, rest = text.partition(": ")
-        console.print(Text.assemble((name + colon, "bold"), rest), soft_wrap=False)
+        line = Text(text)
+        line.stylize("bold", 0, text.find(": ") + 1)
+        console.print(line, soft_wrap=False)
     if text := about(document):
         console.print(Text(text, "dim"), soft_wrap=False)
     console.print()

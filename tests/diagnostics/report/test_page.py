@@ -321,7 +321,9 @@ def test_a_warning_stands_first_and_draws_no_verdict():
     text = report.html(full() | {"warning": "A smoke test.", "about": "PRe is this."})
     assert text.index("A smoke test.") < text.index("PRe is this.") < text.index("Linear probe ↑")
     assert "lose" not in "".join(Page(text).text)
-    own = report.html(full() | {"verdict": ["Mine: it works."]})
+    own = report.html(full() | {"verdict": ["Mine: it works.", "No colon."], "unit": "digits"})
+    assert "<li>No colon.</li>" in own
+    assert "Share of test digits whose class" in own
     assert "<strong>Mine: </strong>it works." in own
     assert "lose" not in "".join(Page(own).text)
 

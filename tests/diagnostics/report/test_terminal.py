@@ -64,3 +64,11 @@ def test_a_model_without_a_measure_has_dashes():
     text = shown(document(("a", run([1.5, 1.2, 1.1], "contrast")), ("b", [])))
     assert text.splitlines()[-1].split() == ["b", "–", "–", "–"]
     assert "nothing was measured" in shown(document(("a", [])))
+
+
+def test_the_beginning_of_a_sentence_is_bold():
+    text = io.StringIO()
+    said = document(("a", []), verdict=["Mine: it works.", "No colon."])
+    console = Console(file=text, width=80, force_terminal=True, color_system="standard")
+    show(said, console)
+    assert text.getvalue().startswith("\x1b[1mMine:\x1b[0m it works.\nNo colon.\n")
