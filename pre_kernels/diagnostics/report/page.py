@@ -37,7 +37,7 @@ def html(document: Document) -> str:
     """A page that shows everything in `document`. It has no script, loads nothing, adapts to light
     and dark, and escapes every name.
 
-    Needs jinja2 and matplotlib.
+    Needs jinja2 and matplotlib, and scipy for models with three or more runs.
 
     Args:
         document: what `pre-kernels diagnose` writes as JSON:
