@@ -60,7 +60,8 @@ def run(
         parts.remove()
     show(results, paths, out, console)
     if problems:
-        problem = "; ".join(problems)
+        more = f" ({len(problems) - 1} more could not be written)" if len(problems) > 1 else ""
+        problem = f"{problems[0]}{more}"
         raise Unsaved(problem)
     return results
 
