@@ -43,7 +43,7 @@ def dino(inputs: Any, rows: Any) -> Any: ...
         ({"warmup": 0.1}, ["weight 0.5, constant after a warmup of 0.1 (0 at progress 0)"]),
         ({"activation": "relu", "hidden_dim": 8}, ["head 32 -> 8 -> 32, relu, float32"]),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_options_that_are_not_the_default(arguments: dict[str, Any], lines: list[str]) -> None:
     said = repr(apply_pre(build("llava"), **arguments))
