@@ -23,17 +23,7 @@ __version__ = "0.1.0"
 
 # A type checker that saw this would accept any name as one of the package.
 if not TYPE_CHECKING:
-    __getattr__ = lazy(
-        __name__,
-        {
-            "loss": ("fused_pre_loss", "loss"),
-            "head": ("PreHead", "head"),
-            "reference": ("reference",),
-            "checks": ("checks",),
-            "problem": ("problem",),
-            "fused": ("fused",),
-        },
-    )
+    __getattr__ = lazy(__name__, {"loss": ("fused_pre_loss",), "head": ("PreHead",)})
 
 
 def __dir__() -> list[str]:
