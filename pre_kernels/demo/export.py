@@ -19,8 +19,9 @@ from pre_kernels.screen import why
 from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks, split_digits
 from .text import BEGIN, IMAGE
 
-# This many scenes of each digit are written as files.
-SCENES = 12
+# This many scenes of each digit are written as files. A quarter of all scenes test the probe, and a
+# report says that fewer than 100 are too few.
+SCENES = 40
 
 
 def processor() -> LlavaProcessor:
