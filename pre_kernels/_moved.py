@@ -15,9 +15,9 @@ def moved(
     to, and other names by `others`."""
 
     def get(name: str) -> Any:
-        if name not in new and others is not None:
-            return others(name)
         if name not in new:
+            if others is not None:
+                return others(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
             f"{module}.{name} has moved to {new[name]}.{name}; the old path goes in 0.3",

@@ -1,5 +1,5 @@
-"""What all commands do in the same way on the screen: text that every terminal can show, and one
-clear line where a command is stopped, its output is closed or a disk is full."""
+"""What all commands do in the same way: text that every terminal can show, one clear line where a
+command is stopped, its output is closed or a disk is full, and files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ READ_ONLY = (errno.EROFS,)
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 CLOSED = 128 + 13  # SIGPIPE, which Windows does not have
+# The suffix of a file while it is being written.
+PARTIAL = ".partial"
 
 
 class Terminated(KeyboardInterrupt):
@@ -203,6 +205,30 @@ def why(error: OSError, path: str | Path | None = None) -> str:
         what = "the output" if name is None else name
         return f"cannot write {what}: {reason}; choose a folder that can be written"
     return reason if name is None else f"{name}: {reason}"
+
+
+def write(path: Path, text: str) -> None:
+    """Write the file whole or not at all. OSError names the file."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        # What is there of it takes space on a full disk.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def plural(number: int, one: str, more: str = "") -> str:
+    """Return a number with its noun, such as "1 seed" or "2 processes".
+
+    Args:
+        one: the noun for 1.
+        more: the noun for other numbers; empty for `one` with an s.
+    """
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def hanging(begin: str, text: str) -> str:

@@ -183,14 +183,12 @@ class Report:
 
     def save(self, finished: bool) -> None:
         """Write the file. If the disk does not take it, say so once: the lines are what remains."""
-        partial = self.path.with_name(self.path.name + ".part")
         content = strict({**self.about, "finished": finished, "results": self.results})
         try:
-            partial.write_text(json.dumps(content, indent=1))
-            os.replace(partial, self.path)
+            screen.write(self.path, json.dumps(content, indent=1))
         except OSError as error:
             if not self.lost:
-                screen.say(f"error: {screen.why(error, self.path)}; the checks continue")
+                screen.say(f"error: {screen.why(error)}; the checks continue")
             self.lost = True
 
 

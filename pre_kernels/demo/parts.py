@@ -21,7 +21,7 @@ import transformers
 
 import pre_kernels
 from pre_kernels import sources
-from pre_kernels.screen import why
+from pre_kernels.screen import plural, why, write
 
 from .compare import run_seed
 from .export import Kept
@@ -71,10 +71,7 @@ class Parts:
         path = self._path(seed)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A file that is replaced as a whole is complete or absent.
-            text = json.dumps(self.done[seed])
-            path.with_suffix(".new").write_text(text, encoding="utf-8")
-            path.with_suffix(".new").replace(path)
+            write(path, json.dumps(self.done[seed]))
         except OSError as error:
             self.problems.append(why(error, path))
 
@@ -153,11 +150,7 @@ def machine(device: str, jobs: int) -> str:
     name = re.search(r"^model name\s*:\s*(.+)$", said, re.MULTILINE)
     cpu = name[1].strip() if name else platform.processor() or platform.machine() or "CPU"
     cores = os.cpu_count() or 1
-    return f"{cpu}, {counted(cores, 'core')}, {counted(jobs, 'process', 'processes')}"
-
-
-def counted(number: int, one: str, more: str = "") -> str:
-    return f"{number} {one}" if number == 1 else f"{number} {more or one + 's'}"
+    return f"{cpu}, {plural(cores, 'core')}, {plural(jobs, 'process', 'processes')}"
 
 
 def commit() -> str | None:

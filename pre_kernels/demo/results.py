@@ -12,7 +12,7 @@ from typing import Any
 from pre_kernels.diagnostics.report import page
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
 from pre_kernels.diagnostics.report.statistics import effect, spread
-from pre_kernels.screen import why
+from pre_kernels.screen import plural, why, write
 
 from . import words
 from .picture import scene
@@ -265,10 +265,7 @@ def took(results: dict[str, Any]) -> str:
 
 def minutes(seconds: float) -> str:
     """Return a time in whole minutes, or in seconds below one."""
-    count = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{count} minute{'' if count == 1 else 's'}"
+    return f"{seconds:.0f} s" if seconds < 60 else plural(round(seconds / 60), "minute")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -287,7 +284,7 @@ def save(results: dict[str, Any], folder: Path) -> tuple[list[Path], list[str]]:
         draw(shown, path, words.SMOKE if shown["warning"] else "")
 
     def text(content: Callable[[], str]) -> Callable[[Path], object]:
-        return lambda path: path.write_text(content(), encoding="utf-8")
+        return lambda path: write(path, content())
 
     files: dict[str, Callable[[Path], object]] = {
         "json": text(lambda: json.dumps(results, indent=1) + "\n"),
@@ -297,10 +294,10 @@ def save(results: dict[str, Any], folder: Path) -> tuple[list[Path], list[str]]:
     }
     written = []
     problems = []
-    for ending, write in files.items():
+    for ending, make in files.items():
         path = folder / f"demo.{ending}"
         try:
-            write(path)
+            make(path)
             written.append(path)
         except OSError as error:
             problems.append(why(error, path))

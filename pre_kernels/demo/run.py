@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from pre_kernels.screen import plural
+
 from . import Unsaved, stages, words
 from .progress import Estimate, bars
 from .settings import Settings
@@ -80,7 +82,7 @@ def _measure(
     jobs = min(jobs, max(left, 1))
     total = left * stages.seconds(settings)
     console.print(
-        f"{left} seed{'' if left == 1 else 's'}, {jobs} at a time: {Estimate(total, jobs)}",
+        f"{plural(left, 'seed')}, {jobs} at a time: {Estimate(total, jobs)}",
         highlight=False,
     )
     restore = quiet()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from pre_kernels.screen import plural
+
 from .settings import Settings
 
 Results = dict[str, Any]
@@ -47,7 +49,7 @@ def agreed(changes: Sequence[float]) -> int:
 def better(changes: Sequence[float], sign: int = 1) -> str:
     """Say in how many seeds a value is better. `sign` is -1 where lower is better."""
     count = sum(sign * change > 0 for change in changes)
-    return f"{count} of {len(changes)} seed{'' if len(changes) == 1 else 's'}"
+    return f"{count} of {plural(len(changes), 'seed')}"
 
 
 def percent(value: float) -> str:

@@ -116,7 +116,7 @@ def test_all_of_a_cpu(tmp_path, capsys):
     )
     assert any("× six bare matmuls" in line and line.startswith(" ") for line in lines)
     assert lines[-1].startswith(f"{5 + (peak == 'pass')} passed, 0 failed, ")
-    assert not list((tmp_path / "new").glob("*.part"))
+    assert not list((tmp_path / "new").glob("*.partial"))
 
 
 FAULTS = """
@@ -367,7 +367,7 @@ def test_bad_arguments_say_what_is_wanted(arguments, message, capsys, tmp_path, 
 
 
 def test_a_full_disk_is_said_once_and_the_checks_continue(tmp_path, capsys, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     report = command.Report(tmp_path / "check.json", {})

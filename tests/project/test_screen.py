@@ -179,3 +179,23 @@ def test_a_cell_is_wrapped_on_a_terminal_only(monkeypatch):
     assert f"{first[7:]} {second[7:]}" == text
     monkeypatch.setenv("COLUMNS", "20")
     assert "\n" not in screen.hanging("begin  ", text)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "λ.json"
+    screen.write(path, "λ before")
+
+    def full(partial, file):
+        assert Path(partial).read_text(encoding="utf-8") == "after"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError) as error:
+        screen.write(path, "after")
+    assert screen.why(error.value).startswith(f"cannot write {path}: No space left on device")
+    assert [file.read_text(encoding="utf-8") for file in tmp_path.iterdir()] == ["λ before"]
+
+
+def test_a_number_with_its_noun():
+    said = [screen.plural(1, "seed"), screen.plural(0, "seed"), screen.plural(2, "ox", "oxen")]
+    assert said == ["1 seed", "0 seeds", "2 oxen"]

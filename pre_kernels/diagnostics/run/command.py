@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -84,4 +83,4 @@ def trace(options: argparse.Namespace) -> None:
         print(draw_losses(options.logs, out))
     else:
         print(draw(options.logs, options.layer, options.metric, options.score, options.scores, out))
-    print(f"the plot: {out}", file=sys.stdout)
+    print(f"the plot: {out}")

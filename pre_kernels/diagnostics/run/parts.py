@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import pre_kernels
-from pre_kernels.screen import why
+from pre_kernels.screen import PARTIAL, why, write
 
 from .data import Images
 from .settings import Settings
@@ -28,8 +28,6 @@ FILES = {
 }
 # The folder for the result of each model and the state of an interrupted run.
 PARTS = "parts"
-# The suffix of a file while it is being written.
-PARTIAL = ".partial"
 # The share of the time that may be spent on saving the state of a run.
 SAVING = 0.05
 
@@ -180,17 +178,3 @@ def written(file: Path, parts: Path) -> bool:
     return parts in file.parents or (
         file.parent == parts.parent and file.name.removesuffix(PARTIAL) in FILES
     )
-
-
-def write(path: Path, text: str) -> None:
-    """Write the file whole or not at all. OSError names the file."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        # What is there of it takes space on a full disk.
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pre_kernels
 from pre_kernels.integrations import Reader
-from pre_kernels.screen import why
+from pre_kernels.screen import plural, why, write
 
 from .. import LayerReport, similarity_map
 from ..report import page, terminal
@@ -26,7 +26,7 @@ from .left_out import MASKS, Tally, by_reason, counted, images_of, none_left
 from .loading import SPREAD, Loaded, check_sources, load
 from .measure import Sample, measure
 from .parts import FILES as FILES
-from .parts import PARTS, Part, Saver, alone, strangers, write
+from .parts import PARTS, Part, Saver, alone, strangers
 from .progress import Meter, quiet_loading
 from .samples import Preparation, ahead
 from .settings import Settings as Settings
@@ -312,8 +312,7 @@ def sums_device(device: str) -> str:
 
 def device_name(device: str) -> str:
     if not sums_device(device).startswith("cuda"):
-        threads = torch.get_num_threads()
-        return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+        return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     count = torch.cuda.device_count() if device == SPREAD else 1
     return (
         f"{count} × {torch.cuda.get_device_name()}"

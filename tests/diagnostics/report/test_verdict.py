@@ -78,7 +78,7 @@ def test_two_models_are_compared_in_the_deep_half():
     assert same[2].startswith("No difference is clear between a and b: the linear probe is 0.50")
 
 
-def test_a_measure_that_says_the_opposite_is_named():
+def test_a_further_measure_is_named_if_it_differs():
     def both(probe, contrast):
         return [
             row | {"contrast": value}
@@ -94,6 +94,10 @@ def test_a_measure_that_says_the_opposite_is_named():
     )
     assert verdict(document(("b", [other]), ("a", [one])))[3].startswith(
         "But the semantic contrast"
+    )
+    both_worse = both([0.9, 0.8, 0.3, 0.3], [1.5, 1.2, 1.1, 1.1])
+    assert verdict(document(("a", [one]), ("b", [both_worse])))[3].startswith(
+        "Also the semantic contrast ratio of b is worse: 1.10 instead of 1.40"
     )
 
 
