@@ -28,6 +28,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pre_kernels.screen import starting
+
 from .follow import LAUNCHER, console, is_python, python_flags
 from .launch_settings import checked_head, parameters, read_settings, restored, short_options
 
@@ -65,11 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the target after `--`. Exceptions of the target pass through, `SystemExit` included."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with restored():
-        try:
+        with starting("before the script started"):
             run, launch = _prepared(arguments)
-        except KeyboardInterrupt:
-            print("PRe: interrupted before the script started", file=sys.stderr)
-            sys.exit(130)
         failed = True
         try:
             with launch:
@@ -202,6 +201,11 @@ def _target(words: list[str]) -> Callable[[], Any]:
                 f"own flags behind the python of `{LINE}`"
             )
         return _target(words[1 + cut :])
+    if script.startswith("-"):
+        raise ValueError(
+            f"script: got {script!r}, want a script, -m module or command first behind the --; "
+            f"options of the launcher go before it: `{LINE}`"
+        )
     sys.argv = words
     path: str | None = script
     if not os.path.isfile(script) or script.endswith(".sh"):

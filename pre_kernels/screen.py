@@ -169,7 +169,9 @@ def _handled(
         yield
     finally:
         for number, current in before.items():
-            signal.signal(number, current)
+            # A module that was imported meanwhile may have set a handler of its own.
+            if signal.getsignal(number) is handler:
+                signal.signal(number, current)
 
 
 def ending(stop: KeyboardInterrupt) -> str:

@@ -97,7 +97,8 @@ def bars(console: Console, total: float = 0.0, jobs: int = 1) -> Iterator[Bar]:
                 shown = "" if loss != loss else f"loss {loss:.3f}"
                 estimate.advance(stage)
                 progress.update(task, advance=1, note=shown)
-                progress.update(whole, completed=estimate.done, description=str(estimate))
+                if total:
+                    progress.update(whole, completed=estimate.done, description=str(estimate))
                 if not terminal and time.monotonic() - last > QUIET:
                     line(f"{name}: step {taken} of {steps}")
 

@@ -23,6 +23,10 @@ from pre_kernels.integrations.launched import Launch
             ["--", "missing.py"],
             "script: 'missing.py' is neither a file nor an installed console command",
         ),
+        (
+            ["--", "--layer", "2", "ok.py"],
+            "script: got '--layer', want a script, -m module or command first behind the --",
+        ),
         (["--", "-m", "missing.module"], "no module named 'missing.module' can be run"),
         (["--", "-m", "json"], "no module named 'json' can be run"),
         (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer; did you mean --layer?"),

@@ -4,7 +4,9 @@ others replace."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from transformers import Trainer
 
 from pre_kernels.integrations import launch
 from pre_kernels.integrations.launched import Launch
+from verify import ROOT
 
 from .support.scripts import TRAIN, under_the_launcher
 
@@ -102,18 +105,45 @@ def test_a_signal_is_left_to_the_script(name: str, run: Any, capsys: Captured) -
     assert [line[:13] for line in said.err.splitlines() if "PRe: " in line] == ["PRe: attached"]
 
 
-def test_an_interrupt_before_the_script_starts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured
-) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
+def test_a_signal_before_the_script_starts(tmp_path: Path) -> None:
+    """It is not left to exceptions, which imports of extension modules swallow."""
     (tmp_path / "ok.py").write_text("raise AssertionError('it ran')")
-    monkeypatch.setattr(launch, "read_settings", stop)
-    with pytest.raises(SystemExit) as left:
-        launch.main(["--", str(tmp_path / "ok.py")])
-    assert left.value.code == 130
-    assert capsys.readouterr().err == "PRe: interrupted before the script started\n"
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException: pass\n"
+        "def dino(): ..."
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", launch.LAUNCHER, "--set=anchor=swallows:dino", "--", "ok.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "pre-kernels: interrupted: before the script started\n"
+
+
+def test_a_handler_that_a_module_of_the_settings_sets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is there when the script runs."""
+    before = signal.getsignal(signal.SIGTERM)
+    (tmp_path / "handles.py").write_text(
+        "import signal\ndef dino(inputs, rows): ...\nsignal.signal(signal.SIGTERM, dino)"
+    )
+    (tmp_path / "ok.py").write_text(
+        "import handles, signal\nassert signal.getsignal(signal.SIGTERM) is handles.dino"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        launch.main(
+            ["--set=anchor=handles:dino", "--set=anchor_dim=8", "--", str(tmp_path / "ok.py")]
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_script_that_patches_the_trainer_itself(run: Any, capsys: Captured) -> None:
