@@ -53,8 +53,10 @@ def short_rows(results: dict[str, Any], spreads: bool = True) -> list[tuple[str,
         ("task accuracy", "accuracy", None, 1),
         ("L_PRe", "pre_loss", None, -1),
     ]
-    for name, key in (("linear probe", "probe"), ("contrast ratio", "contrast")):
-        metrics += [(f"{name}, {where}", key, layer, 1) for layer, where in layers.items()]
+    metrics += [(f"linear probe, {where}", "probe", layer, 1) for layer, where in layers.items()]
+    # The screen has 24 lines.
+    for layer in (0, settings["layers"]):
+        metrics.append((f"contrast ratio, {layers[layer]}", "contrast", layer, 1))
     rows = []
     for name, key, index, sign in metrics:
         without, with_ = (_values(results, arm, key, index) or [] for arm in ("without", "with"))

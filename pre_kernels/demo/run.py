@@ -133,10 +133,10 @@ def show(results: dict[str, Any], paths: list[Path], out: Path, console: Console
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    names = ", ".join(path.name for path in reversed(paths))
-    console.print(
-        f"Files in {out}: {names}. Layer by layer:", soft_wrap=True, highlight=False, markup=False
-    )
+    # The first name in full, of the others the endings: with the default folder one line.
+    names = [path.suffix if n else path.name for n, path in enumerate(reversed(paths))]
+    written = f"Files in {out}: {', '.join(names)}. Layer by layer:"
+    console.print(written, soft_wrap=True, highlight=False, markup=False)
     console.print(f"  {next_command(out)}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -12,9 +12,9 @@ from .settings import Settings
 
 Results = dict[str, Any]
 ABOUT = (
-    "PRe (Predictive Regularization) is a loss added while a vision-language model is trained: "
-    "a small head predicts the image tokens that enter the LLM from those in its middle, so these "
-    "keep what the image shows. Later the head is dropped."
+    "PRe (Predictive Regularization) adds a loss, L_PRe, to the training of a vision-language "
+    "model: a small head, later removed, predicts the image tokens that enter the LLM from those "
+    "in its middle, so these keep what the image shows."
 )
 SMOKE = (
     "Smoke test (--quick): the trainings are too short to show an effect. The numbers only show "
@@ -24,6 +24,8 @@ SMOKE = (
 KEPT = 0.02
 # So many standard errors of a difference between two accuracies are within the noise.
 NOISE = 2.0
+# Other measures of which higher is better: their keys, names and digits after the point.
+OTHERS = (("contrast", "contrast ratio", 2), ("effective_dimension", "effective dimension", 1))
 # Fewer seeds have no useful interval.
 SEVERAL = 3
 
@@ -38,7 +40,7 @@ def verdict(results: Results) -> list[str]:
     A smoke test has no verdict."""
     if smoke_test(results["settings"]):
         return []
-    return [*_tokens(results), _task(results), *_contrast(results), *_seeds(results)]
+    return [*_tokens(results), _task(results), *_others(results), *_seeds(results)]
 
 
 def agreed(changes: Sequence[float]) -> int:
@@ -78,8 +80,8 @@ def _tokens(results: Results) -> list[str]:
         0: "With PRe there is no clear difference",
     }[sign]
     return [
-        f"Without PRe the LLM {begin} of what its image tokens show: a linear probe names their "
-        f"digit with {first} accuracy at the input, {last} after the last layer.",
+        f"Without PRe the LLM {begin} of what its image tokens show: a linear classifier (probe) "
+        f"reads a digit from them with {first} accuracy at the input, {last} after the last layer.",
         f"{said}: {shown['with'][0]} and {shown['with'][1]}.",
     ]
 
@@ -90,26 +92,28 @@ def _task(results: Results) -> str:
     count = len(results["seeds"]) * results["settings"]["test_scenes"]
     error = sum(share * (1 - share) / count for share in (without, with_)) ** 0.5
     change = with_ - without
-    if abs(change) <= NOISE * error:
-        said = "The task is learned as well"
-    else:
-        said = f"The task is learned {'better' if change > 0 else 'worse'} with PRe"
-    return f"{said}: {percent(without)} right answers without, {percent(with_)} with it."
+    close = abs(change) <= NOISE * error
+    how = "equally well" if close else f"{'better' if change > 0 else 'worse'} with PRe"
+    return (
+        f"The task, odd or even, is learned {how}: {percent(without)} right answers without, "
+        f"{percent(with_)} with it."
+    )
 
 
-def _contrast(results: Results) -> list[str]:
-    """Say so if the other measure tells another story."""
+def _others(results: Results) -> list[str]:
+    """Say so if another measure tells another story."""
     layer = results["settings"]["layer"]
-    deep = [
-        [mean(run[arm]["contrast"][layer:]) for run in results["seeds"]]
-        for arm in ("without", "with")
-    ]
-    if agreed([b - a for a, b in zip(*deep, strict=True)]) >= 0:
-        return []
-    return [
-        f"The contrast ratio is lower with PRe ({mean(deep[1]):.2f}, without {mean(deep[0]):.2f}), "
-        "unlike in the paper."
-    ]
+    said = []
+    for key, name, digits in OTHERS:
+        if key not in results["seeds"][0]["with"]:
+            continue
+        deep = [
+            [mean(run[arm][key][layer:]) for run in results["seeds"]] for arm in ("without", "with")
+        ]
+        if agreed([b - a for a, b in zip(*deep, strict=True)]) < 0:
+            without, with_ = (f"{mean(values):.{digits}f}" for values in deep)
+            said.append(f"{name} {with_}, without {without}")
+    return [f"Worse with PRe, unlike in the paper: {'; '.join(said)}."] if said else []
 
 
 def _seeds(results: Results) -> list[str]:

@@ -77,7 +77,8 @@ _ALL = (
         "contrast",
         "Semantic contrast ratio",
         "cohesion ÷ coupling",
-        "cohesion ÷ coupling; at 1 object borders leave no trace (arXiv 2603.20808)",
+        "how much more alike two patches of one object are than patches of two: cohesion ÷ "
+        "coupling, at 1 equally alike (arXiv 2603.20808)",
         "masks, the patches of each object",
         better="higher",
     ),
@@ -136,8 +137,8 @@ _ALL = (
         "effective_dimension",
         "Effective dimension",
         "directions",
-        "(Σ λ)² ÷ Σ λ² with λ the eigenvalues of the tokens' covariance (participation ratio, "
-        "arXiv 2603.20808)",
+        "in how many directions the tokens vary: (Σ λ)² ÷ Σ λ² with λ the eigenvalues of their "
+        "covariance (participation ratio, arXiv 2603.20808)",
         "tokens that differ and the metric “spectrum”",
         digits=1,
         better="higher",

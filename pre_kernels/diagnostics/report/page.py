@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -75,6 +76,7 @@ def html(document: Document) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["options"] = _options
     template = environment.from_string(
         resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     )
@@ -264,6 +266,14 @@ def _panel(document: Document, column: Column) -> dict[str, str]:
         "few": (few + rest).strip(),
         "end": f"{_upper(formula)}.",
     }
+
+
+def _options(text: str) -> Any:
+    """A text as HTML, escaped, in which no line breaks within an option such as --seeds."""
+    from markupsafe import Markup, escape
+
+    marked = re.sub(r"(?<!\S)--[a-z-]+", r"<code>\g<0></code>", str(escape(text)))
+    return Markup(marked)
 
 
 def _upper(text: str) -> str:

@@ -238,16 +238,16 @@ def _comparison(before: Model, after: Model, columns: Sequence[Column]) -> list[
         if len(signs) > 1:
             but = "Also" if sign == signs[0] else "But"
             which = "better" if sign > 0 else "worse"
-            said += [f"{but} the {what} of {after['name']} is {which}: {values}."] if sign else []
+            said += [f"{but} the {what} of “{after['name']}” is {which}: {values}."] if sign else []
         elif sign:
             more = "more" if sign > 0 else "less"
             said.append(
-                f"{after['name']} keeps {more} than {before['name']}: its {what} is {values}."
+                f"“{after['name']}” keeps {more} than “{before['name']}”: its {what} is {values}."
             )
         else:
             said.append(
-                f"No difference is clear between {before['name']} and {after['name']}: the {what} "
-                f"is {mean(old):.2f} and {mean(new):.2f} {amount}."
+                f"No difference is clear between “{before['name']}” and “{after['name']}”: the "
+                f"{what} is {mean(old):.2f} and {mean(new):.2f} {amount}."
             )
     return said
 

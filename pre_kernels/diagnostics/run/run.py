@@ -282,7 +282,7 @@ def described(
     masked = max(result["masked"] for result in results)
     return {
         "title": "Visual tokens, layer by layer: "
-        + ", ".join(result["name"] for result in results),
+        + " and ".join(f"“{result['name']}”" for result in results),
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": ", ".join(dict.fromkeys(result["device"] for result in results)),

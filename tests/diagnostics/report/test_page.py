@@ -328,6 +328,12 @@ def test_a_warning_stands_first_and_draws_no_verdict():
     assert "lose" not in "".join(Page(own).text)
 
 
+def test_an_option_in_a_verdict_does_not_break_and_the_rest_is_escaped():
+    text = report.html(full() | {"verdict": [f"Few: use --seeds 5, not a--b{EVIL}."]})
+    assert "use <code>--seeds</code> 5, not a--b" in text
+    assert EVIL not in text
+
+
 def test_a_scene_has_its_picture_and_caption():
     text = report.html(full() | {"scene": {"picture": PICTURE, "caption": f"Which digit?{EVIL}"}})
     assert f"data:image/png;base64,{PICTURE}" in text

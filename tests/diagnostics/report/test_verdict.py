@@ -68,14 +68,16 @@ def test_two_models_are_compared_in_the_deep_half():
     before, after = [0.9, 0.8, 0.5, 0.5], [0.9, 0.8, 0.75, 0.75]
     models = ("a", [run(before, test=400)]), ("b", [run(after, test=400)])
     assert verdict(document(*models))[2:] == [
-        "b keeps more than a: its linear probe is 0.75 instead of 0.50 over layers 8, 12 "
+        "“b” keeps more than “a”: its linear probe is 0.75 instead of 0.50 over layers 8, 12 "
         "(+0.25 ± 0.06).",
         "How sure: 400 test images: an accuracy is known to ± 0.05. One run of each cannot show "
         "what other seeds give; 3 or more can.",
     ]
-    assert "a keeps less than b" in verdict(document(*models[::-1]))[2]
+    assert "“a” keeps less than “b”" in verdict(document(*models[::-1]))[2]
     same = verdict(document(models[0], ("b", [run([0.9, 0.8, 0.51, 0.53], test=400)])))
-    assert same[2].startswith("No difference is clear between a and b: the linear probe is 0.50")
+    assert same[2].startswith(
+        "No difference is clear between “a” and “b”: the linear probe is 0.50"
+    )
 
 
 def test_a_further_measure_is_named_if_it_differs():
@@ -89,7 +91,7 @@ def test_a_further_measure_is_named_if_it_differs():
     other = both([0.9, 0.8, 0.7, 0.7], [1.5, 1.2, 1.1, 1.1])
     said = verdict(document(("a", [one]), ("b", [other])))
     assert said[3] == (
-        "But the semantic contrast ratio of b is worse: 1.10 instead of 1.40 over layers 8, 12 "
+        "But the semantic contrast ratio of “b” is worse: 1.10 instead of 1.40 over layers 8, 12 "
         "(-0.30)."
     )
     assert verdict(document(("b", [other]), ("a", [one])))[3].startswith(
@@ -97,7 +99,7 @@ def test_a_further_measure_is_named_if_it_differs():
     )
     both_worse = both([0.9, 0.8, 0.3, 0.3], [1.5, 1.2, 1.1, 1.1])
     assert verdict(document(("a", [one]), ("b", [both_worse])))[3].startswith(
-        "Also the semantic contrast ratio of b is worse: 1.10 instead of 1.40"
+        "Also the semantic contrast ratio of “b” is worse: 1.10 instead of 1.40"
     )
 
 
@@ -105,7 +107,7 @@ def test_with_three_runs_the_noise_is_that_between_them():
     a = [run([0.9, 0.8, value, value]) for value in (0.5, 0.6, 0.7)]
     b = [run([0.9, 0.8, value, value]) for value in (0.6, 0.7, 0.81)]
     said = verdict(document(("a", a), ("b", b)))
-    assert said[2].startswith("b keeps more than a")
+    assert said[2].startswith("“b” keeps more than “a”")
     assert said[3] == "How sure: 3 runs of each model; ± is half a 95 % interval over them."
     noisy = [run([0.9, 0.8, value, value]) for value in (0.9, 0.5, 0.75)]
     assert verdict(document(("a", a), ("b", noisy)))[2].startswith("No difference is clear")
@@ -179,4 +181,4 @@ def test_a_small_change_of_unknown_noise_is_not_called_one():
     b = run([1.5, 1.2, 1.14, 1.14], "contrast")
     assert verdict(document(("a", [a]), ("b", [b])))[2].startswith("No difference is clear")
     c = run([1.5, 1.2, 1.2, 1.2], "contrast")
-    assert verdict(document(("a", [a]), ("c", [c])))[2].startswith("c keeps more than a")
+    assert verdict(document(("a", [a]), ("c", [c])))[2].startswith("“c” keeps more than “a”")
