@@ -66,6 +66,14 @@ def test_a_model_without_a_measure_has_dashes():
     assert "nothing was measured" in shown(document(("a", [])))
 
 
+def test_spatial_contrast_stands_in_for_the_contrast_ratio():
+    spatial = run([1.5, 1.2, 1.1], "spatial_contrast")
+    assert "\nSpatial contrast ↑ " in shown(document(("a", spatial)))
+    text = shown(document(("a", [row | {"contrast": 1.3} for row in spatial])))
+    assert "\nSemantic contrast ratio ↑ " in text
+    assert "Spatial" not in text
+
+
 def test_the_beginning_of_a_sentence_is_bold():
     text = io.StringIO()
     said = document(("a", []), verdict=["Mine: it works.", "No colon."])
