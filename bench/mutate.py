@@ -35,6 +35,7 @@ import argparse
 import hashlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -250,6 +251,11 @@ def write(outcomes: Sequence[dict[str, Any]], about: dict[str, Any], path: Path)
         record.append(path, {"kind": "mutation", **about, **line, **stamp})
 
 
+def terminate(number: int, frame: object) -> None:
+    """Let SIGTERM end the run as ^C does. `pre_kernels.screen` would import the package here."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -306,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     results = where.file(options, "mutation.jsonl", parser.error)
     prepare()
+    signal.signal(signal.SIGTERM, terminate)
     KEPT.mkdir(parents=True, exist_ok=True)
     path = KEPT / f"{digest(PACKAGE / file for file in FILES)}.jsonl"
     with tempfile.TemporaryDirectory() as name:
@@ -317,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if options.again
                 else campaign(wanted, path, options.budget, folder)
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"stopped; the outcomes so far are in {path}, and the same command resumes")
-            return 130
+            return 128 + (signal.SIGTERM if stop.args else signal.SIGINT)
     if not (options.again or options.only):
         about = {"seed": options.seed, "drawn": options.sample}
         write(list(outcomes.values()), about, results)

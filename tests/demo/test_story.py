@@ -238,6 +238,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     ]
 
 
+def test_progress_of_work_whose_time_is_not_known():
+    """As in `python -m bench.evidence`."""
+    console = screen(80, force_terminal=False)
+    with progress.bars(console) as bar, bar(stages.READ, "read", 2) as advance:
+        advance(1.0)
+    assert console.file.getvalue() == "read: 2 steps, loss 1.000, 0 s\n"
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_progress_on_a_terminal_fits(width):
     console = screen(width, force_terminal=True, color_system=None)

@@ -1,9 +1,13 @@
 """The mutator on small sources. `make mutate` tells whether tests kill the mutants of the real
 ones."""
 
+import os
+import signal
+
 import pytest
 
 from verify.mutation import mutants as module
+from verify.mutation import runner
 from verify.mutation.mutants import (
     FILES,
     OPERATORS,
@@ -151,3 +155,21 @@ def test_each_survivor_has_one_reason():
     reasons = named()
     assert reasons["equivalent"].keys().isdisjoint(reasons["gap"])
     assert all(reason for each in reasons.values() for reason in each.values())
+
+
+def test_an_interrupt_ends_the_fork(monkeypatch):
+    forks = []
+    fork = os.fork
+
+    def noted():
+        forks.append(fork())
+        return forks[-1]
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fork", noted)
+    monkeypatch.setattr(runner.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.forked(signal.pause, 60)
+    assert os.waitstatus_to_exitcode(os.waitpid(forks[0], 0)[1]) == -signal.SIGKILL

@@ -164,6 +164,8 @@ def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
         if (pid := os.fork()) == 0:
             try:
                 os.setpgid(0, 0)
+                # Tests expect the handler that a process starts with.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 null = os.open(os.environ.get("MUTATE_LOG", os.devnull), os.O_RDWR | os.O_CREAT)
                 os.dup2(null, 1)
                 os.dup2(null, 2)
@@ -172,15 +174,20 @@ def forked(job: Callable[[], Any], limit: float) -> tuple[Any, int]:
                 os._exit(0)
             except BaseException:
                 os._exit(3)
+        # Both set the group, since either may come first.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
         end = time.monotonic() + limit
-        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
-            if time.monotonic() > end:
-                os.killpg(pid, signal.SIGALRM)
-                end = float("inf")
-            time.sleep(0.01)
-        # This also ends the processes that it started.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        try:
+            while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+                if time.monotonic() > end:
+                    os.killpg(pid, signal.SIGALRM)
+                    end = float("inf")
+                time.sleep(0.01)
+        finally:
+            # This ends the processes that it started, and after ^C the fork itself.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(done[1])
         answer.seek(0)
         return (json.load(answer) if status == 0 else None), status
