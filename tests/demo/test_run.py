@@ -156,7 +156,7 @@ def test_a_full_disk_loses_no_measurement(measured, monkeypatch, tmp_path):
     full = "No space left on device; free space there, or choose another folder"
     assert str(error.value) == f"cannot write {tmp_path / 'demo.html'}: {full}"
     assert "linear probe, last layer" in console.file.getvalue()
-    assert "demo.json" in console.file.getvalue()
+    assert "demo.png, .md, .json" in console.file.getvalue()
     assert (tmp_path / "parts" / "seed-1.json").exists()
 
 

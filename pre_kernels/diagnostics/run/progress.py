@@ -76,7 +76,9 @@ class Meter:
             self._units[kind] += 1
             before = now
             left = self.estimate()
-            bar.update(task, completed=done, description=described(), left=left)
+            # A finished bar stays on the screen, and its estimate would be out of date.
+            shown = left if done < total else ""
+            bar.update(task, completed=done, description=described(), left=shown)
             if not animated and now - said >= BETWEEN:
                 said = now
                 self.console.print(f"{described()}, {left}")
