@@ -155,10 +155,10 @@ def test_the_rest_of_a_run_is_estimated_by_what_was_measured(monkeypatch, capsys
     now[0] += 60.0
     progress.tell("second", 30.0)
     assert progress.left() == pytest.approx(90.0 * 90 / 60)
-    progress.tell("between two lines")
     # What the first part has left out is not waited for.
     progress.part(1)
     progress.tell("third", 60.0)
+    progress.tell("between two lines")
     assert capsys.readouterr().err.splitlines() == [
         "1/2 first, about 2 min left",
         "1/2 second, about 2 min left",
