@@ -1,7 +1,4 @@
-"""`pre-kernels demo`: run the comparison, and show and save its results.
-
-transformers takes seconds to import, so this module imports it after its first line on the screen.
-"""
+"""`pre-kernels demo`: run the comparison, and show and save its results."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +16,11 @@ from rich.table import Table
 from pre_kernels.screen import plural
 
 from . import Unsaved, stages, words
+from .parts import Parts, compare
 from .progress import Estimate, bars
+from .results import SHORT_HEADER, SMOKE_TITLE, save, short_rows
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from .parts import Parts
+from .threads import quiet
 
 NAME = "pre-kernels"
 # A narrower screen has no room for standard deviations.
@@ -48,14 +45,9 @@ def run(
     if smoke:
         console.print(words.SMOKE, style="bold")
 
-    from .parts import Parts
-
     parts = Parts(settings, device, out)
     with _kept(parts):
         results = _measure(settings, device, out, console, jobs, parts)
-
-        from .results import save
-
         paths, problems = save(results, out)
     problems = [*parts.problems, *problems]
     if not problems:
@@ -72,9 +64,6 @@ def _measure(
     settings: Settings, device: str, out: Path, console: Console, jobs: int, parts: Parts
 ) -> dict[str, Any]:
     """Run the seeds that `parts` lacks, with bars, and return all measurements."""
-    from .parts import compare
-    from .threads import quiet
-
     if parts.done:
         again = ", ".join(map(str, parts.done))
         console.print(f"Resuming: seed {again} is finished in {parts.folder}.", highlight=False)
@@ -109,8 +98,6 @@ def _kept(parts: Parts) -> Iterator[None]:
 def show(results: dict[str, Any], paths: list[Path], out: Path, console: Console) -> None:
     """Print the verdict, what PRe is, the short table, where the files are, and what to run
     next."""
-    from .results import SHORT_HEADER, SMOKE_TITLE, short_rows
-
     smoke = words.smoke_test(results["settings"])
     console.print(words.SMOKE if smoke else " ".join(words.verdict(results)), highlight=False)
     console.print()
