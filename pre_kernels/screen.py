@@ -91,6 +91,11 @@ def run(command: Callable[[], int]) -> int:
         if not [stream for stream in (sys.stdout, sys.stderr) if stream and closed(stream)]:
             raise
         return CLOSED
+    except SystemExit as end:
+        # rich ends the program with status 1 if nobody reads its output any more.
+        if isinstance(end.__context__, BrokenPipeError):
+            return CLOSED
+        raise
     except OSError as error:
         if not is_disk(error):
             raise

@@ -64,6 +64,8 @@ def each_seed(
             pipe, process = stack.enter_context(_worker(run, arguments))
             workers[pipe] = process
             _send(pipe, waiting.pop(0))
+        # All get the signal before any is waited for.
+        stack.callback(lambda: [process.terminate() for process in workers.values()])
         shown: dict[int, Shown] = {}
         while len(results) < len(seeds):
             ready: list[Any] = wait([*workers])
@@ -148,8 +150,6 @@ def _lost(process: BaseProcess) -> NoReturn:
 
 
 def _work(pipe: Connection) -> None:
-    # An orderly end also releases semaphores of libraries, which a warning would name else.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     # The parent closes the pipe or dies: then there is nothing left to do.
     with contextlib.suppress(EOFError, ConnectionError):
         # PyTorch and transformers are imported here.
@@ -157,6 +157,9 @@ def _work(pipe: Connection) -> None:
         from .threads import quiet
 
         quiet()
+        # An orderly end also releases semaphores of libraries, which a warning would name else.
+        # During the imports SIGTERM ends the process at once: extension modules swallow exceptions.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
         while True:
             seed = pipe.recv()
 

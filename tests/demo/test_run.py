@@ -9,7 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -217,6 +219,37 @@ def test_workers_end_with_the_run(capfd):
     with pytest.raises(RuntimeError, match="worker: got exit status -9, want 0"):
         workers.each_seed(killed, 2, (), no_bar, 2)
     assert capfd.readouterr().err == ""
+
+
+def swallow():
+    """What an extension module may do with an exception while it is imported."""
+    end = time.monotonic() + PATIENT
+    while time.monotonic() < end:
+        with suppress(BaseException):
+            time.sleep(1)
+
+
+class Imported:
+    """Its import takes `PATIENT` seconds."""
+
+    def __reduce__(self):
+        return swallow, ()
+
+
+PATIENT = 100.0
+
+
+def test_workers_that_still_import_end_at_once(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", PATIENT)
+    monkeypatch.setattr(workers, "wait", lambda pipes: wait(pipes, 5.0) or stop())
+
+    def stop():
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        workers.each_seed(broken, 2, (Imported(),), no_bar, 2)
+    assert time.monotonic() - start < PATIENT / 2
 
 
 STARTED = """

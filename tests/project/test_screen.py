@@ -67,6 +67,15 @@ def test_output_that_nobody_reads_ends_a_command_silently(stream):
     assert done.returncode == 141
 
 
+def test_output_of_rich_that_nobody_reads_ends_a_command_silently():
+    pytest.importorskip("rich")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = ended("import rich\nrich.print('x' * 100000)", stdout=writer)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
 def test_a_pipe_to_something_else_breaks_with_a_traceback():
     done = ended("raise BrokenPipeError('a worker')")
     assert "BrokenPipeError: a worker" in done.stderr
