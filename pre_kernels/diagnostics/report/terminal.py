@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def show(document: Document, console: Console) -> None:
-    """Print the warning, the verdict, what the report is about, and `table`. Lines break at spaces.
+    """Print the warning, what the report is about, `table`, and the verdict. The verdict comes
+    last, so that it is still on the screen when the command has ended. Lines break at spaces.
 
     Needs rich.
 
@@ -25,17 +26,18 @@ def show(document: Document, console: Console) -> None:
     """
     from rich.text import Text
 
+    if warning := document.get("warning"):
+        console.print(Text(warning, "bold yellow"), soft_wrap=False)
+    if text := about(document):
+        console.print(Text(text, "dim"), soft_wrap=False)
+        console.print()
+    console.print(table(document), soft_wrap=False)
+    console.print()
     said = document.get("verdict")
-    for text in [document["warning"]] if document.get("warning") else []:
-        console.print(Text(text, "bold yellow"), soft_wrap=False)
     for text in verdict(document) if said is None else said:
         line = Text(text)
         line.stylize("bold", 0, text.find(": ") + 1)
         console.print(line, soft_wrap=False)
-    if text := about(document):
-        console.print(Text(text, "dim"), soft_wrap=False)
-    console.print()
-    console.print(table(document), soft_wrap=False)
 
 
 def table(document: Document) -> Table:
@@ -46,7 +48,7 @@ def table(document: Document) -> Table:
 
     shown = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     shown.add_column("", overflow="fold")
-    for name in ("first", "lowest (layer)", "last"):
+    for name in ("first layer", "lowest (layer)", "last layer"):
         shown.add_column(name, justify="right", no_wrap=True)
     for column in main_columns(document["models"]):
         shown.add_row(Text(f"{column.title}{column.arrow}{_tested(document, column)}"))
