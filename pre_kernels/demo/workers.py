@@ -64,8 +64,6 @@ def each_seed(
             pipe, process = stack.enter_context(_worker(run, arguments))
             workers[pipe] = process
             _send(pipe, waiting.pop(0))
-        # All get the signal before any is waited for.
-        stack.callback(lambda: [process.terminate() for process in workers.values()])
         shown: dict[int, Shown] = {}
         while len(results) < len(seeds):
             ready: list[Any] = wait([*workers])
