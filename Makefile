@@ -39,7 +39,7 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRA)]' || $(BIN)/pip install -e '.[$(EXTRA)]'
 	touch $@
 
-demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute)
+demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute or two)
 	$(BIN)/pre-kernels demo $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss" for some tests)
