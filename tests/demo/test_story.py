@@ -70,8 +70,10 @@ KEPT = [(0.98, 0.95), (0.98, 0.94)]
         (made_up(KEPT, FALLS), "With PRe it keeps less"),
         (made_up(FALLS, [FALLS[0], KEPT[1]]), "With PRe there is no clear difference"),
         (made_up(FALLS, FALLS), "With PRe there is no clear difference"),
+        (made_up(FALLS, [(0.98, 0.87), (0.98, 0.81)]), "With PRe there is no clear difference"),
         (made_up([(0.98, 0.97)], KEPT[:1]), "Without PRe the LLM keeps nearly all of what"),
         (made_up(FALLS, KEPT), "is learned equally well"),
+        (made_up(FALLS, KEPT, accuracy=(0.95, 0.945)), "is learned equally well"),
         (made_up(FALLS, KEPT, accuracy=(0.9, 0.95)), "is learned better with PRe"),
         (made_up(FALLS, KEPT, accuracy=(0.9, 0.8)), "is learned worse with PRe"),
         (
