@@ -122,7 +122,7 @@ def test_a_model_that_brings_code(folder: Path, monkeypatch: pytest.MonkeyPatch)
     config = {"model_type": "evil", "auto_map": classes, "architectures": ["Model"]}
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (folder / "model" / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="--trust-remote-code"):
         load("model")
     assert not (folder / "pwned").exists()
     assert cli.parser().parse_args(["diagnose", "model", "images"]).trust_remote_code is False

@@ -42,7 +42,7 @@ def test_commands(readme: Path) -> None:
         given = launch._parser().parse_args(shlex.split(options))
         if given.config is not None:
             given.config = str(readme.parent / given.config)
-            assert launch._settings(given)["weight"] == 0.5
+            assert launch.read_settings(given)["weight"] == 0.5
 
 
 @pytest.mark.parametrize("readme", sorted(RECIPES.glob("*/README.md")), ids=lambda p: p.parent.name)

@@ -148,6 +148,11 @@ def load(
             source, dtype=dtype or "auto", use_safetensors=True, **placed, **more
         )
     except (OSError, ValueError, KeyError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"trust_remote_code: got False for {source}, which brings code of its own, want "
+                "True (--trust-remote-code) if you trust it"
+            ) from error
         raise ValueError(
             f"{where} cannot be loaded as a vision-language model: {first_line(error)}; want one "
             "that AutoModelForImageTextToText loads"
