@@ -8,6 +8,7 @@ import re
 import pytest
 
 from pre_kernels import cli
+from pre_kernels.cli import commands
 from pre_kernels.integrations import families, family_table
 from verify import ROOT
 
@@ -82,7 +83,7 @@ def test_text_says_what_is_installed(installed: str, llava: str, qwen: str) -> N
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["env", "--models", "--markdown"]) == 0
     assert capsys.readouterr().out == family_table.markdown() + "\n"
-    monkeypatch.setattr(cli, "installed", lambda package: None)
+    monkeypatch.setattr(commands, "installed", lambda package: None)
     assert cli.main(["env", "--models"]) == 0
     assert capsys.readouterr().out == family_table.text(None) + "\n"
     assert cli.main(["env", "--markdown"]) == 2

@@ -85,7 +85,8 @@ class Meter:
 
         if not animated:
             self.console.print(f"{model}: {VERBS[kind]} {total - done} {kind}")
-        with bar:
+        # An old rich prints an empty line at the end of a bar that is not shown.
+        with bar if animated else contextlib.nullcontext():
             yield step
 
     def estimate(self) -> str:
