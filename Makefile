@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := $(or $(wildcard $(INSTALLED)),$(VENV)/.installed-demo)
 # Two single-threaded workers are faster than one with two threads: most of a test's time is spent in Python.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+QUICK := -m 'not slow'
 OTHERS := oldest image newest
 # The newest datasets does not work with the huggingface_hub of transformers 4.57, nor the newest pyarrow with numpy 1.26.
 PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
@@ -18,6 +19,8 @@ CORE := loss kernels row_kernels rounding ops head reference checks
 OLDEST := $(CORE:%=tests/core/test_%.py) tests/project/test_versions.py tests/integrations tests/diagnostics/run
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 ARGS ?=
+# Where this is set, as in many images, each of the many processes compiles the libraries' source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest test-versions matrix test-full compile bench fuzz mutate bench-report peers gpu \
@@ -42,11 +45,11 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute or two)
 	$(BIN)/pre-kernels demo $(ARGS)
 
-test: $(INSTALLED)  ## run all tests; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss" for some tests)
-	$(PYTEST) $(ARGS)
+test: $(INSTALLED)  ## run the tests but the slow ones; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss")
+	$(PYTEST) $(QUICK) $(ARGS)
 
 test-oldest: .deps/oldest/.installed .deps/triton  ## test kernels and integrations with the oldest supported versions, and compilation with triton 3.6
-	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) --versions oldest $(OLDEST) \
+	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) $(QUICK) --versions oldest $(OLDEST) \
 	  --ignore tests/integrations/test_follow.py --ignore tests/integrations/test_example_scripts.py
 	.deps/oldest/bin/python -m verify.compile --targets sm90
 	PYTHONPATH=.deps/triton $(BIN)/python -m verify.compile --targets sm90
@@ -65,11 +68,12 @@ $(OTHERS:%=.deps/%/.installed): .deps/%/.installed: pyproject.toml | $(INSTALLED
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target $@ 'triton==3.6.*'
 
 # Every combination of family, checkpointing, loop, LoRA and processes, with both versions of transformers.
-matrix: .deps/oldest/.installed  ## test every combination of the integrations' matrix; `make test` runs every pair
+matrix: .deps/oldest/.installed  ## test every combination of the integrations' matrix; `make test-full` runs every pair
 	$(PYTEST) tests/integrations/test_matrix.py --full-matrix
 	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) tests/integrations/test_matrix.py --full-matrix
 
-test-full: test test-oldest test-versions matrix  ## run all tests that need no GPU
+test-full: test-oldest test-versions matrix  ## run all tests that need no GPU
+	$(PYTEST)
 	$(BIN)/pre-kernels demo --quick --out build/demo
 
 compile: $(INSTALLED)  ## compile every kernel without a GPU; prints registers, spills, shared memory and matrix instructions

@@ -120,7 +120,8 @@ class PreHandle(ScheduledWeight):
     def metrics(
         self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, float]:
-        """The metrics of the forwards since the last reset. Reading them is the only host sync.
+        """The metrics of the forwards since the last reset. Reading them is the only host sync. It
+        warns of a training whose forwards had no visual token so far.
 
         - "task_loss": mean over forwards in training of `output.loss` without λ · L_PRe, also while
           PRe is off. Absent with `labels=None` or a trainer's own loss (`patch_trainer` logs its).
@@ -142,6 +143,8 @@ class PreHandle(ScheduledWeight):
             combine: sums the packed totals, a 1-d tensor, over processes.
         """
         metrics = self.totals.read(combine)
+        if self.totals.in_vain:
+            self.notices.warn("no visual tokens", count=self.totals.in_vain)
         if self._options.scheduled:
             metrics["pre_weight"] = self.scheduled_weight
         if reset:

@@ -15,6 +15,7 @@ from .task_loss import BackwardLosses, sum_dtype
 
 SAMPLE = 256  # rows of a forward whose cosines are computed only for the log
 NOT_LOGGED = ("pre_rows", "pre_forwards")
+PATIENCE = 100  # forwards without a visual token, after which a training is suspicious
 
 
 class Totals:
@@ -33,6 +34,7 @@ class Totals:
         backward: the losses that were back-propagated with L_PRe in them.
         gradient: the norm of the head's gradient.
         forwards: the number of this process's forwards since the last reset.
+        before: the number of those before it.
         resets: the number of resets.
     """
 
@@ -50,10 +52,12 @@ class Totals:
         self.backward = BackwardLosses()
         self.gradient = GradientNorm()
         self.forwards = 0
+        self.before = 0
         self.resets = 0
         self._sums: Tensor | None = None  # those of `summed`; None before the first forward
         self._own: Tensor | None = None  # those of `OWN`; None before the first such forward
         self._contributed = False
+        self._saw_tokens = False
 
     def add(
         self,
@@ -100,6 +104,13 @@ class Totals:
         """Whether any forward had a term; reading this may be a host sync."""
         return self._contributed or bool(self._packed()[self.summed.index("count")] > 0)
 
+    @property
+    def in_vain(self) -> int:
+        """The number of this process's forwards up to the last `read`, if they are many and none
+        of them, in any process, had a visual token; else 0."""
+        forwards = self.before + self.forwards
+        return 0 if self._saw_tokens or forwards < PATIENCE else forwards
+
     def read(self, combine: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The metrics of `PreHandle.metrics`; one host sync. `combine` sums the packed tensor over
         processes."""
@@ -136,6 +147,7 @@ class Totals:
         norm = self.gradient.read(sums)
         if norm is not None:
             metrics["pre_head_grad_norm"] = norm
+        self._saw_tokens |= saw_tokens(metrics)
         return metrics
 
     def reset(self) -> None:
@@ -143,6 +155,7 @@ class Totals:
         self._sums = None
         self._own = None
         self.backward.sums = None
+        self.before += self.forwards
         self.forwards = 0
         self.resets += 1
 

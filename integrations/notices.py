@@ -55,6 +55,10 @@ WARNINGS = {
         "in a loop of your own give the model its labels, name their argument with "
         "apply_pre(labels=...), or pass labels=None and add handle.loss() to the loss"
     ),
+    "no visual tokens": (
+        "none of the {count} forwards so far had a visual token that counts, so the head does not "
+        "train; check that the batches have images and that they are not masked"
+    ),
     "optimizer without the head": (
         "the optimizer ({optimizer}) steps the model but not `pre_head`, so the head never trains; "
         "make it after apply_pre from all parameters that require grad, or add "

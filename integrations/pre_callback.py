@@ -72,8 +72,9 @@ class PreCallback(TrainerCallback):
                     f"{name}: got {settings[name]}, but a callback makes no optimizer groups; use "
                     "apply_pre and patch_trainer()"
                 )
-        for name in settings.keys() - inspect.signature(apply_pre).parameters.keys():
-            near = difflib.get_close_matches(name, inspect.signature(apply_pre).parameters, n=1)
+        known = inspect.signature(apply_pre).parameters
+        for name in sorted(settings.keys() - known.keys()):
+            near = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"{name}: got {settings[name]!r}, want a setting of apply_pre{meant}")
         self.settings = settings

@@ -1,7 +1,9 @@
 """Chooses Triton's interpreter where there is no GPU. This has to happen before triton is
 imported."""
 
+import gc
 import os
+import signal
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -29,6 +31,10 @@ def old_interpreter() -> None:
     TensorDescHandle.validate = lambda self: None
     InterpretedFunction.run, InterpretedFunction.__getitem__ = run, launcher
 
+
+# In the background of a script ^C is ignored, also by the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests use the shipped tiles, even if others were tuned on this machine.
 os.environ["PRE_KERNELS_CACHE"] = os.devnull
@@ -74,6 +80,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"--versions {row}: {'; '.join(wrong)}")
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # `_quick_collections` froze
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Deprecation warnings from the library or its tests are errors; those from other packages are
     not."""
@@ -84,6 +94,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "error:An output with one or more elements was resized:UserWarning"
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """Every training of accelerate collects garbage, which takes half a second with all the modules
+    that are imported. Python no longer looks at what exists before a file's first test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

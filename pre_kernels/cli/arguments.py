@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="command")
     _check(commands)
     _demo(commands)
-    measuring.add_diagnose(commands, whole)
+    measuring.add_diagnose(commands, at_least)
     measuring.add_trace(commands)
     _tune(commands)
     _env(commands)

@@ -70,7 +70,7 @@ TRACE = (
 )
 
 
-def add_diagnose(commands: Any, whole: Callable[[str], int]) -> None:
+def add_diagnose(commands: Any, at_least: Callable[[str, int], int]) -> None:
     """Add `pre-kernels diagnose` to the commands."""
     show = commands.add_parser(
         "diagnose",
@@ -127,13 +127,13 @@ def add_diagnose(commands: Any, whole: Callable[[str], int]) -> None:
     show.add_argument("--no-lens", action="store_true", help="do not measure the logit lens")
     show.add_argument(
         "--limit",
-        type=whole,
+        type=lambda text: at_least(text, 1),
         metavar="N",
         help="use at most N images, balanced over classes (default: all)",
     )
     show.add_argument(
         "--maps",
-        type=int,
+        type=lambda text: at_least(text, 0),
         default=3,
         metavar="N",
         help="draw heat maps for N images (default: %(default)s)",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from pre_kernels.diagnostics.measures.state import of_system
 from pre_kernels.screen import why
 
 from .scenes import MIDDLE, OBJECTS, PATCH, SIDE, drawn, masks, split_digits
@@ -87,12 +88,8 @@ class Kept:
     def _write(self, path: Path, write: Callable[[], None]) -> None:
         try:
             write()
-        # safetensors has an error of its own for a full disk.
         except (OSError, SafetensorError) as error:
-            said = (
-                why(error, path) if isinstance(error, OSError) else f"cannot write {path}: {error}"
-            )
-            self.problems.append(said)
+            self.problems.append(why(of_system(error), path))
 
 
 def save_model(model: Any, folder: Path) -> None:

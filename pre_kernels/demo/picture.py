@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 
+from pre_kernels.diagnostics.report.plots import COLOURS
+
 from .scenes import DIGIT, MIDDLE, SIDE, compose, split_digits
 
 # A pixel of a digit is shown as a square of this many pixels.
 SCALE = 8
-LINE = "#D55E00"
 
 
 def scene() -> dict[str, str]:
@@ -24,8 +25,8 @@ def scene() -> dict[str, str]:
     # The digits touch each other. Lines that are not in the scene show where one ends.
     lines = ImageDraw.Draw(picture)
     for place in range(SCALE * DIGIT, SCALE * SIDE, SCALE * DIGIT):
-        lines.line((place, 0, place, size[1]), LINE, 2)
-        lines.line((0, place, size[0], place), LINE, 2)
+        lines.line((place, 0, place, size[1]), COLOURS[0], 2)
+        lines.line((0, place, size[0], place), COLOURS[0], 2)
     file = io.BytesIO()
     picture.save(file, format="PNG")
     digit = int(shown.digits[0, MIDDLE])

@@ -37,6 +37,7 @@ def sound(lines):
         assert one["dry_run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [name for name in gpu_stages.STAGES if name != "all"])
 def test_every_stage_of_the_gpu_script(stage, tmp_path, in_this_process, monkeypatch):
     # Each takes its own process, and other tests run it.

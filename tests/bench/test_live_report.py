@@ -35,6 +35,7 @@ def test_after(number):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_device_costs_the_tests_of_its_worker_alone(workers, tmp_path):
     (tmp_path / "test_fake.py").write_text(LOSES)

@@ -71,6 +71,7 @@ def test_a_training_step_of_every_class_of_models(size):
     assert step.held_mib() - held == pytest.approx(own, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_training_on_a_cpu_records_both_ratios(tmp_path, capsys):
     assert training.main(["--tiny", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()

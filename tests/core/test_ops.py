@@ -17,6 +17,8 @@ from pre_kernels.check import guarantees
 from verify import oracle
 from verify.oracle import make
 
+from ..slow import thinned
+
 CALLS = {
     "mask": {"rows": "mask"},
     "index": {"rows": "index64"},
@@ -69,7 +71,7 @@ def results(function, case, hidden=None, retain_graph=False):
     return [loss, *torch.autograd.grad((loss * 3).sum(), wanted, retain_graph=retain_graph)]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", thinned(CALLS, 3))
 def test_compiles_without_a_graph_break(impl, device, name):
     case = make(4, device=device, **CALLS[name])
 
@@ -289,7 +291,9 @@ def test_opcheck(impl, device, name):
         torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call["rows"] == "mask"])
+@pytest.mark.parametrize(
+    "name", thinned([name for name, call in CALLS.items() if call["rows"] == "mask"], 3)
+)
 def test_sizes_that_a_mask_selects(impl, device, name):
     case = make(4, device=device, selected=0.4, **CALLS[name])
     for operator, arguments in of_real_calls(case, impl):

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
@@ -28,6 +29,8 @@ from pre_kernels.screen import Terminated
 from verify import ROOT
 
 from .support import TINY, committed, no_bar, screen
+
+FULL = "No space left on device; free space there, or choose another folder"
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +158,7 @@ def test_a_full_disk_loses_no_measurement(measured, monkeypatch, tmp_path):
     console = screen()
     with pytest.raises(Unsaved) as error:
         run(Settings(), "cpu", tmp_path, console)
-    full = "No space left on device; free space there, or choose another folder"
-    assert str(error.value) == f"cannot write {tmp_path / 'demo.html'}: {full}"
+    assert str(error.value) == f"cannot write {tmp_path / 'demo.html'}: {FULL}"
     assert "linear probe, last layer" in console.file.getvalue()
     assert "demo.png, .md, .json" in console.file.getvalue()
     assert (tmp_path / "parts" / "seed-1.json").exists()
@@ -170,11 +172,14 @@ def test_a_disk_that_takes_no_part_or_model(measured, monkeypatch, tmp_path):
     assert problem.startswith(f"{tmp_path / 'parts'}: File exists")
     assert done.done[0]["metrics"] == measured["seeds"][0]
 
-    monkeypatch.setattr(export, "save_model", broken_disk)
-    kept = export.Kept(tmp_path)
-    kept.model(None, "with")
-    (problem,) = kept.problems
-    assert problem.startswith(f"cannot write {tmp_path / 'models/with'}: No space left on device")
+    def of_safetensors(*_):
+        raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
+
+    for broken in (broken_disk, of_safetensors):
+        monkeypatch.setattr(export, "save_model", broken)
+        kept = export.Kept(tmp_path)
+        kept.model(None, "with")
+        assert kept.problems == [f"cannot write {tmp_path / 'models/with'}: {FULL}"]
 
 
 def broken(seed, bar):

@@ -130,7 +130,7 @@ def test_a_screen_without_unicode_can_be_read():
     run.show(made_up(FALLS, KEPT), PATHS, Path("out"), console)
     file.flush()
     said = file.buffer.getvalue().decode()
-    assert "linear probe, last layer (up)" in said
+    assert "linear probe, last layer ^" in said
     assert "?" not in said
 
 

@@ -139,6 +139,7 @@ def test_own_loop_trains_on_captions(
     assert parts_with_loss(batch, tokenizer) == [" One.<s>", " One, or two.<s>"]
 
 
+@pytest.mark.slow
 def test_qwen_trainer(qwen: Path, images: Path, tmp_path: Path) -> None:
     conversations(images, images.parent / "data.json")
     printed = run(
@@ -213,6 +214,7 @@ def test_diagnose_in_python(llava: Path, images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_diagnose_in_python_without_classes(llava: Path, images: Path, tmp_path: Path) -> None:
     options = ("--layers", 0, 3, "--plot", "drawn.png", "--limit", 2)
     printed = run(

@@ -27,6 +27,7 @@ from pre_kernels.integrations.checkpoint import WEIGHTS
 from pre_kernels.integrations.distributed import FullParameters
 from pre_kernels.integrations.llava import PREPARE
 
+from ..slow import thinned
 from .support.by_hand import gradients
 from .support.original_llava import build_original, original_batch
 from .support.ranks import made, shard
@@ -256,7 +257,7 @@ def ranks_that_die(folder: str, how: str) -> None:
         assert handle.metrics()["pre_forwards"] == (2 if how == "forward" else 1)
 
 
-@pytest.mark.parametrize("how", ["forward", "save", "gather", "load", "exit"])
+@pytest.mark.parametrize("how", thinned(["exit", "forward", "save", "gather", "load"], 5))
 def test_a_rank_that_dies(how: str, tmp_path: Path) -> None:
     if how != "exit":
         both(ranks_that_die, str(tmp_path), how)
@@ -265,6 +266,7 @@ def test_a_rank_that_dies(how: str, tmp_path: Path) -> None:
         both(ranks_that_die, str(tmp_path), how)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_one(tmp_path: Path) -> None:
     """The reverse case is in test_two_processes.py."""
     trained(str(tmp_path / "one"), 1, None)

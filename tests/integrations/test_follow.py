@@ -17,6 +17,7 @@ import torch
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.follow import LAUNCHER, Following
 
+from ..slow import thinned
 from .support.scripts import START
 from .support.tiny.models import batch, build
 from .support.tiny.training import UNEQUAL_IMAGES, assert_head, by_hand
@@ -241,7 +242,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("command", ["torchrun", "accelerate", "exec"])
+@pytest.mark.parametrize("command", thinned(["torchrun", "accelerate", "exec"], 3))
 def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: Path) -> None:
     """The settings come from a file beside the caller, not beside the script. The gradients are
     those by hand."""
@@ -272,6 +273,7 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
     apply_pre(build("llava")).load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_trl_sft(tmp_path: Path) -> None:
     from .support.tiny.trl import conversations, processor
 
@@ -308,6 +310,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "command", "body", "said"),
     [

@@ -266,6 +266,7 @@ def test_a_trainer_without_batch_samples(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dict(vars(Trainer)) == before
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

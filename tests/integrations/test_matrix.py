@@ -1,5 +1,5 @@
-"""Every pair of values of family, checkpointing, loop, tuning and processes. `--full-matrix` runs
-every combination.
+"""Every pair of values of family, checkpointing, loop, tuning and processes. Cases whose values all
+occur in earlier ones are slow tests. `--full-matrix` runs every combination.
 
 `make test-oldest` runs the same on transformers 4.57, so every value is also paired with both
 versions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())
         ]
         cases = full if metafunc.config.getoption("--full-matrix") else pairs(AXES, allowed)
-        metafunc.parametrize("case", [Case(**case) for case in cases], ids=str)
+        met: set[tuple[str, Any]] = set()
+        parameters = []
+        for case in cases:
+            marks = [] if case.items() - met else [pytest.mark.slow]
+            parameters.append(pytest.param(Case(**case), marks=marks, id=str(Case(**case))))
+            met |= case.items()
+        metafunc.parametrize("case", parameters)
 
 
 def test_gradients_of_a_step(case: Case, tmp_path: Path) -> None:

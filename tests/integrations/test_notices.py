@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
-from pre_kernels.integrations import apply_pre, find_handle, optimizers, patch_trainer
+from pre_kernels.integrations import apply_pre, find_handle, metrics, optimizers, patch_trainer
+from pre_kernels.integrations.metrics import PATIENCE
 from pre_kernels.integrations.notices import WARNINGS, Notices
 
 from .support.tiny.models import batch, build
@@ -324,6 +325,41 @@ def test_unlabelled_forwards_beside_labelled_ones_are_meant() -> None:
                 model(**inputs).logits.float().logsumexp(-1).mean().backward()
 
     assert said(loop) == []
+
+
+TEXT = [("text", 6)]
+IMAGE = [("image", 8, 8), ("text", 4)]
+
+
+@pytest.mark.parametrize("seen", [None, 0, 3])
+def test_a_loop_whose_batches_have_no_visual_token(seen: int | None) -> None:
+    """Unless the forward `seen` has one. It is said when the metrics are read."""
+    handle = apply_pre(build("llava"))
+
+    def loop() -> None:
+        for forward in range(PATIENCE + 1):
+            handle.model(**batch("llava", [IMAGE if forward == seen else TEXT]).inputs)
+            if forward % 10 == 0:
+                handle.metrics()
+
+    texts = said(loop)
+    wanted = "PRe: none of the 101 forwards so far had a visual token that counts, so the head"
+    assert [text[: len(wanted)] for text in texts] == ([wanted] if seen is None else [])
+
+
+def test_a_trainer_whose_batches_have_no_visual_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "PATIENCE", 4)
+
+    def training(samples: Any) -> None:
+        with apply_pre(build("llava")) as handle, patch_trainer():
+            make(tmp_path, handle.model, samples=samples, max_steps=3, logging_steps=1).train()
+
+    texts = said(lambda: training([TEXT, TEXT]))
+    assert len(texts) == 1
+    assert texts[0].startswith("PRe: none of the 4 forwards so far had a visual token that counts")
+    assert said(lambda: training([IMAGE, TEXT])) == []
 
 
 def test_each_is_said_once_a_training(tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def on_two(folder: str, way: str | None, kind: type, **more: Any) -> list[dict[s
     return logs(Path(folder), way, kind, ddp_backend="gloo", size=1, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "kind", "family"),
     [

@@ -43,13 +43,13 @@ def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
         # What is there of it takes space on a full disk.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        refused = _of_system(error)
+        refused = of_system(error)
         refused.filename = str(path)
         raise refused from error
 
 
-def _of_system(error: Exception) -> OSError:
-    """The error as an OSError. safetensors puts the number of one into its text."""
+def of_system(error: Exception) -> OSError:
+    """The error as an OSError. safetensors has its own, with the number of one in its text."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"(?:os error|code:) (\d+)", str(error))

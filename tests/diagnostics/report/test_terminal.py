@@ -50,6 +50,8 @@ def test_every_line_fits_the_terminal(width, name):
     text = shown(both(name), width)
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
+    # A name gives way to numbers.
+    assert "first layer  lowest (layer)  last layer" in text
     assert name in text.replace("\n", "").replace(" ", "").replace("0.900.75(8)0.75", "")
 
 

@@ -22,6 +22,7 @@ from ...integrations.support.ranks import need_deepspeed
 from ...integrations.support.tiny.models import DEPTH, batch, build
 from ...integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
 from ...integrations.support.two_ranks import both
+from ...slow import thinned
 
 MASKS = torch.tensor([[True, True, False, False], [False, False, True, True]])
 
@@ -190,7 +191,7 @@ def in_two_processes(how: str, folder: str) -> Any:
     return [(entry["step"], metrics(entry)) for entry in measured(trainers[0])]
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2", "ZeRO-3"])
+@pytest.mark.parametrize("how", thinned(["FSDP2", "FSDP1", "DDP", "ZeRO-3"], 4))
 def test_two_processes(how: str, tmp_path: Path) -> None:
     """Measuring works even if no process has the whole model."""
     if "ZeRO" in how:

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from pre_kernels.diagnostics.measures.moments import Moments
 from pre_kernels.diagnostics.run import parts, run
 
+from ...slow import thinned
 from .support import EACH, Stop, close, diagnose, document, interrupted
 
 
@@ -42,7 +43,7 @@ def test_an_interrupted_run_resumes(there, tmp_path, monkeypatch, capsys):
     assert whole["maps"] == parted["maps"]
 
 
-@pytest.mark.parametrize("saved", [0, 4])
+@pytest.mark.parametrize("saved", thinned([4, 0], 2))
 @pytest.mark.parametrize(
     ("place", "name", "call"), [(Moments, "add", 7 * 4 + 4), (run, "heat_map", 5)]
 )

@@ -245,6 +245,7 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         # If this were left to the interpreter's exit, gloo's threads could end while they run,
         # which aborts the process.
         torch.distributed.destroy_process_group()
+    gc.unfreeze()
     if rank == 0:
         # pytest-xdist's workers end without running atexit.
         shutil.rmtree(folder, ignore_errors=True)
@@ -258,6 +259,8 @@ def _forget() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     gc.collect()
+    # What is left are modules. Without them the collections of the next call are quick.
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -85,9 +85,15 @@ MISTAKES = [
     ),
     Mistake(
         "a number in words",
-        DIAGNOSE + " --maps all",
-        "argument --maps: got 'all', want a whole number",
-        DIAGNOSE + " --maps 8",
+        "$ pre-kernels demo --layer half",
+        "argument --layer: got 'half', want a whole number",
+        "$ pre-kernels demo --layer 4",
+    ),
+    Mistake(
+        "a negative number",
+        DIAGNOSE + " --maps -1",
+        "argument --maps: got '-1', want a whole number of at least 0",
+        DIAGNOSE + " --maps 0",
     ),
     Mistake(
         "a plot into a folder that is not there",

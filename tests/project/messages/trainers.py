@@ -128,7 +128,7 @@ MISTAKES = [
     ),
     Mistake(
         "a mistyped setting of a callback",
-        "PreCallback(lyer=2)",
+        "PreCallback(wieght=1, lyer=2)",
         "lyer: got 2, want a setting of apply_pre; did you mean layer?",
         "PreCallback(layer=2)",
     ),
