@@ -187,12 +187,10 @@ class PreHandle(ScheduledWeight):
     def save(
         self, directory: Any, model: nn.Module | None = None, *, writes: bool | None = None
     ) -> None:
-        """Write the head to `directory`: pre_head.safetensors and pre_head.json. `save_pretrained`
-        leaves the head out.
+        """Write the head, which `save_pretrained` leaves out: pre_head.safetensors, pre_head.json.
 
         Where the head is split over processes (FSDP, ZeRO-3), every process has to call this: the
-        parts are gathered, and all return when the files exist. Elsewhere (DDP, ZeRO-1, ZeRO-2)
-        other ranks return at once and need not call it.
+        parts are gathered, and all return when the files exist. Elsewhere only rank 0 needs to.
 
         Args:
             directory: it is made if needed.
@@ -250,8 +248,7 @@ class PreHandle(ScheduledWeight):
         return self._objective.count(inputs)
 
     def loss(self) -> Tensor:
-        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to be added to your
-        loss.
+        """With `labels=None`: λ · L_PRe of the last forward in training, 0-d, to add to your loss.
 
         Each forward's is returned once; after that, and without one, this is 0. It is the mean over
         the forward's visual tokens: weigh it like the loss that it is added to.

@@ -49,7 +49,7 @@ def table(document: Document) -> Table:
     shown = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     shown.add_column("", overflow="fold")
     for name in ("first layer", "lowest (layer)", "last layer"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(name, justify="right")
     for column in main_columns(document["models"]):
         shown.add_row(Text(f"{column.title}{column.arrow}{_tested(document, column)}"))
         for model in document["models"]:
