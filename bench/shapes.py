@@ -4,6 +4,7 @@ finishes in seconds."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -68,9 +69,22 @@ CPU = [
     Shape("cpu-small", 1, 128, 64, 64, 64, 64, "a first try: 64 visual tokens of width 64"),
 ]
 
+# The first GPU and the second CPU shape with a frozen head, whose lower bound is four matmuls.
+FROZEN = {
+    "cuda": replace(
+        GPU[0],
+        name="llava15-7b-sft-frozen",
+        what="LLaVA-1.5-7B, instruction tuning, frozen head",
+        frozen=True,
+    ),
+    "cpu": replace(
+        CPU[1], name="cpu-4k-frozen", what="stand-in: the same with a frozen head", frozen=True
+    ),
+}
+
 TINY = [Shape("tiny", 2, 160, 100, 128, 96, 64, "for the tests of the benchmark itself")]
 
-BY_NAME = {shape.name: shape for shape in GPU + CPU + TINY}
+BY_NAME = {shape.name: shape for shape in [*GPU, *CPU, *TINY, *FROZEN.values()]}
 
 
 def plan(
@@ -92,8 +106,10 @@ def plan(
         main, encoder, small = CPU
         both = [(shape, dtype, "index") for shape in (main, encoder) for dtype in ("bf16", "fp32")]
         others = [(main, "bf16", "mask"), (main, "fp32", "mask"), (main, "fp16", "index")]
+        others.append((FROZEN["cpu"], "bf16", "index"))
         return [*both, *others, (small, "fp32", "index"), (small, "bf16", "index")]
     every = [(shape, "bf16", "index") for shape in GPU]
     main = every[0][0]
     variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
+    variants.append((FROZEN["cuda"], "bf16", "index"))
     return [*every[:3], *variants, *every[3:]]

@@ -47,6 +47,7 @@ def apply_pre(
     impl: str = "auto",
     group: torch.distributed.ProcessGroup | str | None = None,
     head_dtype: torch.dtype | None = None,
+    head_trainable: bool = True,
     head_lr: float | None = None,
     head_weight_decay: float | None = None,
     schedule: str = "constant",
@@ -131,6 +132,8 @@ def apply_pre(
         head_dtype: dtype of the predictor's parameters. None: that of the layer. `torch.float32`
             over a half-precision layer keeps master weights: matmuls still run in the layer's
             dtype, and gradients arrive in float32.
+        head_trainable: False freezes the predictor as it is initialised or loaded. L_PRe then
+            trains only the model, with 4 of the 6 matmuls and no state in an optimizer.
         head_lr, head_weight_decay: settings of the predictor's own optimizer groups, which
             `patch_trainer` makes (and `handle.param_groups()` for other loops). None: the
             optimizer's settings. Biases are not decayed.
@@ -180,7 +183,7 @@ def apply_pre(
             f"mask_fn: got {type(mask_fn).__name__}, want a callable that returns the mask, such "
             'as lambda inputs: inputs["input_ids"] == image_token_id'
         )
-    training = HeadOptions(head_lr, head_weight_decay, schedule, warmup)
+    training = HeadOptions(head_lr, head_weight_decay, schedule, warmup, head_trainable)
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
@@ -213,6 +216,7 @@ def apply_pre(
             )
         )
     head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
+    head.requires_grad_(head_trainable)
     check_same_everywhere(head)
     objective = Objective(
         parts=parts,

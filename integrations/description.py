@@ -69,7 +69,8 @@ def _heads(head: nn.Module) -> Iterator[str]:
     for module in head.modules():
         if isinstance(module, PreHead):
             dtype = next((str(p.dtype) for p in module.parameters()), "no parameters")
+            frozen = all(not p.requires_grad for p in module.parameters()) and dtype[0] == "t"
             yield (
                 f"head {module.dim} -> {module.hidden_dim} -> {module.out_dim}, "
-                f"{module.activation}, {dtype.removeprefix('torch.')}"
+                f"{module.activation}, {dtype.removeprefix('torch.')}{', frozen' * frozen}"
             )

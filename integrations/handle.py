@@ -107,15 +107,7 @@ class PreHandle(ScheduledWeight):
 
     def settings(self) -> dict[str, Any]:
         """The settings that a saved head has to match; `save` writes them beside it."""
-        named = isinstance(self._objective.anchor, str)
-        return {
-            "layers": list(self.layers),
-            "several": self._several,
-            "level": self._objective.level,
-            # At level "image" images weigh the same whatever `weighting` says.
-            "weighting": "image" if self._objective.level == "image" else self._objective.weighting,
-            "anchor": self._objective.anchor if named else "callable",
-        }
+        return self._objective.settings(self._several)
 
     def metrics(
         self, reset: bool = True, combine: Callable[[Tensor], Tensor] | None = None
@@ -361,7 +353,8 @@ class PreHandle(ScheduledWeight):
             skipped=losses.skipped,
         )
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
-            self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
+            layers = ", ".join(map(str, self.layers))
+            self.notices.warn("nothing below trains", layers=layers, effect=self._checks.alone)
 
         device = losses.layers[0].device
         total = torch.stack([loss.to(device) for loss in losses.layers]).mean()

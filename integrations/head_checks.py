@@ -31,6 +31,13 @@ class HeadChecks:
         self.notices = notices
         self.several = isinstance(head, nn.ModuleList)
         self.was_peft = _is_peft(model)
+        self.frozen = not any(p.requires_grad for p in head.parameters())  # on purpose
+        # What L_PRe does where no hidden state requires grad, for a warning.
+        self.alone = (
+            "L_PRe trains nothing, because the head is frozen"
+            if self.frozen
+            else "the head trains and the model does not learn from it"
+        )
         self.dtypes = {name: p.dtype for name, p in head.named_parameters()}
         self.steps = Steps()
 
@@ -46,7 +53,7 @@ class HeadChecks:
         """Whether `optimizer` has parameters of the model but none of the head."""
         of_head, others = split(self.model, head)
         held = {id(p) for p in parameters(optimizer)}
-        return bool(held & others) and not held & of_head.keys()
+        return bool(of_head and held & others) and not held & of_head.keys()
 
     def check_steps(self) -> None:
         """Warn if the optimizers that have stepped lack the head, or have only the head."""
@@ -57,14 +64,14 @@ class HeadChecks:
             )
 
     def check_frozen(self, head: nn.Module) -> None:
-        """Warn if no parameter of the head requires grad.
+        """Warn if no parameter of the head requires grad, unless it was made so.
 
         Raises:
             RuntimeError: if the head was frozen by PEFT.
         """
         # The list is empty if FSDP1 keeps the parameters flat.
         trained = [p.requires_grad for p in head.parameters()]
-        if any(trained) or not trained:
+        if any(trained) or not trained or self.frozen:
             # The head was unfrozen, so the optimizers have to be looked at again.
             if "frozen head" in self.notices.given:
                 self.notices.given.discard("frozen head")

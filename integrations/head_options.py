@@ -37,12 +37,18 @@ class HeadOptions:
     head_weight_decay: float | None = None
     schedule: str = "constant"
     warmup: float = 0.0
+    head_trainable: bool = True
 
     def __post_init__(self) -> None:
         choice("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.head_trainable, bool):
+            raise TypeError(f"head_trainable: got {self.head_trainable!r}, want True or False")
         for name in ("head_lr", "head_weight_decay"):
-            if getattr(self, name) is not None:
-                nonnegative(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and not self.head_trainable:
+                raise ValueError(f"{name}: got {value} with head_trainable=False, want None")
+            if value is not None:
+                nonnegative(name, value)
         nonnegative("warmup", self.warmup)
         if self.warmup > 1:
             raise ValueError(

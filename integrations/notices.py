@@ -31,14 +31,14 @@ WARNINGS = {
         "L_PRe is not added; attach to the module that is called"
     ),
     "nothing below trains": (
-        "no hidden state that enters L_PRe at layer {layers} requires grad, so the head trains and "
-        "the model does not learn from it: nothing at or below that layer is trained; train the "
-        "projector or layers below, or choose a later layer"
+        "no hidden state that enters L_PRe at layer {layers} requires grad, so {effect}: nothing "
+        "at or below that layer is trained; train the projector or layers below, or choose a later "
+        "layer"
     ),
     "frozen head": (
         "no parameter of `pre_head` requires grad, so the head keeps its weights; if that is not "
         "intended, call handle.head.requires_grad_(True), or call apply_pre after freezing the "
-        "model"
+        "model; if it is, use apply_pre(head_trainable=False)"
     ),
     # Warnings about a training, in any loop.
     "lost": (
@@ -122,8 +122,8 @@ WARNINGS = {
         "{folder} holds no head, so it starts from its initial weights ({error})"
     ),
     "optimizer without the head's state": (
-        "the optimizer's state in {folder} is of a training without PRe; the state of the other "
-        "parameters was loaded, that of the head starts fresh"
+        "the optimizer's state in {folder} is of a training without PRe, or with a frozen "
+        "head; the state of the other parameters was loaded, that of the head starts fresh"
     ),
     "head's state left out": (
         "the optimizer's state in {folder} is of a training with PRe; the state of the other "

@@ -51,6 +51,17 @@ class Objective(TermOptions):
     impl: str
     loss: str = "cosine"
 
+    def settings(self, several: bool) -> dict[str, Any]:
+        """See `PreHandle.settings`. `several`: whether the head is a ModuleList."""
+        return {
+            "layers": list(self.layers),
+            "several": several,
+            "level": self.level,
+            # At level "image" images weigh the same whatever `weighting` says.
+            "weighting": "image" if self.level == "image" else self.weighting,
+            "anchor": self.anchor if isinstance(self.anchor, str) else "callable",
+        }
+
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """The number of terms (visual tokens or images) of a forward with these arguments, 0-d."""
         visual = find_tokens(self.parts, inputs, self.mask_fn)

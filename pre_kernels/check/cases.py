@@ -26,7 +26,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class Shape:
     """`batch` sequences of `tokens` tokens, of which `visual` consecutive ones are visual; widths d
-    → m → z."""
+    → m → z. `frozen`: without gradients of the predictor's parameters."""
 
     name: str
     batch: int
@@ -36,6 +36,7 @@ class Shape:
     m: int
     z: int
     what: str
+    frozen: bool = False
 
     @property
     def rows(self) -> int:
@@ -48,8 +49,8 @@ class Shape:
     @property
     def flop(self) -> int:
         """The floating-point operations of the six products: two in the forward, four in the
-        backward."""
-        return 6 * self.selected * self.m * (self.d + self.z)
+        backward, of which two are gradients of the weights."""
+        return (4 if self.frozen else 6) * self.selected * self.m * (self.d + self.z)
 
     @property
     def size(self) -> str:
@@ -81,17 +82,19 @@ def case(
         "b2": randn(shape.z) * 0.2,
     }
     selection = mask if rows == "mask" else mask.reshape(-1).nonzero().squeeze(1)
-    return Case(tensors, selection, upstream=0.37)
+    frozen = ("w1", "b1", "w2", "b2") if shape.frozen else ()
+    return Case(tensors, selection, frozen=frozen, upstream=0.37)
 
 
 def step(function: Callable[..., Tensor], case: Case) -> Step:
-    """Return one forward and backward of `function` on `case`, which computes every gradient for an
-    upstream gradient other than 1."""
+    """Return one forward and backward of `function` on `case`, which computes every gradient that
+    is not frozen for an upstream gradient other than 1."""
+    trained = [name for name in LEAVES if name not in case.frozen]
     tensors = {
-        name: None if x is None else x.detach().requires_grad_(name in LEAVES)
+        name: None if x is None else x.detach().requires_grad_(name in trained)
         for name, x in case.tensors.items()
     }
-    leaves = [x for name in LEAVES if (x := tensors[name]) is not None]
+    leaves = [x for name in trained if (x := tensors[name]) is not None]
     dtype = torch.promote_types(case.product_dtype, torch.float32)
     upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
 
@@ -103,8 +106,8 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """Return the lower bound: the six matmuls that no implementation avoids, on contiguous inputs,
-    with outputs allocated beforehand."""
+    """Return the lower bound: the six matmuls that no implementation avoids, or four with frozen
+    weights, on contiguous inputs, with outputs allocated beforehand."""
     w1 = case.tensors["w1"]
     w2 = case.tensors["w2"]
     rows = case.rows
@@ -119,9 +122,11 @@ def floor(case: Case) -> Step:
     def run() -> tuple[Tensor, ...]:
         torch.mm(x, w1.t(), out=z)
         torch.mm(g, w2.t(), out=p)
-        torch.mm(dp.t(), g, out=dw2)
+        if not case.frozen:
+            torch.mm(dp.t(), g, out=dw2)
         torch.mm(dp, w2, out=z)
-        torch.mm(z.t(), x, out=dw1)
+        if not case.frozen:
+            torch.mm(z.t(), x, out=dw1)
         torch.mm(z, w1, out=dx)
         return dx, dw1, dw2
 
@@ -169,7 +174,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         options=options,
     )
     layout = _steps(impl).layout(problem)
-    weights = 4 * m * (d + z)
+    weights = 0 if shape.frozen else 4 * m * (d + z)
     several: bool = n > layout.rows and dtype != torch.float32
     if impl != "torch":
         return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights

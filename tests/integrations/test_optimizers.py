@@ -227,7 +227,7 @@ def test_resuming_across_pre(
         (True, True): [],
         (False, True): [
             "holds no head",
-            "is of a training without PRe; the state of the other parameters was loaded",
+            "is of a training without PRe, or with a frozen head; the state of the other",
         ],
         (True, False): [
             "this training has no PRe",

@@ -210,7 +210,7 @@ MISTAKES = [
         "apply_pre(model)\n" + PROJECTOR_ONLY + "model(**batch)",
         "PRe: no parameter of `pre_head` requires grad, so the head keeps its weights; if that is "
         "not intended, call handle.head.requires_grad_(True), or call apply_pre after freezing the "
-        "model",
+        "model; if it is, use apply_pre(head_trainable=False)",
         PROJECTOR_ONLY + "apply_pre(model); model(**batch)",
     ),
     Mistake(
@@ -221,6 +221,21 @@ MISTAKES = [
         "the model does not learn from it: nothing at or below that layer is trained; train the "
         "projector or layers below, or choose a later layer",
         PROJECTOR_ONLY + "apply_pre(model); model(**batch)",
+    ),
+    Mistake(
+        "nothing at all is trained",
+        "model.requires_grad_(False); model.lm_head.requires_grad_(True)\n"
+        "apply_pre(model, head_trainable=False); model(**batch)",
+        "PRe: no hidden state that enters L_PRe at layer 2 requires grad, so L_PRe trains nothing, "
+        "because the head is frozen: nothing at or below that layer is trained; train the "
+        "projector or layers below, or choose a later layer",
+        PROJECTOR_ONLY + "apply_pre(model, head_trainable=False); model(**batch)",
+    ),
+    Mistake(
+        "a learning rate for a frozen head",
+        "apply_pre(model, head_trainable=False, head_lr=1e-3)",
+        "head_lr: got 0.001 with head_trainable=False, want None",
+        "apply_pre(model, head_trainable=False)",
     ),
     Mistake(
         "a training in eval mode",
