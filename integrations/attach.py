@@ -19,6 +19,7 @@ from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .head_options import HeadOptions
 from .objective import Objective
+from .terms import Target
 
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
@@ -31,6 +32,7 @@ def apply_pre(
     layer: int | Sequence[int] | None = None,
     weight: float = 0.5,
     *,
+    targets: Sequence[tuple[int, str | Callable[[dict[str, Any], Tensor], Tensor]]] | None = None,
     loss: str = "cosine",
     anchor: str | Callable[[dict[str, Any], Tensor], Tensor] = "pre_llm",
     level: str = "patch",
@@ -85,6 +87,13 @@ def apply_pre(
         model: a Hugging Face vision-language model with a loss, or a `PeftModel` around one.
         layer: l in 1..L reads the output of decoder layer l of L (layer L: before the final norm).
             A sequence trains one head per entry and averages their losses. None is L // 2.
+        targets: pairs (layer, anchor) instead of `layer` and `anchor`, such as
+            `[(8, "pre_llm"), (16, dino)]`. One head is trained per pair, and their losses are
+            averaged; a layer may occur several times. The width of a callable anchor is its
+            attribute `anchor_dim`. The heads share the visual tokens, the draw of `fraction` and
+            the divisor; each anchor is computed once. If an anchor is (N, z) they also share the
+            indices of the rows; otherwise each head finds them from the mask, because the host does
+            not know their number.
         weight: λ, finite and ≥ 0. Also `handle.weight`.
         loss, activation, bias, hidden_dim: settings of the predictor, see `PreHead`. `hidden_dim`
             None is the model's width.
@@ -166,8 +175,14 @@ def apply_pre(
     _check_fraction(fraction)
     choice("nonfinite", nonfinite, NONFINITE)
     choice("impl", impl, IMPLEMENTATIONS)
-    if not callable(anchor):
-        choice("anchor", anchor, ANCHORS)
+    if targets is not None and (layer, anchor, anchor_dim) != (None, "pre_llm", None):
+        raise ValueError(
+            "targets: got layer, anchor or anchor_dim too, want layers and anchors in its pairs"
+        )
+    pairs = [] if targets is None else _pairs(targets)
+    for each in [anchor, *(pair[1] for pair in pairs)]:
+        if not callable(each):
+            choice("anchor", each, ANCHORS)
     if anchor_dim is not None and not callable(anchor):
         raise ValueError(
             f"anchor_dim: got {anchor_dim} with anchor={anchor!r}, which has its own width; "
@@ -192,22 +207,25 @@ def apply_pre(
         parts.merge = None
     else:
         check_tokens(parts, inner)
-    numbers = _layers(layer, len(parts.layers))
     width = parts.width
-    if anchor == "pre_projector":
-        anchor_dim = parts.projector_width
-    elif anchor_dim is None:
-        anchor_dim = getattr(anchor, "anchor_dim", width)
-    checks.width("anchor_dim", anchor_dim)
-
+    if targets is None:
+        pairs = [(number, anchor) for number in _layers(layer, len(parts.layers))]
     heads = []
-    for number in numbers:
+    described = []
+    for pair in pairs:
+        (number,) = _layers(pair[:1], len(parts.layers))
         dtype, device = parts.dtype_and_device(number)
+        own_dim = anchor_dim
+        if pair[1] == "pre_projector":
+            own_dim = parts.projector_width
+        elif own_dim is None:
+            own_dim = getattr(pair[1], "anchor_dim", width)
+        described.append(Target(number, pair[1], checks.width("anchor_dim", own_dim)))
         heads.append(
             PreHead(
                 width,
                 hidden_dim,
-                anchor_dim,
+                own_dim,
                 bias=bias,
                 activation=activation,
                 loss=loss,
@@ -215,14 +233,13 @@ def apply_pre(
                 dtype=_head_dtype(head_dtype, dtype),
             )
         )
-    head = nn.ModuleList(heads) if isinstance(layer, Sequence) else heads[0]
+    several = targets is not None or isinstance(layer, Sequence)
+    head = nn.ModuleList(heads) if several else heads[0]
     head.requires_grad_(head_trainable)
     check_same_everywhere(head)
     objective = Objective(
         parts=parts,
-        layers=numbers,
-        anchor=anchor,
-        anchor_dim=anchor_dim,
+        targets=tuple(described),
         level=level,
         mask_fn=mask_fn,
         impl=impl,
@@ -242,6 +259,21 @@ def _check_fraction(fraction: Any) -> None:
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
+
+
+def _pairs(targets: Any) -> list[tuple[Any, Any]]:
+    """The entries of `targets`, after a check that they are different pairs."""
+    pairs = []
+    for pair in targets if isinstance(targets, (list, tuple)) else [targets]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise TypeError(
+                f"targets: got {pair!r}, want pairs (layer, anchor), such as "
+                '[(8, "pre_llm"), (16, "pre_projector")]'
+            )
+        pairs.append((pair[0], pair[1]))
+    if not pairs or any(pair in pairs[:i] for i, pair in enumerate(pairs)):
+        raise ValueError(f"targets: got {targets!r}, want at least one pair, and none twice")
+    return pairs
 
 
 def _layers(layer: Any, depth: int) -> tuple[int, ...]:

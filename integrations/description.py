@@ -48,11 +48,10 @@ def _layers(numbers: tuple[int, ...], depth: int) -> str:
 
 
 def _objective(objective: Objective, labels: str | None) -> Iterator[str]:
-    anchor: Any = objective.anchor
-    if not isinstance(anchor, str):
-        anchor = getattr(anchor, "__name__", type(anchor).__name__)
+    anchors: list[Any] = [target.anchor for target in objective.targets]
+    names = [a if isinstance(a, str) else getattr(a, "__name__", type(a).__name__) for a in anchors]
     yield f"loss {objective.loss}"
-    yield f"anchor {anchor}"
+    yield f"anchor {', '.join(names if len({*names}) > 1 else names[:1])}"
     yield f"level {objective.level}"
     if objective.weighting != "token":
         yield f"weighting {objective.weighting}"
@@ -66,10 +65,10 @@ def _objective(objective: Objective, labels: str | None) -> Iterator[str]:
 
 def _heads(head: nn.Module) -> Iterator[str]:
     """A line for each predictor; wrappers of FSDP1 may be around it."""
+    frozen = {p.requires_grad for p in head.parameters()} == {False}
     for module in head.modules():
         if isinstance(module, PreHead):
             dtype = next((str(p.dtype) for p in module.parameters()), "no parameters")
-            frozen = all(not p.requires_grad for p in module.parameters()) and dtype[0] == "t"
             yield (
                 f"head {module.dim} -> {module.hidden_dim} -> {module.out_dim}, "
                 f"{module.activation}, {dtype.removeprefix('torch.')}{', frozen' * frozen}"

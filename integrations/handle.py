@@ -68,7 +68,7 @@ class PreHandle(ScheduledWeight):
         self._capture: Capture | None = Capture(
             model,
             objective.parts,
-            objective.layers,
+            tuple(dict.fromkeys(objective.layers)),
             self._start,
             self._finish,
             self._missed,
@@ -82,7 +82,7 @@ class PreHandle(ScheduledWeight):
 
     @property
     def head(self) -> Any:
-        """The predictor: a `PreHead`, or a ModuleList with one per layer."""
+        """The predictor: a `PreHead`, or a ModuleList with one per layer or target."""
         # PEFT may copy the head, so the attribute is read each time.
         if self._capture is None:
             raise RuntimeError(
@@ -119,7 +119,8 @@ class PreHandle(ScheduledWeight):
           PRe is off. Absent with `labels=None` or a trainer's own loss (`patch_trainer` logs its).
         - "pre_loss": mean L_PRe per term, without λ, averaged over layers. A term is a visual
           token, or an image at level or weighting "image"; without terms it is nan.
-          "pre_loss/layer_<l>" is the same for each of several layers.
+          "pre_loss/layer_<l>" is the same for each of several layers, and "pre_loss/layer_<l>_1",
+          "…_2" for each of a layer's several targets.
         - "pre_cosine": mean cosine between predictions and anchors. If the loss is not the cosine,
           of at most `metrics.SAMPLE` rows of each forward.
         - "pre_rows", "pre_tokens": the number of terms, of visual tokens. "pre_forwards": the

@@ -124,6 +124,11 @@ def _value(name: str, value: Any) -> Any:
     dtype, or a callable given as "module:name"."""
     import torch
 
+    if name == "targets" and isinstance(value, list):
+        return [
+            [*p[:1], *(_value("anchor", a) for a in p[1:])] if isinstance(p, list) else p
+            for p in value
+        ]
     wanted = str(parameters()[name].annotation)
     if not isinstance(value, str):
         return value
@@ -162,6 +167,8 @@ def _rehearse(settings: dict[str, Any]) -> None:
 
     layer = settings.get("layer")
     numbers = layer if isinstance(layer, list) else [] if layer is None else [layer]
+    targets = settings.get("targets")
+    numbers = numbers + [p[0] for p in targets or () if isinstance(p, list) and p]
     for number in numbers:
         # The errors of `apply_pre` would have the depth of the stand-in.
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:

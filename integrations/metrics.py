@@ -23,7 +23,7 @@ class Totals:
     device, so only `read` syncs with the host.
 
     Args:
-        layers: the numbers of the layers, one head each.
+        layers: the number of each head's layer.
         loss: the name of the head's loss.
         skips: whether visual tokens with a nan or inf are left out and counted.
 
@@ -43,7 +43,12 @@ class Totals:
     OWN = ("task", "task_forwards", "added_forwards")
 
     def __init__(self, layers: Sequence[int], loss: str, skips: bool) -> None:
-        self.layers = {number: f"loss_{number}" for number in layers}
+        # Several heads of one layer get "_1", "_2", … behind its number.
+        names = [
+            f"{n}_{layers[: i + 1].count(n)}" if layers.count(n) > 1 else str(n)
+            for i, n in enumerate(layers)
+        ]
+        self.layers = {name: f"loss_{name}" for name in names}
         self.loss = loss
         self.summed = ["count", "tokens", "cosine", "sampled", *self.layers.values()]
         if skips:
@@ -126,12 +131,11 @@ class Totals:
         self.backward.forwards = int(sums["added_forwards"])
 
         means = {
-            number: sums[name] / count if count else math.nan
-            for number, name in self.layers.items()
+            layer: sums[name] / count if count else math.nan for layer, name in self.layers.items()
         }
         metrics = {"pre_loss": sum(means.values()) / len(means)}
         if len(means) > 1:
-            metrics |= {f"pre_loss/layer_{number}": mean for number, mean in means.items()}
+            metrics |= {f"pre_loss/layer_{layer}": mean for layer, mean in means.items()}
         if self.loss == "cosine":
             metrics["pre_cosine"] = -metrics["pre_loss"]
         else:

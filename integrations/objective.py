@@ -47,19 +47,24 @@ class Objective(TermOptions):
     """What the heads predict and from which layers' states. The attributes are the arguments of
     `apply_pre` of the same names."""
 
-    layers: tuple[int, ...]
     impl: str
     loss: str = "cosine"
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The number of each head's layer."""
+        return tuple(target.layer for target in self.targets)
+
     def settings(self, several: bool) -> dict[str, Any]:
         """See `PreHandle.settings`. `several`: whether the head is a ModuleList."""
+        anchors = [t.anchor if isinstance(t.anchor, str) else "callable" for t in self.targets]
         return {
             "layers": list(self.layers),
             "several": several,
             "level": self.level,
             # At level "image" images weigh the same whatever `weighting` says.
             "weighting": "image" if self.level == "image" else self.weighting,
-            "anchor": self.anchor if isinstance(self.anchor, str) else "callable",
+            "anchor": ", ".join(anchors if len({*anchors}) > 1 else anchors[:1]),
         }
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
@@ -99,19 +104,31 @@ class Objective(TermOptions):
         warn_of_images(self.parts, visual, seen.inputs)
         with torch.no_grad():
             terms = find_terms(self, seen, visual, hidden, divisor)
+        selection = terms.rows
+        if selection is not None:
+            flat = [anchor for anchor in terms.anchors if anchor.shape[:-1] != selection.shape]
+            if flat:
+                # The host knows N, so the mask becomes indices once for all heads, without a wait.
+                ranks = torch.arange(1, len(flat[0]) + 1, device=selection.device)
+                selection = torch.searchsorted(selection.flatten().cumsum(0), ranks)
         losses = []
         cosines = []
-        for number, state, head in zip(self.layers, hidden, heads, strict=True):
+        for target, state, head, anchor in zip(
+            self.targets, hidden, heads, terms.anchors, strict=True
+        ):
             device = state.device
             if terms.images is not None:
                 state = pool(state, terms.tokens.to(device), terms.images.to(device))
-            rows = None if terms.rows is None else terms.rows.to(device)
-            anchor = terms.anchor.to(device)
-            with _products(seen, number, state, head):
+            rows = None if selection is None else selection.to(device)
+            anchor = anchor.to(device)
+            with _products(seen, target.layer, state, head):
                 options = self._options(state, terms.drawn_divisor, terms.weight)
+                if selection is not terms.rows:
+                    options.pop("capacity", None)
                 losses.append(head(state, anchor, rows, **options))
                 if self.loss != "cosine":
-                    cosines.append(sample_cosine(head, state, anchor, rows, self.impl))
+                    mask = None if terms.rows is None else terms.rows.to(device)
+                    cosines.append(sample_cosine(head, state, anchor, mask, self.impl))
         return Losses(
             layers=losses,
             full_divisor=terms.full_divisor,
@@ -155,11 +172,11 @@ class Objective(TermOptions):
         agreed = agreed_divisor(self.group, zero, hidden[0].device, divisor)
         losses = []
         cosines = []
-        for number, state, head in zip(self.layers, hidden, heads, strict=True):
+        for target, state, head in zip(self.targets, hidden, heads, strict=True):
             no_rows = state.new_zeros(0, dtype=torch.long)
-            anchor = state.new_zeros(0, self.anchor_dim)
+            anchor = state.new_zeros(0, target.anchor_dim)
             normalizer = agreed.to(state.device) if torch.is_tensor(agreed) else agreed
-            with _products(seen, number, state, head):
+            with _products(seen, target.layer, state, head):
                 losses.append(head(state, anchor, no_rows, impl=self.impl, normalizer=normalizer))
                 # A sharded head gathers its parameters at each call, so every rank has to call it
                 # equally often.

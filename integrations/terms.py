@@ -18,14 +18,27 @@ from .families import Parts
 from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a head predicts: from the states of which layer, the anchor, and its width."""
+
+    layer: int
+    anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
+    anchor_dim: int
+
+    @property
+    def key(self) -> Any:
+        """The same for targets with the same anchor."""
+        return self.anchor if isinstance(self.anchor, str) else id(self.anchor)
+
+
 @dataclass(kw_only=True)
 class TermOptions:
     """The options that decide on the terms. The attributes are the arguments of `apply_pre` of the
-    same names."""
+    same names; `targets` has one entry for each head."""
 
     parts: Parts
-    anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
-    anchor_dim: int
+    targets: tuple[Target, ...]
     level: str
     mask_fn: Callable[[dict[str, Any]], Tensor] | None
     weighting: str = "token"
@@ -41,13 +54,14 @@ class TermOptions:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of one forward's loss: visual tokens, or images at level or weighting "image".
+    """The terms of one forward's loss: visual tokens, or images at level or weighting "image". All
+    heads share them, and differ in the anchor.
 
     Attributes:
         tokens: bool mask (B, T) of the visual tokens that count.
         rows: bool mask with the hidden states' leading shape, at level "image" (images,); None:
             all rows.
-        anchor: that leading shape + (z,), or (N, z) in the order of the rows.
+        anchors: for each head that leading shape + (z,), or (N, z) in the order of the rows.
         weight: a weight for each row, with the rows' leading shape; None: 1.
         count: Σ weight over all rows, drawn or not; 0-d.
         full_divisor: Σ weight · ℓ over all rows is divided by this.
@@ -61,7 +75,7 @@ class Terms:
 
     tokens: Tensor
     rows: Tensor | None
-    anchor: Tensor
+    anchors: list[Tensor]
     weight: Tensor | None
     count: Tensor
     full_divisor: Tensor | float
@@ -73,11 +87,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Visual tokens: their mask (B, T), their anchors (B, T, z) or (N, z), and the indices of their
-    images (N,), if needed."""
+    """Visual tokens: their mask (B, T), their anchors (B, T, z) or (N, z) by `Target.key`, and the
+    indices of their images (N,), if needed."""
 
     mask: Tensor
-    anchor: Tensor
+    anchors: dict[Any, Tensor]
     images: Tensor | None
 
     def count(self) -> Tensor:
@@ -85,16 +99,16 @@ class _Tokens:
         return self.mask.sum() if self.images is None else count_images(self.images)
 
     def finite(self, hidden: Sequence[Tensor]) -> _Tokens:
-        """The tokens without a nan or inf in the anchor or in any of `hidden`."""
-        mask = drop_nonfinite(self.mask, self.anchor, hidden)
-        flat = self.anchor.shape[:-1] != mask.shape
+        """The tokens without a nan or inf in an anchor or in any of `hidden`."""
+        mask = drop_nonfinite(self.mask, [*self.anchors.values(), *hidden])
+        flat = any(anchor.shape[:-1] != mask.shape for anchor in self.anchors.values())
         if not flat and self.images is None:
-            return _Tokens(mask, self.anchor, None)
+            return _Tokens(mask, self.anchors, None)
         # This waits for the device; flat anchors and images have waited for it already.
         kept = mask[self.mask]
         return _Tokens(
             mask,
-            self.anchor[kept.to(self.anchor.device)] if flat else self.anchor,
+            _selected(self.anchors, mask, kept),
             None if self.images is None else self.images[kept.to(self.images.device)],
         )
 
@@ -105,9 +119,17 @@ class _Undrawn:
 
     mask: Tensor
     rows: Tensor | None
-    anchor: Tensor
+    anchors: dict[Any, Tensor]
     weight: Tensor | None
     count: Tensor
+
+
+def _selected(anchors: dict[Any, Tensor], mask: Tensor, kept: Tensor) -> dict[Any, Tensor]:
+    """`anchors` with only the `kept` rows of those that do not have the shape of `mask`."""
+    return {
+        key: rows if rows.shape[:-1] == mask.shape else rows[kept.to(rows.device)]
+        for key, rows in anchors.items()
+    }
 
 
 def find_terms(
@@ -122,9 +144,10 @@ def find_terms(
     Args:
         divisor: the full divisor. None: that of the group, or without one the forward's count.
     """
+    distinct = {target.key: target for target in options.targets}
     tokens = _Tokens(
         visual.mask,
-        find_anchor(options, seen, visual),
+        {key: find_anchor(options, target, seen, visual) for key, target in distinct.items()},
         visual.images(options.parts, seen.inputs) if options.by_image else None,
     )
     skipped = counted = None
@@ -137,12 +160,12 @@ def find_terms(
     agreed = agreed_divisor(options.group, undrawn.count, hidden[0].device, divisor)
     full_divisor = undrawn.count if agreed is None else agreed
     rows = undrawn.rows
-    anchor = undrawn.anchor
+    anchors = undrawn.anchors
     drawn_divisor = agreed
     if options.fraction < 1:
         rows, drawn_fraction = draw(undrawn.mask, options.fraction)
-        if anchor.shape[:-1] != undrawn.mask.shape:
-            anchor = anchor[rows[undrawn.mask].to(anchor.device)]
+        if any(anchor.shape[:-1] != rows.shape for anchor in anchors.values()):
+            anchors = _selected(anchors, rows, rows[undrawn.mask])
         if torch.is_tensor(full_divisor):
             drawn_divisor = drawn_fraction * full_divisor.to(drawn_fraction.device)
         else:
@@ -150,7 +173,7 @@ def find_terms(
     return Terms(
         tokens=tokens.mask,
         rows=rows,
-        anchor=anchor,
+        anchors=[anchors[target.key] for target in options.targets],
         weight=undrawn.weight,
         count=undrawn.count,
         full_divisor=full_divisor,
@@ -176,12 +199,14 @@ def agreed_divisor(
     return group.divisor(count.to(device, non_blocking=True))
 
 
-def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualTokens) -> Tensor:
+def find_anchor(
+    options: TermOptions, target: Target, seen: CapturedForward, visual: VisualTokens
+) -> Tensor:
     """The targets of the visual tokens: (B, T, z), or (N, z) in the order of the tokens."""
-    if options.anchor == "pre_llm":
+    if target.anchor == "pre_llm":
         return seen.anchor()
-    if callable(options.anchor):
-        anchor = options.anchor(seen.inputs, visual.mask)
+    if callable(target.anchor):
+        anchor = target.anchor(seen.inputs, visual.mask)
         if not torch.is_tensor(anchor) or not anchor.is_floating_point():
             what = anchor.dtype if torch.is_tensor(anchor) else type(anchor).__name__
             raise TypeError(f"anchor: the callable returned {what}, want a floating point tensor")
@@ -195,9 +220,9 @@ def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualToken
             f"in a batch of {tuple(visual.mask.shape)}; want (N, z) or (batch, tokens, z), such as "
             f"({int(visual.mask.sum())}, z)"
         )
-    if anchor.shape[-1] != options.anchor_dim:
+    if anchor.shape[-1] != target.anchor_dim:
         raise ValueError(
-            f"anchor: got shape {tuple(anchor.shape)}, want width {options.anchor_dim} "
+            f"anchor: got shape {tuple(anchor.shape)}, want width {target.anchor_dim} "
             f"(anchor_dim); pass anchor_dim={anchor.shape[-1]} to apply_pre"
         )
     if debugging() and options.nonfinite != "skip":
@@ -207,16 +232,19 @@ def find_anchor(options: TermOptions, seen: CapturedForward, visual: VisualToken
 
 def _undrawn(options: TermOptions, tokens: _Tokens) -> _Undrawn:
     mask = tokens.mask
-    anchor = tokens.anchor
+    anchors = tokens.anchors
     images = tokens.images
     if images is None:
-        return _Undrawn(mask, mask, anchor, None, mask.sum())
+        return _Undrawn(mask, mask, anchors, None, mask.sum())
     if options.level != "image":
         weight, count = image_weights(mask, images)
-        return _Undrawn(mask, mask, anchor, weight, count)
-    pooled = pool(anchor, mask.to(anchor.device), images.to(anchor.device))
-    every = mask.new_ones(len(pooled))
-    return _Undrawn(every, None, pooled, None, torch.tensor(len(pooled)))
+        return _Undrawn(mask, mask, anchors, weight, count)
+    pooled = {
+        key: pool(anchor, mask.to(anchor.device), images.to(anchor.device))
+        for key, anchor in anchors.items()
+    }
+    number = len(next(iter(pooled.values())))
+    return _Undrawn(mask.new_ones(number), None, pooled, None, torch.tensor(number))
 
 
 def _projector_anchor(parts: Parts, seen: CapturedForward, visual: VisualTokens) -> Tensor:

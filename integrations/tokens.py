@@ -214,17 +214,16 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def drop_nonfinite(mask: Tensor, anchor: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-    """`mask` (B, T) without the rows that have a nan or inf in `anchor` or in one of `hidden`. Does
-    not wait for the device.
+def drop_nonfinite(mask: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """`mask` (B, T) without the rows that have a nan or inf in one of `tensors`. Does not wait for
+    the device.
 
     Args:
         mask: bool (B, T) that marks N rows.
-        anchor: (B, T, z), or (N, z) in the order of the rows.
-        hidden: tensors (B, T, d).
+        tensors: (B, T, width), or (N, width) in the order of the rows.
     """
     kept = mask
-    for rows in (anchor, *hidden):
+    for rows in tensors:
         # The largest magnitude needs one pass, and is nan or inf if any element is.
         largest = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=-1)
         finite = largest.isfinite().to(mask.device)

@@ -203,7 +203,7 @@ def test_the_encoder_is_no_part_of_the_model() -> None:
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     twin = copy.deepcopy(model)
     assert twin(**data.inputs).loss == model(**data.inputs).loss
-    assert handle._objective.anchor.encoder is encoder
+    assert handle._objective.targets[0].anchor.encoder is encoder
     handle.remove()
 
 

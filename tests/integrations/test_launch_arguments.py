@@ -181,6 +181,19 @@ def test_settings_come_from_the_file_and_options_win(
     assert seen[0] == wanted
 
 
+def test_pairs_of_layers_and_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ok.py").write_text("")
+    (tmp_path / "anchors_of_pairs.py").write_text("def dino(inputs, rows): ...")
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr(Launch, "__enter__", lambda self: seen.append(self.settings))
+    launch.main(["--set", "targets=[[8, pre_llm], [16, anchors_of_pairs:dino]]", "--", "ok.py"])
+    (first, (layer, anchor)) = seen[0]["targets"]
+    assert (first, layer, anchor.__name__) == ([8, "pre_llm"], 16, "dino")
+    with pytest.raises(SystemExit):
+        launch.main(["--set", "targets=[8, pre_llm]", "--", "ok.py"])
+
+
 def test_every_setting_of_apply_pre_is_taken_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         launch.main(["--help"])

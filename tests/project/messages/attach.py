@@ -95,6 +95,19 @@ MISTAKES = [
         'apply_pre(model, anchor="pre_projector")',
     ),
     Mistake(
+        "a layer beside pairs of layers and anchors",
+        'apply_pre(model, layer=1, targets=[(2, "pre_projector")])',
+        "targets: got layer, anchor or anchor_dim too, want layers and anchors in its pairs",
+        'apply_pre(model, targets=[(2, "pre_projector")])',
+    ),
+    Mistake(
+        "layers instead of pairs",
+        "apply_pre(model, targets=[1, 2])",
+        "targets: got 1, want pairs (layer, anchor), such as "
+        '[(8, "pre_llm"), (16, "pre_projector")]',
+        'apply_pre(model, targets=[(1, "pre_llm"), (2, "pre_projector")])',
+    ),
+    Mistake(
         "a width for an anchor that has its own",
         "apply_pre(model, anchor_dim=64)",
         "anchor_dim: got 64 with anchor='pre_llm', which has its own width; want None",
