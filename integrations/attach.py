@@ -42,7 +42,7 @@ def apply_pre(
     anchor_dim: int | None = None,
     mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
     text_model: str | nn.Module | None = None,
-    layers: str | nn.ModuleList | None = None,
+    layers: str | nn.ModuleList | Sequence[nn.Module | str] | None = None,
     weighting: str = "token",
     fraction: float = 1.0,
     nonfinite: str = "propagate",
@@ -129,7 +129,10 @@ def apply_pre(
             text).
         text_model: the module (or its path) whose `.layers` are the decoder layers, if it is not
             found automatically.
-        layers: the ModuleList of the decoder layers (or its path), if they are elsewhere.
+        layers: the ModuleList of the decoder layers (or its path), if they are elsewhere. If the
+            model computes its L layers from their parts without calling them: a list of L + 1
+            modules that it calls with the states before, between and after the layers, such as
+            `[*(layer.input_layernorm for layer in text.layers), text.norm]`.
         impl: implementation of the loss, see `fused_pre_loss`.
         group: the processes whose forwards form one batch: a ProcessGroup, or "world". Σℓ is
             divided by the mean number of terms per process. Gradients that are averaged over the
@@ -209,11 +212,11 @@ def apply_pre(
         check_tokens(parts, inner)
     width = parts.width
     if targets is None:
-        pairs = [(number, anchor) for number in _layers(layer, len(parts.layers))]
+        pairs = [(number, anchor) for number in _layers(layer, parts.depth)]
     heads = []
     described = []
     for pair in pairs:
-        (number,) = _layers(pair[:1], len(parts.layers))
+        (number,) = _layers(pair[:1], parts.depth)
         dtype, device = parts.dtype_and_device(number)
         own_dim = anchor_dim
         if pair[1] == "pre_projector":

@@ -64,6 +64,14 @@ class CapturedForward:
         Raises:
             RuntimeError: if the layer did not run.
         """
+        if number not in self.hidden and self.first is None:
+            name = type(self.parts.layers[0]).__name__
+            raise RuntimeError(
+                f"layers: got decoder layers ({name}) that this forward did not call, want modules "
+                "that it calls with the hidden states; a model that computes its layers from their "
+                "parts, such as SmolVLA and pi0, calls at least their norms: "
+                "apply_pre(layers=[*(layer.input_layernorm for layer in text.layers), text.norm])"
+            )
         if number not in self.hidden:
             raise RuntimeError(
                 f"layer: decoder layer {number} did not run in this forward, as after an early "

@@ -3,7 +3,7 @@ the rule does not cover."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -150,7 +150,8 @@ class Parts:
         config: the model's config.
         text: the text model. None if it is the whole model, whose `inputs_embeds` are not yet
             merged with the images.
-        layers: the decoder layers.
+        layers: the decoder layers, or modules that are called with the states between them.
+        depth: the number of decoder layers whose output can be read.
         projector: the module whose input rows are the visual tokens, if the model has one.
         merge: finds the visual tokens in models of the original LLaVA code bases; `tokens` finds
             them in all others.
@@ -161,6 +162,7 @@ class Parts:
     config: Any
     text: nn.Module | None
     layers: nn.ModuleList
+    depth: int
     projector: nn.Module | None
     merge: Merge | None = None
     notices: Notices = field(default_factory=Notices)
@@ -186,8 +188,8 @@ class Parts:
             return width
         layer = self.layers[0]
         for name, module in layer.named_modules():
-            if "norm" in name.rpartition(".")[2].lower():
-                for parameter in module.parameters():
+            if "norm" in (name.rpartition(".")[2] or type(layer).__name__).lower():
+                for parameter in module.parameters(recurse=bool(name)):
                     if parameter.dim() == 1:
                         return len(parameter)
         raise ValueError(
@@ -253,14 +255,15 @@ class Parts:
 def find_parts(
     model: nn.Module,
     text_model: str | nn.Module | None = None,
-    layers: str | nn.ModuleList | None = None,
+    layers: str | nn.ModuleList | Sequence[nn.Module | str] | None = None,
 ) -> Parts:
     """Find the parts of `model`. A `text_model` or `layers` that is given is used as it is.
 
     Args:
         model: the plain model, without PEFT, DDP or another wrapper around it.
         text_model: the text model, or its path in `model`.
-        layers: the ModuleList of decoder layers, or its path in `model`.
+        layers: the ModuleList of decoder layers, or its path in `model`; or a list of the L + 1
+            modules (or paths) that are called with the states before, between and after L layers.
 
     Raises:
         TypeError: if `text_model` is not a module, or `layers` is not a ModuleList.
@@ -282,8 +285,11 @@ def find_parts(
     text: nn.Module | None = (
         None if text_model is None else _module(model, "text_model", text_model)[1]
     )
+    between = isinstance(layers, list) and any(isinstance(p, (nn.Module, str)) for p in layers[1:])
     if layers is None:
         text, decoder_layers = _find_layers(model, config, family, text)
+    elif between:
+        decoder_layers = nn.ModuleList(_module(model, "layers", part)[1] for part in layers)
     else:
         path, module = _module(model, "layers", layers)
         if not isinstance(module, nn.ModuleList):
@@ -304,6 +310,7 @@ def find_parts(
         config=config,
         text=None if text is model else text,
         layers=decoder_layers,
+        depth=len(decoder_layers) - between,
         projector=projector,
         merge=Merge(model) if original else None,
     )

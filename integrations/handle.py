@@ -98,7 +98,7 @@ class PreHandle(ScheduledWeight):
     @property
     def depth(self) -> int:
         """The number of the model's decoder layers."""
-        return len(self._objective.parts.layers)
+        return self._objective.parts.depth
 
     @property
     def contributed(self) -> bool:
@@ -254,8 +254,7 @@ class PreHandle(ScheduledWeight):
                 f"labels: is {self._labels!r}, so L_PRe is added to output.loss where the forward "
                 "gets that argument; handle.loss() needs apply_pre(..., labels=None)"
             )
-        loss = self._own
-        self._own = None
+        loss, self._own = self._own, None
         return torch.zeros(()) if loss is None else loss
 
     def excluded(self) -> contextlib.AbstractContextManager[None]:
@@ -297,10 +296,11 @@ class PreHandle(ScheduledWeight):
 
     def stepped(self, optimizer: Any) -> None:
         """An optimizer's step begins; `optimizers.listen` calls this."""
-        self._checks.stepped(optimizer, self.head)
+        self._checks.stepped(optimizer, self.head, bool(self.enabled and self.scheduled_weight))
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._watchdog.reason = None
+        self._checks.called()
         if torch.is_grad_enabled():
             # Nobody asked for the last forward's L_PRe; drop its graph before this one is made.
             self._own = None

@@ -10,6 +10,8 @@ from torch import nn
 
 from .notices import Notices
 from .optimizers import Steps, parameters, split
+from .tokens import capturing
+from .watchdog import PATIENCE
 
 # After one of these warnings the user already knows that the optimizer lacks the head.
 SAID = {"optimizer refuses", "optimizer given"}
@@ -45,9 +47,23 @@ class HeadChecks:
         """Forget the steps of the previous training."""
         self.steps = Steps()
 
-    def stepped(self, optimizer: Any, head: nn.Module) -> None:
-        """Record that a step of `optimizer` begins."""
+    def stepped(self, optimizer: Any, head: nn.Module, wanted: bool) -> None:
+        """Record that a step of `optimizer` begins. If PRe is `wanted`, warn if the model was not
+        called before the last ones."""
         self.steps.see(optimizer, self.model, head)
+        late = wanted and self.steps.uncalled >= PATIENCE
+        if late and "called inside" not in self.notices.given:
+            of_head, others = split(self.model, head)
+            # Another optimizer may have got the id of one that is gone.
+            if {id(p) for p in parameters(optimizer)} & (of_head.keys() | others):
+                self.notices.warn("not called", model=type(self.model).__name__)
+
+    def called(self) -> None:
+        """Record a call of the model."""
+        self.steps.calls += 1
+        self.steps.uncalled = 0
+        if capturing():  # replays of a CUDA graph call nothing
+            self.notices.settle("not called")
 
     def leaves_out_head(self, optimizer: Any, head: nn.Module) -> bool:
         """Whether `optimizer` has parameters of the model but none of the head."""

@@ -30,6 +30,11 @@ WARNINGS = {
         "the text model ran in training outside a call of {model}, to which PRe is attached, so "
         "L_PRe is not added; attach to the module that is called"
     ),
+    "not called": (
+        "the optimizer trains {model}, to which PRe is attached, but the last steps had no call of "
+        "it, so L_PRe has no term; call it as model(...), because model.forward(...) runs no hook, "
+        "or attach to the module that is called"
+    ),
     "nothing below trains": (
         "no hidden state that enters L_PRe at layer {layers} requires grad, so {effect}: nothing "
         "at or below that layer is trained; train the projector or layers below, or choose a later "

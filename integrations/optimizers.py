@@ -22,12 +22,17 @@ class Steps:
     Attributes:
         count: the number of steps of all optimizers.
         kinds: the class names of the optimizers that hold parameters of the model.
+        calls: the number of calls of the model.
+        uncalled: how often in a row such an optimizer stepped again without a call between.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.kinds: set[str] = set()
-        self._known: set[int] = set()
+        self.calls = 0
+        self.uncalled = 0
+        # The `calls` at the last step of each optimizer, by id; -1 if it holds no such parameters.
+        self._known: dict[int, int] = {}
         # Names of the head's parameters that none of the optimizers holds.
         self._missing: set[str] | None = None
         # Whether one of them holds parameters outside the head, or the model has no others.
@@ -37,14 +42,19 @@ class Steps:
     def see(self, optimizer: Any, model: nn.Module, head: nn.Module) -> None:
         """Record that a step of `optimizer` begins."""
         self.count += 1
-        if id(optimizer) in self._known:
+        last = self._known.get(id(optimizer))
+        if last is not None:
+            if last >= 0:
+                self.uncalled = self.uncalled + 1 if last == self.calls else 0
+                self._known[id(optimizer)] = self.calls
             return
-        self._known.add(id(optimizer))
         held = {id(p) for p in parameters(optimizer)}
         of_head, others = split(model, head)
         if not held & (of_head.keys() | others):
             # It steps another model, or belongs to an engine that keeps copies of the parameters.
+            self._known[id(optimizer)] = -1
             return
+        self._known[id(optimizer)] = self.calls
         missing = {name for i, name in of_head.items() if i not in held}
         self._missing = missing if self._missing is None else self._missing & missing
         self._others |= not others or bool(others & held)

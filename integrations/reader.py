@@ -66,7 +66,7 @@ class Reader:
         *,
         mask_fn: Callable[[dict[str, Any]], Tensor] | None = None,
         text_model: str | nn.Module | None = None,
-        decoder_layers: str | nn.ModuleList | None = None,
+        decoder_layers: str | nn.ModuleList | Sequence[nn.Module | str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
@@ -80,7 +80,7 @@ class Reader:
         self.model = model
         self.inner = inner
         self.mask_fn = mask_fn
-        self.depth = len(self.parts.layers)
+        self.depth = self.parts.depth
         self.layers = _numbers(layers, self.depth)
         self._reading = False
         self._seen: CapturedForward | None = None

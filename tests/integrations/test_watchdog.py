@@ -107,3 +107,16 @@ def test_the_watchdog_is_quiet_in_evaluation(recwarn: Any) -> None:
     for _ in range(3):
         model(**data.inputs).loss.backward()
     assert not any("eval mode" in str(w.message) for w in recwarn)
+
+
+def test_steps_of_another_model_are_no_training_of_this_one(recwarn: Any) -> None:
+    """Its optimizer may have the id of one that is gone."""
+    model = build("llava")
+    apply_pre(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**batch("llava").inputs).loss.backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [*torch.nn.Linear(2, 2).parameters()]
+    for _ in range(4):
+        optimizer.step()
+    assert not any("to which PRe is attached" in str(w.message) for w in recwarn)

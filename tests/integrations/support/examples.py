@@ -30,6 +30,7 @@ from pre_kernels.demo.text import visual_batch
 from pre_kernels.diagnostics.run import callback, samples
 from pre_kernels.integrations import apply_pre
 
+from .tiny import interleaved, openvla_like
 from .tiny.nanovlm_like import small
 from .tiny.training import InOrder, arguments
 
@@ -213,6 +214,31 @@ class Given:
     def vlm(self) -> Any:
         """prismatic's model, of which an example reads one number."""
         return SimpleNamespace(vision_backbone=SimpleNamespace(num_patches=4))
+
+    @functools.cached_property
+    def vla(self) -> Any:
+        return openvla_like.openvla_like(layers=32)
+
+    @property
+    def vla_batch(self) -> Any:
+        return openvla_like.openvla_batch()
+
+    def visual(self, inputs: Any, shift: int = 0) -> torch.Tensor:
+        return openvla_like.visual(inputs, shift)
+
+    def vggt(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(pixels), openvla_like.PATCHES, self.width)
+
+    @functools.cached_property
+    def policy(self) -> Any:
+        return interleaved.policy()[0]
+
+    @property
+    def policy_batch(self) -> Any:
+        return interleaved.policy()[1]
+
+    def prefix(self, inputs: Any) -> torch.Tensor:
+        return interleaved.prefix(inputs)
 
     def my_vqa_accuracy(self, model: Any) -> float:
         return 0.5

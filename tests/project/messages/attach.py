@@ -2,7 +2,8 @@
 
 Given are a tiny LLaVA of 4 decoder layers, `model`, its arguments for two samples with labels,
 `batch`, the mask of their 12 visual tokens, `visual`; a `text_model` without images,
-and a `fuyu`, a model of a family that the library does not know.
+a `fuyu`, a model of a family that the library does not know, and a `policy` like SmolVLA with its
+batch, `frames`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import transformers
 from torch import nn
 
 from pre_kernels.integrations import EncoderAnchor, Reader, apply_pre
-from tests.integrations.support.tiny import models
+from tests.integrations.support.tiny import interleaved, models
 from tests.integrations.support.tiny.fuyu import fuyu
 
 from .mistakes import Mistake
@@ -41,6 +42,11 @@ GIVEN = {
     "batch": lambda: models.batch("llava").inputs,
     "visual": lambda: models.batch("llava").visual,
     "fuyu": fuyu,
+    "policy": lambda: interleaved.policy()[0],
+    "frames": lambda: interleaved.policy()[1],
+    "prefix": lambda: interleaved.prefix,
+    "norms": lambda: interleaved.norms,
+    "TEXT": lambda: interleaved.TEXT,
     "SIZES": lambda: {"size": 8, "anchor_dim": 2},
     "IMAGE": lambda: models.IMAGE,
 }
@@ -249,6 +255,29 @@ MISTAKES = [
         "apply_pre(model, head_trainable=False, head_lr=1e-3)",
         "head_lr: got 0.001 with head_trainable=False, want None",
         "apply_pre(model, head_trainable=False)",
+    ),
+    Mistake(
+        "layers that the model computes by hand",
+        'apply_pre(policy, text_model=TEXT, mask_fn=prefix, labels="batch"); policy(frames)',
+        "layers: got decoder layers (LlamaDecoderLayer) that this forward did not call, want "
+        "modules that it calls with the hidden states; a model that computes its layers from their "
+        "parts, such as SmolVLA and pi0, calls at least their norms: "
+        "apply_pre(layers=[*(layer.input_layernorm for layer in text.layers), text.norm])",
+        "text = policy.get_submodule(TEXT)\n"
+        "layers = [*(layer.input_layernorm for layer in text.layers), text.norm]\n"
+        'apply_pre(policy, layers=layers, mask_fn=prefix, labels="batch"); policy(frames)',
+    ),
+    Mistake(
+        "a loop that calls model.forward",
+        "apply_pre(policy, layers=norms(policy), mask_fn=prefix, labels='batch')\n"
+        "optimizer = torch.optim.SGD(policy.parameters(), 0.1)\n"
+        "for _ in range(3): policy.forward(frames)[0].backward(); optimizer.step()",
+        "PRe: the optimizer trains Policy, to which PRe is attached, but the last steps had no "
+        "call of it, so L_PRe has no term; call it as model(...), because model.forward(...) runs "
+        "no hook, or attach to the module that is called",
+        "apply_pre(policy, layers=norms(policy), mask_fn=prefix, labels='batch')\n"
+        "optimizer = torch.optim.SGD(policy.parameters(), 0.1)\n"
+        "for _ in range(3): policy(frames)[0].backward(); optimizer.step()",
     ),
     Mistake(
         "a training in eval mode",
