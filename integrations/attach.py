@@ -25,6 +25,7 @@ ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
 WEIGHTINGS = ("token", "image")
 NONFINITE = ("propagate", "skip")
+ANCHOR_NORMS = ("none", "center", "spatial")
 
 
 def apply_pre(
@@ -55,6 +56,7 @@ def apply_pre(
     schedule: str = "constant",
     warmup: float = 0.0,
     labels: str | None = "labels",
+    anchor_norm: str = "none",
 ) -> PreHandle:
     """Attach PRe to `model`: from now on training forwards with labels add weight · L_PRe to
     output.loss. Returns a handle.
@@ -156,6 +158,13 @@ def apply_pre(
         labels: name of the forward's argument that makes the model return a loss. λ · L_PRe is
             added to the loss of forwards that get it. None: L_PRe is computed in every forward in
             training mode, and you add `handle.loss()` to your loss.
+        anchor_norm: "none": the anchors as they are. "center": less their mean over the visual
+            tokens that count, drawn by `fraction` or not: those of all processes where `group` or
+            `patch_trainer` counts them together (one all-reduce of z + 1 numbers), else those of
+            the forward. Under gradient accumulation that is each micro-batch's own mean. "spatial":
+            (x - mean) / (std + 1e-6) over the tokens of each image, per channel (iREPA, arXiv
+            2512.10794); it needs whole images on a process, and an image of one token gets the
+            target 0. Both compute in float32.
 
     Raises:
         ValueError, TypeError: with the argument, the value it got and the value it needs.
@@ -177,6 +186,12 @@ def apply_pre(
     choice("weighting", weighting, WEIGHTINGS)
     _check_fraction(fraction)
     choice("nonfinite", nonfinite, NONFINITE)
+    choice("anchor_norm", anchor_norm, ANCHOR_NORMS)
+    if anchor_norm == "spatial" and level == "image":
+        raise ValueError(
+            "anchor_norm: got 'spatial' with level='image', which makes every target 0, want "
+            "'none' or 'center'"
+        )
     choice("impl", impl, IMPLEMENTATIONS)
     if targets is not None and (layer, anchor, anchor_dim) != (None, "pre_llm", None):
         raise ValueError(
@@ -251,6 +266,7 @@ def apply_pre(
         fraction=float(fraction),
         group=counted_over,
         nonfinite=nonfinite,
+        anchor_norm=anchor_norm,
     )
     return PreHandle(model, objective, head, weight, training, labels, as_layer=head_dtype is None)
 

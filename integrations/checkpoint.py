@@ -19,6 +19,8 @@ CONFIG = "pre_head.json"
 FORMAT = 1
 # Settings that were added without a new format number, so older files lack them.
 MAY_BE_ABSENT = ("weighting",)
+# The head of a file without these settings.
+FORMER_HEAD = {"anchor_norm": "none"}
 
 
 def save(
@@ -159,9 +161,10 @@ def _read(
     for name, wanted in described.items():
         if name in MAY_BE_ABSENT and name not in config:
             continue
-        if config.get(name) != wanted:
+        saved = config.get(name, FORMER_HEAD.get(name))
+        if saved != wanted:
             raise ValueError(
-                f"{name}: {paths[CONFIG]!r} says {config.get(name)!r}, this handle has {wanted!r}; "
+                f"{name}: {paths[CONFIG]!r} says {saved!r}, this handle has {wanted!r}; "
                 "call apply_pre with the settings of the saved head, on a model of its width"
             )
 

@@ -67,6 +67,8 @@ class Counting:
             )
         self.step = Step(len(batches))
         self.later = None
+        if len(batches) > 1 and self.handle.settings()["anchor_norm"] == "center":
+            self.handle.notices.warn("centered by micro-batch", count=len(batches))
         if not self.ahead:
             return
         self.step.counts = [self._count(batch) for batch in batches]

@@ -52,6 +52,8 @@ def _objective(objective: Objective, labels: str | None) -> Iterator[str]:
     names = [a if isinstance(a, str) else getattr(a, "__name__", type(a).__name__) for a in anchors]
     yield f"loss {objective.loss}"
     yield f"anchor {', '.join(names if len({*names}) > 1 else names[:1])}"
+    if objective.anchor_norm != "none":
+        yield f"anchor_norm {objective.anchor_norm}"
     yield f"level {objective.level}"
     if objective.weighting != "token":
         yield f"weighting {objective.weighting}"

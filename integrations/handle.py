@@ -354,8 +354,7 @@ class PreHandle(ScheduledWeight):
             skipped=losses.skipped,
         )
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
-            layers = ", ".join(map(str, self.layers))
-            self.notices.warn("nothing below trains", layers=layers, effect=self._checks.alone)
+            self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
 
         device = losses.layers[0].device
         total = torch.stack([loss.to(device) for loss in losses.layers]).mean()

@@ -34,12 +34,6 @@ class HeadChecks:
         self.several = isinstance(head, nn.ModuleList)
         self.was_peft = _is_peft(model)
         self.frozen = not any(p.requires_grad for p in head.parameters())  # on purpose
-        # What L_PRe does where no hidden state requires grad, for a warning.
-        self.alone = (
-            "L_PRe trains nothing, because the head is frozen"
-            if self.frozen
-            else "the head trains and the model does not learn from it"
-        )
         self.dtypes = {name: p.dtype for name, p in head.named_parameters()}
         self.steps = Steps()
 

@@ -36,9 +36,9 @@ WARNINGS = {
         "or attach to the module that is called"
     ),
     "nothing below trains": (
-        "no hidden state that enters L_PRe at layer {layers} requires grad, so {effect}: nothing "
-        "at or below that layer is trained; train the projector or layers below, or choose a later "
-        "layer"
+        "no hidden state that enters L_PRe at layer {layers} requires grad, so the model does not "
+        "learn from it, at most the head does: nothing at or below that layer is trained; train "
+        "the projector or layers below, or choose a later layer"
     ),
     "frozen head": (
         "no parameter of `pre_head` requires grad, so the head keeps its weights; if that is not "
@@ -92,6 +92,11 @@ WARNINGS = {
         "and the forwards had {seen}: the model's inputs are made from the batch later, or it runs "
         "more than once; from now on each micro-batch adds the mean over its own visual tokens, as "
         "those with more of them did"
+    ),
+    "centered by micro-batch": (
+        'a step has {count} micro-batches, and anchor_norm="center" subtracts the mean anchor of '
+        "each of them (over all processes), not that of the step, because the anchors of later "
+        "micro-batches do not exist yet; fewer and larger micro-batches make the two more alike"
     ),
     "training_step not reached": (
         "a step of {trainer} did not come through Trainer.training_step, which was replaced during "

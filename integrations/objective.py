@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pre_kernels.head import Uncast
 
 from .capture import CapturedForward
+from .distributed import Group
 from .metrics import sample_cosine
-from .terms import TermOptions, agreed_divisor, count_images, find_terms
-from .tokens import find_tokens, pool, warn_of_images
+from .terms import TermOptions, agreed_divisor, agreed_mean, count_images, find_terms
+from .tokens import find_tokens, indices, pool, warn_of_images
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Objective(TermOptions):
             "level": self.level,
             # At level "image" images weigh the same whatever `weighting` says.
             "weighting": "image" if self.level == "image" else self.weighting,
+            "anchor_norm": self.anchor_norm,
             "anchor": ", ".join(anchors if len({*anchors}) > 1 else anchors[:1]),
         }
 
@@ -92,7 +94,9 @@ class Objective(TermOptions):
                 its other processes may have a divisor.
         """
         if ungrouped:
-            return replace(self, group=None).losses(seen, heads, divisor)
+            # The other processes may have a divisor, and center over all.
+            alone = replace(self, group=None, centered_over=Group("world"))
+            return alone.losses(seen, heads, divisor)
         visual = find_tokens(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
@@ -109,8 +113,7 @@ class Objective(TermOptions):
             flat = [anchor for anchor in terms.anchors if anchor.shape[:-1] != selection.shape]
             if flat:
                 # The host knows N, so the mask becomes indices once for all heads, without a wait.
-                ranks = torch.arange(1, len(flat[0]) + 1, device=selection.device)
-                selection = torch.searchsorted(selection.flatten().cumsum(0), ranks)
+                selection = indices(selection, len(flat[0]))
         losses = []
         cosines = []
         for target, state, head, anchor in zip(
@@ -169,6 +172,9 @@ class Objective(TermOptions):
         """A loss of 0 for each layer with the head in the graph, because DDP waits for the head's
         gradients on every rank."""
         zero = torch.zeros((), dtype=torch.long)
+        if self.anchor_norm == "center":
+            sizes = {target.key: target.anchor_dim for target in self.targets}
+            agreed_mean(self, hidden[0].new_zeros(sum(sizes.values()) + 1), divisor)
         agreed = agreed_divisor(self.group, zero, hidden[0].device, divisor)
         losses = []
         cosines = []

@@ -15,7 +15,7 @@ from pre_kernels.checks import debugging
 from .capture import CapturedForward
 from .distributed import Group
 from .families import Parts
-from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool
+from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool, standardised
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class TermOptions:
     fraction: float = 1.0
     group: Group | None = None
     nonfinite: str = "propagate"
+    anchor_norm: str = "none"
+    centered_over: Group | None = None  # None: as the terms are counted
 
     @property
     def by_image(self) -> bool:
@@ -94,10 +96,6 @@ class _Tokens:
     anchors: dict[Any, Tensor]
     images: Tensor | None
 
-    def count(self) -> Tensor:
-        """The number of images if `images` is there, else of tokens; 0-d."""
-        return self.mask.sum() if self.images is None else count_images(self.images)
-
     def finite(self, hidden: Sequence[Tensor]) -> _Tokens:
         """The tokens without a nan or inf in an anchor or in any of `hidden`."""
         mask = drop_nonfinite(self.mask, [*self.anchors.values(), *hidden])
@@ -145,16 +143,24 @@ def find_terms(
         divisor: the full divisor. None: that of the group, or without one the forward's count.
     """
     distinct = {target.key: target for target in options.targets}
+    spatial = options.anchor_norm == "spatial"
     tokens = _Tokens(
         visual.mask,
         {key: find_anchor(options, target, seen, visual) for key, target in distinct.items()},
-        visual.images(options.parts, seen.inputs) if options.by_image else None,
+        visual.images(options.parts, seen.inputs) if options.by_image or spatial else None,
     )
     skipped = counted = None
     if options.nonfinite == "skip":
-        counted = tokens.count()
+        images = tokens.images if options.by_image else None
+        counted = visual.mask.sum() if images is None else count_images(images)
         tokens = tokens.finite(hidden)
         skipped = visual.mask.sum() - tokens.mask.sum()
+    anchors = tokens.anchors
+    if spatial and tokens.images is not None:
+        anchors = {k: standardised(a, tokens.mask, tokens.images) for k, a in anchors.items()}
+    elif options.anchor_norm == "center":
+        anchors = _centered(options, tokens, hidden[0].device, divisor)
+    tokens = _Tokens(tokens.mask, anchors, tokens.images if options.by_image else None)
 
     undrawn = _undrawn(options, tokens)
     agreed = agreed_divisor(options.group, undrawn.count, hidden[0].device, divisor)
@@ -182,6 +188,36 @@ def find_terms(
         skipped=skipped,
         counted=undrawn.count if counted is None else counted,
     )
+
+
+def _centered(
+    options: TermOptions, tokens: _Tokens, device: torch.device, divisor: Tensor | float | None
+) -> dict[Any, Tensor]:
+    """The anchors less their mean over the visual tokens, in float32 at least; collective where
+    terms are counted over processes."""
+    wide = {}
+    sums = []
+    for key, rows in tokens.anchors.items():
+        wide[key] = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if rows.shape[:-1] == tokens.mask.shape:
+            # Other rows may hold nan.
+            rows = torch.where(tokens.mask[..., None].to(rows.device), rows, 0)
+        sums.append(rows.flatten(0, -2).sum(0, dtype=wide[key].dtype).to(device))
+    packed = torch.cat([*sums, tokens.mask.sum()[None].to(device)])
+    means = agreed_mean(options, packed, divisor).split([len(total) for total in sums])
+    return {
+        key: rows - mean.to(rows.device)
+        for (key, rows), mean in zip(wide.items(), means, strict=True)
+    }
+
+
+def agreed_mean(options: TermOptions, packed: Tensor, divisor: Tensor | float | None) -> Tensor:
+    """Sums ÷ their count, the last of `packed`, both added up over the processes whose terms are
+    counted together; every one of them has to ask."""
+    over = options.centered_over or (options.group if divisor is None else Group("world"))
+    if over is not None:
+        packed = over.mean(packed)
+    return packed[:-1] / packed[-1]
 
 
 def count_images(numbers: Tensor) -> Tensor:

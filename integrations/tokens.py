@@ -233,6 +233,41 @@ def drop_nonfinite(mask: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return kept
 
 
+def indices(mask: Tensor, count: int) -> Tensor:
+    """The flat indices of the `count` rows that `mask` selects. Does not wait for the device."""
+    ranks = torch.arange(1, count + 1, device=mask.device)
+    return torch.searchsorted(mask.flatten().cumsum(0), ranks)
+
+
+def standardised(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
+    """`rows` as (x - mean) / (std + 1e-6) over the tokens of each image, per channel, in float32 at
+    least; 0 for an image of one token. Does not wait for the device.
+
+    The std is that of a sample, as in iREPA (arXiv 2512.10794). The arguments are those of `pool`.
+    """
+    places = None
+    if rows.shape[:-1] == mask.shape:
+        places = indices(mask.to(rows.device), len(numbers))
+    x = rows if places is None else rows.flatten(0, -2)[places]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    ordered, order = numbers.to(x.device).sort()
+    rank = (ordered[1:] != ordered[:-1]).cumsum(0)
+    index = torch.zeros_like(order).scatter(0, order[1:], rank)
+    sizes = x.new_zeros(len(x), 1).index_add(0, index, x.new_ones(len(x), 1))
+
+    def mean(values: Tensor, less: int) -> Tensor:
+        # There are at most as many images as tokens.
+        return (torch.zeros_like(x).index_add(0, index, values) / (sizes - less).clamp(min=1))[
+            index
+        ]
+
+    x = x - mean(x, 0)
+    x = x / (mean(x.square(), 1).sqrt() + 1e-6)
+    if places is None:
+        return x
+    return x.new_zeros(mask.numel(), x.shape[1]).index_copy(0, places, x).view(rows.shape)
+
+
 def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
     """The mean (K, d) over the rows of each of K images, in the dtype of `rows`.
 

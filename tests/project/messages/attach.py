@@ -101,6 +101,13 @@ MISTAKES = [
         'apply_pre(model, anchor="pre_projector")',
     ),
     Mistake(
+        "targets over an image that are averaged over it",
+        'apply_pre(model, anchor_norm="spatial", level="image")',
+        "anchor_norm: got 'spatial' with level='image', which makes every target 0, want 'none' or "
+        "'center'",
+        'apply_pre(model, anchor_norm="center", level="image")',
+    ),
+    Mistake(
         "a layer beside pairs of layers and anchors",
         'apply_pre(model, layer=1, targets=[(2, "pre_projector")])',
         "targets: got layer, anchor or anchor_dim too, want layers and anchors in its pairs",
@@ -236,18 +243,18 @@ MISTAKES = [
         "nothing below the layer is trained",
         "model.requires_grad_(False); model.lm_head.requires_grad_(True)\n"
         "apply_pre(model); model(**batch)",
-        "PRe: no hidden state that enters L_PRe at layer 2 requires grad, so the head trains and "
-        "the model does not learn from it: nothing at or below that layer is trained; train the "
-        "projector or layers below, or choose a later layer",
+        "PRe: no hidden state that enters L_PRe at layer 2 requires grad, so the model does not "
+        "learn from it, at most the head does: nothing at or below that layer is trained; train "
+        "the projector or layers below, or choose a later layer",
         PROJECTOR_ONLY + "apply_pre(model); model(**batch)",
     ),
     Mistake(
         "nothing at all is trained",
         "model.requires_grad_(False); model.lm_head.requires_grad_(True)\n"
         "apply_pre(model, head_trainable=False); model(**batch)",
-        "PRe: no hidden state that enters L_PRe at layer 2 requires grad, so L_PRe trains nothing, "
-        "because the head is frozen: nothing at or below that layer is trained; train the "
-        "projector or layers below, or choose a later layer",
+        "PRe: no hidden state that enters L_PRe at layer 2 requires grad, so the model does not "
+        "learn from it, at most the head does: nothing at or below that layer is trained; train "
+        "the projector or layers below, or choose a later layer",
         PROJECTOR_ONLY + "apply_pre(model, head_trainable=False); model(**batch)",
     ),
     Mistake(
