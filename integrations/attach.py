@@ -57,6 +57,9 @@ def apply_pre(
     warmup: float = 0.0,
     labels: str | None = "labels",
     anchor_norm: str = "none",
+    depth: int = 2,
+    norm: str | None = None,
+    dropout: float = 0.0,
 ) -> PreHandle:
     """Attach PRe to `model`: from now on training forwards with labels add weight · L_PRe to
     output.loss. Returns a handle.
@@ -97,8 +100,8 @@ def apply_pre(
             indices of the rows; otherwise each head finds them from the mask, because the host does
             not know their number.
         weight: λ, finite and ≥ 0. Also `handle.weight`.
-        loss, activation, bias, hidden_dim: settings of the predictor, see `PreHead`. `hidden_dim`
-            None is the model's width.
+        loss, activation, bias, hidden_dim, depth, norm, dropout: settings of the predictor, see
+            `PreHead`. `hidden_dim` None is the model's width.
         anchor: the target of the prediction. "pre_llm": the embeddings of the visual tokens as they
             enter the decoder. "pre_projector": the projector's input for each visual token (LLaVA;
             Qwen-VL: the patches of a token, concatenated). A callable: `anchor(inputs, rows)` gets
@@ -249,6 +252,9 @@ def apply_pre(
                 loss=loss,
                 device=device,
                 dtype=_head_dtype(head_dtype, dtype),
+                depth=depth,
+                norm=norm,
+                dropout=dropout,
             )
         )
     several = targets is not None or isinstance(layer, Sequence)

@@ -20,7 +20,7 @@ FORMAT = 1
 # Settings that were added without a new format number, so older files lack them.
 MAY_BE_ABSENT = ("weighting",)
 # The head of a file without these settings.
-FORMER_HEAD = {"anchor_norm": "none"}
+FORMER_HEAD = {"anchor_norm": "none", "depth": 2}
 
 
 def save(
@@ -92,6 +92,8 @@ def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
         "bias": first.b1 is not None,
         "activation": first.activation,
         "loss": first.loss,
+        "depth": first.depth,
+        "norm": first.norm,
     }
 
 
@@ -115,11 +117,7 @@ def _shapes(trained: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of the full parameters by name, whether or not they are split."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, head in _heads(trained).items():
-        shapes[f"{prefix}w1"] = (head.hidden_dim, head.dim)
-        shapes[f"{prefix}w2"] = (head.out_dim, head.hidden_dim)
-        if head.b1 is not None:
-            shapes[f"{prefix}b1"] = (head.hidden_dim,)
-            shapes[f"{prefix}b2"] = (head.out_dim,)
+        shapes |= {prefix + name: shape for name, shape in head.shapes.items()}
     return shapes
 
 

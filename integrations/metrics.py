@@ -222,9 +222,8 @@ class GradientNorm:
 
 def _trained_elements(head: PreHead) -> int:
     """The number of elements that train, independent of how they are split over processes."""
-    sizes = {"w1": head.hidden_dim * head.dim, "b1": head.hidden_dim}
-    sizes |= {"w2": head.out_dim * head.hidden_dim, "b2": head.out_dim}
-    return sum(sizes[name] for name, p in head.named_parameters(recurse=False) if p.requires_grad)
+    trained = (name for name, p in head.named_parameters(recurse=False) if p.requires_grad)
+    return sum(math.prod(head.shapes[name]) for name in trained)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .problem import Options, Problem
 
 LOSSES = ("cosine", "mse", "smooth_l1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+NORMS = ("layer", "rms")
 REDUCTIONS = ("mean", "sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
@@ -45,7 +46,8 @@ def width(name: str, value: Any) -> int:
 def nonnegative(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), want a number")
-    if not math.isfinite(value) or value < 0:
+    # Dynamo cannot trace math.isfinite of a number that may change.
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: got {value}, want a finite number ≥ 0")
     return float(value)
 
@@ -191,7 +193,62 @@ def _check_normalizer(normalizer: Any, reduction: str) -> float | Tensor | None:
     return value
 
 
-def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int]) -> None:
+def _check_layers(
+    layers: dict[str, Any], dim: int, out_dim: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Check the weights and biases of a head's layers, and return those that are not None."""
+    depth = 3 if layers["w3"] is not None else 2 if layers["w2"] is not None else 1
+    names = ("d", *("m", "m2")[: depth - 1], "z")
+    present = {}
+    columns = dim
+    for number in range(1, 4):
+        name = f"w{number}"
+        bias = layers[f"b{number}"]
+        if number > depth:
+            if bias is not None:
+                raise ValueError(f"b{number}: got a bias without a {name}, want None")
+            continue
+        w = present[name] = _floating(name, layers[name], device)
+        width, given = names[number], names[number - 1]
+        source = "hidden's last" if number == 1 else f"w{number - 1}'s first"
+        if number == depth:
+            meaning = (
+                f"({width}, {given}), {width} as anchor's last dimension and {given} as {source},"
+            )
+            _shape(name, w, (out_dim, columns), meaning)
+        elif w.dim() != 2 or w.shape[1] != columns or w.shape[0] == 0:
+            raise ValueError(
+                f"{name}: got shape {tuple(w.shape)}, want ({width}, {given}) with {given} = "
+                f"{columns} as {source} dimension: the layout of nn.Linear({columns}, "
+                f"{width}).weight{f' and of PreHead(dim={dim})' if number == 1 else ''}"
+            )
+        columns = w.shape[0]
+        if bias is not None:
+            present[f"b{number}"] = _floating(f"b{number}", bias, device)
+            _shape(f"b{number}", bias, (columns,), f"({width},)")
+    return present
+
+
+def _check_norm(
+    norm: Any, weight: Any, bias: Any, eps: Any, dim: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Check the arguments of a norm, and return its tensors that are not None."""
+    present = {}
+    if norm is not None:
+        choice("norm", norm, NORMS)
+        nonnegative("norm_eps", eps)
+    for name, value in (("norm_weight", weight), ("norm_bias", bias)):
+        if value is None:
+            continue
+        if norm is None or (norm == "rms" and name == "norm_bias"):
+            wanted = "norm='layer'" if name == "norm_bias" else "norm='layer' or 'rms'"
+            raise ValueError(f"{name}: got a tensor with norm={norm!r}, want {wanted}, or None")
+        present[name] = _floating(name, value, device)
+        _shape(name, value, (dim,), "(d,)")
+    return present
+
+
+def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     if precision != "fp8":
         raise ValueError(f"precision: got {precision!r}, want 'fp8' or None (the inputs' own)")
     if dtype != torch.bfloat16:
@@ -201,7 +258,7 @@ def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int])
         )
     if any(width % 16 or width > FP8_LONGEST for width in widths):
         raise ValueError(
-            f"precision: got 'fp8' with d, m, z = {widths}, want multiples of 16 up to "
+            f"precision: got 'fp8' with widths {widths}, want multiples of 16 up to "
             f"{FP8_LONGEST} (a row's scale is found by one program)"
         )
 
@@ -209,10 +266,7 @@ def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, int, int])
 def arguments(
     hidden: Any,
     anchor: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
+    layers: dict[str, Any],
     rows: Any,
     *,
     loss: Any,
@@ -223,9 +277,13 @@ def arguments(
     workspace: Any,
     capacity: Any,
     precision: Any,
+    norm: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    norm_eps: Any,
 ) -> Problem:
     """Check the arguments of `fused_pre_loss` and flatten their leading shapes, without reading the
-    device."""
+    device. `layers` holds its w1, b1, ..., b3 by name."""
     choice("loss", loss, LOSSES)
     choice("activation", activation, ACTIVATIONS)
     choice("reduction", reduction, REDUCTIONS)
@@ -235,8 +293,6 @@ def arguments(
     hidden = _floating("hidden", hidden)
     device = hidden.device
     anchor = _floating("anchor", anchor, device)
-    w1 = _floating("w1", w1, device)
-    w2 = _floating("w2", w2, device)
     if hidden.dim() < 2:
         raise ValueError(
             f"hidden: got shape {tuple(hidden.shape)}, want (..., d) with at least one leading "
@@ -255,24 +311,15 @@ def arguments(
         raise ValueError(
             f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1"
         )
-    if w1.dim() != 2 or w1.shape[1] != dim or w1.shape[0] == 0:
-        raise ValueError(
-            f"w1: got shape {tuple(w1.shape)}, want (m, d) with d = {dim} as hidden's last "
-            f"dimension: the layout of nn.Linear({dim}, m).weight and of PreHead(dim={dim})"
-        )
-    inner = w1.shape[0]
-    _shape("w2", w2, (out_dim, inner), "(z, m), z as anchor's last dimension and m as w1's first,")
-    parameters = {"w1": w1, "w2": w2}
-    for name, bias, wanted in (("b1", b1, inner), ("b2", b2, out_dim)):
-        if bias is not None:
-            parameters[name] = _floating(name, bias, device)
-            _shape(name, bias, (wanted,), "(m,)" if name == "b1" else "(z,)")
-    dtype = _product_dtype(hidden, parameters)
+    parameters = _check_layers(layers, dim, out_dim, device)
+    scales = _check_norm(norm, norm_weight, norm_bias, norm_eps, dim, device)
+    dtype = _product_dtype(hidden, parameters | scales)
 
     if rows is not None:
         rows = _check_rows(rows, leading, device)
     if precision is not None:
-        _check_fp8(precision, dtype, (dim, inner, out_dim))
+        weights = (w for name, w in parameters.items() if name[0] == "w")
+        _check_fp8(precision, dtype, (dim, *(w.shape[0] for w in weights)))
     if capacity is not None:
         width("capacity", capacity)
         if rows is None or rows.dtype != torch.bool:
@@ -313,10 +360,7 @@ def arguments(
     number = None if isinstance(normalizer, Tensor) else normalizer
     return Problem(
         hidden=hidden.flatten(0, -2),
-        w1=w1,
-        b1=b1,
-        w2=w2,
-        b2=b2,
+        **layers,
         anchor=anchor.detach().flatten(0, -2),
         rows=rows,
         weight=None if row_weight is None else row_weight.flatten(),
@@ -332,6 +376,8 @@ def arguments(
             workspace=workspace,
             capacity=capacity,
             precision=precision,
+            norm=norm,
+            norm_eps=norm_eps,
         ),
     )
 

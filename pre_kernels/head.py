@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from . import checks
 from .loss import fused_pre_loss
 
+PARAMETERS = ("w1", "b1", "w2", "b2", "w3", "b3", "norm_weight", "norm_bias")
+
 
 class Uncast:
     """A wrapper that hides a tensor keyword of `PreHead.forward` from FSDP, which casts the tensors
@@ -21,12 +23,13 @@ class Uncast:
 
 
 class PreHead(nn.Module):
-    """The two-layer predictor of PRe together with its loss (arXiv 2603.20808, eq. 3-5).
+    """The predictor of PRe together with its loss (arXiv 2603.20808, eq. 3-5).
 
     The predictor is `p = w2 · act(w1 · h + b1) + b2`. Its parameters are raw `nn.Parameter`s in
     `nn.Linear`'s layout: `w1` (hidden_dim, dim), `b1` (hidden_dim,), `w2` (out_dim, hidden_dim),
-    `b2` (out_dim,). `forward` returns the loss, so DDP, FSDP, ZeRO-3 and LoRA handle the head like
-    any other module.
+    `b2` (out_dim,). Related works have heads of another depth, or with a norm in front; what such a
+    head lacks of `w1`, `b1`, `w2`, `b2`, `w3`, `b3`, `norm_weight` and `norm_bias` is None.
+    `forward` returns the loss, so DDP, FSDP, ZeRO-3 and LoRA handle the head like any other module.
 
     ```python
     head = PreHead(dim=64, out_dim=48)
@@ -35,20 +38,37 @@ class PreHead(nn.Module):
     head(hidden, anchor, rows=visual).backward()
     ```
 
+    Attributes:
+        shapes: the shapes of the whole parameters by name, also where they are split.
+
     Args:
         dim: the width d of the hidden states.
-        hidden_dim: the width m between the two layers; None: `dim`.
+        hidden_dim: the width m between the layers; None: `dim`.
         out_dim: the width z of the anchors; None: `dim`.
-        bias: whether both layers have a bias. Without it `b1` and `b2` are None.
+        bias: whether the layers have a bias, and the norm "layer".
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         loss: "cosine", "mse" or "smooth_l1"; `forward(loss=...)` overrides it for one call.
         device: where the parameters are; None: PyTorch's default device.
         dtype: float16, bfloat16, float32 or float64; None: PyTorch's default dtype.
+        depth: the number of layers: 1, 2 or 3.
+        norm: the norm of the hidden states in front of the first layer: "layer", "rms", or None.
+        norm_eps: added to the variance of the norm.
+        dropout: must be 0. Related works have it in their heads, and the fused backward keeps no
+            activation on which a mask could act twice.
 
     Raises:
-        ValueError: for a width below 1, or an unknown activation or loss.
+        ValueError: for a width below 1, an unknown activation, loss, depth or norm, or a dropout.
         TypeError: for a width that is not an int, or another dtype.
     """
+
+    w1: nn.Parameter
+    b1: nn.Parameter | None
+    w2: nn.Parameter | None
+    b2: nn.Parameter | None
+    w3: nn.Parameter | None
+    b3: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,14 +81,27 @@ class PreHead(nn.Module):
         loss: str = "cosine",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        depth: int = 2,
+        norm: str | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
     ) -> None:
-        """Make both layers, initialised as `nn.Linear` initialises its own."""
+        """Make the layers, initialised as `nn.Linear` and `nn.LayerNorm` initialise their own."""
         super().__init__()
         checks.width("dim", dim)
         hidden_dim = dim if hidden_dim is None else checks.width("hidden_dim", hidden_dim)
         out_dim = dim if out_dim is None else checks.width("out_dim", out_dim)
         checks.choice("activation", activation, checks.ACTIVATIONS)
         checks.choice("loss", loss, checks.LOSSES)
+        if isinstance(depth, bool) or depth not in (1, 2, 3):
+            raise ValueError(f"depth: got {depth!r}, want 1, 2 or 3 layers")
+        if norm is not None:
+            checks.choice("norm", norm, checks.NORMS)
+        if dropout:
+            raise ValueError(
+                f"dropout: got {dropout!r}, want 0: the fused loss keeps no activations, and so no "
+                "mask of dropped ones for the backward"
+            )
         if dtype is not None and not (
             isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         ):
@@ -81,24 +114,42 @@ class PreHead(nn.Module):
         self.out_dim = out_dim
         self.activation = activation
         self.loss = loss
+        self.depth = depth
+        self.norm = norm
+        self.norm_eps = checks.nonnegative("norm_eps", norm_eps)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.w1 = parameter(hidden_dim, dim)
-        self.b1 = parameter(hidden_dim) if bias else None
-        self.w2 = parameter(out_dim, hidden_dim)
-        self.b2 = parameter(out_dim) if bias else None
+        widths = (dim, *[hidden_dim] * (depth - 1), out_dim)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(1, depth + 1):
+            self.shapes[f"w{layer}"] = (widths[layer], widths[layer - 1])
+            if bias:
+                self.shapes[f"b{layer}"] = (widths[layer],)
+        if norm is not None:
+            self.shapes["norm_weight"] = (dim,)
+        if norm == "layer" and bias:
+            self.shapes["norm_bias"] = (dim,)
+        for name in PARAMETERS:
+            setattr(self, name, parameter(*self.shapes[name]) if name in self.shapes else None)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the parameters as `nn.Linear` does: uniform in ±1/sqrt(fan_in)."""
-        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+        """Initialise the layers as `nn.Linear` does, uniform in ±1/sqrt(fan_in), and the norm as
+        `nn.LayerNorm` does, by ones and zeros."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2), (self.w3, self.b3)):
+            if weight is None:
+                continue
             bound = 1 / math.sqrt(weight.shape[1])
             weight.uniform_(-bound, bound)
             if bias is not None:
                 bias.uniform_(-bound, bound)
+        if self.norm_weight is not None:
+            self.norm_weight.fill_(1)
+        if self.norm_bias is not None:
+            self.norm_bias.zero_()
 
     def forward(
         self, hidden: Tensor, anchor: Tensor, rows: Tensor | None = None, **options: Any
@@ -127,11 +178,21 @@ class PreHead(nn.Module):
         }
         options.setdefault("loss", self.loss)
         options.setdefault("activation", self.activation)
+        if self.depth == 3:
+            options.update(w3=self.w3, b3=self.b3)
+        if self.norm is not None:
+            options.update(
+                norm=self.norm,
+                norm_weight=self.norm_weight,
+                norm_bias=self.norm_bias,
+                norm_eps=self.norm_eps,
+            )
         return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)
 
     def extra_repr(self) -> str:
-        """Return widths, activation and loss, for `repr`."""
+        """Return widths, depth, norm, activation and loss, for `repr`."""
         return (
             f"dim={self.dim}, hidden_dim={self.hidden_dim}, out_dim={self.out_dim}, "
-            f"bias={self.b1 is not None}, activation={self.activation!r}, loss={self.loss!r}"
+            f"depth={self.depth}, norm={self.norm!r}, bias={self.b1 is not None}, "
+            f"activation={self.activation!r}, loss={self.loss!r}"
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -84,12 +86,26 @@ def choose(impl: str, problem: Problem) -> str:
     return "triton" if counted_on_device and dtype != torch.float32 else "blas"
 
 
+def _fold(problem: Problem, scale: Tensor | None, shift: Tensor | None) -> Problem:
+    """Put scale and shift of the norm into the first layer: W1 · (scale · x + shift) + b1 is
+    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them."""
+    device = problem.hidden.device.type
+    w1, b1 = problem.w1, problem.b1
+    # Autocast would round the folded weight twice.
+    with torch.autocast(device, enabled=False) if checks.under_autocast(device) else nullcontext():
+        if shift is not None:
+            b1 = F.linear(shift[None], w1, b1)[0]
+        if scale is not None:
+            w1 = w1 * scale
+    return problem._replace(w1=w1, b1=b1)
+
+
 def fused_pre_loss(
     hidden: Tensor,
     anchor: Tensor,
     w1: Tensor,
     b1: Tensor | None,
-    w2: Tensor,
+    w2: Tensor | None,
     b2: Tensor | None,
     rows: Tensor | None = None,
     *,
@@ -102,13 +118,19 @@ def fused_pre_loss(
     workspace: int | None = None,
     capacity: int | None = None,
     precision: str | None = None,
+    w3: Tensor | None = None,
+    b3: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """Compute the Predictive Regularization (PRe) loss of the selected rows, with a fused backward.
 
-    Each selected row h of `hidden` passes a two-layer predictor and is compared with its anchor a
-    (arXiv 2603.20808, eq. 3-5):
+    Each selected row h of `hidden` passes a predictor and is compared with its anchor a. The
+    predictor of PRe has two layers (arXiv 2603.20808, eq. 3-5):
 
-        p = w2 · act(w1 · h + b1) + b2
+        p = w2 · act(w1 · h + b1) + b2         w3 · act(p) + b3 with a w3; w1 · h + b1 without a w2
         ℓ = -cos(p, a)                         loss="cosine"
         ℓ = mean over z of (p - a)²            loss="mse"
         ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
@@ -131,11 +153,11 @@ def fused_pre_loss(
         anchor: hidden's leading shape + (z,), or (N, z) in the order of the selection, in any
             floating dtype. Where both readings fit, it is the leading shape. It never receives a
             gradient.
-        w1: (m, d). Outside autocast w1, b1, w2 and b2 must have hidden's dtype. Under autocast the
-            matmuls run in autocast's dtype.
-        b1: (m,), or None.
-        w2: (z, m).
-        b2: (z,), or None.
+        w1: (m, d); without a w2 (z, d). Outside autocast all weights and biases must have hidden's
+            dtype. Under autocast the matmuls run in autocast's dtype.
+        b1: a bias for the rows of w1, or None; b2 and b3 alike.
+        w2: (z, m); with a w3 (m2, m). None: a head of one layer, without an activation.
+        b2: as b1.
         rows: a bool mask of hidden's leading shape, or (N,) int32 or int64 flat row indices in any
             order, or None for all rows. Indices must be unique and in range. This is checked on the
             CPU, and on other devices only under PRE_KERNELS_DEBUG=1, because the check reads the
@@ -163,6 +185,12 @@ def fused_pre_loss(
             row), and the two for the gradients of the weights in bfloat16; gradients have a few
             percent error. It needs bfloat16 products, widths that are multiples of 16 up to 8,192,
             and "blas" on an NVIDIA GPU with sm_90 or newer. None: no float8.
+        w3: (z, m2), or None.
+        b3: as b1.
+        norm: the norm that the selected rows of hidden pass first: "layer", "rms", or None. It
+            reads hidden again in the backward, so hidden must not be changed in between.
+        norm_weight, norm_bias: (d,), or None. An rms norm has no bias.
+        norm_eps: added to the variance ("layer") or to the mean square ("rms").
 
     Returns:
         A 0-d tensor, or (N,) for "none". Its dtype is that of the loss arithmetic, which is
@@ -192,10 +220,7 @@ def fused_pre_loss(
     problem = checks.arguments(
         hidden,
         anchor,
-        w1,
-        b1,
-        w2,
-        b2,
+        {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "w3": w3, "b3": b3},
         rows,
         loss=loss,
         activation=activation,
@@ -205,7 +230,13 @@ def fused_pre_loss(
         workspace=workspace,
         capacity=capacity,
         precision=precision,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm_eps=norm_eps,
     )
+    if norm_weight is not None or norm_bias is not None:
+        problem = _fold(problem, norm_weight, norm_bias)
     impl = choose(impl, problem)
     if impl == "torch":
         dtype = fastest_dtype(problem.options.dtype, problem.hidden.device)

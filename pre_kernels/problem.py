@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The first fields of a `Problem`: hidden, and a weight and a bias for each of three layers.
+DIFFERENTIABLE = 7
+
 
 class Options(NamedTuple):
     """The arguments of a call that are not tensors."""
@@ -21,17 +24,26 @@ class Options(NamedTuple):
     workspace: int | None  # bytes
     capacity: int | None  # the most rows that a mask may select
     precision: str | None  # "fp8", or None for the products' dtype
+    norm: str | None = None  # "layer" or "rms", or None for rows of hidden as they are
+    norm_eps: float = 0.0
 
 
 class Problem(NamedTuple):
     """The checked arguments of one call. Leading shapes are flattened: there are R rows in all, and
-    N of them are selected."""
+    N of them are selected.
+
+    The head has one to three layers: weights and biases of the others are None. The first
+    `DIFFERENTIABLE` fields are those that may receive a gradient. The scale and shift of a norm are
+    not among them: they are folded into w1 and b1.
+    """
 
     hidden: Tensor  # (R, d)
-    w1: Tensor  # (m, d)
-    b1: Tensor | None  # (m,)
-    w2: Tensor  # (z, m)
-    b2: Tensor | None  # (z,)
+    w1: Tensor  # (widths[1], d)
+    b1: Tensor | None  # (widths[1],)
+    w2: Tensor | None  # (widths[2], widths[1])
+    b2: Tensor | None
+    w3: Tensor | None
+    b3: Tensor | None
     anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
     rows: Tensor | None  # (R,) bool | (N,) int | None = all
     weight: Tensor | None  # (R,), or (N,) if weight_compact
@@ -44,10 +56,19 @@ class Problem(NamedTuple):
         return torch.promote_types(self.options.dtype, torch.float32)
 
     @property
-    def widths(self) -> tuple[int, int, int]:
-        """The widths (d, m, z)."""
-        (m, d), (z, _) = self.w1.shape, self.w2.shape
-        return d, m, z
+    def layers(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each layer."""
+        layers = [(self.w1, self.b1)]
+        if self.w2 is not None:
+            layers.append((self.w2, self.b2))
+        if self.w3 is not None:
+            layers.append((self.w3, self.b3))
+        return layers
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width d of hidden, then the output width of each layer; the last is z."""
+        return (self.hidden.shape[1], *[w.shape[0] for w, _ in self.layers])
 
     @property
     def masked(self) -> bool:
@@ -70,13 +91,11 @@ class Problem(NamedTuple):
             return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
         return self.hidden.shape[0] if self.options.capacity is None else self.options.capacity
 
-    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Return w1, b1, w2, b2 in the products' dtype, contiguous: a matmul sums tensors of other
+    def parameters(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return `layers` in the products' dtype, contiguous: a matmul sums tensors of other
         strides in another order, which at small widths doubles the error."""
-        w1, b1, w2, b2 = (
-            None if x is None else x.to(self.options.dtype).contiguous()
-            for x in (self.w1, self.b1, self.w2, self.b2)
-        )
-        assert w1 is not None
-        assert w2 is not None
-        return w1, b1, w2, b2
+        dtype = self.options.dtype
+        return [
+            (w.to(dtype).contiguous(), None if b is None else b.to(dtype).contiguous())
+            for w, b in self.layers
+        ]

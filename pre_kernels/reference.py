@@ -17,6 +17,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "layer": lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+    "rms": lambda x, weight, _, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
+}
+
 ROW_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda p, a: -F.cosine_similarity(p, a, dim=-1, eps=1e-8),
     "mse": lambda p, a: (p - a).square().mean(-1),
@@ -29,7 +34,7 @@ def pre_loss(
     anchor: Tensor,
     w1: Tensor,
     b1: Tensor | None,
-    w2: Tensor,
+    w2: Tensor | None,
     b2: Tensor | None,
     rows: Tensor | None = None,
     *,
@@ -38,13 +43,19 @@ def pre_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    w3: Tensor | None = None,
+    b3: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """Compute the PRe loss of the selected rows by autograd, without fused kernels.
 
-    Each selected row h of `hidden` passes a two-layer predictor and is compared with its anchor a
-    (arXiv 2603.20808, eq. 3-5):
+    Each selected row h of `hidden` passes a predictor and is compared with its anchor a. The
+    predictor of PRe has two layers (arXiv 2603.20808, eq. 3-5):
 
-        p = w2 · act(w1 · h + b1) + b2
+        p = w2 · act(w1 · h + b1) + b2         w3 · act(p) + b3 with a w3; w1 · h + b1 without a w2
         ℓ = -cos(p, a)                         loss="cosine"
         ℓ = mean over z of (p - a)²            loss="mse"
         ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
@@ -65,10 +76,10 @@ def pre_loss(
         hidden: (..., d).
         anchor: hidden's leading shape + (z,), or (N, z) in the order of the selection; never
             receives a gradient.
-        w1: (m, d).
-        b1: (m,), or None.
-        w2: (z, m).
-        b2: (z,), or None.
+        w1: (m, d); without a w2 (z, d).
+        b1: a bias for the rows of w1, or None; b2 and b3 alike.
+        w2: (z, m); with a w3 (m2, m). None: a head of one layer.
+        b2: as b1.
         rows: a bool mask of hidden's leading shape, (N,) int32 or int64 flat row indices, or None
             for all rows.
         loss: "cosine", "mse" or "smooth_l1".
@@ -78,12 +89,17 @@ def pre_loss(
         reduction: "mean" (Σ ℓ / D; D is the normalizer, else the sum of the weights, else N), "sum"
             or "none".
         normalizer: the D of "mean": a number or a 0-d tensor.
+        w3: (z, m2), or None.
+        b3: as b1.
+        norm: None, or the norm that the selected rows of hidden pass first: "layer" or "rms".
+        norm_weight, norm_bias: (d,), or None. An rms norm has no bias.
+        norm_eps: added to the variance, or to the mean square.
 
     Returns:
         A 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype, float32)`.
 
     Raises:
-        KeyError: for an unknown loss or activation. Other wrong arguments fail inside PyTorch.
+        KeyError: for an unknown loss, activation or norm. Other wrong arguments fail in PyTorch.
     """
     leading = hidden.shape[:-1]
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -98,7 +114,13 @@ def pre_loss(
     if a.shape[:-1] == leading:
         a = a.reshape(-1, a.shape[-1])[index]
 
-    p = F.linear(ACTIVATIONS[activation](F.linear(x[index], w1, b1)), w2, b2)
+    p = x[index]
+    if norm is not None:
+        p = NORMS[norm](p, norm_weight, norm_bias, norm_eps)
+    p = F.linear(p, w1, b1)
+    for w, b in ((w2, b2), (w3, b3)):
+        if w is not None:
+            p = F.linear(ACTIVATIONS[activation](p), w, b)
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     losses = ROW_LOSSES[loss](p, a.to(p.dtype))
 

@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from pre_kernels import reference
-from pre_kernels.check.rule import LEAVES, Case, Comparison, judge, judge_errors, ramp, run
+from pre_kernels.check.rule import (
+    LEAVES,
+    MORE_LEAVES,
+    Case,
+    Comparison,
+    judge,
+    judge_errors,
+    ramp,
+    run,
+)
 
 from . import oracle_wide
 
 # Tests import the names of the rule from this module.
-__all__ = ["LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]
+__all__ = ["LEAVES", "MORE_LEAVES", "Case", "Comparison", "judge", "judge_errors", "ramp", "run"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -27,6 +36,8 @@ def make(
     d: int = 24,
     m: int = 40,
     z: int = 24,
+    depth: int = 2,
+    norm: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     rows: str = "mask",
@@ -41,8 +52,8 @@ def make(
     """A random case.
 
     rows: "mask" | "index32" | "index64" | "all"; selected: the expected fraction of selected rows;
-    anchor, weight: "leading" | "compact"; extra keywords are options of the loss, or fields of
-    `Case`.
+    bias: of the inner layers, of the last one; anchor, weight: "leading" | "compact"; extra
+    keywords are options of the loss, or fields of `Case`.
     """
     g = torch.Generator().manual_seed(seed)
     total = math.prod(leading)
@@ -59,14 +70,23 @@ def make(
     selection = {"mask": mask, "index32": index.int(), "index64": index, "all": None}[rows]
     n = total if rows == "all" else int(mask.sum())
 
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "hidden": hidden,
         "anchor": randn(n, z) if anchor == "compact" else randn(*leading, z),
-        "w1": randn(m, d) / math.sqrt(d),
-        "b1": randn(m) * 0.2 if bias[0] else None,
-        "w2": randn(z, m) / math.sqrt(m),
-        "b2": randn(z) * 0.2 if bias[1] else None,
+        "w2": None,
+        "b2": None,
     }
+    widths = (d, *(m, m + 3)[: depth - 1], z)
+    for layer in range(1, depth + 1):
+        width, columns = widths[layer], widths[layer - 1]
+        tensors[f"w{layer}"] = randn(width, columns) / math.sqrt(columns)
+        biased = bias[layer == depth]
+        tensors[f"b{layer}"] = randn(width) * 0.2 if biased else None
+    if norm is not None:
+        case["norm"] = norm
+        tensors["norm_weight"] = 1 + 0.3 * randn(d)
+    if norm == "layer":
+        tensors["norm_bias"] = 0.2 * randn(d)
     fields = {name: case.pop(name) for name in ("autocast", "frozen", "upstream") if name in case}
     if weight is not None:
         shape = (n,) if weight == "compact" else leading
@@ -95,29 +115,45 @@ def scales(case: Case) -> dict[str, float]:
     factor = abs((reduced.sum() / losses.sum()).item()) if losses.numel() and losses.sum() else 1.0
 
     index = oracle_wide.selected(case)
-    x = t["hidden"].reshape(-1, t["hidden"].shape[-1])[index]
+    rows = t["hidden"].reshape(-1, t["hidden"].shape[-1])[index]
+    norm = case.options.get("norm")
+    eps = case.options.get("norm_eps", 1e-5)
+    x = rows
+    if norm is not None:
+        x = reference.NORMS[norm](rows, None, None, eps)
+    unit = x
+    x = x if t.get("norm_weight") is None else x * t["norm_weight"]
+    x = x if t.get("norm_bias") is None else x + t["norm_bias"]
     act = reference.ACTIVATIONS[case.options.get("activation", "gelu")]
-    z = torch.nn.functional.linear(x, t["w1"], t["b1"]).requires_grad_()
-    g = act(z)
-    (slope,) = torch.autograd.grad(g.sum(), z)
-    p = torch.nn.functional.linear(g.detach(), t["w2"], t["b2"]).requires_grad_()
+    inputs, slopes = [x], []
+    layers = [i for i in (1, 2, 3) if t.get(f"w{i}") is not None]
+    for i in layers:
+        y = torch.nn.functional.linear(inputs[-1], t[f"w{i}"], t[f"b{i}"]).requires_grad_()
+        g = act(y)
+        slopes += torch.autograd.grad(g.sum(), y)
+        inputs.append(g.detach())
+    p = y
     a = t["anchor"]
     a = a.reshape(-1, a.shape[-1])[index] if a.shape[:-1] == t["hidden"].shape[:-1] else a
-    rows = reference.ROW_LOSSES[case.options.get("loss", "cosine")](p, a)
-    weight = (
-        torch.ones_like(rows) if not losses.numel() else (losses / rows.detach()).nan_to_num(0.0)
-    )
-    (dp,) = torch.autograd.grad((rows * weight).sum() * factor * case.upstream, p)
-    dp = dp.abs()
-    dz = (dp @ t["w2"].abs()) * slope.abs()
-    sums = {
-        "loss": losses.abs().sum() * factor if reduced.dim() == 0 else losses.abs(),
-        "hidden": dz @ t["w1"].abs(),
-        "w1": dz.t() @ x.abs(),
-        "b1": dz.sum(0),
-        "w2": dp.t() @ g.abs(),
-        "b2": dp.sum(0),
-    }
+    own = reference.ROW_LOSSES[case.options.get("loss", "cosine")](p, a)
+    weight = torch.ones_like(own) if not losses.numel() else (losses / own.detach()).nan_to_num(0.0)
+    (dp,) = torch.autograd.grad((own * weight).sum() * factor * case.upstream, p)
+    sums = {"loss": losses.abs().sum() * factor if reduced.dim() == 0 else losses.abs()}
+    dx = dp.abs()
+    for i in reversed(layers):
+        dy = dx if i == layers[-1] else dx * slopes[i - 1].abs()
+        sums[f"w{i}"] = dy.t() @ inputs[i - 1].abs()
+        sums[f"b{i}"] = dy.sum(0)
+        dx = dy @ t[f"w{i}"].abs()
+    if norm is not None:
+        sums["norm_weight"] = (dx * unit.abs()).sum(0)
+        sums["norm_bias"] = dx.sum(0)
+        dx = dx if t.get("norm_weight") is None else dx * t["norm_weight"].abs()
+        centred = rows - rows.mean(1, keepdim=True) if norm == "layer" else rows
+        inverse = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
+        along = (dx * unit.abs()).mean(1, keepdim=True)
+        dx = (dx + dx.mean(1, keepdim=True) + unit.abs() * along) * inverse
+    sums["hidden"] = dx
     return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {
         "N": len(index)
     }

@@ -113,6 +113,15 @@ ROW_LOSSES: dict[str, Callable[[Wide, Wide], tuple[Wide, Wide]]] = {
 }
 
 
+def _normalized(x: Wide, norm: str | None, eps: float) -> tuple[Wide, Wide | int]:
+    """The rows after the norm, and 1 / std of each."""
+    if norm is None:
+        return x, 1
+    x = x - x.mean(1, keepdims=True) if norm == "layer" else x
+    inverse = 1 / np.sqrt((x**2).mean(1, keepdims=True) + LONG(eps))
+    return x * inverse, inverse
+
+
 def run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     """Loss and gradients of a case, each as the sum of two float64 tensors: the rounded value, and
     the rest that rounding lost."""
@@ -137,8 +146,20 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     def linear(x: Wide, weight: Wide, bias: Wide | None) -> Wide:
         return x @ weight.T if bias is None else x @ weight.T + bias
 
-    g, slope = ACTIVATIONS[options.get("activation", "gelu")](linear(x, t["w1"], t["b1"]))
-    losses, dp = ROW_LOSSES[options.get("loss", "cosine")](linear(g, t["w2"], t["b2"]), a)
+    norm = options.get("norm")
+    unit, inverse = _normalized(x, norm, options.get("norm_eps", 1e-5))
+    x = unit if t.get("norm_weight") is None else unit * t["norm_weight"]
+    x = x if t.get("norm_bias") is None else x + t["norm_bias"]
+    layers = [i for i in (1, 2, 3) if t.get(f"w{i}") is not None]
+    inputs, slopes = [x], []
+    for i in layers[:-1]:
+        y = linear(inputs[-1], t[f"w{i}"], t[f"b{i}"])
+        for values, value in zip(
+            (inputs, slopes), ACTIVATIONS[options.get("activation", "gelu")](y), strict=True
+        ):
+            values.append(value)
+    p = linear(inputs[-1], t[f"w{layers[-1]}"], t[f"b{layers[-1]}"])
+    losses, dp = ROW_LOSSES[options.get("loss", "cosine")](p, a)
 
     weight = options.get("row_weight")
     reduction = options.get("reduction", "mean")
@@ -162,20 +183,26 @@ def _run(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
             divisor = LONG(1)
         divisor = divisor if divisor else LONG(math.nan)
         losses, dp = losses.sum() / divisor, dp * (LONG(case.upstream) / divisor)
-    dz = (dp @ t["w2"]) * slope
+    results = {}
+    dx = dp
+    for i in reversed(layers):
+        dy = dx if i == layers[-1] else dx * slopes[i - 1]
+        results[f"w{i}"] = dy.T @ inputs[i - 1]
+        results[f"b{i}"] = dy.sum(0)
+        dx = dy @ t[f"w{i}"]
+    if norm is not None:
+        results["norm_weight"] = (dx * unit).sum(0)
+        results["norm_bias"] = dx.sum(0)
+        dx = dx if t.get("norm_weight") is None else dx * t["norm_weight"]
+        dx = dx - unit * (dx * unit).mean(1, keepdims=True)
+        dx = (dx - dx.mean(1, keepdims=True) if norm == "layer" else dx) * inverse
     dh = np.zeros_like(h)
-    dh[index] = dz @ t["w1"]
-    results = {
-        "hidden": dh.reshape(t["hidden"].shape),
-        "w1": dz.T @ x,
-        "b1": dz.sum(0),
-        "w2": dp.T @ g,
-        "b2": dp.sum(0),
-    }
+    dh[index] = dx
+    results["hidden"] = dh.reshape(t["hidden"].shape)
     wanted = {
         name: value
         for name, value in results.items()
-        if t[name] is not None and name not in case.frozen
+        if t.get(name) is not None and name not in case.frozen
     }
     return {
         name: _two(value, case) for name, value in {"loss": np.asarray(losses), **wanted}.items()

@@ -167,6 +167,8 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         b1=None,
         w2=w2,
         b2=None,
+        w3=None,
+        b3=None,
         anchor=anchor,
         rows=rows,
         weight=None,

@@ -15,6 +15,8 @@ from torch import Tensor
 from pre_kernels import reference
 
 LEAVES = ("hidden", "w1", "b1", "w2", "b2")
+# What a head has in addition that is deeper, or has a norm.
+MORE_LEAVES = ("w3", "b3", "norm_weight", "norm_bias")
 # A result whose error exceeds this multiple of eager's (by the size of an element in bytes) is
 # wrong, not just badly rounded. float32 gets 100, since some implementations add in a poor order.
 WRONG = {2: 5.0, 4: 100.0}
@@ -46,8 +48,8 @@ def run(
         for name, x in case.tensors.items()
     }
     leaves = {}
-    for name in LEAVES:
-        if tensors[name] is not None and name not in case.frozen:
+    for name in (*LEAVES, *MORE_LEAVES):
+        if tensors.get(name) is not None and name not in case.frozen:
             leaves[name] = tensors[name] = tensors[name].requires_grad_()
     options = dict(case.options)
     if dtype is not None and options.get("row_weight") is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..problem import Options, Problem
+from ..problem import DIFFERENTIABLE, Options, Problem
 from . import ops
 
 INSTEAD = "use reference.pre_loss, the equations in plain PyTorch"
@@ -30,8 +30,9 @@ class _PreLoss(torch.autograd.Function):
 
     With all gradients wanted it costs 6·N·m·(d+z) FLOP for N rows of widths d → m → z.
 
-    It saves dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, db2, all for an
-    upstream gradient of 1, and no activation. With "torch" dH has the shape of hidden and is zero
+    It saves dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, ..., all for an
+    upstream gradient of 1, and no activation. With a norm, dH is still that of the normalised rows,
+    and the backward reads hidden once more. With "torch" dH has the shape of hidden and is zero
     in other rows, because new memory costs a CPU more than a pass over it. The backward scales the
     gradients in one pass, in place unless the graph is retained. Where it recomputes (see
     `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs
@@ -44,8 +45,10 @@ class _PreLoss(torch.autograd.Function):
         hidden: Tensor,
         w1: Tensor,
         b1: Tensor | None,
-        w2: Tensor,
+        w2: Tensor | None,
         b2: Tensor | None,
+        w3: Tensor | None,
+        b3: Tensor | None,
         anchor: Tensor,
         rows: Tensor | None,
         weight: Tensor | None,
@@ -54,30 +57,38 @@ class _PreLoss(torch.autograd.Function):
         impl: str,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        tensors = (hidden, w1, b1, w2, b2, anchor, rows, weight, normalizer)
-        wanted = list(ctx.needs_input_grad[:5]) if grad_enabled else [False] * 5
+        tensors = (hidden, w1, b1, w2, b2, w3, b3, anchor, rows, weight, normalizer)
+        nothing = [False] * DIFFERENTIABLE
+        wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE]) if grad_enabled else nothing
         recompute = recomputes(Options(*options))
         # `_Once` reaches this node of the graph by this output.
         token = hidden.new_empty(0)
         loss, divisor, scatter_map, dh, *sums = ops.call(
-            "loss", *tensors, [False] * 5 if recompute else wanted, impl, *options
+            "loss", *tensors, nothing if recompute else wanted, impl, *options
         )
         if any(wanted):
             ctx.options = options
             ctx.impl = impl
             ctx.wanted = wanted
             ctx.recompute = recompute
-            ctx.dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:5]]
+            ctx.dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:DIFFERENTIABLE]]
             ctx.total = hidden.shape[0]
             ctx.all_rows = rows is None
             if recompute:
                 # The caller may change the rows before the backward, so they are copied.
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(
-                    *tensors[:5], _constant(anchor), rows, _constant(weight), divisor, token
+                    *tensors[:DIFFERENTIABLE],
+                    _constant(anchor),
+                    rows,
+                    _constant(weight),
+                    divisor,
+                    token,
                 )
             else:
-                ctx.save_for_backward(scatter_map, dh, *sums, token)
+                # The torch steps have passed dH through the norm already.
+                normed = wanted[0] and Options(*options).norm is not None and impl != "torch"
+                ctx.save_for_backward(scatter_map, hidden if normed else None, dh, *sums, token)
         # dH and the scatter map are outputs: under torch.compile their first size may depend on
         # data, and such a size must not stay hidden in ctx.
         ctx.mark_non_differentiable(dh, scatter_map)
@@ -88,7 +99,7 @@ class _PreLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 12
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             if ctx.recompute:
                 *tensors, divisor, token = ctx.saved_tensors
@@ -96,22 +107,26 @@ class _PreLoss(torch.autograd.Function):
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:
-                scatter_map, *sums, token = ctx.saved_tensors
+                scatter_map, hidden, *sums, token = ctx.saved_tensors
                 scatter_map = None if ctx.all_rows else scatter_map
+                options = Options(*ctx.options)
                 grads = ops.rescaled(
                     upstream,
                     scatter_map,
+                    hidden,
                     sums,
                     ctx.total,
                     *ctx.dtypes,
                     ctx.impl,
+                    options.norm,
+                    options.norm_eps,
                     in_place=_donated(upstream),
                 )
         grads = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
         if torch.is_grad_enabled():  # The caller asked for create_graph=True.
             once: Callable[..., Tensor] = _Once.apply
             grads = [None if grad is None else once(grad, upstream, token) for grad in grads]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * (len(ctx.needs_input_grad) - DIFFERENTIABLE))
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
@@ -136,7 +151,7 @@ def _donated(upstream: Tensor) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _dual(tensor: Tensor | None) -> bool:
+def _dual(tensor: Any) -> bool:
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
@@ -171,10 +186,10 @@ def pre_loss(problem: Problem, impl: str) -> Tensor:
             raise NotImplementedError(
                 f"fused_pre_loss: does not run under a transform of torch.func; {INSTEAD}"
             )
-        if forward_ad._current_level >= 0 and any(_dual(tensor) for tensor in problem[:5]):
+        if forward_ad._current_level >= 0 and any(map(_dual, problem[:DIFFERENTIABLE])):
             raise NotImplementedError(f"fused_pre_loss: has no forward-mode derivative; {INSTEAD}")
     # Grad mode is an argument because inside `forward` it is always off, and needs_input_grad does
     # not show it.
     apply: Callable[..., tuple[Tensor, ...]] = _PreLoss.apply
-    loss, *_ = apply(*problem[:9], tuple(problem.options), impl, torch.is_grad_enabled())
+    loss, *_ = apply(*problem[:-1], tuple(problem.options), impl, torch.is_grad_enabled())
     return loss

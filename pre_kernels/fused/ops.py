@@ -14,44 +14,42 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..problem import Options, Problem
-from .sweep import Gradients, Selection, Steps, allocate, sweep
+from ..problem import DIFFERENTIABLE, Options, Problem
+from .sweep import Gradients, Normed, Selection, Steps, allocate, sweep
 
 # These are the parts of the operators' schemas.
 TENSORS = (
-    "Tensor hidden, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor anchor, Tensor? rows, "
-    "Tensor? weight, Tensor? normalizer"
+    "Tensor hidden, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3, "
+    "Tensor anchor, Tensor? rows, Tensor? weight, Tensor? normalizer"
 )
+INPUTS = len(Problem._fields) - 1  # the tensors in front of the options
 OPTIONS = (
     "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, "
     "bool anchor_compact, bool weight_compact, float? divisor, int? workspace, SymInt? capacity, "
-    "str? precision"
+    "str? precision, str? norm, float norm_eps"
 )
 DTYPES = (
-    "SymInt total, ScalarType hidden, ScalarType w1, ScalarType b1, ScalarType w2, ScalarType b2, "
-    "str impl"
+    "SymInt total, ScalarType hidden_dtype, ScalarType w1, ScalarType b1, ScalarType w2, "
+    "ScalarType b2, ScalarType w3, ScalarType b3, str impl, str? norm, float norm_eps"
 )
-GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
 
 LIBRARY = torch.library.Library("pre_kernels", "DEF")
+LIBRARY.define(f"loss({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, {GRADIENTS})")
 LIBRARY.define(
-    f"loss({TENSORS}, {OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> {GRADIENTS}"
+    f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> ({GRADIENTS})"
 )
 # The schema says `place` for the scatter map, because exported programs use this name.
 LIBRARY.define(
-    "rescale(Tensor upstream, Tensor? place, "
-    f"Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, {DTYPES}) -> {GRADIENTS}"
+    "rescale(Tensor upstream, Tensor? place, Tensor? hidden, Tensor dh, Tensor dw1, Tensor db1, "
+    f"Tensor dw2, Tensor db2, Tensor dw3, Tensor db3, {DTYPES}) -> ({GRADIENTS})"
 )
 # This operator scales a gradient in place if it has its final shape and dtype already, and returns
 # an empty tensor for it.
 LIBRARY.define(
-    "rescale_(Tensor upstream, Tensor? place, "
-    "Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, Tensor(c!) dw2, Tensor db2, "
-    f"{DTYPES}) -> {GRADIENTS}"
+    "rescale_(Tensor upstream, Tensor? place, Tensor? hidden, Tensor(a!) dh, Tensor(b!) dw1, "
+    "Tensor db1, Tensor(c!) dw2, Tensor db2, Tensor(d!) dw3, Tensor db3, "
+    f"{DTYPES}) -> ({GRADIENTS})"
 )
 
 
@@ -102,7 +100,7 @@ def _select(steps: type[Steps], problem: Problem) -> Selection:
 
 def _empty_if_none(like: Tensor, tensors: Any) -> tuple[Tensor, ...]:
     """Replace None by an empty tensor, since an operator cannot return None."""
-    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+    return (*[like.new_empty(0) if x is None else x for x in tensors],)
 
 
 def _none_if_empty(tensor: Tensor) -> Tensor | None:
@@ -111,9 +109,9 @@ def _none_if_empty(tensor: Tensor) -> Tensor | None:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return loss, D, the scatter map, dH, dW1, db1, dW2, db2, with the gradients of an upstream
+    """Return loss, D, the scatter map, dH, dW1, db1, ..., db3, with the gradients of an upstream
     gradient of 1."""
-    tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
+    tensors, (wanted, impl, *options) = arguments[:INPUTS], arguments[INPUTS:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
     selection = _select(steps, problem)
@@ -128,52 +126,59 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the gradients for `upstream`, by another pass over the rows."""
-    tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
+    tensors, (wanted, impl, *options) = arguments[:INPUTS], arguments[INPUTS:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
     selection = steps.select(problem)
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
-    dtypes = tuple(problem.hidden.dtype if x is None else x.dtype for x in tensors[1:5])
-    total = problem.hidden.shape[0]
-    dtype = problem.hidden.dtype
-    return _finish(steps, grads, selection.scatter_map, total, dtype, dtypes, None)
+    hidden = problem.hidden
+    dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:DIFFERENTIABLE]]
+    normed = None
+    if problem.options.norm is not None and impl != "torch":
+        normed = Normed(hidden, problem.options.norm, problem.options.norm_eps)
+    return _finish(steps, grads, selection.scatter_map, hidden.shape[0], dtypes, None, normed)
 
 
 def _rescale(
-    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any, in_place: bool = False
+    upstream: Tensor,
+    scatter_map: Tensor | None,
+    hidden: Tensor | None,
+    *arguments: Any,
+    in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    grads = Gradients(*map(_none_if_empty, arguments[:5]))
-    total, dtype, *dtypes, impl = arguments[5:]
+    grads = Gradients(*map(_none_if_empty, arguments[:DIFFERENTIABLE]))
+    total, *dtypes, impl, norm, eps = arguments[DIFFERENTIABLE:]
+    normed = None if hidden is None else Normed(hidden, norm, eps)
     steps = steps_of(impl)
-    return _finish(steps, grads, scatter_map, total, dtype, tuple(dtypes), upstream, in_place)
+    return _finish(steps, grads, scatter_map, total, dtypes, upstream, normed, in_place)
 
 
 def _rescale_in_place(
-    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    scaled = _rescale(upstream, scatter_map, *arguments, in_place=True)
+    scaled = _rescale(upstream, scatter_map, hidden, *arguments, in_place=True)
     # An operator may not return one of its arguments.
-    return tuple(
-        x.new_empty(0) if x is grad else x for x, grad in zip(scaled, arguments[:5], strict=True)
-    )
+    pairs = zip(scaled, arguments[:DIFFERENTIABLE], strict=True)
+    return (*[x.new_empty(0) if x is grad else x for x, grad in pairs],)
 
 
 def rescaled(
     upstream: Tensor,
     scatter_map: Tensor | None,
+    hidden: Tensor | None,
     grads: Sequence[Tensor],
     *rest: Any,
     in_place: bool,
 ) -> tuple[Tensor, ...]:
-    """Return `upstream` times `grads`, which belong to an upstream gradient of 1. With `in_place`
-    reuse their memory as far as possible."""
+    """Return `upstream` times `grads`, which belong to an upstream gradient of 1. With `hidden`, dH
+    passes its norm on the way. With `in_place` reuse their memory as far as possible."""
     if not in_place:
         fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(
-            upstream, scatter_map, *grads, *rest
+            upstream, scatter_map, hidden, *grads, *rest
         )
         return fresh
-    scaled = call("rescale_", upstream, scatter_map, *grads, *rest)
+    scaled = call("rescale_", upstream, scatter_map, hidden, *grads, *rest)
     return tuple(
         grad if _none_if_empty(x) is None else x for x, grad in zip(scaled, grads, strict=True)
     )
@@ -184,22 +189,28 @@ def _finish(
     grads: Gradients,
     scatter_map: Tensor | None,
     total: int,
-    dtype: torch.dtype,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: Sequence[torch.dtype],
     upstream: Tensor | None,
+    normed: Normed | None,
     in_place: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the five gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is
+    """Return the gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is
     None."""
     dh = None
     if grads.hidden is not None:
-        dh = steps.scatter(grads.hidden, scatter_map, total, dtype, upstream, in_place)
+        dh = steps.scatter(grads.hidden, scatter_map, total, dtypes[0], upstream, in_place, normed)
     like = next(x for x in grads if x is not None)
-    return _empty_if_none(like, (dh, *steps.scale(grads, dtypes, upstream, in_place)))
+    scaled = (dh, *steps.scale(grads, dtypes[1:], upstream, in_place))
+    return (
+        *[
+            like.new_empty(0, dtype=dtype) if x is None else x
+            for x, dtype in zip(scaled, dtypes, strict=True)
+        ],
+    )
 
 
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (wanted, impl, *options) = arguments[:9], arguments[9:]
+    tensors, (wanted, impl, *options) = arguments[:INPUTS], arguments[INPUTS:]
     problem = _problem(tensors, options)
     steps = steps_of(impl)
     layout = steps.layout(problem)
@@ -222,7 +233,7 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, wanted = arguments[:5], arguments[9]
+    tensors, wanted = arguments[:DIFFERENTIABLE], arguments[INPUTS]
     return tuple(
         x.new_empty(x.shape) if want and x is not None else tensors[0].new_empty(0)
         for x, want in zip(tensors, wanted, strict=True)
@@ -230,16 +241,13 @@ def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> 
 
 
 def _fake_rescale(
-    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    grads, (total, *dtypes, _) = arguments[:5], arguments[5:]
-    shapes = [
-        (total, grads[0].shape[-1]),
-        grads[1].shape,
-        grads[2].shape[1:],
-        grads[3].shape,
-        grads[4].shape[1:],
-    ]
+    grads = arguments[:DIFFERENTIABLE]
+    total, *dtypes, _impl, _norm, _eps = arguments[DIFFERENTIABLE:]
+    shapes = [(total, grads[0].shape[-1])]
+    # The rows of a bias gradient are partial sums.
+    shapes += [x.shape[1:] if i % 2 else x.shape for i, x in enumerate(grads[1:])]
     return tuple(
         x.new_empty(0 if _none_if_empty(x) is None else shape, dtype=dtype)
         for x, shape, dtype in zip(grads, shapes, dtypes, strict=True)
@@ -247,13 +255,13 @@ def _fake_rescale(
 
 
 def _fake_rescale_in_place(
-    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    fresh = _fake_rescale(upstream, scatter_map, *arguments)
-    keeps_shape = [scatter_map is None or arguments[-1] == "torch", True, False, True, False]
+    fresh = _fake_rescale(upstream, scatter_map, hidden, *arguments)
+    keeps_shape = [scatter_map is None or arguments[-3] == "torch", *(True, False) * 3]
     return tuple(
         x.new_empty(0) if stays and x.dtype == grad.dtype else x
-        for x, grad, stays in zip(fresh, arguments[:5], keeps_shape, strict=True)
+        for x, grad, stays in zip(fresh, arguments[:DIFFERENTIABLE], keeps_shape, strict=True)
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..problem import Problem
-from .kernels.quantize import Quantized, quantize_weights
+from .kernels.quantize import Quantized, quantize_weight
 from .products import add_product, linear, scaled_linear
 from .steps_triton import TritonSteps
 
@@ -29,21 +29,20 @@ class BlasSteps(TritonSteps):
 
     @staticmethod
     def fixed_bytes(problem: Problem) -> int:
-        d, m, z = problem.widths
-        float8_weights = 2 * m * (d + z) if problem.options.precision else 0
-        return TritonSteps.fixed_bytes(problem) + float8_weights
+        float8_weights = 2 * sum([w.numel() for w, _ in problem.layers])
+        return TritonSteps.fixed_bytes(problem) + (
+            float8_weights if problem.options.precision else 0
+        )
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def _weights(self) -> tuple[list[Any], list[Any]]:
         self.float8 = None
-        if self.options.precision == "fp8":
-            self.float8 = Quantized.empty(self.z, self.z.shape[0], max(self.problem.widths))
-            back = any(
-                grad is not None for grad in (self.grads.hidden, self.grads.w1, self.grads.b1)
-            )
-            self.project_1, self.project_2, self.back_1, self.back_2 = quantize_weights(
-                self.w1, self.w2, columns=(self.grads.hidden is not None, back)
-            )
+        if self.options.precision is None:
+            return super()._weights()
+        self.float8 = Quantized.empty(self.p, self.p.shape[0], max(self.problem.widths))
+        quantized = [
+            quantize_weight(w, self.grads.before(layer)) for layer, (w, _) in enumerate(self.layers)
+        ]
+        return [rows for rows, _ in quantized], [columns for _, columns in quantized]
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
         # One buffer serves all passes, because the matmul after a pass uses its rows once.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .products import add_product, linear
-from .sweep import Gradients, Layout, Selection, Work, equal_parts
+from .sweep import Gradients, Layout, Normed, Selection, Work, equal_parts
 
 aten = torch.ops.aten
 
@@ -105,15 +105,15 @@ class TorchSteps:
 
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
-        d, m, z = problem.widths
+        d, *inner, z = problem.widths
         hidden = problem.hidden
         dtype = problem.options.dtype
         budget = problem.options.workspace or cls.workspace(hidden.device, dtype)
-        rows = budget // ((d + 2 * m + z) * dtype.itemsize)
+        rows = budget // ((d + 2 * sum(inner) + z) * dtype.itemsize)
         # Gradients do not fit into float16 until GradScaler's factor is in them.
         narrow = hidden.dtype == torch.float16 and dtype != torch.float16
         spread = problem.loss_dtype if narrow else hidden.dtype
-        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1, 1), spread)
+        return Layout(max(MIN_ROWS, rows - rows % MIN_ROWS), (1,) * (len(inner) + 1), spread)
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
@@ -145,10 +145,10 @@ class TorchSteps:
         self.losses = work.losses
         self.grads = work.grads
         self.needs_dp = any(grad is not None for grad in self.grads)
-        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
+        self.layers = problem.parameters()
         self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
         self.weight = None if self.losses is None else _weight(problem, selection)
-        d, m, z = problem.widths
+        d, *inner, z = problem.widths
         dtype = problem.options.dtype
         accum_dtype = problem.loss_dtype
         hidden = problem.hidden
@@ -160,11 +160,14 @@ class TorchSteps:
         # Matmuls of rows that are not contiguous add up one term after another, which doubles the
         # error of small ones.
         as_given = self.index is None and hidden.dtype == dtype and hidden.stride(1) == 1
-        self.h = None if as_given else buffer(chunk, d)
-        self.z, self.g = buffer(chunk, m), buffer(chunk, m)
-        # With a single chunk dP is no longer needed when dH is written, so P may use dH's memory.
+        normed = problem.options.norm is not None
+        self.h = None if as_given and not normed else buffer(chunk, d)
+        self.inner = [(buffer(chunk, m), buffer(chunk, m)) for m in inner]
+        # With a single chunk dP is no longer needed when dH is written, so P may use dH's memory,
+        # unless dH is computed from dP, as in a head of one layer.
         if (
             dh is not None
+            and inner
             and dh.dtype == dtype
             and chunk == selection.capacity
             and chunk * z <= dh.numel()
@@ -173,7 +176,10 @@ class TorchSteps:
         else:
             self.p = buffer(chunk, z)
         on_cpu = hidden.device.type == "cpu"
-        self.block = min(max(MIN_ROWS, IN_CACHE // (4 * max(m, z))), chunk) if on_cpu else chunk
+        widest = max(*inner, z, d * normed)
+        self.block = min(max(MIN_ROWS, IN_CACHE // (4 * widest)), chunk) if on_cpu else chunk
+        # Rows of hidden and of their gradients, for the arithmetic of the norm.
+        self.wide_x = [buffer(self.block, d, accum_dtype) for _ in range(2 * normed)]
         self.wide_p = None if accum_dtype == dtype else buffer(self.block, z, accum_dtype)
         self.a = buffer(self.block, z, accum_dtype)
 
@@ -182,18 +188,47 @@ class TorchSteps:
         hidden = self.problem.hidden
         if self.h is None:
             return _part(hidden, start, stop)
-        return _take(hidden, self.index, start, stop, self.h)
+        if self.problem.options.norm is None:
+            return _take(hidden, self.index, start, stop, self.h)
+        for first in range(start, stop, self.block):
+            last = min(first + self.block, stop)
+            rows, _ = self._normalized(first, last)
+            _part(self.h, first - start, last - start).copy_(rows)
+        return _part(self.h, 0, stop - start)
+
+    def _normalized(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return rows [start, stop) of the selection after the norm, and 1 / std of each (n, 1)."""
+        x = _take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
+        if self.problem.options.norm == "layer":
+            x.sub_(x.mean(1, keepdim=True))
+        variance = torch.linalg.vecdot(x, x).unsqueeze(1) / x.shape[1]
+        inverse = (variance + self.problem.options.norm_eps).rsqrt_()
+        return x.mul_(inverse), inverse
+
+    def _norm_grad(self, dx: Tensor, start: int, stop: int) -> Tensor:
+        """Return the gradient of rows [start, stop) of hidden from that of their norm."""
+        x, inverse = self._normalized(start, stop)
+        out = _part(self.wide_x[1], 0, stop - start).copy_(dx)
+        out.addcmul_(x, torch.linalg.vecdot(out, x).unsqueeze(1) / x.shape[1], value=-1)
+        if self.problem.options.norm == "layer":
+            out.sub_(out.mean(1, keepdim=True))
+        return out.mul_(inverse)
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.x = self._rows(start, stop)
-        self.z_rows, self.g_rows, self.p_rows = (_part(x, 0, n) for x in (self.z, self.g, self.p))
-        linear(self.x, self.w1, self.b1, self.z_rows)
+        self.x = [self._rows(start, stop)]
+        self.y = []
         forward, _ = ACTIVATIONS[self.problem.options.activation]
-        forward(self.z_rows, out=self.g_rows)
+        for (w, b), (z, g) in zip(self.layers[:-1], self.inner, strict=True):
+            self.y.append(_part(z, 0, n))
+            linear(self.x[-1], w, b, self.y[-1])
+            self.x.append(forward(self.y[-1], out=_part(g, 0, n)))
+        self.y.append(_part(self.p, 0, n))
+        linear(self.x[-1], *self.layers[-1], self.y[-1])
 
     def row_loss(self, start: int, stop: int) -> None:
-        linear(self.g_rows, self.w2, self.b2, self.p_rows)
+        p_rows = self.y[-1]
+        bias_grad = self.grads.biases[len(self.layers) - 1]
         options = self.problem.options
         row_loss = ROW_LOSSES[options.loss]
         anchor = self.problem.anchor
@@ -201,7 +236,7 @@ class TorchSteps:
         factor = self.coefficient
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
-            p = _part(self.p_rows, first - start, last - start)
+            p = _part(p_rows, first - start, last - start)
             wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
             a = _take(anchor, index, first, last, self.a)
             losses = row_loss(
@@ -210,45 +245,51 @@ class TorchSteps:
             if self.losses is not None:
                 weight = 1.0 if self.weight is None else self.weight[first:last, None]
                 torch.mul(losses, weight, out=self.losses[first:last, None])
-            if self.grads.b2 is not None:
-                _add_rows(self.grads.b2[0], wide, first == 0)
+            if bias_grad is not None:
+                _add_rows(bias_grad[0], wide, first == 0)
             if self.needs_dp and wide is not p:
                 p.copy_(wide)
 
-    def output_grads(self, start: int, stop: int) -> None:
-        assert self.grads.w2 is not None
-        add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0, copies=True)
+    def weight_grad(self, layer: int, start: int, stop: int) -> None:
+        total = self.grads.weights[layer]
+        assert total is not None
+        add_product(total, self.y[layer], self.x[layer], start == 0, copies=True)
 
-    def backproject(self, start: int, stop: int) -> None:
-        # dG overwrites g, which is no longer needed.
-        torch.mm(self.p_rows, self.w2, out=self.g_rows)
+    def backproject(self, layer: int, start: int, stop: int) -> None:
+        # The gradient of x overwrites x, which is no longer needed.
+        dx_rows = torch.mm(self.y[layer], self.layers[layer][0], out=self.x[layer])
+        bias_grad = self.grads.biases[layer - 1]
         _, backward = ACTIVATIONS[self.problem.options.activation]
         for first in range(0, stop - start, self.block):
             last = min(first + self.block, stop - start)
-            dg, z = _part(self.g_rows, first, last), _part(self.z_rows, first, last)
-            backward(dg, z, grad_input=z)
-            if self.grads.b1 is not None:
-                _add_rows(self.grads.b1[0], z, start + first == 0)
+            dx, y = _part(dx_rows, first, last), _part(self.y[layer - 1], first, last)
+            backward(dx, y, grad_input=y)
+            if bias_grad is not None:
+                _add_rows(bias_grad[0], y, start + first == 0)
 
     def input_grads(self, start: int, stop: int) -> None:
         dh = self.grads.hidden
-        if self.grads.w1 is not None:
-            add_product(self.grads.w1, self.z_rows, self.x, start == 0, copies=True)
-        if dh is None:
-            return
+        assert dh is not None
+        w1, _ = self.layers[0]
         if self.h is None:
-            torch.mm(self.z_rows, self.w1, out=_part(dh, start, stop))
+            torch.mm(self.y[0], w1, out=_part(dh, start, stop))
             return
         # dH overwrites x, which is no longer needed.
-        torch.mm(self.z_rows, self.w1, out=self.x)
-        if self.index is None:
-            dh[start:stop].copy_(self.x)
+        x = torch.mm(self.y[0], w1, out=self.x[0])
+        normed = self.problem.options.norm is not None
+        if self.index is None and not normed:
+            dh[start:stop].copy_(x)
             return
-        if start == 0:
+        if start == 0 and self.index is not None:
             dh.zero_()
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
-            rows = _part(self.x, first - start, last - start)
+            rows = _part(x, first - start, last - start)
+            if normed:
+                rows = self._norm_grad(rows, first, last)
+            if self.index is None:
+                dh[first:last].copy_(rows)
+                continue
             dh.index_copy_(
                 0,
                 _part(self.index, first, last),
@@ -283,7 +324,9 @@ class TorchSteps:
         dtype: torch.dtype,
         upstream: Tensor | None,
         in_place: bool,
+        normed: Normed | None = None,
     ) -> Tensor:
+        # `input_grads` has passed dH through the norm already.
         scale = _factor(upstream)
         out = _scaled(dh, scale, dtype, in_place)
         if (
@@ -300,20 +343,19 @@ class TorchSteps:
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
+        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
         scale = _factor(upstream)
-        b1, b2 = (None if sums is None else sums[0] for sums in (grads.b1, grads.b2))
-        w1, w2 = (
-            None if x is None else _scaled(x, scale, dtype, in_place)
-            for x, dtype in ((grads.w1, dtypes[0]), (grads.w2, dtypes[2]))
-        )
-        return (
-            w1,
-            None if b1 is None else _scaled(b1, scale, dtypes[1]),
-            w2,
-            None if b2 is None else _scaled(b2, scale, dtypes[3]),
-        )
+        scaled: list[Tensor | None] = []
+        for i, (grad, dtype) in enumerate(zip(grads[1:], dtypes, strict=True)):
+            # The single row of a bias gradient is its sum.
+            bias = i % 2 == 1
+            scaled.append(
+                None
+                if grad is None
+                else _scaled(grad[0] if bias else grad, scale, dtype, in_place and not bias)
+            )
+        return tuple(scaled)
 
 
 def _part(rows: Tensor, start: int, stop: int) -> Tensor:

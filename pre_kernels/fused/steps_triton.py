@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.common import PROGRAMS, RowShape
 from .kernels.finish import mean_divisor, reduce_loss, scale_gradients
 from .kernels.matmul import matmul
+from .kernels.norm import scatter_norm
 from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
-from .sweep import Gradients, Layout, Selection, Work, equal_parts
+from .sweep import Gradients, Layout, Normed, Selection, Work, equal_parts
 
 # Every chunk but the last has a multiple of this many rows, so that tiles of so many are full.
 CHUNK_MULTIPLE = 128
@@ -35,37 +37,37 @@ class TritonSteps:
     @staticmethod
     def columns(problem: Problem) -> int:
         """Return how many columns all buffers of a chunk have together."""
-        d, m, z = problem.widths
-        return 2 * m + z + (d if _copies(problem) else 0)
+        d, *inner, z = problem.widths
+        return 2 * sum(inner) + z + (d if _copies(problem) else 0)
 
     @staticmethod
     def fixed_bytes(problem: Problem) -> int:
         """Return the bytes of the workspace that do not grow with a chunk: the partial column
         sums."""
-        _, m, z = problem.widths
-        return 4 * PROGRAMS * (m + z)
+        return 4 * PROGRAMS * sum(problem.widths[1:])
 
     @classmethod
     def layout(cls, problem: Problem) -> Layout:
-        _, m, z = problem.widths
         budget = (problem.options.workspace or cls.workspace) - cls.fixed_bytes(problem)
         rows = max(0, budget) // (cls.columns(problem) * problem.options.dtype.itemsize)
         rows = max(CHUNK_MULTIPLE, rows - rows % CHUNK_MULTIPLE)
         chunk = min(rows, max(1, problem.bound))
         # Under torch.compile the widths may be symbols, which cannot be keys of a cache.
-        slots = (RowShape.of(int(m)).programs(chunk), RowShape.of(int(z)).programs(chunk))
-        return Layout(rows, slots)
+        slots = [RowShape.of(int(width)).programs(chunk) for width in problem.widths[1:]]
+        return Layout(rows, tuple(slots))
 
     @staticmethod
     def cut(problem: Problem, layout: Layout, capacity: int) -> int:
         if capacity <= layout.rows:
             return capacity
-        d, m, z = problem.widths
+        widths = problem.widths
         like = problem.hidden
         part = equal_parts(capacity, layout.rows, CHUNK_MULTIPLE)
         tile = tiles.largest(like, problem.options.dtype)
+        # These are the output widths of the matmuls that take rows, forward and backward.
+        outputs = (*widths[1:], *widths[-2::-1])
         return tiles.whole_turns(
-            capacity, layout.rows, part, (m, z, m, d), tile, tiles.multiprocessors(like)
+            capacity, layout.rows, part, outputs, tile, tiles.multiprocessors(like)
         )
 
     @staticmethod
@@ -94,23 +96,22 @@ class TritonSteps:
         self.grads = work.grads
         self.index = work.selection.index
         self.count = work.selection.count
-        self.w1, self.b1, self.w2, self.b2 = problem.parameters()
+        self.layers = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": work.upstream, "divisor": work.divisor}
-        d, m, z = problem.widths
+        d, *inner, z = problem.widths
+        like = self.layers[0][0]
 
         def buffer(columns: int) -> Tensor:
-            return self.w1.new_empty(work.chunk, columns)
+            return like.new_empty(work.chunk, columns)
 
-        self.z, self.g, self.p = buffer(m), buffer(m), buffer(z)
+        self.inner = [(buffer(m), buffer(m)) for m in inner]
+        self.p = buffer(z)
         self.h = buffer(d) if _copies(problem) else None
-        self._prepare()
+        # Each layer's weight (N, K) in the matmuls that take rows, forward and backward.
+        self.forward, self.back = self._weights()
 
-    def _prepare(self) -> None:
-        """Set the weights of the four matmuls that take rows, (N, K) each."""
-        self.project_1: Any = self.w1
-        self.project_2: Any = self.w2
-        self.back_2: Any = self.w2.t()
-        self.back_1: Any = self.w1.t()
+    def _weights(self) -> tuple[list[Any], list[Any]]:
+        return [w for w, _ in self.layers], [w.t() for w, _ in self.layers]
 
     def _quantized(self, rows: Tensor) -> Quantized | None:
         """Return the buffer to which the pass that writes `rows` also writes them in lower
@@ -127,42 +128,47 @@ class TritonSteps:
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
-        self.z_rows = _rows(self.z, 0, n)
-        self.g_rows = _rows(self.g, 0, n)
-        self.p_rows = _rows(self.p, 0, n)
         self.live: dict[str, Any] = {"count": self.count, "start": start}
         hidden = self.problem.hidden
-        self.x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
-        quantized = self._quantized(self.x)
+        x = _rows(hidden, start, stop) if self.h is None else _rows(self.h, 0, n)
+        quantized = self._quantized(x)
         if self.h is not None or quantized is not None:
-            copy = None if self.h is None else self.x
+            copy = None if self.h is None else x
             gather(
                 hidden,
                 copy,
                 index=self.index,
                 zero_padding=self.zero_padding,
                 quantized=quantized,
+                norm=self.options.norm,
+                eps=self.options.norm_eps,
                 **self.live,
             )
-        self._linear(self.x, self.project_1, self.b1, self.z_rows)
-        quantized = self._quantized(self.g_rows)
+        self.x, self.y = [x], []
         # With zero padding every row takes part: a row that is zero in hidden has a finite g.
         count = None if self.zero_padding else self.count
-        apply_activation(
-            self.z_rows,
-            self.g_rows,
-            self.options.activation,
-            count=count,
-            start=start,
-            quantized=quantized,
-        )
+        for layer, (z, g) in enumerate(self.inner):
+            y, x = _rows(z, 0, n), _rows(g, 0, n)
+            self._linear(self.x[layer], self.forward[layer], self.layers[layer][1], y)
+            apply_activation(
+                y,
+                x,
+                self.options.activation,
+                count=count,
+                start=start,
+                quantized=self._quantized(x),
+            )
+            self.y.append(y)
+            self.x.append(x)
+        self.y.append(_rows(self.p, 0, n))
+        self._linear(self.x[-1], self.forward[-1], self.layers[-1][1], self.y[-1])
 
     def row_loss(self, start: int, stop: int) -> None:
-        self._linear(self.g_rows, self.project_2, self.b2, self.p_rows)
+        p_rows = self.y[-1]
         indexed = self.index is not None
         needs_dp = any(grad is not None for grad in self.grads)
         row_loss(
-            self.p_rows,
+            p_rows,
             self.problem.anchor,
             self.losses,
             loss=self.options.loss,
@@ -171,39 +177,39 @@ class TritonSteps:
             gather_anchor=indexed and not self.options.anchor_compact,
             weight=self.problem.weight,
             gather_weight=indexed and not self.options.weight_compact,
-            sums=self.grads.b2,
+            sums=self.grads.biases[len(self.layers) - 1],
             first=start == 0,
             zero_padding=self.zero_padding,
-            quantized=self._quantized(self.p_rows) if needs_dp else None,
+            quantized=self._quantized(p_rows) if needs_dp else None,
             **self.factors,
             **self.live,
         )
 
-    def output_grads(self, start: int, stop: int) -> None:
-        assert self.grads.w2 is not None
-        self._add_product(self.grads.w2, self.p_rows, self.g_rows, start == 0)
+    def weight_grad(self, layer: int, start: int, stop: int) -> None:
+        total = self.grads.weights[layer]
+        assert total is not None
+        self._add_product(total, self.y[layer], self.x[layer], start == 0)
 
-    def backproject(self, start: int, stop: int) -> None:
-        # dG overwrites g, which is no longer needed.
-        self._linear(self.p_rows, self.back_2, None, self.g_rows)
+    def backproject(self, layer: int, start: int, stop: int) -> None:
+        # The gradient of x overwrites x, which is no longer needed.
+        self._linear(self.y[layer], self.back[layer], None, self.x[layer])
+        y = self.y[layer - 1]
         # With zero padding every row takes part: a row that is zero in dP is zero in dG and dZ.
         count = None if self.zero_padding else self.count
         apply_activation_grad(
-            self.g_rows,
-            self.z_rows,
+            self.x[layer],
+            y,
             self.options.activation,
-            sums=self.grads.b1,
+            sums=self.grads.biases[layer - 1],
             first=start == 0,
             count=count,
             start=start,
-            quantized=self._quantized(self.z_rows),
+            quantized=self._quantized(y),
         )
 
     def input_grads(self, start: int, stop: int) -> None:
-        if self.grads.w1 is not None:
-            self._add_product(self.grads.w1, self.z_rows, self.x, start == 0)
-        if self.grads.hidden is not None:
-            self._linear(self.z_rows, self.back_1, None, _rows(self.grads.hidden, start, stop))
+        assert self.grads.hidden is not None
+        self._linear(self.y[0], self.back[0], None, _rows(self.grads.hidden, start, stop))
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -230,23 +236,30 @@ class TritonSteps:
         dtype: torch.dtype,
         upstream: Tensor | None,
         in_place: bool,
+        normed: Normed | None = None,
     ) -> Tensor:
         same = scatter_map is None and dh.dtype == dtype
-        if same and upstream is None:
+        if same and upstream is None and normed is None:
             return dh
         out = dh if same and in_place else dh.new_empty(total, dh.shape[1], dtype=dtype)
-        scatter(dh, out, inverse=scatter_map, upstream=upstream)
+        if normed is None:
+            scatter(dh, out, inverse=scatter_map, upstream=upstream)
+        else:
+            hidden, norm, eps = normed
+            scatter_norm(
+                dh, hidden, out, norm=norm, eps=eps, inverse=scatter_map, upstream=upstream
+            )
         return out
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
+        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
-        order = (dtypes[0], dtypes[2], dtypes[1], dtypes[3])
-        w1, w2, b1, b2 = scale_gradients(
-            (grads.w1, grads.w2), (grads.b1, grads.b2), order, upstream, in_place
+        order = (*dtypes[0::2], *dtypes[1::2])
+        w1, w2, w3, b1, b2, b3 = scale_gradients(
+            grads.weights, grads.biases, order, upstream, in_place
         )
-        return w1, b1, w2, b2
+        return w1, b1, w2, b2, w3, b3
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -256,8 +269,12 @@ def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _copies(problem: Problem) -> bool:
-    """Whether the chunk's rows of hidden have to be gathered, cast or made contiguous."""
+    """Whether the chunk's rows of hidden have to be gathered, normalised, cast or made
+    contiguous."""
     hidden = problem.hidden
     return (
-        problem.rows is not None or hidden.dtype != problem.options.dtype or hidden.stride(1) != 1
+        problem.rows is not None
+        or problem.options.norm is not None
+        or hidden.dtype != problem.options.dtype
+        or hidden.stride(1) != 1
     )

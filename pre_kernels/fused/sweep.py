@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import under_autocast
-from ..problem import Problem
+from ..problem import DIFFERENTIABLE, Problem
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
     """How a call is split into chunks, from shapes only."""
 
     rows: int  # the most rows of a chunk
-    slots: tuple[int, int]  # rows of the partial column sums of dZ and of dP
+    slots: tuple[int, ...]  # for each layer, rows of the partial sums of its bias's gradient
     # The dtype of a dH that has all rows of hidden, with zeros in unselected rows. None: dH has
     # only the selected rows.
     spread: torch.dtype | None = None
@@ -46,6 +47,29 @@ class Gradients(NamedTuple):
     b1: Tensor | None
     w2: Tensor | None
     b2: Tensor | None
+    w3: Tensor | None
+    b3: Tensor | None
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        return self[1::2]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        return self[2::2]
+
+    def before(self, layer: int) -> bool:
+        """Whether hidden, or a weight or bias of a layer before this one, has a gradient."""
+        return any(grad is not None for grad in self[: 2 * layer + 1])
+
+
+class Normed(NamedTuple):
+    """The rows that passed a norm, for its backward: dH of the normalised rows becomes that of
+    `hidden` (R, d)."""
+
+    hidden: Tensor
+    norm: str
+    eps: float
 
 
 class Work(NamedTuple):
@@ -81,21 +105,24 @@ class Steps(Protocol):
     def __init__(self, work: Work) -> None: ...
 
     def project(self, start: int, stop: int) -> None:
-        """Compute Z = H·W1ᵀ + b1 and G = act(Z)."""
+        """Gather the rows X of hidden, normalised if there is a norm. Compute Y = X·Wᵀ + b for each
+        layer, where the X of the next layer is act(Y). The last Y is P."""
 
     def row_loss(self, start: int, stop: int) -> None:
-        """Compute P = G·W2ᵀ + b2, losses[start:stop] = w·ℓ, dP = upstream / divisor · w · dℓ/dP,
-        and grads.b2 += Σ dP."""
+        """Compute losses[start:stop] = w·ℓ, dY = upstream / divisor · w · dℓ/dP of the last layer,
+        and its bias's gradient += Σ dY."""
 
-    def output_grads(self, start: int, stop: int) -> None:
-        """Compute grads.w2 += dPᵀ·G. The first chunk stores this sum instead of adding, as it does
-        all sums."""
+    def weight_grad(self, layer: int, start: int, stop: int) -> None:
+        """Compute the weight's gradient of a layer += dYᵀ·X. The first chunk stores this sum
+        instead of adding, as it does all sums."""
 
-    def backproject(self, start: int, stop: int) -> None:
-        """Compute dZ = (dP·W2) ⊙ act'(Z) and grads.b1 += Σ dZ."""
+    def backproject(self, layer: int, start: int, stop: int) -> None:
+        """From the dY of a layer compute that of the layer before, (dY·W) ⊙ act'(Y), and its bias's
+        gradient += Σ dY."""
 
     def input_grads(self, start: int, stop: int) -> None:
-        """Compute grads.w1 += dZᵀ·H, and write dZ·W1 to the chunk's rows of grads.hidden."""
+        """Write dY·W of the first layer to the chunk's rows of grads.hidden. With a norm this is
+        the gradient of the normalised rows, except if grads.hidden has all rows of hidden."""
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -116,16 +143,21 @@ class Steps(Protocol):
         dtype: torch.dtype,
         upstream: Tensor | None,
         in_place: bool,
+        normed: Normed | None,
     ) -> Tensor:
-        """Return upstream · dh as a (total, d) tensor in `dtype`, with zeros in unselected rows.
-        With `in_place` that is dh itself if shape and dtype match."""
+        """Return upstream · dh as a (total, d) tensor in `dtype`, with zeros in unselected rows,
+        after the backward of the norm if there is one. With `in_place` that is dh itself if shape
+        and dtype match."""
         ...
 
     @staticmethod
     def scale(
-        grads: Gradients, dtypes: tuple[torch.dtype, ...], upstream: Tensor | None, in_place: bool
+        grads: Gradients,
+        dtypes: Sequence[torch.dtype],
+        upstream: Tensor | None,
+        in_place: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Return upstream · (w1, b1, w2, b2) in `dtypes`, with column sums added up. With
+        """Return upstream · (w1, b1, ..., b3) in `dtypes`, with column sums added up. With
         `in_place` a matrix that has its dtype is scaled where it is."""
         ...
 
@@ -144,21 +176,19 @@ def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]
     bfloat16 would round the sum again in every chunk. One chunk does not need a sum."""
     accum_dtype = problem.loss_dtype
     dtype = problem.options.dtype
-    d, m, z = problem.widths
     weights = dtype if problem.bound <= layout.rows else accum_dtype
 
     def room(want: bool, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         return problem.hidden.new_empty(rows, columns, dtype=dtype) if want else None
 
-    return Gradients(
-        room(wanted[0], problem.hidden.shape[0], d, layout.spread)
-        if layout.spread
-        else room(wanted[0], capacity, d, dtype),
-        room(wanted[1], m, d, weights),
-        room(wanted[2] and problem.b1 is not None, layout.slots[0], m, accum_dtype),
-        room(wanted[3], z, m, weights),
-        room(wanted[4] and problem.b2 is not None, layout.slots[1], z, accum_dtype),
-    )
+    total, d = problem.hidden.shape
+    rows, dh_dtype = (total, layout.spread) if layout.spread else (capacity, dtype)
+    grads = [room(wanted[0], rows, d, dh_dtype)]
+    for (w, b), slots in zip(problem.layers, layout.slots, strict=True):
+        want_w, want_b = wanted[len(grads) : len(grads) + 2]
+        grads.append(room(want_w, w.shape[0], w.shape[1], weights))
+        grads.append(room(want_b and b is not None, slots, w.shape[0], accum_dtype))
+    return Gradients(*grads, *[None] * (DIFFERENTIABLE - len(grads)))
 
 
 def sweep(
@@ -190,9 +220,13 @@ def sweep(
             span = (start, min(start + chunk, capacity))
             run.project(*span)
             run.row_loss(*span)
-            if grads.w2 is not None:
-                run.output_grads(*span)
-            if not (grads.hidden is None and grads.w1 is None and grads.b1 is None):
-                run.backproject(*span)
-                run.input_grads(*span)
+            for layer in reversed(range(len(layout.slots))):
+                if grads.weights[layer] is not None:
+                    run.weight_grad(layer, *span)
+                if not grads.before(layer):
+                    break
+                if layer:
+                    run.backproject(layer, *span)
+                else:
+                    run.input_grads(*span)
     return grads

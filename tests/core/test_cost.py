@@ -249,9 +249,9 @@ def calls(*targets):
 @pytest.mark.parametrize(
     ("impl", "rows", "ours", "allocations", "descriptors"),
     [
-        ("blas", "index", 213, 19, 0),
-        ("triton", "index", 309, 19, 18),
-        ("triton", "mask", 320, 22, 18),
+        ("blas", "index", 228, 19, 0),
+        ("triton", "index", 323, 19, 18),
+        ("triton", "mask", 334, 22, 18),
     ],
 )
 def test_work_of_the_host(impl, rows, ours, allocations, descriptors):

@@ -8,7 +8,7 @@ import torch
 
 from pre_kernels import PreHead, fused_pre_loss, reference
 from pre_kernels.fused.kernels.activation import apply_activation, apply_activation_grad
-from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
+from pre_kernels.fused.kernels.quantize import Quantized, quantize_weight
 from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.kernels.rows import gather
 from pre_kernels.loss import fp8_unavailable
@@ -71,10 +71,9 @@ def test_weights_in_both_layouts(device, bad):
     w2[17] *= 1e-4
     if bad is not None:
         w2[40, 1030] = bad
-    for columns in itertools.product([False, True], repeat=2):
-        got = quantize_weights(w1, w2, columns=columns)
-        weights = (w1, w2, w1.t() if columns[0] else None, w2.t() if columns[1] else None)
-        for quantized, rows in zip(got, weights, strict=True):
+    for w, columns in itertools.product([w1, w2], [False, True]):
+        got = quantize_weight(w, columns)
+        for quantized, rows in zip(got, (w, w.t() if columns else None), strict=True):
             assert (quantized is None) is (rows is None)
             if rows is not None:
                 want = Quantized.empty(rows, *rows.shape)
@@ -176,7 +175,7 @@ def test_bad_input(device):
     for widths in ({"d": 24}, {"m": 8208}, {"z": 40}):
         case = make(0, dtype=torch.bfloat16, device=device, **{"d": 64, "m": 96, "z": 48, **widths})
         with pytest.raises(
-            ValueError, match=r"precision: got 'fp8' with d, m, z = .*multiples of 16 up to 8192"
+            ValueError, match=r"precision: got 'fp8' with widths .*multiples of 16 up to 8192"
         ):
             fused_pre_loss(**case.tensors, precision="fp8", impl="blas")
 

@@ -11,12 +11,13 @@ from pre_kernels.fused.kernels import (
     activation,
     finish,
     matmul,
+    norm,
     quantize,
     row_loss,
     rows,
     weight_grad,
 )
-from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
+from pre_kernels.fused.kernels.quantize import Quantized, quantize_weight
 from verify.fences import INTERPRETED, LastProgram, Unbacked, span, watching
 
 pytestmark = pytest.mark.skipif(
@@ -48,8 +49,16 @@ def far_scatter(far):
     rows.scatter(far(R, D), far(R, D))
 
 
+def far_norm(far):
+    norm.scatter_norm(far(R, D), far(R, D), far(R, D), norm="layer", eps=1e-5)
+    norm.scatter_norm(
+        torch.zeros(1, D), far(D, R).t()[R - 1 :], torch.zeros(1, D), norm="rms", eps=1
+    )
+    rows.gather(far(D, R).t(), torch.zeros(1, D), start=R - 1, norm="rms", eps=1e-5)
+
+
 def far_quantize(far):
-    quantize_weights(torch.zeros(1, 16), far(R, D), columns=(False, False))
+    quantize_weight(far(R, D), False)
 
 
 def far_activation(far):
@@ -111,10 +120,11 @@ def far_scale(far):
             return far(*args[1], dtype=torch.float32) if big else function(*args, **(kwargs or {}))
 
     with Empty():
-        dtypes = (torch.float32,) * 4
-        finish.scale_gradients(
-            (None, far(M, N, dtype=torch.float32)), (None, None), dtypes, torch.tensor(2.0)
-        )
+        dtypes = (torch.float32,) * 6
+        for place in range(3):
+            matrices = [None] * 3
+            matrices[place] = far(M, N, dtype=torch.float32)
+            finish.scale_gradients(matrices, (None,) * 3, dtypes, torch.tensor(2.0))
 
 
 FAR = [value for name, value in list(vars().items()) if name.startswith("far_")]
@@ -141,7 +151,7 @@ def test_offsets_beyond_31_bits_in_strips_of_columns(monkeypatch):
     monkeypatch.setattr(quantize, "WIDE", 2)
     far = Unbacked()
     weight = far(R, D)
-    memory = LastProgram(far.spans, program=D // quantize.WIDE)
+    memory = LastProgram(far.spans, program=D // quantize.WIDE - 1)
     with watching(memory):
-        quantize_weights(torch.zeros(1, 1), weight, columns=(True, True))
+        quantize_weight(weight, True)
     assert memory.reached == {span(weight)[0]: span(weight)[1] - weight.element_size()}

@@ -16,6 +16,7 @@ from pre_kernels.fused.kernels import (
     activation,
     finish,
     matmul,
+    norm,
     quantize,
     row_loss,
     rows,
@@ -23,11 +24,11 @@ from pre_kernels.fused.kernels import (
     weight_grad,
 )
 from pre_kernels.fused.kernels.common import LONGEST, arch
-from pre_kernels.fused.kernels.quantize import Quantized, quantize_weights
+from pre_kernels.fused.kernels.quantize import Quantized, quantize_weight
 from verify.fences import INTERPRETED, Fenced, FencedAllocations, Unfenced, WatchedMemory, watching
-from verify.oracle import LEAVES, make, run
+from verify.oracle import make, run
 
-MODULES = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
+MODULES = (activation, finish, matmul, norm, quantize, row_loss, rows, weight_grad)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"
@@ -66,7 +67,9 @@ def gathers(f, device, width):
     if width <= LONGEST:
         q = quantized(f, device, 4, width)
         rows.gather(x, None, index=index, quantized=q, **live(f, device, 5))
-    return [out[:3], cleared, *(read(q, 3) if q else ())]
+    normed = f.out(4, width, device=device)
+    rows.gather(x, normed, index=index, norm="layer", eps=1e-5)
+    return [out[:3], cleared, normed, *(read(q, 3) if q else ())]
 
 
 def scatters(f, device, width):
@@ -77,7 +80,11 @@ def scatters(f, device, width):
     mine = f.both(x)
     rows.scatter(x, out, inverse=inverse, upstream=upstream)
     rows.scatter(mine, mine, upstream=upstream)
-    return [out, mine]
+    normed, rms = f.out(7, width, dtype=torch.bfloat16, device=device), f.both(x)
+    hidden = f(randn(device, 7, width))
+    norm.scatter_norm(x, hidden, normed, norm="layer", eps=1e-5, inverse=inverse, upstream=upstream)
+    norm.scatter_norm(rms, hidden[:4].contiguous(), rms, norm="rms", eps=1e-5)
+    return [out, mine, normed, rms]
 
 
 def selects(f, device, width):
@@ -148,25 +155,21 @@ def finishes(f, device, width):
         losses, width + 50, mean=True, weight=weight, index=index, count=count
     )
     loss = finish.reduce_loss(losses, divisor, count)
-    matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16())
-    sums = f(randn(device, 40, width)), f(randn(device, 1, 33))
-    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
+    matrices = f(randn(device, width, 7)), f(randn(device, 33, width).bfloat16()), None
+    sums = f(randn(device, 40, width)), f(randn(device, 1, 33)), f(randn(device, 2, width))
+    dtypes = (torch.bfloat16, *(torch.float32,) * 3, torch.bfloat16, torch.float32)
     upstream = f(torch.tensor(3.0, device=device))
     new = finish.scale_gradients(matrices, sums, dtypes, upstream)
-    mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float())
-    return [
-        divisor,
-        loss,
-        *new,
-        *finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True),
-    ]
+    mine = f.both(matrices[0].bfloat16()), f.both(matrices[1].float()), f.both(randn(device, 3, 7))
+    again = finish.scale_gradients(mine, sums, dtypes, upstream, in_place=True)
+    return [divisor, loss, *(x for x in (*new, *again) if x is not None)]
 
 
 def quantizes(f, device, width):
     w1, w2 = (
         f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width))
     )
-    found = quantize_weights(w1, w2, columns=(True, True))
+    found = [*quantize_weight(w1, True), *quantize_weight(w2, True)]
     return [x for q in found for x in (q.values.view(torch.uint8), q.scales)]
 
 
@@ -246,6 +249,8 @@ STEPS = {
     "index": {"rows": "index32", "dtype": torch.float16, "weight": "leading", "contiguous": False},
     "capacity": {"capacity": 45, "loss": "mse", "dtype": torch.bfloat16},
     "fp8": {"precision": "fp8", "dtype": torch.bfloat16, "d": 32, "m": 48, "z": 16},
+    "depth 3, norm": {"depth": 3, "norm": "layer", "dtype": torch.bfloat16, "workspace": 1},
+    "depth 1, norm": {"depth": 1, "norm": "rms", "rows": "all", "reduction": "none"},
 }
 
 
@@ -268,5 +273,5 @@ def test_a_whole_step_between_fences(impl, device, name, request):
         outputs = run(fused_pre_loss, case, impl=impl)
     fenced.check()
     assert len(fenced.watched) > 12
-    for key in ("loss", *LEAVES):
+    for key in wanted:
         assert torch.equal(outputs[key], wanted[key]), key

@@ -314,28 +314,33 @@ def test_reduce_of_nothing_over_nothing_and_over_zero(device):
 def test_scaled_gradients_in_one_launch(device):
     w1 = torch.randn(70, 123, device=device)
     w2 = torch.randn(33, 70, device=device).bfloat16()
-    b1, b2 = torch.randn(264, 70, device=device), torch.randn(1, 33, device=device)
-    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
+    w3 = torch.randn(9, 33, device=device)
+    sums = [
+        torch.randn(slots, columns, device=device)
+        for slots, columns in ((264, 70), (1, 33), (7, 9))
+    ]
+    inputs = [w1, w2, w3, *sums]
+    half, single = torch.bfloat16, torch.float32
+    dtypes = (half, single, single, single, half, single)
     upstream = number(-1.5, device)
-    got = scale_gradients((w1, w2), (b1, b2), dtypes, upstream)
-    want = [-1.5 * x for x in (w1, w2.float(), b1.sum(0), b2[0])]
+    got = scale_gradients(inputs[:3], sums, dtypes, upstream)
+    want = [-1.5 * x.float() for x in (w1, w2, w3, *(b.sum(0) for b in sums))]
     for x, y, dtype in zip(got, want, dtypes, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(
             x, y.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5
         )
-    for missing in itertools.product([False, True], repeat=4):
-        tensors = [None if gone else x for gone, x in zip(missing, (w1, w2, b1, b2), strict=True)]
+    for missing in itertools.product([False, True], repeat=6):
+        tensors = [None if gone else x for gone, x in zip(missing, inputs, strict=True)]
         for x, y, gone in zip(
-            scale_gradients(tensors[:2], tensors[2:], dtypes, upstream), got, missing, strict=True
+            scale_gradients(tensors[:3], tensors[3:], dtypes, upstream), got, missing, strict=True
         ):
             assert x is None if gone else torch.equal(x, y)
-    ready = scale_gradients(
-        (w1, w2), (b1, None), (torch.float32, torch.float32, torch.float32, torch.float32)
-    )
+    ready = scale_gradients((w1, w2, None), (sums[0], None, None), (single,) * 6)
     assert ready[0] is w1
     assert torch.equal(ready[1], w2.float())
-    torch.testing.assert_close(ready[2], b1.sum(0))
+    torch.testing.assert_close(ready[3], sums[0].sum(0))
+    assert ready[2] is ready[4] is ready[5] is None
 
 
 @pytest.mark.parametrize("upstream", [1.0, -1.5])
@@ -343,9 +348,9 @@ def test_scaled_in_place(device, upstream):
     """A matrix that already has its dtype is returned itself, and is not touched if the scale is
     1."""
     w1, w2, x = (torch.randn(70, 123, device=device) for _ in range(3))
-    matrices = w1.bfloat16(), w2.clone()
-    kinds = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
-    got = scale_gradients(matrices, (None, None), kinds, number(upstream, device), in_place=True)
+    matrices = w1.bfloat16(), w2.clone(), None
+    kinds = (torch.bfloat16,) * 6
+    got = scale_gradients(matrices, (None,) * 3, kinds, number(upstream, device), in_place=True)
     assert got[0] is matrices[0]
     torch.testing.assert_close(got[0], (w1.bfloat16() * upstream), rtol=0, atol=0)
     assert got[1].dtype == torch.bfloat16
@@ -357,7 +362,7 @@ def test_scaled_in_place(device, upstream):
         memory = WatchedMemory()
         with watching(memory):
             scale_gradients(
-                (matrices[0], None), (None, None), kinds, number(1.0, device), in_place=True
+                (matrices[0], None, None), (None,) * 3, kinds, number(1.0, device), in_place=True
             )
             assert not memory.stores
             scatter(x, x, upstream=number(1.0, device))
@@ -367,9 +372,9 @@ def test_scaled_in_place(device, upstream):
 @pytest.mark.parametrize("upstream", [1.0, 2.0, -1.5])
 def test_scaled_in_place_by_torch(upstream):
     w1, w2 = torch.randn(7, 12), torch.randn(5, 7)
-    given = Gradients(None, w1.clone(), None, w2.clone(), None)
+    given = Gradients(None, w1.clone(), None, w2.clone(), None, None, None)
     scale = number(upstream, "cpu")
-    kinds = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+    kinds = (torch.float32, torch.float32, torch.bfloat16, *(torch.float32,) * 3)
     got = TorchSteps.scale(given, kinds, scale, in_place=True)
     assert got[0] is given.w1
     # If the scale is 1, nothing is touched.

@@ -71,7 +71,8 @@ def problem_of(shape, rows, workspace, device="meta"):
         "cosine", "gelu", "mean", torch.bfloat16, False, False, None, workspace, None, None
     )
     weights = empty(m, d), empty(m), empty(z, m), empty(z)
-    problem = Problem(empty(total, d), *weights, empty(total, z), index, None, None, options)
+    layers = (*weights, None, None)
+    problem = Problem(empty(total, d), *layers, empty(total, z), index, None, None, options)
     return problem, Selection(index, empty(total, dtype=torch.int32), None, capacity)
 
 

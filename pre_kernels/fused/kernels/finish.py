@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -102,51 +104,82 @@ def scale_sums(
     )
 
 
-@triton.jit(do_not_specialize=["blocks_w1", "blocks_w2", "blocks_b1", "slots_b1", "slots_b2"])
+@triton.jit(
+    do_not_specialize=[
+        "blocks_w1",
+        "blocks_w2",
+        "blocks_w3",
+        "blocks_b1",
+        "blocks_b2",
+        "slots_1",
+        "slots_2",
+        "slots_3",
+    ]
+)
 def scale_kernel(
     dw1_ptr,
     dw2_ptr,
+    dw3_ptr,
     db1_ptr,  # (slots, columns) float32
     db2_ptr,
+    db3_ptr,
     out_w1_ptr,
     out_w2_ptr,
+    out_w3_ptr,
     out_b1_ptr,  # (columns,)
     out_b2_ptr,
+    out_b3_ptr,
     upstream_ptr,  # 0-d
-    blocks_w1,
+    blocks_w1,  # the programs of each tensor
     blocks_w2,
+    blocks_w3,
     blocks_b1,
+    blocks_b2,
     size_w1,
     size_w2,
-    slots_b1,
-    slots_b2,
-    columns_b1,
-    columns_b2,
+    size_w3,
+    slots_1,
+    slots_2,
+    slots_3,
+    columns_1,
+    columns_2,
+    columns_3,
     IN_PLACE_W1: tl.constexpr,
     IN_PLACE_W2: tl.constexpr,
+    IN_PLACE_W3: tl.constexpr,
     ELEMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Scale four tensors, one after the other, in one grid: at small N a launch for each would take
+    """Scale six tensors, one after the other, in one grid: at small N a launch for each would take
     longer than the work."""
     scale = load_scale(upstream_ptr, None)
     pid = tl.program_id(0)
-    if pid < blocks_w1:
+    end_w1 = blocks_w1
+    end_w2 = end_w1 + blocks_w2
+    end_w3 = end_w2 + blocks_w3
+    end_b1 = end_w3 + blocks_b1
+    end_b2 = end_b1 + blocks_b2
+    if pid < end_w1:
         if dw1_ptr is not None:
             scale_matrix(dw1_ptr, out_w1_ptr, pid, size_w1, scale, IN_PLACE_W1, ELEMENTS)
-    elif pid < blocks_w1 + blocks_w2:
+    elif pid < end_w2:
         if dw2_ptr is not None:
-            scale_matrix(
-                dw2_ptr, out_w2_ptr, pid - blocks_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS
-            )
-    elif pid < blocks_w1 + blocks_w2 + blocks_b1:
+            scale_matrix(dw2_ptr, out_w2_ptr, pid - end_w1, size_w2, scale, IN_PLACE_W2, ELEMENTS)
+    elif pid < end_w3:
+        if dw3_ptr is not None:
+            scale_matrix(dw3_ptr, out_w3_ptr, pid - end_w2, size_w3, scale, IN_PLACE_W3, ELEMENTS)
+    elif pid < end_b1:
         if db1_ptr is not None:
-            i_b = pid - blocks_w1 - blocks_w2
-            scale_sums(db1_ptr, out_b1_ptr, i_b, slots_b1, columns_b1, scale, SLOTS, COLUMNS)
-    elif db2_ptr is not None:
-        i_b = pid - blocks_w1 - blocks_w2 - blocks_b1
-        scale_sums(db2_ptr, out_b2_ptr, i_b, slots_b2, columns_b2, scale, SLOTS, COLUMNS)
+            i_b = pid - end_w3
+            scale_sums(db1_ptr, out_b1_ptr, i_b, slots_1, columns_1, scale, SLOTS, COLUMNS)
+    elif pid < end_b2:
+        if db2_ptr is not None:
+            i_b = pid - end_b1
+            scale_sums(db2_ptr, out_b2_ptr, i_b, slots_2, columns_2, scale, SLOTS, COLUMNS)
+    elif db3_ptr is not None:
+        i_b = pid - end_b2
+        scale_sums(db3_ptr, out_b3_ptr, i_b, slots_3, columns_3, scale, SLOTS, COLUMNS)
 
 
 def mean_divisor(
@@ -207,68 +240,56 @@ def reduce_loss(losses: Tensor, divisor: Tensor, count: Tensor | None = None) ->
 
 
 def scale_gradients(
-    matrices: tuple[Tensor | None, Tensor | None],
-    sums: tuple[Tensor | None, Tensor | None],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+    matrices: Sequence[Tensor | None],
+    sums: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
     upstream: Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return upstream · (dW1, dW2, db1, db2) in their dtypes, by one launch.
+    """Return upstream · (dW1, dW2, dW3, db1, db2, db3) in their dtypes, by one launch.
 
     matrices: contiguous, in any floating dtype. Without an upstream, a matrix that has its dtype is
     returned as it is. With `in_place` it is scaled where it is: read and written only if upstream
     is not 1. sums: (S, columns) float32, whose rows are added up. upstream: 0-d; None: 1. A None in
     `matrices` or `sums` stays None.
     """
-    (w1, w2), (b1, b2) = matrices, sums
-    w1_out, w2_out = (
+    outs = [
         x
         if x is None or (x.dtype == dtype and (in_place or upstream is None))
         else torch.empty_like(x, dtype=dtype)
-        for x, dtype in ((w1, dtypes[0]), (w2, dtypes[1]))
-    )
+        for x, dtype in zip(matrices, dtypes[:3], strict=True)
+    ]
     if upstream is None:
-        w1 = None if w1_out is w1 else w1
-        w2 = None if w2_out is w2 else w2
-    some = next((x for x in (b1, b2, w1, w2) if x is not None), None)
+        matrices = [None if out is x else x for x, out in zip(matrices, outs, strict=True)]
+    some = next((x for x in (*sums, *matrices) if x is not None), None)
     if some is None:
-        return w1_out, w2_out, None, None
-    (slots_b1, columns_b1), (slots_b2, columns_b2) = (
-        (0, 0) if x is None else x.shape for x in (b1, b2)
-    )
-    b1_out = None if b1 is None else b1.new_empty(columns_b1, dtype=dtypes[2])
-    b2_out = None if b2 is None else b2.new_empty(columns_b2, dtype=dtypes[3])
-    size_w1 = 0 if w1 is None else w1.numel()
-    size_w2 = 0 if w2 is None else w2.numel()
-    blocks_w1 = cdiv(size_w1, ELEMENTS)
-    blocks_w2 = cdiv(size_w2, ELEMENTS)
-    blocks_b1 = cdiv(columns_b1, COLUMNS)
+        return (*outs, None, None, None)
+    slots, columns = zip(*[(0, 0) if x is None else x.shape for x in sums], strict=True)
+    biases = [
+        None if x is None else x.new_empty(x.shape[1], dtype=dtype)
+        for x, dtype in zip(sums, dtypes[3:], strict=True)
+    ]
+    sizes = [0 if x is None else x.numel() for x in matrices]
+    blocks = [*[cdiv(n, ELEMENTS) for n in sizes], *[cdiv(n, COLUMNS) for n in columns]]
+    in_place_1, in_place_2, in_place_3 = [out is x for x, out in zip(matrices, outs, strict=True)]
     with on_device(some):
-        scale_kernel[(blocks_w1 + blocks_w2 + blocks_b1 + cdiv(columns_b2, COLUMNS),)](
-            w1,
-            w2,
-            b1,
-            b2,
-            w1_out,
-            w2_out,
-            b1_out,
-            b2_out,
+        scale_kernel[(sum(blocks),)](
+            *matrices,
+            *sums,
+            *outs,
+            *biases,
             upstream,
-            blocks_w1,
-            blocks_w2,
-            blocks_b1,
-            size_w1,
-            size_w2,
-            slots_b1,
-            slots_b2,
-            columns_b1,
-            columns_b2,
-            IN_PLACE_W1=w1_out is w1,
-            IN_PLACE_W2=w2_out is w2,
+            *blocks[:-1],
+            *sizes,
+            *slots,
+            *columns,
+            IN_PLACE_W1=in_place_1,
+            IN_PLACE_W2=in_place_2,
+            IN_PLACE_W3=in_place_3,
             ELEMENTS=ELEMENTS,
             SLOTS=SLOTS,
             COLUMNS=COLUMNS,
             num_warps=8,
             **OPTIONS,
         )
-    return w1_out, w2_out, b1_out, b2_out
+    return (*outs, *biases)

@@ -97,87 +97,51 @@ def quantize_columns(w_ptr, q_ptr, scales_ptr, pid, M, K, TALL: tl.constexpr, WI
 
 @triton.jit
 def quantize_kernel(
-    w1_ptr,  # (M1, K1)
-    w2_ptr,  # (M2, K2)
-    rows_1_ptr,  # (M1, K1) float8
-    rows_2_ptr,
-    row_scales_1_ptr,  # (M1,)
-    row_scales_2_ptr,
-    columns_1_ptr,  # (K1, M1) float8
-    columns_2_ptr,
-    column_scales_1_ptr,  # (K1,)
-    column_scales_2_ptr,
-    M1,
-    K1,
-    M2,
-    K2,
-    ROWS_1: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    ROWS_2: tl.constexpr,
-    BLOCK_2: tl.constexpr,
+    w_ptr,  # (M, K)
+    rows_ptr,  # (M, K) float8
+    row_scales_ptr,  # (M,)
+    columns_ptr,  # (K, M) float8
+    column_scales_ptr,  # (K,)
+    M,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Quantise both layouts of both weights in one grid. The strips of columns come first, because
-    they take longest."""
-    strips_1 = tl.cdiv(K1, WIDE)
-    strips_2 = tl.cdiv(K2, WIDE)
-    rows_1 = tl.cdiv(M1, ROWS_1)
+    """Quantise both layouts of a weight in one grid. The strips of columns come first, because they
+    take longest."""
+    strips = 0
     pid = tl.program_id(0)
-    if pid < strips_1:
-        if columns_1_ptr is not None:
-            quantize_columns(w1_ptr, columns_1_ptr, column_scales_1_ptr, pid, M1, K1, TALL, WIDE)
-    elif pid < strips_1 + strips_2:
-        if columns_2_ptr is not None:
-            quantize_columns(
-                w2_ptr, columns_2_ptr, column_scales_2_ptr, pid - strips_1, M2, K2, TALL, WIDE
-            )
-    elif pid < strips_1 + strips_2 + rows_1:
-        quantize_rows(
-            w1_ptr, rows_1_ptr, row_scales_1_ptr, pid - strips_1 - strips_2, M1, K1, ROWS_1, BLOCK_1
-        )
-    else:
-        i_m = pid - strips_1 - strips_2 - rows_1
-        quantize_rows(w2_ptr, rows_2_ptr, row_scales_2_ptr, i_m, M2, K2, ROWS_2, BLOCK_2)
+    if columns_ptr is not None:
+        strips = tl.cdiv(K, WIDE)
+        if pid < strips:
+            quantize_columns(w_ptr, columns_ptr, column_scales_ptr, pid, M, K, TALL, WIDE)
+    if pid >= strips:
+        quantize_rows(w_ptr, rows_ptr, row_scales_ptr, pid - strips, M, K, ROWS, BLOCK)
 
 
-def quantize_weights(
-    w1: Tensor, w2: Tensor, columns: tuple[bool, bool]
-) -> tuple[Quantized | None, ...]:
-    """Quantise w1 and w2 in one launch: along their rows, then along their columns as (K, M).
+def quantize_weight(w: Tensor, columns: bool) -> tuple[Quantized, Quantized | None]:
+    """Quantise w along its rows, and with `columns` along its columns as (K, M), in one launch.
 
-    Both are (M, K) contiguous with K of at most 8,192. The columns of a weight are quantised only
-    where `columns` says so; otherwise that result is None.
+    w: (M, K) contiguous with K of at most 8,192.
     """
-    rows = [Quantized.empty(w, *w.shape) for w in (w1, w2)]
-    strips = [
-        Quantized.empty(w, *w.t().shape) if wanted else None
-        for w, wanted in zip((w1, w2), columns, strict=True)
-    ]
-    values_1, scales_1 = strips[0] or (None, None)
-    values_2, scales_2 = strips[1] or (None, None)
-    shapes = [RowShape.of(w.shape[1]) for w in (w1, w2)]
-    programs = sum(
-        cdiv(w.shape[1], WIDE) + cdiv(w.shape[0], s.rows)
-        for w, s in zip((w1, w2), shapes, strict=True)
-    )
-    with on_device(w1):
-        quantize_kernel[(programs,)](
-            w1,
-            w2,
-            *(x.values for x in rows),
-            *(x.scales for x in rows),
-            values_1,
-            values_2,
-            scales_1,
-            scales_2,
-            *w1.shape,
-            *w2.shape,
-            *shapes[0],
-            *shapes[1],
+    rows = Quantized.empty(w, *w.shape)
+    strips = Quantized.empty(w, *w.t().shape) if columns else None
+    M, K = w.shape
+    shape = RowShape.of(K)
+    with on_device(w):
+        quantize_kernel[(cdiv(K, WIDE) * columns + cdiv(M, shape.rows),)](
+            w,
+            *rows,
+            *(strips or (None, None)),
+            M,
+            K,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
             TALL=TALL,
             WIDE=WIDE,
             num_warps=WARPS,
             **OPTIONS,
         )
-    return (*rows, *strips)
+    return rows, strips

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import OPTIONS, WARPS, RowShape, cdiv, live_rows, narrow, on_device, power_of_2, widen
+from .norm import moments
 from .quantize import Quantized, store_quantized
 
 BLOCK = 1024  # One program counts or selects this many rows of a mask.
@@ -63,9 +64,12 @@ def gather_kernel(
     D,
     stride_xm,
     stride_xd,
+    eps,
+    NORM: tl.constexpr,
     GATHER: tl.constexpr,
     COUNT: tl.constexpr,
     ZERO_PADDING: tl.constexpr,  # rows beyond the count become 0
+    WHOLE: tl.constexpr,  # a row fits one block
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,6 +84,12 @@ def gather_kernel(
     m_x = (o_n < live)[:, None] & (o_d < D)[None, :]
     p_x = x_ptr + rows[:, None] * stride_xm + o_d.to(tl.int64)[None, :] * stride_xd
     b_x = widen(tl.load(p_x, mask=m_x, other=0.0))
+    if NORM is not None:
+        # Each program of a long row reads all of it.
+        o_b = tl.arange(0, BLOCK)
+        p_row = x_ptr + rows[:, None] * stride_xm + o_b.to(tl.int64)[None, :] * stride_xd
+        mean, inverse = moments(p_row, D, stride_xd, o_n < live, o_b, eps, NORM, WHOLE, BLOCK)
+        b_x = tl.where(m_x, (b_x - mean[:, None]) * inverse[:, None], 0.0)
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.store(
@@ -174,13 +184,16 @@ def gather(
     zero_padding: bool = False,
     start: int = 0,
     quantized: Quantized | None = None,
+    norm: str | None = None,
+    eps: float = 0.0,
 ) -> None:
     """Write out[i] = x[index[start + i]] in out's dtype, for the rows i of `out` with start + i <
     count.
 
     x: (·, D), any strides. out: (n, D) contiguous. index: (capacity,); None: row start + i. count:
     0-d int32; None: all. zero_padding: rows from the count on are 0; otherwise they are not
-    written. quantized: receives the same rows in float8.
+    written. quantized: receives the same rows in float8. norm: "layer" or "rms" normalises the
+    rows, and `eps` is added to their variance.
     """
     q, scales = quantized or (None, None)
     n, D = next(rows for rows in (out, q) if rows is not None).shape
@@ -197,9 +210,12 @@ def gather(
             n,
             D,
             *x.stride(),
+            eps,
+            NORM=norm,
             GATHER=index is not None,
             COUNT=count is not None,
             ZERO_PADDING=zero_padding,
+            WHOLE=shape.block >= D,
             ROWS=shape.rows,
             BLOCK=shape.block,
             num_warps=WARPS,
