@@ -15,7 +15,14 @@ from pre_kernels.integrations import launch
 from verify import ROOT
 
 RECIPES = ROOT / "recipes"
-IN_CODE = {"lightning"}  # no transformers.Trainer, so no command
+# These have code instead of a command.
+IN_CODE = {
+    "lightning": {"apply_pre", "PreLightningCallback"},
+    "viral": {"apply_pre", "patch_trainer"},
+    "pointalign": {"apply_pre", "PreHead"},
+    "blindvla": {"apply_pre", "PreHead"},
+    "spatial-forcing": {"apply_pre", "PreHead"},
+}
 COMMAND = re.compile(r"pre_kernels\.integrations\.launch\b(.*?)\s--\s", re.DOTALL)
 
 
@@ -68,11 +75,15 @@ def test_every_file_of_settings_is_named_by_its_recipe() -> None:
 
 @pytest.mark.parametrize("name", sorted(IN_CODE))
 def test_code(name: str) -> None:
-    code = next(block for block in blocks(RECIPES / name / "README.md") if block.strip())
+    readme = RECIPES / name / "README.md"
+    fenced = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
+    code = fenced or [next(block for block in blocks(readme) if block.strip())]
     called = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse("".join(code)))
+        if isinstance(node, ast.Call)
     }
-    assert {"apply_pre", "PreLightningCallback"} <= called
+    assert IN_CODE[name] <= called
 
 
 def test_every_folder_is_listed() -> None:
