@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pre_kernels import checks
 
+from .averaging import Average
 from .model_config import visual_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +43,10 @@ class EncoderAnchor:
     a ZeRO-3 configuration is active; such an encoder is gathered on every process, and all of them
     must construct the anchor.
 
+    With `ema` the anchors are those of an exponential moving average of the encoder, which trains
+    and may be the model's own vision tower. The average is a copy in float32 at least, and
+    `handle.save` writes it with the head.
+
     ```python
     dino = AutoModel.from_pretrained("facebook/dinov2-base")
     vision = processor.image_processor
@@ -64,6 +70,8 @@ class EncoderAnchor:
         mode: how features are resized: "bilinear" (antialiased), or "area" (the mean over the area
             that a token covers).
         anchor_dim: z. None: `hidden_size` of the encoder's config.
+        ema: the decay of the average at each optimizer step, in (0, 1), such as 0.999. None: the
+            encoder as it is, frozen.
 
     Raises:
         ValueError, TypeError: with the argument, the value it got and the value it needs. In a
@@ -83,6 +91,7 @@ class EncoderAnchor:
         pixels: str = "pixel_values",
         mode: str = "bilinear",
         anchor_dim: int | None = None,
+        ema: float | None = None,
     ) -> None:
         if not isinstance(encoder, nn.Module):
             raise TypeError(
@@ -94,9 +103,12 @@ class EncoderAnchor:
             raise TypeError(
                 f"model: got {type(model).__name__} without .config, want a Hugging Face model"
             )
-        if any(module is encoder for module in model.modules()):
+        if ema is not None and not 0 < checks.nonnegative("ema", ema) < 1:
+            raise ValueError(f"ema: got {ema}, want a number in (0, 1), or None")
+        if ema is None and any(module is encoder for module in model.modules()):
             raise ValueError(
-                "encoder: got a module of the model, which would be frozen; want a separate module"
+                "encoder: got a module of the model, which would be frozen; want a separate "
+                "module, or ema=0.999 for a moving average of it"
             )
         if getattr(config, "image_grid_pinpoints", None):
             raise ValueError(
@@ -124,8 +136,10 @@ class EncoderAnchor:
         )
         self.mode = checks.choice("mode", mode, MODES)
         self.patch = getattr(its, "patch_size", None)
-        _make_whole(encoder)
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.average = None if ema is None else Average(encoder, ema)
+        if self.average is None:
+            _make_whole(encoder)
+        self.encoder = self.average.copy if self.average else encoder.eval().requires_grad_(False)
         self.config = config
         self.pixels = pixels
 
@@ -228,8 +242,14 @@ class EncoderAnchor:
         like = next(self.encoder.parameters(), images[0])
         if like.device != images[0].device:
             self.encoder.to(images[0].device)
+        if self.average is not None:
+            self.average.update()
         batch = torch.cat([self._prepare(part.float()) for part in images]).to(like.dtype)
-        output = self.encoder.eval()(batch)
+        its = like.dtype if self.average is None else self.average.dtype
+        # The float32 average of an encoder in half precision runs as that does.
+        run = torch.autocast(batch.device.type, its) if its != like.dtype else nullcontext()
+        with run:
+            output = self.encoder.eval()(batch)
         tokens: Tensor | None = (
             output if torch.is_tensor(output) else getattr(output, "last_hidden_state", None)
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pre_kernels import __version__
 
+from .averaging import Average
 from .distributed import FullParameters, raise_on_every_rank, rank, unwrapped
 
 WEIGHTS = "pre_head.safetensors"
@@ -31,6 +32,7 @@ def save(
     attached: nn.Module,
     wrapper: nn.Module | None = None,
     writes: bool | None = None,
+    averages: Sequence[Average] = (),
 ) -> None:
     """Write `head` to `directory`, which is created if needed. Each file is replaced as a whole or
     not at all. See `PreHandle.save`.
@@ -41,6 +43,7 @@ def save(
         attached: the module that has the head as a child.
         wrapper: the wrapper around that module. FSDP1 needs it to gather the parameters it split.
         writes: whether this process writes. None: rank 0 does.
+        averages: the moving averages of anchors, which are written with it.
     """
     trained = _trained(head)
     full = FullParameters(trained, _shapes(trained), wrapper, attached)
@@ -55,7 +58,8 @@ def save(
     with raise_on_every_rank(full.collective):
         if writes:
             config = {"format": FORMAT, "pre_kernels": __version__, **describe(head, settings)}
-            _write(directory, tensors, config)
+            means = {n: p.to("cpu").contiguous() for n, p in _averaged(averages).items()}
+            _write(directory, tensors | means, config)
 
 
 def load(
@@ -65,6 +69,7 @@ def load(
     *,
     attached: nn.Module,
     wrapper: nn.Module | None = None,
+    averages: Sequence[Average] = (),
 ) -> None:
     """Copy the head in `directory` into `head`, cast to the dtype of `head`. The arguments are
     those of `save`. See `PreHandle.load`.
@@ -76,9 +81,22 @@ def load(
     trained = _trained(head)
     shapes = _shapes(trained)
     full = FullParameters(trained, shapes, wrapper, attached)
+    means = _averaged(averages)
+    every = shapes | {name: tuple(mean.shape) for name, mean in means.items()}
     with raise_on_every_rank(full.collective):
-        tensors = _read(directory, describe(head, settings), shapes)
+        tensors = _read(directory, describe(head, settings), every)
+    for name, mean in means.items():
+        mean.copy_(tensors.pop(name))
     full.write(tensors)
+
+
+def _averaged(averages: Sequence[Average]) -> dict[str, Tensor]:
+    """The parameters of moving averages, by their names in the file."""
+    return {
+        f"anchor.{i}.{name}": parameter
+        for i, average in enumerate(averages)
+        for name, parameter in average.update().named_parameters()
+    }
 
 
 def describe(head: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:

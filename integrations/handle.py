@@ -180,7 +180,8 @@ class PreHandle(ScheduledWeight):
     def save(
         self, directory: Any, model: nn.Module | None = None, *, writes: bool | None = None
     ) -> None:
-        """Write the head, which `save_pretrained` leaves out: pre_head.safetensors, pre_head.json.
+        """Write the head and averages of anchors, which `save_pretrained` leaves out:
+        pre_head.safetensors, pre_head.json.
 
         Where the head is split over processes (FSDP, ZeRO-3), every process has to call this: the
         parts are gathered, and all return when the files exist. Elsewhere only rank 0 needs to.
@@ -194,14 +195,8 @@ class PreHandle(ScheduledWeight):
             RuntimeError: if the head is split in an unknown way.
             OSError: on every process, if rank 0 cannot write.
         """
-        checkpoint.save(
-            self.head,
-            self.settings(),
-            directory,
-            attached=self._model,
-            wrapper=model,
-            writes=writes,
-        )
+        where = self._where(model)
+        checkpoint.save(self.head, self.settings(), directory, writes=writes, **where)
 
     def load(self, directory: Any, model: nn.Module | None = None) -> None:
         """Read the head that `save` wrote into this handle's head, bit for bit, under any number of
@@ -214,7 +209,11 @@ class PreHandle(ScheduledWeight):
             FileNotFoundError, ValueError: naming what is missing or broken, or differs from this
                 handle; on every process that takes part.
         """
-        checkpoint.load(self.head, self.settings(), directory, attached=self._model, wrapper=model)
+        checkpoint.load(self.head, self.settings(), directory, **self._where(model))
+
+    def _where(self, model: nn.Module | None) -> dict[str, Any]:
+        averages = self._objective.averages
+        return {"attached": self._model, "wrapper": model, "averages": averages}
 
     def remove(self) -> None:
         """Take hooks and head off: the model is what it was. Calling this twice is fine."""
@@ -297,6 +296,8 @@ class PreHandle(ScheduledWeight):
     def stepped(self, optimizer: Any) -> None:
         """An optimizer's step begins; `optimizers.listen` calls this."""
         self._checks.stepped(optimizer, self.head, bool(self.enabled and self.scheduled_weight))
+        for average in self._objective.averages:
+            average.stepped(optimizer, self._model)
 
     def _start(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         self._watchdog.reason = None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pre_kernels.head import Uncast
 
+from .anchors import EncoderAnchor
+from .averaging import Average
 from .capture import CapturedForward
 from .distributed import Group
 from .metrics import sample_cosine
@@ -55,6 +57,12 @@ class Objective(TermOptions):
     def layers(self) -> tuple[int, ...]:
         """The number of each head's layer."""
         return tuple(target.layer for target in self.targets)
+
+    @property
+    def averages(self) -> list[Average]:
+        """The moving averages among the anchors."""
+        anchors: list[Any] = [t.anchor for t in self.targets if isinstance(t.anchor, EncoderAnchor)]
+        return list(dict.fromkeys(a.average for a in anchors if a.average is not None))
 
     def settings(self, several: bool) -> dict[str, Any]:
         """See `PreHandle.settings`. `several`: whether the head is a ModuleList."""

@@ -101,6 +101,14 @@ MISTAKES = [
         'apply_pre(model, anchor="pre_projector")',
     ),
     Mistake(
+        "the model's own tower as a frozen encoder",
+        "EncoderAnchor(model.model.vision_tower, model, image_mean=None, image_std=None)",
+        "encoder: got a module of the model, which would be frozen; want a separate module, or "
+        "ema=0.999 for a moving average of it",
+        "tower = model.model.vision_tower\n"
+        "EncoderAnchor(tower, model, image_mean=None, image_std=None, ema=0.999)",
+    ),
+    Mistake(
         "targets over an image that are averaged over it",
         'apply_pre(model, anchor_norm="spatial", level="image")',
         "anchor_norm: got 'spatial' with level='image', which makes every target 0, want 'none' or "
