@@ -69,22 +69,15 @@ CPU = [
     Shape("cpu-small", 1, 128, 64, 64, 64, 64, "a first try: 64 visual tokens of width 64"),
 ]
 
-# The first GPU and the second CPU shape with a frozen head, whose lower bound is four matmuls.
-FROZEN = {
-    "cuda": replace(
-        GPU[0],
-        name="llava15-7b-sft-frozen",
-        what="LLaVA-1.5-7B, instruction tuning, frozen head",
-        frozen=True,
-    ),
-    "cpu": replace(
-        CPU[1], name="cpu-4k-frozen", what="stand-in: the same with a frozen head", frozen=True
-    ),
-}
+# with a frozen head, whose lower bound is four matmuls
+FROZEN = [
+    replace(s, name=f"{s.name}-frozen", what=f"{s.what}, frozen head", frozen=True)
+    for s in (GPU[0], CPU[1])
+]
 
 TINY = [Shape("tiny", 2, 160, 100, 128, 96, 64, "for the tests of the benchmark itself")]
 
-BY_NAME = {shape.name: shape for shape in [*GPU, *CPU, *TINY, *FROZEN.values()]}
+BY_NAME = {shape.name: shape for shape in [*GPU, *CPU, *TINY, *FROZEN]}
 
 
 def plan(
@@ -106,10 +99,10 @@ def plan(
         main, encoder, small = CPU
         both = [(shape, dtype, "index") for shape in (main, encoder) for dtype in ("bf16", "fp32")]
         others = [(main, "bf16", "mask"), (main, "fp32", "mask"), (main, "fp16", "index")]
-        others.append((FROZEN["cpu"], "bf16", "index"))
+        others.append((FROZEN[1], "bf16", "index"))
         return [*both, *others, (small, "fp32", "index"), (small, "bf16", "index")]
     every = [(shape, "bf16", "index") for shape in GPU]
     main = every[0][0]
     variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
-    variants.append((FROZEN["cuda"], "bf16", "index"))
+    variants.append((FROZEN[0], "bf16", "index"))
     return [*every[:3], *variants, *every[3:]]

@@ -23,12 +23,10 @@ class Average:
     """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
-        every = _whole(source)
-        self._count = len(every)
-        if not any(p.requires_grad for p in every):
+        if not any(p.requires_grad for p in source.parameters()):
             raise ValueError(f"ema: got {decay} for an encoder that does not train, want None")
         self.source = source
-        self.dtype = every[0].dtype
+        self.dtype = _whole(source)[0].dtype
         self.copy = copy.deepcopy(source).eval().requires_grad_(False)
         if self.dtype.itemsize == 2:
             self.copy.float()
@@ -39,7 +37,7 @@ class Average:
         """A step of `optimizer` begins. It counts if it has parameters of the source, or none of
         `model`: engines step copies of them."""
         # In a forward FSDP has whole parameters in place of those it splits.
-        own = _whole(self.source, self._count)
+        own = _whole(self.source)
         held = {id(p) for p in parameters(optimizer)}
         if held & {*map(id, own)} or not held & {*map(id, model.parameters())}:
             self.update()
@@ -58,11 +56,10 @@ class Average:
         return self.copy
 
 
-def _whole(module: nn.Module, count: int | None = None) -> list[nn.Parameter]:
-    """The parameters of `module`, which are not sharded, and `count` if that is given."""
+def _whole(module: nn.Module) -> list[nn.Parameter]:
     every = list(module.parameters())
     marks = ("full_tensor", "ds_id", "_fsdp_flattened")  # FSDP2 and others, ZeRO-3, FSDP1
-    if count not in (None, len(every)) or any(hasattr(p, m) for p in every for m in marks):
+    if not every or any(hasattr(p, mark) for p in every for mark in marks):
         raise TypeError(
             f"encoder: got {type(module).__name__} with sharded parameters, which ema cannot "
             "average; want them whole on each process (DDP, ZeRO-2), or ema=None"

@@ -17,7 +17,7 @@ from .averaging import Average
 from .capture import CapturedForward
 from .distributed import Group
 from .metrics import sample_cosine
-from .terms import TermOptions, agreed_divisor, agreed_mean, count_images, find_terms
+from .terms import TermOptions, agreed_divisor, count_images, find_terms
 from .tokens import find_tokens, indices, pool, warn_of_images
 
 
@@ -101,21 +101,20 @@ class Objective(TermOptions):
             ungrouped: without a divisor, take the forward's mean even if there is a group, because
                 its other processes may have a divisor.
         """
-        if ungrouped:
-            # The other processes may have a divisor, and center over all.
-            alone = replace(self, group=None, centered_over=Group("world"))
-            return alone.losses(seen, heads, divisor)
+        # A divisor is that of all processes, also if only others have one.
+        over = Group("world") if ungrouped or divisor is not None else self.group
+        alone = replace(self, group=None) if ungrouped else self
         visual = find_tokens(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
         if visual is None:
-            return self._without_tokens(seen, hidden, heads, divisor)
+            return alone._without_tokens(seen, hidden, heads, divisor, over)
 
         visual.check(hidden[0])
         warn_of_images(self.parts, visual, seen.inputs)
         with torch.no_grad():
-            terms = find_terms(self, seen, visual, hidden, divisor)
+            terms = find_terms(alone, seen, visual, hidden, divisor, over)
         selection = terms.rows
         if selection is not None:
             flat = [anchor for anchor in terms.anchors if anchor.shape[:-1] != selection.shape]
@@ -176,13 +175,16 @@ class Objective(TermOptions):
         hidden: list[Tensor],
         heads: Sequence[nn.Module],
         divisor: Tensor | float | None,
+        over: Group | None,
     ) -> Losses:
         """A loss of 0 for each layer with the head in the graph, because DDP waits for the head's
         gradients on every rank."""
         zero = torch.zeros((), dtype=torch.long)
-        if self.anchor_norm == "center":
-            sizes = {target.key: target.anchor_dim for target in self.targets}
-            agreed_mean(self, hidden[0].new_zeros(sum(sizes.values()) + 1), divisor)
+        anchors: list[Any] = []
+        for target in self.targets:
+            if self.anchor_norm == "center" and over is not None and target.anchor not in anchors:
+                anchors.append(target.anchor)
+                over.mean(hidden[0].new_zeros(1, target.anchor_dim + 1))
         agreed = agreed_divisor(self.group, zero, hidden[0].device, divisor)
         losses = []
         cosines = []

@@ -15,7 +15,7 @@ from pre_kernels.checks import debugging
 from .capture import CapturedForward
 from .distributed import Group
 from .families import Parts
-from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, pool, standardised
+from .tokens import VisualTokens, draw, drop_nonfinite, image_weights, normalised, pool
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class Target:
     layer: int
     anchor: str | Callable[[dict[str, Any], Tensor], Tensor]
     anchor_dim: int
-
-    @property
-    def key(self) -> Any:
-        """The same for targets with the same anchor."""
-        return self.anchor if isinstance(self.anchor, str) else id(self.anchor)
 
 
 @dataclass(kw_only=True)
@@ -46,7 +41,6 @@ class TermOptions:
     group: Group | None = None
     nonfinite: str = "propagate"
     anchor_norm: str = "none"
-    centered_over: Group | None = None  # None: as the terms are counted
 
     @property
     def by_image(self) -> bool:
@@ -87,47 +81,9 @@ class Terms:
     counted: Tensor
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Visual tokens: their mask (B, T), their anchors (B, T, z) or (N, z) by `Target.key`, and the
-    indices of their images (N,), if needed."""
-
-    mask: Tensor
-    anchors: dict[Any, Tensor]
-    images: Tensor | None
-
-    def finite(self, hidden: Sequence[Tensor]) -> _Tokens:
-        """The tokens without a nan or inf in an anchor or in any of `hidden`."""
-        mask = drop_nonfinite(self.mask, [*self.anchors.values(), *hidden])
-        flat = any(anchor.shape[:-1] != mask.shape for anchor in self.anchors.values())
-        if not flat and self.images is None:
-            return _Tokens(mask, self.anchors, None)
-        # This waits for the device; flat anchors and images have waited for it already.
-        kept = mask[self.mask]
-        return _Tokens(
-            mask,
-            _selected(self.anchors, mask, kept),
-            None if self.images is None else self.images[kept.to(self.images.device)],
-        )
-
-
-@dataclass(frozen=True)
-class _Undrawn:
-    """All terms, before any are drawn: their mask, and attributes as in `Terms`."""
-
-    mask: Tensor
-    rows: Tensor | None
-    anchors: dict[Any, Tensor]
-    weight: Tensor | None
-    count: Tensor
-
-
-def _selected(anchors: dict[Any, Tensor], mask: Tensor, kept: Tensor) -> dict[Any, Tensor]:
+def _selected(anchors: list[Tensor], mask: Tensor, kept: Tensor) -> list[Tensor]:
     """`anchors` with only the `kept` rows of those that do not have the shape of `mask`."""
-    return {
-        key: rows if rows.shape[:-1] == mask.shape else rows[kept.to(rows.device)]
-        for key, rows in anchors.items()
-    }
+    return [a if a.shape[:-1] == mask.shape else a[kept.to(a.device)] for a in anchors]
 
 
 def find_terms(
@@ -136,88 +92,74 @@ def find_terms(
     visual: VisualTokens,
     hidden: Sequence[Tensor],
     divisor: Tensor | float | None,
+    over: Group | None = None,
 ) -> Terms:
     """The terms of a forward with the visual tokens `visual` and the layers' states `hidden`.
 
     Args:
         divisor: the full divisor. None: that of the group, or without one the forward's count.
+        over: the processes over which anchors are centered. None: this one.
     """
-    distinct = {target.key: target for target in options.targets}
+    distinct: list[Any] = []  # each anchor is computed once
+    anchors: list[Tensor] = []
+    for target in options.targets:
+        if target.anchor not in distinct:
+            distinct.append(target.anchor)
+            anchors.append(find_anchor(options, target, seen, visual))
     spatial = options.anchor_norm == "spatial"
-    tokens = _Tokens(
-        visual.mask,
-        {key: find_anchor(options, target, seen, visual) for key, target in distinct.items()},
-        visual.images(options.parts, seen.inputs) if options.by_image or spatial else None,
-    )
+    images = None
+    if options.by_image or spatial:
+        images = visual.images(options.parts, seen.inputs)
+    mask = visual.mask
     skipped = counted = None
     if options.nonfinite == "skip":
-        images = tokens.images if options.by_image else None
-        counted = visual.mask.sum() if images is None else count_images(images)
-        tokens = tokens.finite(hidden)
-        skipped = visual.mask.sum() - tokens.mask.sum()
-    anchors = tokens.anchors
-    if spatial and tokens.images is not None:
-        anchors = {k: standardised(a, tokens.mask, tokens.images) for k, a in anchors.items()}
-    elif options.anchor_norm == "center":
-        anchors = _centered(options, tokens, hidden[0].device, divisor)
-    tokens = _Tokens(tokens.mask, anchors, tokens.images if options.by_image else None)
+        counted = mask.sum() if images is None or not options.by_image else count_images(images)
+        mask = drop_nonfinite(visual.mask, [*anchors, *hidden])
+        if images is not None or any(anchor.shape[:-1] != mask.shape for anchor in anchors):
+            # This waits for the device; flat anchors and images have waited for it already.
+            kept = mask[visual.mask]
+            anchors = _selected(anchors, mask, kept)
+            images = None if images is None else images[kept.to(images.device)]
+        skipped = visual.mask.sum() - mask.sum()
+    if options.anchor_norm != "none":
+        device = hidden[0].device
+        numbers = images if spatial else None
+        anchors = [normalised(a.to(device), mask, numbers, over) for a in anchors]
 
-    undrawn = _undrawn(options, tokens)
-    agreed = agreed_divisor(options.group, undrawn.count, hidden[0].device, divisor)
-    full_divisor = undrawn.count if agreed is None else agreed
-    rows = undrawn.rows
-    anchors = undrawn.anchors
+    rows: Tensor | None = mask
+    weight = None
+    count = mask.sum()
+    terms = mask
+    if options.level == "image" and images is not None:
+        anchors = [pool(a, mask.to(a.device), images.to(a.device)) for a in anchors]
+        terms = mask.new_ones(len(anchors[0]))
+        rows = None
+        count = torch.tensor(len(anchors[0]))
+    elif options.by_image and images is not None:
+        weight, count = image_weights(mask, images)
+    agreed = agreed_divisor(options.group, count, hidden[0].device, divisor)
+    full_divisor = count if agreed is None else agreed
     drawn_divisor = agreed
     if options.fraction < 1:
-        rows, drawn_fraction = draw(undrawn.mask, options.fraction)
-        if any(anchor.shape[:-1] != rows.shape for anchor in anchors.values()):
-            anchors = _selected(anchors, rows, rows[undrawn.mask])
+        rows, drawn_fraction = draw(terms, options.fraction)
+        if any(anchor.shape[:-1] != rows.shape for anchor in anchors):
+            anchors = _selected(anchors, rows, rows[terms])
         if torch.is_tensor(full_divisor):
             drawn_divisor = drawn_fraction * full_divisor.to(drawn_fraction.device)
         else:
             drawn_divisor = drawn_fraction * full_divisor
     return Terms(
-        tokens=tokens.mask,
+        tokens=mask,
         rows=rows,
-        anchors=[anchors[target.key] for target in options.targets],
-        weight=undrawn.weight,
-        count=undrawn.count,
+        anchors=[anchors[distinct.index(target.anchor)] for target in options.targets],
+        weight=weight,
+        count=count,
         full_divisor=full_divisor,
         drawn_divisor=drawn_divisor,
-        images=tokens.images if options.level == "image" else None,
+        images=images if options.level == "image" else None,
         skipped=skipped,
-        counted=undrawn.count if counted is None else counted,
+        counted=count if counted is None else counted,
     )
-
-
-def _centered(
-    options: TermOptions, tokens: _Tokens, device: torch.device, divisor: Tensor | float | None
-) -> dict[Any, Tensor]:
-    """The anchors less their mean over the visual tokens, in float32 at least; collective where
-    terms are counted over processes."""
-    wide = {}
-    sums = []
-    for key, rows in tokens.anchors.items():
-        wide[key] = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if rows.shape[:-1] == tokens.mask.shape:
-            # Other rows may hold nan.
-            rows = torch.where(tokens.mask[..., None].to(rows.device), rows, 0)
-        sums.append(rows.flatten(0, -2).sum(0, dtype=wide[key].dtype).to(device))
-    packed = torch.cat([*sums, tokens.mask.sum()[None].to(device)])
-    means = agreed_mean(options, packed, divisor).split([len(total) for total in sums])
-    return {
-        key: rows - mean.to(rows.device)
-        for (key, rows), mean in zip(wide.items(), means, strict=True)
-    }
-
-
-def agreed_mean(options: TermOptions, packed: Tensor, divisor: Tensor | float | None) -> Tensor:
-    """Sums ÷ their count, the last of `packed`, both added up over the processes whose terms are
-    counted together; every one of them has to ask."""
-    over = options.centered_over or (options.group if divisor is None else Group("world"))
-    if over is not None:
-        packed = over.mean(packed)
-    return packed[:-1] / packed[-1]
 
 
 def count_images(numbers: Tensor) -> Tensor:
@@ -264,23 +206,6 @@ def find_anchor(
     if debugging() and options.nonfinite != "skip":
         _check_finite(anchor, visual.mask)
     return anchor
-
-
-def _undrawn(options: TermOptions, tokens: _Tokens) -> _Undrawn:
-    mask = tokens.mask
-    anchors = tokens.anchors
-    images = tokens.images
-    if images is None:
-        return _Undrawn(mask, mask, anchors, None, mask.sum())
-    if options.level != "image":
-        weight, count = image_weights(mask, images)
-        return _Undrawn(mask, mask, anchors, weight, count)
-    pooled = {
-        key: pool(anchor, mask.to(anchor.device), images.to(anchor.device))
-        for key, anchor in anchors.items()
-    }
-    number = len(next(iter(pooled.values())))
-    return _Undrawn(mask.new_ones(number), None, pooled, None, torch.tensor(number))
 
 
 def _projector_anchor(parts: Parts, seen: CapturedForward, visual: VisualTokens) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Group
 from .families import GENERIC, Parts
 from .image_rules import runs
 from .model_config import Inputs
@@ -239,33 +240,41 @@ def indices(mask: Tensor, count: int) -> Tensor:
     return torch.searchsorted(mask.flatten().cumsum(0), ranks)
 
 
-def standardised(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:
-    """`rows` as (x - mean) / (std + 1e-6) over the tokens of each image, per channel, in float32 at
-    least; 0 for an image of one token. Does not wait for the device.
+def normalised(rows: Tensor, mask: Tensor, numbers: Tensor | None, over: Group | None) -> Tensor:
+    """`rows` less their mean over the tokens of `mask`, those of all processes of `over`. With the
+    `numbers` (N,) of the tokens' images: (x - mean) / (std + 1e-6) over each image, per channel,
+    with the std of a sample (iREPA, arXiv 2512.10794). In float32 at least; no host sync.
 
-    The std is that of a sample, as in iREPA (arXiv 2512.10794). The arguments are those of `pool`.
+    `rows` and `mask` are those of `pool`.
     """
-    places = None
+    x = rows.flatten(0, -2).to(torch.promote_types(rows.dtype, torch.float32))
+    valid = x.new_ones(len(x), dtype=torch.bool)
     if rows.shape[:-1] == mask.shape:
-        places = indices(mask.to(rows.device), len(numbers))
-    x = rows if places is None else rows.flatten(0, -2)[places]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    ordered, order = numbers.to(x.device).sort()
-    rank = (ordered[1:] != ordered[:-1]).cumsum(0)
-    index = torch.zeros_like(order).scatter(0, order[1:], rank)
-    sizes = x.new_zeros(len(x), 1).index_add(0, index, x.new_ones(len(x), 1))
+        valid = mask.to(x.device).flatten()
+    index = torch.zeros_like(valid, dtype=torch.long)
+    if numbers is not None:
+        ordered, order = numbers.to(x.device).sort()
+        rank = (ordered[1:] != ordered[:-1]).cumsum(0)
+        index = index.masked_scatter(valid, torch.zeros_like(order).scatter(0, order[1:], rank))
 
-    def mean(values: Tensor, less: int) -> Tensor:
+    def total(values: Tensor) -> Tensor:
+        if numbers is None:
+            return values.sum(0, keepdim=True)
         # There are at most as many images as tokens.
-        return (torch.zeros_like(x).index_add(0, index, values) / (sizes - less).clamp(min=1))[
-            index
-        ]
+        sums = values.new_zeros(len(numbers) + 1, values.shape[1])
+        return sums.index_add(0, index, values)
 
-    x = x - mean(x, 0)
-    x = x / (mean(x.square(), 1).sqrt() + 1e-6)
-    if places is None:
-        return x
-    return x.new_zeros(mask.numel(), x.shape[1]).index_copy(0, places, x).view(rows.shape)
+    # Rows of text may hold nan.
+    sums = total(torch.cat([x.where(valid[:, None], 0), valid[:, None].to(x.dtype)], 1))
+    if over is not None and numbers is None:
+        sums = over.mean(sums)
+    counts = sums[:, -1:]
+    mean = sums[:, :-1] / counts
+    x = (x - (mean if numbers is None else mean[index])).where(valid[:, None], 0)
+    if numbers is not None:
+        std = (total(x.square()) / (counts - 1).clamp(min=1)).sqrt()
+        x = x / (std + 1e-6)[index]
+    return x.view(rows.shape)
 
 
 def pool(rows: Tensor, mask: Tensor, numbers: Tensor) -> Tensor:

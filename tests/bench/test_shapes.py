@@ -14,7 +14,7 @@ def test_the_plan_of_a_cpu():
     plan = [(shape.name, dtype, rows) for shape, dtype, rows in shapes.plan(torch.device("cpu"))]
     assert len(set(plan)) == len(plan)
     assert {name for name, _, _ in plan} == {
-        shape.name for shape in [*shapes.CPU, shapes.FROZEN["cpu"]]
+        shape.name for shape in [*shapes.CPU, shapes.FROZEN[1]]
     }
     large = [one for one in plan if one[0] != cpu_goals.SMALL]
     assert plan[: baselines.COSTLY] == [("cpu-16k", "bf16", "index"), ("cpu-16k", "fp32", "index")]
@@ -30,7 +30,7 @@ def test_shapes_are_consistent():
     for shape in shapes.BY_NAME.values():
         assert 0 < shape.visual <= shape.tokens
     assert (shapes.CPU[0].rows, shapes.CPU[0].selected) == (16384, 12288)
-    frozen = shapes.FROZEN["cpu"]
+    frozen = shapes.FROZEN[1]
     assert 6 * frozen.flop == 4 * shapes.BY_NAME["cpu-4k-encoder"].flop
     case = shapes.case(TINY, torch.float32, torch.device("cpu"), "mask")
     index = shapes.case(TINY, torch.float32, torch.device("cpu"), "index")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pre_kernels.integrations import apply_pre, objective, patch_trainer, terms
-from pre_kernels.integrations.tokens import draw, standardised
+from pre_kernels.integrations.tokens import draw, normalised
 
 from .support.by_hand import (
     assert_same_gradients,
@@ -163,7 +163,7 @@ def test_standardised(dtype: torch.dtype, flat: bool) -> None:
     rows[mask] = (torch.randn(int(mask.sum()), 6) * 3 + 50).to(dtype)
     given = rows[mask] if flat else rows
     with Waits() as waits:
-        got = standardised(given, mask, numbers)
+        got = normalised(given, mask, numbers, None)
     assert waits.found == []
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert got.shape == (len(numbers), 6) if flat else rows.shape
@@ -173,7 +173,7 @@ def test_standardised(dtype: torch.dtype, flat: bool) -> None:
         wanted = (x - x.mean(0)) / (x.std(0) + 1e-6)
         torch.testing.assert_close(got[numbers == number].double(), wanted, rtol=1e-4, atol=1e-4)
     assert not got[5].any()
-    assert standardised(rows[:0], mask[:0], numbers[:0]).shape == (0, 20, 6)
+    assert normalised(rows[:0], mask[:0], numbers[:0], None).shape == (0, 20, 6)
 
 
 def test_centering_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

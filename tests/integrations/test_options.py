@@ -292,9 +292,9 @@ def test_a_fraction_costs_no_host_sync(divisor: Any, monkeypatch: pytest.MonkeyP
     waits = Waits()
     original = objective.find_terms
 
-    def watched(options: Any, seen: Any, visual: Any, hidden: Any, given: Any) -> Any:
+    def watched(options: Any, seen: Any, visual: Any, hidden: Any, given: Any, over: Any) -> Any:
         with waits:
-            return original(options, seen, visual, hidden, divisor)
+            return original(options, seen, visual, hidden, divisor, over)
 
     monkeypatch.setattr(objective, "find_terms", watched)
     model = build("llava")
