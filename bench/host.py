@@ -76,7 +76,7 @@ def without_device(ours: bool) -> Iterator[None]:
     patches = [mock.patch.object(torch, name, _nothing) for name in ("mm", "addmm", "_scaled_mm")]
     patches.append(mock.patch("pre_kernels.loss.unavailable", _nothing))
     # On a GPU the values of rows are not read either.
-    patches.append(mock.patch("pre_kernels.checks.row_values", _nothing))
+    patches.append(mock.patch("pre_kernels.device_checks.row_values", _nothing))
     if ours:
         patches.append(mock.patch.object(JITFunction, "run", _nothing))
     else:

@@ -24,6 +24,7 @@ from .terms import Target
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "image")
 WEIGHTINGS = ("token", "image")
+GRAM_OVER = ("image", "batch")
 NONFINITE = ("propagate", "skip")
 ANCHOR_NORMS = ("none", "center", "spatial")
 
@@ -57,6 +58,7 @@ def apply_pre(
     warmup: float = 0.0,
     labels: str | None = "labels",
     anchor_norm: str = "none",
+    gram_over: str = "image",
     depth: int = 2,
     norm: str | None = None,
     dropout: float = 0.0,
@@ -161,6 +163,8 @@ def apply_pre(
         labels: name of the forward's argument that makes the model return a loss. λ · L_PRe is
             added to the loss of forwards that get it. None: L_PRe is computed in every forward in
             training mode, and you add `handle.loss()` to your loss.
+        gram_over: with loss "gram": whether the Gram matrices are those of an "image", which must
+            be whole on one process, or of the whole "batch" of a forward.
         anchor_norm: "none": the anchors as they are. "center": less their mean over the visual
             tokens that count, drawn by `fraction` or not: those of all processes where `group` or
             `patch_trainer` counts them together (one all-reduce of z + 1 numbers), else those of
@@ -190,6 +194,15 @@ def apply_pre(
     _check_fraction(fraction)
     choice("nonfinite", nonfinite, NONFINITE)
     choice("anchor_norm", anchor_norm, ANCHOR_NORMS)
+    choice("gram_over", gram_over, GRAM_OVER)
+    if gram_over != "image" and loss != "gram":
+        raise ValueError(f"gram_over: got {gram_over!r} with loss={loss!r}, want loss='gram'")
+    if loss == "gram" and (fraction < 1 or level == "image"):
+        name, value = ("fraction", fraction) if fraction < 1 else ("level", level)
+        raise ValueError(
+            f"{name}: got {value!r} with loss='gram', which compares all tokens of an image, want "
+            f"{1.0 if fraction < 1 else 'patch'!r}"
+        )
     if anchor_norm == "spatial" and level == "image":
         raise ValueError(
             "anchor_norm: got 'spatial' with level='image', which makes every target 0, want "
@@ -273,6 +286,7 @@ def apply_pre(
         group=counted_over,
         nonfinite=nonfinite,
         anchor_norm=anchor_norm,
+        gram_over=gram_over if loss == "gram" else None,
     )
     return PreHandle(model, objective, head, weight, training, labels, as_layer=head_dtype is None)
 

@@ -17,7 +17,7 @@ from .averaging import Average
 from .capture import CapturedForward
 from .distributed import Group
 from .metrics import sample_cosine
-from .terms import TermOptions, agreed_divisor, count_images, find_terms
+from .terms import TermOptions, Terms, agreed_divisor, count_images, find_terms
 from .tokens import find_tokens, indices, pool, warn_of_images
 
 
@@ -132,7 +132,7 @@ class Objective(TermOptions):
             rows = None if selection is None else selection.to(device)
             anchor = anchor.to(device)
             with _products(seen, target.layer, state, head):
-                options = self._options(state, terms.drawn_divisor, terms.weight)
+                options = self._options(state, terms)
                 if selection is not terms.rows:
                     options.pop("capacity", None)
                 losses.append(head(state, anchor, rows, **options))
@@ -149,15 +149,14 @@ class Objective(TermOptions):
             counted=terms.counted,
         )
 
-    def _options(
-        self, state: Tensor, drawn_divisor: Tensor | float | None, weight: Tensor | None
-    ) -> dict[str, Any]:
+    def _options(self, state: Tensor, terms: Terms) -> dict[str, Any]:
         """Keywords of a head's call on `state`, in the autocast state of the matmuls."""
         device = state.device
         options: dict[str, Any] = {
             "impl": self.impl,
-            "normalizer": drawn_divisor,
-            "row_weight": weight,
+            "normalizer": terms.drawn_divisor,
+            "row_weight": terms.weight,
+            "images": terms.gram_images,
         }
         half = state.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
         if self.fraction < 1 and not (self.impl == "auto" and half):
@@ -193,7 +192,10 @@ class Objective(TermOptions):
             anchor = state.new_zeros(0, target.anchor_dim)
             normalizer = agreed.to(state.device) if torch.is_tensor(agreed) else agreed
             with _products(seen, target.layer, state, head):
-                losses.append(head(state, anchor, no_rows, impl=self.impl, normalizer=normalizer))
+                options = {"impl": self.impl, "normalizer": normalizer}
+                if self.gram_over is not None:
+                    options["images"] = "batch"
+                losses.append(head(state, anchor, no_rows, **options))
                 # A sharded head gathers its parameters at each call, so every rank has to call it
                 # equally often.
                 if self.loss != "cosine":

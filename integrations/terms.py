@@ -41,6 +41,7 @@ class TermOptions:
     group: Group | None = None
     nonfinite: str = "propagate"
     anchor_norm: str = "none"
+    gram_over: str | None = None  # None without a Gram loss
 
     @property
     def by_image(self) -> bool:
@@ -63,6 +64,7 @@ class Terms:
         full_divisor: Σ weight · ℓ over all rows is divided by this.
         drawn_divisor: Σ weight · ℓ over the drawn `rows` is divided by this; None: by Σ weight.
         images: at level "image", the index of each visual token's image.
+        gram_images: `images` of the heads' calls with the loss "gram", else None.
         skipped: the number of visual tokens left out for a nan or inf, 0-d; None without
             `nonfinite="skip"`.
         counted: the number of terms before any were left out, which `Objective.count` should give
@@ -77,6 +79,7 @@ class Terms:
     full_divisor: Tensor | float
     drawn_divisor: Tensor | float | None
     images: Tensor | None
+    gram_images: Tensor | str | None
     skipped: Tensor | None
     counted: Tensor
 
@@ -108,7 +111,7 @@ def find_terms(
             anchors.append(find_anchor(options, target, seen, visual))
     spatial = options.anchor_norm == "spatial"
     images = None
-    if options.by_image or spatial:
+    if options.by_image or spatial or options.gram_over == "image":
         images = visual.images(options.parts, seen.inputs)
     mask = visual.mask
     skipped = counted = None
@@ -157,6 +160,7 @@ def find_terms(
         full_divisor=full_divisor,
         drawn_divisor=drawn_divisor,
         images=images if options.level == "image" else None,
+        gram_images=images if options.gram_over == "image" else options.gram_over,
         skipped=skipped,
         counted=count if counted is None else counted,
     )

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .problem import Options, Problem
 
+# The losses of a row, and all.
 LOSSES = ("cosine", "mse", "smooth_l1")
+ALL_LOSSES = (*LOSSES, "gram")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 NORMS = ("layer", "rms")
 REDUCTIONS = ("mean", "sum", "none")
 IMPLEMENTATIONS = ("auto", "triton", "blas", "torch")
 
-# Up to this many row indices Python counts as fast as torch does.
-FEW = 256
 # The widest row, in elements, whose scale one program finds.
 FP8_LONGEST = 8192
 
@@ -115,30 +115,6 @@ def _product_dtype(hidden: Tensor, parameters: dict[str, Tensor]) -> torch.dtype
                 "by .to(dtype), or use torch.autocast"
             )
     return hidden.dtype
-
-
-def row_values(problem: Problem) -> None:
-    """Check range and uniqueness of integer rows. This reads the device, so it happens only on the
-    CPU or under PRE_KERNELS_DEBUG=1."""
-    rows = problem.rows
-    total = problem.hidden.shape[0]
-    if rows is None or problem.masked or not rows.numel():
-        return
-    if rows.device.type != "cpu" and not debugging():
-        return
-    few = rows.tolist() if rows.numel() <= FEW else None
-    low, high = (min(few), max(few)) if few else map(int, rows.aminmax())
-    if low < 0 or high >= total:
-        raise ValueError(
-            f"rows: got indices in {low}..{high}, want 0..{total - 1} (hidden has {total} rows; "
-            "with shape (B, T, d) token t of sample b is row b * T + t)"
-        )
-    distinct = len(set(few)) if few else int(torch.bincount(rows).count_nonzero())
-    if distinct < rows.numel():
-        raise ValueError(
-            f"rows: got {rows.numel()} indices of which {distinct} are distinct, want no "
-            "duplicates (rows.unique() has none)"
-        )
 
 
 def _check_rows(rows: Any, leading: torch.Size, device: torch.device) -> Tensor:
@@ -248,6 +224,25 @@ def _check_norm(
     return present
 
 
+def _is_compact(name: str, value: Tensor, count: int | None, leading: torch.Size) -> bool:
+    """Whether a value for each row is (N,), not of hidden's leading shape.
+
+    (N,) is the first reading, but the N of a mask is not known here, and `count` is None: a value
+    that has the mask's own shape is read as (R,).
+    """
+    if count is not None and tuple(value.shape) == (count,):
+        return True
+    if value.shape == leading:
+        return False
+    if value.dim() != 1 or count is not None:
+        selected = "N" if count is None else str(count)
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, want ({selected},), one for each selected "
+            f"row, or hidden's leading shape {tuple(leading)}"
+        )
+    return True
+
+
 def _check_fp8(precision: Any, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     if precision != "fp8":
         raise ValueError(f"precision: got {precision!r}, want 'fp8' or None (the inputs' own)")
@@ -281,10 +276,18 @@ def arguments(
     norm_weight: Any,
     norm_bias: Any,
     norm_eps: Any,
+    images: Any,
 ) -> Problem:
     """Check the arguments of `fused_pre_loss` and flatten their leading shapes, without reading the
     device. `layers` holds its w1, b1, ..., b3 by name."""
-    choice("loss", loss, LOSSES)
+    choice("loss", loss, ALL_LOSSES)
+    if (loss == "gram") == (images is None):
+        raise ValueError(
+            f"images: got {images if images is None else 'a value'} with loss={loss!r}, want the "
+            "number of each row's image, or 'batch', for loss='gram', and None for others"
+        )
+    if loss == "gram" and precision is not None:
+        raise ValueError(f"precision: got {precision!r} with loss='gram', want None")
     choice("activation", activation, ACTIVATIONS)
     choice("reduction", reduction, REDUCTIONS)
     if workspace is not None:
@@ -339,22 +342,19 @@ def arguments(
             f"{(*leading, out_dim)}, or one row for each selected row = ({selected}, {out_dim})"
         )
 
-    weight_compact = False
+    weight_compact = images_compact = False
     if row_weight is not None:
         row_weight = _floating("row_weight", row_weight, device)
         if row_weight.requires_grad:
             raise TypeError("row_weight: requires grad, want a constant: row_weight.detach()")
-        # (N,) is the first reading, but the N of a mask is not known here: a weight that has the
-        # mask's own shape is read as (R,).
-        weight_compact = count is not None and tuple(row_weight.shape) == (count,)
-        if not weight_compact and row_weight.shape != leading:
-            if row_weight.dim() != 1 or count is not None:
-                selected = "N" if count is None else str(count)
-                raise ValueError(
-                    f"row_weight: got shape {tuple(row_weight.shape)}, want ({selected},), one for "
-                    f"each selected row, or hidden's leading shape {tuple(leading)}"
-                )
-            weight_compact = True
+        weight_compact = _is_compact("row_weight", row_weight, count, leading)
+    if images == "batch" if isinstance(images, str) else images is None:
+        numbers = None
+    else:
+        numbers = _tensor("images", images)
+        if numbers.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"images: got dtype {numbers.dtype}, want int32 or int64 numbers")
+        images_compact = _is_compact("images", numbers, count, leading)
 
     normalizer = _check_normalizer(normalizer, reduction)
     number = None if isinstance(normalizer, Tensor) else normalizer
@@ -364,6 +364,7 @@ def arguments(
         anchor=anchor.detach().flatten(0, -2),
         rows=rows,
         weight=None if row_weight is None else row_weight.flatten(),
+        images=None if numbers is None else numbers.flatten(),
         normalizer=None if number is normalizer else normalizer,
         options=Options(
             loss=loss,
@@ -372,6 +373,7 @@ def arguments(
             dtype=dtype,
             anchor_compact=anchor_compact,
             weight_compact=weight_compact,
+            images_compact=images_compact,
             divisor=number,
             workspace=workspace,
             capacity=capacity,
@@ -380,22 +382,3 @@ def arguments(
             norm_eps=norm_eps,
         ),
     )
-
-
-def selected_count(problem: Problem, count: int) -> None:
-    """Compare a mask's count with the capacity and with compact anchors and weights, once the host
-    knows the count."""
-    capacity = problem.options.capacity
-    if capacity is not None and count > capacity:
-        raise ValueError(
-            f"capacity: got {capacity}, want at least the {count} rows that the mask selects"
-        )
-    for name, value, compact in (
-        ("anchor", problem.anchor, problem.options.anchor_compact),
-        ("row_weight", problem.weight, problem.options.weight_compact),
-    ):
-        if compact and value is not None and value.shape[0] != count:
-            raise ValueError(
-                f"{name}: got {value.shape[0]} rows, want one for each of the {count} selected "
-                "rows, or all rows, in hidden's leading shape"
-            )

@@ -47,7 +47,7 @@ class PreHead(nn.Module):
         out_dim: the width z of the anchors; None: `dim`.
         bias: whether the layers have a bias, and the norm "layer".
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
-        loss: "cosine", "mse" or "smooth_l1"; `forward(loss=...)` overrides it for one call.
+        loss: "cosine", "mse", "smooth_l1" or "gram"; `forward(loss=...)` overrides it for one call.
         device: where the parameters are; None: PyTorch's default device.
         dtype: float16, bfloat16, float32 or float64; None: PyTorch's default dtype.
         depth: the number of layers: 1, 2 or 3.
@@ -92,7 +92,7 @@ class PreHead(nn.Module):
         hidden_dim = dim if hidden_dim is None else checks.width("hidden_dim", hidden_dim)
         out_dim = dim if out_dim is None else checks.width("out_dim", out_dim)
         checks.choice("activation", activation, checks.ACTIVATIONS)
-        checks.choice("loss", loss, checks.LOSSES)
+        checks.choice("loss", loss, checks.ALL_LOSSES)
         if isinstance(depth, bool) or depth not in (1, 2, 3):
             raise ValueError(f"depth: got {depth!r}, want 1, 2 or 3 layers")
         if norm is not None:

@@ -124,6 +124,7 @@ def fused_pre_loss(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    images: Tensor | str | None = None,
 ) -> Tensor:
     """Compute the Predictive Regularization (PRe) loss of the selected rows, with a fused backward.
 
@@ -134,6 +135,7 @@ def fused_pre_loss(
         ℓ = -cos(p, a)                         loss="cosine"
         ℓ = mean over z of (p - a)²            loss="mse"
         ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
+        ℓ = mean over j of (p̂·p̂_j - â·â_j)²   loss="gram": over the selected rows j of the image
 
     The forward computes the gradients of the predictor and of `hidden` chunk by chunk, so it keeps
     no activation. With `reduction="none"` and with float16 products the backward computes the
@@ -162,7 +164,10 @@ def fused_pre_loss(
             order, or None for all rows. Indices must be unique and in range. This is checked on the
             CPU, and on other devices only under PRE_KERNELS_DEBUG=1, because the check reads the
             device.
-        loss: "cosine", "mse" or "smooth_l1".
+        loss: "cosine", "mse", "smooth_l1", or "gram" (p̂ is p / |p|), whose mean over the rows of
+            an image is the mean squared difference of the two Gram matrices. It takes 6·n²·z FLOP
+            more for an image of n rows, and the memory of at most one image's matrix. A chunk holds
+            whole images. Its matmuls are the vendor's with each `impl`.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         row_weight: (N,) in the order of the selection, or hidden's leading shape; multiplies the
             row losses. Where both readings fit, it is (N,). None: every weight is 1.
@@ -191,6 +196,9 @@ def fused_pre_loss(
             reads hidden again in the backward, so hidden must not be changed in between.
         norm_weight, norm_bias: (d,), or None. An rms norm has no bias.
         norm_eps: added to the variance ("layer") or to the mean square ("rms").
+        images: for "gram", the number of each row's image: int32 or int64, (N,) in the order of the
+            selection, or hidden's leading shape. The selected rows of an image follow each other,
+            and are at least two. "batch": all selected rows form one image.
 
     Returns:
         A 0-d tensor, or (N,) for "none". Its dtype is that of the loss arithmetic, which is
@@ -213,6 +221,7 @@ def fused_pre_loss(
 
     Host syncs on a GPU: integer rows cost none, and neither does a mask with an anchor and weights
     of the leading shape. A mask with "none", with an (N, z) anchor or with (N,) weights costs one.
+    Numbers of images cost one, unless they are (N,) on the CPU, and so does a mask with "gram".
     "torch" costs one for any mask. A backward that computes the chunks again costs the same once
     more. A CUDA graph can capture calls without a sync; at replay the mask may select other rows.
     Under torch.compile a call is one operator.
@@ -234,6 +243,7 @@ def fused_pre_loss(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         norm_eps=norm_eps,
+        images=images,
     )
     if norm_weight is not None or norm_bias is not None:
         problem = _fold(problem, norm_weight, norm_bias)

@@ -20,6 +20,7 @@ class Options(NamedTuple):
     dtype: torch.dtype  # the dtype of the products
     anchor_compact: bool
     weight_compact: bool
+    images_compact: bool
     divisor: float | None  # the normalizer if it is a number
     workspace: int | None  # bytes
     capacity: int | None  # the most rows that a mask may select
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
     rows: Tensor | None  # (R,) bool | (N,) int | None = all
     weight: Tensor | None  # (R,), or (N,) if weight_compact
+    images: Tensor | None  # (R,) int, or (N,) if images_compact
     normalizer: Tensor | None  # 0-d
     options: Options
 
@@ -76,10 +78,11 @@ class Problem(NamedTuple):
 
     @property
     def count_on_host(self) -> bool:
-        """Whether the host must know N, because N shapes the result or has to match a compact
-        anchor or weight."""
+        """Whether the host must know N, because N shapes the result or the Gram matrices, or has to
+        match a compact anchor or weight."""
         return (
             self.options.reduction == "none"
+            or self.options.loss == "gram"
             or self.options.anchor_compact
             or self.options.weight_compact
         )

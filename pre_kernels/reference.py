@@ -22,11 +22,31 @@ NORMS: dict[str, Callable[..., Tensor]] = {
     "rms": lambda x, weight, _, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
 }
 
+
+def gram(p: Tensor, a: Tensor, images: Tensor) -> Tensor:
+    """For each row the mean over the rows of its image of the squared difference between the Gram
+    matrices of the unit rows of p and a: (N,). images: (N,) numbers."""
+    unit_p, unit_a = (F.normalize(x, dim=-1, eps=1e-8) for x in (p, a))
+    same = (images[:, None] == images).to(p.dtype)
+    difference = unit_p @ unit_p.t() - unit_a @ unit_a.t()
+    return (difference.square() * same).sum(1) / same.sum(1)
+
+
 ROW_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda p, a: -F.cosine_similarity(p, a, dim=-1, eps=1e-8),
     "mse": lambda p, a: (p - a).square().mean(-1),
     "smooth_l1": lambda p, a: F.smooth_l1_loss(p, a, reduction="none", beta=1.0).mean(-1),
 }
+
+
+def _of_selection(
+    values: Tensor, index: Tensor, rows: Tensor | None, leading: torch.Size
+) -> Tensor:
+    """Return the values of the selected rows, (N,), from these or from those of all rows."""
+    masked = rows is not None and rows.dtype == torch.bool
+    if values.shape != index.shape or (masked and values.shape == leading):
+        return values.reshape(-1)[index]
+    return values
 
 
 def pre_loss(
@@ -49,6 +69,7 @@ def pre_loss(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    images: Tensor | str | None = None,
 ) -> Tensor:
     """Compute the PRe loss of the selected rows by autograd, without fused kernels.
 
@@ -59,6 +80,7 @@ def pre_loss(
         ℓ = -cos(p, a)                         loss="cosine"
         ℓ = mean over z of (p - a)²            loss="mse"
         ℓ = mean over z of smooth_l1(p - a)    loss="smooth_l1", beta = 1
+        ℓ = mean over j of (p̂·p̂_j - â·â_j)²   loss="gram": over the selected rows j of the image
 
     It supports whatever autograd supports: second derivatives, forward mode and the transforms of
     torch.func. It keeps all activations for the backward. It does not check its arguments.
@@ -82,7 +104,7 @@ def pre_loss(
         b2: as b1.
         rows: a bool mask of hidden's leading shape, (N,) int32 or int64 flat row indices, or None
             for all rows.
-        loss: "cosine", "mse" or "smooth_l1".
+        loss: "cosine", "mse", "smooth_l1" or "gram" (p̂ is p / |p|).
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         row_weight: (N,) in the order of the selection, or hidden's leading shape; multiplies the
             row losses.
@@ -94,6 +116,8 @@ def pre_loss(
         norm: None, or the norm that the selected rows of hidden pass first: "layer" or "rms".
         norm_weight, norm_bias: (d,), or None. An rms norm has no bias.
         norm_eps: added to the variance, or to the mean square.
+        images: for "gram", the number of each row's image: (N,) in the order of the selection, or
+            hidden's leading shape; or "batch": all selected rows form one image.
 
     Returns:
         A 0-d tensor, or (N,) with `reduction="none"`, in `promote_types(product dtype, float32)`.
@@ -122,15 +146,16 @@ def pre_loss(
         if w is not None:
             p = F.linear(ACTIVATIONS[activation](p), w, b)
     p = p.to(torch.promote_types(p.dtype, torch.float32))
-    losses = ROW_LOSSES[loss](p, a.to(p.dtype))
+    a = a.to(p.dtype)
+    if loss == "gram":
+        numbers = images if isinstance(images, Tensor) else torch.zeros_like(index)
+        losses = gram(p, a, _of_selection(numbers, index, rows, leading))
+    else:
+        losses = ROW_LOSSES[loss](p, a)
 
     divisor: float | Tensor = float(index.numel())
     if row_weight is not None:
-        weight = row_weight
-        if weight.shape != index.shape or (
-            rows is not None and rows.dtype == torch.bool and weight.shape == leading
-        ):
-            weight = weight.reshape(-1)[index]
+        weight = _of_selection(row_weight, index, rows, leading)
         losses = losses * weight.to(p.dtype)
         divisor = weight.to(p.dtype).sum()
     if reduction == "none":

@@ -135,7 +135,11 @@ def scales(case: Case) -> dict[str, float]:
     p = y
     a = t["anchor"]
     a = a.reshape(-1, a.shape[-1])[index] if a.shape[:-1] == t["hidden"].shape[:-1] else a
-    own = reference.ROW_LOSSES[case.options.get("loss", "cosine")](p, a)
+    loss = case.options.get("loss", "cosine")
+    if loss == "gram":
+        own = reference.gram(p, a, _images(case, index))
+    else:
+        own = reference.ROW_LOSSES[loss](p, a)
     weight = torch.ones_like(own) if not losses.numel() else (losses / own.detach()).nan_to_num(0.0)
     (dp,) = torch.autograd.grad((own * weight).sum() * factor * case.upstream, p)
     sums = {"loss": losses.abs().sum() * factor if reduced.dim() == 0 else losses.abs()}
@@ -157,6 +161,14 @@ def scales(case: Case) -> dict[str, float]:
     return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()} | {
         "N": len(index)
     }
+
+
+def _images(case: Case, index: Tensor) -> Tensor:
+    """(N,) numbers of the images of the selected rows."""
+    images = case.options["images"]
+    if isinstance(images, str):
+        return torch.zeros_like(index)
+    return images if images.shape == index.shape else images.reshape(-1)[index]
 
 
 def exact(case: Case) -> dict[str, tuple[Tensor, Tensor | float]]:

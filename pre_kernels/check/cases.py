@@ -151,6 +151,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         dtype=products,
         anchor_compact=True,
         weight_compact=False,
+        images_compact=False,
         divisor=None,
         workspace=None,
         capacity=None,
@@ -172,6 +173,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         anchor=anchor,
         rows=rows,
         weight=None,
+        images=None,
         normalizer=None,
         options=options,
     )

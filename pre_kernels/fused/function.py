@@ -52,12 +52,13 @@ class _PreLoss(torch.autograd.Function):
         anchor: Tensor,
         rows: Tensor | None,
         weight: Tensor | None,
+        images: Tensor | None,
         normalizer: Tensor | None,
         options: tuple[Any, ...],
         impl: str,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        tensors = (hidden, w1, b1, w2, b2, w3, b3, anchor, rows, weight, normalizer)
+        tensors = (hidden, w1, b1, w2, b2, w3, b3, anchor, rows, weight, images, normalizer)
         nothing = [False] * DIFFERENTIABLE
         wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE]) if grad_enabled else nothing
         recompute = recomputes(Options(*options))
@@ -82,6 +83,7 @@ class _PreLoss(torch.autograd.Function):
                     _constant(anchor),
                     rows,
                     _constant(weight),
+                    images,
                     divisor,
                     token,
                 )

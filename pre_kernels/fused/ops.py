@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import device_checks
+from ..checks import debugging
 from ..problem import DIFFERENTIABLE, Options, Problem
 from .sweep import Gradients, Normed, Selection, Steps, allocate, sweep
 
 # These are the parts of the operators' schemas.
 TENSORS = (
     "Tensor hidden, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3, "
-    "Tensor anchor, Tensor? rows, Tensor? weight, Tensor? normalizer"
+    "Tensor anchor, Tensor? rows, Tensor? weight, Tensor? images, Tensor? normalizer"
 )
 INPUTS = len(Problem._fields) - 1  # the tensors in front of the options
 OPTIONS = (
     "bool[] wanted, str impl, str loss, str activation, str reduction, ScalarType dtype, "
-    "bool anchor_compact, bool weight_compact, float? divisor, int? workspace, SymInt? capacity, "
-    "str? precision, str? norm, float norm_eps"
+    "bool anchor_compact, bool weight_compact, bool images_compact, float? divisor, "
+    "int? workspace, SymInt? capacity, str? precision, str? norm, float norm_eps"
 )
 DTYPES = (
     "SymInt total, ScalarType hidden_dtype, ScalarType w1, ScalarType b1, ScalarType w2, "
@@ -89,13 +91,25 @@ def _prepared(problem: Problem) -> Problem:
 
 
 def _select(steps: type[Steps], problem: Problem) -> Selection:
-    checks.row_values(problem)
+    device_checks.row_values(problem)
     selection = steps.select(problem)
     if selection.count is None:
-        checks.selected_count(problem, selection.capacity)
-    elif checks.debugging():
-        checks.selected_count(problem, int(selection.count))
-    return selection
+        device_checks.selected_count(problem, selection.capacity)
+    elif debugging():
+        device_checks.selected_count(problem, int(selection.count))
+    return _with_images(problem, selection)
+
+
+def _with_images(problem: Problem, selection: Selection) -> Selection:
+    """Add the images of a Gram loss to the selection."""
+    if problem.options.loss != "gram":
+        return selection
+    numbers = problem.images
+    if numbers is None:
+        return replace(selection, images=[selection.capacity] * (selection.capacity > 0))
+    if not problem.options.images_compact and selection.index is not None:
+        numbers = numbers.to(selection.index.device)[selection.index]
+    return replace(selection, images=device_checks.image_sizes(numbers))
 
 
 def _empty_if_none(like: Tensor, tensors: Any) -> tuple[Tensor, ...]:
@@ -129,7 +143,7 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     tensors, (wanted, impl, *options) = arguments[:INPUTS], arguments[INPUTS:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
-    selection = steps.select(problem)
+    selection = _with_images(problem, steps.select(problem))
     upstream = upstream.contiguous()
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     hidden = problem.hidden

@@ -79,7 +79,7 @@ def scaled_linear(
 
 
 def _widened(total: Tensor, dyt: Tensor, x: Tensor, first: bool) -> None:
-    """Write the half-precision product dyᵀ·x to a float32 matrix, or add it there."""
+    """Write the half-precision product dyt · x to a float32 matrix, or add it there."""
     if first:
         torch.ops.aten.mm.dtype_out(dyt, x, total.dtype, out=total)
     else:
@@ -99,6 +99,15 @@ def _widens(device: torch.device, dtype: torch.dtype, first: bool) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x · yᵀ in float32. x: (n, K), y: (m, K), of one dtype."""
+    total = x.new_empty(len(x), len(y), dtype=torch.float32)
+    if x.dtype == total.dtype or not (x.is_cuda and _widens(x.device, x.dtype, True)):
+        return torch.mm(x.float(), y.float().t(), out=total)
+    _widened(total, x, y.t(), True)
+    return total
 
 
 def add_product(total: Tensor, dy: Tensor, x: Tensor, first: bool, copies: bool = False) -> bool:

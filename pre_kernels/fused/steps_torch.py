@@ -11,7 +11,20 @@ from torch import Tensor
 
 from ..problem import Problem
 from .products import add_product, linear
-from .sweep import Gradients, Layout, Normed, Selection, Work, equal_parts
+from .row_losses import ROW_LOSSES
+from .sweep import (
+    GRAM_ELEMENTS,
+    GRAM_EPS,
+    Gradients,
+    Layout,
+    Normed,
+    Selection,
+    Work,
+    coefficients,
+    equal_parts,
+    images_of,
+    row_weights,
+)
 
 aten = torch.ops.aten
 
@@ -34,61 +47,6 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (aten.silu.out, aten.silu_backward.grad_input),
     "relu": (aten.relu.out, partial(aten.threshold_backward.grad_input, threshold=0)),
 }
-
-
-def _cosine(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    """-cos(p, a). As in `F.cosine_similarity`, both norms are clamped at 1e-8, but the derivative
-    is that of p's unclamped norm."""
-    norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    p_norm = norm.clamp_min(1e-8)
-    p.div_(p_norm)
-    a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-8))
-    # From here on p is the unit vector u. Split the unit anchor into near · u, its part along p,
-    # and a residual r. For nearly parallel vectors r is tiny, and u · r is accurate to eps · |r|,
-    # where the cosine itself is accurate to eps only. The derivation is in docs/numerics.md, "The
-    # cosine".
-    near: Tensor = torch.linalg.vecdot(p, a).unsqueeze(1)
-    r = a.addcmul_(p, near, value=-1)
-    part: Tensor = torch.linalg.vecdot(p, r).unsqueeze(1)
-    # If no norm was clamped, this saves a few passes. On a CPU the question does not make anyone
-    # wait.
-    if norm.device.type == "cpu" and norm.min() >= 1e-8:
-        cosine = near + part
-        along = part
-    else:
-        # |u| is less than 1 where the norm was clamped. An infinite norm leaves zeros, which take
-        # the formula for 1.
-        length = torch.where(norm < p_norm, norm / p_norm, 1.0)
-        cosine = near * length.square() + part
-        # A row of zeros does not have a direction.
-        along = torch.where(length < 1, cosine / length - near, part).masked_fill_(norm == 0, 0)
-    if grad:
-        # d(-cos)/dp = (cos · p/|p| - a/|a|) / |p| = (along · u - r) / |p|
-        scale = coefficient / p_norm
-        p.mul_(along * scale).addcmul_(r, scale, value=-1)
-    return -cosine
-
-
-def _mse(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    p.sub_(a)
-    loss: Tensor = torch.linalg.vecdot(p, p).unsqueeze(1) / p.shape[1]
-    if grad:
-        p.mul_(coefficient * (2 / p.shape[1]))
-    return loss
-
-
-def _smooth_l1(p: Tensor, a: Tensor, grad: bool, coefficient: Tensor | float) -> Tensor:
-    p.sub_(a)
-    slope = p.clamp(-1, 1)
-    loss: Tensor = torch.linalg.vecdot(slope, p.sub_(slope, alpha=0.5)).unsqueeze(1) / p.shape[1]
-    if grad:
-        torch.mul(slope, coefficient * (1 / p.shape[1]), out=p)
-    return loss
-
-
-# Each function returns the (n, 1) losses of rows p and a, in float32 or wider. It overwrites both:
-# with `grad`, p becomes coefficient · dℓ/dp.
-ROW_LOSSES = {"cosine": _cosine, "mse": _mse, "smooth_l1": _smooth_l1}
 
 
 class TorchSteps:
@@ -141,13 +99,14 @@ class TorchSteps:
         self.problem = problem = work.problem
         selection = work.selection
         chunk = work.chunk
+        self.selection = selection
         self.index = selection.index
         self.losses = work.losses
         self.grads = work.grads
         self.needs_dp = any(grad is not None for grad in self.grads)
         self.layers = problem.parameters()
-        self.coefficient = _coefficient(problem, selection, work.upstream, work.divisor)
-        self.weight = None if self.losses is None else _weight(problem, selection)
+        self.coefficient = coefficients(work)
+        self.weight = None if self.losses is None else row_weights(problem, selection)
         d, *inner, z = problem.widths
         dtype = problem.options.dtype
         accum_dtype = problem.loss_dtype
@@ -230,6 +189,9 @@ class TorchSteps:
         p_rows = self.y[-1]
         bias_grad = self.grads.biases[len(self.layers) - 1]
         options = self.problem.options
+        if options.loss == "gram":
+            self._gram(start, stop)
+            return
         row_loss = ROW_LOSSES[options.loss]
         anchor = self.problem.anchor
         index = None if options.anchor_compact else self.index
@@ -249,6 +211,41 @@ class TorchSteps:
                 _add_rows(bias_grad[0], wide, first == 0)
             if self.needs_dp and wide is not p:
                 p.copy_(wide)
+
+    def _gram(self, start: int, stop: int) -> None:
+        """The row loss of whole images by their Gram matrices, a tile of one matrix at a time."""
+        problem = self.problem
+        index = None if problem.options.anchor_compact else self.index
+        bias_grad = self.grads.biases[len(self.layers) - 1]
+        factor = self.coefficient
+        for first, last in images_of(self.selection, start, stop):
+            n = last - first
+            p_rows = _part(self.y[-1], first - start, last - start)
+            wide = p_rows.to(problem.loss_dtype)
+            norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+            p = wide / norm.clamp_min(GRAM_EPS)
+            a = _take(problem.anchor, index, first, last, torch.empty_like(p))
+            a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(GRAM_EPS))
+            own = factor if factor.dim() == 0 else factor[first:last]
+            tile = max(1, GRAM_ELEMENTS // n)
+            for i in range(0, n, tile):
+                j = min(i + tile, n)
+                d = torch.mm(p[i:j], p.t()).addmm_(a[i:j], a.t(), alpha=-1)
+                if self.losses is not None:
+                    weight = 1.0 if self.weight is None else self.weight[first + i : first + j]
+                    self.losses[first + i : first + j] = torch.linalg.vecdot(d, d) * weight / n
+                if not self.needs_dp:
+                    continue
+                # An element belongs to the losses of its row and of its column.
+                pair = 2 * own if own.dim() == 0 else own[i:j, None] + own
+                dp = torch.mm(d.mul_(pair).mul_(2 / n), p)
+                # Where the length was clamped, it is a constant.
+                along = torch.linalg.vecdot(dp, p[i:j]).unsqueeze(1)
+                along.masked_fill_(norm[i:j] < GRAM_EPS, 0)
+                dp.addcmul_(p[i:j], along, value=-1).div_(norm[i:j].clamp_min(GRAM_EPS))
+                if bias_grad is not None:
+                    _add_rows(bias_grad[0], dp, first + i == 0)
+                p_rows[i:j] = dp
 
     def weight_grad(self, layer: int, start: int, stop: int) -> None:
         total = self.grads.weights[layer]
@@ -299,7 +296,7 @@ class TorchSteps:
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
         options = problem.options
-        weight = _weight(problem, selection)
+        weight = row_weights(problem, selection)
         number: float = 1
         if options.reduction == "mean" and selection.capacity:
             divisor = problem.normalizer
@@ -382,23 +379,6 @@ def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
         torch.sum(y, 0, dtype=total.dtype, out=total)
     else:
         total.add_(y.sum(0, dtype=total.dtype))
-
-
-def _weight(problem: Problem, selection: Selection) -> Tensor | None:
-    """Return the row weights (capacity,) in the order of the selection."""
-    if problem.weight is None or problem.options.weight_compact or selection.index is None:
-        return problem.weight
-    return problem.weight[selection.index]
-
-
-def _coefficient(
-    problem: Problem, selection: Selection, upstream: Tensor | None, divisor: Tensor
-) -> Tensor:
-    """Return the factors of the rows' derivatives, weight · upstream / divisor: (capacity,), or
-    0-d."""
-    weight = _weight(problem, selection)
-    scale = divisor.reciprocal() if upstream is None else upstream / divisor
-    return scale if weight is None else scale * weight
 
 
 def _factor(upstream: Tensor | None) -> Tensor | float | None:

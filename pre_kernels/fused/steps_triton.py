@@ -13,13 +13,27 @@ from .kernels import tiles
 from .kernels.activation import apply_activation, apply_activation_grad
 from .kernels.common import PROGRAMS, RowShape
 from .kernels.finish import mean_divisor, reduce_loss, scale_gradients
+from .kernels.gram import gram_rows
 from .kernels.matmul import matmul
 from .kernels.norm import scatter_norm
 from .kernels.quantize import Quantized
 from .kernels.row_loss import row_loss
 from .kernels.rows import gather, invert, scatter, select
 from .kernels.weight_grad import add_weight_grad
-from .sweep import Gradients, Layout, Normed, Selection, Work, equal_parts
+from .products import wide_product
+from .sweep import (
+    GRAM_ELEMENTS,
+    GRAM_EPS,
+    Gradients,
+    Layout,
+    Normed,
+    Selection,
+    Work,
+    coefficients,
+    equal_parts,
+    images_of,
+    row_weights,
+)
 
 # Every chunk but the last has a multiple of this many rows, so that tiles of so many are full.
 CHUNK_MULTIPLE = 128
@@ -94,10 +108,14 @@ class TritonSteps:
         self.options = problem.options
         self.losses = work.losses
         self.grads = work.grads
+        self.selection = work.selection
         self.index = work.selection.index
         self.count = work.selection.count
         self.layers = problem.parameters()
         self.factors: dict[str, Any] = {"upstream": work.upstream, "divisor": work.divisor}
+        if self.options.loss == "gram":
+            self.coefficient = coefficients(work)
+            self.weight = row_weights(problem, work.selection)
         d, *inner, z = problem.widths
         like = self.layers[0][0]
 
@@ -164,6 +182,9 @@ class TritonSteps:
         self._linear(self.x[-1], self.forward[-1], self.layers[-1][1], self.y[-1])
 
     def row_loss(self, start: int, stop: int) -> None:
+        if self.options.loss == "gram":
+            self._gram(start, stop)
+            return
         p_rows = self.y[-1]
         indexed = self.index is not None
         needs_dp = any(grad is not None for grad in self.grads)
@@ -184,6 +205,41 @@ class TritonSteps:
             **self.factors,
             **self.live,
         )
+
+    def _gram(self, start: int, stop: int) -> None:
+        """The row loss of whole images by their Gram matrices, a tile of one matrix at a time.
+
+        The matrices are float32, because their difference is what counts. The kernels for matmuls
+        have no tile for float32 results of half-precision rows, so these matmuls are the vendor's.
+        """
+        anchor = self.problem.anchor
+        index = None if self.options.anchor_compact else self.index
+        needs_dp = any(grad is not None for grad in self.grads)
+        bias_sums = self.grads.biases[len(self.layers) - 1]
+        for first, last in images_of(self.selection, start, stop):
+            n = last - first
+            p = self.y[-1][first - start : last - start]
+            unit_p, unit_a = torch.empty_like(p), torch.empty_like(p)
+            gather(p, unit_p, norm="unit", eps=GRAM_EPS)
+            gather(anchor, unit_a, index=index, start=first, norm="unit", eps=GRAM_EPS)
+            factor, weight, losses = (
+                x if x is None or x.dim() == 0 else x[first:last]
+                for x in (self.coefficient, self.weight, self.losses)
+            )
+            assert factor is not None
+            tile = max(1, GRAM_ELEMENTS // n)
+            for i in range(0, n, tile):
+                j = min(i + tile, n)
+                s, t = (wide_product(x[i:j], x) for x in (unit_p, unit_a))
+                e = p.new_empty(s.shape) if needs_dp else None
+                gram_rows(s, t, e, losses, weight=weight, factor=factor, row=i)
+                if e is not None:
+                    dp = torch.mm(e, unit_p)
+                    scatter_norm(dp, p[i:j], p[i:j], norm="unit", eps=GRAM_EPS)
+        if bias_sums is not None:
+            if start == 0:
+                bias_sums.zero_()
+            bias_sums[0] += self.y[-1].sum(0, dtype=bias_sums.dtype)
 
     def weight_grad(self, layer: int, start: int, stop: int) -> None:
         total = self.grads.weights[layer]

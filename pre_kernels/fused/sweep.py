@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from ..checks import under_autocast
 from ..problem import DIFFERENTIABLE, Problem
+
+# A tile of a Gram matrix has about this many elements: 16 MiB in float32.
+GRAM_ELEMENTS = 1 << 22
+# A shorter row is divided by this instead of its length, as in F.normalize(eps=1e-8).
+GRAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Selection:
     scatter_map: Tensor | None
     count: Tensor | None  # 0-d int32; None: all `capacity` positions are live
     capacity: int
+    images: list[int] | None = None  # the number of rows of each image, for a Gram loss
 
 
 class Layout(NamedTuple):
@@ -77,7 +84,7 @@ class Work(NamedTuple):
 
     problem: Problem
     selection: Selection
-    chunk: int  # the most rows of a chunk
+    chunk: int  # the rows of the largest chunk
     losses: Tensor | None  # (capacity,)
     grads: Gradients
     divisor: Tensor  # 0-d
@@ -110,7 +117,7 @@ class Steps(Protocol):
 
     def row_loss(self, start: int, stop: int) -> None:
         """Compute losses[start:stop] = w·ℓ, dY = upstream / divisor · w · dℓ/dP of the last layer,
-        and its bias's gradient += Σ dY."""
+        and its bias's gradient += Σ dY. For a Gram loss the chunk holds whole images."""
 
     def weight_grad(self, layer: int, start: int, stop: int) -> None:
         """Compute the weight's gradient of a layer += dYᵀ·X. The first chunk stores this sum
@@ -191,6 +198,48 @@ def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]
     return Gradients(*grads, *[None] * (DIFFERENTIABLE - len(grads)))
 
 
+def chunks(
+    steps: type[Steps], problem: Problem, layout: Layout, selection: Selection
+) -> list[tuple[int, int]]:
+    """Return the rows [start, stop) of each chunk of a selection that is not empty. For a Gram loss
+    these are whole images, and more than `layout.rows` only where one image has more."""
+    capacity = selection.capacity
+    if selection.images is None:
+        rows = steps.cut(problem, layout, capacity)
+        return [(start, min(start + rows, capacity)) for start in range(0, capacity, rows)]
+    spans = [(0, 0)]
+    for size in selection.images:
+        start, stop = spans[-1]
+        if stop > start and stop + size - start > layout.rows:
+            spans.append((stop, stop + size))
+        else:
+            spans[-1] = (start, stop + size)
+    return spans
+
+
+def images_of(selection: Selection, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the rows of each image in the chunk [start, stop)."""
+    assert selection.images is not None
+    ends = list(accumulate(selection.images))
+    spans = zip([0, *ends], ends, strict=False)
+    return [(first, last) for first, last in spans if start <= first < stop]
+
+
+def row_weights(problem: Problem, selection: Selection) -> Tensor | None:
+    """Return the row weights (capacity,) in the order of the selection."""
+    if problem.weight is None or problem.options.weight_compact or selection.index is None:
+        return problem.weight
+    return problem.weight[selection.index]
+
+
+def coefficients(work: Work) -> Tensor:
+    """Return the factors of the rows' derivatives, weight · upstream / divisor: (capacity,), or
+    0-d."""
+    weight = row_weights(work.problem, work.selection)
+    scale = work.divisor.reciprocal() if work.upstream is None else work.upstream / work.divisor
+    return scale if weight is None else scale * weight
+
+
 def sweep(
     steps: type[Steps],
     problem: Problem,
@@ -210,14 +259,14 @@ def sweep(
             if grad is not None:
                 grad.zero_()
         return grads
-    chunk = steps.cut(problem, layout, capacity)
+    spans = chunks(steps, problem, layout, selection)
+    chunk = max(stop - start for start, stop in spans)
     device = problem.hidden.device.type
     # Autocast has already set the products' dtype. It is turned off only where it is on, because
     # entering the context costs the host as much as a launch.
     with torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext():
         run = steps(Work(problem, selection, chunk, losses, grads, divisor, upstream))
-        for start in range(0, capacity, chunk):
-            span = (start, min(start + chunk, capacity))
+        for span in spans:
             run.project(*span)
             run.row_loss(*span)
             for layer in reversed(range(len(layout.slots))):

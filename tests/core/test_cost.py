@@ -91,7 +91,7 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
     with (
         mock.patch.object(KERNEL, "run", run),
         mock.patch("pre_kernels.loss.unavailable", return_value=None),
-        mock.patch("pre_kernels.checks.row_values"),  # This check does not read a GPU.
+        mock.patch("pre_kernels.device_checks.row_values"),  # This check does not read a GPU.
         steps,
     ):
         loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, impl=impl, **options)

@@ -15,6 +15,7 @@ from pre_kernels.checks import LOSSES
 from pre_kernels.fused.kernels import (
     activation,
     finish,
+    gram,
     matmul,
     norm,
     quantize,
@@ -28,7 +29,7 @@ from pre_kernels.fused.kernels.quantize import Quantized, quantize_weight
 from verify.fences import INTERPRETED, Fenced, FencedAllocations, Unfenced, WatchedMemory, watching
 from verify.oracle import make, run
 
-MODULES = (activation, finish, matmul, norm, quantize, row_loss, rows, weight_grad)
+MODULES = (activation, finish, gram, matmul, norm, quantize, row_loss, rows, weight_grad)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="addresses are seen in the interpreter alone"
@@ -165,6 +166,16 @@ def finishes(f, device, width):
     return [divisor, loss, *(x for x in (*new, *again) if x is not None)]
 
 
+def grams(f, device, width):
+    s, t = f(randn(device, 5, width + 5)), f(randn(device, 5, width + 5))
+    e = f.out(5, width + 5, dtype=torch.bfloat16, device=device)
+    losses = [f.both(randn(device, width + 5)) for _ in range(2)]
+    factor = f(randn(device, width + 5))
+    gram.gram_rows(s, t, e, losses[0], weight=factor, factor=factor, row=width)
+    gram.gram_rows(s, t, None, losses[1], weight=None, factor=factor[0], row=0)
+    return [e, *losses]
+
+
 def quantizes(f, device, width):
     w1, w2 = (
         f(randn(device, *shape).bfloat16()) for shape in ((2 * width, width), (33, 2 * width))
@@ -204,7 +215,7 @@ CASES = {
     **{f"row_losses {width}": (row_losses, width) for width in (3, 130, 9001)},
     **{
         f"{case.__name__} {width}": (case, width)
-        for case in (selects, finishes, products, quantizes)
+        for case in (selects, finishes, products, quantizes, grams)
         for width in (1, 70)
     },
     **{f"described {width}": (described, width) for width in (8, 136)},

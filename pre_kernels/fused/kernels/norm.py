@@ -28,9 +28,9 @@ def moments(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return the mean of each row (0 for an rms norm) and 1 / std. p_x: pointers to the rows'
-    columns o_b. If a row fits one block (`WHOLE`), the compiler removes the loops and loads it
-    once."""
+    """Return the mean of each row (0 except for a layer norm) and 1 / std; for NORM "unit" 1 / |x|,
+    where |x| is clamped at eps. p_x: pointers to the rows' columns o_b. If a row fits one block
+    (`WHOLE`), the compiler removes the loops and loads it once."""
     stop = BLOCK if WHOLE else D
     inverse_width = tl.div_rn(1.0, D * 1.0)
     mean = tl.zeros(m_n.shape, tl.float32)
@@ -38,12 +38,15 @@ def moments(
         for d in range(0, stop, BLOCK):
             mean += tl.sum(load_columns(p_x, d, D, stride_xd, m_n, o_b), 1)
         mean *= inverse_width
-    elif NORM != "rms":
+    elif NORM != "rms" and NORM != "unit":
         tl.static_assert(False, "moments: no branch for this NORM")
     square = tl.zeros(m_n.shape, tl.float32)
     for d in range(0, stop, BLOCK):
         b_x = load_columns(p_x, d, D, stride_xd, m_n, o_b) - mean[:, None]
         square += tl.sum(tl.where((d + o_b < D)[None, :], b_x * b_x, 0.0), 1)
+    if NORM == "unit":
+        length = tl.sqrt_rn(square)
+        return mean, tl.div_rn(1.0, tl.where(length < eps, eps, length))
     return mean, tl.div_rn(1.0, tl.sqrt_rn(square * inverse_width + eps))
 
 
@@ -90,7 +93,11 @@ def scatter_norm_kernel(
         b_sum += b_dx
     inverse_width = tl.div_rn(1.0, D * 1.0)
     dot, average = sum_two(b_dot, b_sum)
-    dot *= inverse_width
+    if NORM == "unit":
+        # Where the length was clamped, it is a constant.
+        dot = tl.where(inverse < tl.div_rn(1.0, eps), dot, 0.0)
+    else:
+        dot *= inverse_width
     # Only a layer norm subtracts the mean.
     average = average * inverse_width if NORM == "layer" else average * 0.0
     for d in range(0, stop, BLOCK):
@@ -117,8 +124,8 @@ def scatter_norm(
     0 where inverse[r] is -1.
 
     x: (capacity, D) and out: (R, D), both contiguous. hidden: (R, D), any strides. All in any
-    floating dtypes. inverse: (R,); None: the identity, and `out` may be `x`. upstream: 0-d; None:
-    1.
+    floating dtypes. norm: "layer", "rms", or "unit", rows of length 1. inverse: (R,); None: the
+    identity, and `out` may be `x` or `hidden`. upstream: 0-d; None: 1.
     """
     R, D = out.shape
     if not R:

@@ -193,7 +193,7 @@ def gather(
     x: (·, D), any strides. out: (n, D) contiguous. index: (capacity,); None: row start + i. count:
     0-d int32; None: all. zero_padding: rows from the count on are 0; otherwise they are not
     written. quantized: receives the same rows in float8. norm: "layer" or "rms" normalises the
-    rows, and `eps` is added to their variance.
+    rows, and `eps` is added to their variance; "unit" makes their length 1, clamped at `eps`.
     """
     q, scales = quantized or (None, None)
     n, D = next(rows for rows in (out, q) if rows is not None).shape
