@@ -33,10 +33,15 @@ class Theirs(NamedTuple):
 
 
 SILU = {"activation": "silu"}
+GRAM = {"loss": "gram", "images": "sample"}
 CASES = {
     "viral.direct": Theirs(SILU),
     "viral.shared": Theirs(SILU),
     "viral.several": Theirs(SILU),
+    "viral.gram": Theirs({**SILU, **GRAM}),
+    "viral.gram_several": Theirs({**SILU, **GRAM}),
+    "viral.gram_plain": Theirs(GRAM),
+    "laver.gram": Theirs({"loss": "gram", "images": "batch"}),
     "pointalign.align": Theirs(SILU, constant=1.0),
     "blindvla.align": Theirs({**SILU, "norm": "layer"}),
     # BlindVLA adds the losses of its three layers.
@@ -144,4 +149,4 @@ def test_every_case_of_the_files_is_compared() -> None:
     for file in FOLDER.glob("*.safetensors"):
         assert file.stat().st_size <= 60 * 1024
         found |= {f"{file.stem}.{key.partition('.')[0]}" for key in load_file(file)}
-    assert {name for name in found if "gram" not in name} == set(CASES)
+    assert found == set(CASES)
