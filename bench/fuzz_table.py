@@ -11,6 +11,7 @@ from typing import Any
 from .tables import below, markdown
 
 TENSORS = {"loss": "loss", "hidden": "dH", "w1": "dW1", "b1": "db1", "w2": "dW2", "b2": "db2"}
+TENSORS |= {"w3": "dW3", "b3": "db3", "norm_weight": "dscale", "norm_bias": "dshift"}
 GROUP = ("impl", "dtype", "loss", "activation")
 VERDICTS = ("within", "overflow", "luck", "violation")
 
@@ -106,11 +107,15 @@ def _table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in records:
         groups.setdefault(tuple(entry[name] for name in by), []).append(entry)
-    rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *TENSORS.values())]
+    # An old campaign had no third layer and no norm.
+    names = [
+        name for name in TENSORS.values() if any(name in entry["tensors"] for entry in records)
+    ]
+    rows: list[Sequence[str]] = [("implementation", *by[1:], "cases", *names)]
     for key, members in groups.items():
         cells = [
             _cell([entry["tensors"][name] for entry in members if name in entry["tensors"]])
-            for name in TENSORS.values()
+            for name in names
         ]
         rows.append((*key, f"{sum(entry['cases'] for entry in members):,}", *cells))
     return markdown(rows)

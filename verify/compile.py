@@ -67,13 +67,14 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         activation,
         finish,
         matmul,
+        norm,
         quantize,
         row_loss,
         rows,
         weight_grad,
     )
 
-    modules = (activation, finish, matmul, quantize, row_loss, rows, weight_grad)
+    modules = (activation, finish, matmul, norm, quantize, row_loss, rows, weight_grad)
     kernel = next(
         vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module)
     )

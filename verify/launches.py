@@ -31,6 +31,7 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 WIDE, ODD, LONG = (4096, 4096, 4096), (123, 252, 507), (1024, 16384, 16384)
+LONG_HIDDEN = (16384, 1024, 1024)
 # numbers of rows: each takes different tiles
 MANY, SOME, FEW = 8192, 512, 256
 # bytes of workspace in which MANY rows of WIDE take several chunks
@@ -180,6 +181,7 @@ def step(
     autocast: bool = False,
     impl: str = "triton",
     total: int = MANY,
+    depth: int = 2,
     **options: Any,
 ) -> None:
     """A forward and backward of `fused_pre_loss` on uninitialised tensors."""
@@ -193,13 +195,17 @@ def step(
         "index32": torch.arange(total, dtype=torch.int32),
         "all": None,
     }[rows]
-    leaves = [
-        torch.empty(shape, dtype=weights) for shape in ((total, d), (m, d), (m,), (z, m), (z,))
-    ]
-    hidden, w1, b1, w2, b2 = (leaf.requires_grad_() for leaf in leaves)
+    layers = {1: ((z, d),), 2: ((m, d), (z, m)), 3: ((m, d), (m, m), (z, m))}[depth]
+    leaves = {"hidden": torch.empty(total, d, dtype=weights), "w2": None, "b2": None}
+    for i, shape in enumerate(layers, 1):
+        leaves[f"w{i}"] = torch.empty(shape, dtype=weights)
+        leaves[f"b{i}"] = torch.empty(shape[0], dtype=weights)
+    for leaf in leaves.values():
+        if leaf is not None:
+            leaf.requires_grad_()
     anchor = torch.empty(total, z, dtype=torch.float32 if autocast else dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        loss = fused_pre_loss(hidden, anchor, w1, b1, w2, b2, selection, impl=impl, **options)
+        loss = fused_pre_loss(anchor=anchor, rows=selection, impl=impl, **leaves, **options)
     loss.sum().backward()
 
 
@@ -233,6 +239,7 @@ def launches(targets: list[str]) -> list[Launch]:
     for target in targets:
         add(target, torch.bfloat16, WIDE, "mask")
         add(target, torch.float32, WIDE, "index", row_weight=weight)
+        add(target, torch.bfloat16, WIDE, "mask", depth=3, norm="layer")
         # Few rows take the small tiles of matmuls, small weights those of weight gradients.
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
             collected += recorded(
@@ -246,8 +253,12 @@ def launches(targets: list[str]) -> list[Launch]:
         add("sm90", torch.float16, WIDE, "mask")
         add("sm90", torch.bfloat16, WIDE, "index32", autocast=True)
         add("sm90", torch.bfloat16, WIDE, "mask", impl="blas")
+        add("sm90", torch.bfloat16, WIDE, "index", impl="blas", depth=1, norm="rms")
+        add("sm90", torch.bfloat16, WIDE, "index", impl="blas", precision="fp8", norm="layer")
         for dtype in (torch.bfloat16, torch.float32):
             add("sm90", dtype, ODD, "mask")
+            for widths in (WIDE, ODD, LONG_HIDDEN):
+                add("sm90", dtype, widths, "index", impl="blas", norm="layer", total=SOME)
         for dtype in (torch.bfloat16, torch.float32):
             add("sm90", dtype, (8192, 8192, 8192), "index", impl="blas", total=SOME)
         # These rows are longer than a block, and several chunks add up.

@@ -11,21 +11,26 @@ from torch import Tensor
 from pre_kernels import PreHead, fused_pre_loss, reference
 from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.steps_torch import ROW_LOSSES
-from verify.oracle import LEAVES, Case
+from verify.oracle import LEAVES, MORE_LEAVES, Case
+
+
+def names_of(case: Case) -> list[str]:
+    """Return the names of the tensors of a case that may have a gradient."""
+    return [name for name in (*LEAVES, *MORE_LEAVES) if case.tensors.get(name) is not None]
 
 
 def as_function(case: Case, impl: str) -> Callable[..., Tensor]:
     """Return the loss of a case as a function of its leaves."""
 
     def function(*leaves: Tensor) -> Tensor:
-        tensors = {**case.tensors, **dict(zip(LEAVES, leaves, strict=True))}
+        tensors = {**case.tensors, **dict(zip(names_of(case), leaves, strict=True))}
         return fused_pre_loss(**tensors, rows=case.rows, **case.options, impl=impl)
 
     return function
 
 
 def leaves_of(case: Case) -> list[Tensor]:
-    return [case.tensors[name].clone().requires_grad_() for name in LEAVES]
+    return [case.tensors[name].clone().requires_grad_() for name in names_of(case)]
 
 
 def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:

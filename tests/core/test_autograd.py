@@ -2,20 +2,23 @@
 repeats, hooks, checkpointing and batches."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from pre_kernels import fused_pre_loss
-from verify.oracle import LEAVES, make
+from verify.oracle import make
 
-from .support import as_function, equal, head_and_inputs, leaves_of, upstream_of
+from .support import as_function, equal, head_and_inputs, leaves_of, names_of, upstream_of
 
 # The backward scales the gradients of the first call, and recomputes those of the others.
 CALLS = {
     "mean": {"reduction": "mean"},
     "none": {"reduction": "none"},
     "float16": {"reduction": "mean", "dtype": torch.float16},
+    "norm": {"reduction": "mean", "depth": 3, "norm": "layer"},
+    "none, norm": {"reduction": "none", "depth": 3, "norm": "rms"},
 }
 
 
@@ -41,11 +44,14 @@ def call(request, impl, device):
             "weight": "compact",
             "contiguous": False,
         },
+        {"depth": 3, "norm": "layer"},
+        {"depth": 1, "norm": "rms", "rows": "index64", "reduction": "none", "loss": "smooth_l1"},
+        {"depth": 3, "norm": "rms", "bias": (False, True), "workspace": 1, "leading": (70,)},
     ],
 )
 def test_gradcheck(options):
     case = make(1, **{"leading": (2, 4), "d": 3, "m": 5, "z": 4, "dtype": torch.float64, **options})
-    names = [name for name in LEAVES if case.tensors[name] is not None]
+    names = names_of(case)
     if options.get("activation") == "relu":  # No finite difference may cross the kink.
         with torch.no_grad():
             z = torch.nn.functional.linear(
@@ -91,7 +97,8 @@ def test_gradients_of_subsets(call):
     loss = function(*leaves)
     upstream = upstream_of(loss)
     whole = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
-    for chosen in ((0,), (1,), (2,), (3,), (4,), (1, 4), (0, 3, 2)):
+    last = len(leaves) - 1  # with a norm its scale or shift, which is folded into w1 and b1
+    for chosen in ((0,), (1,), (2,), (3,), (4,), (1, 4), (0, 3, 2), (last,), (last, 0), (1, last)):
         found = torch.autograd.grad(loss, [leaves[i] for i in chosen], upstream, retain_graph=True)
         equal(found, [whole[i] for i in chosen])
 
@@ -207,10 +214,10 @@ def test_batched_upstream_gradients(call, transform):
             lambda upstream: torch.autograd.grad(loss, leaves, upstream, **options)
         )(batch)
 
+    # A norm is folded into w1 and b1 by PyTorch's own matmuls, which sum a batch in another order.
+    same = equal if len(leaves) == 5 else partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
     grads = batched(retain_graph=True)
     for i, upstream in enumerate(batch):
-        equal(
-            [grad[i] for grad in grads],
-            torch.autograd.grad(loss, leaves, upstream, retain_graph=True),
-        )
+        found = [grad[i] for grad in grads]
+        same(found, [*torch.autograd.grad(loss, leaves, upstream, retain_graph=True)])
     equal(batched(), grads)

@@ -76,14 +76,21 @@ class Steps(TorchDispatchMode):
                 self.bytes += tensor.nbytes * share * times
 
 
-def count(impl, rows, n=256, total=1024, width=128, **options):
-    """Run a forward and backward without computing values."""
+def count(impl, rows, n=256, total=1024, width=128, depth=2, frozen=False, **options):
+    """Run a forward and backward without computing values; `frozen`: for hidden alone."""
     selection = torch.zeros(total, dtype=torch.bool)
     selection[:n] = True
     if rows != "mask":
         selection = selection.nonzero().squeeze(1) if rows == "index" else None
-    shapes = ((total, width), (width, width), (width,), (width, width), (width,))
-    leaves = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    tensors = {"hidden": torch.zeros(total, width, dtype=torch.bfloat16), "w2": None, "b2": None}
+    for layer in range(1, depth + 1):
+        tensors[f"w{layer}"] = torch.zeros(width, width, dtype=torch.bfloat16)
+        tensors[f"b{layer}"] = torch.zeros(width, dtype=torch.bfloat16)
+    leaves = [
+        x for name, x in tensors.items() if x is not None and not (frozen and name[1] in "123")
+    ]
+    for leaf in leaves:
+        leaf.requires_grad_()
     anchor = torch.zeros(total, width, dtype=torch.bfloat16)
     upstream = torch.full((n,) if options.get("reduction") == "none" else (), 0.5)
     steps = Steps(n)
@@ -94,7 +101,7 @@ def count(impl, rows, n=256, total=1024, width=128, **options):
         mock.patch("pre_kernels.device_checks.row_values"),  # This check does not read a GPU.
         steps,
     ):
-        loss = fused_pre_loss(leaves[0], anchor, *leaves[1:], selection, impl=impl, **options)
+        loss = fused_pre_loss(anchor=anchor, rows=selection, impl=impl, **tensors, **options)
         torch.autograd.grad(loss, leaves, upstream)
     return steps
 
@@ -114,6 +121,46 @@ def test_launches_of_a_small_step(impl, rows):
     assert sum(found.launches.values()) == 16, found.launches
     assert found.waits == []
     assert products(found) == 6
+
+
+NORMS = (None, "layer", "rms")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("impl", "rows"), [("blas", "index"), ("blas", "mask"), ("triton", "index"), ("triton", "mask")]
+)
+def test_launches_of_every_depth_and_norm(impl, rows, depth, norm):
+    """Three matmuls for each layer, and the passes of the activation between two of them. The norm
+    has no launch of its own: gather and scatter carry it."""
+    found = count(impl, rows, depth=depth, norm=norm)
+    assert products(found) == 3 * depth
+    assert sum(found.launches.values()) == 16 + 5 * (depth - 2), found.launches
+    assert found.launches["activate_kernel"] == found.launches["activate_grad_kernel"] == depth - 1
+    assert found.launches["gather_kernel"] == 1
+    assert found.launches["scatter_norm_kernel" if norm else "scatter_kernel"] == 1
+    assert found.waits == []
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("depth", "matmuls"), [(1, 2), (2, 4), (3, 6)])
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_a_frozen_head_costs_the_products_of_the_rows_alone(impl, depth, matmuls, norm):
+    found = count(impl, "index", depth=depth, norm=norm, frozen=True)
+    assert products(found) == matmuls
+    assert found.launches["scale_kernel"] == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_fp8_quantises_each_weight_once(depth, row_scales):
+    plain = count("blas", "index", depth=depth)
+    found = count("blas", "index", depth=depth, precision="fp8", norm="layer")
+    assert found.launches["quantize_kernel"] == depth
+    passes = {name for name in plain.launches if name.endswith("_kernel")} - {"scatter_kernel"}
+    assert {name: found.launches[name] for name in passes} == {
+        name: plain.launches[name] for name in passes
+    }
 
 
 @pytest.mark.parametrize("impl", ["blas", "triton"])
@@ -143,23 +190,34 @@ def test_launches_of_each_further_chunk(impl, launches):
     assert sum(four.launches.values()) - sum(one.launches.values()) == launches * (chunks - 1)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("impl", ["blas", "triton"])
-def test_bytes_of_the_rows(impl):
+def test_bytes_of_the_rows(impl, depth, norm):
     """In bfloat16 with d = m = z and every row selected, each pass reads or writes rows of that
     width only as often as it must."""
+    between = depth - 1
     passes = {
         "gather": 2,
-        "activation": 2,
+        "activations": 2 * between,
         "loss and its derivative": 3,
-        "activation's derivative": 3,
-        "scatter": 2,
+        "activations' derivatives": 3 * between,
+        "scatter": 2 if norm is None else 3,  # The norm's derivative reads the rows once more.
     }
     n = total = 4096
-    steps = count(impl, "index", n=n, total=total, width=256, workspace=1 << 30)
+    sizes = {"n": n, "total": total, "width": 256, "workspace": 1 << 30}
+    steps = count(impl, "index", depth=depth, norm=norm, **sizes)
     model = sum(passes.values()) * n * 256 * 2
-    sums = 2 * 2 * 256 * 256 * 4  # partial sums of db1 and db2 by 256 programs, written and read
-    weights = 4 * 256 * 256 * 2  # dW1 and dW2, scaled
+    sums = 2 * depth * 256 * 256 * 4  # partial sums of db by 256 programs, written and read
+    weights = 2 * depth * 256 * 256 * 2  # every dW, scaled
     assert steps.bytes == model + sums + weights
+
+
+@pytest.mark.parametrize("impl", ["blas", "triton"])
+def test_the_backward_of_a_norm_reads_only_the_selected_rows(impl):
+    n, total, width = 256, 1024, 128
+    plain, normed = (count(impl, "index", n, total, width, norm=norm) for norm in (None, "layer"))
+    assert normed.bytes - plain.bytes == n * width * 2
 
 
 @pytest.mark.parametrize(("impl", "precision"), [("blas", None), ("blas", "fp8"), ("triton", None)])
@@ -249,9 +307,9 @@ def calls(*targets):
 @pytest.mark.parametrize(
     ("impl", "rows", "ours", "allocations", "descriptors"),
     [
-        ("blas", "index", 228, 19, 0),
-        ("triton", "index", 323, 19, 18),
-        ("triton", "mask", 334, 22, 18),
+        ("blas", "index", 228, 23, 0),
+        ("triton", "index", 323, 23, 18),
+        ("triton", "mask", 334, 26, 18),
     ],
 )
 def test_work_of_the_host(impl, rows, ours, allocations, descriptors):

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pre_kernels import PreHead, fused_pre_loss
 from pre_kernels.check import guarantees
-from verify import oracle
 from verify.oracle import make
 
 from ..slow import thinned
+from .support import names_of
 
 CALLS = {
     "mask": {"rows": "mask"},
@@ -50,6 +50,10 @@ CALLS = {
     "none, frozen": {"rows": "mask", "reduction": "none", "frozen": ("hidden", "b1")},
     "frozen weights": {"rows": "mask", "frozen": ("w1", "w2")},
     "compact, frozen weights": {"rows": "mask", "anchor": "compact", "frozen": ("w1", "w2")},
+    "depth 1, norm": {"rows": "index64", "depth": 1, "norm": "rms"},
+    "depth 3, norm": {"rows": "mask", "depth": 3, "norm": "layer", "bias": (True, False)},
+    "none, depth 3, norm": {"rows": "mask", "depth": 3, "norm": "layer", "reduction": "none"},
+    "frozen hidden, norm": {"rows": "all", "depth": 3, "norm": "rms", "frozen": ("hidden", "w1")},
 }
 
 
@@ -64,7 +68,7 @@ def fused(case, impl, tensors, rows):
 
 
 def results(function, case, hidden=None, retain_graph=False):
-    leaves = [case.tensors[name].requires_grad_(name not in case.frozen) for name in oracle.LEAVES]
+    leaves = [case.tensors[name].requires_grad_(name not in case.frozen) for name in names_of(case)]
     tensors = {**case.tensors, "hidden": leaves[0] if hidden is None else hidden}
     loss = function(tensors, case.rows)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -85,14 +89,15 @@ def test_compiles_without_a_graph_break(impl, device, name):
         assert torch.equal(got, want)
 
 
-def test_inductor_takes_other_sizes_and_masks(device):
+@pytest.mark.parametrize("head", [{}, {"depth": 3, "norm": "layer"}])
+def test_inductor_takes_other_sizes_and_masks(device, head):
     def function(tensors, rows):
-        return fused_pre_loss(**tensors, rows=rows).sin()
+        return fused_pre_loss(**tensors, rows=rows, norm=head.get("norm")).sin()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for seed, leading in enumerate([(3, 17), (5, 20), (2, 9)]):
-        case = make(seed, device=device, leading=leading)
+        case = make(seed, device=device, leading=leading, **head)
         for got, want in zip(results(compiled, case), results(function, case), strict=True):
             torch.testing.assert_close(got, want)
 
@@ -111,11 +116,14 @@ def test_export(device):
     torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
 
 
-@pytest.mark.parametrize("rows", ["mask", "all"])
-def test_export_of_a_head_that_is_trained(impl, device, rows):
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [("mask", {}), ("all", {}), ("mask", {"depth": 3, "norm": "layer"}), ("all", {"depth": 1})],
+)
+def test_export_of_a_head_that_is_trained(impl, device, rows, options):
     """The exported program calls the operator in grad mode, with parameters that require grad."""
     case = make(4, device=device, rows=rows)
-    head = PreHead(24, 40).to(device)
+    head = PreHead(24, 40, **options).to(device)
 
     class Loss(torch.nn.Module):
         def __init__(self):
@@ -281,6 +289,10 @@ def of_real_calls(case, impl):
         "float16",
         "frozen",
         "none, frozen",
+        "depth 1, norm",
+        "depth 3, norm",
+        "none, depth 3, norm",
+        "frozen hidden, norm",
     ],
 )
 def test_opcheck(impl, device, name):

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from pre_kernels.checks import ACTIVATIONS, LOSSES, REDUCTIONS
+from pre_kernels.checks import ACTIVATIONS, LOSSES, NORMS, REDUCTIONS
 
 from .. import oracle
 from .specs import Spec
@@ -32,7 +32,8 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
       in another order than the vendor's. There test_row_kernels.py compares only the row losses
       with eager's;
     - float32 rows that all have the same prediction, with the kernels: their sums are NumPy's too,
-      which adds one row after another. Exact sums are closer than eager's.
+      which adds one row after another. Exact sums are closer than eager's;
+    - the norm of one or two numbers: these are signs, and what is left of dH is rounding.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
@@ -58,16 +59,21 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
     pattern = pick(*PATTERNS) if rows != "all" else "all"
     total = math.prod(leading)
     # Such a case may have only one row.
+    norm = pick(None, None, *NORMS)
     alone = pattern == "one" or total == 1 or (rows != "all" and total < 12)
+    leaves = (*oracle.LEAVES, *oracle.MORE_LEAVES)
     return Spec(
         impl=impl,
         seed=draw(st.integers(0, 2**32 - 1)),
         dtype=dtype,
         autocast=autocast,
         leading=tuple(leading),
-        d=pick(*[d for d in widths if d > 1 or not alone]),
+        d=pick(*[d for d in widths if d > (norm is not None) * 2 + alone]),
         m=pick(*[m for m in widths if m > 1 or not alone]),
         z=pick(*[z for z in widths if z > 1 or loss != "cosine"]),
+        depth=pick(2, 1, 3),
+        norm=norm,
+        affine=maybe(),
         loss=loss,
         activation=pick(*ACTIVATIONS),
         reduction=reduction,
@@ -91,7 +97,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
         constant=pick(False, False, False, True) if on_torch or dtype != "float32" else False,
         layout=pick(*LAYOUTS),
         upstream=pick(1.0, -3.0, 0.37, 1e-3, 1024.0),
-        frozen=tuple(draw(st.lists(st.sampled_from(oracle.LEAVES), unique=True, max_size=5)))
+        frozen=tuple(draw(st.lists(st.sampled_from(leaves), unique=True, max_size=5)))
         if maybe()
         else (),
         workspace=pick(None, 1, 20_000),

@@ -28,12 +28,15 @@ class Spec:
     d: int = 3
     m: int = 5
     z: int = 3
+    depth: int = 2  # Of three layers the second has m + 3 columns.
+    norm: str | None = None  # | "layer" | "rms"
+    affine: bool = True  # whether the norm has a weight, and "layer" a bias
     loss: str = "cosine"
     activation: str = "gelu"
     reduction: str = "mean"
     normalizer: float | None = None
     normalizer_tensor: bool = False
-    bias: tuple[bool, bool] = (True, True)
+    bias: tuple[bool, bool] = (True, True)  # of the inner layers, of the last one
     rows: str = "all"  # | "mask" | "index32" | "index64"
     pattern: str = "random"  # | "all" | "one" | "empty" | "alternating" | "runs"
     anchor_compact: bool = False
@@ -42,11 +45,11 @@ class Spec:
     noise: float = 0.0  # relative, added to parallel and opposite anchors
     weight: str | None = None  # "leading" | "compact"
     scale: int = 0  # The scales are exponents of ten; this one is for hidden.
-    scale_w2: int = 0
+    scale_w2: int = 0  # for weight and bias of the last layer, at any depth
     scale_anchor: int = 0
     outliers: str = "none"  # | "tokens" | "channels"
     zero_rows: bool = False
-    constant: bool = False  # w2 = 0: every prediction is b2
+    constant: bool = False  # The last weight is 0: every prediction is the last bias.
     layout: str = "contiguous"  # | "transposed" | "strided" | "expanded"
     upstream: float = 1.0
     frozen: tuple[str, ...] = ()
@@ -101,15 +104,21 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, 
 
     tensors: dict[str, Tensor | None] = {
         "hidden": cast(_hidden(spec, randn, g)),
-        "w1": cast(randn(spec.m, spec.d) / math.sqrt(spec.d)),
-        "b1": cast(randn(spec.m) * 0.2) if spec.bias[0] else None,
-        "w2": cast(
-            randn(spec.z, spec.m)
-            / math.sqrt(spec.m)
-            * (0.0 if spec.constant else 10.0**spec.scale_w2)
-        ),
-        "b2": cast(randn(spec.z) * 0.2 * 10.0**spec.scale_w2) if spec.bias[1] else None,
+        "w2": None,
+        "b2": None,
     }
+    widths = (spec.d, *(spec.m, spec.m + 3)[: spec.depth - 1], spec.z)
+    for i in range(1, spec.depth + 1):
+        last = i == spec.depth
+        size = 10.0**spec.scale_w2 if last else 1.0
+        weight = randn(widths[i], widths[i - 1]) / math.sqrt(widths[i - 1])
+        tensors[f"w{i}"] = cast(weight * (0.0 if last and spec.constant else size))
+        biased = spec.bias[last]
+        tensors[f"b{i}"] = cast(randn(widths[i]) * 0.2 * size) if biased else None
+    if spec.norm is not None and spec.affine:
+        tensors["norm_weight"] = cast(1 + 0.3 * randn(spec.d))
+        if spec.norm == "layer":
+            tensors["norm_bias"] = cast(0.2 * randn(spec.d))
     anchor = randn(total, spec.z)
     if spec.anchor != "random":
         p = _predictions(spec, tensors)
@@ -122,15 +131,17 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> tuple[oracle.Case, 
     tensors["anchor"] = _laid_out(
         spec.layout, cast(anchor, getattr(torch, spec.anchor_dtype or spec.dtype))
     )
-    for name in ("hidden", "w1", "b1", "w2", "b2"):
-        if tensors[name] is not None:
-            tensors[name] = _laid_out(spec.layout, tensors[name])
+    for name, x in tensors.items():
+        if name != "anchor" and x is not None:
+            tensors[name] = _laid_out(spec.layout, x)
 
     options: dict[str, Any] = {
         "loss": spec.loss,
         "activation": spec.activation,
         "reduction": spec.reduction,
     }
+    if spec.norm is not None:
+        options["norm"] = spec.norm
     if spec.normalizer is not None:
         options["normalizer"] = (
             torch.tensor(spec.normalizer) if spec.normalizer_tensor else spec.normalizer
@@ -182,13 +193,14 @@ def _hidden(spec: Spec, randn: Any, g: torch.Generator) -> Tensor:
 
 def _predictions(spec: Spec, tensors: dict[str, Tensor | None]) -> Tensor:
     """(total, z) in float64"""
-    h, w1, b1, w2, b2 = (
-        None if tensors[name] is None else tensors[name].double() for name in oracle.LEAVES
-    )
-    linear = torch.nn.functional.linear
-    return linear(
-        reference.ACTIVATIONS[spec.activation](linear(h.reshape(-1, spec.d), w1, b1)), w2, b2
-    )
+    t = {name: None if x is None else x.double() for name, x in tensors.items()}
+    x = t["hidden"].reshape(-1, spec.d)
+    if spec.norm is not None:
+        x = reference.NORMS[spec.norm](x, t.get("norm_weight"), t.get("norm_bias"), 1e-5)
+    for i in range(1, spec.depth + 1):
+        x = x if i == 1 else reference.ACTIVATIONS[spec.activation](x)
+        x = torch.nn.functional.linear(x, t[f"w{i}"], t[f"b{i}"])
+    return x
 
 
 def _laid_out(layout: str, x: Tensor) -> Tensor:

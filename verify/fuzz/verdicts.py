@@ -136,8 +136,10 @@ def neighbour(case: oracle.Case, number: int) -> oracle.Case:
     if number == 0:
         return case
     g = torch.Generator().manual_seed(number)
-    columns = 2 ** -torch.rand(case.tensors["w2"].shape[0], generator=g, dtype=torch.float64)
-    factors = {"w2": columns[:, None], "b2": columns, "anchor": columns}
+    last = max(i for i in (1, 2, 3) if case.tensors.get(f"w{i}") is not None)
+    width = case.tensors[f"w{last}"].shape[0]
+    columns = 2 ** -torch.rand(width, generator=g, dtype=torch.float64)
+    factors = {f"w{last}": columns[:, None], f"b{last}": columns, "anchor": columns}
 
     def near(name: str, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype if name == "anchor" else case.product_dtype).eps
