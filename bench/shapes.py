@@ -69,15 +69,22 @@ CPU = [
     Shape("cpu-small", 1, 128, 64, 64, 64, 64, "a first try: 64 visual tokens of width 64"),
 ]
 
-# with a frozen head, whose lower bound is four matmuls
-FROZEN = [
-    replace(s, name=f"{s.name}-frozen", what=f"{s.what}, frozen head", frozen=True)
-    for s in (GPU[0], CPU[1])
-]
+# One shape for each kind of device with other heads. Their lower bounds have 4, 9 and 9 matmuls.
+HEADS = {
+    device: [
+        replace(s, name=f"{s.name}-{name}", what=f"{s.what}, {what}", **head)
+        for name, what, head in (
+            ("frozen", "frozen head", {"frozen": True}),
+            ("depth-3", "head of three layers", {"depth": 3}),
+            ("norm", "layer norm and three layers", {"depth": 3, "norm": "layer"}),
+        )
+    ]
+    for device, s in (("cuda", GPU[0]), ("cpu", CPU[1]))
+}
 
 TINY = [Shape("tiny", 2, 160, 100, 128, 96, 64, "for the tests of the benchmark itself")]
 
-BY_NAME = {shape.name: shape for shape in [*GPU, *CPU, *TINY, *FROZEN]}
+BY_NAME = {shape.name: shape for shape in [*GPU, *CPU, *TINY, *HEADS["cuda"], *HEADS["cpu"]]}
 
 
 def plan(
@@ -99,10 +106,10 @@ def plan(
         main, encoder, small = CPU
         both = [(shape, dtype, "index") for shape in (main, encoder) for dtype in ("bf16", "fp32")]
         others = [(main, "bf16", "mask"), (main, "fp32", "mask"), (main, "fp16", "index")]
-        others.append((FROZEN[1], "bf16", "index"))
+        others += [(shape, "bf16", "index") for shape in HEADS["cpu"]]
         return [*both, *others, (small, "fp32", "index"), (small, "bf16", "index")]
     every = [(shape, "bf16", "index") for shape in GPU]
     main = every[0][0]
     variants = [(main, "bf16", "mask"), (main, "fp16", "index"), (main, "fp32", "index")]
-    variants.append((FROZEN[0], "bf16", "index"))
+    variants += [(shape, "bf16", "index") for shape in HEADS["cuda"]]
     return [*every[:3], *variants, *every[3:]]

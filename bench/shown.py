@@ -30,7 +30,7 @@ LEGEND = {
     "time": "the median of a step, which is the loss and all gradients",
     "spread": "the distance of the quartiles of the times ÷ their median",
     "eager": "the equations in plain PyTorch with autograd; below 1 is better than eager",
-    "floor": "the six bare matmuls (frozen head: 4), a bound for all that multiply in this dtype",
+    "floor": "the six bare matmuls (frozen: 4, depth 3: 9), a bound for all in this dtype",
     "peak": "memory beyond the inputs at the peak of a step, with the returned gradients",
     "error": "the largest RMS error of a gradient, against float64",
 }

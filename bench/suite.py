@@ -81,6 +81,8 @@ def measure(
         return {**about, "peer": name, **results[name], **stamp}
 
     def slow(baseline: baselines.Baseline) -> str | None:
+        if not baseline.any_head and (shape.depth, shape.norm) != (2, None):
+            return "it has heads of two layers alone, without a norm"
         if baseline.missing(torch_device, torch_dtype):
             return None
         return pace.too_slow(baseline, shape, dtype, device, step_limit)

@@ -92,8 +92,13 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "name": launch.name,
         "target": launch.target,
         "kernel": launch.kernel,
+        # The weight that is quantised is no operand of a matmul.
         "dtype": next(
-            (element_type(kind) for name, kind in launch.signature.items() if name in OPERANDS),
+            (
+                element_type(kind)
+                for name, kind in launch.signature.items()
+                if name in OPERANDS and launch.tile
+            ),
             None,
         ),
         "precision": launch.constants.get("PRECISION"),

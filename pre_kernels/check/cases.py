@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pre_kernels.fused.steps_torch import IN_CACHE
 from pre_kernels.problem import Options, Problem
 
 from . import DTYPES as NAMES
-from .rule import LEAVES, Case
+from .rule import LEAVES, MORE_LEAVES, Case
 
 DTYPES = dict(zip(NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 Step = Callable[[], tuple[Tensor, ...]]
@@ -26,7 +27,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class Shape:
     """`batch` sequences of `tokens` tokens, of which `visual` consecutive ones are visual; widths d
-    → m → z. `frozen`: without gradients of the predictor's parameters."""
+    → m → z, of three layers d → m → m → z. `frozen`: without gradients of the parameters."""
 
     name: str
     batch: int
@@ -37,6 +38,17 @@ class Shape:
     z: int
     what: str
     frozen: bool = False
+    depth: int = 2
+    norm: str | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.d, *[self.m] * (self.depth - 1), self.z)
+
+    @property
+    def weights(self) -> int:
+        """The elements of all weights."""
+        return sum(map(math.prod, pairwise(self.widths)))
 
     @property
     def rows(self) -> int:
@@ -48,13 +60,13 @@ class Shape:
 
     @property
     def flop(self) -> int:
-        """The floating-point operations of the six products: two in the forward, four in the
-        backward, of which two are gradients of the weights."""
-        return (4 if self.frozen else 6) * self.selected * self.m * (self.d + self.z)
+        """The floating-point operations of the products: three with each weight, of which one is
+        its gradient."""
+        return (4 if self.frozen else 6) * self.selected * self.weights
 
     @property
     def size(self) -> str:
-        return f"{self.selected:,} of {self.rows:,} · {self.d}→{self.m}→{self.z}"
+        return f"{self.selected:,} of {self.rows:,} · {'→'.join(map(str, self.widths))}"
 
 
 def case(
@@ -73,28 +85,32 @@ def case(
     mask = torch.zeros(shape.batch, shape.tokens, dtype=torch.bool, device=device)
     first = min(35, shape.tokens - shape.visual)
     mask[:, first : first + shape.visual] = True
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "hidden": randn(shape.batch, shape.tokens, shape.d),
         "anchor": randn(shape.batch, shape.tokens, shape.z),
-        "w1": randn(shape.m, shape.d) / math.sqrt(shape.d),
-        "b1": randn(shape.m) * 0.2,
-        "w2": randn(shape.z, shape.m) / math.sqrt(shape.m),
-        "b2": randn(shape.z) * 0.2,
+        "w2": None,
+        "b2": None,
     }
+    for i, (columns, width) in enumerate(pairwise(shape.widths), 1):
+        tensors[f"w{i}"] = randn(width, columns) / math.sqrt(columns)
+        tensors[f"b{i}"] = randn(width) * 0.2
+    if shape.norm is not None:
+        tensors["norm_weight"] = 1 + 0.3 * randn(shape.d)
+    options = {} if shape.norm is None else {"norm": shape.norm}
     selection = mask if rows == "mask" else mask.reshape(-1).nonzero().squeeze(1)
-    frozen = ("w1", "b1", "w2", "b2") if shape.frozen else ()
-    return Case(tensors, selection, frozen=frozen, upstream=0.37)
+    frozen = (*LEAVES[1:], *MORE_LEAVES) if shape.frozen else ()
+    return Case(tensors, selection, options, frozen=frozen, upstream=0.37)
 
 
 def step(function: Callable[..., Tensor], case: Case) -> Step:
     """Return one forward and backward of `function` on `case`, which computes every gradient that
     is not frozen for an upstream gradient other than 1."""
-    trained = [name for name in LEAVES if name not in case.frozen]
+    trained = [name for name in (*LEAVES, *MORE_LEAVES) if name not in case.frozen]
     tensors = {
         name: None if x is None else x.detach().requires_grad_(name in trained)
         for name, x in case.tensors.items()
     }
-    leaves = [x for name in trained if (x := tensors[name]) is not None]
+    leaves = [x for name in trained if (x := tensors.get(name)) is not None]
     dtype = torch.promote_types(case.product_dtype, torch.float32)
     upstream = torch.full((), case.upstream, dtype=dtype, device=leaves[0].device)
 
@@ -106,29 +122,27 @@ def step(function: Callable[..., Tensor], case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """Return the lower bound: the six matmuls that no implementation avoids, or four with frozen
-    weights, on contiguous inputs, with outputs allocated beforehand."""
-    w1 = case.tensors["w1"]
-    w2 = case.tensors["w2"]
+    """Return the lower bound: the matmuls that no implementation avoids, three for each weight, or
+    two if it is frozen, on contiguous inputs, with outputs allocated beforehand."""
+    weights = [w for i in (1, 2, 3) if (w := case.tensors.get(f"w{i}")) is not None]
     rows = case.rows
     assert rows is not None
     x, dp = (case.tensors[name].flatten(0, -2)[rows.flatten()] for name in ("hidden", "anchor"))
-    z = x @ w1.t()
-    g = torch.nn.functional.gelu(z)
-    p = torch.empty_like(dp)
-    dx = torch.empty_like(x)
-    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+    inputs, outputs = [x], []
+    for w in weights:
+        outputs.append(inputs[-1] @ w.t())
+        inputs.append(torch.nn.functional.gelu(outputs[-1]))
+    dx, dws = torch.empty_like(x), [torch.empty_like(w) for w in weights]
 
     def run() -> tuple[Tensor, ...]:
-        torch.mm(x, w1.t(), out=z)
-        torch.mm(g, w2.t(), out=p)
-        if not case.frozen:
-            torch.mm(dp.t(), g, out=dw2)
-        torch.mm(dp, w2, out=z)
-        if not case.frozen:
-            torch.mm(z.t(), x, out=dw1)
-        torch.mm(z, w1, out=dx)
-        return dx, dw1, dw2
+        for i, w in enumerate(weights):
+            torch.mm(inputs[i], w.t(), out=outputs[i])
+        dy = dp
+        for i, w in reversed([*enumerate(weights)]):
+            if not case.frozen:
+                torch.mm(dy.t(), inputs[i], out=dws[i])
+            dy = torch.mm(dy, w, out=outputs[i - 1] if i else dx)
+        return dx, *dws
 
     return run
 
@@ -141,7 +155,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     "torch" dH is returned as well, except for float16, and half-precision weights may be copied to
     float32.
     """
-    d, m, z, n = shape.d, shape.m, shape.z, shape.selected
+    d, z, n = shape.d, shape.z, shape.selected
     products = fastest_dtype(dtype, device) if impl == "torch" else dtype
     precision = "fp8" if impl == "fp8" else None
     options = Options(
@@ -156,33 +170,23 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
         workspace=None,
         capacity=None,
         precision=precision,
+        norm=shape.norm,
     )
     like = torch.empty((), dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
-    hidden, anchor, w1, w2 = (
-        like.expand(size) for size in ((shape.rows, d), (n, z), (m, d), (z, m))
+    hidden, anchor, w1, *more = (
+        like.expand(size)
+        for size in ((shape.rows, d), (n, z), *[(b, a) for a, b in pairwise(shape.widths)])
     )
+    w2, w3 = (*more, None, None)[:2]
     rows = like.long().expand(n)
-    problem = Problem(
-        hidden=hidden,
-        w1=w1,
-        b1=None,
-        w2=w2,
-        b2=None,
-        w3=None,
-        b3=None,
-        anchor=anchor,
-        rows=rows,
-        weight=None,
-        images=None,
-        normalizer=None,
-        options=options,
-    )
+    problem = Problem(hidden, w1, None, w2, None, w3, None, anchor, rows, *[None] * 3, options)
     layout = _steps(impl).layout(problem)
-    weights = 0 if shape.frozen else 4 * m * (d + z)
+    weights = 0 if shape.frozen else 4 * shape.weights
     several: bool = n > layout.rows and dtype != torch.float32
     if impl != "torch":
         return workspace(impl, device, products) + n * d * dtype.itemsize + several * weights
-    chunk: int = _steps(impl).cut(problem, layout, n) * (d + 2 * m + z) * products.itemsize
+    columns = d + 2 * sum(shape.widths[1:-1]) + z
+    chunk: int = _steps(impl).cut(problem, layout, n) * columns * products.itemsize
     if device.type == "cpu":
         # The passes of the row loss keep these bytes in the cache.
         chunk += 3 * IN_CACHE
@@ -208,7 +212,7 @@ def needed(shape: Shape, dtype: torch.dtype, workspace: int) -> int:
     a little more than measured."""
     elements = (
         shape.rows * max(shape.d, shape.z)
-        + shape.selected * shape.m
-        + shape.m * max(shape.d, shape.z)
+        + shape.selected * sum(shape.widths[1:-1])
+        + shape.m * max(shape.widths) * (shape.depth - 1)
     )
     return 6 * elements * dtype.itemsize + workspace

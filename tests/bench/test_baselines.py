@@ -67,8 +67,12 @@ def test_what_is_compiled_for_minutes_is_measured_on_the_first_shapes_alone():
     assert (shapes.BY_NAME[gpu_goals.MAIN], "bf16", "mask") in plan
     # One goal is to be faster than torch.compile there.
     assert (shapes.BY_NAME[gpu_goals.SMALL], "bf16", "index") in plan[: baselines.COMPILED]
-    assert {shape for shape, _, _ in plan} == {*shapes.GPU, shapes.FROZEN[0]}
-    assert (shapes.FROZEN[0], "bf16", "index") in plan[: baselines.COMPILED]
+    assert {shape for shape, _, _ in plan} == {
+        *shapes.GPU,
+        *shapes.HEADS["cuda"],
+    }
+    for shape in shapes.HEADS["cuda"]:
+        assert (shape, "bf16", "index") in plan[: baselines.COMPILED]
 
 
 class StandIn(torch.nn.Module):
