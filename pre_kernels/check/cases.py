@@ -179,7 +179,7 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     )
     w2, w3 = (*more, None, None)[:2]
     rows = like.long().expand(n)
-    problem = Problem(hidden, w1, None, w2, None, w3, None, anchor, rows, *[None] * 3, options)
+    problem = Problem(hidden, w1, None, w2, None, w3, None, anchor, rows, None, None, None, options)
     layout = _steps(impl).layout(problem)
     weights = 0 if shape.frozen else 4 * shape.weights
     several: bool = n > layout.rows and dtype != torch.float32
