@@ -307,9 +307,9 @@ def calls(*targets):
 @pytest.mark.parametrize(
     ("impl", "rows", "ours", "allocations", "descriptors"),
     [
-        ("blas", "index", 228, 23, 0),
-        ("triton", "index", 323, 23, 18),
-        ("triton", "mask", 334, 26, 18),
+        ("blas", "index", 233, 23, 0),
+        ("triton", "index", 328, 23, 18),
+        ("triton", "mask", 339, 26, 18),
     ],
 )
 def test_work_of_the_host(impl, rows, ours, allocations, descriptors):

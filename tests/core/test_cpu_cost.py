@@ -127,9 +127,10 @@ def chunk(monkeypatch, n, workspace=None, dtype=FP32, units=None):
         for size in ((8192, 1024), (512, 1024), (768, 512))
     )
     product = products.fastest_dtype(dtype, hidden.device)
-    options = Options("cosine", "gelu", "mean", product, False, False, None, workspace, None, None)
+    places = (False, False, False)
+    options = Options("cosine", "gelu", "mean", product, *places, None, workspace, None, None)
     layers = (w1, None, w2, None, None, None)
-    problem = Problem(hidden, *layers, hidden[:, :768], torch.arange(n), None, None, options)
+    problem = Problem(hidden, *layers, hidden[:, :768], torch.arange(n), None, None, None, options)
     return TorchSteps.cut(problem, TorchSteps.layout(problem), n)
 
 

@@ -68,11 +68,11 @@ def problem_of(shape, rows, workspace, device="meta"):
     index = empty(capacity, dtype=torch.int64)
     workspace = None if workspace is None else workspace << 20
     options = Options(
-        "cosine", "gelu", "mean", torch.bfloat16, False, False, None, workspace, None, None
+        "cosine", "gelu", "mean", torch.bfloat16, *[False] * 3, None, workspace, None, None
     )
     weights = empty(m, d), empty(m), empty(z, m), empty(z)
     layers = (*weights, None, None)
-    problem = Problem(empty(total, d), *layers, empty(total, z), index, None, None, options)
+    problem = Problem(empty(total, d), *layers, empty(total, z), index, None, None, None, options)
     return problem, Selection(index, empty(total, dtype=torch.int32), None, capacity)
 
 
