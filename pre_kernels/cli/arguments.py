@@ -178,6 +178,13 @@ def _demo(commands: Any) -> None:
     show.add_argument(
         "--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)"
     )
+    show.add_argument(
+        "--head",
+        choices=("pre", "viral", "blindvla", "spatial-forcing"),
+        metavar="NAME",
+        help="the head: pre (the default), or that of a related work: viral, blindvla or "
+        "spatial-forcing",
+    )
 
 
 def _tune(commands: Any) -> None:

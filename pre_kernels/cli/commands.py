@@ -58,7 +58,7 @@ def demo(options: argparse.Namespace) -> int:
     from pre_kernels.demo.settings import QUICK, Settings
 
     settings = QUICK if options.quick else Settings()
-    asked = {name: getattr(options, name) for name in ("seeds", "layer", "weight")}
+    asked = {name: getattr(options, name) for name in ("seeds", "layer", "weight", "head")}
     settings = replace(
         settings, **{name: value for name, value in asked.items() if value is not None}
     )

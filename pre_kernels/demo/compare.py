@@ -15,7 +15,7 @@ from pre_kernels.integrations import apply_pre
 from .evaluate import evaluate
 from .model import build, learn_to_read, learn_to_see
 from .scenes import Scenes, compose, split_digits
-from .settings import Settings
+from .settings import HEADS, Settings
 from .stages import ALIGN, MEASURE, READ, SEE, TUNE, Advance, Bar
 from .text import library_source
 from .train import train_stage
@@ -45,7 +45,10 @@ def run_seed(
     if keep is not None:
         keep(before, "before")
     for arm in ARMS:
-        options = {"layer": settings.layer, "weight": settings.weight} if arm == "with" else None
+        options = None
+        if arm == "with":
+            own = HEADS[settings.head]
+            options = {"layer": settings.layer, "weight": settings.weight, **own}
         model = copy.deepcopy(before)
         results[arm] = run_arm(
             f"{arm} PRe",

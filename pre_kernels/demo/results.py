@@ -111,9 +111,11 @@ def caption(results: dict[str, Any]) -> str:
     """Explain the columns and rows of the table."""
     settings = results["settings"]
     numbers = ", ".join(str(seed["seed"]) for seed in results["seeds"])
+    name = settings.get("head", "pre")
+    head = "" if name == "pre" else f", with the head of {name}"
     return (
         f"PRe has λ = {settings['weight']:g} at layer {settings['layer']} of "
-        f"{settings['layers']}. Values are mean ± standard deviation over seeds {numbers}. "
+        f"{settings['layers']}{head}. Values are mean ± standard deviation over seeds {numbers}. "
         "Differences are taken within each seed, whose two runs share the pre-trained parts, the "
         "data and its order. All values come from scenes of digits that no training saw. L_PRe is "
         "given for three predictors: one that is fitted after training on the frozen states of "

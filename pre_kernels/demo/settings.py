@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+# Heads of the field, as arguments of `apply_pre`; docs/family.md says more about each work.
+HEADS: dict[str, dict[str, Any]] = {
+    "pre": {},
+    "viral": {"depth": 3, "activation": "silu"},
+    "blindvla": {"depth": 3, "norm": "layer", "activation": "silu"},
+    "spatial-forcing": {"norm": "layer"},
+}
 
 
 @dataclass(frozen=True)
@@ -12,6 +21,7 @@ class Settings:
     seeds: int = 2  # The runs have the seeds 0 .. seeds - 1.
     weight: float = 0.5  # λ
     layer: int | None = None  # None: half the decoder's depth
+    head: str = "pre"  # a key of HEADS
 
     width: int = 64
     layers: int = 8

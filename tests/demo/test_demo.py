@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from pre_kernels.demo import compare, export, plot, results, stages
 from pre_kernels.demo import scenes as sc
 from pre_kernels.demo.evaluate import states
+from pre_kernels.demo.settings import HEADS
 from pre_kernels.demo.text import (
     BEGIN,
     IGNORED,
@@ -193,6 +194,20 @@ def test_the_arms_differ_in_nothing_but_pre():
     weighted = compare.run_seed(1, replace(TINY, weight=100.0), "cpu", None, no_bar)
     assert weighted["without"]["contrast"] == pytest.approx(a["contrast"], rel=1e-4)
     assert weighted["with"]["contrast"] != pytest.approx(b["contrast"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_of_a_related_work(name, monkeypatch):
+    heads = []
+    real = compare.evaluate
+    monkeypatch.setattr(compare, "evaluate", lambda *a: heads.append(a[4]) or real(*a))
+    tiny = replace(TINY, head=name)
+    compare.run_seed(0, tiny, "cpu", None, no_bar)
+    (head,) = filter(None, heads)
+    wanted = {"depth": 2, "norm": None, "activation": "gelu"} | HEADS[name]
+    assert {key: getattr(head, key) for key in wanted} == wanted
+    shown = results.caption({"settings": vars(tiny) | {"layer": 1}, "seeds": [{"seed": 0}]})
+    assert (f"with the head of {name}." in shown) == (name != "pre")
 
 
 def test_an_answer_is_correct_if_the_model_would_generate_it():

@@ -148,7 +148,16 @@ def test_python_m():
 def test_help_of_the_demo_has_examples(capsys):
     status("demo", "--help")
     printed = capsys.readouterr().out
-    for option in ("--seeds", "--quick", "--out", "--device", "--layer", "--weight", "examples:"):
+    for option in (
+        "--seeds",
+        "--quick",
+        "--out",
+        "--device",
+        "--layer",
+        "--weight",
+        "--head",
+        "examples:",
+    ):
         assert option in printed
 
 
@@ -178,6 +187,7 @@ def test_help_of_the_demo_has_examples(capsys):
         (("demo", "--weight", "nan"), "--weight: got 'nan'"),
         (("demo", "--weight", "heavy"), "--weight: got 'heavy'"),
         (("demo", "--layer", "0"), "--layer: got 0, want 1..8"),
+        (("demo", "--head", "dino"), "--head: got 'dino', want one of pre, viral, blindvla"),
         (("demo", "--layer", "9"), "--layer: got 9, want 1..8"),
         (("demo", "--device", "tpu"), "--device: got 'tpu', want one of auto, cpu, cuda"),
     ],
