@@ -40,6 +40,61 @@ def test_parameters_are_raw_and_named(bias):
     assert all(type(p) is nn.Parameter and p.dtype == torch.bfloat16 for p in head.parameters())
 
 
+LAYER_NORM = {"norm_weight": (8,), "norm_bias": (8,)}
+RMS_NORM = {"norm_weight": (8,)}
+SHAPES = [
+    ({"depth": 1}, {"w1": (6, 8), "b1": (6,)}),
+    ({"depth": 1, "norm": "rms", "bias": False}, {"w1": (6, 8)} | RMS_NORM),
+    ({"norm": "layer", "bias": False}, {"w1": (12, 8), "w2": (6, 12)} | RMS_NORM),
+    (
+        {"depth": 3},
+        {"w1": (12, 8), "b1": (12,), "w2": (12, 12), "b2": (12,), "w3": (6, 12), "b3": (6,)},
+    ),
+    ({"depth": 1, "norm": "layer"}, {"w1": (6, 8), "b1": (6,)} | LAYER_NORM),
+    ({"depth": 1, "norm": "rms"}, {"w1": (6, 8), "b1": (6,)} | RMS_NORM),
+]
+
+
+@pytest.mark.parametrize(("options", "shapes"), SHAPES)
+def test_every_depth_and_norm(options, shapes):
+    """The parameters, their first values, and the loss; copies and files have all of them."""
+    head = PreHead(8, 12, 6, activation="silu", norm_eps=0.1, **options)
+    assert {name: tuple(p.shape) for name, p in head.named_parameters()} == shapes
+    assert head.shapes == shapes
+    assert {name: tuple(x.shape) for name, x in head.state_dict().items()} == shapes
+    with torch.no_grad():
+        for p in head.parameters():
+            p.uniform_(-1, 1)
+    hidden, anchor = torch.randn(2, 5, 8), torch.randn(2, 5, 6)
+    rows = torch.rand(2, 5) < 0.6
+    parameters = {**dict.fromkeys(("w1", "b1", "w2", "b2")), **dict(head.named_parameters())}
+    options = {"norm": head.norm, "norm_eps": 0.1, "activation": "silu"}
+    want = reference.pre_loss(hidden, anchor, **parameters, rows=rows, **options)
+    torch.testing.assert_close(head(hidden, anchor, rows), want)
+    assert f"depth={head.depth}, norm={head.norm!r}" in repr(head)
+    twins = [copy.deepcopy(head), pickle.loads(pickle.dumps(head))]
+    head.reset_parameters()
+    for name, p in head.named_parameters():
+        if name.startswith("norm"):
+            assert p.eq(1 if name == "norm_weight" else 0).all()
+        else:
+            fan_in = shapes[name.replace("b", "w")][1]
+            assert 0 < p.abs().max() <= fan_in**-0.5
+    assert head(hidden, anchor, rows) != want
+    head.load_state_dict(twins[0].state_dict(), strict=True)
+    for twin in (*twins, head):
+        torch.testing.assert_close(twin(hidden, anchor, rows), want)
+
+
+def test_heads_of_another_depth_or_norm_do_not_load_each_others_states():
+    states = {repr(options): PreHead(8, **options).state_dict() for options, _ in SHAPES}
+    for options, _ in SHAPES:
+        for other, state in states.items():
+            if other != repr(options) and state.keys() != states[repr(options)].keys():
+                with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
+                    PreHead(8, **options).load_state_dict(state, strict=True)
+
+
 def test_initialised_as_linear_layers_are():
     torch.manual_seed(0)
     head = PreHead(400, 100)

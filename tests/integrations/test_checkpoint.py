@@ -59,6 +59,47 @@ def test_heads_of_earlier_versions(folder: Path) -> None:
     assert all(torch.equal(p, found[name]) for name, p in handle.head.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"depth": 1}, {"w1", "b1"}),
+        ({"depth": 3, "bias": False}, {"w1", "w2", "w3"}),
+        ({"depth": 1, "norm": "rms", "bias": False}, {"w1", "norm_weight"}),
+        (
+            {"depth": 3, "norm": "layer"},
+            {"w1", "b1", "w2", "b2", "w3", "b3", "norm_weight", "norm_bias"},
+        ),
+    ],
+)
+def test_heads_of_every_depth_and_norm(
+    tmp_path: Path, options: dict[str, Any], names: set[str]
+) -> None:
+    first = apply_pre(build("llava"), **options)
+    with torch.no_grad():
+        for parameter in first.head.parameters():
+            parameter.uniform_(-1, 1)
+    first.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["depth"], config["norm"]) == (options["depth"], options.get("norm"))
+    found = load_file(tmp_path / WEIGHTS)
+    assert found.keys() == names
+    second = apply_pre(build("llava", seed=1), **options)
+    second.load(tmp_path)
+    assert all(torch.equal(p, found[name]) for name, p in second.head.named_parameters())
+    with pytest.raises(ValueError, match=f"depth: .* says {options['depth']}, this handle has 2"):
+        apply_pre(build("llava"), bias=options.get("bias", True)).load(tmp_path)
+
+
+def test_a_file_without_depth_and_norm_has_two_layers_and_none(tmp_path: Path) -> None:
+    apply_pre(build("llava")).save(tmp_path)
+    changed_config(depth=..., norm=..., anchor_norm=...)(tmp_path)
+    apply_pre(build("llava")).load(tmp_path)
+    with pytest.raises(ValueError, match=r"depth: .* says 2, this handle has 3"):
+        apply_pre(build("llava"), depth=3).load(tmp_path)
+    with pytest.raises(ValueError, match=r"norm: .* says None, this handle has 'rms'"):
+        apply_pre(build("llava"), norm="rms").load(tmp_path)
+
+
 def test_save_replaces(tmp_path: Path) -> None:
     handle = apply_pre(build("llava"))
     handle.save(tmp_path)
@@ -82,6 +123,8 @@ def test_save_replaces(tmp_path: Path) -> None:
         ({"level": "image"}, "level: .* says 'patch'"),
         ({"weighting": "image"}, "weighting: .* says 'token', this handle has 'image'"),
         ({"anchor": "pre_projector"}, "anchor: .* says 'pre_llm'"),
+        ({"depth": 3}, "depth: .* says 2, this handle has 3"),
+        ({"norm": "layer"}, "norm: .* says None, this handle has 'layer'"),
     ],
 )
 def test_another_head(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -109,6 +109,25 @@ MISTAKES = [
         "EncoderAnchor(tower, model, image_mean=None, image_std=None, ema=0.999)",
     ),
     Mistake(
+        "a head of four layers",
+        "apply_pre(model, depth=4)",
+        "depth: got 4, want 1, 2 or 3 layers",
+        "apply_pre(model, depth=3)",
+    ),
+    Mistake(
+        "the norm of a head by the name of its module",
+        'apply_pre(model, norm="LayerNorm")',
+        "norm: got 'LayerNorm', want one of 'layer', 'rms'",
+        'apply_pre(model, norm="layer")',
+    ),
+    Mistake(
+        "dropout in the head",
+        "apply_pre(model, dropout=0.1)",
+        "dropout: got 0.1, want 0: the fused loss keeps no activations, and so no mask of dropped "
+        "ones for the backward",
+        "apply_pre(model, dropout=0)",
+    ),
+    Mistake(
         "targets over an image that are averaged over it",
         'apply_pre(model, anchor_norm="spatial", level="image")',
         "anchor_norm: got 'spatial' with level='image', which makes every target 0, want 'none' or "
@@ -368,6 +387,20 @@ MISTAKES = [
         "hidden_dim: 'saved/pre_head.json' says 32, this handle has 8; call apply_pre with the "
         "settings of the saved head, on a model of its width",
         SAVED + 'apply_pre(model, hidden_dim=32).load("saved")',
+    ),
+    Mistake(
+        "a saved head of another depth",
+        SAVED + 'apply_pre(model, depth=3).load("saved")',
+        "depth: 'saved/pre_head.json' says 2, this handle has 3; call apply_pre with the settings "
+        "of the saved head, on a model of its width",
+        SAVED + 'apply_pre(model, depth=2).load("saved")',
+    ),
+    Mistake(
+        "a saved head without the norm",
+        SAVED + 'apply_pre(model, norm="rms").load("saved")',
+        "norm: 'saved/pre_head.json' says None, this handle has 'rms'; call apply_pre with the "
+        "settings of the saved head, on a model of its width",
+        SAVED + 'apply_pre(model, norm=None).load("saved")',
     ),
     Mistake(
         "a saved head that was cut short",

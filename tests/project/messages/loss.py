@@ -165,6 +165,57 @@ MISTAKES = [
         "PreHead(64, dtype=torch.bfloat16)",
     ),
     Mistake(
+        "a head of four layers",
+        "PreHead(64, depth=4)",
+        "depth: got 4, want 1, 2 or 3 layers",
+        "PreHead(64, depth=3)",
+    ),
+    Mistake(
+        "a head with dropout",
+        "PreHead(64, dropout=0.1)",
+        "dropout: got 0.1, want 0: the fused loss keeps no activations, and so no mask of dropped "
+        "ones for the backward",
+        "PreHead(64, dropout=0)",
+    ),
+    Mistake(
+        "a norm by the name of its module",
+        'PreHead(64, norm="LayerNorm")',
+        "norm: got 'LayerNorm', want one of 'layer', 'rms'",
+        'PreHead(64, norm="layer")',
+    ),
+    Mistake(
+        "a third layer of the second's shape",
+        "fused_pre_loss(hidden, anchor, *weights, w3=w2)",
+        "w3: got shape (48, 32), want (z, m2), z as anchor's last dimension and m2 as w2's first, "
+        "= (48, 48) (in a PreHead m is hidden_dim, z is out_dim)",
+        "fused_pre_loss(hidden, anchor, *weights, w3=w2 @ w2.T)",
+    ),
+    Mistake(
+        "two layers without the second's weight",
+        "fused_pre_loss(hidden, anchor, w1, b1, None, None)",
+        "w1: got shape (32, 64), want (z, d), z as anchor's last dimension and d as hidden's last, "
+        "= (48, 64) (in a PreHead m is hidden_dim, z is out_dim)",
+        "fused_pre_loss(hidden, anchor, w2 @ w1, None, None, None)",
+    ),
+    Mistake(
+        "the bias of a layer that is left out",
+        "fused_pre_loss(hidden, anchor, w2 @ w1, None, None, b2)",
+        "b2: got a bias without a w2, want None",
+        "fused_pre_loss(hidden, anchor, w2 @ w1, b2, None, None)",
+    ),
+    Mistake(
+        "the scale of a norm without the norm",
+        "fused_pre_loss(hidden, anchor, *weights, norm_weight=torch.ones(64))",
+        "norm_weight: got a tensor with norm=None, want norm='layer' or 'rms', or None",
+        'fused_pre_loss(hidden, anchor, *weights, norm="rms", norm_weight=torch.ones(64))',
+    ),
+    Mistake(
+        "the shift of a norm that has none",
+        'fused_pre_loss(hidden, anchor, *weights, norm="rms", norm_bias=torch.ones(64))',
+        "norm_bias: got a tensor with norm='rms', want norm='layer', or None",
+        'fused_pre_loss(hidden, anchor, *weights, norm="layer", norm_bias=torch.ones(64))',
+    ),
+    Mistake(
         "a divisor for a sum",
         'fused_pre_loss(hidden, anchor, *weights, normalizer=7, reduction="sum")',
         "normalizer: got one with reduction='sum', want None, or reduction='mean', whose divisor "
