@@ -92,7 +92,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "name": launch.name,
         "target": launch.target,
         "kernel": launch.kernel,
-        # The weight that is quantised is no operand of a matmul.
+        # The weight that is quantised is not an operand of a matmul.
         "dtype": next(
             (
                 element_type(kind)

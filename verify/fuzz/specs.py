@@ -36,7 +36,7 @@ class Spec:
     reduction: str = "mean"
     normalizer: float | None = None
     normalizer_tensor: bool = False
-    bias: tuple[bool, bool] = (True, True)  # of the inner layers, of the last one
+    bias: tuple[bool, bool] = (True, True)  # The inner layers' and the last one's.
     rows: str = "all"  # | "mask" | "index32" | "index64"
     pattern: str = "random"  # | "all" | "one" | "empty" | "alternating" | "runs"
     anchor_compact: bool = False
