@@ -109,7 +109,7 @@ MISTAKES = [
         "EncoderAnchor(tower, model, image_mean=None, image_std=None, ema=0.999)",
     ),
     Mistake(
-        "a head of four layers",
+        "four layers in the head of a model",
         "apply_pre(model, depth=4)",
         "depth: got 4, want 1, 2 or 3 layers",
         "apply_pre(model, depth=3)",

@@ -85,7 +85,7 @@ MISTAKES = [
     Mistake(
         "a loss that the launcher does not know",
         LAUNCH + "--set loss=l1 -- train.py",
-        "loss: got 'l1', want one of 'cosine', 'mse', 'smooth_l1'",
+        "loss: got 'l1', want one of 'cosine', 'mse', 'smooth_l1', 'gram'",
         LAUNCH + "--set loss=smooth_l1 -- train.py",
     ),
     Mistake(

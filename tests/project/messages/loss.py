@@ -149,7 +149,7 @@ MISTAKES = [
     Mistake(
         "a loss by another name",
         'fused_pre_loss(hidden, anchor, *weights, loss="cos")',
-        "loss: got 'cos', want one of 'cosine', 'mse', 'smooth_l1'",
+        "loss: got 'cos', want one of 'cosine', 'mse', 'smooth_l1', 'gram'",
         'fused_pre_loss(hidden, anchor, *weights, loss="cosine")',
     ),
     Mistake(
@@ -185,10 +185,10 @@ MISTAKES = [
     ),
     Mistake(
         "a third layer of the second's shape",
-        "fused_pre_loss(hidden, anchor, *weights, w3=w2)",
+        "fused_pre_loss(hidden, anchor, *weights, w3=torch.ones(48, 32))",
         "w3: got shape (48, 32), want (z, m2), z as anchor's last dimension and m2 as w2's first, "
         "= (48, 48) (in a PreHead m is hidden_dim, z is out_dim)",
-        "fused_pre_loss(hidden, anchor, *weights, w3=w2 @ w2.T)",
+        "fused_pre_loss(hidden, anchor, *weights, w3=torch.ones(48, 48))",
     ),
     Mistake(
         "two layers without the second's weight",
