@@ -66,6 +66,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
     from pre_kernels.fused.kernels import (
         activation,
         finish,
+        gram,
         matmul,
         norm,
         quantize,
@@ -74,7 +75,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         weight_grad,
     )
 
-    modules = (activation, finish, matmul, norm, quantize, row_loss, rows, weight_grad)
+    modules = (activation, finish, gram, matmul, norm, quantize, row_loss, rows, weight_grad)
     kernel = next(
         vars(module)[launch.kernel] for module in modules if launch.kernel in vars(module)
     )

@@ -118,6 +118,7 @@ def element_type(kind: str) -> str:
 OPERANDS = ("w_ptr", "w", "dy_ptr", "dy")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 NO_WIDTH = (
+    "gram_kernel",
     "count_kernel",
     "select_kernel",
     "invert_kernel",
@@ -153,6 +154,8 @@ def recorded(target: str, run_step: Any) -> list[Launch]:
                 aligned.append(parameter.name)
             elif isinstance(value, TensorDescriptor):
                 signature[parameter.name] = mangle_type(value)
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
                 if value % 16 == 0 and special:
@@ -240,6 +243,8 @@ def launches(targets: list[str]) -> list[Launch]:
         add(target, torch.bfloat16, WIDE, "mask")
         add(target, torch.float32, WIDE, "index", row_weight=weight)
         add(target, torch.bfloat16, WIDE, "mask", depth=3, norm="layer")
+        gram = {"loss": "gram", "images": "batch", "total": SOME}
+        add(target, torch.bfloat16, WIDE, "index", impl="blas", **gram)
         # Few rows take the small tiles of matmuls, small weights those of weight gradients.
         for n, width in ((SOME, 4096), (FEW, 1280), (FEW, 1024)):
             collected += recorded(

@@ -17,7 +17,16 @@ def load_columns(p_x, d, D, stride_xd, m_n, o_b):
 
 
 @triton.jit
+def columns_of(b_x, p_x, d, D, stride_xd, m_n, o_b, WHOLE: tl.constexpr):
+    """Return the same columns; if a row fits one block, b_x holds them already."""
+    if WHOLE:
+        return b_x
+    return load_columns(p_x, d, D, stride_xd, m_n, o_b)
+
+
+@triton.jit
 def moments(
+    b_x,
     p_x,
     D,
     stride_xd,
@@ -30,20 +39,22 @@ def moments(
 ):
     """Return the mean of each row (0 except for a layer norm) and 1 / std; for NORM "unit" 1 / |x|,
     where |x| is clamped at eps. p_x: pointers to the rows' columns o_b. If a row fits one block
-    (`WHOLE`), the compiler removes the loops and loads it once."""
+    (`WHOLE`), b_x holds it, and the compiler removes the loops."""
     stop = BLOCK if WHOLE else D
     inverse_width = tl.div_rn(1.0, D * 1.0)
     mean = tl.zeros(m_n.shape, tl.float32)
     if NORM == "layer":
         for d in range(0, stop, BLOCK):
-            mean += tl.sum(load_columns(p_x, d, D, stride_xd, m_n, o_b), 1)
+            mean += tl.sum(columns_of(b_x, p_x, d, D, stride_xd, m_n, o_b, WHOLE), 1)
         mean *= inverse_width
     elif NORM != "rms" and NORM != "unit":
         tl.static_assert(False, "moments: no branch for this NORM")
     square = tl.zeros(m_n.shape, tl.float32)
     for d in range(0, stop, BLOCK):
-        b_x = load_columns(p_x, d, D, stride_xd, m_n, o_b) - mean[:, None]
-        square += tl.sum(tl.where((d + o_b < D)[None, :], b_x * b_x, 0.0), 1)
+        b_y = columns_of(b_x, p_x, d, D, stride_xd, m_n, o_b, WHOLE)
+        if NORM == "layer":
+            b_y = tl.where((d + o_b < D)[None, :], b_y - mean[:, None], 0.0)
+        square += tl.sum(b_y * b_y, 1)
     if NORM == "unit":
         length = tl.sqrt_rn(square)
         return mean, tl.div_rn(1.0, tl.where(length < eps, eps, length))
@@ -82,13 +93,18 @@ def scatter_norm_kernel(
     p_h = hidden_ptr + o_r.to(tl.int64)[:, None] * stride_hm
     p_h += o_b.to(tl.int64)[None, :] * stride_hd
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * D + o_b[None, :]
-    mean, inverse = moments(p_h, D, stride_hd, live, o_b, eps, NORM, WHOLE, BLOCK)
+    b_x, b_h = None, None
+    if WHOLE:
+        b_x = load_columns(p_x, 0, D, 1, live, o_b)
+        b_h = load_columns(p_h, 0, D, stride_hd, live, o_b)
+    mean, inverse = moments(b_h, p_h, D, stride_hd, live, o_b, eps, NORM, WHOLE, BLOCK)
 
     stop = BLOCK if WHOLE else D
     b_dot, b_sum = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for d in range(0, stop, BLOCK):
-        b_dx = load_columns(p_x, d, D, 1, live, o_b)
-        b_y = (load_columns(p_h, d, D, stride_hd, live, o_b) - mean[:, None]) * inverse[:, None]
+        b_dx = columns_of(b_x, p_x, d, D, 1, live, o_b, WHOLE)
+        b_y = columns_of(b_h, p_h, d, D, stride_hd, live, o_b, WHOLE)
+        b_y = (b_y - mean[:, None]) * inverse[:, None]
         b_dot += b_dx * b_y
         b_sum += b_dx
     inverse_width = tl.div_rn(1.0, D * 1.0)
@@ -101,8 +117,9 @@ def scatter_norm_kernel(
     # Only a layer norm subtracts the mean.
     average = average * inverse_width if NORM == "layer" else average * 0.0
     for d in range(0, stop, BLOCK):
-        b_dx = load_columns(p_x, d, D, 1, live, o_b)
-        b_y = (load_columns(p_h, d, D, stride_hd, live, o_b) - mean[:, None]) * inverse[:, None]
+        b_dx = columns_of(b_x, p_x, d, D, 1, live, o_b, WHOLE)
+        b_y = columns_of(b_h, p_h, d, D, stride_hd, live, o_b, WHOLE)
+        b_y = (b_y - mean[:, None]) * inverse[:, None]
         b_dh = (b_dx - average[:, None] - b_y * dot[:, None]) * (inverse * scale)[:, None]
         # An infinite or NaN scale must not reach the unselected rows.
         b_dh = tl.where(live[:, None], b_dh, 0.0)

@@ -88,7 +88,7 @@ def gather_kernel(
         # Each program of a long row reads all of it.
         o_b = tl.arange(0, BLOCK)
         p_row = x_ptr + rows[:, None] * stride_xm + o_b.to(tl.int64)[None, :] * stride_xd
-        mean, inverse = moments(p_row, D, stride_xd, o_n < live, o_b, eps, NORM, WHOLE, BLOCK)
+        mean, inverse = moments(b_x, p_row, D, stride_xd, o_n < live, o_b, eps, NORM, WHOLE, BLOCK)
         b_x = tl.where(m_x, (b_x - mean[:, None]) * inverse[:, None], 0.0)
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
