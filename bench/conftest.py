@@ -32,44 +32,28 @@ HOW = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("pre-kernels measurements")
-    group.addoption(
+    add = parser.getgroup("pre-kernels measurements").addoption
+    add(
         "--benchmark",
         action="store_true",
         help="run the measurements; without it the tests in bench/ are skipped",
     )
-    group.addoption(
-        "--shape",
-        action="append",
-        default=[],
-        help="only this one, as cpu-16k or tiny; bench/shapes.py lists all",
-    )
-    group.addoption(
-        "--dtype",
-        action="append",
-        default=[],
-        help="bf16, fp16 or fp32, with --shape (default: bf16 and fp32)",
-    )
-    group.addoption(
-        "--rows",
-        action="append",
-        default=[],
-        help="index or mask, with --shape (default: index)",
-    )
-    group.addoption(
-        "--peer",
-        action="append",
-        default=[],
-        help="only this implementation, as ours-torch or eager; docs/benchmarks.md lists all",
-    )
-    group.addoption("--seconds", type=float, help="seconds of sampling for each shape")
-    group.addoption(
+    lists = {
+        "--shape": "only this one, as cpu-16k or tiny; bench/shapes.py lists all",
+        "--dtype": "bf16, fp16 or fp32, with --shape (default: bf16 and fp32)",
+        "--rows": "index or mask, with --shape (default: index)",
+        "--peer": "only this implementation, as ours-torch or eager; docs/benchmarks.md lists all",
+    }
+    for name, text in lists.items():
+        add(name, action="append", default=[], help=text)
+    add("--seconds", type=float, help="seconds of sampling for each shape")
+    add(
         "--step-limit",
         type=float,
         help="on a CPU, leave out a baseline whose step takes more than this many seconds "
         "(default: 20)",
     )
-    where.add_options(group.addoption)
+    where.add_options(add)
 
 
 class Early:

@@ -243,15 +243,14 @@ def peak(name: str, patches: int, width: int, device: Cpu | Cuda, step: Step) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = where.parser(__doc__)
+    add = parser.add_argument
     for name, default in (("images", 64), ("patches", 576), ("layers", 32), ("width", 4096)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of sampling")
-    where.add_options(parser.add_argument)
+        add(f"--{name}", type=int, default=default)
+    add("--seconds", type=float, default=5.0, help="seconds of sampling")
+    where.add_options(add)
     # A process that measures memory runs with this option.
-    parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
+    add("--peak", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak:
         step = steps(arguments.patches, arguments.width, torch.device("cpu"))[arguments.peak]

@@ -10,7 +10,6 @@ Every seed pre-trains one model. Every arm starts from it, on the same batches i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import os
@@ -213,22 +212,17 @@ def claim(text: str, changes: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=5, help="use seeds 0 .. N-1 (default: %(default)s)"
-    )
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--seeds", type=int, default=5, help="use seeds 0 .. N-1 (default: %(default)s)")
+    add(
         "--jobs",
         type=int,
         default=os.cpu_count(),
         help="number of processes (default: %(default)s)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smoke test: too short to show an effect"
-    )
-    where.add_options(parser.add_argument)
+    add("--quick", action="store_true", help="smoke test: too short to show an effect")
+    where.add_options(add)
     options = parser.parse_args(argv)
     path = where.file(options, "evidence.jsonl", parser.error)
     records = record.load([path])

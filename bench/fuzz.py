@@ -13,7 +13,6 @@ and most cases take the torch path.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -205,25 +204,18 @@ def campaign(wanted: Sequence[tuple[str, int]], seed: int, jobs: int, path: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cases", type=int, default=11_500, help="number of cases to draw (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the whole campaign (default: %(default)s)"
-    )
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--cases", type=int, default=11_500, help="number of cases to draw (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the whole campaign (default: %(default)s)")
+    add(
         "--jobs",
         type=int,
         default=os.cpu_count(),
         help="number of processes (default: %(default)s)",
     )
-    where.add_options(parser.add_argument)
-    parser.add_argument(
-        "--case", type=json.loads, help="run only this case, given as JSON, and print its outcomes"
-    )
+    where.add_options(add)
+    add("--case", type=json.loads, help="run only this case, given as JSON, and print its outcomes")
     options = parser.parse_args(argv)
     _prepare()
     if options.case is not None:

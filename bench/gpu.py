@@ -25,7 +25,6 @@ early leaves its time to the next. Without .git, GIT_COMMIT names the commit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -176,21 +175,18 @@ def measure(stage: str, dry: bool, out: Path, limit: float, start: float) -> int
 
 def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
-    where.add_options(parser.add_argument)
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--stage", choices=STAGES, default=os.environ.get("GPU_STAGE", "all"))
+    where.add_options(add)
+    add(
         "--limit",
         type=float,
         default=LIMIT,
         help="end before this many seconds from the start of the command",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="use tiny sizes; works without a GPU"
-    )
-    parser.add_argument(
+    add("--dry-run", action="store_true", help="use tiny sizes; works without a GPU")
+    add(
         "--summary",
         type=Path,
         metavar="FOLDER",

@@ -17,7 +17,6 @@ which leaves the part that this package can change.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -30,6 +29,8 @@ from unittest import mock
 import torch
 
 from pre_kernels import fused_pre_loss, screen
+
+from . import where
 
 CALLS: dict[str, dict[str, Any]] = {
     "blas": {"impl": "blas"},
@@ -136,15 +137,10 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ours", action="store_true", help="leave out Triton's Python; only without a GPU"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="seconds of measuring (default: 10)"
-    )
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--ours", action="store_true", help="leave out Triton's Python; only without a GPU")
+    add("--seconds", type=float, default=10.0, help="seconds of measuring (default: 10)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if os.environ.get("TRITON_INTERPRET") == "1":

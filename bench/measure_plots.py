@@ -11,7 +11,6 @@ values is left out.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pre_kernels.demo.settings import Settings
 from pre_kernels.diagnostics.report import plots
 from pre_kernels.diagnostics.report.columns import COLUMNS, Column, by_layer
 
-from . import ROOT, record
+from . import ROOT, record, where
 
 # Spatial contrast compares these two similarities. The report shows only their ratio.
 NEIGHBOURS = tuple(
@@ -84,17 +83,16 @@ def named(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add(
         "diagnosis",
         type=Path,
         nargs="?",
         metavar="JSON",
         help="what pre-kernels diagnose wrote (default: the committed one of the demo's models)",
     )
-    parser.add_argument(
+    add(
         "folder",
         type=Path,
         nargs="?",

@@ -31,7 +31,6 @@ hide functions from `triton.jit`, which reads their source.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -257,39 +256,38 @@ def terminate(number: int, frame: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sample", type=int, help="number of mutants to draw (default: all)")
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--sample", type=int, help="number of mutants to draw (default: all)")
+    add(
         "--seed",
         type=int,
         default=0,
         help="seed of the draw and of the order (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--only",
         default="",
         help="only mutants whose key (file function: before → after) contains this text",
     )
-    parser.add_argument(
+    add(
         "--budget",
         type=float,
         default=60,
         help="seconds of tests for a mutant (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--again",
         action="store_true",
         help="run only the test that killed each, and ignore kept outcomes",
     )
-    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
-    parser.add_argument(
+    add("--list", action="store_true", help="print the mutants, run nothing")
+    add(
         "--stale",
         action="store_true",
         help="print the named survivors whose mutant no longer exists, run nothing",
     )
-    where.add_options(parser.add_argument)
+    where.add_options(add)
     options = parser.parse_args(argv)
     every = every_mutant()
     stale_keys = stale(every)

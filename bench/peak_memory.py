@@ -12,7 +12,6 @@ one.
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
 
@@ -20,7 +19,7 @@ import torch
 
 from pre_kernels.check.memory import fresh, second
 
-from . import ROOT, baselines, shapes
+from . import ROOT, baselines, shapes, where
 
 
 def peak(
@@ -34,12 +33,11 @@ def peak(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = where.parser(__doc__)
+    add = parser.add_argument
     for name in ("shape", "dtype", "peer", "rows"):
-        parser.add_argument(name)
-    parser.add_argument("workspace", nargs="?", type=int, metavar="MIB")
+        add(name)
+    add("workspace", nargs="?", type=int, metavar="MIB")
     arguments = parser.parse_args()
 
     shape = shapes.BY_NAME[arguments.shape]

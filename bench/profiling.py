@@ -17,7 +17,6 @@ python -m bench.profiling once         one step between cudaProfilerStart and St
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -275,28 +274,25 @@ WHAT: dict[str, Callable[..., Records]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=WHAT)
-    parser.add_argument(
-        "--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"default, by the device: {SHAPE}"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("what", choices=WHAT)
+    add("--shape", choices=shapes.BY_NAME, metavar="SHAPE", help=f"default, by the device: {SHAPE}")
+    add("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
+    add(
         "--peers",
         nargs="+",
         choices=baselines.BY_NAME,
         metavar="PEER",
         help="baselines of kernels and workspace (default: all)",
     )
-    parser.add_argument(
+    add(
         "--mib",
         nargs="+",
         type=int,
         help=f"sizes of the workspace (default, by the device: {MIBS})",
     )
-    where.add_options(parser.add_argument)
+    where.add_options(add)
     arguments = parser.parse_args(argv)
     device = current()
     run = kept.start(arguments, device, parser.error)

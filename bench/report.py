@@ -16,22 +16,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import pages, pictures, plots
+from . import pages, pictures, plots, where
 from .tables import markdown, plain_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="result files (default: all of bench/results)"
-    )
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, help="result files (default: all of bench/results)")
+    add(
         "--pages",
         nargs="*",
         choices=pages.TABLES,
@@ -39,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write the committed results into their pages: these tables, or without names all "
         f"tables and pictures. Names: {', '.join(pages.TABLES)}",
     )
-    parser.add_argument("--curves", type=Path, help="write the curves to this file, if any")
-    parser.add_argument("--kind", help="print the records of this kind instead of the loss")
+    add("--curves", type=Path, help="write the curves to this file, if any")
+    add("--kind", help="print the records of this kind instead of the loss")
     arguments = parser.parse_args(argv)
 
     if arguments.pages is not None:

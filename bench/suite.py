@@ -7,7 +7,6 @@ python -m bench.suite llava15-7b-sft bf16 --rows mask --peers floor eager ours-t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -237,17 +236,12 @@ def peak(device: Cpu | Cuda, step: baselines.Step, *named: Any) -> dict[str, Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME)
-    )
-    parser.add_argument("dtype", choices=shapes.DTYPES)
-    parser.add_argument(
-        "--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given"
-    )
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("shape", choices=shapes.BY_NAME, metavar="SHAPE", help=", ".join(shapes.BY_NAME))
+    add("dtype", choices=shapes.DTYPES)
+    add("--rows", nargs="+", choices=shapes.ROWS, default=["index"], help="how the rows are given")
+    add(
         "--peers",
         nargs="+",
         choices=baselines.BY_NAME,
@@ -255,12 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="measure these, in this order (default: all)",
     )
-    parser.add_argument("--seconds", type=float, help="seconds of sampling")
-    parser.add_argument(
-        "--hot", action="store_true", help="without a cold L2 cache before each step"
-    )
-    parser.add_argument("--step-limit", type=float, default=pace.STEP_LIMIT, help=STEP_LIMIT)
-    where.add_options(parser.add_argument)
+    add("--seconds", type=float, help="seconds of sampling")
+    add("--hot", action="store_true", help="without a cold L2 cache before each step")
+    add("--step-limit", type=float, default=pace.STEP_LIMIT, help=STEP_LIMIT)
+    where.add_options(add)
     arguments = parser.parse_args(argv)
 
     device = current()

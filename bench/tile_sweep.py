@@ -8,7 +8,6 @@ python -m bench.tile_sweep tiles --role project  each candidate tile beside cuBL
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -174,18 +173,17 @@ def _product(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("sizes", "tiles"))
-    parser.add_argument("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
-    parser.add_argument("--d", type=int, default=4096)
-    parser.add_argument("--m", type=int, default=4096, help="dtype of a tile's matmul")
-    parser.add_argument("--role", choices=ROLES, default="project")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
-    parser.add_argument("--most", type=int, help="number of candidates of each kind (default: all)")
-    parser.add_argument("--dtype", choices=shapes.DTYPES, default="bf16")
-    where.add_options(parser.add_argument)
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("what", choices=("sizes", "tiles"))
+    add("--n", type=int, default=9216, help=f"rows; the sweep takes {NS}")
+    add("--d", type=int, default=4096)
+    add("--m", type=int, default=4096, help="dtype of a tile's matmul")
+    add("--role", choices=ROLES, default="project")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of loads")
+    add("--most", type=int, help="number of candidates of each kind (default: all)")
+    add("--dtype", choices=shapes.DTYPES, default="bf16")
+    where.add_options(add)
     arguments = parser.parse_args(argv)
 
     device = current()

@@ -20,7 +20,6 @@ parameters, gradients and optimizer state are subtracted from the peak with PRe;
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -341,12 +340,11 @@ def records(device: Cpu | Cuda, size: Size) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="use a small model")
-    where.add_options(parser.add_argument)
-    parser.add_argument(
+    parser = where.parser(__doc__)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="use a small model")
+    where.add_options(add)
+    add(
         "--peak",
         choices=("with", "without"),
         help="print only the peak memory of a step on a CPU, as JSON",

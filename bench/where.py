@@ -6,6 +6,7 @@ pre_kernels, so that a command can read its options at once.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,13 @@ from . import ROOT
 # the committed results
 RESULTS = Path(__file__).with_name("results")
 UNTRACKED = ROOT / "bench-out"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose help shows the docstring of its module as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_options(add: Callable[..., Any]) -> None:

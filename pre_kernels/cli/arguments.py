@@ -11,65 +11,55 @@ from pre_kernels import __version__
 from pre_kernels.check import DTYPES, IMPLEMENTATIONS
 
 from . import measuring
-from .layout import Parser, Table
+from .layout import Parser, Table, table
 
-EXAMPLES = Table(
-    "examples",
-    ("pre-kernels check", "check and time the loss on this machine"),
-    (
-        "pre-kernels demo",
-        "train without and with PRe, then show the table and save the plot",
-    ),
-    ("pre-kernels demo --quick", "smoke test: too short to show an effect"),
-    ("pre-kernels demo --seeds 5 --out runs", "more seeds, files into runs/"),
-    (
-        "pre-kernels demo --layer 8 --weight 1",
-        "regularise the last layer instead, twice as strongly",
-    ),
-    (
-        "pre-kernels diagnose MODEL IMAGES",
-        "write an HTML report on the visual tokens of each layer",
-    ),
-    ("pre-kernels trace out/", "score against probe accuracy along a training"),
-    ("pre-kernels trace a/ b/ --loss", "draw the task loss of two trainings in one plot"),
-    (
-        "pre-kernels tune --width 4096",
-        "time the tiles of the Triton matmuls and save the best",
-    ),
-    ("pre-kernels env", "print versions and devices, for a bug report"),
-    ("pre-kernels env --models", "list the vision-language models that PRe attaches to"),
-)
+EXAMPLES = table("""
+examples:
+pre-kernels check
+    check and time the loss on this machine
+pre-kernels demo
+    train without and with PRe, then show the table and save the plot
+pre-kernels demo --quick
+    smoke test: too short to show an effect
+pre-kernels demo --seeds 5 --out runs
+    more seeds, files into runs/
+pre-kernels demo --layer 8 --weight 1
+    regularise the last layer instead, twice as strongly
+pre-kernels diagnose MODEL IMAGES
+    write an HTML report on the visual tokens of each layer
+pre-kernels trace out/
+    score against probe accuracy along a training
+pre-kernels trace a/ b/ --loss
+    draw the task loss of two trainings in one plot
+pre-kernels tune --width 4096
+    time the tiles of the Triton matmuls and save the best
+pre-kernels env
+    print versions and devices, for a bug report
+pre-kernels env --models
+    list the vision-language models that PRe attaches to
+""")
 CHECK = (
-    Table(
-        "examples",
-        ("pre-kernels check", "check whatever can run here"),
-        ("pre-kernels check --impl blas --width 3584 --rows 5120", ""),
-        (
-            "pre-kernels check --dtype fp16 --out /tmp",
-            "write check.json there; attach it to a bug report",
-        ),
-        (
-            "TRITON_INTERPRET=1 pre-kernels check",
-            "without a GPU: interpret the kernels at tiny sizes",
-        ),
-    ),
-    Table(
-        "how to read a line",
-        (
-            "PASS, FAIL, or -",
-            "- is a check that was left out, with the reason; a time has no mark, because no time "
-            "is guaranteed",
-        ),
-        (
-            "0.85 × the rule",
-            "the error is 0.85 times the allowed one, which is a little more than the error of "
-            "eager PyTorch in the same dtype; above 1 fails",
-        ),
-        (
-            "0.50 × the formula",
-            "the memory beside the gradients is half of what the design allows; above 1 fails",
-        ),
-    ),
+    table("""
+examples:
+pre-kernels check
+    check whatever can run here
+pre-kernels check --impl blas --width 3584 --rows 5120
+pre-kernels check --dtype fp16 --out /tmp
+    write check.json there; attach it to a bug report
+TRITON_INTERPRET=1 pre-kernels check
+    without a GPU: interpret the kernels at tiny sizes
+"""),
+    table("""
+how to read a line:
+PASS, FAIL, or -
+    - is a check that was left out, with the reason; a time has no mark, because no time is
+    guaranteed
+0.85 × the rule
+    the error is 0.85 times the allowed one, which is a little more than the error of eager PyTorch
+    in the same dtype; above 1 fails
+0.50 × the formula
+    the memory beside the gradients is half of what the design allows; above 1 fails
+"""),
     "exit status: 0 if every check that ran passed, 1 if one failed or none ran, 2 for wrong "
     "arguments",
 )
@@ -103,36 +93,21 @@ def _check(commands: Any) -> None:
         "line for each check, and write the details to check.json.",
         epilog=CHECK,
     )
-    show.add_argument(
-        "--impl",
+    show.option(
+        "--impl IMPL",
+        f"one or more of {', '.join(IMPLEMENTATIONS)} (default: those that can run here; "
+        "on a GPU torch only if no other can)",
         nargs="+",
         action="extend",
         choices=IMPLEMENTATIONS,
-        metavar="IMPL",
-        help=f"one or more of {', '.join(IMPLEMENTATIONS)} (default: those that can run here; "
-        "on a GPU torch only if no other can)",
     )
-    show.add_argument(
-        "--width",
-        type=width,
-        metavar="D",
-        help="width of all layers (default: 4096; 512 on a CPU)",
+    show.option("--width D", "width of all layers (default: 4096; 512 on a CPU)", type=width)
+    show.option(
+        "--rows N", "selected rows of the real size (default: 9216; 1024 on a CPU)", type=rows
     )
-    show.add_argument(
-        "--rows",
-        type=rows,
-        metavar="N",
-        help="selected rows of the real size (default: 9216; 1024 on a CPU)",
-    )
-    show.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the inputs (default: bf16; fp32 on a CPU)"
-    )
-    show.add_argument(
-        "--out",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder for check.json (default: this folder)",
+    show.option("--dtype", "dtype of the inputs (default: bf16; fp32 on a CPU)", choices=DTYPES)
+    show.option(
+        "--out DIR", "folder for check.json (default: this folder)", type=Path, default=Path()
     )
 
 
@@ -144,46 +119,36 @@ def _demo(commands: Any) -> None:
         "several seeds each, and compare task accuracy, L_PRe, linear probes and the semantic "
         "contrast ratio over depth. Measured: 6 minutes on a CPU with 2 cores.",
         epilog=(
-            Table("examples", *(row for row in EXAMPLES.rows if "pre-kernels demo" in row[0])),
+            Table("examples:", [row for row in EXAMPLES.rows if "pre-kernels demo" in row[0]]),
         ),
     )
-    show.add_argument("--seeds", type=whole, metavar="N", help="run seeds 0 .. N-1 (default: 2)")
-    show.add_argument(
-        "--quick", action="store_true", help="smoke test: too short to show an effect"
-    )
-    show.add_argument(
-        "--out",
+    show.option("--seeds N", "run seeds 0 .. N-1 (default: 2)", type=whole)
+    show.option("--quick", "smoke test: too short to show an effect")
+    show.option(
+        "--out DIR",
+        "folder for the results (default: demo-out, with --quick demo-quick-out)",
         type=Path,
-        metavar="DIR",
-        help="folder for the results (default: demo-out, with --quick demo-quick-out)",
     )
-    show.add_argument(
+    show.option(
         "--device",
+        "auto (the default) takes a GPU if there is one",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto (the default) takes a GPU if there is one",
     )
-    show.add_argument(
-        "--jobs",
+    show.option(
+        "--jobs N",
+        "how many seeds to run in parallel (default: one per CPU core; 1 on a GPU)",
         type=whole,
-        metavar="N",
-        help="how many seeds to run in parallel (default: one per CPU core; 1 on a GPU)",
     )
-    show.add_argument(
-        "--layer",
-        type=int,
-        metavar="L",
-        help="the layer that PRe reads, 1 .. 8 (default: half the depth, 4)",
+    show.option(
+        "--layer L", "the layer that PRe reads, 1 .. 8 (default: half the depth, 4)", type=int
     )
-    show.add_argument(
-        "--weight", type=weight, metavar="W", help="λ, the weight of L_PRe (default: 0.5)"
-    )
-    show.add_argument(
-        "--head",
-        choices=("pre", "viral", "blindvla", "spatial-forcing"),
-        metavar="NAME",
-        help="the head: pre (the default), or that of a related work: viral, blindvla or "
+    show.option("--weight W", "λ, the weight of L_PRe (default: 0.5)", type=weight)
+    show.option(
+        "--head NAME",
+        "the head: pre (the default), or that of a related work: viral, blindvla or "
         "spatial-forcing",
+        choices=("pre", "viral", "blindvla", "spatial-forcing"),
     )
 
 
@@ -195,18 +160,17 @@ def _tune(commands: Any) -> None:
         "save the fastest in $PRE_KERNELS_CACHE (else ~/.cache/pre_kernels), where later processes "
         "find them. Optional: the package ships tiles for each architecture.",
     )
-    tuning.add_argument(
-        "--width",
+    tuning.option(
+        "--width D",
+        "width of the weights; repeat the option for more (default: 4096)",
         type=width,
         action="append",
-        metavar="D",
-        help="width of the weights; repeat the option for more (default: 4096)",
     )
-    tuning.add_argument(
+    tuning.option(
         "--dtype",
+        "dtype of the matmuls (default: %(default)s)",
         choices=("bf16", "fp16"),
         default="bf16",
-        help="dtype of the matmuls (default: %(default)s)",
     )
 
 
@@ -218,12 +182,8 @@ def _env(commands: Any) -> None:
         'implementation of the loss impl="auto" picks; or, with --models, the families of '
         "vision-language models that apply_pre knows.",
     )
-    about.add_argument(
-        "--models", action="store_true", help="print the table of supported families instead"
-    )
-    about.add_argument(
-        "--markdown", action="store_true", help="with --models: print the table in Markdown"
-    )
+    about.option("--models", "print the table of supported families instead")
+    about.option("--markdown", "with --models: print the table in Markdown")
 
 
 def whole(text: str) -> int:

@@ -8,7 +8,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # The help of argparse leaves two columns free too.
 MARGIN = 2
@@ -16,13 +16,19 @@ MARGIN = 2
 COLUMN = 34
 
 
-class Table:
+class Table(NamedTuple):
     """Rows of two cells under a title, as part of an epilog. Commands in the first column are
     wrapped so that they can still be copied."""
 
-    def __init__(self, title: str, *rows: tuple[str, str]) -> None:
-        self.title = title
-        self.rows = rows
+    title: str
+    rows: list[tuple[str, str]]
+
+
+def table(text: str) -> Table:
+    """Return the table of a text. Below the title, the first cell of a row is a line, and the
+    indented lines after it are the second cell."""
+    title, *rows = [row.split("\n") for row in re.split(r"\n(?! )", text.strip())]
+    return Table(title[0], [(left, " ".join(map(str.strip, right))) for left, *right in rows])
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +50,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **more,
         )
+
+    def option(self, usage: str, help: str, **more: Any) -> None:
+        """Add an option or argument that is written as in the usage: "--seeds N" takes a value,
+        "--quick" without `choices` is a flag, and "IMAGES" is the argument `images`."""
+        *names, last = usage.split()
+        if last.startswith("-"):
+            names.append(last)
+            more = more if "choices" in more else {"action": "store_true"}
+        else:
+            more["metavar"] = last
+        self.add_argument(*names or [last.lower()], help=help, **more)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -81,7 +98,7 @@ def laid_out(part: str | Table, width: int) -> str:
     if isinstance(part, str):
         return textwrap.fill(part, width, break_on_hyphens=False)
     column = min(COLUMN, 4 + max(len(left) for left, _ in part.rows))
-    lines = [f"{part.title}:"]
+    lines = [part.title]
     for left, right in part.rows:
         # The space for the backslash at the end of a line.
         first = textwrap.wrap(

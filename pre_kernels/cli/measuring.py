@@ -10,61 +10,41 @@ from typing import Any
 from pre_kernels.diagnostics.measures import METRICS
 from pre_kernels.diagnostics.run import TRACE_DEFAULTS
 
-from .layout import Table
+from .layout import table
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DIAGNOSE = (
-    Table(
-        "examples",
-        (
-            "pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/",
-            "curves over depth, for any images",
-        ),
-        (
-            "pre-kernels diagnose out/without photos/ --compare out/with",
-            "did PRe help? both models in one report",
-        ),
-        (
-            "pre-kernels diagnose MODEL photos/ --masks masks/",
-            "masks of objects: the semantic contrast ratio",
-        ),
-        (
-            "pre-kernels diagnose MODEL val2017/ --masks instances_val2017.json --limit 500",
-            "... or annotations of COCO",
-        ),
-        (
-            "pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32",
-            "a folder for each class: linear probes",
-        ),
-        (
-            "pre-kernels diagnose MODEL photos/ --labels labels.csv",
-            "... or a CSV with columns image and label",
-        ),
-    ),
+    table("""
+examples:
+pre-kernels diagnose llava-hf/llava-1.5-7b-hf photos/
+    curves over depth, for any images
+pre-kernels diagnose out/without photos/ --compare out/with
+    did PRe help? both models in one report
+pre-kernels diagnose MODEL photos/ --masks masks/
+    masks of objects: the semantic contrast ratio
+pre-kernels diagnose MODEL val2017/ --masks instances_val2017.json --limit 500
+    ... or annotations of COCO
+pre-kernels diagnose MODEL imagenet/ --limit 2000 --layers 0,8,16,24,32
+    a folder for each class: linear probes
+pre-kernels diagnose MODEL photos/ --labels labels.csv
+    ... or a CSV with columns image and label
+"""),
     "IMAGES contains images, or a subfolder of images for each class. --masks is a folder with a "
     "PNG for each image, in which each value is an object, or a file of COCO annotations. To "
     "resume an interrupted run, give the same command again.",
 )
 TRACE = (
-    Table(
-        "examples",
-        (
-            "pre-kernels trace out/checkpoint-5000",
-            "what LayerCallback logged, drawn over steps",
-        ),
-        (
-            "pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy",
-            "against a score that the trainer logged",
-        ),
-        (
-            "pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv",
-            "two runs, with scores from CSV files with columns step and score",
-        ),
-        (
-            "pre-kernels trace without/ with/ --loss --out loss.png",
-            "the task loss of both runs over steps, in one plot",
-        ),
-    ),
+    table("""
+examples:
+pre-kernels trace out/checkpoint-5000
+    what LayerCallback logged, drawn over steps
+pre-kernels trace out/checkpoint-5000 --score eval_vqa_accuracy
+    against a score that the trainer logged
+pre-kernels trace without/ with/ --layer 16 --scores without.csv with.csv
+    two runs, with scores from CSV files with columns step and score
+pre-kernels trace without/ with/ --loss --out loss.png
+    the task loss of both runs over steps, in one plot
+"""),
     "Reads trainer_state.json, which the Trainer writes into every checkpoint. LOG is this file, a "
     "folder with it, or a folder with checkpoint-* folders, of which the last one is read.",
 )
@@ -80,99 +60,66 @@ def add_diagnose(commands: Any, at_least: Callable[[str, int], int]) -> None:
         "LLM, logit lens. Writes report.html, layers.csv and diagnosis.json.",
         epilog=DIAGNOSE,
     )
-    show.add_argument(
-        "model",
-        metavar="MODEL",
-        help="folder that save_pretrained wrote (also that of an adapter), or a name on the hub",
+    show.option(
+        "MODEL", "folder that save_pretrained wrote (also that of an adapter), or a name on the hub"
     )
-    show.add_argument(
-        "images",
-        type=Path,
-        metavar="IMAGES",
-        help="folder of images, or of a subfolder for each class",
-    )
-    show.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="another model; may be repeated",
-    )
-    show.add_argument(
-        "--masks", type=Path, metavar="PATH", help="folder of PNGs, or COCO annotations (*.json)"
-    )
-    show.add_argument(
-        "--background",
+    show.option("IMAGES", "folder of images, or of a subfolder for each class", type=Path)
+    show.option("--compare MODEL", "another model; may be repeated", action="append", default=[])
+    show.option("--masks PATH", "folder of PNGs, or COCO annotations (*.json)", type=Path)
+    show.option(
+        "--background A,B",
+        "mask values to treat as background (default: 0,255)",
         type=integers,
         default=(0, 255),
-        metavar="A,B",
-        help="mask values to treat as background (default: 0,255)",
     )
-    show.add_argument(
-        "--labels",
+    show.option(
+        "--labels CSV",
+        "file with columns image and label, instead of a subfolder for each class",
         type=Path,
-        metavar="CSV",
-        help="file with columns image and label, instead of a subfolder for each class",
     )
-    show.add_argument(
-        "--layers", type=integers, metavar="A,B", help="0 is the input of the LLM (default: all)"
-    )
-    show.add_argument(
-        "--metrics",
+    show.option("--layers A,B", "0 is the input of the LLM (default: all)", type=integers)
+    show.option(
+        "--metrics A,B",
+        f"some of {', '.join(METRICS)} (default: all)",
         type=some_metrics,
         default=METRICS,
-        metavar="A,B",
-        help=f"some of {', '.join(METRICS)} (default: all)",
     )
-    show.add_argument("--no-lens", action="store_true", help="do not measure the logit lens")
-    show.add_argument(
-        "--limit",
+    show.option("--no-lens", "do not measure the logit lens")
+    show.option(
+        "--limit N",
+        "use at most N images, balanced over classes (default: all)",
         type=lambda text: at_least(text, 1),
-        metavar="N",
-        help="use at most N images, balanced over classes (default: all)",
     )
-    show.add_argument(
-        "--maps",
+    show.option(
+        "--maps N",
+        "draw heat maps for N images (default: %(default)s)",
         type=lambda text: at_least(text, 0),
         default=3,
-        metavar="N",
-        help="draw heat maps for N images (default: %(default)s)",
     )
-    show.add_argument(
-        "--prompt",
-        default=None,
-        metavar="TEXT",
-        help='text after the image (default: "Describe the image.")',
-    )
-    show.add_argument(
-        "--dtype",
+    show.option("--prompt TEXT", 'text after the image (default: "Describe the image.")')
+    show.option(
+        "--dtype NAME",
+        f"one of {', '.join(DTYPES)} (default: auto, as the weights are saved)",
         choices=DTYPES,
         default="auto",
-        metavar="NAME",
-        help=f"one of {', '.join(DTYPES)} (default: auto, as the weights are saved)",
     )
-    show.add_argument(
-        "--device",
+    show.option(
+        "--device NAME",
+        "auto: a GPU if there is one; spread: all GPUs, for a large model (default: auto)",
         default="auto",
-        metavar="NAME",
-        help="auto: a GPU if there is one; spread: all GPUs, for a large model (default: auto)",
     )
-    show.add_argument(
-        "--seed",
+    show.option(
+        "--seed N",
+        "seed for the order of images and the probes' split (default: %(default)s)",
         type=int,
         default=0,
-        metavar="N",
-        help="seed for the order of images and the probes' split (default: %(default)s)",
     )
-    show.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model"
-    )
-    show.add_argument(
-        "--out",
+    show.option("--trust-remote-code", "run code that comes with the model")
+    show.option(
+        "--out DIR",
+        "folder for the files (default: %(default)s)",
         type=Path,
         default=Path("diagnose-out"),
-        metavar="DIR",
-        help="folder for the files (default: %(default)s)",
     )
 
 
@@ -193,40 +140,30 @@ def add_trace(commands: Any) -> None:
         metavar="LOG",
         help="trainer_state.json, or a folder with one",
     )
-    trace.add_argument(
-        "--layer", type=int, metavar="L", help="layer to draw (default: the middle one in the log)"
-    )
-    trace.add_argument(
-        "--metric",
-        "--figure",
+    trace.option("--layer L", "layer to draw (default: the middle one in the log)", type=int)
+    trace.option(
+        "--metric --figure NAME",
+        "metric of the layer (default: %(default)s); --figure is its old name",
         default=TRACE_DEFAULTS["metric"],
-        metavar="NAME",
-        help="metric of the layer (default: %(default)s); --figure is its old name",
     )
-    trace.add_argument(
-        "--score",
+    trace.option(
+        "--score NAME",
+        "name of the score in the log (default: %(default)s)",
         default=TRACE_DEFAULTS["score"],
-        metavar="NAME",
-        help="name of the score in the log (default: %(default)s)",
     )
-    trace.add_argument(
-        "--scores",
+    trace.option(
+        "--scores CSV",
+        "files with columns step and score, one for each LOG, instead of --score",
         type=Path,
         nargs="+",
-        metavar="CSV",
-        help="files with columns step and score, one for each LOG, instead of --score",
     )
-    trace.add_argument(
+    trace.option(
         "--loss",
-        action="store_true",
-        help="draw the task loss instead: task_loss of the log, or loss where the log has no "
+        "draw the task loss instead: task_loss of the log, or loss where the log has no "
         "L_PRe; as logged, and smoothed over a twentieth of the steps",
     )
-    trace.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="png, svg or pdf (default: trace.png, with --loss loss.png)",
+    trace.option(
+        "--out FILE", "png, svg or pdf (default: trace.png, with --loss loss.png)", type=Path
     )
 
 
