@@ -132,10 +132,7 @@ GOALS = [
     *_of_dtype("bf16", 0.95),
     *_of_dtype("fp32", 0.85),
     Goal(
-        "fp16: time ÷ eager",
-        "≤",
-        1.0,
-        partial(over, ("eager",), milliseconds, ("fp16",), SHAPES),
+        "fp16: time ÷ eager", "≤", 1.0, partial(over, ("eager",), milliseconds, ("fp16",), SHAPES)
     ),
     Goal(
         "N = 64, widths of 64: time ÷ eager",

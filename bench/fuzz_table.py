@@ -85,21 +85,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     records = [
         entry for entry in records if (entry["seed"], entry["date"]) == (last["seed"], last["date"])
     ]
-    by_activation = [
-        "## By activation",
-        "",
-        _table(records, GROUP),
-    ]
+    by_activation = ["## By activation", "", _table(records, GROUP)]
     return "\n".join(
-        [
-            _table(records, GROUP[:3]),
-            "",
-            _summary(records),
-            "",
-            below(records),
-            "",
-            *by_activation,
-        ]
+        [_table(records, GROUP[:3]), "", _summary(records), "", below(records), "", *by_activation]
     )
 
 

@@ -43,15 +43,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from verify.mutation.mutants import (
-    FILES,
-    PACKAGE,
-    SURVIVORS,
-    Mutant,
-    every_mutant,
-    named,
-    stale,
-)
+from verify.mutation.mutants import FILES, PACKAGE, SURVIVORS, Mutant, every_mutant, named, stale
 from verify.mutation.runner import (
     GENERAL,
     ROOT,

@@ -74,16 +74,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         ]
         others = (total["timeout"], total["equivalent"], alive - total["equivalent"])
         rows.append((entry["item"], f"{sum(total.values()):,}", *cells, *map(str, others)))
-    return "\n".join(
-        [
-            markdown(rows),
-            "",
-            _summary(records),
-            "",
-            below(records),
-            *_named(records),
-        ]
-    )
+    return "\n".join([markdown(rows), "", _summary(records), "", below(records), *_named(records)])
 
 
 def _sum(records: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:

@@ -38,11 +38,7 @@ def predicted(names: Iterable[str], device: Cpu | Cuda, seconds: float | None) -
 
 
 def too_slow(
-    baseline: baselines.Baseline,
-    shape: shapes.Shape,
-    dtype: str,
-    device: Cpu | Cuda,
-    limit: float,
+    baseline: baselines.Baseline, shape: shapes.Shape, dtype: str, device: Cpu | Cuda, limit: float
 ) -> str | None:
     """Return why a step of a baseline is not waited for; None if it takes at most `limit` seconds.
 

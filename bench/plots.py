@@ -52,10 +52,7 @@ def bars(records: Iterable[Record], path: Path, note: str = "") -> None:
         1, 2, figsize=(12, 1.2 + 0.5 * len(runs)), sharey=True, layout="constrained"
     )
     for axis, key, title in zip(
-        axes,
-        ("floor", "peak"),
-        ("time ÷ the six bare matmuls", "peak memory ÷ eager"),
-        strict=True,
+        axes, ("floor", "peak"), ("time ÷ the six bare matmuls", "peak memory ÷ eager"), strict=True
     ):
         for offset, name in enumerate(names):
             values = [ratios(run, name)[key] or 0 for run in runs]

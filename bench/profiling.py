@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,13 +36,11 @@ from pre_kernels.check.timing import interleaved, spread
 
 from . import ROOT, baselines, kept, record, shapes, suite, tables, where
 from .gpu_goals import KEPT
+from .gpu_stages import module
 from .kept_guarantees import guarantees, impls
 
 # MiB of workspace in a sweep
-MIBS = {
-    "cuda": (8, 16, 32, 64, 128, 256, 512, 1024),
-    "cpu": (2, 4, 8, 16, 32, 64, 128, 256),
-}
+MIBS = {"cuda": (8, 16, 32, 64, 128, 256, 512, 1024), "cpu": (2, 4, 8, 16, 32, 64, 128, 256)}
 # baselines that are measured beside the sweep
 BESIDE: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("eager", "compile")}
 SHAPE = {"cuda": "llava15-7b-sft", "cpu": "cpu-16k"}
@@ -207,19 +204,9 @@ def firstcall(device: Cpu | Cuda, shape: shapes.Shape, dtype: str) -> Records:
     for name in impls(device, dtype):
         with tempfile.TemporaryDirectory() as cache:
             for item in ("cold cache", "warm cache"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "bench.profiling",
-                    "first",
-                    "--shape",
-                    shape.name,
-                    "--dtype",
-                    dtype,
-                    # It keeps no record.
-                    "--results",
-                    cache,
-                ]
+                size = ["--shape", shape.name, "--dtype", dtype]
+                # It keeps no record.
+                command = module("bench.profiling", "first", *size, "--results", cache)
                 environment = os.environ | {"TRITON_CACHE_DIR": cache, "BENCH_IMPL": name}
                 done = subprocess.run(
                     command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -89,26 +89,24 @@ def smolvlm(size: Size) -> Any:
     )
 
 
+def transformer(width: int, inner: int, layers: int, heads: int, **more: int) -> dict[str, int]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, **more}
+
+
+def llama(*sizes: int, kv_heads: int, vocabulary: int, positions: int) -> dict[str, int]:
+    more = {"vocab_size": vocabulary, "max_position_embeddings": positions}
+    return transformer(*sizes, num_key_value_heads=kv_heads, **more)
+
+
 LLAVA = Size(
     "llava15-7b",
     llava,
     "bf16",
     16,
     1024,
-    {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }
-    | {"num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096},
-    {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    | {"image_size": 336, "patch_size": 14, "projection_dim": 768},
+    llama(4096, 11008, 32, 32, kv_heads=32, vocabulary=32064, positions=4096),
+    transformer(1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768),
     16,
 )
 SMOLVLM = Size(
@@ -117,20 +115,8 @@ SMOLVLM = Size(
     "fp32",
     6,
     96,
-    {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-    }
-    | {"num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192},
-    {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    }
-    | {"image_size": 512, "patch_size": 16},
+    llama(576, 1536, 30, 9, kv_heads=3, vocabulary=49280, positions=8192),
+    transformer(768, 3072, 12, 12, image_size=512, patch_size=16),
     15,
     scale=4,
     images=(1,),
@@ -141,10 +127,8 @@ TINY = Size(
     "bf16",
     2,
     24,
-    {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    | {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64},
-    {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    | {"image_size": 8, "patch_size": 2, "projection_dim": 16},
+    llama(32, 64, 4, 2, kv_heads=2, vocabulary=64, positions=64),
+    transformer(16, 32, 3, 2, image_size=8, patch_size=2, projection_dim=16),
     2,
 )
 DEFAULT = {"cpu": SMOLVLM, "cuda": LLAVA}

@@ -125,10 +125,7 @@ class EncoderAnchor:
             if image_mean is None
             else (_color("image_mean", image_mean), _color("image_std", image_std))
         )
-        self.wanted = (
-            _color("encoder_mean", encoder_mean),
-            _color("encoder_std", encoder_std),
-        )
+        self.wanted = (_color("encoder_mean", encoder_mean), _color("encoder_std", encoder_std))
         its = getattr(encoder, "config", None)
         self.size = checks.width("size", getattr(its, "image_size", None) if size is None else size)
         self.anchor_dim = checks.width(

@@ -108,10 +108,7 @@ class Following:
                 return start(process, *args, **kwargs)
             command = arguments.get("args")
             changed = self.changed(
-                command,
-                arguments.get("cwd"),
-                arguments.get("env"),
-                bool(arguments.get("shell")),
+                command, arguments.get("cwd"), arguments.get("env"), bool(arguments.get("shell"))
             )
             arguments["args"] = changed
             start(*bound.args, **bound.kwargs)

@@ -345,23 +345,16 @@ class PreHandle(ScheduledWeight):
         deferred = self._deferred
         divisor, ungrouped = (deferred.divisor, deferred.ungrouped) if deferred else (None, False)
         heads = self.head if self._several else [self.head]
-        losses = self._objective.losses(seen, heads, divisor, ungrouped)
-        self.totals.add(
-            losses.layers,
-            full_divisor=losses.full_divisor,
-            count=losses.count,
-            tokens=losses.tokens,
-            cosines=losses.cosines,
-            skipped=losses.skipped,
-        )
+        losses, cosines, terms = self._objective.losses(seen, heads, divisor, ungrouped)
+        self.totals.add(losses, cosines, terms)
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
             self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
 
-        device = losses.layers[0].device
-        total = torch.stack([loss.to(device) for loss in losses.layers]).mean()
+        device = losses[0].device
+        total = torch.stack([loss.to(device) for loss in losses]).mean()
         term = self.scheduled_weight * total
         if deferred is not None:
-            deferred.add(term, losses.counted)
+            deferred.add(term, terms.counted)
         elif self._labels is None:
             self._own = term
         else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pre_kernels import PreHead
 
 from .task_loss import BackwardLosses, sum_dtype
+from .terms import Terms
 
 SAMPLE = 256  # rows of a forward whose cosines are computed only for the log
 NOT_LOGGED = ("pre_rows", "pre_forwards")
@@ -64,30 +65,21 @@ class Totals:
         self._contributed = False
         self._saw_tokens = False
 
-    def add(
-        self,
-        losses: Sequence[Tensor],
-        *,
-        full_divisor: Tensor | float,
-        count: Tensor,
-        tokens: Tensor,
-        cosines: Sequence[Tensor],
-        skipped: Tensor | None,
-    ) -> None:
-        """Add a forward with these attributes of `Losses`; no host sync."""
+    def add(self, losses: Sequence[Tensor], cosines: Sequence[Tensor], terms: Terms) -> None:
+        """Add a forward, from what `Objective.losses` returned; no host sync."""
         device = losses[0].device
         dtype = sum_dtype(device)
-        divisor = torch.as_tensor(full_divisor).to(device)
+        divisor = torch.as_tensor(terms.full_divisor).to(device)
         # With the cosine loss there are no sampled cosines.
         sampled = torch.zeros(2, dtype=dtype, device=device)
         if cosines:
             sampled = torch.stack([pair.to(device, dtype) for pair in cosines]).sum(0)
         values = dict(zip(("cosine", "sampled"), sampled, strict=True))
-        values |= {"count": count, "tokens": tokens}
+        values |= {"count": terms.count, "tokens": terms.tokens.sum()}
         for name, loss in zip(self.layers.values(), losses, strict=True):
             values[name] = loss.detach().to(device) * divisor
-        if skipped is not None:
-            values["skipped"] = skipped
+        if terms.skipped is not None:
+            values["skipped"] = terms.skipped
         packed = torch.stack([values[name].to(device, dtype) for name in self.summed])
         self._sums = packed if self._sums is None else self._sums + packed
         self.forwards += 1

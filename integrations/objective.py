@@ -17,32 +17,8 @@ from .averaging import Average
 from .capture import CapturedForward
 from .distributed import Group
 from .metrics import sample_cosine
-from .terms import TermOptions, Terms, agreed_divisor, count_images, find_terms
+from .terms import TermOptions, Terms, count_images, find_terms, no_terms
 from .tokens import find_tokens, indices, pool, warn_of_images
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses of one forward.
-
-    Attributes:
-        layers: each layer's loss, 0-d, on its own device: Σ weight · ℓ over all terms divided by
-            `full_divisor`.
-        full_divisor: 0-d or a number.
-        count: the number of this forward's terms (visual tokens or images), 0-d.
-        tokens: the number of visual tokens, 0-d.
-        cosines: for each layer the sum and the number of sampled cosines, (2,); empty with the
-            cosine loss.
-        skipped, counted: as in `Terms`.
-    """
-
-    layers: list[Tensor]
-    full_divisor: Tensor | float
-    count: Tensor
-    tokens: Tensor
-    cosines: list[Tensor]
-    skipped: Tensor | None
-    counted: Tensor
 
 
 @dataclass(kw_only=True)
@@ -92,14 +68,22 @@ class Objective(TermOptions):
         heads: Sequence[nn.Module],
         divisor: Tensor | float | None,
         ungrouped: bool = False,
-    ) -> Losses:
-        """The heads' losses of a forward.
+    ) -> tuple[list[Tensor], list[Tensor], Terms]:
+        """The losses of a forward, one for each head.
 
         Args:
             divisor: the sum of the terms is divided by it. None: the mean over the terms of the
                 forward, or of the group's forwards.
             ungrouped: without a divisor, take the forward's mean even if there is a group, because
                 its other processes may have a divisor.
+
+        Returns:
+            The losses, 0-d, each on its layer's device: Σ weight · ℓ over all terms divided by
+                `full_divisor`.
+            For each head the sum and the number of sampled cosines, (2,); empty with the cosine
+                loss.
+            The terms. A forward without tokens has none, and its losses are 0 with the heads in the
+                graph, because DDP waits for the heads' gradients on every rank.
         """
         # A divisor is that of all processes, also if only others have one.
         over = Group("world") if ungrouped or divisor is not None else self.group
@@ -108,13 +92,14 @@ class Objective(TermOptions):
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
             no_dtensor("hidden", tensor)
-        if visual is None:
-            return alone._without_tokens(seen, hidden, heads, divisor, over)
-
-        visual.check(hidden[0])
-        warn_of_images(self.parts, visual, seen.inputs)
+        if visual is not None:
+            visual.check(hidden[0])
+            warn_of_images(self.parts, visual, seen.inputs)
         with torch.no_grad():
-            terms = find_terms(alone, seen, visual, hidden, divisor, over)
+            if visual is None:
+                terms = no_terms(alone, hidden, divisor, over)
+            else:
+                terms = find_terms(alone, seen, visual, hidden, divisor, over)
         selection = terms.rows
         if selection is not None:
             flat = [anchor for anchor in terms.anchors if anchor.shape[:-1] != selection.shape]
@@ -132,24 +117,15 @@ class Objective(TermOptions):
             rows = None if selection is None else selection.to(device)
             anchor = anchor.to(device)
             with _products(seen, target.layer, state, head):
-                options = self._options(state, terms)
-                if selection is not terms.rows:
-                    options.pop("capacity", None)
-                losses.append(head(state, anchor, rows, **options))
+                losses.append(head(state, anchor, rows, **self._options(state, rows, terms)))
+                # A sharded head gathers its parameters at each call, so every rank has to call it
+                # equally often.
                 if self.loss != "cosine":
                     mask = None if terms.rows is None else terms.rows.to(device)
                     cosines.append(sample_cosine(head, state, anchor, mask, self.impl))
-        return Losses(
-            layers=losses,
-            full_divisor=terms.full_divisor,
-            count=terms.count,
-            tokens=terms.tokens.sum(),
-            cosines=cosines,
-            skipped=terms.skipped,
-            counted=terms.counted,
-        )
+        return losses, cosines, terms
 
-    def _options(self, state: Tensor, terms: Terms) -> dict[str, Any]:
+    def _options(self, state: Tensor, rows: Tensor | None, terms: Terms) -> dict[str, Any]:
         """Keywords of a head's call on `state`, in the autocast state of the matmuls."""
         device = state.device
         options: dict[str, Any] = {
@@ -159,7 +135,8 @@ class Objective(TermOptions):
             "images": terms.gram_images,
         }
         half = state.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
-        if self.fraction < 1 and not (self.impl == "auto" and half):
+        masked = rows is not None and rows.dtype == torch.bool
+        if self.fraction < 1 and masked and not (self.impl == "auto" and half):
             # A capacity makes "blas" compute exactly that many rows. In half precision leave it
             # out: impl="auto" then picks "triton", which skips unselected rows by itself.
             options["capacity"] = int(self.fraction * math.prod(state.shape[:-1])) + 1
@@ -167,49 +144,6 @@ class Objective(TermOptions):
             name: Uncast(value.to(device)) if torch.is_tensor(value) else value
             for name, value in options.items()
         }
-
-    def _without_tokens(
-        self,
-        seen: CapturedForward,
-        hidden: list[Tensor],
-        heads: Sequence[nn.Module],
-        divisor: Tensor | float | None,
-        over: Group | None,
-    ) -> Losses:
-        """A loss of 0 for each layer with the head in the graph, because DDP waits for the head's
-        gradients on every rank."""
-        zero = torch.zeros((), dtype=torch.long)
-        anchors: list[Any] = []
-        for target in self.targets:
-            if self.anchor_norm == "center" and over is not None and target.anchor not in anchors:
-                anchors.append(target.anchor)
-                over.mean(hidden[0].new_zeros(1, target.anchor_dim + 1))
-        agreed = agreed_divisor(self.group, zero, hidden[0].device, divisor)
-        losses = []
-        cosines = []
-        for target, state, head in zip(self.targets, hidden, heads, strict=True):
-            no_rows = state.new_zeros(0, dtype=torch.long)
-            anchor = state.new_zeros(0, target.anchor_dim)
-            normalizer = agreed.to(state.device) if torch.is_tensor(agreed) else agreed
-            with _products(seen, target.layer, state, head):
-                options = {"impl": self.impl, "normalizer": normalizer}
-                if self.gram_over is not None:
-                    options["images"] = "batch"
-                losses.append(head(state, anchor, no_rows, **options))
-                # A sharded head gathers its parameters at each call, so every rank has to call it
-                # equally often.
-                if self.loss != "cosine":
-                    no_state = state[..., :0, :]
-                    cosines.append(sample_cosine(head, no_state, anchor, None, self.impl))
-        return Losses(
-            layers=losses,
-            full_divisor=1.0 if agreed is None else agreed,
-            count=zero,
-            tokens=zero,
-            cosines=cosines,
-            skipped=zero if self.nonfinite == "skip" else None,
-            counted=zero,
-        )
 
 
 def _products(

@@ -166,6 +166,41 @@ def find_terms(
     )
 
 
+def no_terms(
+    options: TermOptions,
+    hidden: Sequence[Tensor],
+    divisor: Tensor | float | None,
+    over: Group | None,
+) -> Terms:
+    """The terms of a forward without visual tokens, with the arguments of `find_terms`: none.
+
+    Where processes count together, they wait for each other's numbers, so this one has to take part
+    with zeros."""
+    zero = torch.zeros((), dtype=torch.long)
+    anchors: list[Any] = []
+    for target in options.targets:
+        if options.anchor_norm == "center" and over is not None and target.anchor not in anchors:
+            anchors.append(target.anchor)
+            over.mean(hidden[0].new_zeros(1, target.anchor_dim + 1))
+    agreed = agreed_divisor(options.group, zero, hidden[0].device, divisor)
+    no_rows = hidden[0].new_zeros(0, dtype=torch.long)
+    return Terms(
+        tokens=no_rows,
+        rows=no_rows,
+        anchors=[
+            h.new_zeros(0, t.anchor_dim) for h, t in zip(hidden, options.targets, strict=True)
+        ],
+        weight=None,
+        count=zero,
+        full_divisor=1.0 if agreed is None else agreed,
+        drawn_divisor=agreed,
+        images=None,
+        gram_images=None if options.gram_over is None else "batch",
+        skipped=zero if options.nonfinite == "skip" else None,
+        counted=zero,
+    )
+
+
 def count_images(numbers: Tensor) -> Tensor:
     """The number of different images in the indices of visual tokens' images, 0-d."""
     return torch.tensor(numbers.unique().numel())

@@ -272,14 +272,11 @@ def arguments(
     workspace: Any,
     capacity: Any,
     precision: Any,
-    norm: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    norm_eps: Any,
+    norm: tuple[Any, Any, Any, Any],
     images: Any,
 ) -> Problem:
     """Check the arguments of `fused_pre_loss` and flatten their leading shapes, without reading the
-    device. `layers` holds its w1, b1, ..., b3 by name."""
+    device. `layers` holds its w1, b1, ..., b3 by name; `norm` is its norm, weight, bias and eps."""
     choice("loss", loss, ALL_LOSSES)
     if (loss == "gram") == (images is None):
         raise ValueError(
@@ -315,7 +312,7 @@ def arguments(
             f"{'hidden' if dim == 0 else 'anchor'}: got a last dimension of 0, want at least 1"
         )
     parameters = _check_layers(layers, dim, out_dim, device)
-    scales = _check_norm(norm, norm_weight, norm_bias, norm_eps, dim, device)
+    scales = _check_norm(*norm, dim, device)
     dtype = _product_dtype(hidden, parameters | scales)
 
     if rows is not None:
@@ -378,7 +375,7 @@ def arguments(
             workspace=workspace,
             capacity=capacity,
             precision=precision,
-            norm=norm,
-            norm_eps=norm_eps,
+            norm=norm[0],
+            norm_eps=norm[-1],
         ),
     )

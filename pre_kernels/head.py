@@ -12,6 +12,8 @@ from . import checks
 from .loss import fused_pre_loss
 
 PARAMETERS = ("w1", "b1", "w2", "b2", "w3", "b3", "norm_weight", "norm_bias")
+# The keywords of the loss that are attributes of the head.
+OPTIONS = ("loss", "activation", "norm", "norm_eps", *PARAMETERS[4:])
 
 
 class Uncast:
@@ -172,21 +174,11 @@ class PreHead(nn.Module):
 
         It raises the errors of `fused_pre_loss`.
         """
-        options = {
+        given = {
             name: value.tensor if isinstance(value, Uncast) else value
             for name, value in options.items()
         }
-        options.setdefault("loss", self.loss)
-        options.setdefault("activation", self.activation)
-        if self.depth == 3:
-            options.update(w3=self.w3, b3=self.b3)
-        if self.norm is not None:
-            options.update(
-                norm=self.norm,
-                norm_weight=self.norm_weight,
-                norm_bias=self.norm_bias,
-                norm_eps=self.norm_eps,
-            )
+        options = {name: getattr(self, name) for name in OPTIONS} | given
         return fused_pre_loss(hidden, anchor, self.w1, self.b1, self.w2, self.b2, rows, **options)
 
     def extra_repr(self) -> str:

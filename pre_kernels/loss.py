@@ -242,10 +242,7 @@ def fused_pre_loss(
         workspace=workspace,
         capacity=capacity,
         precision=precision,
-        norm=norm,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        norm_eps=norm_eps,
+        norm=(norm, norm_weight, norm_bias, norm_eps),
         images=images,
     )
     if norm_weight is not None or norm_bias is not None:

@@ -19,12 +19,7 @@ PACKAGE = Path(__file__).parent
 CORE = ("loss.py", "head.py", "checks.py", "problem.py", "reference.py", "fused")
 # What decides the numbers of the demo, without its texts, plots and progress.
 DEMO = ("compare", "evaluate", "model", "scenes", "settings", "text", "threads", "train")
-TRAINED = (
-    *CORE,
-    "integrations",
-    *(f"demo/{name}.py" for name in DEMO),
-    "diagnostics/measures",
-)
+TRAINED = (*CORE, "integrations", *(f"demo/{name}.py" for name in DEMO), "diagnostics/measures")
 # For each kind of result the files and folders of the package that it depends on; CORE for others.
 MEASURED = {
     "loss": CORE,

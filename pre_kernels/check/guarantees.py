@@ -17,7 +17,8 @@ from .cases import Step, step
 from .device import Cpu, Cuda
 from .rule import Case
 
-# `graph` and `fullgraph` return these outcomes where the guarantee holds.
+# The checks return these outcomes where the guarantee holds.
+NO_SYNC = "no sync"
 CAPTURED = "captured, same gradients"
 NO_BREAK = "no break"
 
@@ -32,7 +33,7 @@ def sync(device: Cpu | Cuda, function: Callable[..., Tensor], case: Case) -> str
             again()
     finally:
         device.synchronize()
-    return "no sync"
+    return NO_SYNC
 
 
 @contextlib.contextmanager

@@ -148,26 +148,26 @@ class Checks:
         return Finding("fail" if verdict.failure else "pass", says, verdict._asdict())
 
     def sync(self) -> Finding:
-        if isinstance(self.device, Cpu):
-            return Finding("skip", "not on a CPU")
-        if short := self._short(self.small, self.dtype):
-            return short
-        calls = self.calls()
-        for name, call in calls.items():
-            _named(name, guarantees.sync, self.device, self.function, call)
-        return Finding("pass", ", ".join(calls))
+        return self._each(
+            lambda call: guarantees.sync(self.device, self.function, call), guarantees.NO_SYNC
+        )
 
     def graph(self) -> Finding:
+        return self._each(
+            lambda call: guarantees.graph(self.device, step(self.function, call), call)[0],
+            guarantees.CAPTURED,
+        )
+
+    def _each(self, check: Callable[[Case], str], wanted: str) -> Finding:
+        """Check a guarantee of the GPU on each of the small calls."""
         if isinstance(self.device, Cpu):
             return Finding("skip", "not on a CPU")
         if short := self._short(self.small, self.dtype):
             return short
         calls = self.calls()
         for name, call in calls.items():
-            outcome, _ = _named(
-                name, guarantees.graph, self.device, step(self.function, call), call
-            )
-            if outcome != guarantees.CAPTURED:
+            outcome = _named(name, check, call)
+            if outcome != wanted:
                 return Finding("fail", f"{name}: {outcome}")
         return Finding("pass", ", ".join(calls))
 
@@ -314,14 +314,9 @@ def report(
             break
     if not large:
         says = "not checked, because the kernels are interpreted"
-        tell(
-            {
-                "check": "real size, memory, time",
-                **Finding("skip", says)._asdict(),
-                "traceback": None,
-                "seconds": 0.0,
-            }
-        )
+        skipped = Finding("skip", says)._asdict()
+        name = "real size, memory, time"
+        tell({"check": name, **skipped, "traceback": None, "seconds": 0.0})
     tell({"done": True})
 
 
@@ -329,13 +324,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("impl")
-    parser.add_argument("width", type=int)
-    parser.add_argument("rows", type=int)
-    parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument(
-        "--peak", action="store_true", help="measure only the peak of resident memory"
-    )
+    add = parser.add_argument
+    add("impl")
+    add("width", type=int)
+    add("rows", type=int)
+    add("dtype", choices=DTYPES)
+    add("--peak", action="store_true", help="measure only the peak of resident memory")
     options = parser.parse_args(argv)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     # Libraries print to stderr from here on, so every line on stdout is a record.

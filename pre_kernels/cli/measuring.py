@@ -134,11 +134,7 @@ def add_trace(commands: Any) -> None:
         epilog=TRACE,
     )
     trace.add_argument(
-        "logs",
-        type=Path,
-        nargs="+",
-        metavar="LOG",
-        help="trainer_state.json, or a folder with one",
+        "logs", type=Path, nargs="+", metavar="LOG", help="trainer_state.json, or a folder with one"
     )
     trace.option("--layer L", "layer to draw (default: the middle one in the log)", type=int)
     trace.option(

@@ -71,8 +71,7 @@ def _measure(
     jobs = min(jobs, max(left, 1))
     total = left * stages.seconds(settings)
     console.print(
-        f"{plural(left, 'seed')}, {jobs} at a time: {Estimate(total, jobs)}",
-        highlight=False,
+        f"{plural(left, 'seed')}, {jobs} at a time: {Estimate(total, jobs)}", highlight=False
     )
     restore = quiet()
     try:
@@ -104,10 +103,7 @@ def show(results: dict[str, Any], paths: list[Path], out: Path, console: Console
     console.print(words.ABOUT, style="dim", highlight=False)
     console.print()
     table = Table(
-        box=None,
-        title=SMOKE_TITLE if smoke else None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
+        box=None, title=SMOKE_TITLE if smoke else None, padding=(0, 2, 0, 0), pad_edge=False
     )
     wide = console.width >= WIDE
     rows = short_rows(results, spreads=wide)

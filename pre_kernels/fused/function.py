@@ -40,28 +40,16 @@ class _PreLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        w1: Tensor,
-        b1: Tensor | None,
-        w2: Tensor | None,
-        b2: Tensor | None,
-        w3: Tensor | None,
-        b3: Tensor | None,
-        anchor: Tensor,
-        rows: Tensor | None,
-        weight: Tensor | None,
-        images: Tensor | None,
-        normalizer: Tensor | None,
-        options: tuple[Any, ...],
-        impl: str,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, ...]:
-        tensors = (hidden, w1, b1, w2, b2, w3, b3, anchor, rows, weight, images, normalizer)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Compute the loss from the fields of a `Problem`, the options as a tuple, the name of the
+        implementation, and whether grad mode is on."""
+        *tensors, options, impl, grad_enabled = arguments
+        problem = Problem._make([*tensors, Options(*options)])
+        hidden = problem.hidden
+        rows = problem.rows
         nothing = [False] * DIFFERENTIABLE
         wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE]) if grad_enabled else nothing
-        recompute = recomputes(Options(*options))
+        recompute = recomputes(problem.options)
         # `_Once` reaches this node of the graph by this output.
         token = hidden.new_empty(0)
         loss, divisor, scatter_map, dh, *sums = ops.call(
@@ -80,16 +68,16 @@ class _PreLoss(torch.autograd.Function):
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(
                     *tensors[:DIFFERENTIABLE],
-                    _constant(anchor),
+                    _constant(problem.anchor),
                     rows,
-                    _constant(weight),
-                    images,
+                    _constant(problem.weight),
+                    problem.images,
                     divisor,
                     token,
                 )
             else:
                 # The torch steps have passed dH through the norm already.
-                normed = wanted[0] and Options(*options).norm is not None and impl != "torch"
+                normed = wanted[0] and problem.options.norm is not None and impl != "torch"
                 ctx.save_for_backward(scatter_map, hidden if normed else None, dh, *sums, token)
         # dH and the scatter map are outputs: under torch.compile their first size may depend on
         # data, and such a size must not stay hidden in ctx.

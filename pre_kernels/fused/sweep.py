@@ -159,10 +159,7 @@ class Steps(Protocol):
 
     @staticmethod
     def scale(
-        grads: Gradients,
-        dtypes: Sequence[torch.dtype],
-        upstream: Tensor | None,
-        in_place: bool,
+        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
     ) -> tuple[Tensor | None, ...]:
         """Return upstream · (w1, b1, ..., b3) in `dtypes`, with column sums added up. With
         `in_place` a matrix that has its dtype is scaled where it is."""

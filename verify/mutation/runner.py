@@ -197,10 +197,7 @@ def pytest_in(folder: Path, plugin: Tests, files: Iterable[str]) -> int:
     """Run pytest in the child, where nothing of the package is imported yet."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [
-        str(folder),
-        *(path for path in sys.path if Path(path or ".").resolve() != ROOT),
-    ]
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     options = [
         "-x",
         "-q",

@@ -331,10 +331,7 @@ def heat_maps(heat_map: Mapping[str, Any]) -> Figure:
     # Whatever the shape of the image, its tile has an area of 1.5 x 1.5 inches.
     tile_width = 1.5 / math.sqrt(height / width)
     tile_height = 1.5 * math.sqrt(height / width)
-    size = (
-        tile_width * (len(layers) + 1) + 1,
-        (tile_height + 0.12) * len(similarity) + 0.3,
-    )
+    size = (tile_width * (len(layers) + 1) + 1, (tile_height + 0.12) * len(similarity) + 0.3)
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(similarity), len(layers) + 1, squeeze=False)
