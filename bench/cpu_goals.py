@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from . import goals
-from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, runs
+from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, having, runs
 
 SHAPES = ("cpu-16k", "cpu-4k-encoder")
 SMALL = "cpu-small"
@@ -63,13 +63,8 @@ def small_memory(dtype: str, records: list[Record]) -> Finding | None:
     """Return the extra peak of the workspace that takes the least, ÷ eager's in the same sweep: the
     worst of the shapes."""
     sweeps: dict[str, list[Record]] = {}
-    for entry in records:
-        if (
-            entry["kind"] == "workspace"
-            and entry["dtype"] == dtype
-            and entry["shape"] in SHAPES
-            and "peak_mib" in entry
-        ):
+    for entry in having(records, kind="workspace", dtype=dtype):
+        if entry["shape"] in SHAPES and "peak_mib" in entry:
             sweeps.setdefault(entry["group"], []).append(entry)
     findings = []
     for sweep in sweeps.values():
@@ -90,9 +85,8 @@ def outside(records: list[Record]) -> Finding | None:
     """Return how many runs of ours broke the error rule. Such runs have no time either."""
     judged = [
         entry
-        for entry in records
-        if entry["kind"] == "loss"
-        and entry["shape"] in (*SHAPES, SMALL)
+        for entry in having(records, kind="loss")
+        if entry["shape"] in (*SHAPES, SMALL)
         and entry["peer"].startswith("ours-")
         and ("failed" in entry or "error_ratio" in entry)
     ]
@@ -104,55 +98,39 @@ def outside(records: list[Record]) -> Finding | None:
     return Finding(len(broken), text, broken or judged, "; ".join(where)) if judged else None
 
 
-def _of_dtype(dtype: str, over_compiled: float) -> list[Goal]:
-    def ratio(
-        others: Sequence[str], metric: Callable[[Record], float | None]
-    ) -> Callable[..., Finding | None]:
-        return partial(over, others, metric, (dtype,), SHAPES)
+def _ratio(
+    others: Sequence[str],
+    metric: Callable[[Record], float | None],
+    *dtypes: str,
+    names: Sequence[str] = SHAPES,
+) -> Callable[[list[Record]], Finding | None]:
+    return partial(over, others, metric, dtypes, names)
 
+
+def _training(ratio: str) -> Callable[[list[Record]], Finding | None]:
+    return partial(field, "training", ratio, item=VLM)
+
+
+def _of_dtype(dtype: str, over_compiled: float) -> list[Goal]:
+    of_compiled = _ratio(MODES, milliseconds, dtype)
+    small = partial(small_memory, dtype)
     return [
-        Goal(
-            f"{dtype}: time ÷ the best of torch.compile",
-            "≤",
-            over_compiled,
-            ratio(MODES, milliseconds),
-        ),
-        Goal(f"{dtype}: time ÷ eager", "≤", 0.60, ratio(("eager",), milliseconds)),
-        Goal(f"{dtype}: extra peak ÷ torch.compile's", "≤", 1.0, ratio(MODES, extra)),
-        Goal(
-            f"{dtype}: extra peak ÷ eager's, a small workspace",
-            "≤",
-            0.20,
-            partial(small_memory, dtype),
-        ),
+        Goal(f"{dtype}: time ÷ the best of torch.compile", "≤", over_compiled, of_compiled),
+        Goal(f"{dtype}: time ÷ eager", "≤", 0.60, _ratio(("eager",), milliseconds, dtype)),
+        Goal(f"{dtype}: extra peak ÷ torch.compile's", "≤", 1.0, _ratio(MODES, extra, dtype)),
+        Goal(f"{dtype}: extra peak ÷ eager's, a small workspace", "≤", 0.20, small),
     ]
 
 
+TINY = _ratio(("eager",), milliseconds, "bf16", "fp32", names=(SMALL,))
 GOALS = [
     *_of_dtype("bf16", 0.95),
     *_of_dtype("fp32", 0.85),
-    Goal(
-        "fp16: time ÷ eager", "≤", 1.0, partial(over, ("eager",), milliseconds, ("fp16",), SHAPES)
-    ),
-    Goal(
-        "N = 64, widths of 64: time ÷ eager",
-        "≤",
-        1.5,
-        partial(over, ("eager",), milliseconds, ("bf16", "fp32"), (SMALL,)),
-    ),
+    Goal("fp16: time ÷ eager", "≤", 1.0, _ratio(("eager",), milliseconds, "fp16")),
+    Goal("N = 64, widths of 64: time ÷ eager", "≤", 1.5, TINY),
     Goal("runs outside the error rule", "≤", 0, outside),
-    Goal(
-        "training step of SmolVLM-256M, time",
-        "≤",
-        1.02,
-        partial(field, "training", "time_ratio", item=VLM),
-    ),
-    Goal(
-        "training step of SmolVLM-256M, memory",
-        "≤",
-        1.02,
-        partial(field, "training", "memory_ratio", item=VLM),
-    ),
+    Goal("training step of SmolVLM-256M, time", "≤", 1.02, _training("time_ratio")),
+    Goal("training step of SmolVLM-256M, memory", "≤", 1.02, _training("memory_ratio")),
 ]
 
 

@@ -38,7 +38,8 @@ OBJECTS = 8
 # the error that means of cosines may have with float32 matmuls
 TOLERANCE = 1e-5
 
-Step = Callable[[], tuple[float, float, float, float]]
+Means = tuple[float, float, float, float]
+Step = Callable[[], Means]
 
 
 def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -52,18 +53,14 @@ def case(patches: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
     return features.to(device), masks.to(device), (rows, patches // rows)
 
 
-def ours(
-    features: Tensor, masks: Tensor, grid: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def ours(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Means:
     layers = LayerReport(metrics=("structure",))
     layers.update({0: features}, features, masks=masks, grid=grid)
     (row,) = layers.rows()
     return row["cohesion"], row["coupling"], row["near"], row["far"]
 
 
-def matrix(
-    features: Tensor, masks: Tensor, grid: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def matrix(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Means:
     x = F.normalize(features, dim=-1)
     similarity = x @ x.T
     member = masks.to(similarity.dtype)
@@ -87,9 +84,7 @@ def relations(patches: int, grid: tuple[int, int], device: torch.device) -> tupl
     return down + along == 1, torch.maximum(down, along) > max(1, min(grid) // 4)
 
 
-def pairs(
-    features: Tensor, masks: Tensor, grid: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def pairs(features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Means:
     near, far = (
         relation.tolist() for relation in relations(len(features), grid, torch.device("cpu"))
     )
@@ -133,7 +128,7 @@ METHODS = {"ours": ours, "matrix": matrix, "pairs": pairs}
 def steps(patches: int, width: int, device: torch.device) -> dict[str, Step]:
     features, masks, grid = case(patches, width, device)
 
-    def bound(function: Callable[..., tuple[float, float, float, float]]) -> Step:
+    def bound(function: Callable[..., Means]) -> Step:
         return lambda: function(features, masks, grid)
 
     return {name: bound(function) for name, function in METHODS.items()}

@@ -29,11 +29,20 @@ class Goal(NamedTuple):
     find: Callable[[list[Record]], Finding | None]
 
 
+def having(records: Iterable[Record], **fields: Any) -> list[Record]:
+    """Return the records with these values."""
+    return [
+        entry
+        for entry in records
+        if all(entry.get(name) == value for name, value in fields.items())
+    ]
+
+
 def runs(records: Iterable[Record], **fields: Any) -> list[dict[str, Record]]:
     """Return the timed records of the loss by baseline, for each run that has these fields."""
     by_group: dict[str, dict[str, Record]] = {}
-    for entry in records:
-        if "median_ms" in entry and all(entry.get(name) == value for name, value in fields.items()):
+    for entry in having(records, **fields):
+        if "median_ms" in entry:
             by_group.setdefault(entry["group"], {})[entry["peer"]] = entry
     return list(by_group.values())
 
@@ -48,11 +57,7 @@ def fastest_of_ours(run: dict[str, Record]) -> Record | None:
 
 def field(kind: str, name: str, records: list[Record], **fields: Any) -> Finding | None:
     """Return the worst (largest) value of a field over the baselines."""
-    kept = [
-        entry
-        for entry in records
-        if entry["kind"] == kind and all(entry.get(key) == fields[key] for key in fields)
-    ]
+    kept = having(records, kind=kind, **fields)
     worst = max(
         (entry for entry in kept if entry.get(name) is not None),
         key=lambda entry: entry[name],

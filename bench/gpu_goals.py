@@ -3,14 +3,14 @@ are none, the table says so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from pre_kernels.check.guarantees import CAPTURED, NO_BREAK, NO_SYNC
 
 from . import goals, shapes
-from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, runs
+from .goals import ABSENT, Finding, Goal, Record, fastest_of_ours, field, having, runs
 from .tables import over_floor
 
 # × the lower bound. These are the first goals; the table has tighter ones after them.
@@ -45,14 +45,8 @@ def blas_time(records: list[Record]) -> Finding | None:
 def mask_time(records: list[Record]) -> Finding | None:
     """Return the time of triton ÷ the floor, if a call with such a mask did not wait for the
     device."""
-    calls = [
-        entry
-        for entry in records
-        if entry["kind"] == "sync" and entry["item"] == "mask, leading anchor"
-    ]
-    kept = any(
-        entry["peer"] == "ours-triton" and entry["outcome"] == KEPT["sync"] for entry in calls
-    )
+    call = {"kind": "sync", "item": "mask, leading anchor", "peer": "ours-triton"}
+    kept = having(records, **call, outcome=KEPT["sync"])
     run = _main(records, selection="mask")
     return _over_floor(run, run.get("ours-triton")) if kept else None
 
@@ -60,11 +54,8 @@ def mask_time(records: list[Record]) -> Finding | None:
 def small_workspace(records: list[Record]) -> Finding | None:
     kept = [
         entry
-        for entry in records
-        if entry["kind"] == "workspace"
-        and entry["shape"] == MAIN
-        and entry.get("item", 65) <= 64
-        and "over_floor" in entry
+        for entry in having(records, kind="workspace", shape=MAIN)
+        if entry.get("item", 65) <= 64 and "over_floor" in entry
     ]
     best = min(kept, key=lambda entry: entry["over_floor"], default=None)
     return best and Finding(best["over_floor"], "", [best], f"{best['peer']}, {best['item']} MiB")
@@ -108,11 +99,8 @@ def speedup(others: Sequence[str], shape: str, records: list[Record]) -> Finding
 def launches(records: list[Record]) -> Finding | None:
     """Return the launches of the implementation that is the fastest at that size, else of the one
     with the fewest."""
-    steps = [
-        entry
-        for entry in records
-        if entry["kind"] == "step" and entry["shape"] == SMALL and "ours-" in entry["peer"]
-    ]
+    steps = having(records, kind="step", shape=SMALL)
+    steps = [entry for entry in steps if "ours-" in entry["peer"]]
     fastest = fastest_of_ours(_main(records, shape=SMALL))
     steps = [entry for entry in steps if fastest and entry["peer"] == fastest["peer"]] or steps
     fewest = min(steps, key=lambda entry: entry["launches"], default=None)
@@ -133,7 +121,7 @@ def memory(n: int, records: list[Record]) -> Finding | None:
 
 def kept_guarantees(kind: str, records: list[Record]) -> Finding | None:
     """Return how many calls broke a guarantee."""
-    calls = [entry for entry in records if entry["kind"] == kind and entry["shape"] == MAIN]
+    calls = having(records, kind=kind, shape=MAIN)
     broken = [entry for entry in calls if entry["outcome"] != KEPT[kind]]
     names = "; ".join(f"{entry['peer']}, {entry['item']}: {entry['outcome']}" for entry in broken)
     text = f"{len(broken)} of {len(calls)} calls"
@@ -146,6 +134,15 @@ def fp8_time(records: list[Record]) -> Finding | None:
     return ratio and ratio._replace(what=f"ours-fp8, {run['ours-fp8'].get('own_rule', 'no rule')}")
 
 
+def first_call(item: str) -> Callable[[list[Record]], Finding | None]:
+    return partial(field, "firstcall", "seconds", item=item)
+
+
+def training(ratio: str) -> Callable[[list[Record]], Finding | None]:
+    return partial(field, "training", ratio, item="llava15-7b")
+
+
+UNBROKEN = partial(kept_guarantees, "fullgraph")
 GOALS = [
     Goal("blas ÷ floor, LLaVA-1.5-7B, integer rows", "≤", BLAS, blas_time),
     Goal("blas ÷ floor, LLaVA-1.5-7B, integer rows, next", "≤", 1.05, blas_time),
@@ -163,37 +160,12 @@ GOALS = [
     Goal("peak memory ÷ formula, N = 131,072", "≤", 1.0, partial(memory, 131072)),
     Goal("calls with a host sync", "≤", 0, partial(kept_guarantees, "sync")),
     Goal("calls that no CUDA graph captures", "≤", 0, partial(kept_guarantees, "graph")),
-    Goal(
-        "calls with a graph break under torch.compile",
-        "≤",
-        0,
-        partial(kept_guarantees, "fullgraph"),
-    ),
+    Goal("calls with a graph break under torch.compile", "≤", 0, UNBROKEN),
     Goal("time ÷ the bf16 floor in fp8", "≤", 0.80, fp8_time),
-    Goal(
-        "seconds of the first call",
-        "≤",
-        30,
-        partial(field, "firstcall", "seconds", item="cold cache"),
-    ),
-    Goal(
-        "seconds of the first call, kernels cached",
-        "≤",
-        2,
-        partial(field, "firstcall", "seconds", item="warm cache"),
-    ),
-    Goal(
-        "training step of LLaVA-1.5-7B, time",
-        "≤",
-        1.01,
-        partial(field, "training", "time_ratio", item="llava15-7b"),
-    ),
-    Goal(
-        "training step of LLaVA-1.5-7B, memory",
-        "≤",
-        1.005,
-        partial(field, "training", "memory_ratio", item="llava15-7b"),
-    ),
+    Goal("seconds of the first call", "≤", 30, first_call("cold cache")),
+    Goal("seconds of the first call, kernels cached", "≤", 2, first_call("warm cache")),
+    Goal("training step of LLaVA-1.5-7B, time", "≤", 1.01, training("time_ratio")),
+    Goal("training step of LLaVA-1.5-7B, memory", "≤", 1.005, training("memory_ratio")),
 ]
 
 
