@@ -88,13 +88,13 @@ def choose(impl: str, problem: Problem) -> str:
 
 def _fold(problem: Problem, scale: Tensor | None, shift: Tensor | None) -> Problem:
     """Put scale and shift of the norm into the first layer: W1 · (scale · x + shift) + b1 is
-    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them. In half
-    precision the sums are taken in float32, so the steps round each of them once."""
+    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them. In float16
+    that is done in float32, because the gradients of the folded weight would underflow."""
     device = problem.hidden.device.type
     w1, b1 = problem.w1, problem.b1
     # Autocast would round the folded weight twice.
     with torch.autocast(device, enabled=False) if checks.under_autocast(device) else nullcontext():
-        wide = problem.loss_dtype
+        wide = torch.float32 if w1.dtype == torch.float16 else w1.dtype
         wide_w1 = w1.to(wide)
         if shift is not None:
             b1 = F.linear(shift.to(wide)[None], wide_w1, None if b1 is None else b1.to(wide))[0]

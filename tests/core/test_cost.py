@@ -89,6 +89,7 @@ def count(impl, rows, n=256, total=1024, width=128, depth=2, frozen=False, **opt
     leaves = [
         x for name, x in tensors.items() if x is not None and not (frozen and name[1] in "123")
     ]
+    leaves += [x for name, x in options.items() if name in ("norm_weight", "norm_bias")]
     for leaf in leaves:
         leaf.requires_grad_()
     anchor = torch.zeros(total, width, dtype=torch.bfloat16)
@@ -141,6 +142,16 @@ def test_launches_of_every_depth_and_norm(impl, rows, depth, norm):
     assert found.launches["gather_kernel"] == 1
     assert found.launches["scatter_norm_kernel" if norm else "scatter_kernel"] == 1
     assert found.waits == []
+
+
+def test_the_scale_and_shift_of_a_norm_are_folded_by_few_launches():
+    """They are passes over w1 and b1, and the rows are not read for them."""
+    affine = {f"norm_{x}": torch.ones(128).bfloat16() for x in ("weight", "bias")}
+    plain, folded = (count("blas", "index", norm="layer", **more) for more in ({}, affine))
+    more = folded.launches - plain.launches
+    assert sum(more.values()) <= 10, more
+    assert not any(name.endswith("_kernel") for name in more)
+    assert (folded.waits, folded.bytes) == ([], plain.bytes)
 
 
 @pytest.mark.parametrize("norm", NORMS)

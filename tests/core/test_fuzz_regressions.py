@@ -98,6 +98,27 @@ FOUND = {
         layout="transposed",
         upstream=0.37,
     ),
+    # The gradient of a folded weight underflowed before that of the norm's scale was summed from it.
+    "the scale of a norm in float16": Spec(
+        seed=709523,
+        dtype="float16",
+        leading=(1, 1),
+        d=5,
+        m=3,
+        z=16,
+        depth=1,
+        norm="layer",
+        activation="silu",
+        reduction="none",
+        rows="index64",
+        anchor_compact=True,
+        scale=-3,
+        scale_w2=1,
+        scale_anchor=1,
+        layout="transposed",
+        upstream=0.001,
+        workspace=1,
+    ),
     # Similar rows were rounded alike in float32, and the rounding added up.
     "aligned rows": Spec(
         seed=710562,
