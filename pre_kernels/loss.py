@@ -88,8 +88,8 @@ def choose(impl: str, problem: Problem) -> str:
 
 def _fold(problem: Problem, scale: Tensor | None, shift: Tensor | None) -> Problem:
     """Put scale and shift of the norm into the first layer: W1 · (scale · x + shift) + b1 is
-    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them. In float16
-    that is done in float32, because the gradients of the folded weight would underflow."""
+    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them.
+    Float16 is folded in float32, because small gradients of the folded weight would underflow."""
     device = problem.hidden.device.type
     w1, b1 = problem.w1, problem.b1
     # Autocast would round the folded weight twice.

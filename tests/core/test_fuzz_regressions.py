@@ -98,7 +98,7 @@ FOUND = {
         layout="transposed",
         upstream=0.37,
     ),
-    # The gradient of a folded weight underflowed before that of the norm's scale was summed from it.
+    # The gradient of a folded weight underflowed before that of the norm's scale was its sum.
     "the scale of a norm in float16": Spec(
         seed=709523,
         dtype="float16",

@@ -186,6 +186,31 @@ def test_several_heads(tmp_path: Path) -> None:
     handle.load(tmp_path)
 
 
+def deep_head(how: str, folder: str) -> None:
+    """Take a step with a head of three layers and a norm, and save it."""
+    model, handle = made(group="world", depth=3, norm="layer")
+    wrapped, backward, step, _ = wrap(how, model)
+    backward(wrapped(**batches(UNEVEN, torch.distributed.get_rank())[0].inputs).loss)
+    step()
+    model_argument = {"model": wrapped} if "fsdp1" in how else {}
+    handle.save(Path(folder) / how, **model_argument)
+    torch.distributed.barrier()
+    handle.load(Path(folder) / how, **model_argument)
+
+
+def test_a_deep_head_with_a_norm_is_trained_alike_however_it_is_split(tmp_path: Path) -> None:
+    names = ("ddp", "fsdp2", "fsdp2 own", "fsdp1 own")
+    for how in names:
+        both(deep_head, how, str(tmp_path))
+    wanted, *others = (load_file(tmp_path / how / WEIGHTS) for how in names)
+    _, fresh = made(depth=3, norm="layer")
+    parameters = dict(fresh.head.named_parameters())
+    assert wanted.keys() == parameters.keys() > {"w3", "norm_weight", "norm_bias"}
+    assert not any(torch.equal(wanted[name], p) for name, p in parameters.items())
+    for found in others:
+        torch.testing.assert_close(found, wanted)
+
+
 def unequal_seeds() -> None:
     rank = torch.distributed.get_rank()
     model = build("llava")
