@@ -50,7 +50,7 @@ def _layers(numbers: tuple[int, ...], depth: int) -> str:
 def _objective(objective: Objective, labels: str | None) -> Iterator[str]:
     anchors: list[Any] = [target.anchor for target in objective.targets]
     names = [a if isinstance(a, str) else getattr(a, "__name__", type(a).__name__) for a in anchors]
-    yield f"loss {objective.loss}"
+    yield f"loss {objective.loss}{' over the batch' if objective.gram_over == 'batch' else ''}"
     yield f"anchor {', '.join(names if len({*names}) > 1 else names[:1])}"
     if objective.anchor_norm != "none":
         yield f"anchor_norm {objective.anchor_norm}"
@@ -71,7 +71,9 @@ def _heads(head: nn.Module) -> Iterator[str]:
     for module in head.modules():
         if isinstance(module, PreHead):
             dtype = next((str(p.dtype) for p in module.parameters()), "no parameters")
+            norm = "" if module.norm is None else f"{module.norm} norm, "
+            widths = [module.dim, *[module.hidden_dim] * (module.depth - 1), module.out_dim]
             yield (
-                f"head {module.dim} -> {module.hidden_dim} -> {module.out_dim}, "
+                f"head {norm}{' -> '.join(map(str, widths))}, "
                 f"{module.activation}, {dtype.removeprefix('torch.')}{', frozen' * frozen}"
             )

@@ -70,16 +70,17 @@ class HeadOptions:
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
     def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """Optimizer groups of the parameters that require grad: one of weights, and one of biases,
-        which are not decayed.
+        """Optimizer groups of the parameters that require grad: one of weights, and one of biases
+        and of the norm, which are not decayed.
 
-        Biases are recognised by name, because a sharded weight may have one dimension too.
+        Weights are recognised by name, because a sharded weight may have one dimension too.
         """
         weights: dict[str, Any] = {"params": []}
         biases: dict[str, Any] = {"params": [], "weight_decay": 0.0}
         for name, parameter in parameters:
             if parameter.requires_grad:
-                (biases if name.endswith(("b1", "b2")) else weights)["params"].append(parameter)
+                matrix = name.endswith(("w1", "w2", "w3"))
+                (weights if matrix else biases)["params"].append(parameter)
         if self.head_weight_decay is not None:
             weights["weight_decay"] = self.head_weight_decay
         groups = [group for group in (weights, biases) if group["params"]]

@@ -109,7 +109,7 @@ def find_tokens(
             )
         if returned.dtype == torch.bool:
             return VisualTokens(returned, {})
-        return VisualTokens(returned != 0, {}, numbers=returned)
+        return VisualTokens(returned != 0, {}, numbers=returned.long())
     if parts.merge is not None:
         merged = parts.merge.mask(inputs)
         return None if merged is None else VisualTokens(merged, {})

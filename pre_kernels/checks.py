@@ -345,9 +345,10 @@ def arguments(
         if row_weight.requires_grad:
             raise TypeError("row_weight: requires grad, want a constant: row_weight.detach()")
         weight_compact = _is_compact("row_weight", row_weight, count, leading)
-    if images == "batch" if isinstance(images, str) else images is None:
-        numbers = None
-    else:
+    numbers = None
+    if isinstance(images, str):
+        choice("images", images, ("batch",))
+    elif images is not None:
         numbers = _tensor("images", images)
         if numbers.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"images: got dtype {numbers.dtype}, want int32 or int64 numbers")

@@ -95,7 +95,7 @@ class PreHead(nn.Module):
         out_dim = dim if out_dim is None else checks.width("out_dim", out_dim)
         checks.choice("activation", activation, checks.ACTIVATIONS)
         checks.choice("loss", loss, checks.ALL_LOSSES)
-        if isinstance(depth, bool) or depth not in (1, 2, 3):
+        if type(depth) is not int or depth not in (1, 2, 3):
             raise ValueError(f"depth: got {depth!r}, want 1, 2 or 3 layers")
         if norm is not None:
             checks.choice("norm", norm, checks.NORMS)

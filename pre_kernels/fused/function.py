@@ -71,7 +71,7 @@ class _PreLoss(torch.autograd.Function):
                     _constant(problem.anchor),
                     rows,
                     _constant(problem.weight),
-                    problem.images,
+                    _constant(problem.images),
                     divisor,
                     token,
                 )

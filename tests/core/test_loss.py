@@ -421,6 +421,29 @@ def test_depth_and_norm_under_autocast_and_in_float64(device, depth, norm):
         judge(impl, make(23, depth=depth, norm=norm, autocast=torch.bfloat16, device=device))
 
 
+def test_parameters_of_a_norm_in_another_dtype_than_its_layer(device):
+    """As where mixed precision keeps norms in float32, or a head with a float32 layer a norm in
+    half precision."""
+    hidden, anchor = torch.randn(9, 6, device=device), torch.randn(9, 4, device=device)
+    values = [torch.randn(shape, device=device) for shape in ((4, 6), (4,), (6,), (6,))]
+    grads = []
+    for layer, norm in ((0, 0), (0, 1), (1, 0)):
+        halves = (layer, layer, norm, norm)
+        w1, b1, scale, shift = leaves = [
+            (x.bfloat16() if half else x.bfloat16().float()).requires_grad_()
+            for x, half in zip(values, halves, strict=True)
+        ]
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = fused_pre_loss(
+                hidden, anchor, w1, b1, None, None, norm="layer", norm_weight=scale, norm_bias=shift
+            )
+        loss.backward()
+        assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
+        grads.append([x.grad.float() for x in leaves])
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], rtol=0.05, atol=0.01)
+
+
 def test_hidden_must_not_change_between_forward_and_backward_of_a_norm(impl, device):
     case = make(24, norm="rms", device=device)
     leaves = {name: x.clone().requires_grad_() for name, x in case.tensors.items()}

@@ -42,6 +42,11 @@ def dino(inputs: Any, rows: Any) -> Any: ...
         ({"schedule": "cosine"}, ["weight 0.5, cosine (0.5 at progress 0)"]),
         ({"warmup": 0.1}, ["weight 0.5, constant after a warmup of 0.1 (0 at progress 0)"]),
         ({"activation": "relu", "hidden_dim": 8}, ["head 32 -> 8 -> 32, relu, float32"]),
+        ({"depth": 1, "hidden_dim": 8}, ["head 32 -> 32, gelu, float32"]),
+        (
+            {"depth": 3, "hidden_dim": 8, "norm": "rms", "loss": "gram", "gram_over": "batch"},
+            ["loss gram over the batch,", "head rms norm, 32 -> 8 -> 8 -> 32, gelu"],
+        ),
     ],
     ids=" ".join,
 )

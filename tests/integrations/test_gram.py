@@ -19,6 +19,14 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_numbers_of_a_mask_fn_in_any_integer_dtype(dtype: torch.dtype) -> None:
+    data = batch("llava")
+    model = build("llava")
+    apply_pre(model, loss="gram", mask_fn=lambda inputs: data.visual.to(dtype))
+    assert model(**data.inputs).loss.isfinite()
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize(
     "options",

@@ -156,6 +156,12 @@ def test_param_groups_of_several_heads_and_frozen_ones() -> None:
     assert (len(weights["params"]), weights["lr"], "weight_decay" in weights) == (4, 0.2, False)
     handle.head[0].requires_grad_(False)
     assert len(handle.param_groups()[0]["params"]) == 2
+    handle.remove()
+    handle = apply_pre(build("llava"), depth=3, norm="layer", head_weight_decay=0.1)
+    weights, others = handle.param_groups()
+    head = handle.head
+    assert {*map(id, weights["params"])} == {*map(id, (head.w1, head.w2, head.w3))}
+    assert (len(others["params"]), others["weight_decay"]) == (5, 0.0)
 
 
 @pytest.mark.parametrize(
