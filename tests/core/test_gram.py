@@ -68,7 +68,8 @@ def test_against_the_oracle(impl, device, form, dtype):
         {"rows": "index64", "anchor": "compact", "reduction": "none", "depth": 3, "norm": "layer"},
         {"reduction": "sum", "frozen": ("hidden", "w1"), "bias": (True, False), "depth": 1},
     ):
-        case = gram_case(1, device, form=form, dtype=dtype, **options)
+        # With fewer rows the error of eager, and so the rule, is luck.
+        case = gram_case(1, device, (30, 2, 40), form=form, dtype=dtype, **options)
         compare(ours(impl), case)
         # Chunks of one image each.
         compare(ours(impl, workspace=1), case)
@@ -76,7 +77,7 @@ def test_against_the_oracle(impl, device, form, dtype):
 
 @pytest.mark.parametrize("autocast", DTYPES[1:])
 def test_under_autocast(impl, device, autocast):
-    compare(ours(impl), gram_case(2, device, autocast=autocast))
+    compare(ours(impl), gram_case(2, device, (30, 2, 40), autocast=autocast))
 
 
 def test_chunks_hold_whole_images(impl, device, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,9 +283,13 @@ def test_a_bound_is_given_where_the_rows_there_are_would_not_be_counted(
     """In half precision, "auto" computes only the selected rows if it is given no bound."""
     found = apply_pre(build("llava"), impl=impl, fraction=0.5)._objective
     state = torch.zeros(2, 20, 4, dtype=dtype)
-    assert found._options(state, None, None).get("capacity") == capacity
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    none: Any = SimpleNamespace(drawn_divisor=None, weight=None, gram_images=None)
+    assert found._options(state, mask, none).get("capacity") == capacity
+    # Indices are counted already.
+    assert "capacity" not in found._options(state, mask.flatten().nonzero()[:, 0], none)
     found.fraction = 1.0
-    assert "capacity" not in found._options(state, None, None)
+    assert "capacity" not in found._options(state, mask, none)
 
 
 @pytest.mark.parametrize("divisor", [None, torch.tensor(5.0)], ids=["mean", "divisor"])
