@@ -23,10 +23,9 @@ from rich.console import Console
 
 from pre_kernels import screen
 from pre_kernels.check.device import Cpu
-from pre_kernels.demo.compare import pretrained, run_arm
+from pre_kernels.demo.compare import pretrained, run_arm, split
 from pre_kernels.demo.evaluate import evaluate
 from pre_kernels.demo.progress import bars
-from pre_kernels.demo.scenes import compose, split_digits
 from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.demo.stages import Bar
 from pre_kernels.demo.threads import quiet
@@ -104,10 +103,8 @@ def run_seed(
     measured."""
     if {(seed, arm) for arm in (BEFORE, *ARMS)} <= done:
         return
-    digits = split_digits(seed)
-    sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
-    training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
-    start = pretrained(training, settings, seed, "cpu", bar)
+    scenes = split(seed, settings)
+    start = pretrained(scenes[0], settings, seed, "cpu", bar)
 
     def keep(arm: str, measured: dict[str, Any], seconds: float) -> None:
         curves = ("train_loss", "train_pre_loss")
@@ -123,22 +120,12 @@ def run_seed(
         record.append(path, line | record.stamp(Cpu()))
 
     if (seed, BEFORE) not in done:
-        keep(BEFORE, evaluate(start, fitting, test, settings, None), 0.0)
+        keep(BEFORE, evaluate(start, *scenes[1:], settings, None), 0.0)
     for arm, options in ARMS.items():
         if (seed, arm) in done:
             continue
         begin = time.monotonic()
-        measured = run_arm(
-            arm,
-            options,
-            copy.deepcopy(start),
-            training=training,
-            fitting=fitting,
-            test=test,
-            settings=settings,
-            seed=seed,
-            bar=bar,
-        )
+        measured = run_arm(arm, options, copy.deepcopy(start), scenes, settings, seed, bar)
         keep(arm, measured, time.monotonic() - begin)
 
 

@@ -359,6 +359,8 @@ def arguments(
     return Problem(
         hidden=hidden.flatten(0, -2),
         **layers,
+        norm_weight=None if norm[1] is None else norm[1].contiguous(),
+        norm_bias=None if norm[2] is None else norm[2].contiguous(),
         anchor=anchor.detach().flatten(0, -2),
         rows=rows,
         weight=None if row_weight is None else row_weight.flatten(),

@@ -65,8 +65,8 @@ def image_sizes(numbers: Tensor) -> list[int]:
     for value, count in zip(values, counts, strict=True):
         if count == 1:
             raise ValueError(
-                f"images: got one selected row of image {value}, want at least two, because a Gram "
-                "matrix of one row is always 1"
+                f"images: got one selected row of image {value}, want at least two visual tokens "
+                "of each image with loss='gram', because the Gram matrix of one is always 1"
             )
     if len(set(values)) < len(values):
         raise ValueError(

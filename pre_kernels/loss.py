@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -84,23 +82,6 @@ def choose(impl: str, problem: Problem) -> str:
         problem.masked and not problem.count_on_host and problem.options.capacity is None
     )
     return "triton" if counted_on_device and dtype != torch.float32 else "blas"
-
-
-def _fold(problem: Problem, scale: Tensor | None, shift: Tensor | None) -> Problem:
-    """Put scale and shift of the norm into the first layer: W1 · (scale · x + shift) + b1 is
-    (W1 · scale) · x + (W1 · shift + b1). Autograd then gives the gradients of all of them.
-    Float16 is folded in float32, because small gradients of the folded weight would underflow."""
-    device = problem.hidden.device.type
-    w1, b1 = problem.w1, problem.b1
-    # Autocast would round the folded weight twice.
-    with torch.autocast(device, enabled=False) if checks.under_autocast(device) else nullcontext():
-        wide = torch.float32 if w1.dtype == torch.float16 else w1.dtype
-        wide_w1 = w1.to(wide)
-        if shift is not None:
-            b1 = F.linear(shift.to(wide)[None], wide_w1, None if b1 is None else b1.to(wide))[0]
-        if scale is not None:
-            w1 = wide_w1 * scale.to(wide)
-    return problem._replace(w1=w1, b1=b1)
 
 
 def fused_pre_loss(
@@ -245,8 +226,6 @@ def fused_pre_loss(
         norm=(norm, norm_weight, norm_bias, norm_eps),
         images=images,
     )
-    if norm_weight is not None or norm_bias is not None:
-        problem = _fold(problem, norm_weight, norm_bias)
     impl = choose(impl, problem)
     if impl == "torch":
         dtype = fastest_dtype(problem.options.dtype, problem.hidden.device)

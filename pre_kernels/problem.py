@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The first fields of a `Problem`: hidden, and a weight and a bias for each of three layers.
-DIFFERENTIABLE = 7
+# The first fields of a `Problem`: hidden, and weight and bias of each of three layers and of the
+# norm.
+DIFFERENTIABLE = 9
+# Those whose gradients are sums over rows without a matmul.
+COLUMN_SUMS = (2, 4, 6, 7, 8)
 
 
 class Options(NamedTuple):
@@ -34,8 +37,7 @@ class Problem(NamedTuple):
     N of them are selected.
 
     The head has one to three layers: weights and biases of the others are None. The first
-    `DIFFERENTIABLE` fields are those that may receive a gradient. The scale and shift of a norm are
-    not among them: they are folded into w1 and b1.
+    `DIFFERENTIABLE` fields are those that may receive a gradient.
     """
 
     hidden: Tensor  # (R, d)
@@ -45,6 +47,8 @@ class Problem(NamedTuple):
     b2: Tensor | None
     w3: Tensor | None
     b3: Tensor | None
+    norm_weight: Tensor | None  # (d,) contiguous
+    norm_bias: Tensor | None
     anchor: Tensor  # (R, z), or (N, z) if anchor_compact; detached
     rows: Tensor | None  # (R,) bool | (N,) int | None = all
     weight: Tensor | None  # (R,), or (N,) if weight_compact

@@ -203,6 +203,8 @@ def step(
     for i, shape in enumerate(layers, 1):
         leaves[f"w{i}"] = torch.empty(shape, dtype=weights)
         leaves[f"b{i}"] = torch.empty(shape[0], dtype=weights)
+    if options.get("norm") == "layer":
+        leaves |= {f"norm_{x}": torch.empty(d, dtype=weights) for x in ("weight", "bias")}
     for leaf in leaves.values():
         if leaf is not None:
             leaf.requires_grad_()

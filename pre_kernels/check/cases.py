@@ -179,7 +179,9 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     )
     w2, w3 = (*more, None, None)[:2]
     rows = like.long().expand(n)
-    problem = Problem(hidden, w1, None, w2, None, w3, None, anchor, rows, None, None, None, options)
+    given: dict[str, Any] = dict.fromkeys(Problem._fields)
+    given.update(hidden=hidden, w1=w1, w2=w2, w3=w3, anchor=anchor, rows=rows, options=options)
+    problem = Problem(**given)
     layout = _steps(impl).layout(problem)
     weights = 0 if shape.frozen else 4 * shape.weights
     several: bool = n > layout.rows and dtype != torch.float32
@@ -188,8 +190,8 @@ def formula(shape: Shape, dtype: torch.dtype, impl: str, device: torch.device) -
     columns = d + 2 * sum(shape.widths[1:-1]) + z
     chunk: int = _steps(impl).cut(problem, layout, n) * columns * products.itemsize
     if device.type == "cpu":
-        # The passes of the row loss keep these bytes in the cache.
-        chunk += 3 * IN_CACHE
+        # The passes of the row loss and of the norm keep these bytes in the cache.
+        chunk += (3 if shape.norm is None else 6) * IN_CACHE
     kept = shape.rows * d * 4 if layout.spread != dtype else 0
     return chunk + kept + (2 * weights if products != dtype else several * weights)
 

@@ -34,13 +34,10 @@ def run_seed(
 ) -> dict[str, Any]:
     """Run both arms of one seed, and return its metrics "before", "without" and "with". The arms
     share the digits, the scenes, the pre-trained parts and the order of the batches."""
-    digits = split_digits(seed)
-    sizes = (settings.train_scenes, settings.test_scenes, settings.test_scenes)
-    training, fitting, test = (compose(d, n, seed) for d, n in zip(digits, sizes, strict=True))
-
-    before = pretrained(training, settings, seed, device, bar)
+    scenes = split(seed, settings)
+    before = pretrained(scenes[0], settings, seed, device, bar)
     with bar(MEASURE, f"seed {seed}: measuring", settings.layers + 1) as advance:
-        metrics = evaluate(before, fitting, test, settings, None, advance)
+        metrics = evaluate(before, *scenes[1:], settings, None, advance)
     results: dict[str, Any] = {"seed": seed, "before": metrics}
     if keep is not None:
         keep(before, "before")
@@ -50,20 +47,20 @@ def run_seed(
             own = HEADS[settings.head]
             options = {"layer": settings.layer, "weight": settings.weight, **own}
         model = copy.deepcopy(before)
-        results[arm] = run_arm(
-            f"{arm} PRe",
-            options,
-            model,
-            training=training,
-            fitting=fitting,
-            test=test,
-            settings=settings,
-            seed=seed,
-            bar=bar,
-        )
+        results[arm] = run_arm(f"{arm} PRe", options, model, scenes, settings, seed, bar)
         if keep is not None:
             keep(model, arm)
     return results
+
+
+def split(seed: int, settings: Settings) -> tuple[Scenes, Scenes, Scenes]:
+    """Return the scenes of a seed to train on, to fit probes on, and to test on."""
+    training, fitting, test = split_digits(seed)
+    return (
+        compose(training, settings.train_scenes, seed),
+        compose(fitting, settings.test_scenes, seed),
+        compose(test, settings.test_scenes, seed),
+    )
 
 
 def pretrained(
@@ -90,16 +87,13 @@ def run_arm(
     name: str,
     options: dict[str, Any] | None,
     model: LlavaForConditionalGeneration,
-    *,
-    training: Scenes,
-    fitting: Scenes,
-    test: Scenes,
+    scenes: tuple[Scenes, Scenes, Scenes],
     settings: Settings,
     seed: int,
     bar: Bar,
 ) -> dict[str, Any]:
     """Train `model` by LLaVA's two stages, without PRe or with it (`options` of `apply_pre`), and
-    return its metrics."""
+    return its metrics. scenes: those of `split`."""
     torch.manual_seed(seed)
     handle = None if options is None else apply_pre(model, **options)
     head = None if handle is None else handle.head
@@ -116,11 +110,11 @@ def run_arm(
                     curve.append(handle.metrics()["pre_loss"])
                 advance(loss)
 
-            logs += train_stage(model, training, trained + HEAD, steps, rate, settings, seed, step)
+            logs += train_stage(model, scenes[0], trained + HEAD, steps, rate, settings, seed, step)
     if handle is not None:
         handle.remove()
     with bar(MEASURE, f"seed {seed}: {MEASURE.name} {name}", settings.layers + 1) as advance:
-        metrics = evaluate(model, fitting, test, settings, head, advance)
+        metrics = evaluate(model, *scenes[1:], settings, head, advance)
     metrics["train_loss"] = [entry["loss"] for entry in logs]
     if curve:
         metrics["train_pre_loss"] = curve

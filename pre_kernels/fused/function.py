@@ -31,12 +31,12 @@ class _PreLoss(torch.autograd.Function):
     With all gradients wanted it costs 6·N·m·(d+z) FLOP for N rows of widths d → m → z.
 
     It saves dH (N, d) in the products' dtype and the sums of dW1, db1, dW2, ..., all for an
-    upstream gradient of 1, and no activation. With a norm, dH is still that of the normalised rows,
-    and the backward reads hidden once more. With "torch" dH has the shape of hidden and is zero
-    in other rows, because new memory costs a CPU more than a pass over it. The backward scales the
-    gradients in one pass, in place unless the graph is retained. Where it recomputes (see
-    `recomputes`) only the inputs are saved, and the backward repeats the two projections: 8 GEMMs
-    instead of 6.
+    upstream gradient of 1, and no activation. With a norm, dH is still that of the normalised rows:
+    the backward reads hidden once more, and makes the gradients of scale and shift too. With
+    "torch" dH has the shape of hidden and is zero in other rows, because new memory costs a CPU
+    more than a pass over it. The backward scales the gradients in one pass, in place unless the
+    graph is retained. Where it recomputes (see `recomputes`) only the inputs are saved, and the
+    backward repeats the two projections: 8 GEMMs instead of 6.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _PreLoss(torch.autograd.Function):
             ctx.wanted = wanted
             ctx.recompute = recompute
             ctx.dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:DIFFERENTIABLE]]
-            ctx.total = hidden.shape[0]
+            ctx.total = hidden.shape[0] if wanted[0] else None
             ctx.all_rows = rows is None
             if recompute:
                 # The caller may change the rows before the backward, so they are copied.
@@ -77,8 +77,9 @@ class _PreLoss(torch.autograd.Function):
                 )
             else:
                 # The torch steps have passed dH through the norm already.
-                normed = wanted[0] and problem.options.norm is not None and impl != "torch"
-                ctx.save_for_backward(scatter_map, hidden if normed else None, dh, *sums, token)
+                normed = problem.options.norm is not None and impl != "torch" and dh.dim() == 2
+                norm = (hidden, problem.norm_weight) if normed else (None, None)
+                ctx.save_for_backward(scatter_map, *norm, dh, *sums, token)
         # dH and the scatter map are outputs: under torch.compile their first size may depend on
         # data, and such a size must not stay hidden in ctx.
         ctx.mark_non_differentiable(dh, scatter_map)
@@ -97,17 +98,18 @@ class _PreLoss(torch.autograd.Function):
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:
-                scatter_map, hidden, *sums, token = ctx.saved_tensors
+                scatter_map, hidden, norm_weight, *sums, token = ctx.saved_tensors
                 scatter_map = None if ctx.all_rows else scatter_map
                 options = Options(*ctx.options)
                 grads = ops.rescaled(
                     upstream,
                     scatter_map,
-                    hidden,
                     sums,
                     ctx.total,
                     *ctx.dtypes,
                     ctx.impl,
+                    hidden,
+                    norm_weight,
                     options.norm,
                     options.norm_eps,
                     in_place=_donated(upstream),

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .. import device_checks
 from ..checks import debugging
-from ..problem import DIFFERENTIABLE, Options, Problem
-from .sweep import Gradients, Normed, Selection, Steps, allocate, sweep
+from ..problem import COLUMN_SUMS, DIFFERENTIABLE, Options, Problem
+from .sweep import Finish, Gradients, Selection, Steps, allocate, sweep
 
 # These are the parts of the operators' schemas.
 TENSORS = (
     "Tensor hidden, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3, "
-    "Tensor anchor, Tensor? rows, Tensor? weight, Tensor? images, Tensor? normalizer"
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor anchor, Tensor? rows, Tensor? weight, "
+    "Tensor? images, Tensor? normalizer"
 )
 INPUTS = len(Problem._fields) - 1  # the tensors in front of the options
 OPTIONS = (
@@ -31,8 +32,9 @@ OPTIONS = (
     "int? workspace, SymInt? capacity, str? precision, str? norm, float norm_eps"
 )
 DTYPES = (
-    "SymInt total, ScalarType hidden_dtype, ScalarType w1, ScalarType b1, ScalarType w2, "
-    "ScalarType b2, ScalarType w3, ScalarType b3, str impl, str? norm, float norm_eps"
+    "SymInt? total, ScalarType hidden_dtype, ScalarType w1, ScalarType b1, ScalarType w2, "
+    "ScalarType b2, ScalarType w3, ScalarType b3, ScalarType norm_weight_dtype, "
+    "ScalarType norm_bias, str impl, Tensor? hidden, Tensor? norm_weight, str? norm, float norm_eps"
 )
 GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
 
@@ -43,15 +45,16 @@ LIBRARY.define(
 )
 # The schema says `place` for the scatter map, because exported programs use this name.
 LIBRARY.define(
-    "rescale(Tensor upstream, Tensor? place, Tensor? hidden, Tensor dh, Tensor dw1, Tensor db1, "
-    f"Tensor dw2, Tensor db2, Tensor dw3, Tensor db3, {DTYPES}) -> ({GRADIENTS})"
+    "rescale(Tensor upstream, Tensor? place, Tensor dh, Tensor dw1, Tensor db1, Tensor dw2, "
+    "Tensor db2, Tensor dw3, Tensor db3, Tensor dnorm_weight, Tensor dnorm_bias, "
+    f"{DTYPES}) -> ({GRADIENTS})"
 )
 # This operator scales a gradient in place if it has its final shape and dtype already, and returns
 # an empty tensor for it.
 LIBRARY.define(
-    "rescale_(Tensor upstream, Tensor? place, Tensor? hidden, Tensor(a!) dh, Tensor(b!) dw1, "
-    "Tensor db1, Tensor(c!) dw2, Tensor db2, Tensor(d!) dw3, Tensor db3, "
-    f"{DTYPES}) -> ({GRADIENTS})"
+    "rescale_(Tensor upstream, Tensor? place, Tensor(a!) dh, Tensor(b!) dw1, Tensor db1, "
+    "Tensor(c!) dw2, Tensor db2, Tensor(d!) dw3, Tensor db3, Tensor dnorm_weight, "
+    f"Tensor dnorm_bias, {DTYPES}) -> ({GRADIENTS})"
 )
 
 
@@ -123,8 +126,7 @@ def _none_if_empty(tensor: Tensor) -> Tensor | None:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return loss, D, the scatter map, dH, dW1, db1, ..., db3, with the gradients of an upstream
-    gradient of 1."""
+    """Return loss, D, the scatter map and the `Gradients` of an upstream gradient of 1."""
     tensors, (wanted, impl, *options) = arguments[:INPUTS], arguments[INPUTS:]
     problem = _prepared(_problem(tensors, options))
     steps = steps_of(impl)
@@ -148,79 +150,58 @@ def _recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> tuple
     grads = sweep(steps, problem, selection, wanted, None, mean_divisor, upstream)
     hidden = problem.hidden
     dtypes = [hidden.dtype if x is None else x.dtype for x in tensors[:DIFFERENTIABLE]]
-    normed = None
-    if problem.options.norm is not None and impl != "torch":
-        normed = Normed(hidden, problem.options.norm, problem.options.norm_eps)
-    return _finish(steps, grads, selection.scatter_map, hidden.shape[0], dtypes, None, normed)
+    total = hidden.shape[0] if wanted[0] else None
+    norm = (hidden, problem.norm_weight, problem.options.norm, problem.options.norm_eps)
+    finish = Finish(selection.scatter_map, total, dtypes, None, False, *norm)
+    return _finish(steps, grads, finish)
 
 
 def _rescale(
     upstream: Tensor,
     scatter_map: Tensor | None,
-    hidden: Tensor | None,
     *arguments: Any,
     in_place: bool = False,
 ) -> tuple[Tensor, ...]:
     grads = Gradients(*map(_none_if_empty, arguments[:DIFFERENTIABLE]))
-    total, *dtypes, impl, norm, eps = arguments[DIFFERENTIABLE:]
-    normed = None if hidden is None else Normed(hidden, norm, eps)
-    steps = steps_of(impl)
-    return _finish(steps, grads, scatter_map, total, dtypes, upstream, normed, in_place)
+    total, *dtypes, impl, hidden, weight, norm, eps = arguments[DIFFERENTIABLE:]
+    finish = Finish(scatter_map, total, dtypes, upstream, in_place, hidden, weight, norm, eps)
+    return _finish(steps_of(impl), grads, finish)
 
 
-def _rescale_in_place(
-    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    scaled = _rescale(upstream, scatter_map, hidden, *arguments, in_place=True)
+def _rescale_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    scaled = _rescale(*arguments, in_place=True)
     # An operator may not return one of its arguments.
-    pairs = zip(scaled, arguments[:DIFFERENTIABLE], strict=True)
+    pairs = zip(scaled, arguments[2 : 2 + DIFFERENTIABLE], strict=True)
     return (*[x.new_empty(0) if x is grad else x for x, grad in pairs],)
 
 
 def rescaled(
     upstream: Tensor,
     scatter_map: Tensor | None,
-    hidden: Tensor | None,
     grads: Sequence[Tensor],
     *rest: Any,
     in_place: bool,
 ) -> tuple[Tensor, ...]:
-    """Return `upstream` times `grads`, which belong to an upstream gradient of 1. With `hidden`, dH
-    passes its norm on the way. With `in_place` reuse their memory as far as possible."""
+    """Return `upstream` times `grads`, which belong to an upstream gradient of 1. With a norm, dH
+    passes it on the way. With `in_place` reuse their memory as far as possible."""
+    arguments = (upstream, scatter_map, *grads, *rest)
     if not in_place:
-        fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(
-            upstream, scatter_map, hidden, *grads, *rest
-        )
+        fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(*arguments)
         return fresh
-    scaled = call("rescale_", upstream, scatter_map, hidden, *grads, *rest)
-    return tuple(
-        grad if _none_if_empty(x) is None else x for x, grad in zip(scaled, grads, strict=True)
-    )
+    scaled = call("rescale_", *arguments)
+    pairs = zip(scaled, grads, strict=True)
+    return (*[grad if _none_if_empty(x) is None else x for x, grad in pairs],)
 
 
-def _finish(
-    steps: type[Steps],
-    grads: Gradients,
-    scatter_map: Tensor | None,
-    total: int,
-    dtypes: Sequence[torch.dtype],
-    upstream: Tensor | None,
-    normed: Normed | None,
-    in_place: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return the gradients in the inputs' shapes and `dtypes`, times `upstream` unless it is
-    None."""
+def _finish(steps: type[Steps], grads: Gradients, finish: Finish) -> tuple[Tensor, ...]:
+    """Return the gradients in the inputs' shapes and dtypes."""
     dh = None
     if grads.hidden is not None:
-        dh = steps.scatter(grads.hidden, scatter_map, total, dtypes[0], upstream, in_place, normed)
+        dh, grads = steps.scatter(grads, finish)
     like = next(x for x in grads if x is not None)
-    scaled = (dh, *steps.scale(grads, dtypes[1:], upstream, in_place))
-    return (
-        *[
-            like.new_empty(0, dtype=dtype) if x is None else x
-            for x, dtype in zip(scaled, dtypes, strict=True)
-        ],
-    )
+    scaled = (dh, *steps.scale(grads, finish))
+    pairs = zip(scaled, finish.dtypes, strict=True)
+    return (*[like.new_empty(0, dtype=dtype) if x is None else x for x, dtype in pairs],)
 
 
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
@@ -229,7 +210,8 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
     steps = steps_of(impl)
     layout = steps.layout(problem)
     capacity: Any = problem.bound
-    shapes_something = layout.spread or wanted[0] or problem.options.reduction == "none"
+    wants_dh = True in (wanted[0], *wanted[7:])
+    shapes_something = layout.spread or wants_dh or problem.options.reduction == "none"
     if problem.masked and (impl == "torch" or problem.count_on_host) and shapes_something:
         capacity = torch.library.get_ctx().new_dynamic_size()
     new = problem.hidden.new_empty
@@ -255,27 +237,27 @@ def _fake_recompute(upstream: Tensor, mean_divisor: Tensor, *arguments: Any) -> 
 
 
 def _fake_rescale(
-    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
+    upstream: Tensor, scatter_map: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     grads = arguments[:DIFFERENTIABLE]
-    total, *dtypes, _impl, _norm, _eps = arguments[DIFFERENTIABLE:]
-    shapes = [(total, grads[0].shape[-1])]
-    # The rows of a bias gradient are partial sums.
-    shapes += [x.shape[1:] if i % 2 else x.shape for i, x in enumerate(grads[1:])]
+    total, *dtypes, _impl, _hidden, _weight, _norm, _eps = arguments[DIFFERENTIABLE:]
+    shapes = [0 if total is None else (total, grads[0].shape[-1])]
+    # The rows of column sums are partial sums.
+    shapes += [x.shape[1:] if i in COLUMN_SUMS else x.shape for i, x in enumerate(grads)][1:]
     return tuple(
         x.new_empty(0 if _none_if_empty(x) is None else shape, dtype=dtype)
         for x, shape, dtype in zip(grads, shapes, dtypes, strict=True)
     )
 
 
-def _fake_rescale_in_place(
-    upstream: Tensor, scatter_map: Tensor | None, hidden: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    fresh = _fake_rescale(upstream, scatter_map, hidden, *arguments)
-    keeps_shape = [scatter_map is None or arguments[-3] == "torch", *(True, False) * 3]
+def _fake_rescale_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    fresh = _fake_rescale(*arguments)
+    grads = arguments[2 : 2 + DIFFERENTIABLE]
+    dh_stays = arguments[1] is None or arguments[-5] == "torch"
+    stays = [i not in COLUMN_SUMS if i else dh_stays for i in range(DIFFERENTIABLE)]
     return tuple(
-        x.new_empty(0) if stays and x.dtype == grad.dtype else x
-        for x, grad, stays in zip(fresh, arguments[:DIFFERENTIABLE], keeps_shape, strict=True)
+        x.new_empty(0) if stay and x.dtype == grad.dtype else x
+        for x, grad, stay in zip(fresh, grads, stays, strict=True)
     )
 
 

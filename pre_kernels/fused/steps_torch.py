@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import COLUMN_SUMS, Problem
 from .products import add_product, linear
 from .row_losses import ROW_LOSSES
 from .sweep import (
     GRAM_ELEMENTS,
     GRAM_EPS,
+    Finish,
     Gradients,
     Layout,
-    Normed,
     Selection,
     Work,
     coefficients,
@@ -137,8 +138,12 @@ class TorchSteps:
         on_cpu = hidden.device.type == "cpu"
         widest = max(*inner, z, d * normed)
         self.block = min(max(MIN_ROWS, IN_CACHE // (4 * widest)), chunk) if on_cpu else chunk
-        # Rows of hidden and of their gradients, for the arithmetic of the norm.
+        # Rows of hidden and of their gradients, and the parameters, for the arithmetic of the norm.
         self.wide_x = [buffer(self.block, d, accum_dtype) for _ in range(2 * normed)]
+        self.affine = [
+            None if x is None else x.to(accum_dtype)
+            for x in (problem.norm_weight, problem.norm_bias)
+        ]
         self.wide_p = None if accum_dtype == dtype else buffer(self.block, z, accum_dtype)
         self.a = buffer(self.block, z, accum_dtype)
 
@@ -149,29 +154,51 @@ class TorchSteps:
             return _part(hidden, start, stop)
         if self.problem.options.norm is None:
             return _take(hidden, self.index, start, stop, self.h)
+        self.moments = []
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
-            rows, _ = self._normalized(first, last)
+            rows, *moments = self._normalized(first, last)
+            self.moments.append(moments)
             _part(self.h, first - start, last - start).copy_(rows)
         return _part(self.h, 0, stop - start)
 
-    def _normalized(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return rows [start, stop) of the selection after the norm, and 1 / std of each (n, 1)."""
+    def _normalized(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Return rows [start, stop) of the selection after the norm, and what `_norm_grad` needs of
+        them: the means, which an rms norm has not, and 1 / std, (n, 1) each."""
         x = _take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
+        eps = self.problem.options.norm_eps
         if self.problem.options.norm == "layer":
-            x.sub_(x.mean(1, keepdim=True))
-        variance = torch.linalg.vecdot(x, x).unsqueeze(1) / x.shape[1]
-        inverse = (variance + self.problem.options.norm_eps).rsqrt_()
-        return x.mul_(inverse), inverse
+            rows: tuple[Tensor, ...] = aten.native_layer_norm(x, x.shape[1:], *self.affine, eps)
+            return rows
+        square = torch.linalg.vecdot(x, x).unsqueeze(1) / x.shape[1]
+        inverse = square.add_(eps).rsqrt_()
+        x.mul_(inverse)
+        return x if self.affine[0] is None else x.mul_(self.affine[0]), inverse
 
-    def _norm_grad(self, dx: Tensor, start: int, stop: int) -> Tensor:
-        """Return the gradient of rows [start, stop) of hidden from that of their norm."""
-        x, inverse = self._normalized(start, stop)
-        out = _part(self.wide_x[1], 0, stop - start).copy_(dx)
-        out.addcmul_(x, torch.linalg.vecdot(out, x).unsqueeze(1) / x.shape[1], value=-1)
+    def _norm_grad(self, dy: Tensor, start: int, stop: int, moments: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of rows [start, stop) of hidden from that of their norm, and add to
+        the gradients of scale and shift."""
+        x = _take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
+        dy = _part(self.wide_x[1], 0, stop - start).copy_(dy)
+        scale, shift = self.affine
+        totals = self.grads.norm
+        sums: Sequence[Any]
+        dx: Tensor
         if self.problem.options.norm == "layer":
-            out.sub_(out.mean(1, keepdim=True))
-        return out.mul_(inverse)
+            wanted = [self.grads.hidden is not None, *[total is not None for total in totals]]
+            dx, *sums = aten.native_layer_norm_backward(
+                dy, x, x.shape[1:], *moments, scale, shift, wanted
+            )
+        else:
+            x.mul_(moments[0])
+            sums = [None if totals[0] is None else (dy * x).sum(0), None]
+            dx = dy if scale is None else dy.mul_(scale)
+            dx.addcmul_(x, torch.linalg.vecdot(dx, x).unsqueeze(1) / x.shape[1], value=-1)
+            dx.mul_(moments[0])
+        for total, part in zip(totals, sums, strict=True):
+            if total is not None:
+                total[0].copy_(part) if start == 0 else total[0].add_(part)
+        return dx
 
     def project(self, start: int, stop: int) -> None:
         n = stop - start
@@ -266,32 +293,32 @@ class TorchSteps:
 
     def input_grads(self, start: int, stop: int) -> None:
         dh = self.grads.hidden
-        assert dh is not None
         w1, _ = self.layers[0]
         if self.h is None:
+            assert dh is not None
             torch.mm(self.y[0], w1, out=_part(dh, start, stop))
             return
         # dH overwrites x, which is no longer needed.
         x = torch.mm(self.y[0], w1, out=self.x[0])
         normed = self.problem.options.norm is not None
         if self.index is None and not normed:
+            assert dh is not None
             dh[start:stop].copy_(x)
             return
-        if start == 0 and self.index is not None:
+        if start == 0 and self.index is not None and dh is not None:
             dh.zero_()
-        for first in range(start, stop, self.block):
+        for block, first in enumerate(range(start, stop, self.block)):
             last = min(first + self.block, stop)
             rows = _part(x, first - start, last - start)
             if normed:
-                rows = self._norm_grad(rows, first, last)
+                rows = self._norm_grad(rows, first, last, self.moments[block])
+            if dh is None:
+                continue
             if self.index is None:
                 dh[first:last].copy_(rows)
-                continue
-            dh.index_copy_(
-                0,
-                _part(self.index, first, last),
-                rows if rows.dtype == dh.dtype else rows.to(dh.dtype),
-            )
+            else:
+                rows = rows if rows.dtype == dh.dtype else rows.to(dh.dtype)
+                dh.index_copy_(0, _part(self.index, first, last), rows)
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -314,44 +341,34 @@ class TorchSteps:
         return losses.sum() / divisor
 
     @staticmethod
-    def scatter(
-        dh: Tensor,
-        scatter_map: Tensor | None,
-        total: int,
-        dtype: torch.dtype,
-        upstream: Tensor | None,
-        in_place: bool,
-        normed: Normed | None = None,
-    ) -> Tensor:
+    def scatter(grads: Gradients, finish: Finish) -> tuple[Tensor | None, Gradients]:
         # `input_grads` has passed dH through the norm already.
-        scale = _factor(upstream)
-        out = _scaled(dh, scale, dtype, in_place)
+        assert grads.hidden is not None
+        scale = _factor(finish.upstream)
+        out = _scaled(grads.hidden, scale, finish.dtypes[0], finish.in_place)
+        index = finish.scatter_map
         if (
-            scatter_map is not None
+            index is not None
             and scale is not None
             and not (isinstance(scale, float) and math.isfinite(scale))
         ):
-            others = scatter_map.new_ones(total, dtype=torch.bool).index_fill_(
-                0, scatter_map, False
-            )
+            others = index.new_ones(out.shape[0], dtype=torch.bool).index_fill_(0, index, False)
             # The product would leave nan in these rows, because 0 · nan is nan.
             out.masked_fill_(others[:, None], 0)
-        return out
+        return out, grads
 
     @staticmethod
-    def scale(
-        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
-    ) -> tuple[Tensor | None, ...]:
-        scale = _factor(upstream)
+    def scale(grads: Gradients, finish: Finish) -> tuple[Tensor | None, ...]:
+        scale = _factor(finish.upstream)
         scaled: list[Tensor | None] = []
-        for i, (grad, dtype) in enumerate(zip(grads[1:], dtypes, strict=True)):
-            # The single row of a bias gradient is its sum.
-            bias = i % 2 == 1
-            scaled.append(
-                None
-                if grad is None
-                else _scaled(grad[0] if bias else grad, scale, dtype, in_place and not bias)
-            )
+        for i, grad in enumerate(grads[1:], 1):
+            if grad is None:
+                scaled.append(None)
+                continue
+            # The single row of column sums is their total.
+            sums = i in COLUMN_SUMS
+            grad = grad[0] if sums else grad
+            scaled.append(_scaled(grad, scale, finish.dtypes[i], finish.in_place and not sums))
         return tuple(scaled)
 
 

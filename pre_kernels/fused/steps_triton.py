@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from .products import wide_product
 from .sweep import (
     GRAM_ELEMENTS,
     GRAM_EPS,
+    Finish,
     Gradients,
     Layout,
-    Normed,
     Selection,
     Work,
     coefficients,
@@ -160,6 +159,8 @@ class TritonSteps:
                 quantized=quantized,
                 norm=self.options.norm,
                 eps=self.options.norm_eps,
+                weight=self.problem.norm_weight,
+                bias=self.problem.norm_bias,
                 **self.live,
             )
         self.x, self.y = [x], []
@@ -285,37 +286,42 @@ class TritonSteps:
         return reduce_loss(losses, divisor, selection.count)
 
     @staticmethod
-    def scatter(
-        dh: Tensor,
-        scatter_map: Tensor | None,
-        total: int,
-        dtype: torch.dtype,
-        upstream: Tensor | None,
-        in_place: bool,
-        normed: Normed | None = None,
-    ) -> Tensor:
+    def scatter(grads: Gradients, finish: Finish) -> tuple[Tensor | None, Gradients]:
+        scatter_map, total, (dtype, *_), upstream, in_place, hidden, weight, norm, eps = finish
+        dh = grads.hidden
+        assert dh is not None
         same = scatter_map is None and dh.dtype == dtype
-        if same and upstream is None and normed is None:
-            return dh
-        out = dh if same and in_place else dh.new_empty(total, dh.shape[1], dtype=dtype)
-        if normed is None:
-            scatter(dh, out, inverse=scatter_map, upstream=upstream)
-        else:
-            hidden, norm, eps = normed
-            scatter_norm(
-                dh, hidden, out, norm=norm, eps=eps, inverse=scatter_map, upstream=upstream
-            )
-        return out
+        if same and upstream is None and norm is None:
+            return dh, grads
+        d = dh.shape[1]
+        out, sums = None, None
+        if total is not None:
+            out = dh if same and in_place else dh.new_empty(total, d, dtype=dtype)
+        places = {"inverse": scatter_map, "upstream": upstream}
+        if norm is None or hidden is None:
+            assert out is not None
+            scatter(dh, out, **places)
+            return out, grads
+        if True in [x is not None for x in grads.norm]:
+            programs = RowShape.of(d).programs(hidden.shape[0])
+            sums = dh.new_empty(2, programs, d, dtype=torch.float32)
+            wanted = [None if x is None else sums[i] for i, x in enumerate(grads.norm)]
+            grads = Gradients(*grads[:7], *wanted)
+        scatter_norm(dh, hidden, out, norm=norm, eps=eps, weight=weight, sums=sums, **places)
+        return out, grads
 
     @staticmethod
-    def scale(
-        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
-    ) -> tuple[Tensor | None, ...]:
-        order = (*dtypes[0::2], *dtypes[1::2])
+    def scale(grads: Gradients, finish: Finish) -> tuple[Tensor | None, ...]:
+        dtypes, upstream = finish.dtypes, finish.upstream
+        order = (*dtypes[1:7:2], *dtypes[2:7:2])
         w1, w2, w3, b1, b2, b3 = scale_gradients(
-            grads.weights, grads.biases, order, upstream, in_place
+            grads.weights, grads.biases, order, upstream, finish.in_place
         )
-        return w1, b1, w2, b2, w3, b3
+        norm = grads.norm
+        if True in [x is not None for x in norm]:
+            more = (*order[:3], *dtypes[7:], order[0])
+            norm = scale_gradients((None,) * 3, (*norm, None), more, upstream)[3:5]
+        return w1, b1, w2, b2, w3, b3, *norm
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:

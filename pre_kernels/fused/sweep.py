@@ -40,43 +40,57 @@ class Layout(NamedTuple):
 
     rows: int  # the most rows of a chunk
     slots: tuple[int, ...]  # for each layer, rows of the partial sums of its bias's gradient
-    # The dtype of a dH that has all rows of hidden, with zeros in unselected rows. None: dH has
-    # only the selected rows.
+    # The dtype of a dH that has all rows of hidden, with zeros in unselected rows, after the norm's
+    # backward. None: dH has only the selected rows, and the norm's backward is left to `scatter`.
     spread: torch.dtype | None = None
 
 
 class Gradients(NamedTuple):
     """Sums over the chunks; None for a frozen tensor. The rows of a bias gradient (slots, width)
-    add up to the gradient."""
+    add up to the gradient, and so do those of the norm's scale and shift."""
 
-    hidden: Tensor | None  # (capacity, d), compact; or (R, d), in hidden's order
+    # (capacity, d), compact, also where only the norm needs it; or (R, d), in hidden's order
+    hidden: Tensor | None
     w1: Tensor | None
     b1: Tensor | None
     w2: Tensor | None
     b2: Tensor | None
     w3: Tensor | None
     b3: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
-        return self[1::2]
+        return self[1:7:2]
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        return self[2::2]
+        return self[2:7:2]
+
+    @property
+    def norm(self) -> tuple[Tensor | None, ...]:
+        return self[7:]
 
     def before(self, layer: int) -> bool:
-        """Whether hidden, or a weight or bias of a layer before this one, has a gradient."""
-        return any(grad is not None for grad in self[: 2 * layer + 1])
+        """Whether hidden, the norm, or a weight or bias of a layer before this one, has a
+        gradient."""
+        return True in [grad is not None for grad in self[: 2 * layer + 1] + self[7:]]
 
 
-class Normed(NamedTuple):
-    """The rows that passed a norm, for its backward: dH of the normalised rows becomes that of
-    `hidden` (R, d)."""
+class Finish(NamedTuple):
+    """How the sums of a sweep become the gradients that autograd takes."""
 
-    hidden: Tensor
-    norm: str
-    eps: float
+    scatter_map: Tensor | None
+    total: int | None  # the rows of dH; None: it is not wanted
+    dtypes: Sequence[torch.dtype]  # of hidden, w1, b1, ..., norm_bias
+    upstream: Tensor | None  # 0-d; None: the sums have it already
+    in_place: bool  # whether the memory of the sums may be used
+    # For the backward of the norm, where `scatter` does it.
+    hidden: Tensor | None  # (R, d)
+    norm_weight: Tensor | None
+    norm: str | None
+    norm_eps: float
 
 
 class Work(NamedTuple):
@@ -128,8 +142,8 @@ class Steps(Protocol):
         gradient += Σ dY."""
 
     def input_grads(self, start: int, stop: int) -> None:
-        """Write dY·W of the first layer to the chunk's rows of grads.hidden. With a norm this is
-        the gradient of the normalised rows, except if grads.hidden has all rows of hidden."""
+        """Write dY·W of the first layer to the chunk's rows of grads.hidden. If the layout spreads
+        dH, that is after the backward of the norm, which adds to the norm's gradients."""
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -143,26 +157,16 @@ class Steps(Protocol):
         ...
 
     @staticmethod
-    def scatter(
-        dh: Tensor,
-        scatter_map: Tensor | None,
-        total: int,
-        dtype: torch.dtype,
-        upstream: Tensor | None,
-        in_place: bool,
-        normed: Normed | None,
-    ) -> Tensor:
-        """Return upstream · dh as a (total, d) tensor in `dtype`, with zeros in unselected rows,
-        after the backward of the norm if there is one. With `in_place` that is dh itself if shape
-        and dtype match."""
+    def scatter(grads: Gradients, finish: Finish) -> tuple[Tensor | None, Gradients]:
+        """Return upstream · grads.hidden as a (total, d) tensor with zeros in unselected rows,
+        after the norm's backward if there is a norm, and the gradients with the sums of that
+        backward. With `in_place` the tensor is grads.hidden itself if shape and dtype match."""
         ...
 
     @staticmethod
-    def scale(
-        grads: Gradients, dtypes: Sequence[torch.dtype], upstream: Tensor | None, in_place: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Return upstream · (w1, b1, ..., b3) in `dtypes`, with column sums added up. With
-        `in_place` a matrix that has its dtype is scaled where it is."""
+    def scale(grads: Gradients, finish: Finish) -> tuple[Tensor | None, ...]:
+        """Return upstream · (w1, b1, ..., norm_bias), with column sums added up. With `in_place` a
+        matrix that has its dtype is scaled where it is."""
         ...
 
 
@@ -187,12 +191,15 @@ def allocate(problem: Problem, layout: Layout, capacity: int, wanted: list[bool]
 
     total, d = problem.hidden.shape
     rows, dh_dtype = (total, layout.spread) if layout.spread else (capacity, dtype)
-    grads = [room(wanted[0], rows, d, dh_dtype)]
+    # Without a spread the sums for the norm stay empty: `scatter` makes them, from dH.
+    norm = [room(want, 1 if layout.spread else 0, d, accum_dtype) for want in wanted[7:]]
+    want_dh = wanted[0] or (not layout.spread and True in wanted[7:])
+    grads = [room(want_dh, rows, d, dh_dtype)]
     for (w, b), slots in zip(problem.layers, layout.slots, strict=True):
         want_w, want_b = wanted[len(grads) : len(grads) + 2]
         grads.append(room(want_w, w.shape[0], w.shape[1], weights))
         grads.append(room(want_b and b is not None, slots, w.shape[0], accum_dtype))
-    return Gradients(*grads, *[None] * (DIFFERENTIABLE - len(grads)))
+    return Gradients(*grads, *[None] * (DIFFERENTIABLE - 2 - len(grads)), *norm)
 
 
 def chunks(

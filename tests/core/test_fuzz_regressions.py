@@ -98,7 +98,7 @@ FOUND = {
         layout="transposed",
         upstream=0.37,
     ),
-    # The gradient of a folded weight underflowed before that of the norm's scale was its sum.
+    # When the scale was folded into w1, its gradient underflowed.
     "the scale of a norm in float16": Spec(
         seed=709523,
         dtype="float16",
@@ -118,6 +118,49 @@ FOUND = {
         layout="transposed",
         upstream=0.001,
         workspace=1,
+    ),
+    # Scale and shift were folded into w1 and b1, which rounds them alike in every row.
+    "the shift of a norm in front of one layer": Spec(
+        seed=716332,
+        leading=(3, 3, 3),
+        d=127,
+        m=7,
+        z=7,
+        depth=1,
+        norm="layer",
+        loss="mse",
+        activation="silu",
+        reduction="none",
+        pattern="all",
+        anchor_dtype="float16",
+        scale=1,
+        scale_w2=1,
+        layout="strided",
+    ),
+    # The layer norm was less exact than PyTorch's own.
+    "a layer norm in front of predictions opposite to the anchors": Spec(
+        seed=134,
+        autocast="bfloat16",
+        leading=(67,),
+        m=7,
+        z=5,
+        norm="layer",
+        activation="silu",
+        reduction="sum",
+        normalizer_tensor=True,
+        pattern="all",
+        anchor_compact=True,
+        anchor_dtype="float16",
+        anchor="opposite",
+        noise=1e-07,
+        weight="compact",
+        scale_w2=-1,
+        scale_anchor=-3,
+        outliers="channels",
+        layout="expanded",
+        upstream=0.001,
+        frozen=("b3",),
+        units="AMX",
     ),
     # Similar rows were rounded alike in float32, and the rounding added up.
     "aligned rows": Spec(

@@ -69,7 +69,8 @@ def gathers(f, device, width):
         q = quantized(f, device, 4, width)
         rows.gather(x, None, index=index, quantized=q, **live(f, device, 5))
     normed = f.out(4, width, device=device)
-    rows.gather(x, normed, index=index, norm="layer", eps=1e-5)
+    affine = {name: f(randn(device, width)) for name in ("weight", "bias")}
+    rows.gather(x, normed, index=index, norm="layer", eps=1e-5, **affine)
     return [out[:3], cleared, normed, *(read(q, 3) if q else ())]
 
 
@@ -83,9 +84,12 @@ def scatters(f, device, width):
     rows.scatter(mine, mine, upstream=upstream)
     normed, rms = f.out(7, width, dtype=torch.bfloat16, device=device), f.both(x)
     hidden = f(randn(device, 7, width))
-    norm.scatter_norm(x, hidden, normed, norm="layer", eps=1e-5, inverse=inverse, upstream=upstream)
+    layer = {"norm": "layer", "eps": 1e-5, "weight": f(randn(device, width)), "inverse": inverse}
+    sums, alone = (f.out(2, 3, width, device=device) for _ in range(2))
+    norm.scatter_norm(x, hidden, normed, sums=sums, upstream=upstream, **layer)
+    norm.scatter_norm(x, hidden, None, sums=alone, **layer)
     norm.scatter_norm(rms, hidden[:4].contiguous(), rms, norm="rms", eps=1e-5)
-    return [out, mine, normed, rms]
+    return [out, mine, normed, sums, alone, rms]
 
 
 def selects(f, device, width):

@@ -13,7 +13,7 @@ from pre_kernels.fused.kernels.finish import mean_divisor, reduce_loss, scale_gr
 from pre_kernels.fused.kernels.row_loss import row_loss
 from pre_kernels.fused.kernels.rows import BLOCK, gather, invert, scatter, select
 from pre_kernels.fused.steps_torch import ROW_LOSSES, TorchSteps
-from pre_kernels.fused.sweep import Gradients
+from pre_kernels.fused.sweep import Finish, Gradients
 from verify.fences import WatchedMemory, watching
 
 from ..slow import thinned
@@ -372,10 +372,12 @@ def test_scaled_in_place(device, upstream):
 @pytest.mark.parametrize("upstream", [1.0, 2.0, -1.5])
 def test_scaled_in_place_by_torch(upstream):
     w1, w2 = torch.randn(7, 12), torch.randn(5, 7)
-    given = Gradients(None, w1.clone(), None, w2.clone(), None, None, None)
+    nothing = dict.fromkeys(Gradients._fields)
+    given = Gradients(**(nothing | {"w1": w1.clone(), "w2": w2.clone()}))
     scale = number(upstream, "cpu")
-    kinds = (torch.float32, torch.float32, torch.bfloat16, *(torch.float32,) * 3)
-    got = TorchSteps.scale(given, kinds, scale, in_place=True)
+    kinds = (*(torch.float32,) * 3, torch.bfloat16, *(torch.float32,) * 5)
+    finish = Finish(None, None, kinds, scale, True, None, None, None, 0.0)
+    got = TorchSteps.scale(given, finish)
     assert got[0] is given.w1
     # If the scale is 1, nothing is touched.
     assert (given.w1._version > 0) == (upstream != 1.0)

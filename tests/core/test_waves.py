@@ -12,7 +12,7 @@ from bench import shapes
 from pre_kernels.fused.kernels import tiles
 from pre_kernels.fused.ops import steps_of
 from pre_kernels.fused.sweep import Selection, equal_parts, sweep
-from pre_kernels.problem import Options, Problem
+from pre_kernels.problem import DIFFERENTIABLE, Options, Problem
 from verify.fences import KERNEL
 
 TILE = tiles.Tile(128, 256, 64, 8, 4)
@@ -70,9 +70,9 @@ def problem_of(shape, rows, workspace, device="meta"):
     options = Options(
         "cosine", "gelu", "mean", torch.bfloat16, *[False] * 3, None, workspace, None, None
     )
-    weights = empty(m, d), empty(m), empty(z, m), empty(z)
-    layers = (*weights, None, None)
-    problem = Problem(empty(total, d), *layers, empty(total, z), index, None, None, None, options)
+    given = {"hidden": empty(total, d), "anchor": empty(total, z), "rows": index}
+    given |= {"w1": empty(m, d), "b1": empty(m), "w2": empty(z, m), "b2": empty(z)}
+    problem = Problem(**(dict.fromkeys(Problem._fields) | given | {"options": options}))
     return problem, Selection(index, empty(total, dtype=torch.int32), None, capacity)
 
 
@@ -88,9 +88,8 @@ def products_of(impl, shape, rows, workspace):
             seen.append(tuple(out.shape))
 
     with mock.patch.object(KERNEL, "run", nothing):
-        sweep(
-            Recorded, problem, selection, [True] * 5, losses, Recorded.divisor(problem, selection)
-        )
+        wanted = [x is not None for x in problem[:DIFFERENTIABLE]]
+        sweep(Recorded, problem, selection, wanted, losses, Recorded.divisor(problem, selection))
     return seen
 
 

@@ -168,17 +168,7 @@ def test_the_model_is_a_plain_llava_again_after_training_with_pre():
     scenes, model = pretrained()
     names = list(model.state_dict())
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
-    compare.run_arm(
-        "with PRe",
-        {},
-        model,
-        training=scenes,
-        fitting=scenes,
-        test=scenes,
-        settings=TINY,
-        seed=0,
-        bar=no_bar,
-    )
+    compare.run_arm("with PRe", {}, model, (scenes, scenes, scenes), TINY, 0, no_bar)
     assert list(model.state_dict()) == names
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 

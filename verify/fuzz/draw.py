@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from pre_kernels.checks import ACTIVATIONS, LOSSES, REDUCTIONS
+from pre_kernels.checks import ACTIVATIONS, LOSSES, NORMS, REDUCTIONS
 
 from .. import oracle
 from .specs import Spec
@@ -33,9 +33,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
       with eager's;
     - float32 rows that all have the same prediction, with the kernels: their sums are NumPy's too,
       which adds one row after another. Exact sums are closer than eager's;
-    - the norm of one or two numbers: these are signs, and what is left of dH is rounding;
-    - scale and shift of a norm with parallel or opposite anchors, except under autocast: docs/
-      numerics.md says how they round, and why only their rounding is left there.
+    - the norm of one or two numbers: these are signs, and what is left of dH is rounding.
     """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     maybe = lambda: draw(st.booleans())  # noqa: E731
@@ -61,8 +59,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
     pattern = pick(*PATTERNS) if rows != "all" else "all"
     total = math.prod(leading)
     # Such a case may have only one row.
-    # A layer norm is not drawn: in a few cases its gradients have up to five times eager's error.
-    norm = pick(None, None, "rms")
+    norm = pick(None, None, *NORMS)
     alone = pattern == "one" or total == 1 or (rows != "all" and total < 12)
     leaves = (*oracle.LEAVES, *oracle.MORE_LEAVES)
     return Spec(
@@ -76,7 +73,7 @@ def specs(draw: st.DrawFn, impl: str) -> Spec:
         z=pick(*[z for z in widths if z > 1 or loss != "cosine"]),
         depth=pick(2, 1, 3),
         norm=norm,
-        affine=(anchor == "random" or autocast is not None) and maybe(),
+        affine=maybe(),
         loss=loss,
         activation=pick(*ACTIVATIONS),
         reduction=reduction,

@@ -6,17 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    OPTIONS,
-    WARPS,
-    RowShape,
-    add_column_sum,
-    cdiv,
-    live_rows,
-    narrow,
-    on_device,
-    widen,
-)
+from .common import WARPS, RowShape, add_column_sum, cdiv, live_rows, narrow, on_device, widen
 from .quantize import Quantized, store_quantized
 
 
@@ -200,10 +190,8 @@ def apply_activation(
             M,
             ACTIVATION=activation,
             COUNT=count is not None,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
             num_warps=WARPS,
-            **OPTIONS,
+            **shape.constants,
         )
 
 
@@ -243,8 +231,6 @@ def apply_activation_grad(
             SUM=sums is not None,
             FIRST=first and sums is not None,
             COUNT=count is not None,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
             num_warps=WARPS,
-            **OPTIONS,
+            **shape.constants,
         )

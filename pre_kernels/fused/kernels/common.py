@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,13 +49,16 @@ class RowShape(NamedTuple):
 
     rows: int
     block: int
+    whole: bool  # a row fits one block
+    constants: dict[str, Any]  # of a launch
 
     @classmethod
     @lru_cache
     def of(cls, width: int) -> RowShape:
         block = power_of_2(width)
         block = TILE if block > LONGEST else block
-        return cls(max(1, TILE // block), block)
+        rows = max(1, TILE // block)
+        return cls(rows, block, block >= width, {"ROWS": rows, "BLOCK": block, **OPTIONS})
 
     def programs(self, n: int) -> int:
         return max(1, min(PROGRAMS, cdiv(n, self.rows)))
@@ -127,6 +130,21 @@ def live_rows(count_ptr, start, n, COUNT: tl.constexpr):
     if COUNT:
         return tl.minimum(n, tl.load(count_ptr) - start)
     return n
+
+
+@triton.jit
+def load_columns(p_x, d, D, stride_xd, m_n, o_b):
+    """Return the columns d + o_b of rows, in float32."""
+    mask = m_n[:, None] & (d + o_b < D)[None, :]
+    return widen(tl.load(p_x + tl.cast(d, tl.int64) * stride_xd, mask=mask, other=0.0))
+
+
+@triton.jit
+def columns_of(b_x, p_x, d, D, stride_xd, m_n, o_b, WHOLE: tl.constexpr):
+    """Return the same columns; if a row fits one block, b_x holds them already."""
+    if WHOLE:
+        return b_x
+    return load_columns(p_x, d, D, stride_xd, m_n, o_b)
 
 
 @triton.jit

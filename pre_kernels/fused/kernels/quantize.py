@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, WARPS, RowShape, cdiv, narrow, on_device, widen
+from .common import WARPS, RowShape, cdiv, narrow, on_device, widen
 
 # This is the largest number of e4m3.
 LARGEST = tl.constexpr(448.0)
@@ -137,11 +137,9 @@ def quantize_weight(w: Tensor, columns: bool) -> tuple[Quantized, Quantized | No
             *(strips or (None, None)),
             M,
             K,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
             TALL=TALL,
             WIDE=WIDE,
             num_warps=WARPS,
-            **OPTIONS,
+            **shape.constants,
         )
     return rows, strips

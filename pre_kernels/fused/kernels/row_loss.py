@@ -7,15 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    OPTIONS,
     RowShape,
     add_column_sum,
+    columns_of,
     live_rows,
+    load_columns,
     narrow,
     on_device,
     sum_three,
     sum_two,
-    widen,
 )
 from .quantize import Quantized, store_quantized
 from .rows import load_scale
@@ -88,7 +88,8 @@ def row_loss_kernel(
             )
         b_p, b_a = None, None
         if WHOLE:
-            b_p, b_a = load_block(p_p, p_a, 0, Z, stride_az, m_n, o_b)
+            b_p = load_columns(p_p, 0, Z, 1, m_n, o_b)
+            b_a = load_columns(p_a, 0, Z, stride_az, m_n, o_b)
 
         if LOSS == "cosine":
             cosine, along, near, p_inverse, a_inverse = cosine_parts(
@@ -140,20 +141,10 @@ def row_loss_kernel(
 
 
 @triton.jit
-def load_block(p_p, p_a, z, Z, stride_az, m_n, o_b):
-    """Return the columns z + o_b of the rows p and a, in float32."""
-    mask = m_n[:, None] & (z + o_b < Z)[None, :]
-    b_p = widen(tl.load(p_p + z, mask=mask, other=0.0))
-    b_a = widen(tl.load(p_a + tl.cast(z, tl.int64) * stride_az, mask=mask, other=0.0))
-    return b_p, b_a
-
-
-@triton.jit
 def block_at(b_p, b_a, p_p, p_a, z, Z, stride_az, m_n, o_b, WHOLE: tl.constexpr):
-    """Return the same columns; if a row fits one block, b_p and b_a hold them already."""
-    if WHOLE:
-        return b_p, b_a
-    return load_block(p_p, p_a, z, Z, stride_az, m_n, o_b)
+    """Return the columns z + o_b of the rows p and a, as `columns_of` does."""
+    b_x = columns_of(b_p, p_p, z, Z, 1, m_n, o_b, WHOLE)
+    return b_x, columns_of(b_a, p_a, z, Z, stride_az, m_n, o_b, WHOLE)
 
 
 @triton.jit
@@ -288,9 +279,7 @@ def row_loss(
             FIRST=first and sums is not None,
             COUNT=count is not None,
             ZERO_PADDING=zero_padding,
-            WHOLE=shape.block >= Z,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
+            WHOLE=shape.whole,
             num_warps=WARPS,
-            **OPTIONS,
+            **shape.constants,
         )

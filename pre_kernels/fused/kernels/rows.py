@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import OPTIONS, WARPS, RowShape, cdiv, live_rows, narrow, on_device, power_of_2, widen
-from .norm import moments
+from .norm import affine, moments
 from .quantize import Quantized, store_quantized
 
 BLOCK = 1024  # One program counts or selects this many rows of a mask.
@@ -59,6 +59,8 @@ def gather_kernel(
     scales_ptr,  # (n,)
     index_ptr,  # (capacity,)
     count_ptr,
+    weight_ptr,  # (D,), of the norm
+    bias_ptr,
     start,
     n,
     D,
@@ -89,7 +91,8 @@ def gather_kernel(
         o_b = tl.arange(0, BLOCK)
         p_row = x_ptr + rows[:, None] * stride_xm + o_b.to(tl.int64)[None, :] * stride_xd
         mean, inverse = moments(b_x, p_row, D, stride_xd, o_n < live, o_b, eps, NORM, WHOLE, BLOCK)
-        b_x = tl.where(m_x, (b_x - mean[:, None]) * inverse[:, None], 0.0)
+        b_x = affine((b_x - mean[:, None]) * inverse[:, None], weight_ptr, bias_ptr, o_d, D)
+        b_x = tl.where(m_x, b_x, 0.0)
     if out_ptr is not None:
         p_out = out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.store(
@@ -186,6 +189,8 @@ def gather(
     quantized: Quantized | None = None,
     norm: str | None = None,
     eps: float = 0.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Write out[i] = x[index[start + i]] in out's dtype, for the rows i of `out` with start + i <
     count.
@@ -194,6 +199,7 @@ def gather(
     0-d int32; None: all. zero_padding: rows from the count on are 0; otherwise they are not
     written. quantized: receives the same rows in float8. norm: "layer" or "rms" normalises the
     rows, and `eps` is added to their variance; "unit" makes their length 1, clamped at `eps`.
+    weight, bias: scale and shift of the norm, (D,) contiguous; None: 1 and 0.
     """
     q, scales = quantized or (None, None)
     n, D = next(rows for rows in (out, q) if rows is not None).shape
@@ -206,6 +212,8 @@ def gather(
             scales,
             index,
             count,
+            weight,
+            bias,
             start,
             n,
             D,
@@ -215,11 +223,9 @@ def gather(
             GATHER=index is not None,
             COUNT=count is not None,
             ZERO_PADDING=zero_padding,
-            WHOLE=shape.block >= D,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
+            WHOLE=shape.whole,
             num_warps=WARPS,
-            **OPTIONS,
+            **shape.constants,
         )
 
 
