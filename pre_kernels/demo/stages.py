@@ -26,12 +26,12 @@ class Stage(NamedTuple):
 # gives the function that moves it on.
 Bar = Callable[[Stage, str, int], AbstractContextManager[Advance]]
 
-SEE = Stage("vision tower on digits", 0.055)
-READ = Stage("LLM on text", 0.2)
-ALIGN = Stage("alignment", 0.1)
-TUNE = Stage("instruction tuning", 0.1)
+SEE = Stage("vision tower on digits", 0.033)
+READ = Stage("LLM on text", 0.11)
+ALIGN = Stage("alignment", 0.055)
+TUNE = Stage("instruction tuning", 0.055)
 # A step is a layer, whose probe is fitted.
-MEASURE = Stage("measuring", 0.95)
+MEASURE = Stage("measuring", 0.46)
 
 
 def of_a_seed(settings: Settings) -> Iterator[tuple[Stage, int]]:

@@ -83,7 +83,7 @@ class Finish(NamedTuple):
 
     scatter_map: Tensor | None
     total: int | None  # the rows of dH; None: it is not wanted
-    dtypes: Sequence[torch.dtype]  # of hidden, w1, b1, ..., norm_bias
+    dtypes: Sequence[torch.dtype]  # those of hidden, w1, b1, ..., norm_bias
     upstream: Tensor | None  # 0-d; None: the sums have it already
     in_place: bool  # whether the memory of the sums may be used
     # For the backward of the norm, where `scatter` does it.

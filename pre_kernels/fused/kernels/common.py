@@ -50,7 +50,7 @@ class RowShape(NamedTuple):
     rows: int
     block: int
     whole: bool  # a row fits one block
-    constants: dict[str, Any]  # of a launch
+    constants: dict[str, Any]  # what a launch passes for them
 
     @classmethod
     @lru_cache
