@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from .messages import attach, commands, launcher, loss, measures, trainers
+from .messages import attach, commands, launcher, loss, measures, saved, trainers
 from .messages.mistakes import Mistake, heard, matches, own_words, words
 
-TABLES = (loss, attach, trainers, measures, commands, launcher)
+TABLES = (loss, attach, saved, trainers, measures, commands, launcher)
 EVERY = [(mistake, table.GIVEN) for table in TABLES for mistake in table.MISTAKES]
 every_mistake = pytest.mark.parametrize(
     ("mistake", "given"), EVERY, ids=[mistake.about for mistake, _ in EVERY]

@@ -1,4 +1,4 @@
-"""Mistakes when PRe is attached, in a loop of one's own, and with a head on disk.
+"""Mistakes when PRe is attached, and in a loop of one's own.
 
 Given are a tiny LLaVA of 4 decoder layers, `model`, its arguments for two samples with labels,
 `batch`, the mask of their 12 visual tokens, `visual`; a `text_model` without images,
@@ -8,15 +8,13 @@ batch, `frames`.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from pre_kernels.integrations import EncoderAnchor, Reader, apply_pre
+from pre_kernels.integrations import EncoderAnchor, apply_pre
 from tests.integrations.support.tiny import interleaved, models
 from tests.integrations.support.tiny.fuyu import fuyu
 
@@ -32,11 +30,8 @@ def text_model() -> Any:
 GIVEN = {
     "torch": lambda: torch,
     "nn": lambda: nn,
-    "json": lambda: json,
-    "Path": lambda: Path,
     "apply_pre": lambda: apply_pre,
     "EncoderAnchor": lambda: EncoderAnchor,
-    "Reader": lambda: Reader,
     "model": lambda: models.build("llava"),
     "text_model": text_model,
     "batch": lambda: models.batch("llava").inputs,
@@ -47,7 +42,6 @@ GIVEN = {
     "prefix": lambda: interleaved.prefix,
     "norms": lambda: interleaved.norms,
     "TEXT": lambda: interleaved.TEXT,
-    "SIZES": lambda: {"size": 8, "anchor_dim": 2},
     "IMAGE": lambda: models.IMAGE,
 }
 PROJECTOR_ONLY = (
@@ -61,7 +55,6 @@ for _ in range(3):
 """
 IMAGES_UNSEEN = "ids = torch.tensor([[1, IMAGE, IMAGE, 5]]); fuyu(input_ids=ids, labels=ids)"
 LOSSES_OF_LOGITS = "for _ in range(3): model(**batch).logits.sum().backward()"
-SAVED = 'with apply_pre(model) as handle: handle.save("saved")\n'
 MISTAKES = [
     Mistake(
         "layers counted from 0",
@@ -367,72 +360,5 @@ MISTAKES = [
         'handle = apply_pre(model); handle.remove(); handle.save("saved")',
         "handle: it was removed, and its head with it; use the head before remove()",
         'handle = apply_pre(model); handle.save("saved"); handle.remove()',
-    ),
-    Mistake(
-        "a head from a folder that is not there",
-        SAVED + 'apply_pre(model).load("savd")',
-        "directory: 'savd' is not a directory; want one that handle.save() wrote",
-        SAVED + 'apply_pre(model).load("saved")',
-    ),
-    Mistake(
-        "a head from a checkpoint without one",
-        SAVED + 'Path("plain").mkdir(exist_ok=True); apply_pre(model).load("plain")',
-        "directory: 'plain/pre_head.json' is missing; want both pre_head.json and "
-        "pre_head.safetensors",
-        SAVED + 'apply_pre(model).load("saved")',
-    ),
-    Mistake(
-        "a saved head with other settings",
-        SAVED + 'apply_pre(model, hidden_dim=8).load("saved")',
-        "hidden_dim: 'saved/pre_head.json' says 32, this handle has 8; call apply_pre with the "
-        "settings of the saved head, on a model of its width",
-        SAVED + 'apply_pre(model, hidden_dim=32).load("saved")',
-    ),
-    Mistake(
-        "a saved head of another depth",
-        SAVED + 'apply_pre(model, depth=3).load("saved")',
-        "depth: 'saved/pre_head.json' says 2, this handle has 3; call apply_pre with the settings "
-        "of the saved head, on a model of its width",
-        SAVED + 'apply_pre(model, depth=2).load("saved")',
-    ),
-    Mistake(
-        "a saved head without the norm",
-        SAVED + 'apply_pre(model, norm="rms").load("saved")',
-        "norm: 'saved/pre_head.json' says None, this handle has 'rms'; call apply_pre with the "
-        "settings of the saved head, on a model of its width",
-        SAVED + 'apply_pre(model, norm=None).load("saved")',
-    ),
-    Mistake(
-        "a saved head that was cut short",
-        SAVED + 'Path("saved/pre_head.json").write_text("{")\napply_pre(model).load("saved")',
-        "'saved/pre_head.json': not valid JSON: …; copy the file again, or load another checkpoint",
-        SAVED + 'apply_pre(model).load("saved")',
-    ),
-    Mistake(
-        "the name of an encoder",
-        'EncoderAnchor("facebook/dinov2-base", model, image_mean=None, image_std=None, **SIZES)',
-        "encoder: got str, want an nn.Module, such as "
-        'AutoModel.from_pretrained("facebook/dinov2-base")',
-        "AutoModel = nn.Flatten()\n"
-        "EncoderAnchor(AutoModel, model, image_mean=None, image_std=None, **SIZES)",
-    ),
-    Mistake(
-        "an encoder's mean without its deviation",
-        "EncoderAnchor(nn.Flatten(), model, image_mean=[1, 1, 1], image_std=None, **SIZES)",
-        "image_mean, image_std: got one of them, want both, or None for both; the model's are in "
-        "processor.image_processor",
-        "EncoderAnchor(nn.Flatten(), model, image_mean=None, image_std=None, **SIZES)",
-    ),
-    Mistake(
-        "layers to read that are not there",
-        "Reader(model, layers=[0, 8])",
-        "layers: got 8 among them, want integers in 0..4",
-        "Reader(model, layers=[0, 4])",
-    ),
-    Mistake(
-        "a reading without images",
-        'batch["input_ids"][:] = 5; del batch["pixel_values"]; Reader(model).read(batch)',
-        "inputs: got no visual tokens, want at least one image",
-        "Reader(model).read(batch)",
     ),
 ]
