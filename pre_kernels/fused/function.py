@@ -67,7 +67,7 @@ class _PreLoss(torch.autograd.Function):
                 # The caller may change the rows before the backward, so they are copied.
                 rows = None if rows is None else rows.clone()
                 ctx.save_for_backward(
-                    *tensors[:DIFFERENTIABLE],
+                    *[_constant(x) for x in tensors[:DIFFERENTIABLE]],
                     _constant(problem.anchor),
                     rows,
                     _constant(problem.weight),
@@ -78,7 +78,7 @@ class _PreLoss(torch.autograd.Function):
             else:
                 # The torch steps have passed dH through the norm already.
                 normed = problem.options.norm is not None and impl != "torch" and dh.dim() == 2
-                norm = (hidden, problem.norm_weight) if normed else (None, None)
+                norm = [_constant(x) if normed else None for x in (hidden, problem.norm_weight)]
                 ctx.save_for_backward(scatter_map, *norm, dh, *sums, token)
         # dH and the scatter map are outputs: under torch.compile their first size may depend on
         # data, and such a size must not stay hidden in ctx.
@@ -122,8 +122,8 @@ class _PreLoss(torch.autograd.Function):
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor, or a copy where autograd cannot save it: an anchor may come from an
-    encoder that runs in inference mode."""
+    """Return the tensor, or a copy where autograd cannot save it: an anchor, or hidden states that
+    are not trained, may come from a model that runs in inference mode."""
     # While torch.compile traces, `is_inference` cannot be asked, and the copy is not needed.
     if tensor is None or torch.compiler.is_compiling():
         return tensor

@@ -43,6 +43,28 @@ def test_norm_of_long_and_strided_rows(impl, device, norm, case):
         judge(impl, make(22, norm=norm, dtype=torch.bfloat16, device=device, rows=rows, **case))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("d", [24, 9001])
+def test_a_norm_without_eps(impl, device, norm, d):
+    """Rows that are not selected have no finite 1 / std then."""
+    for rows in ("mask", "all"):
+        sizes = {"leading": (2, 3), "d": d, "m": 8, "dtype": torch.bfloat16}
+        case = make(25, norm=norm, device=device, rows=rows, norm_eps=0.0, **sizes)
+        judge(impl, case)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_states_under_inference_mode(impl, device, norm, reduction):
+    """Only the head is trained, on states of a model that is not."""
+    case = make(26, norm=norm, device=device, reduction=reduction)
+    with torch.inference_mode():
+        case.tensors["hidden"] = case.tensors["hidden"].clone()
+    scale = case.tensors["norm_weight"].requires_grad_()
+    fused_pre_loss(**case.tensors, rows=case.rows, **case.options, impl=impl).sum().backward()
+    assert scale.grad.any()
+
+
 @pytest.mark.parametrize(("depth", "norm"), HEADS)
 def test_depth_and_norm_under_autocast_and_in_float64(device, depth, norm):
     judge("torch", make(23, depth=depth, norm=norm, dtype=torch.float64, device=device))

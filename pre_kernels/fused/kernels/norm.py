@@ -99,6 +99,9 @@ def scatter_norm_kernel(
         for d in range(0, D, BLOCK):
             add_sums(sums_ptr, d, b_nothing, b_nothing, o_b, D, True)
     for first in range(tl.program_id(0) * ROWS, R, tl.num_programs(0) * ROWS):
+        if not WHOLE and sums_ptr is not None:
+            # The thread that stores a sum may not be the one that loads it for the next row.
+            tl.debug_barrier()
         o_r = first + tl.arange(0, ROWS)
         m_r = o_r < R
         sources = o_r.to(tl.int64)
@@ -113,6 +116,8 @@ def scatter_norm_kernel(
             b_x = load_columns(p_x, 0, D, 1, live, o_b)
             b_h = load_columns(p_h, 0, D, stride_hd, live, o_b)
         mean, inverse = moments(b_h, p_h, D, stride_hd, live, o_b, eps, NORM, WHOLE, BLOCK)
+        # Rows that take no part are zeros, whose 1 / std is infinite where eps is 0.
+        inverse = tl.where(live, inverse, 0.0)
 
         b_dot, b_sum = b_nothing, b_nothing
         for d in range(0, stop, BLOCK):
