@@ -78,7 +78,9 @@ class _PreLoss(torch.autograd.Function):
             else:
                 # The torch steps have passed dH through the norm already.
                 normed = problem.options.norm is not None and impl != "torch" and dh.dim() == 2
-                norm = [_constant(x) if normed else None for x in (hidden, problem.norm_weight)]
+                norm: tuple[Tensor | None, ...] = (None, None)
+                if normed:
+                    norm = (_constant(hidden), _constant(problem.norm_weight))
                 ctx.save_for_backward(scatter_map, *norm, dh, *sums, token)
         # dH and the scatter map are outputs: under torch.compile their first size may depend on
         # data, and such a size must not stay hidden in ctx.
