@@ -21,10 +21,10 @@ from .support.by_hand import (
     projector_rows,
     watch,
 )
+from .support.processes import both
 from .support.ranks import TEXT_ONLY, UNEVEN, batches, made
 from .support.tiny.models import batch, build
 from .support.tiny.training import make
-from .support.two_ranks import both
 from .support.waits import Waits
 from .support.warned import said
 

@@ -13,10 +13,10 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from pre_kernels.integrations import EncoderAnchor, apply_pre, patch_trainer
 
+from .support.processes import both
 from .support.ranks import deepspeed, engine, need_deepspeed
 from .support.tiny.models import batch, build
 from .support.tiny.training import make
-from .support.two_ranks import both
 from .support.waits import Waits
 
 SAME = {"image_mean": None, "image_std": None}

@@ -17,9 +17,9 @@ import torch
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 
 from .support.counting import of_the_step, only, own_means, run
+from .support.processes import both
 from .support.tiny.models import IMAGE, build
 from .support.tiny.training import UNEQUAL_IMAGES, InOrder, Samples, arguments, assert_head, collate
-from .support.two_ranks import both
 from .support.waits import Waits
 from .support.warned import pre_warnings
 

@@ -30,11 +30,11 @@ from pre_kernels.integrations.llava import PREPARE
 from ..slow import thinned
 from .support.by_hand import gradients
 from .support.original_llava import build_original, original_batch
+from .support.processes import both, join
 from .support.ranks import made, shard
 from .support.split_trainings import ddp_resumes, trained
 from .support.tiny.models import batch, build
 from .support.tiny.training import make
-from .support.two_ranks import both, join
 
 
 class Fault:

@@ -15,10 +15,10 @@ from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 
 from .support.attached import same_head
 from .support.by_hand import assert_same_gradients, gradients
+from .support.processes import both
 from .support.ranks import TEXT_ONLY, by_hand, check, made, steps
 from .support.tiny.models import batch, build
 from .support.tiny.training import make
-from .support.two_ranks import both
 from .support.warned import said
 
 FROZEN = {"head_trainable": False}

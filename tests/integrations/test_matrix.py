@@ -16,7 +16,7 @@ import pytest
 from .support.by_hand import assert_same_gradients
 from .support.matrix import AXES, Case, allowed, gradients, upstream, wanted
 from .support.pairs import pairs
-from .support.two_ranks import both
+from .support.processes import both
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -20,10 +20,10 @@ from pre_kernels.integrations.head_options import MARK
 from pre_kernels.integrations.launched import Launch
 from pre_kernels.integrations.trainer import _create_optimizer
 
+from .support.processes import both
 from .support.ranks import config, deepspeed, need_deepspeed
 from .support.tiny.models import batch, build
 from .support.tiny.training import InOrder, make
-from .support.two_ranks import both
 
 OWN = {"head_lr": 0.3, "head_weight_decay": 0.02}
 

@@ -14,9 +14,9 @@ from torch import nn
 from pre_kernels.integrations import apply_pre, output
 
 from .support.by_hand import gradients
+from .support.processes import both
 from .support.ranks import TEXT_ONLY, UNEVEN, batches, by_hand, check, made, steps
 from .support.tiny.models import build
-from .support.two_ranks import both
 
 
 def ddp(samples: list[Any], apply: dict[str, Any], frozen: bool, **options: Any) -> Any:

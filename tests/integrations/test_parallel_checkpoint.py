@@ -16,9 +16,9 @@ from torch import nn
 from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
 
+from .support.processes import both
 from .support.ranks import UNEVEN, batches, by_hand, engine, made, need_deepspeed, shard
 from .support.tiny.models import build
-from .support.two_ranks import both
 
 HOW = ["ddp", "fsdp2", "fsdp2 own", "fsdp1", "fsdp1 own", "zero2", "zero3"]
 RATE = 0.5

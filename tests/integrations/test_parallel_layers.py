@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pre_kernels.integrations import apply_pre
 
 from .support.by_hand import assert_same_gradients, gradients
+from .support.processes import both
 from .support.ranks import UNEVEN, batches, check, made, plainly
 from .support.tiny.models import batch, build
-from .support.two_ranks import both
 
 
 class Gathered(torch.autograd.Function):

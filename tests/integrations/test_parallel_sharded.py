@@ -13,6 +13,7 @@ from torch import nn
 from pre_kernels.integrations import EncoderAnchor, apply_pre
 
 from .support.by_hand import copy_of, gradients, pre_loss, watch
+from .support.processes import both
 from .support.ranks import (
     DUMMY,
     TEXT,
@@ -32,7 +33,6 @@ from .support.ranks import (
     steps,
 )
 from .support.tiny.models import IMAGE, build
-from .support.two_ranks import both
 
 
 def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:

@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback
 from pre_kernels.integrations import apply_pre, find_handle
 from pre_kernels.integrations.pre_callback import PreCallback
 
+from .support.processes import both
 from .support.tiny.models import batch, build
 from .support.tiny.training import EQUAL, Recorder, Samples, assert_head, by_hand, make
-from .support.two_ranks import both
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 

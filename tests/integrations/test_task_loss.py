@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from pre_kernels.integrations import apply_pre, patch_trainer
 from pre_kernels.integrations.pre_callback import PreCallback
 
+from .support.processes import both
 from .support.tiny.models import build
 from .support.tiny.training import (
     UNEQUAL_IMAGES,
@@ -29,7 +30,6 @@ from .support.tiny.training import (
     one_image,
     own_loss,
 )
-from .support.two_ranks import both
 from .support.waits import Waits
 
 TEXT = [("text", 7)]

@@ -11,8 +11,8 @@ import torch
 
 from pre_kernels.integrations import apply_pre
 
+from .support.processes import both
 from .support.tiny.models import batch, build
-from .support.two_ranks import both
 from .support.waits import Waits
 
 TEXT_ONLY = [[("text", 7)]]

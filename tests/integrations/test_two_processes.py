@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from pre_kernels import PreHead
 from pre_kernels.integrations import apply_pre
 
+from .support.processes import both
 from .support.ranks import need_deepspeed
 from .support.split_trainings import RUNS, trained
 from .support.tiny.models import batch, build
 from .support.tiny.training import UNEQUAL_IMAGES, InOrder, assert_head, by_hand, own_loss, train
-from .support.two_ranks import both
 
 WEIGHTS = "pre_head.safetensors"
 

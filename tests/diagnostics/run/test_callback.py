@@ -18,10 +18,10 @@ from pre_kernels.diagnostics.run.callback import LayerCallback
 from pre_kernels.integrations import Reader, apply_pre, patch_trainer
 
 from ...integrations.support import split_trainings
+from ...integrations.support.processes import both
 from ...integrations.support.ranks import need_deepspeed
 from ...integrations.support.tiny.models import DEPTH, batch, build
 from ...integrations.support.tiny.training import EQUAL, InOrder, Samples, arguments, collate
-from ...integrations.support.two_ranks import both
 from ...slow import thinned
 
 MASKS = torch.tensor([[True, True, False, False], [False, False, True, True]])

@@ -1,5 +1,5 @@
-"""Two processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once,
-returns both results.
+"""Several processes for a test: `both(function, *args, **kwargs)` calls it on two ranks at once and
+returns both results; `every(count, function, ...)` does so on `count` ranks.
 
     def gradient_of(seed):
         rank = torch.distributed.get_rank()
@@ -11,16 +11,17 @@ returns both results.
 
 - The function is one of a module that both ranks can import, a test module or not. It returns what
   pickle can carry; tensors are copied.
-- The world size is 2 and the backend gloo, in torch.distributed and in accelerate.
+- The backend is gloo, in torch.distributed and in accelerate.
 - The pair starts with the first call (about 6 s) and serves all later ones of this pytest process;
   each worker of `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
-- Each call starts alike on both ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
+  More ranks are kept until a call wants another number of them beside the pair.
+- Each call starts alike on all ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
   accelerate state; what it changed in `os.environ` is undone. The default gloo group stays unless
-  the call destroyed it: then it is made anew. `transformers.Trainer` sees both processes with
+  the call destroyed it: then it is made anew. `transformers.Trainer` sees all processes with
   `use_cpu=True` in its arguments.
-- An exception on a rank, or `timeout` seconds, is one AssertionError with what both ranks last did;
-  the pair is ended and the next call starts a new one. Errors that a test expects are caught inside
-  the function (`pytest.raises`).
+- An exception on a rank, or `timeout` seconds, is one AssertionError with what every rank last did;
+  the processes are ended and the next call starts new ones. Errors that a test expects are caught
+  inside the function (`pytest.raises`).
 - The processes end with the one that started them, whatever way that one ends.
 """
 
@@ -44,56 +45,63 @@ from pathlib import Path
 from signal import SIGABRT
 from typing import Any
 
-# How many seconds the other rank gets after an error, and a process to end.
+# How many seconds the other ranks get after an error, and a process to end.
 GRACE = 5.0
-_pair: Pair | None = None
+_worlds: dict[int, World] = {}  # by the number of processes
 
 
 def both(
     function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
 ) -> list[Any]:
-    """[result on rank 0, on rank 1] of `function(*args, **kwargs)`, called in two processes.
+    """[result on rank 0, on rank 1] of `function(*args, **kwargs)`, called in two processes; see
+    `every`."""
+    return every(2, function, *args, timeout=timeout, **kwargs)
+
+
+def every(
+    count: int, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+) -> list[Any]:
+    """The results by rank of `function(*args, **kwargs)`, called in `count` processes.
 
     Raises:
-        AssertionError: with both tracebacks, if a rank raised, died, or took longer than `timeout`
+        AssertionError: with all tracebacks, if a rank raised, died, or took longer than `timeout`
             seconds.
     """
-    global _pair
-    if _pair is None:
-        _pair = Pair()
+    for other in _worlds.keys() - {2, count}:
+        _worlds.pop(other).close()
+    if count not in _worlds:
+        _worlds[count] = World(count)
     try:
-        return _pair.call(function, args, kwargs, timeout)
+        return _worlds[count].call(function, args, kwargs, timeout)
     except BaseException:
-        close()
+        _worlds.pop(count).close()
         raise
 
 
 def close() -> None:
-    """End the pair if there is one. The next call starts another."""
-    global _pair
-    if _pair is not None:
-        _pair.close()
-        _pair = None
+    """End all processes. The next call starts others."""
+    while _worlds:
+        _worlds.popitem()[1].close()
 
 
 atexit.register(close)
 
 
-class Pair:
-    """Two processes and the pipes to them."""
+class World:
+    """Processes and the pipes to them."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="two-"))
+    def __init__(self, count: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
-        self.ready = [False, False]
-        for rank in range(2):
+        for rank in range(count):
             mine, theirs = os.pipe(), os.pipe()
             with open(self.folder / f"{rank}.log", "wb") as log:
                 command = [
                     sys.executable,
                     __file__,
                     str(rank),
+                    str(count),
                     str(theirs[0]),
                     str(mine[1]),
                     str(self.folder),
@@ -113,6 +121,7 @@ class Pair:
     def call(
         self, function: Callable[..., Any], args: Any, kwargs: Any, timeout: float
     ) -> list[Any]:
+        count = len(self.processes)
         question = pickle.dumps((sys.path, timeout, pickle.dumps((function, args, kwargs))))
         results: dict[int, Any] = {}
         failed: dict[int, str] = {}
@@ -124,7 +133,7 @@ class Pair:
         # A worker that takes too long ends itself and reports where it was. This is for one that
         # cannot.
         end = time.monotonic() + timeout + 60
-        while len(results) + len(failed) < 2:
+        while len(results) + len(failed) < count:
             left = [
                 a
                 for rank, a in enumerate(self.answers)
@@ -145,16 +154,15 @@ class Pair:
                 else:
                     failed[rank] = value
                     end = min(end, time.monotonic() + GRACE)
-        if len(results) == 2:
-            return [results[0], results[1]]
-        for rank in {0, 1} - results.keys() - failed.keys():
+        if len(results) == count:
+            return [results[rank] for rank in range(count)]
+        for rank in set(range(count)) - results.keys() - failed.keys():
             # faulthandler then writes where the process is.
             self.processes[rank].send_signal(SIGABRT)
             failed[rank] = "did not answer\n" + self._end(rank)
-        said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(2)]
-        raise AssertionError(
-            "\n".join([f"{function.__module__}.{function.__qualname__} in two processes", *said])
-        )
+        said = [f"--- rank {rank}: {failed.get(rank, 'returned')}" for rank in range(count)]
+        name = f"{function.__module__}.{function.__qualname__}"
+        raise AssertionError("\n".join([f"{name} in {count} processes", *said]))
 
     def _end(self, rank: int) -> str:
         """Wait for a process that is ending. Returns how it ended and its last output."""
@@ -171,25 +179,27 @@ class Pair:
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()
-        for rank in range(2):
+        for rank in range(len(self.processes)):
             self._end(rank)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def join(store: Any, rank: int, **options: Any) -> None:
-    """Make the default group of the two, and wait until the other has it too.
+def join(store: Any, rank: int, count: int = 2, **options: Any) -> None:
+    """Make the default group of `count` ranks, and wait until the others have it too.
 
     gloo lets a rank continue as soon as its own side is connected. If it then ends the group
-    immediately, the other rank, which is still connecting, fails with "connection closed by peer".
+    immediately, another rank, which is still connecting, fails with "connection closed by peer".
     """
     import torch
 
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, **options)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=count, **options
+    )
     store.set(f"joined-{rank}", "")
-    store.wait(["joined-0", "joined-1"])
+    store.wait([f"joined-{other}" for other in range(count)])
 
 
-def _work(rank: int, questions: Connection, answers: Connection, folder: str) -> None:
+def _work(rank: int, count: int, questions: Connection, answers: Connection, folder: str) -> None:
     """A worker: answer questions until there are no more."""
     # Libraries may replace sys.stderr; this descriptor stays the same.
     log = os.fdopen(os.dup(2), "w")
@@ -197,8 +207,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         # Libraries look at these variables, but nothing connects to them, because the group already
         # exists.
@@ -222,8 +232,8 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         try:
             if not torch.distributed.is_initialized():
                 number += 1
-                store = torch.distributed.FileStore(f"{folder}/store-{number}", 2)
-                join(store, rank)
+                store = torch.distributed.FileStore(f"{folder}/store-{number}", count)
+                join(store, rank, count)
             function, args, kwargs = pickle.loads(content)
             random.seed(0)
             torch.manual_seed(0)
@@ -234,7 +244,7 @@ def _work(rank: int, questions: Connection, answers: Connection, folder: str) ->
         else:
             failed = False
         if failed and torch.distributed.is_initialized():
-            # The other rank's next collective fails instead of waiting.
+            # The other ranks' next collective fails instead of waiting.
             torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
         os.environ.clear()
@@ -264,9 +274,10 @@ def _forget() -> None:
 
 
 if __name__ == "__main__":
-    _rank, _in, _out, _folder = sys.argv[1:]
+    _rank, _count, _in, _out, _folder = sys.argv[1:]
     _work(
         int(_rank),
+        int(_count),
         Connection(int(_in), writable=False),
         Connection(int(_out), readable=False),
         _folder,

@@ -1,4 +1,4 @@
-"""The helper for two processes: results by rank, both tracebacks, a time limit, nothing left
+"""The helper for several processes: results by rank, both tracebacks, a time limit, nothing left
 behind."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from .support import two_ranks
-from .support.two_ranks import both, join
+from .support import processes
+from .support.processes import both, every, join
 
 
 def ranks(word: str) -> Any:
@@ -65,6 +65,18 @@ def test_results_by_rank() -> None:
     assert [r[3] for r in again] == [zero[3], one[3]]  # the same processes
 
 
+def test_more_than_two() -> None:
+    found = every(3, ranks, "x")
+    assert [r[:3] for r in found] == [("x", rank, torch.tensor([6.0])) for rank in range(3)]
+    assert [r[3] for r in every(3, ranks, "y")] == [r[3] for r in found]
+    pair = both(ranks, "x")
+    every(4, ranks, "x")
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[2][3], 0)
+    assert [r[3] for r in both(ranks, "x")] == [r[3] for r in pair]
+    processes.close()
+
+
 def test_calls_start_alike() -> None:
     both(leaves_things)
     for _ in range(2):
@@ -81,7 +93,7 @@ def test_a_group_is_joined_by_both(tmp_path: Path) -> None:
     [
         (
             one_raises,
-            r"(?s)test_two_ranks.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*"
+            r"(?s)test_processes.one_raises.*rank 0: .*rank 1: Traceback.*one_raises.*"
             r"KeyError: 'only here'",
         ),
         (one_waits, r"(?s)rank 0: exit code 1\n.*Timeout.*in one_waits.*rank 1: returned"),
@@ -93,7 +105,7 @@ def test_failures(function: Any, message: str) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match=message):
         both(function, timeout=1)
-    assert time.monotonic() - start < 2 * two_ranks.GRACE
+    assert time.monotonic() - start < 2 * processes.GRACE
     for pid in before:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
