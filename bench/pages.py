@@ -23,6 +23,7 @@ from . import (
     gpu_goals,
     mutation_table,
     record,
+    scale_tables,
     speed_table,
 )
 from .tables import below, loss_table, markdown, outdated
@@ -101,6 +102,11 @@ def models(_: Records) -> str:
     return str(family_table.markdown())
 
 
+def computed(table: Callable[[], str]) -> Callable[[Records], str]:
+    """Return the text of a table that is computed, not measured."""
+    return lambda _: table()
+
+
 class Table(NamedTuple):
     page: str
     text: Callable[[Records], str]
@@ -118,6 +124,11 @@ TABLES = {
     "demo": Table("docs/evidence.md", demo),
     "evidence": Table("docs/evidence.md", evidence),
     "models": Table("docs/models.md", models),
+    "scale-ranks": Table("docs/scale.md", computed(scale_tables.ranks_table)),
+    "scale-work": Table("docs/scale.md", computed(scale_tables.work)),
+    "scale-memory": Table("docs/scale.md", computed(scale_tables.memory_table)),
+    "scale-messages": Table("docs/scale.md", computed(scale_tables.messages_table)),
+    "scale-small": Table("docs/scale.md", computed(scale_tables.small_table)),
 }
 
 
