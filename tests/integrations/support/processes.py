@@ -14,7 +14,7 @@ returns both results; `every(count, function, ...)` does so on `count` ranks.
 - The backend is gloo, in torch.distributed and in accelerate.
 - The pair starts with the first call (about 6 s) and serves all later ones of this pytest process;
   each worker of `pytest -n` has a pair of its own. A call costs milliseconds beyond what it does.
-  More ranks are kept until a call wants another number of them beside the pair.
+  More ranks are kept until a call needs another number of them beside the pair.
 - Each call starts alike on all ranks: seed 0, launcher's environment (RANK, WORLD_SIZE, ...), no
   accelerate state; what it changed in `os.environ` is undone. The default gloo group stays unless
   the call destroyed it: then it is made anew. `transformers.Trainer` sees all processes with
