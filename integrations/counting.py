@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .deferred import Deferred
+from .distributed import Sum
 from .handle import PreHandle
 from .task_loss import sum_dtype, without_pre
 
@@ -21,15 +22,24 @@ class Step:
 
     Attributes:
         size: the number of its micro-batches.
-        divisor: Σℓ of each micro-batch is divided by it, 0-d. None: each takes its own mean.
+        total: the number of its terms over all processes, 0-d; None if they were not counted.
+        processes: the number of these processes.
         counts: the number of terms of each micro-batch to come, 0-d; None if it cannot be counted.
         used: the number of micro-batches that came.
     """
 
     size: int
-    divisor: Tensor | None = None
+    total: Sum | None = None
+    processes: int = 1
     counts: list[Tensor | None] = field(default_factory=list)
     used: int = 0
+
+    def divisor(self) -> Tensor:
+        """Σℓ of each micro-batch is divided by it, 0-d. Gradients are averaged over processes, so
+        it is the mean count of them. It waits for the processes' sum, so it is called only after
+        the forward that needs it."""
+        assert self.total is not None
+        return self.total.wait().clamp(min=1).float() / self.processes
 
 
 class Counting:
@@ -74,12 +84,9 @@ class Counting:
         self.step.counts = [self._count(batch) for batch in batches]
         known = [count for count in self.step.counts if count is not None]
         device = self.trainer.args.device
-        total = over_processes(
-            self.trainer, sum(known, torch.zeros((), dtype=torch.long, device=device))
-        )
-        if known:
-            # Gradients are averaged over processes, so each divides by the mean count of them.
-            self.step.divisor = total.clamp(min=1).float() / self.trainer.accelerator.num_processes
+        own = sum(known, torch.zeros((), dtype=torch.long, device=device))
+        self.step.total = self._over_processes(own)
+        self.step.processes = self.trainer.accelerator.num_processes
 
     def _count(self, batch: Any) -> Tensor | None:
         """The number of terms of a batch. None if the batch is not what its forward will get; the
@@ -164,7 +171,7 @@ class Counting:
         def combine(totals: Tensor) -> Tensor:
             own = [self.losses.to(totals), self.sums.to(totals)]
             sums = [totals, *own, totals.new_tensor([self.uncounted])]
-            combined = over_processes(self.trainer, torch.cat(sums))
+            combined = self._over_processes(torch.cat(sums)).wait()
             loss, added, differ, counted, seen, uncounted = combined[-6:].tolist()
             self.all_losses = loss, added
             self.losses = torch.zeros_like(self.losses)
@@ -177,6 +184,10 @@ class Counting:
 
         return combine
 
+    def _over_processes(self, value: Tensor) -> Sum:
+        accelerator = self.trainer.accelerator
+        return Sum(value.to(accelerator.device), alone=accelerator.num_processes == 1)
+
 
 def counting_of(trainer: Any, handle: PreHandle) -> Counting:
     """The `Counting` of this training of `trainer`."""
@@ -184,13 +195,3 @@ def counting_of(trainer: Any, handle: PreHandle) -> Counting:
     if counting is None or counting.handle is not handle:
         counting = trainer._pre_counting = Counting(handle, trainer)
     return counting
-
-
-def over_processes(trainer: Any, value: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if trainer.accelerator.num_processes == 1:
-        return value
-    total: Tensor = trainer.accelerator.reduce(
-        value.to(trainer.accelerator.device), reduction="sum"
-    )
-    return total

@@ -4,11 +4,13 @@ loss of its own."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Divisor = Tensor | float | None | Callable[[], Tensor]
 
 
 class Deferred:
@@ -21,7 +23,8 @@ class Deferred:
     with a backward pass for each part.
 
     Args:
-        divisor: Σℓ is divided by it, 0-d or a number. None: by the number of the forwards' terms.
+        divisor: Σℓ is divided by it: 0-d, a number, or a function that returns it, called at the
+            end of the first forward. None: by the number of the forwards' terms.
         micro_batches: the number of micro-batches of the optimizer step.
         counted: the number of terms that the forwards should have, 0-d; None: not known.
         ungrouped: without a `divisor`, do not ask the group of `apply_pre` for one.
@@ -29,12 +32,12 @@ class Deferred:
 
     def __init__(
         self,
-        divisor: Tensor | float | None,
+        divisor: Divisor,
         micro_batches: int = 1,
         counted: Tensor | None = None,
         ungrouped: bool = False,
     ) -> None:
-        self.divisor = divisor
+        self._divisor = divisor
         self.micro_batches = micro_batches
         self.counted = counted
         self.ungrouped = ungrouped
@@ -42,6 +45,13 @@ class Deferred:
         self.counts: list[Tensor] = []
         self.seen: Tensor | int = 0  # the number of terms of all forwards
         self.added: Tensor | float = 0.0
+
+    @property
+    def divisor(self) -> Tensor | float | None:
+        """The argument, or what it returned."""
+        if callable(self._divisor):
+            self._divisor = self._divisor()
+        return self._divisor
 
     def add(self, loss: Tensor, count: Tensor) -> None:
         """Add a forward: λ · Σℓ ÷ `divisor`, or λ times its mean without a divisor, and the number
@@ -62,13 +72,13 @@ class Deferred:
         counts = torch.stack([count.to(device) for count in forwards_counts])
         values = torch.stack([loss.to(device) for loss in losses])
         count = counts.sum().clamp(min=1)
-        if self.divisor is None:
+        divisor = self.divisor
+        if divisor is None:
             total = (values * (counts / count)).sum() / self.micro_batches
         else:
             total = values.sum()
             if self.counted is not None:
-                divisor = torch.as_tensor(self.divisor, device=device)
-                own = divisor / (count * self.micro_batches)
+                own = torch.as_tensor(divisor, device=device) / (count * self.micro_batches)
                 total = total * torch.where(counts.sum() <= self.counted.to(device), 1.0, own)
         self.added = self.added + total.detach()
         return total

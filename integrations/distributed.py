@@ -51,17 +51,59 @@ class Group:
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over the processes, in float32 on its own device. Collective; does
         not wait for the device."""
-        value = value.detach().float().clone()
+        value = value.detach().float()
         if not initialized():
-            return value
-        torch.distributed.all_reduce(value, group=self.group)
-        return value / torch.distributed.get_world_size(self.group)
+            return value.clone()
+        return Sum(value, self.group).wait() / torch.distributed.get_world_size(self.group)
 
     def divisor(self, count: Tensor) -> Tensor:
         """The number by which each process divides its Σℓ, so that gradients averaged over the
         processes are those of the mean over all terms."""
         mean = self.mean(count)  # 0 if no process has a term
         return torch.where(mean > 0, mean, 1.0)
+
+
+class Sum:
+    """The sum of `value` over the processes of `group`, on its own device. Making it is collective,
+    but waits for nothing, neither on the host nor on the device.
+
+    Args:
+        alone: whether this process trains alone, though there may be others.
+    """
+
+    def __init__(self, value: Tensor, group: Any = None, alone: bool = False) -> None:
+        self._sum = value.detach().clone()
+        self._work: Any = None
+        if initialized() and not alone:
+            with _named_failure():
+                self._work = torch.distributed.all_reduce(self._sum, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The sum. On a GPU the device waits for it, the host does not.
+
+        Raises:
+            RuntimeError: if another process died, or did not take part within the group's timeout.
+        """
+        if self._work is not None:
+            with _named_failure():
+                self._work.wait()
+            self._work = None
+        return self._sum
+
+
+@contextlib.contextmanager
+def _named_failure() -> Iterator[None]:
+    """Name the collective that failed. The backend names only the time or the connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "PRe: the sum of the numbers of visual tokens over the processes failed, because "
+            "another process died, is stuck, or does not take part (each has to call the model "
+            "equally often, with PRe on); look at the first error of the other processes. How long "
+            "to wait is the timeout of the process group (ddp_timeout of TrainingArguments): "
+            f"{error}"
+        ) from error
 
 
 def check_not_wrapped(model: nn.Module) -> None:

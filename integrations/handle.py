@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checkpoint
 from .capture import Capture, CapturedForward
-from .deferred import Deferred
+from .deferred import Deferred, Divisor
 from .description import describe
 from .head_checks import HeadChecks
 from .head_options import HeadOptions, ScheduledWeight
@@ -264,7 +264,7 @@ class PreHandle(ScheduledWeight):
     @contextlib.contextmanager
     def defer(
         self,
-        divisor: Tensor | float | None,
+        divisor: Divisor,
         micro_batches: int = 1,
         counted: Tensor | None = None,
         ungrouped: bool = False,

@@ -289,7 +289,7 @@ def _training_step(
         return original(*args, **kwargs)
     step = counting.micro_batch()
     count = step.counts.pop(0) if step.counts else None
-    divisor = None if count is None else step.divisor
+    divisor = None if count is None or step.total is None else step.divisor
     # Other processes may have counted their terms, so the group is not asked for the divisor.
     ungrouped = counting.ahead and count is None
     with (

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from pre_kernels.integrations import apply_pre, patch_trainer
+from pre_kernels.integrations import apply_pre, counting, patch_trainer
 from pre_kernels.integrations.checkpoint import WEIGHTS
 from pre_kernels.integrations.distributed import FullParameters
 from pre_kernels.integrations.llava import PREPARE
@@ -240,7 +240,8 @@ def ranks_that_die(folder: str, how: str) -> None:
         torch.distributed.destroy_process_group()
         return
     start = time.monotonic()
-    with pytest.raises(RuntimeError):
+    said = r"PRe: the sum of .* failed, because another process" if call is None else None
+    with pytest.raises(RuntimeError, match=said):
         step(model) if call is None else call()
     assert time.monotonic() - start < 30
     Path(f"{folder}/over").touch()
@@ -264,6 +265,44 @@ def test_a_rank_that_dies(how: str, tmp_path: Path) -> None:
         return
     with pytest.raises(AssertionError, match=r"rank 0: returned\n--- rank 1: exit code 3"):
         both(ranks_that_die, str(tmp_path), how)
+
+
+def stuck_before_the_count(folder: str) -> None:
+    """Rank 1 loads data forever. Rank 0 gets an error within the time limit, which names it."""
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    # The ranks set a training up within this time too.
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    join(store, rank, timeout=timedelta(seconds=15))
+    model = build("llava")
+    apply_pre(model)
+    options = {"size": 1, "ddp_backend": "gloo", "ddp_broadcast_buffers": False}
+    over = Path(folder) / "over"
+
+    def stuck(*_: Any) -> None:
+        while not over.exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with patch_trainer():
+        trainer = make(Path(folder), model, **options)
+        if rank == 1:
+            with (
+                mock.patch.object(counting.Counting, "begin", stuck),
+                pytest.raises(KeyboardInterrupt),
+            ):
+                trainer.train()
+            return
+        with pytest.raises(
+            RuntimeError, match=r"(?s)PRe: the sum of .*ddp_timeout of TrainingArguments.*15000ms"
+        ):
+            trainer.train()
+    over.touch()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_before_the_count(tmp_path: Path) -> None:
+    both(stuck_before_the_count, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -17,7 +17,16 @@ from pre_kernels.integrations import apply_pre
 from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
 
 from .support.processes import both
-from .support.ranks import UNEVEN, batches, by_hand, engine, made, need_deepspeed, shard
+from .support.ranks import (
+    UNEVEN,
+    batches,
+    by_hand,
+    engine,
+    fully_sharded,
+    made,
+    need_deepspeed,
+    shard,
+)
 from .support.tiny.models import build
 
 HOW = ["ddp", "fsdp2", "fsdp2 own", "fsdp1", "fsdp1 own", "zero2", "zero3"]
@@ -34,17 +43,7 @@ def wrap(how: str, model: nn.Module) -> Any:
     elif how.startswith("fsdp2"):
         wrapped = shard(model, "own" in how)
     else:
-        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-        from pre_kernels import PreHead
-
-        policy = ModuleWrapPolicy(
-            {type(model.model.language_model.layers[0]), *([PreHead] if "own" in how else [])}
-        )
-        wrapped = FSDP(
-            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-        )
+        wrapped = fully_sharded(model, "own" in how)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     return wrapped, torch.Tensor.backward, optimizer.step, optimizer
 

@@ -25,12 +25,14 @@ from .support.ranks import (
     check,
     config,
     deepspeed,
-    engine,
+    fully_sharded,
     made,
     need_deepspeed,
     need_zero_init,
     shard,
     steps,
+    whole_gradients,
+    zero_steps,
 )
 from .support.tiny.models import IMAGE, build
 
@@ -39,9 +41,7 @@ def fsdp2(samples: list[Any], own: bool, frozen: bool) -> Any:
     model, _ = made(frozen, group="world")
     shard(model, own)
     losses = steps(model, samples)
-    return losses, {
-        n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()
-    }
+    return losses, whole_gradients(model)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a group of its own"])
@@ -114,26 +114,9 @@ def test_fsdp2_does_not_cast_divisor_and_weights() -> None:
         torch.testing.assert_close(sharded, plain, rtol=0, atol=0)
 
 
-def fully_sharded(model: nn.Module, own: bool) -> nn.Module:
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    from pre_kernels import PreHead
-
-    policy = ModuleWrapPolicy(
-        {type(model.model.language_model.layers[0]), *([PreHead] if own else [])}
-    )
-    return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
-
-
 def fsdp1(samples: list[Any], own: bool) -> Any:
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-
     wrapped = fully_sharded(made(group="world")[0], own)
-    losses = steps(wrapped, samples)
-    with FSDP.summon_full_params(wrapped, with_grads=True):
-        found = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(wrapped).items()}
-    return losses, found
+    return steps(wrapped, samples), whole_gradients(wrapped)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
@@ -197,32 +180,6 @@ def attach_late(how: str) -> None:
 @pytest.mark.parametrize("how", ["FullyShardedDataParallel", "DistributedDataParallel"])
 def test_attached_after_wrapping(how: str) -> None:
     both(attach_late, how)
-
-
-def zero_steps(model: nn.Module, samples: list[Any], stage: int) -> Any:
-    ds = engine(model, stage, accumulation=len(samples[0]))
-    head = model.pre_head
-    whole = {n: p.shape for n, p in head.named_parameters()}
-    inside = []
-    head.register_forward_pre_hook(
-        lambda *_: inside.append({n: p.shape for n, p in head.named_parameters()})
-    )
-    from deepspeed.utils import safe_get_full_grad
-
-    losses = []
-    grads = {}
-    for d in batches(samples, torch.distributed.get_rank()):
-        loss = ds(**d.inputs).loss
-        losses.append(loss.detach())
-        ds.backward(loss)
-        if ds.is_gradient_accumulation_boundary():
-            grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
-            grads = {n: None if g is None else g.clone() for n, g in grads.items()}
-        ds.step()
-    if stage == 3:
-        assert set(whole.values()) == {(0,)} == {p.shape for p in head.parameters()}
-        assert [i["w1"] for i in inside] == [(32, 32)] * len(inside)
-    return losses, grads
 
 
 def zero(samples: list[Any], stage: int, frozen: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Shared by tests on two processes: samples for each rank, the model, its loss and gradients by
+"""Shared by tests on several processes: samples for each rank, the model, its loss and gradients by
 hand, and engines."""
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ TEXT_ONLY = [[TWO_IMAGES, PLAIN], [TEXT, TWO_IMAGES]]
 DUMMY = [[TWO_IMAGES, PLAIN], [MASKED, TWO_IMAGES]]
 
 
-def batches(samples: list[Any], rank: int) -> list[Batch]:
+def batches(samples: list[Any], rank: int, half: bool = False) -> list[Batch]:
+    """The batches of a rank, with the pixels in bfloat16 if `half`."""
     found = []
     for number, sample in enumerate(samples[rank]):
-        data = batch("llava", [sample], seed=2 * number + rank)
+        data = batch("llava", [sample], seed=len(samples) * number + rank)
         if sample is MASKED or sample == MASKED:
             data.inputs["attention_mask"][0, :5] = 0
             data.visual[:] = False
             data.lengths.clear()
+        if half and "pixel_values" in data.inputs:
+            data.inputs["pixel_values"] = data.inputs["pixel_values"].bfloat16()
         found.append(data)
     return found
 
@@ -68,12 +71,12 @@ def by_hand(
     seen = watch(model, "llava")
     losses = []
     for number in range(forwards):
-        data = [batches(samples, rank)[number] for rank in range(2)]
+        data = [batches(samples, rank)[number] for rank in range(len(samples))]
         counts = [len(d.lengths) if level == "image" else int(d.visual.sum()) for d in data]
         total = torch.zeros(())
         for d, count in zip(data, counts, strict=True):
-            loss = model(**d.inputs).loss / 2
-            divisor = max(sum(counts), 1) if group else 2 * max(count, 1)
+            loss = model(**d.inputs).loss / len(samples)
+            divisor = max(sum(counts), 1) if group else len(samples) * max(count, 1)
             loss = loss + 0.5 * pre_loss(seen, d, [2], head, level, reduction="sum") / divisor
             (loss / forwards).backward()
             total += loss.detach()
@@ -90,9 +93,9 @@ def plainly(data: Batch, level: str = "patch") -> tuple[Tensor, dict[str, Tensor
 
 
 def check(ranks: list[Any], wanted: tuple[list[Tensor], dict[str, Tensor | None]]) -> None:
-    """(losses, gradients) of both ranks."""
-    for zero, other, loss in zip(ranks[0][0], ranks[1][0], wanted[0], strict=True):
-        torch.testing.assert_close((zero + other) / 2, loss)
+    """(losses, gradients) of all ranks."""
+    for *losses, loss in zip(*(rank[0] for rank in ranks), wanted[0], strict=True):
+        torch.testing.assert_close(torch.stack(losses).mean(), loss)
     for _, gradient in ranks:
         # A parameter that no rank used has no gradient, or zeros.
         seen = (
@@ -122,17 +125,44 @@ def steps(
     return losses
 
 
-def shard(model: nn.Module, own: bool) -> nn.Module:
+def shard(model: nn.Module, own: bool, **options: Any) -> nn.Module:
+    """FSDP2 with these options around every layer, around the head if it is to be a group of its
+    `own`, and around the model."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.model.language_model.layers:
-        fully_shard(layer)
+        fully_shard(layer, **options)
     if own:
         for head in (
             model.pre_head if isinstance(model.pre_head, nn.ModuleList) else [model.pre_head]
         ):
-            fully_shard(head)
-    return fully_shard(model)
+            fully_shard(head, **options)
+    return fully_shard(model, **options)
+
+
+def fully_sharded(model: nn.Module, own: bool, **options: Any) -> nn.Module:
+    """FSDP1 with these options around the same modules."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from pre_kernels import PreHead
+
+    policy = ModuleWrapPolicy(
+        {type(model.model.language_model.layers[0]), *([PreHead] if own else [])}
+    )
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")} | options
+    return FSDP(model, auto_wrap_policy=policy, **options)
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """Every gradient by parameter name, of a model that FSDP2 or FSDP1 has split."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    if not isinstance(model, FSDP):
+        found = {n: p.grad for n, p in model.named_parameters()}
+        return {n: None if g is None else g.full_tensor() for n, g in found.items()}
+    with FSDP.summon_full_params(model, with_grads=True):
+        return {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(model).items()}
 
 
 def need_deepspeed() -> None:
@@ -209,8 +239,36 @@ def engine(
     kind: Any = torch.optim.Adam,
     rate: float = 0.1,
     accumulation: int = 2,
+    **more: Any,
 ) -> Any:
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)
     return deepspeed().initialize(
-        model=model, optimizer=optimizer, config=config(stage, accumulation)
+        model=model, optimizer=optimizer, config=config(stage, accumulation, **more)
     )[0]
+
+
+def zero_steps(model: nn.Module, samples: list[Any], stage: int, **more: Any) -> Any:
+    """The losses and the gradients of a step under ZeRO, with `more` in DeepSpeed's config."""
+    ds = engine(model, stage, accumulation=len(samples[0]), **more)
+    head = model.pre_head
+    whole = {n: p.shape for n, p in head.named_parameters()}
+    inside = []
+    head.register_forward_pre_hook(
+        lambda *_: inside.append({n: p.shape for n, p in head.named_parameters()})
+    )
+    from deepspeed.utils import safe_get_full_grad
+
+    losses = []
+    grads = {}
+    for d in batches(samples, torch.distributed.get_rank(), half="bf16" in more):
+        loss = ds(**d.inputs).loss
+        losses.append(loss.detach())
+        ds.backward(loss)
+        if ds.is_gradient_accumulation_boundary():
+            grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+            grads = {n: None if g is None else g.clone() for n, g in grads.items()}
+        ds.step()
+    if stage == 3:
+        assert set(whole.values()) == {(0,)} == {p.shape for p in head.parameters()}
+        assert [i["w1"] for i in inside] == [(32, 32)] * len(inside)
+    return losses, grads
