@@ -70,7 +70,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     )
 
 
-@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow) if "bfloat16" in how else how for how in RUNS]
+)
 def test_head_beside_every_checkpoint(how: str, tmp_path: Path) -> None:
     """The checkpoint loads on one process, and training continues from it."""
     if "ZeRO" in how:

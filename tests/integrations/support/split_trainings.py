@@ -56,17 +56,21 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
     return starts.w1
 
 
-def zero(stage: int, folder: str, steps: int, resume: str | None) -> None:
+def zero(stage: int, half: bool, folder: str, steps: int, resume: str | None) -> None:
     deepspeed()
     settings = config(stage, 1, gradient_clipping=1.0)
-    trained(folder, steps, resume, optim="adamw_torch", learning_rate=0.01, deepspeed=settings)
+    options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01}
+    if half:
+        settings["bf16"] = {"enabled": True}
+        options["bf16"] = True
+    trained(folder, steps, resume, deepspeed=settings, **options)
 
 
 def ddp_resumes(folder: str, steps: int, resume: str | None) -> Any:
     return trained(folder, steps, resume, ddp_backend="gloo")
 
 
-def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -> Any:
+def fsdp(version: int, kind: str, half: bool, folder: str, steps: int, resume: str | None) -> Any:
     plugin: dict[str, Any] = {
         "version": version,
         "use_orig_params": True,
@@ -85,6 +89,7 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
         "fsdp_config": plugin,
         "max_grad_norm": 0.0,
         "ddp_backend": "gloo",
+        "bf16": half,
     }
     # accelerate does not load the optimizer's state from shards of FSDP1, and SGD has no state.
     options |= {"optim": "adamw_torch" if version == 2 else "sgd", "learning_rate": 0.01}
@@ -100,9 +105,13 @@ def fsdp(version: int, kind: str, folder: str, steps: int, resume: str | None) -
 
 RUNS = {
     "DDP": (ddp_resumes,),
-    "FSDP1": (fsdp, 1, "SHARDED_STATE_DICT"),  # the full state dict crashes on CPUs, in torch
-    "FSDP2": (fsdp, 2, "FULL_STATE_DICT"),
-    "FSDP2, sharded": (fsdp, 2, "SHARDED_STATE_DICT"),
-    "ZeRO-2": (zero, 2),
-    "ZeRO-3": (zero, 3),
+    # The full state dict crashes on CPUs, in torch.
+    "FSDP1": (fsdp, 1, "SHARDED_STATE_DICT", False),
+    "FSDP2": (fsdp, 2, "FULL_STATE_DICT", False),
+    "FSDP2, sharded": (fsdp, 2, "SHARDED_STATE_DICT", False),
+    "ZeRO-2": (zero, 2, False),
+    "ZeRO-3": (zero, 3, False),
+    "FSDP2, bfloat16": (fsdp, 2, "FULL_STATE_DICT", True),
+    "ZeRO-2, bfloat16": (zero, 2, True),
+    "ZeRO-3, bfloat16": (zero, 3, True),
 }
