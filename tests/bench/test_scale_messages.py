@@ -157,11 +157,6 @@ def group_alone(heads: int) -> Counter[tuple[str, int]]:
     return Counter({("all-reduce", scale_messages.small(heads)[2].size): 2})
 
 
-def with_norm(heads: int) -> Counter[tuple[str, int]]:
-    """Those, and the norm of a step of FSDP2."""
-    return group_alone(heads) + Counter({("all-reduce", scale_messages.small(heads)[4].size): 1})
-
-
 def sizes_of(strategy: str, heads: int, **more: Any) -> scale_costs.Training:
     return replace(SIZES, strategy=strategy, heads=heads, micro_batches=2, **more)
 
@@ -177,7 +172,9 @@ def test_ddp(heads: int) -> None:
 def test_fsdp(own: bool, loss: str) -> None:
     sizes = sizes_of("fsdp", 2, own_group=own, loss=loss)
     added = compare(both(of_fsdp, 2, own, loss), both(of_fsdp, 0, own, loss), sizes)
-    assert added == with_norm(2)
+    # The norm of a step. Older versions of torch add up one number instead of one for each tensor.
+    (norm,) = (added - group_alone(2)).elements()
+    assert norm[1] in (4, scale_messages.small(2)[4].size)
 
 
 @pytest.mark.slow
