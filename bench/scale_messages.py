@@ -100,7 +100,7 @@ def seconds(training: Training, messages: list[Message], rates: Rates) -> float:
     return total
 
 
-def small(heads: int, loss: str = "cosine") -> list[Small]:
+def small(heads: int) -> list[Small]:
     """Return the messages of a few numbers of a training with this many heads."""
     # The sums of a log: 4, the loss of each head, 3 of the model's own losses, 2 of those that were
     # back-propagated, 2 of the gradient's norm, and 6 of the Trainer's.
@@ -113,11 +113,5 @@ def small(heads: int, loss: str = "cosine") -> list[Small]:
             "`group=`: share of the step's labels, if the model divides its loss by them",
             "once for each forward",
             4,
-        ),
-        # Each head has two weights and two biases.
-        Small(
-            "FSDP2: norms of the heads' gradients, for the log",
-            "once for each optimizer step",
-            4 * 4 * heads,
         ),
     ]

@@ -128,7 +128,7 @@ class PreHandle(ScheduledWeight):
         - "pre_skipped": with `nonfinite="skip"`, the number of visual tokens that were left out for
           a nan or inf; no other metric has them.
         - "pre_head_grad_norm": the norm of the head's gradient as the last optimizer step took it,
-          unscaled and clipped. It needs `watch` or `patch_trainer`, and under FSDP1 `combine`.
+          unscaled and clipped. It needs `watch` or `patch_trainer`, and under FSDP `combine`.
         - "pre_weight": λ of the last step, if it has a schedule.
 
         Args:

@@ -175,7 +175,7 @@ def to_log(metrics: Mapping[str, float]) -> dict[str, float]:
 
 class GradientNorm:
     """The norm of the head's gradient as the last step of an optimizer took it, also if each
-    process has a part of it. No host sync, and no collective except FSDP2's."""
+    process has a part of it. No host sync and no collective."""
 
     NAMES = ("gradient_square", "gradient_elements")  # the sums in `packed`
 
@@ -186,9 +186,12 @@ class GradientNorm:
 
     def measure(self, head: nn.Module, optimizer: Any) -> None:
         """Measure the gradients that exist at the beginning of a step of `optimizer`."""
-        gradients = [p.grad for p in head.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        gradients = [
+            p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+            for p in head.parameters()
+            if p.grad is not None
+        ]
+        self.norm = torch.nn.utils.get_total_norm(gradients)
         # A fused optimizer unscales in its step, and has the GradScaler's scale.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:

@@ -124,11 +124,11 @@ def test_fsdp1(own: bool) -> None:
     check(both(fsdp1, TEXT_ONLY, own), by_hand(TEXT_ONLY))
 
 
-def fsdp1_training(own: bool) -> Any:
+def sharded_training(version: int, own: bool) -> Any:
     """(the names in each of the head's groups, made after sharding, and the norm of its gradient at
     the step)."""
     model, handle = made(group="world", head_weight_decay=0.1)
-    wrapped = fully_sharded(model, own)
+    wrapped = fully_sharded(model, own) if version == 1 else shard(model, own)
     names = {id(p): n for n, p in handle.head.named_parameters()}
     groups = handle.param_groups()
     optimizer = torch.optim.SGD(groups, lr=0.0)
@@ -145,14 +145,15 @@ def summed(totals: torch.Tensor) -> torch.Tensor:
     return totals
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
-def test_fsdp1_groups_and_norm(own: bool) -> None:
-    """Each process has flat parts of the parameters, or none of them."""
+def test_groups_and_norm(version: int, own: bool) -> None:
+    """Each process has parts of the parameters; under FSDP1 flat ones, or none."""
     _, wanted = by_hand(UNEVEN)
     norm = float(
         torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm()
     )
-    for groups, total_norm, alone in both(fsdp1_training, own):
+    for groups, total_norm, alone in both(sharded_training, version, own):
         assert [({n.split(".")[-1] for n in names}, decay) for names, decay in groups] == [
             ({"w1", "w2"}, 0.1),
             ({"b1", "b2"}, 0.0),
