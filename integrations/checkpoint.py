@@ -17,6 +17,8 @@ from .distributed import FullParameters, raise_on_every_rank, rank, unwrapped
 
 WEIGHTS = "pre_head.safetensors"
 CONFIG = "pre_head.json"
+# With these begin the names of all files that `save` writes, also while it is at work.
+OF_HEAD = "pre_head."
 FORMAT = 1
 # Settings that were added without a new format number, so older files lack them.
 MAY_BE_ABSENT = ("weighting",)
@@ -75,8 +77,9 @@ def load(
     those of `save`. See `PreHandle.load`.
 
     Raises:
-        FileNotFoundError: if the folder or one of its two files is missing.
-        ValueError: if a file is not valid, or the saved head differs from `head`.
+        FileNotFoundError: if the folder, or everything of a head in it, is missing.
+        ValueError: if a file is not valid, only a part of a head is there, or the saved head
+            differs from `head`.
     """
     trained = _trained(head)
     shapes = _shapes(trained)
@@ -167,11 +170,18 @@ def _read(
             "wrote"
         )
     paths = {name: os.path.join(directory, name) for name in (CONFIG, WEIGHTS)}
-    for path in paths.values():
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"directory: {path!r} is missing; want both {CONFIG} and {WEIGHTS}"
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing:
+        # A process that is killed inside `save` leaves some of these.
+        parts = sorted(name for name in os.listdir(directory) if name.startswith(OF_HEAD))
+        if parts:
+            raise ValueError(
+                f"directory: {missing[0]!r} is missing, got {', '.join(parts)} of a save that was "
+                f"interrupted; want both {CONFIG} and {WEIGHTS}, load an earlier checkpoint"
             )
+        raise FileNotFoundError(
+            f"directory: {missing[0]!r} is missing; want both {CONFIG} and {WEIGHTS}"
+        )
 
     config = _read_config(paths[CONFIG])
     for name, wanted in described.items():

@@ -151,13 +151,15 @@ def test_missing(tmp_path: Path) -> None:
     handle = apply_pre(build("llava"))
     with pytest.raises(FileNotFoundError, match=r"nowhere' is not a directory"):
         handle.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"json' is missing"):
+        handle.load(tmp_path)
     handle.save(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"safetensors' is missing"):
+    with pytest.raises(ValueError, match=r"safetensors' is missing, got pre_head\.json of a save"):
         handle.load(tmp_path)
     handle.save(tmp_path)
     (tmp_path / CONFIG).unlink()
-    with pytest.raises(FileNotFoundError, match=r"json' is missing"):
+    with pytest.raises(ValueError, match=r"json' is missing, got pre_head\.safetensors of a save"):
         handle.load(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from .tiny.models import build
 from .tiny.training import EQUAL, InOrder, Samples, Starts, arguments, collate
 
 
-def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
+def trained(
+    folder: str,
+    steps: int,
+    resume: str | None,
+    samples: Any = EQUAL,
+    callbacks: Sequence[Any] = (),
+    **more: Any,
+) -> Any:
     """Train, saving after each of `steps` and at the end. Returns the head's `w1` from the
     beginning."""
     model = build("llava")
@@ -33,7 +41,8 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
         "save_steps": 1,
     }
     options |= {"save_strategy": "steps", "max_steps": steps, "max_grad_norm": 1.0} | more
-    args = arguments(Path(folder), 1, 1, **options)
+    accumulation = options.pop("gradient_accumulation_steps", 1)
+    args = arguments(Path(folder), accumulation, 1, **options)
     if "fsdp" in options:
         # Reading `device` also sets accelerate up.
         assert args.device.type == "cpu"
@@ -47,30 +56,40 @@ def trained(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
         trainer = InOrder(
             model=model,
             args=args,
-            train_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-            callbacks=[starts],
+            train_dataset=Samples(samples),
+            data_collator=collate("llava", samples),
+            callbacks=[starts, *callbacks],
         )
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(f"{folder}/last")
     return starts.w1
 
 
-def zero(stage: int, half: bool, folder: str, steps: int, resume: str | None) -> None:
+def zero(
+    stage: int, half: bool, folder: str, steps: int, resume: str | None, **more: Any
+) -> None:
     deepspeed()
     settings = config(stage, 1, gradient_clipping=1.0)
-    options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01}
+    options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, **more}
     if half:
         settings["bf16"] = {"enabled": True}
         options["bf16"] = True
     trained(folder, steps, resume, deepspeed=settings, **options)
 
 
-def ddp_resumes(folder: str, steps: int, resume: str | None) -> Any:
-    return trained(folder, steps, resume, ddp_backend="gloo")
+def ddp_resumes(folder: str, steps: int, resume: str | None, **more: Any) -> Any:
+    return trained(folder, steps, resume, ddp_backend="gloo", **more)
 
 
-def fsdp(version: int, kind: str, half: bool, folder: str, steps: int, resume: str | None) -> Any:
+def fsdp(
+    version: int,
+    kind: str,
+    half: bool,
+    folder: str,
+    steps: int,
+    resume: str | None,
+    **more: Any,
+) -> Any:
     plugin: dict[str, Any] = {
         "version": version,
         "use_orig_params": True,
@@ -93,13 +112,13 @@ def fsdp(version: int, kind: str, half: bool, folder: str, steps: int, resume: s
     }
     # accelerate does not load the optimizer's state from shards of FSDP1, and SGD has no state.
     options |= {"optim": "adamw_torch" if version == 2 else "sgd", "learning_rate": 0.01}
-    w1: Any = trained(folder, steps, resume, **options)
+    w1: Any = trained(folder, steps, resume, **options, **more)
     # Each process has only its own elements.
     if version == 1:
         parts: list[Any] = [None, None]
         torch.distributed.all_gather_object(parts, w1.flatten())
         return torch.cat(parts).view(32, 32)
-    assert w1.to_local().shape == (16, 32)
+    assert w1.to_local().shape == (32 // torch.distributed.get_world_size(), 32)
     return w1.full_tensor()
 
 
