@@ -23,7 +23,7 @@ from verify import ROOT
 from .support import restarted
 from .support.processes import both
 
-LIMIT = 240.0  # seconds for everything that a test waits for
+LIMIT = 400.0  # seconds for everything that a test waits for
 
 
 def free_port() -> int:
