@@ -65,7 +65,9 @@ def test_the_next_step_is_that_of_an_uninterrupted_training(
     how: str, layer: Any, tmp_path: Path
 ) -> None:
     """Model, head and the state of the optimizer are bit-equal after loading, and after a step."""
-    for saved, loaded, went_on, resumed in both(goes_on, how, str(tmp_path), layer=layer):
+    for saved, loaded, went_on, resumed in both(
+        goes_on, how, str(tmp_path), timeout=300, layer=layer
+    ):
         heads = 2 if layer == [1, 3] else 1
         assert len([name for name in saved if "pre_head." in name]) == heads * OF_HEAD
         assert not unequal(saved, loaded)
@@ -208,7 +210,11 @@ def test_resuming_elsewhere(before: str, how: str, count: int, tmp_path: Path) -
     bit for bit, and the next step has the gradients that one process computes by hand."""
     folder = str(tmp_path)
     saved = both(saved_by, before, folder)[0]
-    ranks = [resumed_by(how, folder)] if count == 1 else every(count, resumed_by, how, folder)
+    ranks = (
+        [resumed_by(how, folder)]
+        if count == 1
+        else every(count, resumed_by, how, folder, timeout=300)
+    )
     loss, wanted = by_hand(saved, 1, count)
     for loaded, _, gradients in ranks:
         assert not unequal(saved, loaded)
@@ -232,7 +238,7 @@ def test_zero_resumes_from_shards(how: str, count: int, tmp_path: Path) -> None:
     loaded under any number of ranks."""
     need_deepspeed()
     saved = both(saved_by, "fsdp2", str(tmp_path))[0]
-    ranks = every(count, zero_resumed, how, str(tmp_path))
+    ranks = every(count, zero_resumed, how, str(tmp_path), timeout=300)
     head = load_file(tmp_path / "again" / WEIGHTS)
     assert all(torch.equal(tensor, saved[f"pre_head.{name}"]) for name, tensor in head.items())
     loss, wanted = by_hand(saved, 1, count)

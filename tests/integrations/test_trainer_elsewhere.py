@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +133,26 @@ def test_a_checkpoint_of_fsdp_is_refused_without_it(tmp_path: Path) -> None:
     both(resumes_without_fsdp, str(tmp_path / "b"), str(tmp_path / "a" / "checkpoint-1"))
 
 
-# ZeRO-3 does not check it; its partitions have other sizes.
+# ZeRO-3 does not check the number. Its parts have other sizes, and the additional ranks have none.
 REFUSALS = {
     "ZeRO-2": r"Automatic adjustment .* is not currently supported",
-    "ZeRO-3": r"The size of tensor a .* must match the size of tensor b",
+    "ZeRO-3": r"^$|The size of tensor a .* must match the size of tensor b",
 }
 
 
 def resumes_on_more(how: str, folder: str, resume: str) -> None:
-    """DeepSpeed's loading ends the training; the head's files can be loaded all the same."""
     function, *settings = RUNS[how]
     with pytest.raises(Exception, match=REFUSALS[how]):
         function(*settings, folder, 2, resume)
-    handle = apply_pre(build("llava"))
-    handle.load(resume)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ZeRO-2", "ZeRO-3"])
 def test_zero_is_refused_on_another_number_of_processes(how: str, tmp_path: Path) -> None:
-    """By DeepSpeed, before the first step."""
+    """By DeepSpeed, before the first step. The head's files can be loaded all the same."""
     need_deepspeed()
     function, *settings = RUNS[how]
     both(function, *settings, str(tmp_path / "a"), 1, None)
-    assert os.path.exists(tmp_path / "a" / "checkpoint-1" / "pre_head.json")
     every(
         4,
         resumes_on_more,
@@ -166,3 +161,4 @@ def test_zero_is_refused_on_another_number_of_processes(how: str, tmp_path: Path
         str(tmp_path / "a" / "checkpoint-1"),
         timeout=300,
     )
+    apply_pre(build("llava")).load(tmp_path / "a" / "checkpoint-1")
