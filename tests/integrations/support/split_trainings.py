@@ -65,9 +65,7 @@ def trained(
     return starts.w1
 
 
-def zero(
-    stage: int, half: bool, folder: str, steps: int, resume: str | None, **more: Any
-) -> None:
+def zero(stage: int, half: bool, folder: str, steps: int, resume: str | None, **more: Any) -> None:
     deepspeed()
     settings = config(stage, 1, gradient_clipping=1.0)
     options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, **more}
