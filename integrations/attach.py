@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pre_kernels import PreHead, checks
 from pre_kernels.checks import IMPLEMENTATIONS, choice
 
+from .agreement import check_same_everywhere
 from .arguments import check_module
-from .distributed import Group, check_not_wrapped, check_same_everywhere
+from .distributed import Group, check_not_wrapped
 from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .head_options import HeadOptions

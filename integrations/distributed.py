@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,24 +121,6 @@ def check_not_wrapped(model: nn.Module) -> None:
                 "the plain model: call apply_pre first, then wrap or shard it, so that the head is "
                 "averaged and sharded with the rest"
             )
-
-
-def check_same_everywhere(head: nn.Module) -> None:
-    """Raise a ValueError on every process if their heads differ. Collective; runs only under
-    PRE_KERNELS_DEBUG=1."""
-    if os.environ.get("PRE_KERNELS_DEBUG") != "1" or not initialized():
-        return
-    parameters = [p.detach().double() for p in head.parameters() if not p.is_meta]
-    sums = [s for p in parameters for s in (p.sum(), p.square().sum())]
-    own = torch.stack(sums).tolist() if sums else []
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
-    others = [rank for rank, its in enumerate(every) if its != every[0]]
-    if others:
-        raise ValueError(
-            f"head: its initial weights on ranks {others} differ from rank 0's; give all ranks the "
-            "same seed before apply_pre"
-        )
 
 
 def rank() -> int:

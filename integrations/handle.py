@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import checkpoint
+from . import agreement, checkpoint
 from .capture import Capture, CapturedForward
 from .deferred import Deferred, Divisor
 from .description import describe
@@ -61,6 +61,7 @@ class PreHandle(ScheduledWeight):
         self._own: Tensor | None = None  # the return value of loss()
         self._plain = False  # whether this forward is trained on its loss while PRe is off
         self._as_layer = as_layer  # whether the head was made in its layer's dtype
+        self._agreed = False  # whether it was compared with the handles of other processes
 
         model.add_module(ATTRIBUTE, head)
         self._saved_keys = SavedKeys(model, ATTRIBUTE)
@@ -293,6 +294,12 @@ class PreHandle(ScheduledWeight):
         self.notices.forget()
         self._checks.new_training()
 
+    def agree(self, whole: bool) -> None:
+        """Compare this handle with those of other processes; see `agreement.compare`."""
+        self._agreed = True
+        own = agreement.settings(self, self._objective, self._options, self._labels)
+        agreement.compare(self.head, own, self._objective, whole)
+
     def stepped(self, optimizer: Any) -> None:
         """An optimizer's step begins; `optimizers.listen` calls this."""
         self._checks.stepped(optimizer, self.head, bool(self.enabled and self.scheduled_weight))
@@ -317,6 +324,8 @@ class PreHandle(ScheduledWeight):
         if not self._watchdog.begin(module.training, labelled):
             return False
         self._checks.check_frozen(self.head)
+        if not self._agreed:
+            self.agree(whole=False)
         return True
 
     def _wanted(self) -> bool:

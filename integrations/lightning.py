@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from .agreement import agree_on_training
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .metrics import saw_tokens, to_log
 
@@ -34,7 +35,9 @@ class PreLightningCallback(Callback):
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raise for a module without PRe before it is trained."""
+        """Raise for a module without PRe, or with another one than on other processes, before it is
+        trained."""
+        agree_on_training(find_handle(pl_module))
         if find_handle(pl_module) is None:
             raise RuntimeError(
                 f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from .agreement import agree_on_training
 from .attach import apply_pre
 from .distributed import initialized
 from .handle import PreHandle, find_handle
@@ -99,6 +100,7 @@ class PreCallback(TrainerCallback):
         **more: Any,
     ) -> None:
         """Attach if this is not done yet; load the head of the checkpoint that is resumed."""
+        agree_on_training(find_handle(model))
         if find_handle(model) is None:
             if initialized() and torch.distributed.get_world_size() > 1:
                 raise RuntimeError(

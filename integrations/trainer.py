@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement import agree_on_training
 from .arguments import check_trainer_class
 from .counting import counting_of
 from .deferred import added_to_backward, replaced
@@ -193,6 +194,8 @@ def _train(
 def _inner_training_loop(
     handle: PreHandle | None, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    if trainer.accelerator.num_processes > 1:
+        agree_on_training(handle)
     if handle is None:
         if getattr(trainer, _MARK).warns:
             names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}

@@ -216,7 +216,7 @@ def unequal_seeds() -> None:
     torch.manual_seed(rank)
     os.environ["PRE_KERNELS_DEBUG"] = "1"
     with pytest.raises(
-        ValueError, match=r"head: its initial weights on ranks \[1\] differ from rank 0's"
+        ValueError, match=r"head: its weights on ranks \[1\] differ from those on rank 0, want"
     ):
         apply_pre(model)
     assert not hasattr(model, "pre_head")
