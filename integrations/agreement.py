@@ -64,12 +64,16 @@ def compare(head: nn.Module, own: dict[str, Any], objective: Objective, whole: b
     Raises:
         ValueError: on every process that takes part, if they differ.
     """
+    if not initialized():
+        return
     groups = _meshes(objective.parts.layers)
-    own = own | {"weights": None if whole and not groups else digest(head)}
+    compares_weights = bool(groups) or not whole
     if whole:
         groups = [None]
     elif objective.group is not None:
         groups.append(objective.group.group)
+    if groups:
+        own = own | {"weights": digest(head) if compares_weights else None}
     for group in groups:
         _compare(own, group)
 
@@ -89,7 +93,8 @@ def digest(head: nn.Module) -> int | None:
         return None
     found = 0
     for parameter in parameters:
-        row = parameter.detach().to("cpu").contiguous().flatten()
+        # A copy, because FSDP resizes its storage, which a view by numpy would forbid.
+        row: Any = parameter.detach().to("cpu", copy=True).contiguous().flatten()
         found = zlib.crc32(row.view(torch.uint8).numpy(), found)
     return found
 
@@ -110,26 +115,24 @@ def _compare(own: dict[str, Any] | None, group: Any) -> None:
     every: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(every, (__version__, own), group=group)
     ranks = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
-    message = _difference(dict(zip(ranks, every, strict=True)))
-    if message is not None:
-        raise ValueError(message)
+    _check_alike(dict(zip(ranks, every, strict=True)))
 
 
-def _difference(every: dict[int, tuple[str, dict[str, Any] | None]]) -> str | None:
-    """An error message that says in what the processes differ, by their ranks; None if they do
-    not."""
+def _check_alike(every: dict[int, tuple[str, dict[str, Any] | None]]) -> None:
+    """Raise a ValueError if the versions and settings by rank differ. No rank, or every rank, may
+    be without settings."""
     versions = {rank: version for rank, (version, _) in every.items()}
     if len({*versions.values()}) > 1:
-        return (
+        raise ValueError(
             f"pre_kernels: got version {_by_value(versions)}, want one version on every rank; "
             "install the same version in each environment"
         )
     found = {rank: own for rank, (_, own) in every.items()}
     missing = [rank for rank, own in found.items() if own is None]
     if len(missing) == len(found):
-        return None
+        return
     if missing:
-        return (
+        raise ValueError(
             f"handle: got none on ranks {missing}, whose model has no PRe, want one on every rank, "
             f"like ranks {[rank for rank in found if rank not in missing]}; call apply_pre on "
             "every rank"
@@ -143,7 +146,7 @@ def _difference(every: dict[int, tuple[str, dict[str, Any] | None]]) -> str | No
         > 1
     ]
     if differing:
-        return (
+        raise ValueError(
             f"apply_pre: got {'; '.join(differing)}; want the same settings on every rank: call it "
             "with the same arguments on every rank"
         )
@@ -151,12 +154,11 @@ def _difference(every: dict[int, tuple[str, dict[str, Any] | None]]) -> str | No
     known = [value for value in weights.values() if value is not None]
     others = [rank for rank, value in weights.items() if value not in (None, *known[:1])]
     if others:
-        return (
+        raise ValueError(
             f"head: its weights on ranks {others} differ from those on rank "
             f"{next(rank for rank, value in weights.items() if value is not None)}, want the same "
             "head on every rank; give all ranks the same seed before apply_pre"
         )
-    return None
 
 
 def _by_value(values: dict[int, str]) -> str:

@@ -20,6 +20,7 @@ from .families import check_tokens, find_parts
 from .handle import ATTRIBUTE, PreHandle, find_handle
 from .head_options import HeadOptions
 from .objective import Objective
+from .stages import check_stage
 from .terms import Target
 
 ANCHORS = ("pre_llm", "pre_projector")
@@ -245,17 +246,18 @@ def apply_pre(
     width = parts.width
     if targets is None:
         pairs = [(number, anchor) for number in _layers(layer, parts.depth)]
+    wanted = [(*_layers(pair[:1], parts.depth), pair[1]) for pair in pairs]
+    check_stage(inner, parts, wanted, labels)
     heads = []
     described = []
-    for pair in pairs:
-        (number,) = _layers(pair[:1], parts.depth)
+    for number, target in wanted:
         dtype, device = parts.dtype_and_device(number)
         own_dim = anchor_dim
-        if pair[1] == "pre_projector":
+        if target == "pre_projector":
             own_dim = parts.projector_width
         elif own_dim is None:
-            own_dim = getattr(pair[1], "anchor_dim", width)
-        described.append(Target(number, pair[1], checks.width("anchor_dim", own_dim)))
+            own_dim = getattr(target, "anchor_dim", width)
+        described.append(Target(number, target, checks.width("anchor_dim", own_dim)))
         heads.append(
             PreHead(
                 width,

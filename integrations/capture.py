@@ -199,6 +199,12 @@ class Capture:
             inputs.update(zip(names, args, strict=False))
         inputs.update(kwargs)
         if self.start(module, inputs):
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    "model: torch.export, which torch.distributed.pipelining.pipeline also uses, "
+                    "got a forward in training with PRe, want one without it, because an exported "
+                    "model has no hooks; call handle.remove() first"
+                )
             self.seen = CapturedForward(inputs, self.parts)
             if self.merge is not None:
                 self.merge.open()

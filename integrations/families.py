@@ -372,11 +372,17 @@ def _find_layers(
         module = _module(model, "text_model", family.text)[1]
     else:
         get: Any = getattr(model, "get_decoder", None)
-        decoder = None if get is None else get()
+        try:
+            decoder = None if get is None else get()
+        except AttributeError:  # it was taken out of the model
+            decoder = None
         module = decoder if isinstance(decoder, nn.Module) else model
     path = [type(module).__name__]
+    others = ""
     while True:
         layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.Module):
+            others = f", found a {type(layers).__name__} of {len([*layers.children()])}"
         if isinstance(layers, nn.ModuleList) and (depth is None or len(layers) == depth):
             return module, layers
         child = next(
@@ -388,6 +394,7 @@ def _find_layers(
         path.append(type(module).__name__)
     raise ValueError(
         f"model: no decoder layers in {type(model).__name__}: looked for a ModuleList `.layers` "
-        f"of {depth} modules in {' → '.join(path)}; pass text_model= (a module, or its path in the "
-        "model) whose `.layers` are the decoder's, or layers= (the ModuleList, or its path)"
+        f"of {depth} modules in {' → '.join(path)}{others}; pass text_model= (a module, or its "
+        "path in the model) whose `.layers` are the decoder's, or layers= (the ModuleList, or its "
+        "path; also of a stage of a pipeline, if it begins with layer 1)"
     )
