@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,17 +14,14 @@ from pre_kernels import __version__
 
 from .checkpoint import describe
 from .distributed import initialized
-
-if TYPE_CHECKING:
-    from .handle import PreHandle
-    from .head_options import HeadOptions
-    from .objective import Objective
+from .head_options import HeadOptions
+from .objective import Objective
 
 
 def settings(
-    handle: PreHandle, objective: Objective, options: HeadOptions, labels: str | None
+    handle: Any, objective: Objective, options: HeadOptions, labels: str | None
 ) -> dict[str, Any]:
-    """The settings of a handle that have to be the same on every process."""
+    """The settings of a `PreHandle` that have to be the same on every process."""
     return {
         **describe(handle.head, handle.settings()),
         "weight": handle.weight,
@@ -38,7 +35,7 @@ def settings(
     }
 
 
-def agree_on_training(handle: PreHandle | None) -> None:
+def agree_on_training(handle: Any) -> None:
     """A training of all processes begins: compare their handles, of which any may be None.
     Collective.
 

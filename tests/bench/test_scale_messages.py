@@ -42,7 +42,7 @@ SIZES = scale_costs.Training(
 )
 
 
-# The size of what a handle says about itself, once for each training. The text is no small message.
+# The length of what a handle says about itself, once for each training. The text is longer.
 HANDLES = {("all-gather", 8): 1}
 
 

@@ -15,9 +15,9 @@ from pre_kernels.integrations.pre_callback import PreCallback
 
 from .support.processes import both, every
 from .support.ranks import TEXT_ONLY, UNEVEN, batches, made
+from .support.split_layers import column_row
 from .support.tiny.models import build
 from .support.tiny.training import Recorder, make
-from .test_parallel_layers import column_row
 
 # By name: the settings of rank 0 and of the other ranks (None: no handle), and the error.
 DIFFERENT: dict[str, tuple[Any, Any, str]] = {

@@ -14,6 +14,7 @@ from pre_kernels.integrations import apply_pre
 from .support.by_hand import assert_same_gradients, gradients
 from .support.processes import both
 from .support.ranks import UNEVEN, batches, check, made, plainly
+from .support.split_layers import column_row
 from .support.tiny.models import batch, build
 
 
@@ -101,21 +102,6 @@ def test_sequence_parallel(sample: str, level: str) -> None:
     torch.testing.assert_close(found[0][0] + found[1][0], loss)
     for _, gradient in found:
         assert_same_gradients(gradient, wanted)
-
-
-def column_row() -> dict[str, Any]:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    column = (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    )
-    return {n: ColwiseParallel() for n in column} | {
-        n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")
-    }
 
 
 def tensor_parallel(before: bool) -> Any:

@@ -16,8 +16,8 @@ from pre_kernels.integrations import apply_pre
 from .support.by_hand import assert_same_gradients, expected_gradients, gradients
 from .support.processes import both, every
 from .support.ranks import TEXT_ONLY, batches, by_hand, check, made
+from .support.split_layers import column_row
 from .support.tiny.models import batch, build
-from .test_parallel_layers import column_row
 
 
 def saved(family: str, folder: Path) -> str:
