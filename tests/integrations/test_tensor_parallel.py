@@ -99,6 +99,7 @@ def on_four() -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_data_and_tensor_parallel() -> None:
     """The data parallel group and all ranks give the same mean: in all ranks each batch counts
     twice, and so does each rank."""
