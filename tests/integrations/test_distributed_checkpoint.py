@@ -190,7 +190,6 @@ ELSEWHERE = [
     ("fsdp2", "fsdp2", 4),
     ("fsdp2", "hsdp", 4),
     ("fsdp2", "ddp", 2),
-    ("fsdp2", "fsdp1", 2),
     ("ddp", "fsdp2", 4),
     ("ddp", "plain", 1),
     ("fsdp1", "fsdp2", 4),

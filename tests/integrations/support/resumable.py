@@ -153,17 +153,6 @@ class Training:
             from deepspeed.utils import safe_get_full_grad
 
             return {name: safe_get_full_grad(p).clone() for name, p in trained.items()}
-        if self.how == "fsdp1":
-            from torch.distributed.fsdp import FullyShardedDataParallel
-
-            with FullyShardedDataParallel.summon_full_params(self.wrapped, with_grads=True):
-                return {
-                    ".".join(
-                        w for w in name.split(".") if w != "_fsdp_wrapped_module"
-                    ): p.grad.clone()
-                    for name, p in self.model.named_parameters()
-                    if p.grad is not None
-                }
         return {
             name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             for name, p in trained.items()
