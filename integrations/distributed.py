@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,6 +127,31 @@ def check_not_wrapped(model: nn.Module) -> None:
 def rank() -> int:
     """The rank of this process; 0 without torch.distributed."""
     return torch.distributed.get_rank() if initialized() else 0
+
+
+def sharing_a_sequence() -> int:
+    """The number of processes that share each sequence by DeepSpeed's sequence parallelism; 1
+    without it."""
+    comm = getattr(sys.modules.get("deepspeed"), "comm", None)
+    if comm is None or not comm.is_initialized():
+        return 1
+    from deepspeed.utils import groups
+
+    return int(groups._get_sequence_parallel_world_size())
+
+
+def check_no_context_parallelism() -> None:
+    """Raise a ValueError if accelerate is set up for context parallelism in a Trainer."""
+    from accelerate.state import AcceleratorState
+
+    config = AcceleratorState._shared_state.get("parallelism_config")
+    size = getattr(config, "cp_size", 1)
+    if size > 1:
+        raise ValueError(
+            f"parallelism_config: got cp_size={size}, want 1: the Trainer cuts input_ids among the "
+            "processes but not the images, so the model cannot merge them, and visual tokens are "
+            "counted on every process; take PRe off, or use another strategy for long sequences"
+        )
 
 
 @contextlib.contextmanager

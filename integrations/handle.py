@@ -14,6 +14,7 @@ from . import agreement, checkpoint
 from .capture import Capture, CapturedForward
 from .deferred import Deferred, Divisor
 from .description import describe
+from .distributed import sharing_a_sequence
 from .head_checks import HeadChecks
 from .head_options import HeadOptions, ScheduledWeight
 from .metrics import Totals
@@ -356,6 +357,8 @@ class PreHandle(ScheduledWeight):
         heads = self.head if self._several else [self.head]
         losses, cosines, terms = self._objective.losses(seen, heads, divisor, ungrouped)
         self.totals.add(losses, cosines, terms)
+        if self._objective.over_images and sharing_a_sequence() > 1:
+            self.notices.warn("cut images", option=self._objective.over_images)
         if not any(hidden.requires_grad for hidden in seen.hidden.values()):
             self.notices.warn("nothing below trains", layers=", ".join(map(str, self.layers)))
 

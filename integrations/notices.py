@@ -26,6 +26,11 @@ WARNINGS = {
         "tokens, tokens) of bool or float, and dicts of such masks; pass mask_fn= to apply_pre if "
         "some must not count"
     ),
+    "cut images": (
+        "processes share each sequence, and {option} takes the parts of an image that they share "
+        "for images of their own, so L_PRe is not that of whole sequences; leave this option out, "
+        "or let every image lie in one part"
+    ),
     "called inside": (
         "the text model ran in training outside a call of {model}, to which PRe is attached, so "
         "L_PRe is not added; attach to the module that is called"

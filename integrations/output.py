@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Group, initialized
+from .distributed import Group, initialized, sharing_a_sequence
 
 
 def loss_share(
@@ -18,9 +18,21 @@ def loss_share(
     the labels of the step; else 1.
 
     With a group it is the mean over its processes, whose forwards are one micro-batch.
+
+    Raises:
+        ValueError: if processes share the sequence and the loss is the mean over own labels.
     """
     items = inputs.get("num_items_in_batch")
     if items is None:
+        if sharing_a_sequence() > 1:
+            # The means of the processes are weighed by their numbers of labels. A process with
+            # images but without labels would lose its L_PRe.
+            raise ValueError(
+                f"labels: got {labels!r}, want None under DeepSpeed's sequence parallelism, where "
+                "output.loss is weighed by the labels in this process's part of the sequence; add "
+                "handle.loss() to the loss of the whole sequence, or use patch_trainer() under a "
+                "transformers.Trainer"
+            )
         return 1.0
     shifted = inputs.get("shift_labels")
     targets = inputs[labels][..., 1:] if shifted is None else shifted

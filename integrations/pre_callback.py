@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from .agreement import agree_on_training
 from .attach import apply_pre
-from .distributed import initialized
+from .distributed import check_no_context_parallelism, initialized
 from .handle import PreHandle, find_handle
 from .metrics import saw_tokens, to_log
 from .optimizers import parameters, unwrapped
@@ -100,6 +100,7 @@ class PreCallback(TrainerCallback):
         **more: Any,
     ) -> None:
         """Attach if this is not done yet; load the head of the checkpoint that is resumed."""
+        check_no_context_parallelism()
         agree_on_training(find_handle(model))
         if find_handle(model) is None:
             if initialized() and torch.distributed.get_world_size() > 1:

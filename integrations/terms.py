@@ -48,6 +48,16 @@ class TermOptions:
         """Whether images are counted, not visual tokens."""
         return "image" in (self.level, self.weighting)
 
+    @property
+    def over_images(self) -> str:
+        """The option by which a term depends on several tokens, as in a call of `apply_pre`; empty
+        without one."""
+        if self.gram_over is not None:
+            return 'loss="gram"'
+        options = {"level": "image", "weighting": "image", "anchor_norm": "spatial"}
+        names = [f'{n}="{v}"' for n, v in options.items() if getattr(self, n) == v]
+        return next(iter(names), "")
+
 
 @dataclass(frozen=True)
 class Terms:

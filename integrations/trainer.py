@@ -16,6 +16,7 @@ from .agreement import agree_on_training
 from .arguments import check_trainer_class
 from .counting import counting_of
 from .deferred import added_to_backward, replaced
+from .distributed import check_no_context_parallelism
 from .handle import PreHandle, find_handle
 from .head_options import NO_GROUPS, add_head_groups, has_requested_settings
 from .metrics import saw_tokens, to_log
@@ -201,6 +202,7 @@ def _inner_training_loop(
             names = {"trainer": type(trainer).__name__, "model": type(trainer.model).__name__}
             Notices().warn("no handle", **names)
         return original(*args, **kwargs)
+    check_no_context_parallelism()
     trainer._pre_counting = None
     inner = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
     if handle.model not in (trainer.model, inner):

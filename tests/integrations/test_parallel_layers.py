@@ -7,42 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pre_kernels.integrations import apply_pre
 
 from .support.by_hand import assert_same_gradients, gradients
 from .support.processes import both
 from .support.ranks import UNEVEN, batches, check, made, plainly
+from .support.sequences import ring
 from .support.split_layers import column_row
 from .support.tiny.models import batch, build
-
-
-class Gathered(torch.autograd.Function):
-    """The parts (B, heads, T / 2, width) of both ranks, joined along the sequence."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        parts = [torch.empty_like(part) for _ in range(2)]
-        torch.distributed.all_gather(parts, part.contiguous())
-        return torch.cat(parts, 2)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(2, 2)[torch.distributed.get_rank()]
-
-
-def ring(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Causal attention of this rank's half of the queries to the keys of both ranks."""
-    key, value = Gathered.apply(key), Gathered.apply(value)
-    mine, total = query.shape[2], key.shape[2]
-    place = torch.arange(mine)[:, None] + torch.distributed.get_rank() * mine
-    found = nn.functional.scaled_dot_product_attention(
-        query, key, value, place >= torch.arange(total)
-    )
-    return found.transpose(1, 2).contiguous(), None
 
 
 def sequence_parallel(sample: Any, level: str) -> Any:
