@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pre_kernels import __version__
+from pre_kernels import PreHead, __version__
 
 from .checkpoint import describe
 from .distributed import initialized
@@ -85,8 +85,15 @@ def check_same_everywhere(head: nn.Module) -> None:
 def digest(head: nn.Module) -> int | None:
     """A number that two heads share if their weights are equal bit for bit. None if this process
     has only a part of them. Waits for the device."""
-    parameters = [p for p in head.parameters() if p.numel()]
-    if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in parameters):
+    parameters: list[nn.Parameter] = []
+    for module in head.modules():
+        if isinstance(module, PreHead):
+            own = dict(module.named_parameters(recurse=False))
+            # FSDP1 and ZeRO-3 leave parts of other shapes, or none; FSDP2 leaves DTensors.
+            if {name: tuple(p.shape) for name, p in own.items()} != module.shapes:
+                return None
+            parameters += own.values()
+    if any(p.is_meta or hasattr(p, "full_tensor") for p in parameters):
         return None
     found = 0
     for parameter in parameters:

@@ -96,16 +96,20 @@ def test_the_trainer_on_eight_uneven_ranks(tmp_path: Path) -> None:
 
 
 def collectives_of_a_step(folder: str, layers: list[int] | None) -> Any:
-    """Those of the steps, and those after them, at the log."""
+    """Those of the step, and those after it, at the log. Before the training the ranks compare
+    their settings."""
 
     class Logs(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = len(watched.found)
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.before = list(watched.found)
+            self.end = len(watched.found)
 
     logs = Logs()
     with Collectives() as watched:
         trained(UNEQUAL_IMAGES, folder, layers, [logs], ddp_find_unused_parameters=True)
-    return logs.before, watched.found[len(logs.before) :]
+    return watched.found[logs.begin : logs.end], watched.found[logs.end :]
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 2, 3]], ids=["one layer", "three layers"])
@@ -128,6 +132,7 @@ def test_the_trainer_adds_one_number_to_a_step(layers: list[int], tmp_path: Path
 def collectives_of_a_forward(layer: Any) -> Any:
     data = batches(UNEVEN, torch.distributed.get_rank())[0]
     model, _ = made(layer=layer, group="world")
+    model(**data.inputs)  # In the first forward the ranks compare their settings.
     with Collectives() as watched:
         model(**data.inputs).loss.backward()
     return watched.found

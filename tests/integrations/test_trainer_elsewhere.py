@@ -105,7 +105,7 @@ def by_hand(state: State) -> dict[str, Tensor]:
     [
         ("DDP", 1),
         pytest.param("DDP", 4, marks=pytest.mark.slow),
-        ("FSDP2, sharded", 4),
+        pytest.param("FSDP2, sharded", 4, marks=pytest.mark.slow),
     ],
 )
 def test_resuming_on_another_number_of_processes(how: str, count: int, tmp_path: Path) -> None:
