@@ -48,7 +48,9 @@ def agree_on_training(handle: Any) -> None:
         handle.agree(whole=True)
 
 
-def compare(head: nn.Module, own: dict[str, Any], objective: Objective, whole: bool) -> None:
+def compare(
+    head: nn.Module, own: dict[str, Any], objective: Objective, whole: bool, first: bool
+) -> None:
     """Compare a handle's head and its settings `own` with those of other processes. Collective.
 
     The weights of the heads are compared where nothing makes them equal: in a loop of one's own,
@@ -57,6 +59,7 @@ def compare(head: nn.Module, own: dict[str, Any], objective: Objective, whole: b
     Args:
         whole: whether all processes take part. If not, those do that the terms are counted over,
             and those that have other parts of the decoder layers' weights.
+        first: whether the head has not been trained yet. Later it may differ in the last bits.
 
     Raises:
         ValueError: on every process that takes part, if they differ.
@@ -64,7 +67,7 @@ def compare(head: nn.Module, own: dict[str, Any], objective: Objective, whole: b
     if not initialized():
         return
     groups = _meshes(objective.parts.layers)
-    compares_weights = bool(groups) or not whole
+    compares_weights = first and (bool(groups) or not whole)
     if whole:
         groups = [None]
     elif objective.group is not None:

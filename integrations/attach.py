@@ -247,7 +247,7 @@ def apply_pre(
     if targets is None:
         pairs = [(number, anchor) for number in _layers(layer, parts.depth)]
     wanted = [(*_layers(pair[:1], parts.depth), pair[1]) for pair in pairs]
-    check_stage(inner, parts, wanted, labels)
+    check_stage(inner, parts, wanted, labels, given=layers is not None)
     heads = []
     described = []
     for number, target in wanted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .deferred import Deferred
-from .distributed import Sum
+from .distributed import Sum, initialized
 from .handle import PreHandle
 from .task_loss import sum_dtype, without_pre
 
@@ -186,7 +186,11 @@ class Counting:
 
     def _over_processes(self, value: Tensor) -> Sum:
         accelerator = self.trainer.accelerator
-        return Sum(value.to(accelerator.device), alone=accelerator.num_processes == 1)
+        value = value.to(accelerator.device)
+        alone = accelerator.num_processes == 1
+        if not alone and not initialized():  # TPUs
+            value = accelerator.reduce(value, reduction="sum")
+        return Sum(value, alone=alone)
 
 
 def counting_of(trainer: Any, handle: PreHandle) -> Counting:

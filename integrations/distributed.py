@@ -96,9 +96,11 @@ def _named_failure() -> Iterator[None]:
     """Name the collective that failed. The backend names only the time or the connection."""
     try:
         yield
+    except torch.AcceleratorError:  # an earlier kernel's, of whichever code
+        raise
     except RuntimeError as error:
         raise RuntimeError(
-            "PRe: the sum of the numbers of visual tokens over the processes failed, because "
+            "PRe: a sum over the processes, such as the number of visual tokens, failed, because "
             "another process died, is stuck, or does not take part (each has to call the model "
             "equally often, with PRe on); look at the first error of the other processes. How long "
             "to wait is the timeout of the process group (ddp_timeout of TrainingArguments): "
@@ -150,7 +152,8 @@ def check_no_context_parallelism() -> None:
         raise ValueError(
             f"parallelism_config: got cp_size={size}, want 1: the Trainer cuts input_ids among the "
             "processes but not the images, so the model cannot merge them, and visual tokens are "
-            "counted on every process; take PRe off, or use another strategy for long sequences"
+            "counted on every process; call handle.remove() before, or use another strategy for "
+            "long sequences"
         )
 
 

@@ -297,9 +297,9 @@ class PreHandle(ScheduledWeight):
 
     def agree(self, whole: bool) -> None:
         """Compare this handle with those of other processes; see `agreement.compare`."""
-        self._agreed = True
         own = agreement.settings(self, self._objective, self._options, self._labels)
-        agreement.compare(self.head, own, self._objective, whole)
+        agreement.compare(self.head, own, self._objective, whole, first=not self._agreed)
+        self._agreed = True
 
     def stepped(self, optimizer: Any) -> None:
         """An optimizer's step begins; `optimizers.listen` calls this."""

@@ -37,7 +37,8 @@ class PreLightningCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise for a module without PRe, or with another one than on other processes, before it is
         trained."""
-        agree_on_training(find_handle(pl_module))
+        if trainer.world_size > 1:
+            agree_on_training(find_handle(pl_module))
         if find_handle(pl_module) is None:
             raise RuntimeError(
                 f"PreLightningCallback: {type(pl_module).__name__} has no PRe; call apply_pre on "

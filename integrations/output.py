@@ -29,9 +29,9 @@ def loss_share(
             # images but without labels would lose its L_PRe.
             raise ValueError(
                 f"labels: got {labels!r}, want None under DeepSpeed's sequence parallelism, where "
-                "output.loss is weighed by the labels in this process's part of the sequence; add "
-                "handle.loss() to the loss of the whole sequence, or use patch_trainer() under a "
-                "transformers.Trainer"
+                "output.loss is weighed by the labels in this process's part of the sequence; use "
+                "patch_trainer() under a transformers.Trainer, and in a loop of your own add "
+                "handle.loss() to the loss of the whole sequence"
             )
         return 1.0
     shifted = inputs.get("shift_labels")

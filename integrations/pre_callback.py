@@ -101,7 +101,8 @@ class PreCallback(TrainerCallback):
     ) -> None:
         """Attach if this is not done yet; load the head of the checkpoint that is resumed."""
         check_no_context_parallelism()
-        agree_on_training(find_handle(model))
+        if args.world_size > 1:
+            agree_on_training(find_handle(model))
         if find_handle(model) is None:
             if initialized() and torch.distributed.get_world_size() > 1:
                 raise RuntimeError(

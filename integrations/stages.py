@@ -21,6 +21,7 @@ def check_stage(
     parts: Parts,
     wanted: Sequence[tuple[int, Any]],
     labels: str | None,
+    given: bool,
 ) -> None:
     """Raise a ValueError if a layer that PRe reads, the embeddings that it predicts, or the layers
     before the loss are not in this process.
@@ -29,6 +30,7 @@ def check_stage(
         model: the model that PRe is attached to, without PEFT around it.
         wanted: the layer and the anchor of each head.
         labels: the argument of `apply_pre`.
+        given: whether the layers are an argument of it. If not, they are all layers of the model.
     """
     name = type(model).__name__
     layers = [*parts.layers]
@@ -37,7 +39,7 @@ def check_stage(
     if labels is None:
         last = min(last, max(number for number, _ in wanted) + 1)
     for number, layer in enumerate(layers[:last], 1):
-        if layer is None or isinstance(layer, nn.Identity):
+        if layer is None or type(layer) is nn.Identity:
             raise ValueError(
                 f"model: decoder layer {number} of {len(layers)} in {name} is "
                 f"{'None' if layer is None else type(layer).__name__}, as in a stage of a "
@@ -47,7 +49,7 @@ def check_stage(
         return
     text = model if parts.text is None else parts.text
     embeddings = getattr(text, "embed_tokens", text)
-    if embeddings is None or isinstance(embeddings, nn.Identity):
+    if embeddings is None or type(embeddings) is nn.Identity:
         raise ValueError(
             f"model: embed_tokens of {name} is "
             f"{'None' if embeddings is None else type(embeddings).__name__}, as in a later stage "
@@ -56,7 +58,7 @@ def check_stage(
         )
     indices = (getattr(m, "layer_idx", None) for m in layers[0].modules())
     first = next((index for index in indices if isinstance(index, int)), 0)
-    if first != 0:
+    if given and first != 0:
         raise ValueError(
             f"layers: got modules whose first is decoder layer {first + 1} of {name}, as in a "
             f"later stage of a pipeline, want layers from 1 on, because what enters layer "

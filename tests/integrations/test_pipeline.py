@@ -259,6 +259,25 @@ def test_layers_beyond_the_one_that_is_read_may_be_elsewhere() -> None:
     assert handle.loss() == other.loss() != 0
 
 
+class Skipped(nn.Identity):
+    """A pruned layer."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def test_models_that_are_no_stage() -> None:
+    """A layer that passes hidden states on, and layers numbered from 1."""
+    model = build("llava")
+    layers = text_of(model).layers
+    layers[3] = Skipped()
+    for number, layer in enumerate(layers[:3], 1):
+        layer.self_attn.layer_idx = number
+    apply_pre(model, layer=2)
+    model(**batch("llava").inputs, use_cache=False).loss.backward()
+    assert model.pre_head.w1.grad.any()
+
+
 def test_stages_that_torch_cuts() -> None:
     """`pipeline` traces the model by torch.export, before PRe or after it."""
     need_new_torch()

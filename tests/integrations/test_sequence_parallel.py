@@ -39,11 +39,6 @@ def need_ulysses_in_trainers() -> None:
         pytest.skip("the Trainer of transformers 4.57 does not know sp_size")
 
 
-def need_new_trainer() -> None:
-    if OLD:
-        pytest.skip("run with the Trainer of transformers 5 only")
-
-
 def need_adapter() -> None:
     need_deepspeed()
     if Version(version("deepspeed")) < Version("0.19.8"):
@@ -141,7 +136,6 @@ def cut_unseen(folder: str) -> None:
 def test_whole_batches_in_a_trainer(tmp_path: Path) -> None:
     """Frameworks of their own give every process the whole batch and cut its embeddings. `mask_fn`
     marks the part of this process, so the step's terms are counted once."""
-    need_new_trainer()
     samples = [TWO_IMAGES, ACROSS]
     wanted = by_hand("llava", samples, model_loss=False)[0]
     for found in both(whole_batches, samples, str(tmp_path), True):
@@ -186,5 +180,6 @@ def text_in_context(folder: str) -> None:
 def test_context_parallelism(what: Any, tmp_path: Path) -> None:
     """accelerate's `cp_size=2`, which a Trainer with PRe refuses. Without PRe no model merges the
     images with a part of the ids, and torch cannot cut the attention of text on a CPU."""
-    need_new_trainer()
+    if torch.__version__.startswith("2.9.") and what in (context_without_pre, text_in_context):
+        pytest.skip("torch 2.9 asserts that a length is a multiple of 4")
     both(what, str(tmp_path))
