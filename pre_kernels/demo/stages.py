@@ -26,12 +26,12 @@ class Stage(NamedTuple):
 # gives the function that moves it on.
 Bar = Callable[[Stage, str, int], AbstractContextManager[Advance]]
 
-SEE = Stage("vision tower on digits", 0.033)
-READ = Stage("LLM on text", 0.11)
-ALIGN = Stage("alignment", 0.055)
-TUNE = Stage("instruction tuning", 0.055)
+SEE = Stage("vision tower on digits", 0.07)
+READ = Stage("LLM on text", 0.235)
+ALIGN = Stage("alignment", 0.117)
+TUNE = Stage("instruction tuning", 0.117)
 # A step is a layer, whose probe is fitted.
-MEASURE = Stage("measuring", 0.46)
+MEASURE = Stage("measuring", 0.98)
 
 
 def of_a_seed(settings: Settings) -> Iterator[tuple[Stage, int]]:
