@@ -229,9 +229,8 @@ def zero_resumed(how: str, folder: str) -> tuple[Tensor, dict[str, Tensor | None
     return training.backward(1), training.gradients()
 
 
-@pytest.mark.parametrize(
-    ("how", "count"), [("zero2", 2), pytest.param("zero3", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "count"), [("zero2", 2), ("zero3", 4)])
 def test_zero_resumes_from_shards(how: str, count: int, tmp_path: Path) -> None:
     """DeepSpeed cannot load DCP's files: the model's whole weights and the head's files can be
     loaded under any number of ranks."""

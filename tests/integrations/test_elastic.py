@@ -151,6 +151,7 @@ def test_a_node_that_is_killed_and_comes_back(nodes: Any, tmp_path: Path) -> Non
     assert same(weights(broken.out), weights(whole.out))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed(nodes: Any, tmp_path: Path) -> None:
     """torchrun restarts both processes of a node after one of them was killed."""
     broken = nodes("broken", 1, 2, 1, "a=dies")

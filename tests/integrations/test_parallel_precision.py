@@ -106,6 +106,7 @@ def test_fsdp2_in_bfloat16(own: bool) -> None:
     check(both(fsdp2, UNEVEN, own, "bfloat16"), half_by_hand(UNEVEN))
 
 
+@pytest.mark.slow
 @OWN
 def test_fsdp2_on_two_dimensions(own: bool) -> None:
     """HSDP: parameters are split over two ranks, and gradients averaged over the two pairs."""

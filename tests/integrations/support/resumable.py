@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 
-from pre_kernels import PreHead
 from pre_kernels.integrations import apply_pre
 
 from .by_hand import copy_of, gradients, pre_loss, watch
-from .ranks import PLAIN, TWO_IMAGES, engine, shard
+from .ranks import PLAIN, TWO_IMAGES, engine, fully_sharded, shard
 from .tiny.models import IMAGE, Batch, batch, build
 from .tiny.training import merge, one_image
 
@@ -83,35 +83,15 @@ class Training:
         elif how.startswith("fsdp2"):
             shard(self.model, "own" in how)
         elif how == "hsdp":
-            self._shard_on_a_mesh()
+            # Two replicas, each over half of the ranks.
+            mesh = init_device_mesh("cpu", (2, world()[1] // 2), mesh_dim_names=("pair", "shard"))
+            shard(self.model, False, mesh=mesh)
         elif how == "fsdp1":
-            self._shard_by_fsdp1()
+            self.wrapped = fully_sharded(self.model, True)
         head = {id(p) for p in self.handle.head.parameters()}
         others = [p for p in self.wrapped.parameters() if p.requires_grad and id(p) not in head]
         groups = [{"params": others}, *self.handle.param_groups()]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE)
-
-    def _shard_on_a_mesh(self) -> None:
-        """Two replicas, each over half of the ranks."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2, world()[1] // 2), mesh_dim_names=("replicate", "shard"))
-        for layer in self.model.model.language_model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-
-    def _shard_by_fsdp1(self) -> None:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-        layer = type(self.model.model.language_model.layers[0])
-        self.wrapped = FullyShardedDataParallel(
-            self.model,
-            auto_wrap_policy=ModuleWrapPolicy({layer, PreHead}),
-            use_orig_params=True,
-            device_id=torch.device("cpu"),
-        )
 
     def backward(self, step: int) -> Tensor:
         """The loss of this rank's part of the step, after its backward."""
