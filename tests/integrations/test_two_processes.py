@@ -56,7 +56,7 @@ def test_ddp(family: str, how: str, tmp_path: Path) -> None:
     wanted = by_hand(family, UNEQUAL_IMAGES, apply_pre(build(family)), [1 / tokens] * 4, "sum")
     trainer_class = LossFunc if how == "compute_loss_func" else InOrder
     more = {how: 0.1} if how == "label_smoothing_factor" else {}
-    for found in both(ddp, family, str(tmp_path), trainer_class, timeout=60, **more):
+    for found in both(ddp, family, str(tmp_path), trainer_class, **more):
         assert_head(found, wanted)
 
 
