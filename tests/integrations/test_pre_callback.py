@@ -93,6 +93,10 @@ def test_resuming(tmp_path: Path) -> None:
     assert torch.equal(starts.w1, callback.handle.head.w1)
     (tmp_path / "checkpoint-4" / "pre_head.json").unlink()
     trainer = make(tmp_path, build("llava"), max_steps=5, callbacks=[PreCallback()], **SAVING)
+    with pytest.raises(ValueError, match=r"of a save that was interrupted"):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "pre_head.safetensors").unlink()
+    trainer = make(tmp_path, build("llava"), max_steps=5, callbacks=[PreCallback()], **SAVING)
     with pytest.warns(UserWarning, match=r"PRe: .*checkpoint-4 holds no head"):
         trainer.train(resume_from_checkpoint=True)
 

@@ -41,6 +41,9 @@ def test_resume_restores_the_head(tmp_path: Path) -> None:
     assert torch.equal(starts.w1, saved)
 
     (folder / "pre_head.safetensors").unlink()
+    with patch_trainer(), pytest.raises(ValueError, match=r"of a save that was interrupted"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    (folder / "pre_head.json").unlink()
     with patch_trainer(), pytest.warns(UserWarning, match=r"holds no head"):
         trainer.train(resume_from_checkpoint=str(folder))
 
