@@ -25,12 +25,7 @@ LAYERS = "model.language_model.layers"
 PARTS = 2  # micro-batches of a step
 
 
-def need_new_torch() -> None:
-    """Skip a test that runs torch's own pipelining."""
-    if torch.__version__.startswith("2.9."):
-        pytest.skip(
-            "this test fails with the pipelining of torch 2.9; the cause was not looked for"
-        )
+OLD = torch.__version__.startswith("2.9.")
 
 
 class Along(torch.autograd.Function):
@@ -103,9 +98,12 @@ def stage() -> Any:
     return found, torch.stack(losses).mean().detach()
 
 
+@pytest.mark.skipif(
+    OLD,
+    reason="stages of torch 2.9 first send 8 bytes where 4 are expected, and gloo aborts",
+)
 def test_pre_on_the_first_stage() -> None:
     """The schedule averages gradients over the micro-batches."""
-    need_new_torch()
     (first, metrics), (last, loss) = both(stage)
     model = build("llava")
     handle = apply_pre(model, layer=2)
@@ -280,7 +278,6 @@ def test_models_that_are_no_stage() -> None:
 
 def test_stages_that_torch_cuts() -> None:
     """`pipeline` traces the model by torch.export, before PRe or after it."""
-    need_new_torch()
     from torch.distributed.pipelining import SplitPoint, pipeline
 
     def cut_by_torch(model: Any, inputs: Any) -> Any:
@@ -303,7 +300,9 @@ def test_stages_that_torch_cuts() -> None:
             continue
         with pytest.raises(RuntimeError) as caught:
             cut_by_torch(model, inputs)
-        assert "model: torch.export, which torch.dist" in str(caught.value.__cause__)
+        # torch 2.9 traces by dynamo, whose own error comes first.
+        wanted = "torch.compiler.disable" if OLD else "model: torch.export, which torch.dist"
+        assert wanted in str(caught.value.__cause__)
 
 
 def of_deepspeed() -> None:
