@@ -13,8 +13,8 @@ OTHERS := oldest image newest
 PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
 # numpy 2.4 raises errors in the interpreter of triton 3.6. Some image processors of transformers 5.17 need torchvision.
 PINS_image = $$($(BIN)/python -m verify.versions image) 'numpy<2.4' torchvision
-# OLDEST has the tests of the core that depend on versions, and those of the integrations. `make test-oldest` leaves out the
-# one that starts many processes. `make test-versions` runs the rest.
+# OLDEST has the tests of the core that depend on versions, and those of the integrations. `make test-oldest` leaves out
+# those that start many processes. `make test-versions` runs the rest.
 CORE := loss kernels row_kernels rounding ops head reference checks
 OLDEST := $(CORE:%=tests/core/test_%.py) tests/project/test_versions.py tests/integrations tests/diagnostics/run
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
@@ -50,7 +50,7 @@ test: $(INSTALLED)  ## run the tests but the slow ones; kernels are interpreted,
 
 test-oldest: .deps/oldest/.installed .deps/triton  ## test kernels and integrations with the oldest supported versions, and compilation with triton 3.6
 	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) $(QUICK) --versions oldest $(OLDEST) \
-	  --ignore tests/integrations/test_follow.py --ignore tests/integrations/test_example_scripts.py
+	  $(addprefix --ignore tests/integrations/test_,follow.py example_scripts.py many_ranks.py)
 	.deps/oldest/bin/python -m verify.compile --targets sm90
 	PYTHONPATH=.deps/triton $(BIN)/python -m verify.compile --targets sm90
 

@@ -206,6 +206,7 @@ def killed(seed, bar):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_run(capfd):
     begun = []
 

@@ -3,10 +3,12 @@ FSDP2, FSDP1 and ZeRO: loss and every gradient are those that one process comput
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from pre_kernels import fused_pre_loss
@@ -152,24 +154,29 @@ def zero(samples: list[Any], stage: int) -> Any:
     return zero_steps(made(group="world")[0], samples, stage, **more)
 
 
+def check_sums_in_bfloat16(ranks: list[Any], wanted: Any) -> None:
+    """For engines that round gradients elsewhere: each part of the model as a whole."""
+    for *found, loss in zip(*(rank[0] for rank in ranks), wanted[0], strict=True):
+        torch.testing.assert_close(torch.stack(found).mean(), loss)
+    for _, found in ranks:
+        unused = [found[name] for name, gradient in wanted[1].items() if gradient is None]
+        assert not any(g is not None and g.any() for g in unused)
+        for part in ("pre_head", "language_model", "vision_tower"):
+            names = [name for name, g in wanted[1].items() if part in name and g is not None]
+            all_of = [torch.cat([g[name].flatten() for name in names]) for g in (found, wanted[1])]
+            bound = 4 * torch.finfo(torch.bfloat16).eps * all_of[1].norm()
+            assert (all_of[0] - all_of[1]).norm() <= bound, part
+
+
 def test_zero2_in_bfloat16() -> None:
     need_deepspeed()
-    check(both(zero, UNEVEN, 2), half_by_hand(UNEVEN))
+    # DeepSpeed 0.19.6 rounds the float32 sums to bfloat16 before it reduces them.
+    old = Version(version("deepspeed")) < Version("0.19.8")
+    (check_sums_in_bfloat16 if old else check)(both(zero, UNEVEN, 2), half_by_hand(UNEVEN))
 
 
 @pytest.mark.slow
 def test_zero3_in_bfloat16() -> None:
-    """ZeRO-3 has a backward of its own for linear layers, which rounds elsewhere."""
+    """ZeRO-3 has a backward of its own for linear layers."""
     need_deepspeed()
-    losses, wanted = half_by_hand(UNEVEN)
-    ranks = both(zero, UNEVEN, 3)
-    for *found, loss in zip(*(rank[0] for rank in ranks), losses, strict=True):
-        torch.testing.assert_close(torch.stack(found).mean(), loss)
-    for _, found in ranks:
-        unused = [found[name] for name, gradient in wanted.items() if gradient is None]
-        assert not any(g is not None and g.any() for g in unused)
-        for part in ("pre_head", "language_model", "vision_tower"):
-            names = [name for name, g in wanted.items() if part in name and g is not None]
-            all_of = [torch.cat([g[name].flatten() for name in names]) for g in (found, wanted)]
-            bound = 4 * torch.finfo(torch.bfloat16).eps * all_of[1].norm()
-            assert (all_of[0] - all_of[1]).norm() <= bound, part
+    check_sums_in_bfloat16(both(zero, UNEVEN, 3), half_by_hand(UNEVEN))
