@@ -3,6 +3,7 @@ computes by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,20 @@ def test_fsdp1(own: bool) -> None:
     check(both(fsdp1, TEXT_ONLY, own), by_hand(TEXT_ONLY))
 
 
-def sharded_training(version: int, own: bool) -> Any:
-    """(the names in each of the head's groups, made after sharding, and the norm of its gradient at
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True),
+    "FSDP1, under the root": lambda model: fully_sharded(model, False),
+    "FSDP1, a unit of its own": lambda model: fully_sharded(model, True),
+    "FSDP2, under the root": lambda model: shard(model, False),
+    "FSDP2, a group of its own": lambda model: shard(model, True),
+}
+
+
+def wrapped_training(how: str) -> Any:
+    """(the names in each of the head's groups, made after wrapping, and the norm of its gradient at
     the step)."""
     model, handle = made(group="world", head_weight_decay=0.1)
-    wrapped = fully_sharded(model, own) if version == 1 else shard(model, own)
+    wrapped = WRAPPERS[how](model)
     names = {id(p): n for n, p in handle.head.named_parameters()}
     groups = handle.param_groups()
     optimizer = torch.optim.SGD(groups, lr=0.0)
@@ -145,15 +155,14 @@ def summed(totals: torch.Tensor) -> torch.Tensor:
     return totals
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("own", [False, True], ids=["under the root", "a unit of its own"])
-def test_groups_and_norm(version: int, own: bool) -> None:
-    """Each process has parts of the parameters; under FSDP1 flat ones, or none."""
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_groups_and_norm(how: str) -> None:
+    """Each process has all parameters, or parts of them; under FSDP1 flat ones, or none."""
     _, wanted = by_hand(UNEVEN)
     norm = float(
         torch.cat([g.flatten() for n, g in wanted.items() if n.startswith("pre_head")]).norm()
     )
-    for groups, total_norm, alone in both(sharded_training, version, own):
+    for groups, total_norm, alone in both(wrapped_training, how):
         assert [({n.split(".")[-1] for n in names}, decay) for names, decay in groups] == [
             ({"w1", "w2"}, 0.1),
             ({"b1", "b2"}, 0.0),
