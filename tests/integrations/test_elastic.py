@@ -45,9 +45,10 @@ class Nodes:
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", str(count), "--nproc-per-node", str(per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"),
-            # A node that is gone is noticed after three seconds.
-            *("--rdzv-conf", "keep_alive_interval=1,join_timeout=120", "--monitor-interval", "0.1"),
             *("--local-addr", "127.0.0.1", "--max-restarts", str(restarts)),
+            *("--monitor-interval", "0.1"),
+        ]
+        self.script = [
             *("-m", "pre_kernels.integrations.launch", "--layer", "2", "--weight", "0.5", "--"),
             *(restarted.__file__, str(out), *broken),
         ]
@@ -62,9 +63,13 @@ class Nodes:
             # launcher that comes later waits for it until it fails (torch 2.9 to 2.13).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
+        # The rendezvous is on node a, which lives. A node that is gone is noticed after three
+        # seconds.
+        rendezvous = f"is_host={name == 'a'},keep_alive_interval=1,join_timeout=120"
+        command = [*self.command, "--rdzv-conf", rendezvous, *self.script]
         with open(self.out / f"{name}.log", "ab") as log:
             self.launchers[name] = subprocess.Popen(
-                self.command, env=environment, stdout=log, stderr=log
+                command, env=environment, stdout=log, stderr=log
             )
 
     def wait_until(self, what: Any) -> None:
