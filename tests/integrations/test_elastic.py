@@ -157,16 +157,38 @@ def test_a_node_that_is_killed_and_comes_back(nodes: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_the_node_with_the_rendezvous_is_killed(nodes: Any, tmp_path: Path) -> None:
+    """The launchers of other nodes end with torchrun's error. The same commands, given again, go on
+    from the last checkpoint."""
+    broken = nodes("broken", 2, 1, 3, "b=waits")
+    broken.start("a")
+    broken.start("b")
+    broken.wait_until((broken.out / "broken-down").exists)
+    broken.kill("a")
+    assert broken.launchers.pop("b").wait(LIMIT) == 1
+    assert "RendezvousConnectionError" in (broken.out / "b.log").read_text()
+    assert not broken.workers("b")
+    broken.start("a")
+    broken.start("b")
+    broken.finish()
+    _check_resumed(broken.out, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed(nodes: Any, tmp_path: Path) -> None:
     """torchrun restarts both processes of a node after one of them was killed."""
     broken = nodes("broken", 1, 2, 1, "a=dies")
     broken.start("a")
     broken.finish()
-    resumed = f"the model's weights and the head are those of {broken.out}/checkpoint-2"
-    assert said(broken.out, resumed) == 1
+    _check_resumed(broken.out, tmp_path)
 
-    both(uninterrupted, str(tmp_path / "whole"))
-    assert same(weights(broken.out), weights(tmp_path / "whole"))
+
+def _check_resumed(out: Path, folder: Path) -> None:
+    """The training in `out` resumed once, from its checkpoint of step 2, and its weights at the end
+    are those of one without an interruption."""
+    assert said(out, f"the model's weights and the head are those of {out}/checkpoint-2") == 1
+    both(uninterrupted, str(folder / "whole"))
+    assert same(weights(out), weights(folder / "whole"))
 
 
 def uninterrupted(out: str) -> None:
