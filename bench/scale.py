@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from . import where
@@ -33,7 +34,10 @@ def count(text: str) -> int:
     match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)([KMB]?)", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a number such as 8192, 7e9 or 7B")
-    return round(float(re.sub("[_,]", "", match[1])) * FACTORS[match[2]])
+    value = Decimal(re.sub("[_,]", "", match[1])) * FACTORS[match[2]]
+    if value > 10**15 or value % 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number, 1e15 at most")
+    return int(value)
 
 
 def rate(text: str) -> float:
@@ -129,6 +133,7 @@ def _training(name: str | None, given: dict[str, Any]) -> Any:
         model["weights"] = model["parameters"] = model.pop("params")
     if name is not None:
         base = BY_NAME[name]
+        fields.setdefault("sequence", min(base.sequence, fields.get("tokens", base.tokens)))
         return replace(base, model=base.model._replace(**model), **{"what": "", **fields})
     fields.setdefault("sequence", fields["tokens"])
     return Training(model=Model(name="yours", **model), **fields)

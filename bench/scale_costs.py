@@ -130,6 +130,7 @@ class Training:
             if name != "name":
                 _check(value >= 1, name, value, "at least 1")
         _check(self.visual <= self.tokens, "visual", self.visual, f"at most {self.tokens} tokens")
+        _check(self.sequence <= self.tokens, "sequence", self.sequence, f"at most {self.tokens}")
         _check(self.depth <= 3, "depth", self.depth, "1, 2 or 3 layers")
         _check(
             self.heads <= self.model.layers,
@@ -149,8 +150,15 @@ class Training:
             self.ranks <= self.node or self.ranks % self.node == 0,
             "ranks",
             self.ranks,
-            f"whole nodes of {self.node} GPUs",
+            f"whole nodes of {self.node} GPUs; --node sets their size",
         )
+        if self.own_group:
+            _check(
+                self.strategy in ("fsdp", "hsdp", "zero3"),
+                "own_group",
+                self.strategy,
+                "a strategy that shards weights: fsdp, hsdp, zero3",
+            )
 
     @cached_property
     def widths(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 from pre_kernels import PreHead, __version__
 
 from .checkpoint import describe
-from .distributed import initialized
+from .distributed import initialized, named_failure
 from .head_options import HeadOptions
 from .objective import Objective
 
@@ -120,7 +120,8 @@ def _compare(own: dict[str, Any] | None, group: Any) -> None:
     if not initialized() or torch.distributed.get_world_size(group) == 1:
         return
     every: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(every, (__version__, own), group=group)
+    with named_failure("the comparison of the settings of all processes"):
+        torch.distributed.all_gather_object(every, (__version__, own), group=group)
     ranks = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
     _check_alike(dict(zip(ranks, every, strict=True)))
 

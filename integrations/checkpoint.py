@@ -149,7 +149,8 @@ def _write(
 
     weights_path = os.path.join(directory, WEIGHTS)
     config_path = os.path.join(directory, CONFIG)
-    save_file(tensors, weights_path + ".part")
+    metadata = {"format": "pt", "config": json.dumps(config)}
+    save_file(tensors, weights_path + ".part", metadata)
     with open(config_path + ".part", "w") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
@@ -194,8 +195,14 @@ def _read(
                 "call apply_pre with the settings of the saved head, on a model of its width"
             )
 
-    tensors = _read_weights(paths[WEIGHTS])
+    tensors, written = _read_weights(paths[WEIGHTS])
     where = f"{paths[WEIGHTS]!r}"
+    # A process that is killed while it saves over another head leaves files of two heads.
+    if written is not None and json.loads(written) != config:
+        raise ValueError(
+            f"{where}: was written with other settings than {CONFIG} beside it; both files must be "
+            "of one handle.save(), load an earlier checkpoint"
+        )
     if tensors.keys() != shapes.keys():
         raise ValueError(
             f"{where}: holds {sorted(tensors)}, this head has {sorted(shapes)}; both files must be "
@@ -229,12 +236,15 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_weights(path: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors, and the content of the JSON file that was written with them; None if the file is
+    of a version that did not write it there."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get("config")
     except SafetensorError as error:
         raise ValueError(
             f"{path!r}: not a valid safetensors file: {error}; copy the file again, or load "

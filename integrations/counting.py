@@ -69,6 +69,11 @@ class Counting:
         self.all_losses = (0.0, 0.0)  # the same over all processes, as last combined
         self.logged_at = trainer.state.global_step  # the step of the last log
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process trains alone, though there may be others."""
+        return bool(self.trainer.accelerator.num_processes == 1)
+
     def begin(self, batches: list[Any]) -> None:
         """A step of these batches begins; collective while terms are counted ahead."""
         if self.deferring and self.step is not None and self.step.size and not self.step.used:
@@ -187,10 +192,9 @@ class Counting:
     def _over_processes(self, value: Tensor) -> Sum:
         accelerator = self.trainer.accelerator
         value = value.to(accelerator.device)
-        alone = accelerator.num_processes == 1
-        if not alone and not initialized():  # TPUs
+        if not self.alone and not initialized():  # TPUs
             value = accelerator.reduce(value, reduction="sum")
-        return Sum(value, alone=alone)
+        return Sum(value, alone=self.alone)
 
 
 def counting_of(trainer: Any, handle: PreHandle) -> Counting:

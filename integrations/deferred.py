@@ -27,7 +27,9 @@ class Deferred:
             end of the first forward. None: by the number of the forwards' terms.
         micro_batches: the number of micro-batches of the optimizer step.
         counted: the number of terms that the forwards should have, 0-d; None: not known.
-        ungrouped: without a `divisor`, do not ask the group of `apply_pre` for one.
+        ungrouped: without a `divisor`, do not ask the group of `apply_pre` for one, because its
+            other processes may have a divisor.
+        alone: whether the trainer trains in this process alone, though there may be others.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class Deferred:
         micro_batches: int = 1,
         counted: Tensor | None = None,
         ungrouped: bool = False,
+        alone: bool = False,
     ) -> None:
         self._divisor = divisor
         self.micro_batches = micro_batches
         self.counted = counted
         self.ungrouped = ungrouped
+        self.alone = alone
         self.losses: list[Tensor] = []
         self.counts: list[Tensor] = []
         self.seen: Tensor | int = 0  # the number of terms of all forwards

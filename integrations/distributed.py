@@ -24,6 +24,9 @@ WRAPPERS_AFTER = (
 )
 
 
+SUM = "a sum over the processes, such as the number of visual tokens,"
+
+
 class Group:
     """A process group over which the terms of a forward are counted.
 
@@ -75,7 +78,7 @@ class Sum:
         self._sum = value.detach().clone()
         self._work: Any = None
         if initialized() and not alone:
-            with _named_failure():
+            with named_failure(SUM):
                 self._work = torch.distributed.all_reduce(self._sum, group=group, async_op=True)
 
     def wait(self) -> Tensor:
@@ -85,14 +88,14 @@ class Sum:
             RuntimeError: if another process died, or did not take part within the group's timeout.
         """
         if self._work is not None:
-            with _named_failure():
+            with named_failure(SUM):
                 self._work.wait()
             self._work = None
         return self._sum
 
 
 @contextlib.contextmanager
-def _named_failure() -> Iterator[None]:
+def named_failure(what: str) -> Iterator[None]:
     """Name the collective that failed. The backend names only the time or the connection."""
     try:
         yield
@@ -100,11 +103,10 @@ def _named_failure() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            "PRe: a sum over the processes, such as the number of visual tokens, failed, because "
-            "another process died, is stuck, or does not take part (each has to call the model "
-            "equally often, with PRe on); look at the first error of the other processes. How long "
-            "to wait is the timeout of the process group (ddp_timeout of TrainingArguments): "
-            f"{error}"
+            f"PRe: {what} failed, because another process died, is stuck, or does not take part "
+            "(each has to call the model equally often, with PRe on); look at the first error of "
+            "the other processes. How long to wait is the timeout of the process group "
+            f"(ddp_timeout of TrainingArguments): {error}"
         ) from error
 
 

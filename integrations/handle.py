@@ -270,9 +270,10 @@ class PreHandle(ScheduledWeight):
         micro_batches: int = 1,
         counted: Tensor | None = None,
         ungrouped: bool = False,
+        alone: bool = False,
     ) -> Iterator[Deferred]:
         """Inside it λ · L_PRe goes to the yielded `Deferred` (of these arguments), not the loss."""
-        self._deferred = Deferred(divisor, micro_batches, counted, ungrouped)
+        self._deferred = Deferred(divisor, micro_batches, counted, ungrouped, alone)
         try:
             yield self._deferred
         finally:
@@ -318,6 +319,8 @@ class PreHandle(ScheduledWeight):
         wanted = self._wanted()
         labels = self._labels is not None and inputs.get(self._labels) is not None
         self._plain = labels and module.training and torch.is_grad_enabled() and not wanted
+        if not self._agreed and module.training and torch.is_grad_enabled():
+            self.agree(whole=False)
         if not wanted:
             return False
         # A Trainer with its own loss removes the labels, but defers L_PRe.
@@ -325,8 +328,6 @@ class PreHandle(ScheduledWeight):
         if not self._watchdog.begin(module.training, labelled):
             return False
         self._checks.check_frozen(self.head)
-        if not self._agreed:
-            self.agree(whole=False)
         return True
 
     def _wanted(self) -> bool:
@@ -353,9 +354,8 @@ class PreHandle(ScheduledWeight):
 
     def _finish(self, output: Any, seen: CapturedForward) -> Any:
         deferred = self._deferred
-        divisor, ungrouped = (deferred.divisor, deferred.ungrouped) if deferred else (None, False)
         heads = self.head if self._several else [self.head]
-        losses, cosines, terms = self._objective.losses(seen, heads, divisor, ungrouped)
+        losses, cosines, terms = self._objective.losses(seen, heads, deferred)
         self.totals.add(losses, cosines, terms)
         if self._objective.over_images and sharing_a_sequence() > 1:
             self.notices.warn("cut images", option=self._objective.over_images)

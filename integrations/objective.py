@@ -15,6 +15,7 @@ from pre_kernels.head import Uncast
 from .anchors import EncoderAnchor
 from .averaging import Average
 from .capture import CapturedForward
+from .deferred import Deferred
 from .distributed import Group
 from .metrics import sample_cosine
 from .terms import TermOptions, Terms, count_images, find_terms, no_terms
@@ -66,16 +67,14 @@ class Objective(TermOptions):
         self,
         seen: CapturedForward,
         heads: Sequence[nn.Module],
-        divisor: Tensor | float | None,
-        ungrouped: bool = False,
+        deferred: Deferred | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Terms]:
         """The losses of a forward, one for each head.
 
         Args:
-            divisor: the sum of the terms is divided by it. None: the mean over the terms of the
-                forward, or of the group's forwards.
-            ungrouped: without a divisor, take the forward's mean even if there is a group, because
-                its other processes may have a divisor.
+            deferred: the micro-batch of a trainer that the forward is part of. Its divisor divides
+                the sum of the terms; without one this is the mean over the terms of the forward, or
+                of the group's forwards.
 
         Returns:
             The losses, 0-d, each on its layer's device: Σ weight · ℓ over all terms divided by
@@ -85,9 +84,14 @@ class Objective(TermOptions):
             The terms. A forward without tokens has none, and its losses are 0 with the heads in the
                 graph, because DDP waits for the heads' gradients on every rank.
         """
-        # A divisor is that of all processes, also if only others have one.
-        over = Group("world") if ungrouped or divisor is not None else self.group
-        alone = replace(self, group=None) if ungrouped else self
+        divisor = None if deferred is None else deferred.divisor
+        over = self.group
+        own = self
+        if deferred is not None and (deferred.ungrouped or divisor is not None):
+            # A divisor is that of all processes that train together, also if only others have one.
+            over = None if deferred.alone else Group("world")
+        if deferred is not None and deferred.ungrouped:
+            own = replace(self, group=None)
         visual = find_tokens(self.parts, seen.inputs, self.mask_fn)
         hidden = [seen.layer(number) for number in self.layers]
         for tensor in hidden:
@@ -97,9 +101,9 @@ class Objective(TermOptions):
             warn_of_images(self.parts, visual, seen.inputs)
         with torch.no_grad():
             if visual is None:
-                terms = no_terms(alone, hidden, divisor, over)
+                terms = no_terms(own, hidden, divisor, over)
             else:
-                terms = find_terms(alone, seen, visual, hidden, divisor, over)
+                terms = find_terms(own, seen, visual, hidden, divisor, over)
         selection = terms.rows
         if selection is not None:
             flat = [anchor for anchor in terms.anchors if anchor.shape[:-1] != selection.shape]

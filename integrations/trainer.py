@@ -298,7 +298,7 @@ def _training_step(
     # Other processes may have counted their terms, so the group is not asked for the divisor.
     ungrouped = counting.ahead and count is None
     with (
-        handle.defer(divisor, step.size, count, ungrouped) as deferred,
+        handle.defer(divisor, step.size, count, ungrouped, counting.alone) as deferred,
         added_to_backward(trainer.accelerator, deferred),
     ):
         loss = original(*args, **kwargs)

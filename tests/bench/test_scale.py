@@ -269,7 +269,23 @@ def test_a_training_of_ones_own(capsys):
         ("--model llava15-7b --heads 33", "--heads: got 33, want at most the model's 32 layers"),
         ("--model llava15-7b --visual 1M", "--visual: got 1000000, want at most 16384 tokens"),
         ("--model llava15-7b --depth 4", "--depth: got 4, want 1, 2 or 3 layers"),
-        ("--model llava15-7b --ranks 12", "--ranks: got 12, want whole nodes of 8 GPUs"),
+        (
+            "--model llava15-7b --ranks 12",
+            "--ranks: got 12, want whole nodes of 8 GPUs; --node sets their size",
+        ),
+        (
+            "--model llava15-7b --ranks 1e400",
+            "argument --ranks: got '1e400', want a whole number, 1e15 at most",
+        ),
+        (
+            "--model llava15-7b --ranks 1.5",
+            "argument --ranks: got '1.5', want a whole number, 1e15 at most",
+        ),
+        ("--model llava15-7b --sequence 99999", "--sequence: got 99999, want at most 16384"),
+        (
+            "--model llava15-7b --own-group",
+            "--own-group: got 'ddp', want a strategy that shards weights: fsdp, hsdp, zero3",
+        ),
         (
             "--model llava15-7b --tensor 3",
             "--tensor: got 3, want a divisor of 8 GPUs in a node and of 8 ranks",

@@ -132,6 +132,8 @@ def loop(name: str) -> Any:
     if name == "seed" and last:
         torch.manual_seed(5)
     handle = apply_pre(model, weight=1.0 if name == "weight" and last else 0.5, group="world")
+    if name == "off" and last:
+        handle.enabled = False
     exchanges = []
     exchange = torch.distributed.all_gather_object
     torch.distributed.all_gather_object = lambda *a, **k: (exchanges.append(1), exchange(*a, **k))
@@ -159,6 +161,8 @@ def test_loop_of_ones_own() -> None:
     )
     assert both(loop, "weight") == [weight] * 2
     assert both(loop, "seed") == [seed] * 2
+    off = "apply_pre: got enabled True on ranks [0], False on ranks [1]; want the same settings on"
+    assert all(error.startswith(off) for error in both(loop, "off"))
 
 
 def split_layers() -> None:

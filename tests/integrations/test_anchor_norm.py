@@ -4,11 +4,13 @@ equations by hand in float64."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pre_kernels.integrations import apply_pre, objective, patch_trainer, terms
@@ -243,6 +245,35 @@ def test_over_two_processes(samples: list[Any], how: str) -> None:
                 assert len(targets) == 0
 
 
+def alone(number: int, folder: str) -> list[float]:
+    """L_PRe of the steps of a training of its own; samples and steps differ by `number`."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    model = build("llava")
+    torch.manual_seed(0)
+    apply_pre(model, anchor_norm="center")
+    samples = UNEVEN[number] * 2
+    with patch_trainer():
+        trainer = make(Path(folder), model, samples=samples, max_steps=2 + number)
+        trainer.train()
+    assert trainer.accelerator.num_processes == 1
+    return [entry["pre_loss"] for entry in trainer.state.log_history if "pre_loss" in entry]
+
+
+def side_by_side(folder: str) -> list[float]:
+    rank = torch.distributed.get_rank()
+    return alone(rank, f"{folder}/{rank}")
+
+
+def test_trainings_of_their_own_in_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes share a group, as workers of a framework do, and train independently."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    wanted = [alone(number, str(tmp_path / f"alone-{number}")) for number in range(2)]
+    assert both(side_by_side, str(tmp_path)) == wanted
+
+
 def ddp_gradients(samples: list[Any]) -> Any:
     model, _ = made(anchor_norm="center", group="world", loss="mse")
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -289,7 +320,9 @@ def test_files_say_it(tmp_path: Path) -> None:
     file = tmp_path / "pre_head.json"
     saved = json.loads(file.read_text())
     assert saved.pop("anchor_norm") == "none"
-    file.write_text(json.dumps(saved))  # as an older version wrote it
+    file.write_text(json.dumps(saved))  # as an older version wrote both
+    weights = tmp_path / "pre_head.safetensors"
+    weights.write_bytes(save(load_file(weights)))
     with apply_pre(build("llava")) as handle:
         handle.load(tmp_path)
     handle = apply_pre(build("llava"), anchor_norm="center")

@@ -51,6 +51,23 @@ def between(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", first)
 
 
+def test_a_head_that_was_half_saved_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder has the weights of one head and the settings of another."""
+    folder = tmp_path / "checkpoint-2"
+    first, second = (apply_pre(build("llava"), layer=layer) for layer in (2, 3))
+    first.save(folder)
+    with monkeypatch.context() as patched:
+        between(patched)
+        with pytest.raises(Killed):
+            second.save(folder)
+    with pytest.raises(ValueError, match=r"was written with other settings than pre_head\.json"):
+        first.load(folder)
+    second.save(folder)
+    second.load(folder)
+
+
 @pytest.mark.parametrize("cut", [half, between])
 @pytest.mark.parametrize("by", ["patch_trainer", "PreCallback"])
 def test_a_part_of_a_head_is_not_resumed(
