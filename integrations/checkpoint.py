@@ -197,12 +197,6 @@ def _read(
 
     tensors, written = _read_weights(paths[WEIGHTS])
     where = f"{paths[WEIGHTS]!r}"
-    # A process that is killed while it saves over another head leaves files of two heads.
-    if written is not None and json.loads(written) != config:
-        raise ValueError(
-            f"{where}: was written with other settings than {CONFIG} beside it; both files must be "
-            "of one handle.save(), load an earlier checkpoint"
-        )
     if tensors.keys() != shapes.keys():
         raise ValueError(
             f"{where}: holds {sorted(tensors)}, this head has {sorted(shapes)}; both files must be "
@@ -216,6 +210,15 @@ def _read(
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: `{name}` has dtype {tensor.dtype}, want floating point")
+    # A process that is killed while it saves over another head leaves files of two heads.
+    others = {} if written is None else json.loads(written)
+    for name in described.keys() & config.keys() & others.keys():
+        if others[name] != config[name]:
+            raise ValueError(
+                f"{where}: was written with {name} {others[name]!r}, {CONFIG} beside it says "
+                f"{config[name]!r}; both files must be of one handle.save(), load an earlier "
+                "checkpoint"
+            )
     return tensors
 
 

@@ -158,7 +158,7 @@ def test_a_node_that_is_killed_and_comes_back(nodes: Any, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_node_with_the_rendezvous_is_killed(nodes: Any, tmp_path: Path) -> None:
-    """The launchers of other nodes end with torchrun's error. The same commands, given again, go on
+    """The launchers of other nodes end with torchrun's error. Given again, the same commands resume
     from the last checkpoint."""
     broken = nodes("broken", 2, 1, 3, "b=waits")
     broken.start("a")

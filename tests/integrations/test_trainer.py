@@ -263,7 +263,7 @@ def test_the_head_is_on_another_gpu_than_the_loss() -> None:
         trainer = SimpleNamespace(
             args=SimpleNamespace(device=loss.device, logging_nan_inf_filter=True),
             state=SimpleNamespace(global_step=0),
-            accelerator=SimpleNamespace(backward=lambda loss: None),
+            accelerator=SimpleNamespace(backward=lambda loss: None, num_processes=1),
             get_batch_samples=None,
         )
         counting_of(trainer, handle).step = Step(1, loss, [loss])
