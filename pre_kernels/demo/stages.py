@@ -26,12 +26,12 @@ class Stage(NamedTuple):
 # gives the function that moves it on.
 Bar = Callable[[Stage, str, int], AbstractContextManager[Advance]]
 
-SEE = Stage("vision tower on digits", 0.07)
-READ = Stage("LLM on text", 0.235)
-ALIGN = Stage("alignment", 0.117)
-TUNE = Stage("instruction tuning", 0.117)
+SEE = Stage("vision tower on digits", 0.04)
+READ = Stage("LLM on text", 0.135)
+ALIGN = Stage("alignment", 0.067)
+TUNE = Stage("instruction tuning", 0.067)
 # A step is a layer, whose probe is fitted.
-MEASURE = Stage("measuring", 0.98)
+MEASURE = Stage("measuring", 0.56)
 
 
 def of_a_seed(settings: Settings) -> Iterator[tuple[Stage, int]]:
