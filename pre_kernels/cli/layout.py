@@ -6,9 +6,12 @@ import argparse
 import difflib
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
+
+from pre_kernels import _moved
 
 # The help of argparse leaves two columns free too.
 MARGIN = 2
@@ -31,6 +34,31 @@ def table(text: str) -> Table:
     return Table(title[0], [(left, " ".join(map(str.strip, right))) for left, *right in rows])
 
 
+class OldName(argparse.Action):
+    """An old name of an option: the same, with a warning. Help does not show it.
+
+    Args:
+        new: the name of the option.
+        prog: the command.
+    """
+
+    def __init__(self, option_strings: Sequence[str], *, new: str, prog: str, **more: Any) -> None:
+        super().__init__(option_strings, **more)
+        self.text = _moved.renamed(f"{prog} {option_strings[0]}", f"{prog} {new}")
+        _moved.NAMES[f"{prog} {option_strings[0]}"] = f"{prog} {new}"
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        # Python hides a DeprecationWarning from those who type a command.
+        print(self.text, file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose description and epilog are wrapped to the terminal. It reports unknown
     options itself, where argparse leaves those of a command to the parser of all commands, whose
@@ -51,16 +79,28 @@ class Parser(argparse.ArgumentParser):
             **more,
         )
 
-    def option(self, usage: str, help: str, **more: Any) -> None:
+    def option(self, usage: str, help: str, *, old: str | None = None, **more: Any) -> None:
         """Add an option or argument that is written as in the usage: "--seeds N" takes a value,
-        "--quick" without `choices` is a flag, and "IMAGES" is the argument `images`."""
+        "--quick" without `choices` is a flag, and "IMAGES" is the argument `images`. `old` is an
+        old name of an option with a value."""
         *names, last = usage.split()
         if last.startswith("-"):
             names.append(last)
             more = more if "choices" in more else {"action": "store_true"}
         else:
             more["metavar"] = last
-        self.add_argument(*names or [last.lower()], help=help, **more)
+        added = self.add_argument(*names or [last.lower()], help=help, **more)
+        if old is not None:
+            self.add_argument(
+                old,
+                action=OldName,
+                new=names[0],
+                prog=self.prog,
+                dest=added.dest,
+                type=added.type,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -138,8 +138,9 @@ def add_trace(commands: Any) -> None:
     )
     trace.option("--layer L", "layer to draw (default: the middle one in the log)", type=int)
     trace.option(
-        "--metric --figure NAME",
-        "metric of the layer (default: %(default)s); --figure is its old name",
+        "--metric NAME",
+        "metric of the layer (default: %(default)s)",
+        old="--figure",
         default=TRACE_DEFAULTS["metric"],
     )
     trace.option(
