@@ -52,6 +52,19 @@ def text() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def names(of: str) -> set[str]:
+    """Return the names in such a text: those of modules, and of the members of classes."""
+    found = set()
+    owner = ""
+    for line in of.partition("\n\ncommand ")[0].splitlines():
+        if line.startswith("    ."):
+            found.add(owner + line.strip().partition(" ")[0])
+        elif line and not line.startswith(" "):
+            owner = line.removeprefix("class ").partition(" ")[0]
+            found.add(owner)
+    return found
+
+
 def directives(page: str) -> Iterator[tuple[str, re.Pattern[str]]]:
     """Yield the name of each line `::: name` of a page, and a pattern of the members that its
     option `filters` hides."""

@@ -1,4 +1,4 @@
-"""Names and modules of the packages that are imported on first use."""
+"""Names and modules of the packages that are imported on first use, and what an import costs."""
 
 import subprocess
 import sys
@@ -44,3 +44,43 @@ def test_a_module_that_needs_a_missing_package_names_that(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="missing_package"):
         lazy("package_of_a_test", {})("part")
+
+
+COUNTED = """
+import sys, torch
+before = set(sys.modules)
+{line}
+print(*sorted(set(sys.modules) - before))
+"""
+# Modules of the standard library that an import may bring beside those that torch has imported.
+LIMIT = 5
+
+
+@pytest.mark.parametrize(
+    ("line", "most"),
+    [
+        ("from pre_kernels import PreHead, fused_pre_loss, reference", 14),
+        ("import pre_kernels.integrations", 4),
+        ("import pre_kernels.diagnostics", 4),
+        ("from pre_kernels.integrations import *", 52),
+        ("from pre_kernels.diagnostics import *", 36),
+    ],
+)
+def test_an_import_brings_the_library_alone_beside_torch(line, most):
+    """Not transformers, triton, matplotlib, einops, safetensors or numpy, nor parts of torch that
+    `import torch` leaves out. Each module costs a millisecond or two, and the core has to take less
+    than 0.1 s.
+
+    most: how many modules of the library the line may import; few more than it does.
+    """
+    code = COUNTED.format(line=line)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    brought = done.stdout.split()
+    ours = [name for name in brought if name.partition(".")[0] == "pre_kernels"]
+    others = {name for name in brought if name not in ours}
+    standard = {name for name in others if name.partition(".")[0] in sys.stdlib_module_names}
+    assert "pre_kernels" in ours
+    assert others == standard
+    assert len(standard) <= LIMIT
+    assert len(ours) <= most

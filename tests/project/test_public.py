@@ -111,7 +111,9 @@ def test_a_class_is_described_by_what_the_library_gives_it() -> None:
 
     Base.__module__ = Thing.__module__ = "pre_kernels.somewhere"
     lines = [*public.described("x.Thing", Thing, re.compile("^_|^hidden$"))]
-    assert "\n".join(lines) == """\
+    assert (
+        "\n".join(lines)
+        == """\
 class x.Thing
     a: int
     b: str = 'x'
@@ -127,3 +129,4 @@ class x.Thing
         -> Thing
     .second
     .third"""
+    )
