@@ -34,8 +34,8 @@ def moved(
             if others is not None:
                 return others(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        text = renamed(f"{module}.{name}", f"{new[name]}.{name}")
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        old = f"{module}.{name}"
+        warnings.warn(renamed(old, NAMES[old]), DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(new[name]), name)
 
     return get

@@ -206,7 +206,7 @@ def commands() -> Iterator[str]:
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield a line for each option and argument: names, value, number of values, choices, default.
-    Those that help leaves out are no promise."""
+    Those that help leaves out are not public."""
     for action in parser._actions:
         if action.help == argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction):
             continue

@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
                 new=names[0],
                 prog=self.prog,
                 dest=added.dest,
-                type=added.type,
+                type=added.type or str,
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )

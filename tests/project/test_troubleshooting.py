@@ -18,7 +18,7 @@ GAP = "…"  # stands for a part that is filled in
 # The page explains this form once. A name may be missing where argparse puts it in front.
 FORM = re.compile(r"([^:]+: )?(got|returned) .*\bwant\b", re.DOTALL)
 # Functions that return a message which another function raises or prints.
-RETURN_MESSAGES = {"missing", "unwritable", "none_left"}
+RETURN_MESSAGES = {"missing", "unwritable", "none_left", "renamed"}
 # Messages that nobody sees by themselves, as they stand in the code, and why.
 UNSEEN = {
     "module … has no attribute …": "Python's own words, for a name that does not exist",
@@ -32,6 +32,7 @@ UNSEEN = {
     "screen.why(error)": "the system's own reason, with the name of the file",
     "str(error)": "another exception is raised again, or shown by a command",
     "problem": "one of RETURN_MESSAGES",
+    "renamed(old, NAMES[old])": "one of RETURN_MESSAGES",
     "none_left(images.folder, len(images.items), tally.left_out)": "one of RETURN_MESSAGES",
     "none_left(self.images.folder, total, more['left_out'])": "one of RETURN_MESSAGES",
     "otherwise": "caught by `pre-kernels check`, which shows it in its table",
