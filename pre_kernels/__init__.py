@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .loss import fused_pre_loss
 
 __all__ = ["PreHead", "fused_pre_loss", "reference"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A type checker that saw this would accept any name as one of the package.
 if not TYPE_CHECKING:
