@@ -9,7 +9,14 @@ The names are imported on first use, since the command line starts with this pac
 seconds.
 """
 
+import sys
 from typing import TYPE_CHECKING
+
+# An installer checks this; a folder on sys.path is imported without one.
+if sys.version_info < (3, 10):  # noqa: UP036
+    raise ImportError(
+        "Python: got %d.%d, want 3.10 or newer for pre_kernels" % sys.version_info[:2]  # noqa: UP031
+    )
 
 from ._lazy import lazy
 

@@ -1,4 +1,5 @@
-"""A second copy of the library in a process, and a torch that is too old: errors that say so."""
+"""A second copy of the library in a process, and a Python or torch that is too old: errors that say
+so."""
 
 from __future__ import annotations
 
@@ -76,3 +77,15 @@ def test_an_older_torch_is_named(version: str, tmp_path: Path) -> None:
 def test_a_development_build_of_the_oldest_torch_is_taken(tmp_path: Path) -> None:
     (error,) = import_copies(str(tmp_path), "2.9.0a0+git1234")
     assert "got a second copy" in error
+
+
+def test_an_older_python_is_named() -> None:
+    """The check comes before anything that such a Python cannot read."""
+    script = (
+        "import sys; sys.version_info = (3, 9, 18, 'final', 0)\n"
+        "try:\n    import pre_kernels\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "Python: got 3.9, want 3.10 or newer for pre_kernels\n"
