@@ -74,6 +74,20 @@ def test_an_older_torch_is_named(version: str, tmp_path: Path) -> None:
     assert error == f"torch: got {version}, want {oldest} or newer"
 
 
+def test_the_command_line_ends_in_one_line() -> None:
+    script = (
+        "import sys, torch; torch.__version__ = torch.torch_version.TorchVersion('2.8.0')\n"
+        "from pre_kernels.cli import main; sys.exit(main(['env']))"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (done.stdout, done.stderr) == (
+        "",
+        "pre-kernels: error: torch: got 2.8.0, want 2.9 or newer\n",
+    )
+
+
 def test_a_development_build_of_the_oldest_torch_is_taken(tmp_path: Path) -> None:
     (error,) = import_copies(str(tmp_path), "2.9.0a0+git1234")
     assert "got a second copy" in error
