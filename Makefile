@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest test-versions matrix test-full compile bench fuzz mutate bench-report peers gpu \
-	lint format docs docs-serve wheel clean
+	lint format docs docs-serve hub dist clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,7 @@ install: $(INSTALLED)  ## make the environment in .venv; without an NVIDIA GPU w
 $(INSTALLED): EXTRA := dev
 $(VENV)/.installed-demo: EXTRA := demo
 $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python: got %d.%d, want 3.10 or newer; make install PYTHON=…" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# The newest torch on the registry brings gigabytes of CUDA. This version has a CPU build.
 	nvidia-smi -L >/dev/null 2>&1 || $(BIN)/pip install torch==2.13.0
@@ -45,7 +46,7 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute or two)
 	$(BIN)/pre-kernels demo $(ARGS)
 
-test: $(INSTALLED)  ## run the tests but the slow ones; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss")
+test: $(INSTALLED) .deps/kernels  ## run the tests but the slow ones; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss")
 	$(PYTEST) $(QUICK) $(ARGS)
 
 test-oldest: .deps/oldest/.installed .deps/triton  ## test kernels and integrations with the oldest supported versions, and compilation with triton 3.6
@@ -67,12 +68,16 @@ $(OTHERS:%=.deps/%/.installed): .deps/%/.installed: pyproject.toml | $(INSTALLED
 .deps/triton: | $(INSTALLED)
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target $@ 'triton==3.6.*'
 
+# It is not in the environment, since each transformers supports only some of its versions.
+.deps/kernels: | $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ 'kernels==0.17.*' tabulate
+
 # Every combination of family, checkpointing, loop, LoRA and processes, with both versions of transformers.
 matrix: .deps/oldest/.installed  ## test every combination of the integrations' matrix; `make test-full` runs every pair
 	$(PYTEST) tests/integrations/test_matrix.py --full-matrix
 	$(subst $(BIN),.deps/oldest/bin,$(PYTEST)) tests/integrations/test_matrix.py --full-matrix
 
-test-full: test-oldest test-versions matrix  ## run all tests that need no GPU
+test-full: test-oldest test-versions matrix .deps/kernels  ## run all tests that need no GPU
 	$(PYTEST)
 	$(BIN)/pre-kernels demo --quick --out build/demo
 
@@ -112,15 +117,24 @@ docs: $(INSTALLED)  ## build the site, build/docs/index.html: docs/ and the API 
 docs-serve: $(INSTALLED)  ## serve the site at http://127.0.0.1:8000, and rebuild it after each change
 	$(SITE) serve
 
-wheel: $(INSTALLED)  ## build the wheel twice, to one hash, and from an sdist; install it into a fresh environment, import it
-	rm -rf build/wheel
-	$(BIN)/python -m verify.wheel
-	$(PYTHON) -m venv build/wheel
-	nvidia-smi -L >/dev/null 2>&1 || build/wheel/bin/pip install --quiet torch==2.13.0
-	build/wheel/bin/pip install --quiet dist/*.whl
-	cd build && wheel/bin/python -c "import pre_kernels, torch; h = torch.randn(4, 8, requires_grad=True); \
-		head = pre_kernels.PreHead(8); head(h, h).backward(); print('imported', pre_kernels.__file__)"
-	cd build && wheel/bin/pre-kernels env
+hub: $(INSTALLED)  ## put the kernel for the Kernel Hub together in build/hub, from the sources of the package
+	$(BIN)/python -m verify.hub
+
+# The sdist is built without git, as on a machine that has none; then the wheel takes its place.
+dist: $(INSTALLED) hub  ## build the files of a release into dist and check them: sdist, wheel and kernel; install both in a fresh environment
+	rm -rf build/clean
+	$(BIN)/python -m verify.dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	nvidia-smi -L >/dev/null 2>&1 || build/clean/bin/pip install --quiet torch==2.13.0
+	mkdir -p build/clean/no-git && printf '#!/bin/sh\nexit 127\n' >build/clean/no-git/git && chmod +x build/clean/no-git/git
+	PATH="$(CURDIR)/build/clean/no-git:$$PATH" build/clean/bin/pip install --quiet dist/*.tar.gz
+	$(IMPORTED)
+	build/clean/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(IMPORTED)
+
+IMPORTED = cd build && clean/bin/python -c "import pre_kernels, torch; h = torch.randn(4, 8, requires_grad=True); \
+	head = pre_kernels.PreHead(8); head(h, h).backward(); print('imported', pre_kernels.__file__)" && clean/bin/pre-kernels env
 
 clean:  ## remove the files that the targets above made
 	rm -rf .venv .deps build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

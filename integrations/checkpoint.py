@@ -3,8 +3,10 @@ unpickled."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,6 +156,9 @@ def _write(
     with open(config_path + ".part", "w") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
+    # safetensors makes a file that its owner alone can read. Some file systems have no modes.
+    with contextlib.suppress(OSError):
+        shutil.copymode(config_path + ".part", weights_path + ".part")
     os.replace(weights_path + ".part", weights_path)
     os.replace(config_path + ".part", config_path)
 

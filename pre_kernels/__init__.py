@@ -9,7 +9,14 @@ The names are imported on first use, since the command line starts with this pac
 seconds.
 """
 
+import sys
 from typing import TYPE_CHECKING
+
+# An installer checks this; a folder on sys.path is imported without one.
+if sys.version_info < (3, 10):  # noqa: UP036
+    raise ImportError(
+        "Python: got %d.%d, want 3.10 or newer for pre_kernels" % sys.version_info[:2]  # noqa: UP031
+    )
 
 from ._lazy import lazy
 
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from .loss import fused_pre_loss
 
 __all__ = ["PreHead", "fused_pre_loss", "reference"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A type checker that saw this would accept any name as one of the package.
 if not TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """What pyproject.toml claims, what the table of docs/models.md says is tested, what is installed;
-`python -m verify.versions image` prints a row of that table for an installer."""
+`python -m verify.versions image` prints a row of that table for an installer, and without a row the
+name of the one that CI runs with this Python."""
 
 from __future__ import annotations
 
@@ -19,17 +20,19 @@ else:
 from . import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
-ROWS = ("oldest", "image", "ci", "newest")
+ROWS = ("oldest", "image", "python3.10", "ci", "newest")
 # Not in any row of the table: why, and what tests it instead.
 UNTESTED = {"flash-attn": "tested where it is installed, on a machine with a GPU"}
 
 
 def claims() -> dict[str, SpecifierSet]:
-    """What is asked for of each package, by the library and by its extras."""
+    """What is asked for of each package, by the library and by its extras, with this Python."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found: dict[str, SpecifierSet] = {}
     for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
         asked = Requirement(line)
+        if asked.marker and not asked.marker.evaluate():
+            continue
         if asked.name not in ("pre-kernels", *UNTESTED):
             found[asked.name] = found.get(asked.name, SpecifierSet()) & asked.specifier
     return found
@@ -86,5 +89,13 @@ def differences(row: str) -> list[str]:
     ]
 
 
+def ci_row(python: tuple[int, int]) -> str:
+    """The row of `make test` in CI. The newest transformers need a newer Python than 3.10."""
+    return "python3.10" if python < (3, 11) else "ci"
+
+
 if __name__ == "__main__":
-    print(*(f"{name}=={version}" for name, version in table()[sys.argv[1]].items()))
+    if sys.argv[1:]:
+        print(*(f"{name}=={version}" for name, version in table()[sys.argv[1]].items()))
+    else:
+        print(ci_row(sys.version_info[:2]))

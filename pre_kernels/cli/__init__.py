@@ -34,6 +34,11 @@ def _run(arguments: list[str]) -> int:
         print("Starting: PyTorch and transformers take some seconds to load.", flush=True)
 
     with screen.starting():
-        from . import commands
+        try:
+            from . import commands
+        except ImportError as error:
+            # A torch that is too old or cannot start, or a second copy of the library.
+            screen.say(f"error: {error}")
+            return 1
 
     return commands.run(options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._ops import ops as operators
 from ..problem import DIFFERENTIABLE, Options, Problem
 from . import ops
 
@@ -96,7 +97,7 @@ class _PreLoss(torch.autograd.Function):
         with torch.no_grad():
             if ctx.recompute:
                 *tensors, divisor, token = ctx.saved_tensors
-                grads = torch.ops.pre_kernels.recompute(
+                grads = operators.recompute(
                     upstream, divisor, *tensors, None, ctx.wanted, ctx.impl, *ctx.options
                 )
             else:

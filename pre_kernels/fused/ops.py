@@ -5,6 +5,7 @@ They are registered, so torch.compile, export and fake tensors treat each as one
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import device_checks
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as operators
 from ..checks import debugging
 from ..problem import COLUMN_SUMS, DIFFERENTIABLE, Options, Problem
 from .sweep import Finish, Gradients, Selection, Steps, allocate, sweep
 
+OLDEST_TORCH = (2, 9)
 # These are the parts of the operators' schemas.
 TENSORS = (
     "Tensor hidden, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3, "
@@ -38,7 +42,30 @@ DTYPES = (
 )
 GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
 
-LIBRARY = torch.library.Library("pre_kernels", "DEF")
+
+def _library() -> torch.library.Library:
+    namespace = add_op_namespace_prefix("").rstrip(":")
+    # Development builds of 2.9 have its operators: only the numbers count.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"torch: got {torch.__version__}, want {oldest} or newer")
+    try:
+        return torch.library.Library(namespace, "DEF")
+    except RuntimeError as error:
+        others = [
+            module.__file__
+            for name, module in sys.modules.items()
+            if name.endswith(".fused.ops") and module.__file__ != __file__
+        ]
+        raise ImportError(
+            f"pre_kernels: got a second copy, {__file__}, in a process in which "
+            f"{' and '.join(map(str, others)) or 'an earlier import'} has registered the operators "
+            f"torch.ops.{namespace}; want one copy on sys.path, and a new process after an upgrade "
+            "(builds for the Kernel Hub have namespaces of their own)"
+        ) from error
+
+
+LIBRARY = _library()
 LIBRARY.define(f"loss({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, {GRADIENTS})")
 LIBRARY.define(
     f"recompute(Tensor upstream, Tensor mean_divisor, {TENSORS}, {OPTIONS}) -> ({GRADIENTS})"
@@ -186,7 +213,7 @@ def rescaled(
     passes it on the way. With `in_place` reuse their memory as far as possible."""
     arguments = (upstream, scatter_map, *grads, *rest)
     if not in_place:
-        fresh: tuple[Tensor, ...] = torch.ops.pre_kernels.rescale(*arguments)
+        fresh: tuple[Tensor, ...] = operators.rescale(*arguments)
         return fresh
     scaled = call("rescale_", *arguments)
     pairs = zip(scaled, grads, strict=True)
@@ -288,7 +315,7 @@ def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
         or torch._C._autograd._profiler_enabled()
         or not PLAIN.issuperset(map(type, arguments))
     )
-    function = getattr(torch.ops.pre_kernels, name) if watched else OPERATORS[name][0]
+    function = getattr(operators, name) if watched else OPERATORS[name][0]
     outputs: tuple[Tensor, ...] = function(*arguments)
     return outputs
 
@@ -310,4 +337,4 @@ def _constant(real: Callable[..., Any]) -> Callable[..., Any]:
 
 for name, (real, fake) in OPERATORS.items():
     LIBRARY.impl(name, _constant(real), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pre_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=LIBRARY)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem import COLUMN_SUMS, Problem
+from . import passes
 from .products import add_product, linear
 from .row_losses import ROW_LOSSES
 from .sweep import (
@@ -151,21 +152,21 @@ class TorchSteps:
         """Return the chunk's rows of hidden in the products' dtype."""
         hidden = self.problem.hidden
         if self.h is None:
-            return _part(hidden, start, stop)
+            return passes.part(hidden, start, stop)
         if self.problem.options.norm is None:
-            return _take(hidden, self.index, start, stop, self.h)
+            return passes.take(hidden, self.index, start, stop, self.h)
         self.moments = []
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
             rows, *moments = self._normalized(first, last)
             self.moments.append(moments)
-            _part(self.h, first - start, last - start).copy_(rows)
-        return _part(self.h, 0, stop - start)
+            passes.part(self.h, first - start, last - start).copy_(rows)
+        return passes.part(self.h, 0, stop - start)
 
     def _normalized(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Return rows [start, stop) of the selection after the norm, and what `_norm_grad` needs of
         them: the means, which an rms norm has not, and 1 / std, (n, 1) each."""
-        x = _take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
+        x = passes.take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
         eps = self.problem.options.norm_eps
         if self.problem.options.norm == "layer":
             rows: tuple[Tensor, ...] = aten.native_layer_norm(x, x.shape[1:], *self.affine, eps)
@@ -178,8 +179,8 @@ class TorchSteps:
     def _norm_grad(self, dy: Tensor, start: int, stop: int, moments: Sequence[Tensor]) -> Tensor:
         """Return the gradient of rows [start, stop) of hidden from that of their norm, and add to
         the gradients of scale and shift."""
-        x = _take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
-        dy = _part(self.wide_x[1], 0, stop - start).copy_(dy)
+        x = passes.take(self.problem.hidden, self.index, start, stop, self.wide_x[0])
+        dy = passes.part(self.wide_x[1], 0, stop - start).copy_(dy)
         scale, shift = self.affine
         totals = self.grads.norm
         sums: Sequence[Any]
@@ -206,10 +207,10 @@ class TorchSteps:
         self.y = []
         forward, _ = ACTIVATIONS[self.problem.options.activation]
         for (w, b), (z, g) in zip(self.layers[:-1], self.inner, strict=True):
-            self.y.append(_part(z, 0, n))
+            self.y.append(passes.part(z, 0, n))
             linear(self.x[-1], w, b, self.y[-1])
-            self.x.append(forward(self.y[-1], out=_part(g, 0, n)))
-        self.y.append(_part(self.p, 0, n))
+            self.x.append(forward(self.y[-1], out=passes.part(g, 0, n)))
+        self.y.append(passes.part(self.p, 0, n))
         linear(self.x[-1], *self.layers[-1], self.y[-1])
 
     def row_loss(self, start: int, stop: int) -> None:
@@ -225,9 +226,9 @@ class TorchSteps:
         factor = self.coefficient
         for first in range(start, stop, self.block):
             last = min(first + self.block, stop)
-            p = _part(p_rows, first - start, last - start)
-            wide = p if self.wide_p is None else _part(self.wide_p, 0, last - first).copy_(p)
-            a = _take(anchor, index, first, last, self.a)
+            p = passes.part(p_rows, first - start, last - start)
+            wide = p if self.wide_p is None else passes.part(self.wide_p, 0, last - first).copy_(p)
+            a = passes.take(anchor, index, first, last, self.a)
             losses = row_loss(
                 wide, a, self.needs_dp, factor if factor.dim() == 0 else factor[first:last, None]
             )
@@ -235,7 +236,7 @@ class TorchSteps:
                 weight = 1.0 if self.weight is None else self.weight[first:last, None]
                 torch.mul(losses, weight, out=self.losses[first:last, None])
             if bias_grad is not None:
-                _add_rows(bias_grad[0], wide, first == 0)
+                passes.add_rows(bias_grad[0], wide, first == 0)
             if self.needs_dp and wide is not p:
                 p.copy_(wide)
 
@@ -247,11 +248,11 @@ class TorchSteps:
         factor = self.coefficient
         for first, last in images_of(self.selection, start, stop):
             n = last - first
-            p_rows = _part(self.y[-1], first - start, last - start)
+            p_rows = passes.part(self.y[-1], first - start, last - start)
             wide = p_rows.to(problem.loss_dtype)
             norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
             p = wide / norm.clamp_min(GRAM_EPS)
-            a = _take(problem.anchor, index, first, last, torch.empty_like(p))
+            a = passes.take(problem.anchor, index, first, last, torch.empty_like(p))
             a.div_(torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(GRAM_EPS))
             own = factor if factor.dim() == 0 else factor[first:last]
             tile = max(1, GRAM_ELEMENTS // n)
@@ -271,7 +272,7 @@ class TorchSteps:
                 along.masked_fill_(norm[i:j] < GRAM_EPS, 0)
                 dp.addcmul_(p[i:j], along, value=-1).div_(norm[i:j].clamp_min(GRAM_EPS))
                 if bias_grad is not None:
-                    _add_rows(bias_grad[0], dp, first + i == 0)
+                    passes.add_rows(bias_grad[0], dp, first + i == 0)
                 p_rows[i:j] = dp
 
     def weight_grad(self, layer: int, start: int, stop: int) -> None:
@@ -286,17 +287,17 @@ class TorchSteps:
         _, backward = ACTIVATIONS[self.problem.options.activation]
         for first in range(0, stop - start, self.block):
             last = min(first + self.block, stop - start)
-            dx, y = _part(dx_rows, first, last), _part(self.y[layer - 1], first, last)
+            dx, y = passes.part(dx_rows, first, last), passes.part(self.y[layer - 1], first, last)
             backward(dx, y, grad_input=y)
             if bias_grad is not None:
-                _add_rows(bias_grad[0], y, start + first == 0)
+                passes.add_rows(bias_grad[0], y, start + first == 0)
 
     def input_grads(self, start: int, stop: int) -> None:
         dh = self.grads.hidden
         w1, _ = self.layers[0]
         if self.h is None:
             assert dh is not None
-            torch.mm(self.y[0], w1, out=_part(dh, start, stop))
+            torch.mm(self.y[0], w1, out=passes.part(dh, start, stop))
             return
         # dH overwrites x, which is no longer needed.
         x = torch.mm(self.y[0], w1, out=self.x[0])
@@ -309,7 +310,7 @@ class TorchSteps:
             dh.zero_()
         for block, first in enumerate(range(start, stop, self.block)):
             last = min(first + self.block, stop)
-            rows = _part(x, first - start, last - start)
+            rows = passes.part(x, first - start, last - start)
             if normed:
                 rows = self._norm_grad(rows, first, last, self.moments[block])
             if dh is None:
@@ -318,7 +319,7 @@ class TorchSteps:
                 dh[first:last].copy_(rows)
             else:
                 rows = rows if rows.dtype == dh.dtype else rows.to(dh.dtype)
-                dh.index_copy_(0, _part(self.index, first, last), rows)
+                dh.index_copy_(0, passes.part(self.index, first, last), rows)
 
     @staticmethod
     def divisor(problem: Problem, selection: Selection) -> Tensor:
@@ -344,8 +345,8 @@ class TorchSteps:
     def scatter(grads: Gradients, finish: Finish) -> tuple[Tensor | None, Gradients]:
         # `input_grads` has passed dH through the norm already.
         assert grads.hidden is not None
-        scale = _factor(finish.upstream)
-        out = _scaled(grads.hidden, scale, finish.dtypes[0], finish.in_place)
+        scale = passes.factor(finish.upstream)
+        out = passes.scaled(grads.hidden, scale, finish.dtypes[0], finish.in_place)
         index = finish.scatter_map
         if (
             index is not None
@@ -359,7 +360,7 @@ class TorchSteps:
 
     @staticmethod
     def scale(grads: Gradients, finish: Finish) -> tuple[Tensor | None, ...]:
-        scale = _factor(finish.upstream)
+        scale = passes.factor(finish.upstream)
         scaled: list[Tensor | None] = []
         for i, grad in enumerate(grads[1:], 1):
             if grad is None:
@@ -368,47 +369,7 @@ class TorchSteps:
             # The single row of column sums is their total.
             sums = i in COLUMN_SUMS
             grad = grad[0] if sums else grad
-            scaled.append(_scaled(grad, scale, finish.dtypes[i], finish.in_place and not sums))
+            scaled.append(
+                passes.scaled(grad, scale, finish.dtypes[i], finish.in_place and not sums)
+            )
         return tuple(scaled)
-
-
-def _part(rows: Tensor, start: int, stop: int) -> Tensor:
-    """Return rows [start, stop), or the tensor itself if that is all of them: in a small call a
-    view costs as much as a pass over the rows."""
-    return rows if stop - start == rows.shape[0] else rows[start:stop]
-
-
-def _take(source: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor) -> Tensor:
-    """Copy rows [start, stop) of a selection of `source` to the first rows of `out`, and return
-    these."""
-    out = _part(out, 0, stop - start)
-    if index is None:
-        return out.copy_(source[start:stop])
-    index = _part(index, start, stop)
-    if source.dtype == out.dtype:
-        return torch.index_select(source, 0, index, out=out)
-    return out.copy_(source.index_select(0, index))
-
-
-def _add_rows(total: Tensor, y: Tensor, first: bool) -> None:
-    """Compute total += Σ y, or total = Σ y if `first`."""
-    if first:
-        torch.sum(y, 0, dtype=total.dtype, out=total)
-    else:
-        total.add_(y.sum(0, dtype=total.dtype))
-
-
-def _factor(upstream: Tensor | None) -> Tensor | float | None:
-    """Return `upstream`, on a CPU as a number, because reading it there does not make anyone
-    wait."""
-    return upstream.item() if upstream is not None and upstream.device.type == "cpu" else upstream
-
-
-def _scaled(
-    grad: Tensor, scale: Tensor | float | None, dtype: torch.dtype, in_place: bool = False
-) -> Tensor:
-    if scale is None:
-        return grad.to(dtype)
-    if not in_place or grad.dtype != dtype:
-        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
-    return grad if isinstance(scale, float) and scale == 1 else grad.mul_(scale)

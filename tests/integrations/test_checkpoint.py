@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ def test_roundtrip(tmp_path: Path, layer: Any, bias: bool) -> None:
         torch.equal(p, q)
         for p, q in zip(first.head.parameters(), second.head.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_both_files_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    handle = apply_pre(build("llava"))
+    before = os.umask(umask)
+    try:
+        handle.save(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys((CONFIG, WEIGHTS), 0o666 & ~umask)
 
 
 def test_load_casts(tmp_path: Path) -> None:

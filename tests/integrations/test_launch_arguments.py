@@ -28,7 +28,7 @@ from pre_kernels.integrations.launched import Launch
             "script: got '--layer', want a script, -m module or command first behind the --",
         ),
         (["--", "-m", "missing.module"], "no module named 'missing.module' can be run"),
-        (["--", "-m", "json"], "no module named 'json' can be run"),
+        (["--", "-m", "wsgiref"], "no module named 'wsgiref' can be run"),
         (["--lyer", "2", "--", "ok.py"], "unrecognized arguments: --lyer; did you mean --layer?"),
         (
             ["--hidden-dim", "8", "--", "ok.py"],

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from packaging.version import Version
 
+from pre_kernels.fused.ops import OLDEST_TORCH
 from verify import ROOT, versions
 
 PAGES = {
@@ -16,6 +17,8 @@ PAGES = {
     "docs/models.md": versions.PAGE.read_text(encoding="utf-8"),
 }
 NAMES = {"torch", "triton", "transformers"}
+# What CI gives to `make test`.
+ASKED = "--versions $(.venv/bin/python -m verify.versions)"
 
 
 def test_the_table_begins_with_the_oldest_that_are_claimed() -> None:
@@ -33,6 +36,11 @@ def test_the_table_begins_with_the_oldest_that_are_claimed() -> None:
         )
 
 
+def test_the_library_refuses_an_older_torch() -> None:
+    """A kernel from the Hub has no installer that would."""
+    assert versions.oldest()["torch"].release[:2] == OLDEST_TORCH
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_says_what_is_claimed(page: str) -> None:
     for name in NAMES:
@@ -48,6 +56,8 @@ def test_a_job_runs_with_each_row(row: str) -> None:
     line = re.search(rf"^\| {row} \|.*$", PAGES["docs/models.md"], re.MULTILINE)[0]
     target = re.search(r"`make ([a-z-]+)`", line)[1]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for version in ((3, 10), (3, 11)):
+        ci += f"\nmake test --versions {versions.ci_row(version)}\n" if ASKED in ci else ""
     full = subprocess.run(
         ["make", "-n", "test-full"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -28,7 +28,16 @@ KERNELS = (
     "tiles",
     "weight_grad",
 )
-HOST = ("function", "ops", "sweep", "steps_torch", "steps_blas", "steps_triton", "products")
+HOST = (
+    "function",
+    "ops",
+    "sweep",
+    "steps_torch",
+    "passes",
+    "steps_blas",
+    "steps_triton",
+    "products",
+)
 FILES = (*(f"kernels/{name}.py" for name in KERNELS), *(f"{name}.py" for name in HOST))
 
 

@@ -37,7 +37,13 @@ def save(path: Path, value: Any, classes: tuple[type, ...]) -> None:
     described = json.dumps(_describe(value, {kind: kind.__name__ for kind in classes}, tensors))
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, {"version": str(VERSION), "value": described})
+        # safetensors makes a file that its owner alone can read. Some file systems have no modes.
+        with contextlib.suppress(OSError):
+            partial.chmod(mode)
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         # What is there of it takes space on a full disk.

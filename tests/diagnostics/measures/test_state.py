@@ -1,4 +1,5 @@
 import errno
+import os
 import random
 import resource
 
@@ -50,6 +51,18 @@ def test_values_come_back_as_they_were(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded["two"], value["two"], strict=True))
     assert loaded["random"].random() == generator.random()
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_file_has_the_mode_of_any_new_file(tmp_path, umask):
+    # A run that was killed may have left a part with another mode.
+    (tmp_path / "state.partial").touch(0o600)
+    before = os.umask(umask)
+    try:
+        state.save(tmp_path / "state", {"a": torch.ones(3)}, ())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 class Other:

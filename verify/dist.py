@@ -1,17 +1,21 @@
-"""Builds the wheel twice, from copies in different places with different times, and fails unless
-both have the same hash. The wheel must contain the package with its integrations and nothing else,
-and so must a wheel that is built from an sdist.
+"""Builds the files of a release, an sdist and a wheel, and fails unless a second build from a copy
+in another place and with other times has the same hashes.
 
-    python -m verify.wheel       writes dist/*.whl and prints its hash
+    python -m verify.dist       writes dist/*.tar.gz and dist/*.whl and prints their hashes
 
-Its files get the time SOURCE_DATE_EPOCH (else that of the last commit, else the earliest that a
-zip file can hold) and the permissions of a checkout under umask 022, because a wheel stores both.
+The wheel is built from the sdist and must contain the package with its integrations and nothing
+else. So must the wheel of a tree without symbolic links. Files get the time SOURCE_DATE_EPOCH (else
+that of the last commit, else the earliest that a zip file can hold) and the permissions of a
+checkout under umask 022, because both kinds of archives store them. The versions of the build's
+own tools are those of build-constraints.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -23,12 +27,23 @@ from pathlib import Path
 
 from . import ROOT
 
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pre_kernels", "integrations")
+# What the sdist has beside the package; setup.py reads some of it.
+FILES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CITATION.cff",
+)
+FOLDERS = ("pre_kernels", "integrations")
+CONSTRAINTS = Path(__file__).with_name("build-constraints.txt")
 EARLIEST = "315532800"  # 1980-01-01
 
 
 def epoch() -> str:
-    """The time that every file in the wheel gets."""
+    """The time that every file gets."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return given
     command = ["git", "log", "-1", "--format=%ct"]
@@ -44,16 +59,11 @@ def copy(folder: Path, time: float, linked: bool = True) -> None:
     """Copy the sources to `folder`, with this modification time. `pre_kernels/integrations` stays a
     link if `linked`, else it becomes the file that a zip archive and git on Windows make of it."""
     folder.mkdir(parents=True)
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name,
-                folder / name,
-                symlinks=True,
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
-        else:
-            shutil.copy(ROOT / name, folder / name)
+    for name in FOLDERS:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
     if not linked:
         link = folder / "pre_kernels" / "integrations"
         text = os.readlink(link)
@@ -68,7 +78,11 @@ def copy(folder: Path, time: float, linked: bool = True) -> None:
 
 def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
     """Build the wheel ("wheel") or the sdist ("sdist") of `source` in `out`; returns its path."""
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch()}
+    environment = {
+        **os.environ,
+        "SOURCE_DATE_EPOCH": epoch(),
+        "PIP_CONSTRAINT": str(CONSTRAINTS),
+    }
     command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), *more, str(source)]
     done = subprocess.run(
         command,
@@ -82,15 +96,36 @@ def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
     if done.returncode:
         sys.exit(done.stdout)
     (built,) = out.iterdir()
+    if kind == "sdist":
+        settle(built)
     return built
 
 
-def wheel_by_sdist(source: Path, folder: Path, more: list[str]) -> Path:
-    """The wheel that pip builds from an sdist, as it does if no wheel is available."""
-    with tarfile.open(build(source, folder / "sdist", "sdist", more)) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    (unpacked,) = (folder / "unpacked").iterdir()
-    return build(unpacked, folder / "by-sdist", "wheel", more)
+def settle(sdist: Path) -> None:
+    """Rewrite an sdist, in which setuptools stores the builder's name and the time of the build."""
+    time = int(epoch())
+    packed = io.BytesIO()
+    with (
+        tarfile.open(sdist) as old,
+        gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=time) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old, key=lambda member: member.name):
+            member.mtime = time
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mode = 0o755 if member.isdir() else 0o644
+            member.pax_headers = {}
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
+    sdist.write_bytes(packed.getvalue())
+
+
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """The one folder in an sdist, in `folder`."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (top,) = folder.iterdir()
+    return top
 
 
 def contents(wheel: Path) -> set[str]:
@@ -119,6 +154,10 @@ def wrong(names: set[str]) -> list[str]:
     ]
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,26 +171,30 @@ def main() -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheels = []
+        pairs = []
         for number, (place, time) in enumerate([("a", 10**9), ("somewhere/else b", 1.5 * 10**9)]):
             copy(folder / place, time)
-            wheels.append(build(folder / place, folder / f"out{number}", "wheel", more))
-        hashes = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
-        if len(set(hashes)) > 1:
-            print(
-                f"two builds of {wheels[0].name} have different hashes: {hashes}", file=sys.stderr
-            )
-            return 1
-        by_sdist = wheel_by_sdist(folder / "a", folder, more)
+            sdist = build(folder / place, folder / f"sdist{number}", "sdist", more)
+            source = unpacked(sdist, folder / f"unpacked{number}")
+            pairs.append((sdist, build(source, folder / f"wheel{number}", "wheel", more)))
+        for first, second in zip(*pairs, strict=True):
+            if digest(first) != digest(second):
+                print(
+                    f"two builds of {first.name} have different hashes: {digest(first)}, "
+                    f"{digest(second)}",
+                    file=sys.stderr,
+                )
+                return 1
         copy(folder / "no-links", 10**9, linked=False)
-        unlinked = build(folder / "no-links", folder / "out-unlinked", "wheel", more)
-        for wheel in (wheels[0], by_sdist, unlinked):
+        unlinked = build(folder / "no-links", folder / "wheel-unlinked", "wheel", more)
+        for wheel in (pairs[0][1], unlinked):
             if faults := wrong(contents(wheel)):
                 print(f"{wheel.parent.name}/{wheel.name}:", *faults, sep="\n  ", file=sys.stderr)
                 return 1
         options.out.mkdir(parents=True)
-        shutil.copy(wheels[0], options.out)
-    print(f"{hashes[0]}  {options.out / wheels[0].name}")
+        for path in pairs[0]:
+            shutil.copy(path, options.out)
+            print(f"{digest(path)}  {options.out / path.name}")
     return 0
 
 
