@@ -206,7 +206,9 @@ class Module(nn.Module):
         apply_pre(self.model, layer, hidden_dim=2)
 
 
-@pytest.mark.parametrize("path", sorted(DATA.glob("lightning-*/head.ckpt")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted(DATA.glob("lightning-*/head.ckpt")), ids=lambda path: path.parent.name
+)
 def test_the_head_of_a_kept_lightning_checkpoint_loads(path: Path) -> None:
     pytest.importorskip("lightning")
     from pre_kernels.integrations.lightning import PreLightningCallback
