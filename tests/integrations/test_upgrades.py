@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from pre_kernels.integrations import EncoderAnchor, apply_pre, patch_trainer
 from pre_kernels.integrations.checkpoint import CONFIG, WEIGHTS
+from pre_kernels.integrations.pre_callback import PreCallback
 from verify import ROOT
 
 from .support.tiny.models import build
@@ -129,6 +130,22 @@ class Start(TrainerCallback):
                 self.settings[names[id(p)]] = (group["weight_decay"], group["lr"])
 
 
+def trainer_of(model: Any, folder: Path, callbacks: list[Any], **more: Any) -> Any:
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "linear",
+    }
+    return InOrder(
+        model=model,
+        args=arguments(folder, 1, 2, **options, **more),
+        train_dataset=Samples(EQUAL),
+        data_collator=collate("llava", EQUAL),
+        callbacks=callbacks,
+    )
+
+
 def resumed(kept: Path, folder: Path, **settings: Any) -> Start:
     """Resume a training of two more steps from a copy of a kept checkpoint. The model's own weights
     are not kept, since no version of pre-kernels changes how they are written."""
@@ -140,21 +157,8 @@ def resumed(kept: Path, folder: Path, **settings: Any) -> Start:
     torch.manual_seed(5)
     apply_pre(model, **({"hidden_dim": 2} | settings))
     start = Start()
-    options = {
-        "max_steps": 4,
-        "optim": "adamw_torch",
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "linear",
-    }
     with patch_trainer():
-        trainer = InOrder(
-            model=model,
-            args=arguments(folder, 1, 2, **options),
-            train_dataset=Samples(EQUAL),
-            data_collator=collate("llava", EQUAL),
-            callbacks=[start],
-        )
+        trainer = trainer_of(model, folder, [start], max_steps=4)
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
     return start
@@ -195,6 +199,31 @@ def test_an_optimizer_with_other_parameters_says_what_to_do(tmp_path: Path) -> N
     start = resumed(kept, tmp_path)
     assert start.step == 2
     assert not any(start.moments.values())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_patch_trainer_resumes_what_a_callback_trained(late: bool, tmp_path: Path) -> None:
+    """Its optimizer has the head in the groups of the model too."""
+    added = PreCallback(hidden_dim=2)
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(build("llava"), tmp_path, [] if late else [added], **saving)
+    if late:
+        trainer.add_callback(added)
+    trainer.train()
+    states = {
+        name: {k: v.clone() for k, v in trainer.optimizer.state[p].items()}
+        for name, p in trainer.model.named_parameters()
+    }
+    model = build("llava")
+    apply_pre(model, hidden_dim=2)
+    start = Start()
+    with patch_trainer():
+        again = trainer_of(model, tmp_path, [start], max_steps=4)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert start.moments.keys() == states.keys()
+    for name, state in states.items():
+        assert all(torch.equal(start.moments[name][key], value) for key, value in state.items())
+    assert states["pre_head.w1"]["exp_avg"].any()
 
 
 class Module(nn.Module):
