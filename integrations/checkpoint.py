@@ -237,11 +237,16 @@ def _read_config(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(
-            f"{path!r}: format {got!r}, want {FORMAT}; install the version that wrote it, or a "
-            "newer one"
-        )
+        raise ValueError(f"{path!r}: format {got!r}, want {FORMAT}; {_remedy(config)}")
     return config
+
+
+def _remedy(config: Any) -> str:
+    """What to do about a file of another format."""
+    number = config.get("format") if isinstance(config, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        return f"a newer version of pre-kernels ({config.get('pre_kernels')}) wrote it, upgrade"
+    return "handle.save() did not write it; copy the file again, or load another checkpoint"
 
 
 def _read_weights(path: str) -> tuple[dict[str, Tensor], str | None]:

@@ -112,14 +112,23 @@ class PreLightningCallback(Callback):
             hook.remove()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore the head."""
+        """Restore the head. ValueError if the checkpoint has one of other parameters."""
         head = checkpoint.get(STATE)
         if head is None:
             _handle(pl_module).notices.warn(
                 "no head in the checkpoint", folder="it", error=f"no key {STATE!r}"
             )
-        else:
-            pl_module.load_state_dict(head, strict=False)
+            return
+        own = {n for n in pl_module.state_dict() if ATTRIBUTE in n.split(".")}
+        # Strategies that write their own checkpoints leave no keys here, and a module without PRe
+        # may be tested with a checkpoint that has a head.
+        if head and own and head.keys() != own:
+            raise ValueError(
+                f"checkpoint: got a head of {sorted(head)}, want {sorted(own)}; call apply_pre "
+                "with the settings of the saved head, or upgrade pre-kernels if a newer version "
+                "wrote it"
+            )
+        pl_module.load_state_dict(head, strict=False)
 
 
 def _periods(trainer: Any) -> int:

@@ -18,6 +18,8 @@ from .workarounds import load_renamed, names_given
 
 # These lists in a scheduler's state have one entry for each group of the optimizer.
 OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")
+# These entries of an optimizer's state have the shape of their parameter.
+MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 def sharded(trainer: Any) -> bool:
@@ -64,7 +66,8 @@ def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Ite
     notices = Notices() if handle is None else handle.notices
 
     def of_groups(_: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        return _fitted(state, optimizer.state_dict(), notices, folder)
+        taken_out = None if handle is None else _taken_out(state, optimizer, handle, folder)
+        return taken_out or _fitted(state, optimizer.state_dict(), notices, folder)
 
     def of_scheduler(state: dict[str, Any]) -> Any:
         assert load is not None
@@ -84,6 +87,70 @@ def optimizer_loaded(handle: PreHandle | None, trainer: Any, folder: Any) -> Ite
         hook.remove()
         if load is not None:
             del scheduler.load_state_dict
+
+
+def _taken_out(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, handle: PreHandle, folder: str
+) -> dict[str, Any] | None:
+    """A saved optimizer `state` that has the head in the groups of the model, changed to have
+    groups of the head. None if it is not such a state.
+
+    pre-kernels 0.1.0 and `PreCallback` leave the head in the groups of the model. As it is the last
+    module, its parameters are the last of a group.
+
+    Raises:
+        ValueError: if the groups have more parameters than the model, which are not the head's.
+    """
+    saved = state["param_groups"]
+    others = [group for group in optimizer.param_groups if not group.get(MARK)]
+    own = [group for group in optimizer.param_groups if group.get(MARK)]
+    if not own or len(saved) != len(others) or any(group.get(MARK) for group in saved):
+        return None
+    lengths = [len(group["params"]) for group in others]
+    tails = [group["params"][n:] for group, n in zip(saved, lengths, strict=True)]
+    if not any(tails):
+        return None
+    numbers = _matched(tails, own, handle, state["state"])
+    if numbers is None:
+        raise ValueError(
+            f"optimizer: got groups of {[len(group['params']) for group in saved]} parameters in "
+            f"{folder}, want {lengths} and the head's {[len(group['params']) for group in own]}; "
+            "train what that training did, with the same head, or move optimizer.pt and "
+            "scheduler.pt out of the folder to resume without its state"
+        )
+    groups = [
+        group | {"params": group["params"][:n]} for group, n in zip(saved, lengths, strict=True)
+    ]
+    source = next(group for group, tail in zip(saved, tails, strict=True) if tail)
+    for group in own:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        if group.get("initial_lr") == source.get("initial_lr"):
+            settings["lr"] = source["lr"]
+        groups.append(settings | {"params": [numbers[id(p)] for p in group["params"]]})
+    return state | {"param_groups": groups}
+
+
+def _matched(
+    tails: list[list[int]], own: list[dict[str, Any]], handle: PreHandle, states: dict[int, Any]
+) -> dict[int, int] | None:
+    """The number in a saved optimizer of each parameter of the head, by its id. `tails` are the
+    numbers in each saved group that may be the head's. None if they are not."""
+    order = [p for group in own for p in group["params"]]
+    if sum(map(bool, tails)) == 1:
+        # A group has its parameters in the order of the module.
+        places = {id(p): place for place, p in enumerate(handle.head.parameters())}
+        order.sort(key=lambda p: places[id(p)])
+    elif [*map(len, tails)] != [len(group["params"]) for group in own]:
+        return None
+    flat = [number for tail in tails for number in tail]
+    if len(flat) != len(order):
+        return None
+    for parameter, number in zip(order, flat, strict=True):
+        entry = states.get(number, {})
+        moments = [entry[name] for name in MOMENTS if torch.is_tensor(entry.get(name))]
+        if any(moment.shape != parameter.shape for moment in moments):
+            return None
+    return dict(zip(map(id, order), flat, strict=True))
 
 
 def _fitted(

@@ -40,6 +40,7 @@ class Parts:
     Attributes:
         done: the seeds that are finished, by number. "seconds" of a part is the time from the start
             of the run, without times in which the run was stopped.
+        others: the names of the files of these seeds that are not read.
         problems: why files could not be written.
     """
 
@@ -56,6 +57,11 @@ class Parts:
         self.problems: list[str] = []
         found = ((seed, self._read(seed)) for seed in range(settings.seeds))
         self.done = {seed: part for seed, part in found if part is not None}
+        self.others = [
+            self._path(seed).name
+            for seed in range(settings.seeds)
+            if seed not in self.done and self._path(seed).exists()
+        ]
         self.before = max((part["seconds"] for part in self.done.values()), default=0.0)
         self.start = time.monotonic()
 

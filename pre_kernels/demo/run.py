@@ -64,6 +64,12 @@ def _measure(
     settings: Settings, device: str, out: Path, console: Console, jobs: int, parts: Parts
 ) -> dict[str, Any]:
     """Run the seeds that `parts` lacks, with bars, and return all measurements."""
+    if parts.others:
+        console.print(
+            f"{parts.folder} also has {', '.join(parts.others)}, measured with other settings, "
+            "code or versions, or not complete: not used here",
+            highlight=False,
+        )
     if parts.done:
         again = ", ".join(map(str, parts.done))
         console.print(f"Resuming: seed {again} is finished in {parts.folder}.", highlight=False)

@@ -22,7 +22,7 @@ RETURN_MESSAGES = {"missing", "unwritable", "none_left", "renamed"}
 # Messages that nobody sees by themselves, as they stand in the code, and why.
 UNSEEN = {
     "module … has no attribute …": "Python's own words, for a name that does not exist",
-    "has version …, want …": "caught in the same function, and quoted by `cannot be read`",
+    "has version …, want …; …": "caught in the same function, and quoted by `cannot be read`",
     "pixels have mode …, want 8 bits for each channel": "caught; quoted by `cannot read … as an`",
     "… failed: …": "caught by `pre-kernels check`, which shows it in its table",
     "…: …": "caught by `pre-kernels check`, which shows it in its table",

@@ -81,12 +81,22 @@ def load(path: Path, classes: tuple[type, ...], device: torch.device | str = "cp
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.get("version") != str(VERSION):
-            raise ValueError(f"has version {about.get('version')}, want {VERSION}")
+            raise ValueError(
+                f"has version {about.get('version')}, want {VERSION}; {_remedy(about)}"
+            )
         return _restore(
             json.loads(about["value"]), {kind.__name__: kind for kind in classes}, tensors
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read, so the run cannot resume: {error}") from error
+
+
+def _remedy(about: Mapping[str, str]) -> str:
+    """What to do about a file of another version, of which this is the metadata."""
+    number = about.get("version", "")
+    if number.isdecimal() and int(number) > VERSION:
+        return "a newer version of pre-kernels wrote it, upgrade, or delete it to start again"
+    return "an older version of pre-kernels, or another program, wrote it; delete it to start again"
 
 
 def _describe(value: Any, classes: Mapping[type, str], tensors: dict[str, Tensor]) -> Any:

@@ -1,4 +1,6 @@
 import errno
+import gzip
+import json
 import os
 import random
 import resource
@@ -8,6 +10,7 @@ import torch
 
 from pre_kernels.diagnostics import LayerReport
 from pre_kernels.diagnostics.measures import state
+from verify import ROOT
 
 from .support import GRID, assert_rows_equal, data, logits, report
 
@@ -90,11 +93,53 @@ def test_bad_files(tmp_path, monkeypatch):
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="state: cannot be read"):
         LayerReport.load(path)
-    monkeypatch.setattr(state, "VERSION", 0)
-    report(data(2)).save(path)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="has version 0, want 1"):
-        LayerReport.load(path)
+    for version, says in ((0, "an older version of pre-kernels"), (9, "a newer version")):
+        monkeypatch.setattr(state, "VERSION", version)
+        report(data(2)).save(path)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=f"{path}: .* has version {version}, want 1; {says}"):
+            LayerReport.load(path)
+
+
+def formula(image):
+    """Arguments for `update`, by a formula that no version of torch changes."""
+
+    def wave(rows, columns, step):
+        numbers = torch.arange(rows * columns, dtype=torch.float64).reshape(rows, columns)
+        return torch.sin(numbers * step + image).float()
+
+    anchor = wave(6, 4, 0.37)
+    masks = torch.tensor([[True, True, False, False, False, True], [False, False, True] * 2])
+    masks[0, 5] = False
+    hidden = {0: anchor, 1: wave(6, 3, 0.71)}
+    return {
+        "hidden": hidden,
+        "anchor": anchor,
+        "masks": masks,
+        "grid": (2, 3),
+        "label": image % 2,
+    }
+
+
+# Folders that a version wrote, with four images in the report and rows.json of two more. They are
+# never rewritten: a state that an earlier version wrote is read, or refused as what it is.
+KEPT = sorted((ROOT / "tests" / "data").glob("report-*"))
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_reports_of_earlier_versions_continue(folder, tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(gzip.decompress((folder / "report.safetensors.gz").read_bytes()))
+    report, more = LayerReport.load(path)
+    assert more == {"done": 4, "classes": ["a", "b"]}
+    assert report.images == 4
+    for image in (4, 5):
+        report.update(**formula(image))
+    wanted = json.loads((folder / "rows.json").read_text())
+    assert len(wanted) == 2
+    # A later version may have more columns.
+    found = [{k: row[k] for k in kept} for row, kept in zip(report.rows(), wanted, strict=True)]
+    assert_rows_equal(found, wanted)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
