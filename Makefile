@@ -9,8 +9,8 @@ DEMO := $(or $(wildcard $(INSTALLED)),$(VENV)/.installed-demo)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 QUICK := -m 'not slow'
 OTHERS := oldest image newest
-# The newest datasets does not work with the huggingface_hub of transformers 4.57, nor the newest pyarrow with numpy 1.26.
-PINS_oldest := --resolution lowest-direct 'datasets>=4.7,<5' 'pyarrow==21.*'
+# The newest pyarrow does not work with numpy 1.26.
+PINS_oldest := --resolution lowest-direct 'pyarrow==21.*'
 # numpy 2.4 raises errors in the interpreter of triton 3.6. Some image processors of transformers 5.17 need torchvision.
 PINS_image = $$($(BIN)/python -m verify.versions image) 'numpy<2.4' torchvision
 # OLDEST has the tests of the core that depend on versions, and those of the integrations. `make test-oldest` leaves out

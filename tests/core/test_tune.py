@@ -108,8 +108,11 @@ def test_no_home_is_no_error(monkeypatch):
     """A user in a container may be one that no passwd entry knows."""
     monkeypatch.delenv("PRE_KERNELS_CACHE")
     monkeypatch.delenv("HOME", raising=False)
-    # Path.home raises this where the user is not known.
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
     with pytest.warns(UserWarning, match=r"tiles\.json is ignored.*home directory"):
         assert tiles.remembered() == {}
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def package(name: str) -> str:
             ["numactl", "-C", "0-3", PY, "-u", "train.py"],
             ["numactl", "-C", "0-3", PY, "-u", *RUN, "train.py"],
         ),
-        (
-            [PY, f"{package('trl')}/scripts/sft.py", "--a"],
-            [PY, *RUN, f"{package('trl')}/scripts/sft.py", "--a"],
+        *(
+            ([PY, script, "--a"], [PY, *RUN, script, "--a"])
+            for script in [f"{package('trl')}/scripts/sft.py"] * (find_spec("trl") is not None)
         ),
         # > not changed
         ([PY, "-c", "print(1)"], None),
@@ -275,6 +276,7 @@ def test_a_command_that_starts_the_training_is_followed(command: str, tmp_path: 
 
 @pytest.mark.slow
 def test_trl_sft(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
     from .support.tiny.trl import conversations, processor
 
     build("llava").save_pretrained(tmp_path / "model")

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from verify import ROOT, hub
 
@@ -338,6 +339,10 @@ torch.testing.assert_close(fused, type(own).forward(own, hidden, anchor, visual)
     )
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="the benchmark runs on the device that torch was built for",
+)
 @pytest.mark.usefixtures("_kernels")
 def test_the_benchmark_runs_and_verifies(kernel: Path, tmp_path: Path) -> None:
     out = tmp_path / "benchmark.json"

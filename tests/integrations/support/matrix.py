@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ CHECKPOINTING = {"off": None, "non-reentrant": False, "reentrant": True}
 AXES: dict[str, list[Any]] = {
     "family": list(FAMILIES),
     "checkpointing": list(CHECKPOINTING),
-    "loop": ["plain", "Trainer", "TRL"],
+    # There is no such TRL for Python 3.10.
+    "loop": ["plain", "Trainer", *(["TRL"] if find_spec("trl") else [])],
     "tuning": ["full", "LoRA"],
     "processes": [1, 2],
 }
