@@ -95,7 +95,7 @@ def package(name: str) -> str:
         ),
         *(
             ([PY, script, "--a"], [PY, *RUN, script, "--a"])
-            for script in [f"{package('trl')}/scripts/sft.py"] * (find_spec("trl") is not None)
+            for script in ([f"{package('trl')}/scripts/sft.py"] if find_spec("trl") else [])
         ),
         # > not changed
         ([PY, "-c", "print(1)"], None),
