@@ -26,14 +26,9 @@ class PreLoss(nn.Module):
     `fused_pre_loss`, and an AttributeError if the module lacks one of the names above.
     """
 
+    # No annotations of the parameters: on Python 3.14 they are one more member of the class, and
+    # `kernelize` allows none.
     can_torch_compile = True
-
-    w1: torch.Tensor
-    b1: torch.Tensor | None
-    w2: torch.Tensor
-    b2: torch.Tensor | None
-    loss: str
-    activation: str
 
     def forward(
         self, hidden: torch.Tensor, anchor: torch.Tensor, rows: torch.Tensor | None = None
