@@ -118,12 +118,12 @@ docs-serve: $(INSTALLED)  ## serve the site at http://127.0.0.1:8000, and rebuil
 	$(SITE) serve
 
 hub: $(INSTALLED)  ## put the kernel for the Kernel Hub together in build/hub, from the sources of the package
-	$(BIN)/python -m verify.hub
+	$(BIN)/python -m verify.hub $(ARGS)
 
-# The sdist is built without git, as on a machine that has none; then the wheel takes its place.
+# The sdist is installed without git, as on a machine that has none; then the wheel takes its place.
 dist: $(INSTALLED) hub  ## build the files of a release into dist and check them: sdist, wheel and kernel; install both in a fresh environment
 	rm -rf build/clean
-	$(BIN)/python -m verify.dist
+	$(BIN)/python -m verify.dist $(ARGS)
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/clean
 	nvidia-smi -L >/dev/null 2>&1 || build/clean/bin/pip install --quiet torch==2.13.0

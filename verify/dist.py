@@ -42,17 +42,35 @@ CONSTRAINTS = Path(__file__).with_name("build-constraints.txt")
 EARLIEST = "315532800"  # 1980-01-01
 
 
+def git(*arguments: str) -> str | None:
+    """What git prints; None without git, or if the repository's root is not ROOT."""
+    try:
+        top, said = (
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+            for command in (("rev-parse", "--show-toplevel"), arguments)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said if Path(top.strip()) == ROOT else None
+
+
+def uncommitted() -> str | None:
+    """An error if there are files that no commit has, None if there are none, or no git."""
+    names = (*FILES, *FOLDERS, "hub", "verify")
+    lines = (git("status", "--porcelain", "--", *names) or "").splitlines()
+    if not lines:
+        return None
+    found = ", ".join(line[3:] for line in lines[:5]) + ", …" * (len(lines) > 5)
+    return f"sources: got files that are not committed, {found}; want a clean tree or --allow-dirty"
+
+
 def epoch() -> str:
     """The time that every file gets."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return given
-    command = ["git", "log", "-1", "--format=%ct"]
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return EARLIEST
+    return (git("log", "-1", "--format=%ct") or EARLIEST).strip()
 
 
 def copy(folder: Path, time: float, linked: bool = True) -> None:
@@ -81,7 +99,8 @@ def build(source: Path, out: Path, kind: str, more: list[str]) -> Path:
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": epoch(),
-        "PIP_CONSTRAINT": str(CONSTRAINTS),
+        # pip splits a path at spaces.
+        "PIP_CONSTRAINT": CONSTRAINTS.as_uri(),
     }
     command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), *more, str(source)]
     done = subprocess.run(
@@ -162,13 +181,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "dist",
+        help="replaced; may hold nothing but such files (default: dist)",
+    )
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="build from files that are not committed"
+    )
     parser.add_argument(
         "--no-isolation", action="store_true", help="build with the setuptools of this environment"
     )
     options = parser.parse_args()
     more = ["--no-isolation"] if options.no_isolation else []
-    shutil.rmtree(options.out, ignore_errors=True)
+    if not options.allow_dirty and (problem := uncommitted()):
+        parser.error(problem)
+    if options.out.is_dir():
+        built = (*options.out.glob("*.tar.gz"), *options.out.glob("*.whl"))
+        if others := sorted({*options.out.iterdir()} - {*built}):
+            parser.error(f"--out: got a folder that also has {others[0].name}, want another folder")
+        shutil.rmtree(options.out)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs = []

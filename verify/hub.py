@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .dist import uncommitted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,7 +102,8 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 def build(out: Path) -> dict[str, str]:
     """Write the kernel to `out`, which is replaced. Returns the namespace of each backend."""
-    shutil.rmtree(out, ignore_errors=True)
+    if out.is_dir():
+        shutil.rmtree(out)
     shutil.copytree(HUB, out, ignore=shutil.ignore_patterns("__pycache__", "torch-ext"))
     shutil.copy(ROOT / "LICENSE", out)
     files = sources()
@@ -123,8 +125,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub" / "pre-kernels")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "hub" / "pre-kernels",
+        help="replaced; may be an earlier build (default: build/hub/pre-kernels)",
+    )
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="build from files that are not committed"
+    )
     options = parser.parse_args()
+    if not options.allow_dirty and (problem := uncommitted()):
+        parser.error(problem)
+    if (
+        options.out.is_dir()
+        and [*options.out.iterdir()]
+        and not (options.out / "build.toml").exists()
+    ):
+        parser.error(
+            f"--out: got {options.out}, which is not an earlier build, want another folder"
+        )
     for backend, name in build(options.out).items():
         print(f"{options.out / 'build' / f'torch-{backend}'}  torch.ops.{name}")
     return 0

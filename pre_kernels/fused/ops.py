@@ -53,9 +53,10 @@ def _library() -> torch.library.Library:
         return torch.library.Library(namespace, "DEF")
     except RuntimeError as error:
         others = [
-            module.__file__
+            getattr(module, "__file__", None)
             for name, module in sys.modules.items()
-            if name.endswith(".fused.ops") and module.__file__ != __file__
+            if name.endswith(".fused.ops")
+            and getattr(getattr(module, "LIBRARY", None), "ns", None) == namespace
         ]
         raise ImportError(
             f"pre_kernels: got a second copy, {__file__}, in a process in which "

@@ -12,10 +12,15 @@ import pytest
 from pre_kernels.fused import ops
 
 COPIES = """
-import shutil, sys
+import shutil, sys, types
 from pathlib import Path
 import torch
 import pre_kernels.loss
+# Another project's module of this name, and a copy with operators of its own.
+sys.modules["another.fused.ops"] = types.ModuleType("another.fused.ops")
+sys.modules["hub.fused.ops"] = types.ModuleType("hub.fused.ops")
+sys.modules["hub.fused.ops"].__file__ = "/hub/fused/ops.py"
+sys.modules["hub.fused.ops"].LIBRARY = torch.library.Library("a_build", "DEF")
 folder = Path(sys.argv[1])
 for parent in (folder / "vendored", folder / "later"):
     shutil.copytree(Path(pre_kernels.__file__).parent, parent / "pre_kernels", symlinks=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pre_kernels import __version__
-from verify import ROOT, dist
+from verify import ROOT, dist, hub
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,3 +96,26 @@ def test_the_page_of_the_package_index_has_whole_links() -> None:
         if link.startswith(f"{base}/"):
             file = link.split(f"/v{__version__}/")[1].partition("#")[0]
             assert (ROOT / file).exists(), link
+
+
+@pytest.mark.parametrize("module", [dist, hub])
+def test_files_that_are_not_committed_are_refused(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "git", lambda *_: "?? pre_kernels/scratch.py\n M setup.py\n")
+    monkeypatch.setattr(sys, "argv", ["build"])
+    with pytest.raises(SystemExit):
+        module.main()
+    said = capsys.readouterr().err
+    assert "got files that are not committed, pre_kernels/scratch.py, setup.py; want" in said
+
+
+@pytest.mark.parametrize("module", [dist, hub])
+def test_a_folder_with_other_files_is_not_replaced(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["build", "--allow-dirty", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert (tmp_path / "mine.txt").exists()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from verify import ROOT
 
-SOURCES = sorted([*(ROOT / "pre_kernels").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")])
+FOLDERS = ("pre_kernels", "integrations", "hub")
+SOURCES = sorted([ROOT / "setup.py", *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 UNPICKLES = {
     "pickle",
     "cPickle",

@@ -12,8 +12,8 @@ class PreLoss(nn.Module):
     """The PRe loss by the parameters of the module that adopts this forward.
 
     That module has `w1` (m, d), `b1` (m,) or None, `w2` (z, m), `b2` (z,) or None, in the layout of
-    `nn.Linear`, and the texts `loss` ("cosine", "mse" or "smooth_l1") and `activation` ("gelu",
-    "gelu_tanh", "silu" or "relu"). Its own forward computes
+    `nn.Linear`, and the texts `loss` ("cosine", "mse", "smooth_l1" or "gram") and `activation`
+    ("gelu", "gelu_tanh", "silu" or "relu"). Its own forward computes
     `reference.pre_loss(hidden, anchor, w1, b1, w2, b2, rows, loss=loss, activation=activation)`.
 
     Args of the forward:
