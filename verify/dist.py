@@ -173,6 +173,17 @@ def wrong(names: set[str]) -> list[str]:
     ]
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a command that builds a release, which ends if files are not committed."""
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="build from files that are not committed"
+    )
+    options = parser.parse_args()
+    if not options.allow_dirty and (problem := uncommitted()):
+        parser.error(problem)
+    return options
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -188,15 +199,10 @@ def main() -> int:
         help="replaced; may hold nothing but such files (default: dist)",
     )
     parser.add_argument(
-        "--allow-dirty", action="store_true", help="build from files that are not committed"
-    )
-    parser.add_argument(
         "--no-isolation", action="store_true", help="build with the setuptools of this environment"
     )
-    options = parser.parse_args()
+    options = parsed(parser)
     more = ["--no-isolation"] if options.no_isolation else []
-    if not options.allow_dirty and (problem := uncommitted()):
-        parser.error(problem)
     if options.out.is_dir():
         built = (*options.out.glob("*.tar.gz"), *options.out.glob("*.whl"))
         if others := sorted({*options.out.iterdir()} - {*built}):

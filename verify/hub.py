@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
-from .dist import uncommitted
+from .dist import parsed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,12 +131,7 @@ def main() -> int:
         default=ROOT / "build" / "hub" / "pre-kernels",
         help="replaced; may be an earlier build (default: build/hub/pre-kernels)",
     )
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="build from files that are not committed"
-    )
-    options = parser.parse_args()
-    if not options.allow_dirty and (problem := uncommitted()):
-        parser.error(problem)
+    options = parsed(parser)
     if (
         options.out.is_dir()
         and [*options.out.iterdir()]
