@@ -1,5 +1,5 @@
-"""A part of the fuzz campaign (`python -m bench.fuzz`), with other cases in each run. A failure
-prints its `Spec`."""
+"""A part of the fuzz campaign (`python -m bench.fuzz`), with other cases in each run, or the same
+ones where CI is set. A failure prints its `Spec`."""
 
 import pytest
 
