@@ -20,6 +20,13 @@ CORE = ("loss.py", "head.py", "checks.py", "problem.py", "reference.py", "fused"
 # What decides the numbers of the demo, without its texts, plots and progress.
 DEMO = ("compare", "evaluate", "model", "scenes", "settings", "text", "threads", "train")
 TRAINED = (*CORE, "integrations", *(f"demo/{name}.py" for name in DEMO), "diagnostics/measures")
+REAL = ("arm", "evaluate", "model", "photographs", "scenes", "settings", "text", "train")
+REAL_TRAINED = (
+    *CORE,
+    "integrations",
+    *(f"demo/real/{name}.py" for name in REAL),
+    "diagnostics/measures",
+)
 # For each kind of result the files and folders of the package that it depends on; CORE for others.
 MEASURED = {
     "loss": CORE,
@@ -30,6 +37,7 @@ MEASURED = {
     "diagnostics": ("diagnostics/measures",),
     "demo": TRAINED,
     "evidence": TRAINED,
+    "real": REAL_TRAINED,
 }
 
 

@@ -1,0 +1,131 @@
+"""What the layers of a model hold of photographs that its training did not see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pre_kernels.diagnostics import LayerReport, linear_probe
+from pre_kernels.integrations import Reader
+
+from ..stages import Advance
+from .photographs import Photograph
+from .pieces import Llm
+from .scenes import Scenes
+from .settings import Settings
+from .text import IGNORED, Batches, questions
+
+# The metrics of a LayerReport that are kept, each a list over layers.
+KEPT = ("cohesion", "coupling", "contrast", "cosine", "effective_dimension", "correlation")
+
+
+@dataclass
+class Seen:
+    """The things of some scenes: by layer their mean tokens (things, d), and their categories."""
+
+    means: dict[int, list[Tensor]]
+    categories: list[int]
+
+    def features(self, layer: int) -> Tensor:
+        return torch.stack(self.means[layer])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor(self.categories)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    llm: Llm,
+    halves: Sequence[Sequence[Photograph]],
+    settings: Settings,
+    seed: int,
+    advance: Advance = lambda loss: None,
+) -> dict[str, Any]:
+    """Return the metrics of one model, lists over the layers in "layers".
+
+    Args:
+        halves: two disjoint sets of photographs that no training saw. Each probe is fitted on the
+            scenes of one and tested on those of the other, in both directions.
+        advance: called after each scene.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    layers = sorted({*range(0, depth, settings.every), depth // 2, depth})
+    report = LayerReport(("structure", "cosine", "spectrum"))
+    answers: list[bool] = []
+    seen = []
+    model.eval()
+    with Reader(model, layers) as reader:
+        for half, photographs in enumerate(halves):
+            scenes = Scenes(photographs, settings.test_scenes, 1000 * (seed + 1) + half)
+            batches = Batches(tokenizer, llm, questions, scenes)
+            seen.append(_read(reader, batches, report, answers, model.device, advance))
+    rows = report.rows()
+
+    def probe(layer: int) -> float:
+        both = [
+            linear_probe(
+                fit.features(layer),
+                fit.labels,
+                test.features(layer),
+                test.labels,
+                inverse_penalty=settings.penalty,
+            )
+            for fit, test in (seen, reversed(seen))
+        ]
+        return sum(both) / 2
+
+    return {
+        "layers": layers,
+        "accuracy": sum(answers) / len(answers),
+        "probe": [probe(layer) for layer in layers],
+        **{name: [row[name] for row in rows] for name in KEPT},
+    }
+
+
+def _read(
+    reader: Reader,
+    batches: Batches,
+    report: LayerReport,
+    answers: list[bool],
+    device: torch.device,
+    advance: Advance,
+    batch: int = 10,
+) -> Seen:
+    """Add scenes to `report` and `answers`, and return their things."""
+    seen = Seen({layer: [] for layer in reader.layers}, [])
+    for index in torch.arange(len(batches.scenes)).split(batch):
+        inputs = {
+            name: value.to(device) if torch.is_tensor(value) else value
+            for name, value in batches(index.tolist()).items()
+        }
+        images, output = reader.read_with_output(inputs)
+        answers += right(output.logits, inputs["labels"])
+        for number, image in zip(index.tolist(), images, strict=True):
+            scene = batches.scenes[number]
+            # A thing that covers half of no patch is in no mask.
+            shown = [n for n, mask in enumerate(scene.masks) if mask.any()]
+            masks = scene.masks[shown]
+            hidden = {layer: image.hidden[layer].float().cpu() for layer in reader.layers}
+            report.update(hidden, image.anchor.float().cpu(), masks=masks)
+            for layer, h in hidden.items():
+                seen.means[layer] += [h[mask].mean(0) for mask in masks]
+            seen.categories += [scene.things[n].category for n in shown]
+            advance(math.nan)
+    return seen
+
+
+def right(logits: Tensor, labels: Tensor) -> list[bool]:
+    """Return for each token that is an answer whether it is the model's first choice."""
+    wanted = labels[:, 1:]
+    said = logits[:, :-1].argmax(-1)
+    found: list[bool] = (said == wanted)[wanted != IGNORED].tolist()
+    return found
+
+
