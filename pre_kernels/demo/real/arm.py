@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pre_kernels.diagnostics import LayerCallback
 from pre_kernels.integrations import apply_pre, find_handle, patch_trainer
 from pre_kernels.screen import write
 
 from ..stages import Bar, Stage
 from . import photographs
-from .evaluate import evaluate
+from .evaluate import evaluate, samples, task
 from .model import build, tokenizer
 from .pieces import LLMS, Pieces
 from .scenes import Scenes
-from .settings import ALIGN, LOAD, MEASURE, TUNE, Settings
+from .settings import Settings
+from .stages import ALIGN, LOAD, MEASURE, TUNE
 from .text import Batches, Text, caption, questions
 from .train import train_stage
 
@@ -76,7 +78,8 @@ class Seed:
             self.training, *self.halves = photographs.split(_photographs(pieces), seed)
             self.tokenizer = _tokenizer(settings.llm, pieces)
             calibration = Scenes(self.training, CALIBRATION, 10_000 + seed)
-            self.model = build(LLMS[settings.llm], pieces, calibration, seed).to(device)
+            self.model: Any = build(LLMS[settings.llm], pieces, calibration, seed)
+            self.model.to(device=device)
             advance(math.nan)
 
     def before(self) -> Metrics:
@@ -98,11 +101,16 @@ class Seed:
         projector.load_state_dict(load_file(weights))
         return model, metrics
 
-    def run(self, name: str, arm: Arm) -> Metrics:
-        """Return the metrics of an arm after the second stage."""
-        return self._once(name, lambda: self._run(name, arm))
+    def run(self, name: str, arm: Arm, traced: bool = False) -> Metrics:
+        """Return the metrics of an arm after the second stage.
 
-    def _run(self, name: str, arm: Arm) -> Metrics:
+        Args:
+            traced: whether to measure layers along the second stage too, into "trace", the entries
+                of the Trainer's log.
+        """
+        return self._once(name, lambda: self._run(name, arm, traced))
+
+    def _run(self, name: str, arm: Arm, traced: bool) -> Metrics:
         model = copy.deepcopy(self.model) if arm.both else self.aligned()[0]
         if arm.trained == "lora":
             _add_lora(model)
@@ -112,13 +120,20 @@ class Seed:
             handle = apply_pre(model, head_lr=self.settings.head_rate, **arm.options)
         if arm.both:
             self._stage(model, 1, ALIGN, caption, name)
-        logs = self._stage(model, 2, TUNE, questions, name, arm)
+        logs = self._stage(model, 2, TUNE, questions, name, arm, traced)
         if handle is not None:
             handle.remove()
         return self._measure(model, name) | logs
 
     def _stage(
-        self, model: Any, number: int, stage: Stage, text: Text, name: str, arm: Arm | None = None
+        self,
+        model: Any,
+        number: int,
+        stage: Stage,
+        text: Text,
+        name: str,
+        arm: Arm | None = None,
+        traced: bool = False,
     ) -> Metrics:
         """Train one of the stages; return the losses of its steps."""
         settings = self.settings
@@ -132,11 +147,41 @@ class Seed:
         folder = self.folder / name / f"stage-{number}"
         patch = patch_trainer if find_handle(model) else contextlib.nullcontext
         with self.bar(stage, f"seed {self.seed}: {name}", steps) as advance, patch():
-            logs = train_stage(model, batches, steps, rate, settings, self.seed, folder, advance)
-        curves = {"task_loss": [round(log.get("task_loss", log["loss"]), 4) for log in logs]}
+            history = train_stage(
+                model,
+                batches,
+                steps,
+                rate,
+                settings,
+                self.seed,
+                folder,
+                advance,
+                self._watch if traced else None,
+            )
+        logs = [entry for entry in history if "loss" in entry]
+        curves: Metrics = {
+            "task_loss": [round(log.get("task_loss", log["loss"]), 4) for log in logs]
+        }
         if "pre_loss" in logs[-1]:
             curves["pre_loss"] = [round(log["pre_loss"], 4) for log in logs]
+        if traced:
+            curves["trace"] = [entry for entry in history if "score" in entry]
         return curves
+
+    def _watch(self, trainer: Any) -> LayerCallback:
+        settings = self.settings
+        llm = LLMS[settings.llm]
+        seed = 2000 * (self.seed + 1)
+        both = [photograph for half in self.halves for photograph in half]
+        looks = samples(self.tokenizer, llm, Scenes(both, settings.traced_scenes, seed, alike=True))
+        asked = Batches(self.tokenizer, llm, questions, Scenes(both, settings.asked_scenes, seed))
+        return LayerCallback(
+            trainer,
+            looks,
+            every=settings.traced_every,
+            score=lambda model: task(model, asked),
+            max_share=None,
+        )
 
     def _measure(self, model: Any, name: str) -> Metrics:
         scenes = self.settings.test_scenes * len(self.halves)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pre_kernels.diagnostics import LayerReport, linear_probe
+from pre_kernels.diagnostics import LayerReport, Sample, linear_probe
 from pre_kernels.integrations import Reader
 
 from ..stages import Advance
@@ -20,13 +20,16 @@ from .scenes import Scenes
 from .settings import Settings
 from .text import IGNORED, Batches, questions
 
+# What a look at an image without a text needs.
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
 # The metrics of a LayerReport that are kept, each a list over layers.
 KEPT = ("cohesion", "coupling", "contrast", "cosine", "effective_dimension", "correlation")
 
 
 @dataclass
 class Seen:
-    """The things of some scenes: by layer their mean tokens (things, d), and their categories."""
+    """The things of some scenes: by layer the mean of each thing's tokens (d,), and their
+    categories."""
 
     means: dict[int, list[Tensor]]
     categories: list[int]
@@ -101,10 +104,7 @@ def _read(
     """Add scenes to `report` and `answers`, and return their things."""
     seen = Seen({layer: [] for layer in reader.layers}, [])
     for index in torch.arange(len(batches.scenes)).split(batch):
-        inputs = {
-            name: value.to(device) if torch.is_tensor(value) else value
-            for name, value in batches(index.tolist()).items()
-        }
+        inputs = on(device, batches(index.tolist()))
         images, output = reader.read_with_output(inputs)
         answers += right(output.logits, inputs["labels"])
         for number, image in zip(index.tolist(), images, strict=True):
@@ -121,11 +121,41 @@ def _read(
     return seen
 
 
+def samples(tokenizer: Any, llm: Llm, scenes: Scenes) -> list[Sample]:
+    """Return scenes whose things are all of one category, as images with that label."""
+    looks = Batches(tokenizer, llm, lambda scene, chance: [], scenes)
+    return [
+        Sample(
+            {name: value for name, value in looks([number]).items() if name in INPUTS},
+            label=scene.things[0].category,
+            masks=scene.masks[scene.masks.any(1)],
+        )
+        for number, scene in enumerate(scenes)
+    ]
+
+
+def task(model: Any, batches: Batches, batch: int = 10) -> float:
+    """Return the share of right answers."""
+    answers = []
+    for index in torch.arange(len(batches.scenes)).split(batch):
+        inputs = batches(index.tolist())
+        labels = inputs.pop("labels")
+        logits = model(**on(model.device, inputs)).logits
+        answers += right(logits.cpu(), labels)
+    return sum(answers) / len(answers)
+
+
+def on(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs with their tensors on `device`."""
+    return {
+        name: value.to(device) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
+
+
 def right(logits: Tensor, labels: Tensor) -> list[bool]:
     """Return for each token that is an answer whether it is the model's first choice."""
     wanted = labels[:, 1:]
     said = logits[:, :-1].argmax(-1)
     found: list[bool] = (said == wanted)[wanted != IGNORED].tolist()
     return found
-
-

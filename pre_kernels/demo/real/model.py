@@ -3,9 +3,6 @@ a GGUF file holds."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from .pieces import Llm, Pieces
-from .scenes import PATCHES, SIDE, Scenes
+from .scenes import SIDE, Scenes
 
 # The last feature map of the encoder has this many channels.
 CHANNELS = 1280
@@ -47,6 +44,8 @@ class LiteTower(PreTrainedModel):
 
     config_class = LiteConfig
     main_input_name = "pixel_values"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: LiteConfig) -> None:
         super().__init__(config)
@@ -55,18 +54,22 @@ class LiteTower(PreTrainedModel):
         self.net = EfficientNet.from_name("efficientnet-lite0")
         self.register_buffer("mean", torch.zeros(CHANNELS))
         self.register_buffer("std", torch.ones(CHANNELS))
-        self.post_init()
+        # transformers does not annotate it.
+        finish: Any = self.post_init
+        finish()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the weights that the network gave itself."""
 
     def train(self, mode: bool = True) -> LiteTower:
         """Stay in eval mode: the tower is frozen, with its batch norms."""
-        return super().train(False)
+        super().train(False)
+        return self
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return the feature map (B, PATCHES, CHANNELS) of pixels in 0..255."""
-        return self.net.extract_features((pixel_values - MEAN) / SCALE).flatten(2).mT
+        maps: Tensor = self.net.extract_features((pixel_values - MEAN) / SCALE)
+        return maps.flatten(2).mT
 
     def forward(self, pixel_values: Tensor, **more: Any) -> BaseModelOutput:
         tokens = (self.features(pixel_values) - self.mean) / self.std
@@ -112,11 +115,14 @@ def build(llm: Llm, pieces: Pieces, scenes: Scenes, seed: int) -> LlavaForCondit
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config).float()
+    # transformers' annotation of `float` does not name the class.
+    untyped: Any = LlavaForConditionalGeneration(config).float()
+    model: LlavaForConditionalGeneration = untyped
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.tie_weights()
     tower: Any = model.model.vision_tower
     tower.net.load_state_dict(pieces.encoder())
     tower.fit(scenes)
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    return model

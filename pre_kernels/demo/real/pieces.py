@@ -15,7 +15,11 @@ class Llm:
     image_token: int
 
 
-LLMS = {"smollm2": Llm("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_start|>user\n", 16)}
+LLMS = {
+    "smollm2": Llm(
+        "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_start|>user\n", 16
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class Pieces:
     def encoder(self) -> dict[str, Any]:
         import torch
 
-        return torch.load(self.folder / "efficientnet-lite0.pth", weights_only=True)
+        weights: dict[str, Any] = torch.load(
+            self.folder / "efficientnet-lite0.pth", weights_only=True
+        )
+        return weights
 
     @property
     def photographs(self) -> Path:

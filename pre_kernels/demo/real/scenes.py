@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Scene:
     things: tuple[Photograph, ...]
 
 
-class Scenes(Sequence[Scene]):
+class Scenes:
     """`count` scenes of things from `photographs`, made when they are asked for. The same seed
     gives the same scenes, and the categories are equally frequent.
 
@@ -57,9 +57,10 @@ class Scenes(Sequence[Scene]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> Scene:  # type: ignore[override]
-        if not 0 <= number < self.count:
-            raise IndexError(number)
+    def __iter__(self) -> Iterator[Scene]:
+        return (self[number] for number in range(self.count))
+
+    def __getitem__(self, number: int) -> Scene:
         return compose(self.kinds, random.Random(f"{self.seed} {number}"), self.alike)
 
 
@@ -77,13 +78,11 @@ def compose(
         own = kinds[kind if alike else chance.randrange(len(kinds))]
         thing = chance.choice(own)
         shown = _resized(thing.picture, chance.uniform(0.75, 1.0))
-        corner = tuple(
-            half * LARGEST + chance.randint(0, LARGEST - size)
-            for half, size in zip((place % 2, place // 2), shown.size, strict=True)
-        )
-        image.paste(shown, corner, shown)
+        left = place % 2 * LARGEST + chance.randint(0, LARGEST - shown.width)
+        top = place // 2 * LARGEST + chance.randint(0, LARGEST - shown.height)
+        image.paste(shown, (left, top), shown)
         cover = Image.new("L", (SIDE, SIDE), 0)
-        cover.paste(shown.getchannel("A"), corner)
+        cover.paste(shown.getchannel("A"), (left, top))
         covers.append(np.asarray(cover))
         things.append(thing)
     opaque = torch.from_numpy(np.stack(covers)) > 100

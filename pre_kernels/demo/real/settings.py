@@ -1,10 +1,8 @@
-"""The sizes of the real demo, and the stages of its bars."""
+"""The sizes of the real demo."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from ..stages import Stage
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,6 @@ class Settings:
     test_scenes: int = 150  # of each half of the photographs that no training saw
     every: int = 3  # layers between two that are measured
     penalty: float = 0.01  # the probes' C
-
-
-# The seconds of a step are those of one thread of an AMD EPYC without AVX-512.
-LOAD = Stage("loading", 40.0)
-ALIGN = Stage("alignment", 2.9)
-TUNE = Stage("instruction tuning", 3.8)
-# A step is a scene.
-MEASURE = Stage("measuring", 0.45)
+    traced_every: int = 40  # steps of the second stage
+    traced_scenes: int = 120  # whose things are all of one category
+    asked_scenes: int = 60  # for the task's score along the second stage

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..stages import Advance
@@ -26,11 +33,15 @@ def train_stage(
     seed: int,
     folder: Path,
     advance: Advance,
+    watch: Callable[[Trainer], TrainerCallback] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the parameters that require a gradient, and return what the Trainer logged. Checkpoints
     are in `folder`; if there are any, resume from the last.
 
     This function does not know PRe: `apply_pre` and `patch_trainer` add its loss.
+
+    Args:
+        watch: makes one more callback for the Trainer.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -62,6 +73,9 @@ def train_stage(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if watch is not None:
+        trainer.add_callback(watch(trainer))
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    history: list[dict[str, Any]] = trainer.state.log_history
+    return history
