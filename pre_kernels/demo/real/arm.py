@@ -78,8 +78,9 @@ class Seed:
             self.training, *self.halves = photographs.split(_photographs(pieces), seed)
             self.tokenizer = _tokenizer(settings.llm, pieces)
             calibration = Scenes(self.training, CALIBRATION, 10_000 + seed)
-            self.model: Any = build(LLMS[settings.llm], pieces, calibration, seed)
-            self.model.to(device=device)
+            # transformers' annotation of `to` does not accept a device, hence Any.
+            built: Any = build(LLMS[settings.llm], pieces, calibration, seed)
+            self.model = built.to(device)
             advance(math.nan)
 
     def before(self) -> Metrics:
