@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,15 @@ from .text import IGNORED, Batches, questions
 # What a look at an image without a text needs.
 INPUTS = ("input_ids", "attention_mask", "pixel_values")
 # The metrics of a LayerReport that are kept, each a list over layers.
-KEPT = ("cohesion", "coupling", "contrast", "cosine", "effective_dimension", "correlation")
+KEPT = (
+    "cohesion",
+    "coupling",
+    "contrast",
+    "cosine",
+    "effective_dimension",
+    "correlation",
+    "lens_share",
+)
 
 
 @dataclass
@@ -68,7 +76,8 @@ def evaluate(
         for half, photographs in enumerate(halves):
             scenes = Scenes(photographs, settings.test_scenes, 1000 * (seed + 1) + half)
             batches = Batches(tokenizer, llm, questions, scenes)
-            seen.append(_read(reader, batches, report, answers, model.device, advance))
+            decoded = range(settings.lens_scenes)
+            seen.append(_read(reader, batches, report, answers, decoded, model.device, advance))
     rows = report.rows()
 
     def probe(layer: int) -> float:
@@ -89,6 +98,7 @@ def evaluate(
         "accuracy": sum(answers) / len(answers),
         "probe": [probe(layer) for layer in layers],
         **{name: [row[name] for row in rows] for name in KEPT},
+        "words": [[tokenizer.decode(token) for token in row["lens_tokens"]] for row in rows],
     }
 
 
@@ -97,12 +107,15 @@ def _read(
     batches: Batches,
     report: LayerReport,
     answers: list[bool],
+    decoded: Collection[int],
     device: torch.device,
     advance: Advance,
     batch: int = 10,
 ) -> Seen:
-    """Add scenes to `report` and `answers`, and return their things."""
+    """Add scenes to `report` and `answers`, and return their things. Patches of the scenes in
+    `decoded` are decoded to words."""
     seen = Seen({layer: [] for layer in reader.layers}, [])
+    logits = reader.logits()
     for index in torch.arange(len(batches.scenes)).split(batch):
         inputs = on(device, batches(index.tolist()))
         images, output = reader.read_with_output(inputs)
@@ -113,7 +126,12 @@ def _read(
             shown = [n for n, mask in enumerate(scene.masks) if mask.any()]
             masks = scene.masks[shown]
             hidden = {layer: image.hidden[layer].float().cpu() for layer in reader.layers}
-            report.update(hidden, image.anchor.float().cpu(), masks=masks)
+            report.update(
+                hidden,
+                image.anchor.float().cpu(),
+                masks=masks,
+                logits=logits if number in decoded else None,
+            )
             for layer, h in hidden.items():
                 seen.means[layer] += [h[mask].mean(0) for mask in masks]
             seen.categories += [scene.things[n].category for n in shown]

@@ -19,6 +19,7 @@ class Settings:
     warmup: int = 20
     bf16: bool = False  # autocast to bfloat16 in training
     test_scenes: int = 150  # of each half of the photographs that no training saw
+    lens_scenes: int = 10  # of each half, whose patches are decoded to words
     every: int = 3  # layers between two that are measured
     penalty: float = 0.01  # the probes' C
     traced_every: int = 40  # steps of the second stage
