@@ -14,30 +14,38 @@ import torch
 from pre_kernels import screen
 from pre_kernels.check import command as checking
 from pre_kernels.diagnostics.run import command
+from pre_kernels.fused.products import fastest_dtype
 from pre_kernels.loss import unavailable
 
 from .facts import facts, installed
 
 EXTRA = "pip install 'pre-kernels[demo]'"
+REAL_EXTRA = "pip install 'pre-kernels[real]'"
 MODELS = ("transformers", "accelerate", "safetensors", "numpy")
 # These are the modules that each command imports.
+DEMO = (
+    "einops",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "jinja2",
+    "PIL",
+    "scipy",
+    "threadpoolctl",
+    *MODELS,
+)
 NEEDED = {
-    "the demo": (
-        "einops",
-        "sklearn",
-        "matplotlib",
-        "rich",
-        "jinja2",
-        "PIL",
-        "scipy",
-        "threadpoolctl",
-        *MODELS,
-    ),
+    "the demo": DEMO,
+    "demo --real": (*DEMO, "gguf", "efficientnet_lite_pytorch", "psutil"),
     "diagnose": ("einops", "matplotlib", "rich", "jinja2", "PIL", *MODELS),
     "trace": ("matplotlib",),
 }
 # These modules come from packages of another name.
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,6 +63,13 @@ def run(options: argparse.Namespace) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     """Check the arguments and the packages, then run the demo."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
+    if options.real:
+        return real_demo(options)
+    for name in ("fetch", "parts"):
+        if getattr(options, name):
+            return fail(f"--{name} needs --real")
     from pre_kernels.demo.settings import QUICK, Settings
 
     settings = QUICK if options.quick else Settings()
@@ -67,8 +82,6 @@ def demo(options: argparse.Namespace) -> int:
             f"--layer: got {settings.pre_layer}, want 1..{settings.layers}, the layers of the "
             "demo's LLM"
         )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
     out = options.out or Path("demo-quick-out" if options.quick else "demo-out")
     if problem := missing("the demo", EXTRA) or unwritable(out):
         return fail(problem)
@@ -82,6 +95,43 @@ def demo(options: argparse.Namespace) -> int:
     jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
     try:
         run(settings, device, out, jobs=min(jobs, settings.seeds))
+    except Unsaved as error:
+        screen.say(f"error: {error}")
+        return 1
+    return 0
+
+
+def real_demo(options: argparse.Namespace) -> int:
+    """Check the arguments, the packages and the parts, then run the demo on real parts."""
+    out = options.out or Path("demo-real-quick-out" if options.quick else "demo-real-out")
+    if problem := missing("demo --real", REAL_EXTRA) or unwritable(out):
+        return fail(problem)
+
+    from pre_kernels.demo import Unsaved
+    from pre_kernels.demo.settings import HEADS
+
+    with screen.starting():
+        from pre_kernels.demo.real import pieces
+        from pre_kernels.demo.real.arm import Arm
+        from pre_kernels.demo.real.run import run
+        from pre_kernels.demo.real.settings import QUICK, Settings
+
+    asked = {name: getattr(options, name) for name in ("layer", "weight")}
+    arm = Arm(
+        {name: value for name, value in asked.items() if value is not None}
+        | HEADS[options.head or "pre"]
+    )
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
+    bf16 = fastest_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16
+    settings = replace(QUICK if options.quick else Settings(), bf16=bf16)
+    parts = pieces.Pieces(options.parts or pieces.default_folder())
+    try:
+        if options.fetch:
+            parts.fetch(pieces.LLMS[settings.llm], print)
+        run(settings, arm, options.seeds or 1, parts, device, out, jobs=jobs)
+    except ValueError as error:
+        return fail(str(error))
     except Unsaved as error:
         screen.say(f"error: {error}")
         return 1

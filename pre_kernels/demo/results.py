@@ -229,7 +229,7 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Return all numbers and what follows from them, as Markdown without HTML."""
-    lines = _table(HEADER, cells(results))
+    lines = markdown_table(HEADER, cells(results))
     lines += ["", caption(results), "", *(f"- {sentence}" for sentence in conclusion(results)), ""]
     return "\n".join(lines)
 
@@ -238,7 +238,7 @@ def story(results: dict[str, Any]) -> str:
     """Return the verdict, what PRe is, the short table and the picture as Markdown, with all
     numbers folded."""
     smoke = words.smoke_test(results["settings"])
-    short = _table(SHORT_HEADER[: 3 if smoke else 4], short_rows(results))
+    short = markdown_table(SHORT_HEADER[: 3 if smoke else 4], short_rows(results))
     lines = [
         f"# {SMOKE_TITLE if smoke else TITLE}",
         "",
@@ -272,7 +272,7 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else plural(round(seconds / 60), "minute")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 

