@@ -94,7 +94,7 @@ class Seed:
         weights = self.folder / "aligned.safetensors"
 
         def run() -> Metrics:
-            logs = self._stage(model, 1, ALIGN, caption, "without PRe")
+            logs = self._stage(model, 1, ALIGN, caption, "aligned")
             save_file(projector.state_dict(), weights)
             return self._measure(model, "aligned") | logs
 
@@ -146,6 +146,9 @@ class Seed:
         scenes = Scenes(self.training, steps * settings.batch, 100 * self.seed + number)
         batches = Batches(self.tokenizer, LLMS[settings.llm], text, scenes)
         folder = self.folder / name / f"stage-{number}"
+        if arm is not None and arm.trained == "lora":
+            # The Trainer cannot resume a model to which LoRA was added.
+            shutil.rmtree(folder, ignore_errors=True)
         patch = patch_trainer if find_handle(model) else contextlib.nullcontext
         with self.bar(stage, f"seed {self.seed}: {name}", steps) as advance, patch():
             history = train_stage(

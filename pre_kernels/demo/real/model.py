@@ -57,6 +57,7 @@ class LiteTower(PreTrainedModel):
         # transformers does not annotate it.
         finish: Any = self.post_init
         finish()
+        self.train(False)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the weights that the network gave itself."""

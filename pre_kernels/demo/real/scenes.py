@@ -43,7 +43,7 @@ class Scenes:
     gives the same scenes, and the categories are equally frequent.
 
     Args:
-        alike: whether all things of a scene are of one category.
+        alike: whether all things of a scene are of one category. The categories take turns.
     """
 
     def __init__(
@@ -61,21 +61,22 @@ class Scenes:
         return (self[number] for number in range(self.count))
 
     def __getitem__(self, number: int) -> Scene:
-        return compose(self.kinds, random.Random(f"{self.seed} {number}"), self.alike)
+        chance = random.Random(f"{self.seed} {number}")
+        return compose(self.kinds, chance, number % len(self.kinds) if self.alike else None)
 
 
 def compose(
-    kinds: Sequence[Sequence[Photograph]], chance: random.Random, alike: bool = False
+    kinds: Sequence[Sequence[Photograph]], chance: random.Random, category: int | None = None
 ) -> Scene:
-    """Return a scene of things drawn from `kinds`, the photographs of each category."""
+    """Return a scene of things drawn from `kinds`, the photographs of each category, or of this
+    category alone."""
     ground = np.array([chance.uniform(90, 255) for _ in range(3)])
     noise = np.random.default_rng(chance.randrange(1 << 30)).normal(0, NOISE, (SIDE, SIDE, 1))
     image = Image.fromarray((ground + noise).clip(0, 255).astype(np.uint8))
     covers = []
     things = []
-    kind = chance.randrange(len(kinds))
     for place in range(len(PLACES)):
-        own = kinds[kind if alike else chance.randrange(len(kinds))]
+        own = kinds[chance.randrange(len(kinds)) if category is None else category]
         thing = chance.choice(own)
         shown = _resized(thing.picture, chance.uniform(0.75, 1.0))
         left = place % 2 * LARGEST + chance.randint(0, LARGEST - shown.width)

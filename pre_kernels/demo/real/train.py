@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -13,7 +14,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..stages import Advance
 from ..train import StepCallback
@@ -22,6 +22,8 @@ from .text import Batches
 
 # A training that was stopped loses at most so many steps.
 SAVED_EVERY = 60
+# The last file of a checkpoint.
+TRAINED = "trained.safetensors"
 
 
 def train_stage(
@@ -71,11 +73,40 @@ def train_stage(
         data_collator=batches,
         callbacks=[StepCallback(advance)],
     )
+    trainer.add_callback(Weights(folder))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if watch is not None:
         trainer.add_callback(watch(trainer))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(folder)
+    if last is not None:
+        # load_state_dict leaves out what has no name here, and the head, which PRe loads.
+        model.load_state_dict(load_file(last / TRAINED), strict=False)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history: list[dict[str, Any]] = trainer.state.log_history
     return history
+
+
+class Weights(TrainerCallback):
+    """Save the trained weights in each checkpoint under their own names.
+
+    `save_pretrained` renames those of a LLaVA, and the Trainer, as of transformers 5.24, leaves out
+    what has another name when it resumes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        trained = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        save_file(trained, self.folder / f"checkpoint-{state.global_step}" / TRAINED)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint that is whole."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINED}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

