@@ -32,7 +32,7 @@ help:  ## print this list
 install: $(INSTALLED)  ## make the environment in .venv; without an NVIDIA GPU with the CPU build of torch
 
 $(INSTALLED): EXTRA := dev
-$(VENV)/.installed-demo: EXTRA := demo
+$(VENV)/.installed-demo: EXTRA := real
 $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python: got %d.%d, want 3.10 or newer; make install PYTHON=…" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,7 +43,7 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRA)]' || $(BIN)/pip install -e '.[$(EXTRA)]'
 	touch $@
 
-demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute or two)
+demo: $(DEMO)  ## train a tiny LLaVA without and with PRe; writes a table, a plot and a report (ARGS="--quick" takes a minute or two, ARGS="--real --fetch" has real parts)
 	$(BIN)/pre-kernels demo $(ARGS)
 
 test: $(INSTALLED) .deps/kernels  ## run the tests but the slow ones; kernels are interpreted, and compiled ahead of time (ARGS="-k row_loss")

@@ -2,6 +2,7 @@
 
     python -m bench.evidence                    5 seeds, a process for each core; trainings whose
                                                 results are there are not run again
+    python -m bench.evidence --real             the same on real parts, see bench/evidence_real.py
     python -m bench.report --pages evidence     no training: the table of the committed results in
                                                 docs/evidence.md
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -199,8 +201,14 @@ def claim(text: str, changes: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--real" in argv:
+        from . import evidence_real
+
+        return evidence_real.main([option for option in argv if option != "--real"])
     parser = where.parser(__doc__)
     add = parser.add_argument
+    add("--real", action="store_true", help="real parts; `--real --help` lists its options")
     add("--seeds", type=int, default=5, help="use seeds 0 .. N-1 (default: %(default)s)")
     add(
         "--jobs",

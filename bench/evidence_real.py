@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from pre_kernels.check.device import Cpu
 from pre_kernels.demo.progress import bars
 from pre_kernels.demo.real.arm import Arm
 from pre_kernels.demo.real.pieces import LLMS, Pieces, Unavailable, default_folder
+from pre_kernels.demo.real.results import ARMS as TITLES
+from pre_kernels.demo.real.results import Measure, Metrics, at, deep, right
 from pre_kernels.demo.real.run import START, measure
 from pre_kernels.demo.real.settings import Settings
 from pre_kernels.demo.threads import quiet
+from pre_kernels.diagnostics.report.statistics import FEWEST_SEEDS, spread
 
 from . import record, where
+from .evidence import claim
+from .tables import below, markdown
 
 WITHOUT = "without PRe"
 PAPER = "PRe"
@@ -55,6 +61,81 @@ ARMS = {
 }
 SEARCH = (0, 1)
 CONFIRM = (10, 11, 12, 13, 14)
+
+
+NAMES = {name: TITLES[name][0] for name in START}
+# The metrics of the table.
+METRICS: dict[str, Measure] = {
+    "probe": partial(deep, key="probe"),
+    "contrast ratio": partial(deep, key="contrast"),
+    "right answers": right,
+    "probe, layer L": partial(at, key="probe", layer=LAYERS),
+    "cosine with layer 0": partial(deep, key="cosine"),
+    "effective dimension": partial(deep, key="effective_dimension"),
+    "patches in five words, layer L": partial(at, key="lens_share", layer=LAYERS),
+}
+GROUPS = {"Search": SEARCH, "Confirmation": CONFIRM}
+Records = Sequence[Metrics]
+Found = Mapping[tuple[str, int], Metrics]
+
+
+def base(name: str) -> str:
+    """Return the name of the training without PRe that an arm is compared with."""
+    (same,) = [
+        other
+        for other, arm in ARMS.items()
+        if arm == dataclasses.replace(ARMS[name], options=None, both=False)
+    ]
+    return same
+
+
+def table(records: Records) -> str:
+    """Return the page's text: for each group of seeds and each arm, mean ± standard deviation over
+    the seeds, and the difference to the same training without PRe within each seed."""
+    found = {(entry["arm"], entry["seed"]): entry for entry in records}
+    parts = []
+    for group, members in GROUPS.items():
+        rows: list[Sequence[str]] = [("", "seeds", *METRICS)]
+        for arm in (*START, *ARMS):
+            seeds = [seed for seed in members if (arm, seed) in found]
+            if seeds:
+                cells = [_cell(found, arm, seeds, of) for of in METRICS.values()]
+                rows.append((NAMES.get(arm, arm), ", ".join(map(str, seeds)), *cells))
+        if len(rows) > 1:
+            parts += [f"{group}:", "", markdown(rows), ""]
+    about = (
+        f"Probe, contrast ratio, cosine and dimension are means over the measured layers from "
+        f"{LAYERS // 2} to {LAYERS}. Mean ± standard deviation over the seeds of the row; brackets "
+        "hold the difference to the same training without PRe, taken within each seed, and the "
+        "number of seeds in which it is positive."
+    )
+    return "\n".join([*parts, about, "", *_claims(found), below(records)])
+
+
+def _cell(found: Found, arm: str, seeds: Sequence[int], of: Measure) -> str:
+    text = spread([of(found[arm, seed]) for seed in seeds])
+    if arm in START or base(arm) == arm:
+        return text
+    changes = [
+        of(found[arm, seed]) - of(found[base(arm), seed])
+        for seed in seeds
+        if (base(arm), seed) in found
+    ]
+    above = sum(change > 0 for change in changes)
+    return f"{text} ({spread(changes, '+')}; {above}/{len(changes)})" if changes else text
+
+
+def _claims(found: Found) -> list[str]:
+    """Return a sentence for each arm and measure of the confirmation, with its interval."""
+    said = []
+    for arm in ARMS:
+        seeds = [seed for seed in CONFIRM if (arm, seed) in found and (base(arm), seed) in found]
+        if base(arm) == arm or len(seeds) < FEWEST_SEEDS:
+            continue
+        for name, of in list(METRICS.items())[:3]:
+            changes = [of(found[arm, seed]) - of(found[base(arm), seed]) for seed in seeds]
+            said.append(f"- {claim(f'{arm} raises the {name}', changes)}")
+    return [*said, ""] if said else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,6 +68,13 @@ def evidence(records: Records) -> str:
     return table(kept) if kept else "No results yet."
 
 
+def evidence_real(records: Records) -> str:
+    from .evidence_real import table
+
+    kept = [entry for entry in records if entry["kind"] == "real"]
+    return table(kept) if kept else "No results yet."
+
+
 def demo(_: Records) -> str:
     from pre_kernels.demo import results
 
@@ -123,6 +130,7 @@ TABLES = {
     "mutation": Table("docs/generated/mutation.md", mutation_table.page),
     "demo": Table("docs/evidence.md", demo),
     "evidence": Table("docs/evidence.md", evidence),
+    "evidence-real": Table("docs/evidence.md", evidence_real),
     "models": Table("docs/models.md", models),
     "scale-ranks": Table("docs/scale.md", computed(scale_tables.ranks_table)),
     "scale-work": Table("docs/scale.md", computed(scale_tables.work)),

