@@ -32,10 +32,10 @@ from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.demo.stages import Bar
 from pre_kernels.demo.threads import quiet
 from pre_kernels.demo.workers import each_seed
-from pre_kernels.diagnostics.report.statistics import interval, spread
+from pre_kernels.diagnostics.report.statistics import spread
 
 from . import record, where
-from .tables import below, markdown
+from .tables import below, claim, markdown
 
 DEPTH = Settings().layers
 BASE = "cosine, L/2"
@@ -184,20 +184,6 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         *(f"- {s}" for s in sentences),
     ]
     return "\n".join([markdown(rows), "", about, "", *findings, "", below(shown)])
-
-
-def claim(text: str, changes: Sequence[float]) -> str:
-    """A sentence: is the difference, which the finding says is positive, positive in these seeds
-    beyond the noise between them?"""
-    low, high = interval(changes)
-    verdict = (
-        "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"
-    )
-    above = sum(change > 0 for change in changes)
-    return (
-        f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; "
-        f"95 % interval {low:+.3f} to {high:+.3f})."
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,8 +30,7 @@ from pre_kernels.demo.threads import quiet
 from pre_kernels.diagnostics.report.statistics import FEWEST_SEEDS, spread
 
 from . import record, where
-from .evidence import claim
-from .tables import below, markdown
+from .tables import below, claim, markdown
 
 WITHOUT = "without PRe"
 PAPER = "PRe"

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pre_kernels.diagnostics.report.statistics import interval, spread
+
 from . import record
 
 HEAD = (
@@ -177,3 +179,17 @@ def provenance(records: Iterable[Mapping[str, Any]]) -> list[str]:
         parts = [entry["device"], *extras, f"torch {entry['torch']}", f"triton {entry['triton']}"]
         lines[", ".join([*parts, entry["date"][:10], f"commit {entry['commit']}"])] = None
     return list(lines)
+
+
+def claim(text: str, changes: Sequence[float]) -> str:
+    """A sentence: is the difference, which the finding says is positive, positive in these seeds
+    beyond the noise between them?"""
+    low, high = interval(changes)
+    verdict = (
+        "reproduced" if low > 0 else "the opposite" if high < 0 else "not shown, within the noise"
+    )
+    above = sum(change > 0 for change in changes)
+    return (
+        f"{text}: {verdict} ({spread(changes, '+')}, positive in {above} of {len(changes)} seeds; "
+        f"95 % interval {low:+.3f} to {high:+.3f})."
+    )

@@ -60,8 +60,8 @@ def measure(
     """Measure each wanted (arm, seed), `jobs` at a time.
 
     Args:
-        arms: by name. `BEFORE` and `ALIGNED` are no arms: they are what the arms of a seed start
-            from, and are measured together if either is wanted.
+        arms: by name. `BEFORE` and `ALIGNED` are not among them: they are what the arms of a seed
+            start from, and are measured together if either is wanted.
         work: a folder for what is finished and for checkpoints. What is there is not run again.
         keep: called in this process as soon as an arm is measured.
         traced: as in `Seed.run`.
@@ -183,7 +183,8 @@ def run(
     paths, problems = save(results, out, picture(Scenes(unseen, 1, seed=0)[0]))
     show(results, paths, out, console)
     if problems:
-        raise Unsaved("; ".join(problems))
+        problem = "; ".join(problems)
+        raise Unsaved(problem)
     shutil.rmtree(out / "work", ignore_errors=True)
     return results
 

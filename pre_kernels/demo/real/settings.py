@@ -18,12 +18,12 @@ class Settings:
     head_rate: float = 1e-3
     warmup: int = 20
     bf16: bool = False  # autocast to bfloat16 in training
-    test_scenes: int = 150  # of each half of the photographs that no training saw
-    lens_scenes: int = 10  # of each half, whose patches are decoded to words
+    test_scenes: int = 150  # for each half of the photographs that no training saw
+    lens_scenes: int = 10  # In each half the patches of so many are decoded to words.
     every: int = 3  # layers between two that are measured
     penalty: float = 0.01  # the probes' C
     traced_every: int = 40  # steps of the second stage
-    traced_scenes: int = 120  # whose things are all of one category
+    traced_scenes: int = 120  # Their things are all of one category.
     asked_scenes: int = 60  # for the task's score along the second stage
 
 
