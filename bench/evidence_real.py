@@ -58,11 +58,20 @@ ARMS = {
     "steps × 2, without PRe": Arm(None, longer=2),
     "steps × 2, centred": Arm(CENTRED, longer=2),
 }
+# The LLM of the search.
+MAIN = "smollm2"
 SEARCH = (0, 1)
 CONFIRM = (10, 11, 12, 13, 14)
 
 
 NAMES = {name: TITLES[name][0] for name in START}
+OVER_DEPTH_HEADER = (
+    "LLM", "training", "probe", "contrast ratio", "patches in five words", "the five words"
+)  # fmt: skip
+OVER_DEPTH = (
+    "Layers 0 → L/2 → L of each LLM, for its first seed: what its patches hold, and the words to "
+    "which the logit lens decodes them in the last layer."
+)
 # The metrics of the table.
 METRICS: dict[str, Measure] = {
     "probe": partial(deep, key="probe"),
@@ -91,7 +100,11 @@ def base(name: str) -> str:
 def table(records: Records) -> str:
     """Return the page's text: for each group of seeds and each arm, mean ± standard deviation over
     the seeds, and the difference to the same training without PRe within each seed."""
-    found = {(entry["arm"], entry["seed"]): entry for entry in records}
+    found = {
+        (entry["arm"], entry["seed"]): entry
+        for entry in records
+        if entry["settings"]["llm"] == MAIN
+    }
     parts = []
     for group, members in GROUPS.items():
         rows: list[Sequence[str]] = [("", "seeds", *METRICS)]
@@ -108,7 +121,28 @@ def table(records: Records) -> str:
         "hold the difference to the same training without PRe, taken within each seed, and the "
         "number of seeds in which it is positive."
     )
-    return "\n".join([*parts, about, "", *_claims(found), below(records)])
+    wide = [markdown(_over_depth(records)), "", OVER_DEPTH, ""]
+    return "\n".join([*parts, about, "", *_claims(found), *wide, below(records)])
+
+
+def _over_depth(records: Records) -> list[Sequence[str]]:
+    """Return the rows of a table of each LLM before, between and after the stages, for its first
+    seed."""
+    rows: list[Sequence[str]] = [OVER_DEPTH_HEADER]
+    for llm, piece in LLMS.items():
+        own = [entry for entry in records if entry["settings"]["llm"] == llm]
+        first = [entry for entry in own if entry["seed"] == own[0]["seed"]]
+        layers = (0, piece.layers // 2, piece.layers)
+        for arm in (*START, WITHOUT, PAPER):
+            for entry in first:
+                if entry["arm"] == arm:
+                    courses = [
+                        " → ".join(f"{at(entry, key, n):.{digits}f}" for n in layers)
+                        for key, digits in (("probe", 3), ("contrast", 2), ("lens_share", 2))
+                    ]
+                    said = ", ".join(f"`{word!r}`" for word in entry["words"][-1])
+                    rows.append((piece.name, NAMES.get(arm, arm), *courses, said))
+    return rows
 
 
 def _cell(found: Found, arm: str, seeds: Sequence[int], of: Measure) -> str:
@@ -148,26 +182,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=default_folder(),
         help="folder of the real parts (default: %(default)s)",
     )
+    add("--llm", choices=LLMS, default=MAIN, help="the text LLM (default: %(default)s)")
     add("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="(default: all)")
     add("--work", type=Path, default=where.UNTRACKED / "real", help="folder of unfinished arms")
     where.add_options(add)
     options = parser.parse_args(argv)
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"--arms: got {', '.join(unknown)}, want some of: {'; '.join(ARMS)}")
-    settings = Settings()
+    settings = Settings(llm=options.llm)
+    deepest = LLMS[options.llm].layers
+    if too_deep := [
+        arm for arm in options.arms if (ARMS[arm].options or {}).get("layer", 0) > deepest
+    ]:
+        parser.error(
+            f"--arms: {', '.join(too_deep)} needs {LAYERS} layers, {options.llm} has {deepest}"
+        )
     pieces = Pieces(options.parts)
     try:
         pieces.check(LLMS[settings.llm])
     except Unavailable as error:
         parser.error(str(error))
     path = where.file(options, "evidence_real.jsonl", parser.error)
-    done = {(entry["arm"], entry["seed"]) for entry in record.load([path])}
+    done = {
+        (entry["arm"], entry["seed"])
+        for entry in record.load([path])
+        if entry["settings"] == dataclasses.asdict(settings)
+    }
     every = [(arm, seed) for arm in (*START, *options.arms) for seed in options.seeds]
     wanted = [job for job in every if job not in done]
 
     def keep(arm: str, seed: int, metrics: dict[str, Any], seconds: float) -> None:
         options = dataclasses.asdict(ARMS[arm]) if arm in ARMS else None
-        line = {"kind": "real", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed}
+        line: dict[str, Any] = {"kind": "real", "item": f"{settings.llm}, {arm}, seed {seed}"}
+        line |= {"arm": arm, "seed": seed}
         line |= {"options": options, **metrics, "settings": dataclasses.asdict(settings)}
         record.append(path, line | {"seconds": seconds} | record.stamp(Cpu()))
 

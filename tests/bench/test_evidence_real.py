@@ -25,6 +25,8 @@ def records(seeds, arms, probe=0.0, contrast=0.0):
                 "cosine": [1.0, 0.2, 0.1],
                 "effective_dimension": [20.0, 10.0, 10.0],
                 "lens_share": [0.1, 0.2, 0.3],
+                "words": [["a"], ["b"], [" one", "\n"]],
+                "settings": {"llm": "smollm2"},
             }
             line = {"kind": "real", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed}
             lines.append(line | metrics | record.stamp(Cpu()))
@@ -54,6 +56,14 @@ def test_rows_are_means_and_differences():
     assert "(" not in line(text, f"| {WITHOUT} ")
     assert "(" not in line(text, "| before visual training ")
     assert "Confirmation" not in text
+
+
+def test_the_course_over_depth_and_the_words():
+    text = table(records(SEARCH, ("before", WITHOUT, PAPER), probe=0.02))
+    row = line(text, "| SmolLM2-135M-Instruct | before visual training |")
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:6] == ["0.800 → 0.600 → 0.500", "2.00 → 1.20 → 1.20", "0.10 → 0.20 → 0.30"]
+    assert cells[6] == "`' one'`, `'\\n'`"
 
 
 def test_a_seed_without_its_base_has_no_difference():
@@ -97,3 +107,7 @@ def test_the_search_records_what_it_measures(tmp_path, monkeypatch):
     assert last["seconds"] == 1.5
     assert evidence_real.main(command) == 0
     assert asked[1] == []
+    assert evidence_real.main([*command, "--llm", "gemma3"]) == 0
+    assert len(asked[2]) == 3
+    with pytest.raises(SystemExit):
+        evidence_real.main(["--llm", "gemma3", "--arms", "layer L", "--results", str(tmp_path)])
