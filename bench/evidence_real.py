@@ -183,10 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of the real parts (default: %(default)s)",
     )
     add("--llm", choices=LLMS, default=MAIN, help="the text LLM (default: %(default)s)")
-    add("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="(default: all)")
+    add("--arms", nargs="+", metavar="ARM", help="(default: all; of another LLM the first two)")
     add("--work", type=Path, default=where.UNTRACKED / "real", help="folder of unfinished arms")
     where.add_options(add)
     options = parser.parse_args(argv)
+    options.arms = options.arms or (list(ARMS) if options.llm == MAIN else [WITHOUT, PAPER])
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"--arms: got {', '.join(unknown)}, want some of: {'; '.join(ARMS)}")
     settings = Settings(llm=options.llm)

@@ -62,10 +62,20 @@ def measure(
     Args:
         arms: by name. `BEFORE` and `ALIGNED` are not among them: they are what the arms of a seed
             start from, and are measured together if either is wanted.
-        work: a folder for what is finished and for checkpoints. What is there is not run again.
+        work: a folder for what is finished and for checkpoints. What these settings, this code and
+            these versions have left there is not run again.
         keep: called in this process as soon as an arm is measured.
         traced: as in `Seed.run`.
     """
+    work /= fingerprint(
+        {
+            "settings": dataclasses.asdict(settings),
+            "device": device,
+            "traced": traced,
+            "measured": sources.digest("real"),
+            "versions": versions(),
+        }
+    )
     starts = sorted({seed for arm, seed in wanted if arm in START})
     trained = [(arm, seed) for arm, seed in wanted if arm not in START]
     for part in ([(ALIGNED, seed) for seed in starts], trained):
@@ -80,7 +90,11 @@ def measure(
                 if (arm, seed) in wanted:
                     keep(arm, seed, metrics, seconds)
 
-        each_seed(_job, len(part), fixed, bar, at_once, done)
+        try:
+            each_seed(_job, len(part), fixed, bar, at_once, done)
+        finally:
+            # With one job the last model is in this process.
+            _SEEDS.clear()
 
 
 def _job(
@@ -141,7 +155,7 @@ def run(
     console.print(f"{llm.name}, {len(found)} photographs from {pieces.folder}", highlight=False)
 
     arms = {WITHOUT: Arm(None), WITH: arm}
-    experiment = {
+    experiment: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "arms": {name: dataclasses.asdict(own) for name, own in arms.items()},
         "device": device,
@@ -149,9 +163,8 @@ def run(
         "versions": versions(),
         "photographs": len(found),
     }
-    text = json.dumps(experiment, sort_keys=True)
-    # What another experiment has left is not taken for a part of this one.
-    work = out / "work" / hashlib.sha256(text.encode()).hexdigest()[:12]
+    # Arms of the same name with other options have another folder.
+    work = out / "work" / fingerprint(experiment["arms"])
     wanted = [(name, seed) for seed in range(seeds) for name in (*START, *arms)]
     total = seeds * seconds_of_a_seed(settings)
     console.print(f"{plural(seeds, 'seed')}, {jobs} arms at a time: {Estimate(total, jobs)}")
@@ -187,6 +200,12 @@ def run(
         raise Unsaved(problem)
     shutil.rmtree(out / "work", ignore_errors=True)
     return results
+
+
+def fingerprint(what: Mapping[str, Any]) -> str:
+    """Return 12 hex digits of what JSON can hold."""
+    text = json.dumps(what, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def seconds_of_a_seed(settings: Settings) -> float:
