@@ -446,3 +446,18 @@ def test_wrong_commands(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_parts(tmp_path):
+    """Minutes long. The parts are there if `pre-kernels demo --real --fetch` has run here."""
+    parts = Pieces(pieces.default_folder())
+    try:
+        parts.check(LLMS["smollm2"])
+    except Unavailable as error:
+        pytest.skip(str(error))
+    measured = run.run(QUICK, Arm(), 1, parts, "cpu", tmp_path, screen(), jobs=1)
+    (seed,) = measured["seeds"]
+    # ImageNet's features tell the kinds of things apart, and the LLM's last layer does worse.
+    assert seed["before"]["probe"][0] > 0.4 > 2 / len(CATEGORIES) > 0.3
+    assert seed["without"]["task_loss"][0] == seed["with"]["task_loss"][0]
