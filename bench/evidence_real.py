@@ -66,18 +66,25 @@ CONFIRM = (10, 11, 12, 13, 14)
 
 NAMES = {name: TITLES[name][0] for name in START}
 OVER_DEPTH_HEADER = (
-    "LLM", "training", "probe", "contrast ratio", "patches in five words", "the five words"
-)  # fmt: skip
+    "LLM",
+    "training",
+    "identity",
+    "kind",
+    "contrast ratio",
+    "patches in five words",
+    "the five words",
+)
 OVER_DEPTH = (
     "Layers 0 → L/2 → L of each LLM, for its first seed: what its patches hold, and the words to "
     "which the logit lens decodes them in the last layer."
 )
 # The metrics of the table.
 METRICS: dict[str, Measure] = {
-    "probe": partial(deep, key="probe"),
+    "identity": partial(deep, key="identity"),
     "contrast ratio": partial(deep, key="contrast"),
     "right answers": right,
-    "probe, layer L": partial(at, key="probe", layer=LAYERS),
+    "kind": partial(deep, key="probe"),
+    "identity, layer L": partial(at, key="identity", layer=LAYERS),
     "cosine with layer 0": partial(deep, key="cosine"),
     "effective dimension": partial(deep, key="effective_dimension"),
     "patches in five words, layer L": partial(at, key="lens_share", layer=LAYERS),
@@ -116,10 +123,11 @@ def table(records: Records) -> str:
         if len(rows) > 1:
             parts += [f"{group}:", "", markdown(rows), ""]
     about = (
-        f"Probe, contrast ratio, cosine and dimension are means over the measured layers from "
-        f"{LAYERS // 2} to {LAYERS}. Mean ± standard deviation over the seeds of the row; brackets "
-        "hold the difference to the same training without PRe, taken within each seed, and the "
-        "number of seeds in which it is positive."
+        "Identity and kind are accuracies of linear probes: which photograph is this thing, and "
+        "of which kind, as stage two asks. They, contrast ratio, cosine and dimension are means "
+        f"over the measured layers from {LAYERS // 2} to {LAYERS}. Mean ± standard deviation over "
+        "the seeds of the row; brackets hold the difference to the same training without PRe, "
+        "taken within each seed, and the number of seeds in which it is positive."
     )
     wide = [markdown(_over_depth(records)), "", OVER_DEPTH, ""]
     return "\n".join([*parts, about, "", *_claims(found), *wide, below(records)])
@@ -138,7 +146,12 @@ def _over_depth(records: Records) -> list[Sequence[str]]:
                 if entry["arm"] == arm:
                     courses = [
                         " → ".join(f"{at(entry, key, n):.{digits}f}" for n in layers)
-                        for key, digits in (("probe", 3), ("contrast", 2), ("lens_share", 2))
+                        for key, digits in (
+                            ("identity", 3),
+                            ("probe", 3),
+                            ("contrast", 2),
+                            ("lens_share", 2),
+                        )
                     ]
                     said = ", ".join(f"`{word!r}`" for word in entry["words"][-1])
                     rows.append((piece.name, NAMES.get(arm, arm), *courses, said))
@@ -165,7 +178,7 @@ def _claims(found: Found) -> list[str]:
         seeds = [seed for seed in CONFIRM if (arm, seed) in found and (base(arm), seed) in found]
         if base(arm) == arm or len(seeds) < FEWEST_SEEDS:
             continue
-        for name, of in list(METRICS.items())[:3]:
+        for name, of in list(METRICS.items())[:4]:
             changes = [of(found[arm, seed]) - of(found[base(arm), seed]) for seed in seeds]
             said.append(f"- {claim(f'{arm} raises the {name}', changes)}")
     return [*said, ""] if said else []

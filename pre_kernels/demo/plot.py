@@ -8,20 +8,24 @@ from typing import Any
 from pre_kernels.diagnostics.report import plots
 from pre_kernels.diagnostics.report.columns import COLUMNS
 
-PANELS = (
-    COLUMNS["linear_probe"]._replace(
-        title="Linear probe: which digit?", axis="accuracy on unseen digits"
-    ),
-    COLUMNS["contrast"],
-)
+DIGITS = ("Linear probe: which digit?", "accuracy on unseen digits")
 
 
-def draw(document: dict[str, Any], path: Path, note: str = "") -> None:
+def draw(
+    document: dict[str, Any], path: Path, note: str = "", probe: tuple[str, str] = DIGITS
+) -> None:
     """Write the plot of a `results.document`. Thin lines are seeds, and bands are ± one standard
-    deviation over them. `note` is a line below the plot."""
+    deviation over them.
+
+    Args:
+        note: a line below the plot.
+        probe: the title and the axis of the probe's panel.
+    """
     models, marked, curves = (document[name] for name in ("models", "marked", "curves"))
-    figure, axes = plots.grid(len(PANELS) + 1)
-    for place, panel in zip(axes, PANELS, strict=False):
+    title, axis = probe
+    panels = (COLUMNS["linear_probe"]._replace(title=title, axis=axis), COLUMNS["contrast"])
+    figure, axes = plots.grid(len(panels) + 1)
+    for place, panel in zip(axes, panels, strict=False):
         plots.over_depth(place, models, panel, marked)
     plots.steps(axes[-1], curves, curves[0]["label"])
     plots.legend(figure, models)

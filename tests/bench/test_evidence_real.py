@@ -20,6 +20,7 @@ def records(seeds, arms, probe=0.0, contrast=0.0):
             metrics = {
                 "layers": [0, 15, 30],
                 "accuracy": 0.5,
+                "identity": [0.9, 0.6 + 0.01 * seed + probe * more, 0.5 + probe * more],
                 "probe": [0.8, 0.6 + 0.01 * seed + probe * more, 0.5 + probe * more],
                 "contrast": [2.0, 1.2 + contrast * more * (seed % 2), 1.2],
                 "cosine": [1.0, 0.2, 0.1],
@@ -62,8 +63,9 @@ def test_the_course_over_depth_and_the_words():
     text = table(records(SEARCH, ("before", WITHOUT, PAPER), probe=0.02))
     row = line(text, "| SmolLM2-135M-Instruct | before visual training |")
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[3:6] == ["0.800 → 0.600 → 0.500", "2.00 → 1.20 → 1.20", "0.10 → 0.20 → 0.30"]
-    assert cells[6] == "`' one'`, `'\\n'`"
+    assert cells[3:5] == ["0.900 → 0.600 → 0.500", "0.800 → 0.600 → 0.500"]
+    assert cells[5:7] == ["2.00 → 1.20 → 1.20", "0.10 → 0.20 → 0.30"]
+    assert cells[7] == "`' one'`, `'\\n'`"
 
 
 def test_a_seed_without_its_base_has_no_difference():
@@ -75,7 +77,7 @@ def test_a_seed_without_its_base_has_no_difference():
 def test_what_is_confirmed_has_an_interval():
     arms = (WITHOUT, PAPER)
     text = table([*records(SEARCH, arms), *records(CONFIRM, arms, probe=0.02, contrast=0.1)])
-    assert line(text, f"- {PAPER} raises the probe: reproduced (+0.020 ± 0.000")
+    assert line(text, f"- {PAPER} raises the identity: reproduced (+0.020 ± 0.000")
     assert line(text, f"- {PAPER} raises the contrast ratio: not shown, within the noise")
     assert text.index("Search:") < text.index("Confirmation:")
 

@@ -27,9 +27,10 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PreTrainedTokenizerFast as Fast
 
 from pre_kernels import cli
+from pre_kernels.demo import words as texts
 from pre_kernels.demo.real import arm, model, photographs, pieces, results, run
 from pre_kernels.demo.real.arm import Arm, Seed
-from pre_kernels.demo.real.evaluate import right
+from pre_kernels.demo.real.evaluate import Seen, right
 from pre_kernels.demo.real.photographs import CATEGORIES
 from pre_kernels.demo.real.pieces import ENCODER_WEIGHTS, LLMS, Pieces, Unavailable
 from pre_kernels.demo.real.scenes import PATCHES, SIDE, Scenes
@@ -206,6 +207,27 @@ def test_labels_are_the_answers_alone(found):
     assert text == f" The picture shows {', '.join(t.name for t in scenes[1].things)}."
 
 
+def test_identity_is_read_in_other_scenes():
+    """A photograph that looks the same in each scene is recognised; noise is not."""
+    chance = torch.Generator().manual_seed(0)
+    own = torch.randn(5, 16, generator=chance)
+    photographs = [number % 5 for number in range(80)]
+    scenes = [number // 4 for number in range(80)]
+    noise = torch.randn(80, 16, generator=chance)
+    means = {0: list(own[photographs] + 0.1 * noise), 1: list(noise)}
+    seen = Seen(means, [0] * 80, photographs, scenes)
+    assert seen.identity(0, 0.01) == 1.0
+    assert seen.identity(1, 0.01) < 0.5
+    # The scenes of the first half alone have photograph 4.
+    seen = Seen(
+        means,
+        [0] * 80,
+        [p if s < 10 or p < 4 else 3 for p, s in zip(photographs, scenes, strict=True)],
+        scenes,
+    )
+    assert seen.identity(0, 0.01) < 1.0
+
+
 def test_right_answers():
     logits = torch.eye(5)[torch.tensor([[1, 2, 3, 4]])]
     labels = torch.tensor([[IGNORED, 1, IGNORED, 4]])
@@ -299,10 +321,17 @@ def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "machine", lambda device, jobs: "a machine")
     measured = run.run(settings, Arm({"layer": 3}), 1, tiny, "cpu", tmp_path, console, jobs=1)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"demo.json", "demo.md", "demo.html", *results.TRACES.values(), "trace"}
+    assert names == {
+        "demo.json",
+        "demo.md",
+        "demo.html",
+        "demo.png",
+        *results.TRACES.values(),
+        "trace",
+    }
     assert json.loads((tmp_path / "demo.json").read_text()) == json.loads(json.dumps(measured))
     said = " ".join(console.file.getvalue().split())
-    assert results.SMOKE in said
+    assert texts.SMOKE in said
     for name, _ in results.ARMS.values():
         assert name in said
     page = (tmp_path / "demo.html").read_text()
@@ -326,6 +355,7 @@ def test_the_verdict_is_that_of_the_numbers():
         return {
             "layers": layers,
             "probe": probe,
+            "identity": probe,
             "contrast": contrast,
             "accuracy": accuracy,
             "lens_share": [0.5] * 3,
@@ -348,10 +378,10 @@ def test_the_verdict_is_that_of_the_numbers():
         "seeds": seeds,
     }
     said = results.verdict(found)
-    assert "from 80 % at the input to 50 % at the end after stage two" in said[0]
+    assert "80 % at the input and 50 % after the last layer after stage two" in said[0]
     assert "0.550 without, 0.605 with PRe, difference +0.055 ± 0.005" in said[1]
-    assert "1.150 without, 1.200 with PRe" in said[2]
-    assert len(said) == 4
+    assert "1.150 without, 1.200 with PRe" in said[3]
+    assert len(said) == 5
 
 
 def test_parts_that_are_missing_or_damaged(folder, tmp_path):

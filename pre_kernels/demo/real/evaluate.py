@@ -36,18 +36,36 @@ KEPT = (
 
 @dataclass
 class Seen:
-    """The things of some scenes: by layer the mean of each thing's tokens (d,), and their
-    categories."""
+    """The things of some scenes.
+
+    Attributes:
+        means: by layer the mean of each thing's tokens, (d,).
+        categories: the category of each thing.
+        photographs: the number of its photograph.
+        scenes: the number of its scene.
+    """
 
     means: dict[int, list[Tensor]]
     categories: list[int]
+    photographs: list[int]
+    scenes: list[int]
 
     def features(self, layer: int) -> Tensor:
         return torch.stack(self.means[layer])
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.tensor(self.categories)
+    def identity(self, layer: int, penalty: float) -> float:
+        """Return how often a probe of half of the scenes recognises the photograph of a thing in
+        the other half, and the other way round."""
+        features = self.features(layer)
+        labels = torch.tensor(self.photographs)
+        first = torch.tensor(self.scenes) < (max(self.scenes) + 1) // 2
+        both = [
+            linear_probe(
+                features[fit], labels[fit], features[~fit], labels[~fit], inverse_penalty=penalty
+            )
+            for fit in (first, ~first)
+        ]
+        return sum(both) / 2
 
 
 def evaluate(
@@ -62,8 +80,10 @@ def evaluate(
     """Return the metrics of one model, lists over the layers in "layers".
 
     Args:
-        halves: two disjoint sets of photographs that no training saw. Each probe is fitted on the
-            scenes of one and tested on those of the other, in both directions.
+        halves: two disjoint sets of photographs that no training saw. "probe" names the category of
+            a thing; it is fitted on the scenes of one half and tested on those of the other, in
+            both directions. "identity" names the photograph, which stage two does not ask for; it
+            is fitted on half of the scenes of each half and tested on the rest.
         advance: called after each scene.
     """
     depth = model.config.text_config.num_hidden_layers
@@ -77,16 +97,18 @@ def evaluate(
             scenes = Scenes(photographs, settings.test_scenes, 1000 * (seed + 1) + half)
             batches = Batches(tokenizer, llm, questions, scenes)
             decoded = range(settings.lens_scenes)
-            seen.append(_read(reader, batches, report, answers, decoded, model.device, advance))
+            seen.append(
+                _read(reader, batches, photographs, report, answers, decoded, model.device, advance)
+            )
     rows = report.rows()
 
     def probe(layer: int) -> float:
         both = [
             linear_probe(
                 fit.features(layer),
-                fit.labels,
+                torch.tensor(fit.categories),
                 test.features(layer),
-                test.labels,
+                torch.tensor(test.categories),
                 inverse_penalty=settings.penalty,
             )
             for fit, test in (seen, reversed(seen))
@@ -97,6 +119,10 @@ def evaluate(
         "layers": layers,
         "accuracy": sum(answers) / len(answers),
         "probe": [probe(layer) for layer in layers],
+        "identity": [
+            sum(half.identity(layer, settings.penalty) for half in seen) / len(seen)
+            for layer in layers
+        ],
         **{name: [row[name] for row in rows] for name in KEPT},
         "words": [[tokenizer.decode(token) for token in row["lens_tokens"]] for row in rows],
     }
@@ -105,6 +131,7 @@ def evaluate(
 def _read(
     reader: Reader,
     batches: Batches,
+    photographs: Sequence[Photograph],
     report: LayerReport,
     answers: list[bool],
     decoded: Collection[int],
@@ -114,8 +141,9 @@ def _read(
 ) -> Seen:
     """Add scenes to `report` and `answers`, and return their things. Patches of the scenes in
     `decoded` are decoded to words."""
-    seen = Seen({layer: [] for layer in reader.layers}, [])
+    seen = Seen({layer: [] for layer in reader.layers}, [], [], [])
     logits = reader.logits()
+    numbers = {id(photograph): n for n, photograph in enumerate(photographs)}
     for index in torch.arange(len(batches.scenes)).split(batch):
         inputs = on(device, batches(index.tolist()))
         images, output = reader.read_with_output(inputs)
@@ -135,6 +163,8 @@ def _read(
             for layer, h in hidden.items():
                 seen.means[layer] += [h[mask].mean(0) for mask in masks]
             seen.categories += [scene.things[n].category for n in shown]
+            seen.photographs += [numbers[id(scene.things[n])] for n in shown]
+            seen.scenes += [number] * len(shown)
             advance(math.nan)
     return seen
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pre_kernels.demo import words
+from pre_kernels.demo.plot import draw
 from pre_kernels.demo.results import METRICS, markdown_table, took
 from pre_kernels.diagnostics.report import page
 from pre_kernels.diagnostics.report.plots import COLOURS, DASHES
@@ -23,7 +24,7 @@ from pre_kernels.diagnostics.report.statistics import effect, spread
 from pre_kernels.diagnostics.run import trace
 from pre_kernels.screen import why, write
 
-from .photographs import CATEGORIES
+from .photographs import CATEGORIES, SHARES
 from .scenes import PLACES
 from .settings import Settings
 
@@ -37,10 +38,7 @@ ARMS = {
 CHANCE = 1 / len(CATEGORIES)
 # The traces along the second stage: the metric of `pre-kernels trace`, and the file.
 TRACES = {"linear_probe": "trace-probe.png", "contrast": "trace-contrast.png"}
-SMOKE = (
-    "Smoke test (--quick): the trainings are too short to show an effect. The numbers only show "
-    "that everything runs, and say nothing about PRe."
-)
+RECOGNISED = ("Linear probe: which photograph?", "accuracy in other scenes")
 Results = dict[str, Any]
 Metrics = dict[str, Any]
 Measure = Callable[[Metrics], float]
@@ -78,18 +76,24 @@ def verdict(results: Results) -> list[str]:
     seeds = results["seeds"]
     depth = seeds[0]["before"]["layers"][-1]
 
-    def course(arm: str) -> str:
-        first, last = (mean(at(run[arm], "probe", n) for run in seeds) for n in (0, depth))
-        return f"from {words.percent(first)} at the input to {words.percent(last)} at the end"
-
+    ends = {
+        arm: [mean(at(run[arm], "identity", n) for run in seeds) for n in (0, depth)]
+        for arm in ("aligned", "without")
+    }
+    course = {
+        arm: f"{words.percent(first)} at the input and {words.percent(last)} after the last layer"
+        for arm, (first, last) in ends.items()
+    }
+    lost = ends["aligned"][0] - ends["aligned"][1] > words.KEPT
     said = [
-        "The LLM loses a part of what its image tokens show: a linear classifier (probe) names the "
-        f"kind of a thing with an accuracy that falls {course('aligned')} after stage one, and "
-        f"{course('without')} after stage two without PRe."
+        f"The LLM {'loses part' if lost else 'keeps nearly all'} of what its image tokens show: a "
+        "linear classifier (probe) recognises a photograph by them with an accuracy of "
+        f"{course['aligned']} after stage one, and {course['without']} after stage two without PRe."
     ]
     half = f"mean of layers {depth // 2} to {depth}"
     measures: dict[str, Measure] = {
-        f"Probe, {half}": partial(deep, key="probe"),
+        f"Probe of the photograph, {half}": partial(deep, key="identity"),
+        f"Probe of the kind, {half}": partial(deep, key="probe"),
         f"Contrast ratio, {half}": partial(deep, key="contrast"),
         "Right answers": right,
     }
@@ -106,7 +110,11 @@ def rows(results: Results) -> list[tuple[str, ...]]:
     seeds = results["seeds"]
     depth = seeds[0]["before"]["layers"][-1]
     wanted: dict[str, Measure] = {"right answers ↑": right}
-    for name, key in (("probe", "probe"), ("contrast ratio", "contrast")):
+    for name, key in (
+        ("which photograph", "identity"),
+        ("which kind", "probe"),
+        ("contrast ratio", "contrast"),
+    ):
         for layer in (0, depth // 2, depth):
             wanted[f"{name}, layer {layer} ↑"] = partial(at, key=key, layer=layer)
         wanted[f"{name}, mean {depth // 2} to {depth} ↑"] = partial(deep, key=key)
@@ -125,9 +133,11 @@ def caption(results: Results) -> str:
     return (
         f"PRe with {options or 'the options of the paper'}, {settings['tune_steps']} steps of "
         f"{settings['batch']} scenes in stage two; seeds {numbers}. Each scene has four "
-        "photographs; the probe names the kind of each from the mean of its patches (chance "
-        f"{CHANCE:.2f}). All values come from photographs that no training saw: the probe is "
-        "fitted on one half of them and tested on the other, both ways. The contrast ratio is the "
+        "photographs, and linear probes see the mean of each one's patches. “Which photograph” "
+        "recognises it among all of its half in other scenes; no training asks that. “Which kind” "
+        f"names its kind (chance {CHANCE:.2f}), as the questions of stage two do; it is fitted on "
+        "one half of the photographs and tested on the other, both ways. All values come from "
+        "photographs that no training saw. The contrast ratio is the "
         "mean cosine similarity of patches of one thing divided by that of patches of different "
         "things. “Patches in five words” is the share of patches that the logit lens decodes to "
         "the five most frequent words."
@@ -149,11 +159,13 @@ def document(results: Results, scene: dict[str, str] | None) -> dict[str, Any]:
     """Return the results as a document for `diagnostics.report.page.html`."""
     seeds = results["seeds"]
     depth = seeds[0]["before"]["layers"][-1]
-    names = METRICS | {"lens_share": "lens_share"}
+    names = METRICS | {"identity": "linear_probe", "lens_share": "lens_share"}
+    del names["probe"]
+    chance = 1 / (SHARES[-1] * results["photographs"])
 
     def table(metrics: Metrics) -> list[dict[str, Any]]:
         return [
-            {"layer": layer, "probe_chance": CHANCE}
+            {"layer": layer, "probe_chance": chance}
             | {metric: metrics[name][n] for name, metric in names.items() if name in metrics}
             for n, layer in enumerate(metrics["layers"])
         ]
@@ -163,9 +175,9 @@ def document(results: Results, scene: dict[str, str] | None) -> dict[str, Any]:
         "title": f"{TITLE}, without and with PRe",
         "verdict": verdict(results),
         "about": words.ABOUT,
-        "warning": SMOKE if smoke_test(results) else None,
+        "warning": words.SMOKE if smoke_test(results) else None,
         "scene": scene,
-        "unit": "things",
+        "unit": "photographs",
         "models": [
             {
                 "name": name,
@@ -209,7 +221,7 @@ def picture(scene: Any) -> dict[str, str]:
 
 def markdown(results: Results) -> str:
     """Return the verdict, the table and where it comes from, as Markdown."""
-    said = verdict(results) or [SMOKE]
+    said = verdict(results) or [words.SMOKE]
     lines = [f"# {TITLE}", "", *(f"- {sentence}" for sentence in said), ""]
     lines += markdown_table(("", *(name for name, _ in ARMS.values())), rows(results))
     lines += ["", caption(results), "", *(f"- {sentence}" for sentence in lens(results)), ""]
@@ -218,7 +230,7 @@ def markdown(results: Results) -> str:
 
 def show(results: Results, paths: Sequence[Path], out: Path, console: Console) -> None:
     """Print the verdict, the table, and where the files are."""
-    console.print(" ".join(verdict(results)) or SMOKE, highlight=False)
+    console.print(" ".join(verdict(results)) or words.SMOKE, highlight=False)
     console.print()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
@@ -227,28 +239,31 @@ def show(results: Results, paths: Sequence[Path], out: Path, console: Console) -
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
-    names = ", ".join(path.name for path in paths)
+    names = ", ".join(str(path.relative_to(out)) for path in paths)
     console.print(f"Files in {out}: {names}", soft_wrap=True, highlight=False, markup=False)
 
 
 def save(
     results: Results, folder: Path, scene: dict[str, str] | None = None
 ) -> tuple[list[Path], list[str]]:
-    """Write the results and the traces of the second stage, and return the paths of the files that
-    were written, and why others were not."""
+    """Write the results, and seed 0's logs of the second stage with their plots. Return the paths
+    of the files that were written, and why others were not."""
     first = results["seeds"][0]
-    logs = []
-    for arm in ("without", "with"):
-        log = folder / "trace" / arm / trace.STATE
-        log.parent.mkdir(parents=True, exist_ok=True)
-        write(log, json.dumps({"log_history": first[arm]["trace"]}))
-        logs.append(log)
+    logs = {folder / "trace" / arm / trace.STATE: arm for arm in ("without", "with")}
+
+    def log(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps({"log_history": first[logs[path]]["trace"]}))
+
+    shown = document(results, scene)
     files: dict[str, Callable[[Path], object]] = {
         "demo.json": lambda path: write(path, json.dumps(results, indent=1) + "\n"),
         "demo.md": lambda path: write(path, markdown(results)),
-        "demo.html": lambda path: write(path, page.html(document(results, scene))),
+        "demo.html": lambda path: write(path, page.html(shown)),
+        "demo.png": lambda path: draw(shown, path, shown["warning"] or "", RECOGNISED),
+        **{str(path.relative_to(folder)): log for path in logs},
         **{
-            name: partial(trace.draw, logs, None, metric, "score", None)
+            name: partial(trace.draw, list(logs), None, metric, "score", None)
             for metric, name in TRACES.items()
         },
     }
