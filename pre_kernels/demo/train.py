@@ -65,7 +65,7 @@ def train_stage(
             args=arguments,
             train_dataset=numbers,
             data_collator=lambda batch: visual_batch(scenes, torch.tensor(batch)),
-            callbacks=[StepCallback(advance)],
+            callbacks=[_Advance(advance)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -73,7 +73,7 @@ def train_stage(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-class StepCallback(TrainerCallback):
+class _Advance(TrainerCallback):
     """Move a progress bar on."""
 
     def __init__(self, advance: Advance) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..stages import Advance
-from ..train import StepCallback
+from ..train import _Advance
 from .settings import Settings
 from .text import Batches
 
@@ -71,7 +71,7 @@ def train_stage(
         args=arguments,
         train_dataset=numbers,
         data_collator=batches,
-        callbacks=[StepCallback(advance)],
+        callbacks=[_Advance(advance)],
     )
     trainer.add_callback(Weights(folder))
     trainer.remove_callback(PrinterCallback)
