@@ -86,12 +86,14 @@ CORE_KINDS = set(sources.MEASURED) - {"diagnostics"}
 FILES = {
     "loss.py": CORE_KINDS,
     "fused/kernels/row_loss.py": CORE_KINDS,
-    "integrations/attach.py": {"training", "demo", "evidence"},
+    "integrations/attach.py": {"training", "demo", "evidence", "real"},
     "demo/train.py": {"demo", "evidence"},
     "demo/threads.py": {"demo", "evidence"},
     "demo/results.py": set(),
     "demo/progress.py": set(),
-    "diagnostics/measures/contrast.py": {"diagnostics", "demo", "evidence"},
+    "demo/real/scenes.py": {"real"},
+    "demo/real/results.py": set(),
+    "diagnostics/measures/contrast.py": {"diagnostics", "demo", "evidence", "real"},
     "diagnostics/report/page.py": set(),
     "cli/commands.py": set(),
 }
