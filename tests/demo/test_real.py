@@ -279,12 +279,13 @@ def test_arms_start_alike_and_resume(tiny, tmp_path, monkeypatch):
     assert again.aligned()[1] == metrics
 
 
-def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [Arm(None), Arm()], ids=["without PRe", "with PRe"])
+def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(own, tiny, tmp_path, monkeypatch):
     from pre_kernels.demo.real import train
 
     monkeypatch.setattr(train, "SAVED_EVERY", 2)
     seed = Seed(0, TINY, tiny, "cpu", tmp_path / "whole", no_bar)
-    whole = seed.run("with", Arm())
+    whole = seed.run("arm", own)
 
     class Stopped(Exception):
         pass
@@ -302,10 +303,10 @@ def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(tiny, tmp_path, monke
 
     seed = Seed(0, TINY, tiny, "cpu", tmp_path / "stopped", stop)
     with pytest.raises(Stopped):
-        seed.run("with", Arm())
+        seed.run("arm", own)
     seed.bar = no_bar
-    again = seed.run("with", Arm())
-    assert again["pre_loss"] == whole["pre_loss"]
+    again = seed.run("arm", own)
+    assert again["task_loss"] == whole["task_loss"]
     assert again["probe"] == whole["probe"]
 
 
