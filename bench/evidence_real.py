@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from pre_kernels import screen
@@ -28,6 +29,7 @@ from pre_kernels.demo.real.run import START, measure
 from pre_kernels.demo.real.settings import Settings
 from pre_kernels.demo.threads import quiet
 from pre_kernels.diagnostics.report.statistics import FEWEST_SEEDS, spread
+from pre_kernels.fused.products import fastest_dtype
 
 from . import record, where
 from .tables import below, claim, markdown
@@ -203,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.arms = options.arms or (list(ARMS) if options.llm == MAIN else [WITHOUT, PAPER])
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"--arms: got {', '.join(unknown)}, want some of: {'; '.join(ARMS)}")
-    settings = Settings(llm=options.llm)
+    bf16 = fastest_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    settings = Settings(llm=options.llm, bf16=bf16)
     deepest = LLMS[options.llm].layers
     if too_deep := [
         arm for arm in options.arms if (ARMS[arm].options or {}).get("layer", 0) > deepest

@@ -219,7 +219,9 @@ class Pieces:
 def _convert(path: Path, out: Path) -> None:
     """Write the encoder's weights, whose digest is checked, as safetensors."""
     part = out.with_suffix(".partial")
-    save_file(torch.load(path, weights_only=True), part)
+    weights = torch.load(path, weights_only=True)
+    # The kernels came from TensorFlow and are transposed; safetensors refuses such tensors.
+    save_file({name: value.contiguous() for name, value in weights.items()}, part)
     part.replace(out)
 
 
