@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,13 @@ def base(name: str) -> str:
         if arm == dataclasses.replace(ARMS[name], options=None, both=False)
     ]
     return same
+
+
+def command(llm: str, arm: str, seed: int) -> str:
+    """Return what measures this arm again."""
+    said = ["python", "-m", "bench.evidence", "--real", "--seeds", str(seed)]
+    said += ["--arms", WITHOUT if arm in START else arm]
+    return shlex.join(said if llm == MAIN else [*said, "--llm", llm])
 
 
 def table(records: Records) -> str:
@@ -231,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep(arm: str, seed: int, metrics: dict[str, Any], seconds: float) -> None:
         options = dataclasses.asdict(ARMS[arm]) if arm in ARMS else None
         line: dict[str, Any] = {"kind": "real", "item": f"{settings.llm}, {arm}, seed {seed}"}
-        line |= {"arm": arm, "seed": seed}
+        line |= {"arm": arm, "seed": seed, "command": command(settings.llm, arm, seed)}
         line |= {"options": options, **metrics, "settings": dataclasses.asdict(settings)}
         record.append(path, line | {"seconds": seconds} | record.stamp(Cpu()))
 
