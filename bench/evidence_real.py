@@ -45,6 +45,7 @@ ARMS = {
     "centred": Arm(CENTRED),
     "spatial": Arm({"anchor_norm": "spatial"}),
     "pre_projector": Arm({"anchor": "pre_projector"}),
+    "pre_projector, λ 2": Arm({"anchor": "pre_projector", "weight": 2.0}),
     "λ 2": Arm({"weight": 2.0}),
     "centred, λ 2": Arm({"weight": 2.0, **CENTRED}),
     "mse": Arm({"loss": "mse"}),

@@ -19,6 +19,14 @@ FOLDER = ROOT / "docs" / "pictures"
 # the name of the text in a PNG that holds the digest
 DRAWN_FROM = "Drawn from"
 DEMO = "demo"
+REAL = "real"
+
+
+def real(found: Any, path: Path, note: str) -> None:
+    """Draw the results of the real parts, for which transformers is loaded only then."""
+    from .real_plots import depth
+
+    depth(found, path, note)
 
 
 class Picture(NamedTuple):
@@ -34,16 +42,19 @@ PICTURES = {
     "demo.png": Picture(demo_plots.demo, (DEMO,)),
     "probe.png": Picture(demo_plots.probe, (DEMO,)),
     "pre_loss.png": Picture(demo_plots.pre_loss, (DEMO,)),
+    "real.png": Picture(real, (REAL,)),
 }
 
 
 def results(name: str, records: Records) -> Any:
-    """Return what a picture is drawn from: the demo's results, or the records of the device that
-    was measured last."""
+    """Return what a picture is drawn from: the demo's results, all records of the real parts, or
+    otherwise the records of the device that was measured last."""
     kinds = PICTURES[name].kinds
     if kinds == (DEMO,):
         return pages.demo_results()
     kept = [entry for entry in records if entry["kind"] in kinds]
+    if kinds == (REAL,):
+        return kept
     last = max(kept, key=lambda entry: entry["date"], default={})
     return [entry for entry in kept if entry["device"] == last["device"]]
 

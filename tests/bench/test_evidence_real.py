@@ -107,9 +107,12 @@ def test_the_search_records_what_it_measures(tmp_path, monkeypatch):
     (_, _, last) = record.load([tmp_path / "evidence_real.jsonl"])
     assert last["options"]["options"] == {}
     assert last["seconds"] == 1.5
+    assert last["command"] == "python -m bench.evidence --real --seeds 0 --arms PRe"
     assert evidence_real.main(command) == 0
     assert asked[1] == []
     assert evidence_real.main([*command, "--llm", "gemma3"]) == 0
     assert len(asked[2]) == 3
+    (*_, last) = record.load([tmp_path / "evidence_real.jsonl"])
+    assert last["command"].endswith("--seeds 0 --arms PRe --llm gemma3")
     with pytest.raises(SystemExit):
         evidence_real.main(["--llm", "gemma3", "--arms", "layer L", "--results", str(tmp_path)])

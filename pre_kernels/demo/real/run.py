@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -115,7 +117,9 @@ def _job(
     if number not in _SEEDS:
         # The models of several seeds would fill the memory.
         _SEEDS.clear()
-        _SEEDS[number] = Seed(number, settings, pieces, device, work, bar)
+        # transformers has a bar of its own for the tensors of a GGUF file.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _SEEDS[number] = Seed(number, settings, pieces, device, work, bar)
     seed = _SEEDS[number]
     seed.bar = bar
     if name == ALIGNED:
