@@ -46,6 +46,7 @@ ARMS = {
     "spatial": Arm({"anchor_norm": "spatial"}),
     "pre_projector": Arm({"anchor": "pre_projector"}),
     "pre_projector, λ 2": Arm({"anchor": "pre_projector", "weight": 2.0}),
+    "pre_projector, λ 8": Arm({"anchor": "pre_projector", "weight": 8.0}),
     "λ 2": Arm({"weight": 2.0}),
     "centred, λ 2": Arm({"weight": 2.0, **CENTRED}),
     # This λ is too small to matter: its differences are the noise of training.
