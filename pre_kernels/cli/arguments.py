@@ -163,6 +163,12 @@ def _demo(commands: Any) -> None:
     )
     show.option("--weight W", "λ, the weight of L_PRe (default: 0.5)", type=weight)
     show.option(
+        "--anchor NAME",
+        "with --real: what PRe predicts, the embeddings that enter the LLM (pre_llm, the default) "
+        "or the encoder's features (pre_projector)",
+        choices=("pre_llm", "pre_projector"),
+    )
+    show.option(
         "--head NAME",
         "the head: pre (the default), or that of a related work: viral, blindvla or "
         "spatial-forcing",

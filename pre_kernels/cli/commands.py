@@ -67,7 +67,7 @@ def demo(options: argparse.Namespace) -> int:
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
     if options.real:
         return real_demo(options)
-    for name in ("fetch", "parts"):
+    for name in ("fetch", "parts", "anchor"):
         if getattr(options, name):
             return fail(f"--{name} needs --real")
     from pre_kernels.demo.settings import QUICK, Settings
@@ -116,7 +116,7 @@ def real_demo(options: argparse.Namespace) -> int:
         from pre_kernels.demo.real.run import run
         from pre_kernels.demo.real.settings import QUICK, Settings
 
-    asked = {name: getattr(options, name) for name in ("layer", "weight")}
+    asked = {name: getattr(options, name) for name in ("layer", "weight", "anchor")}
     arm = Arm(
         {name: value for name, value in asked.items() if value is not None}
         | HEADS[options.head or "pre"]

@@ -124,6 +124,7 @@ def test_too_little_memory_is_said_before_loading(monkeypatch):
     [
         (["--fetch"], "--fetch needs --real"),
         (["--parts", "."], "--parts needs --real"),
+        (["--anchor", "pre_llm"], "--anchor needs --real"),
         (["--real", "--parts", "nowhere"], "the real parts are not all in nowhere"),
     ],
 )
@@ -131,6 +132,15 @@ def test_wrong_commands(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_options_of_the_arm(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run", lambda settings, arm, *more, **named: asked.append(arm))
+    command = ["demo", "--real", "--anchor", "pre_projector", "--weight", "2", "--layer", "7"]
+    assert cli.main(command) == 0
+    assert asked == [Arm({"layer": 7, "weight": 2.0, "anchor": "pre_projector"})]
 
 
 @pytest.mark.slow
