@@ -48,7 +48,9 @@ ARMS = {
     "pre_projector, λ 2": Arm({"anchor": "pre_projector", "weight": 2.0}),
     "pre_projector, λ 8": Arm({"anchor": "pre_projector", "weight": 8.0}),
     "λ 2": Arm({"weight": 2.0}),
+    "λ 8": Arm({"weight": 8.0}),
     "centred, λ 2": Arm({"weight": 2.0, **CENTRED}),
+    "centred, λ 8": Arm({"weight": 8.0, **CENTRED}),
     # This λ is too small to matter: its differences are the noise of training.
     "control, λ 0.0001": Arm({"weight": 1e-4}),
     "mse": Arm({"loss": "mse"}),
