@@ -217,22 +217,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--results: {path} has results of other settings; want another folder")
     done = {(entry["seed"], entry["arm"]) for entry in records}
     jobs = min(options.jobs, options.seeds)
-    stopped = 0
-    restore = quiet()
-    try:
-        with bars(Console()) as bar:
-            each_seed(run_seed, options.seeds, (settings, path, done), bar, jobs)
-    except KeyboardInterrupt as stop:
-        stopped = screen.stopped(stop)
-    finally:
-        restore()
+    stopped = until_stopped(
+        lambda bar: each_seed(run_seed, options.seeds, (settings, path, done), bar, jobs)
+    )
     records = record.load([path])
     if whole_seeds(records):
         print(table(records))
-    if stopped:
-        print("Stopped: the same command resumes.")
     print(where.told(path))
     return stopped
+
+
+def until_stopped(run: Callable[[Bar], object]) -> int:
+    """Run with bars, and return 0, or the exit status that ^C or SIGTERM asks for."""
+    restore = quiet()
+    try:
+        with bars(Console()) as bar:
+            run(bar)
+    except KeyboardInterrupt as stop:
+        print("Stopped: the same command resumes.")
+        return screen.stopped(stop)
+    finally:
+        restore()
+    return 0
 
 
 if __name__ == "__main__":

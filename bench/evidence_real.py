@@ -17,22 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from pre_kernels import screen
 from pre_kernels.check.device import Cpu
-from pre_kernels.demo.progress import bars
 from pre_kernels.demo.real.arm import Arm
 from pre_kernels.demo.real.pieces import LLMS, Pieces, Unavailable, default_folder
 from pre_kernels.demo.real.results import ARMS as TITLES
 from pre_kernels.demo.real.results import Measure, Metrics, at, deep, right
 from pre_kernels.demo.real.run import START, measure
 from pre_kernels.demo.real.settings import Settings
-from pre_kernels.demo.threads import quiet
 from pre_kernels.diagnostics.report.statistics import FEWEST_SEEDS, spread
 from pre_kernels.fused.products import fastest_dtype
 
 from . import record, where
+from .evidence import until_stopped
 from .tables import below, claim, markdown
 
 WITHOUT = "without PRe"
@@ -67,6 +65,8 @@ ARMS = {
     "steps × 2, without PRe": Arm(None, longer=2),
     "steps × 2, centred": Arm(CENTRED, longer=2),
 }
+# The arm that was chosen on SEARCH for CONFIRM.
+CHOSEN = "pre_projector, λ 8"
 # The LLM of the search.
 MAIN = "smollm2"
 SEARCH = (0, 1)
@@ -249,17 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line |= {"options": options, **metrics, "settings": dataclasses.asdict(settings)}
         record.append(path, line | {"seconds": seconds} | record.stamp(Cpu()))
 
-    stopped = 0
-    restore = quiet()
-    try:
-        with bars(Console()) as bar:
-            measure(ARMS, wanted, settings, pieces, "cpu", options.work, keep, bar, options.jobs)
-    except KeyboardInterrupt as stop:
-        stopped = screen.stopped(stop)
-    finally:
-        restore()
-    if stopped:
-        print("Stopped: the same command resumes.")
+    stopped = until_stopped(
+        lambda bar: measure(
+            ARMS, wanted, settings, pieces, "cpu", options.work, keep, bar, options.jobs
+        )
+    )
     print(where.told(path))
     return stopped
 
