@@ -30,7 +30,7 @@ def demo(found: Results, path: Path, note: str = "") -> None:
 def probe(found: Results, path: Path, note: str = "") -> None:
     """Draw the linear probe over depth without and with PRe: means over seeds, and bands from the
     smallest to the largest."""
-    axes, figure = _axes(note)
+    axes, figure = axes_with(note)
     layers = range(found["settings"]["layers"] + 1)
     for arm in ("without", "with"):
         name, style = results.ARMS[arm]
@@ -53,7 +53,7 @@ def probe(found: Results, path: Path, note: str = "") -> None:
 
 def pre_loss(found: Results, path: Path, note: str = "") -> None:
     """Draw L_PRe over the steps of the training with PRe, with a line for each seed."""
-    axes, figure = _axes(note)
+    axes, figure = axes_with(note)
     colour = results.ARMS["with"][1]["color"]
     for dash, seed in zip(plots.DASHES, found["seeds"], strict=False):
         values = seed["with"]["train_pre_loss"]
@@ -71,7 +71,7 @@ def pre_loss(found: Results, path: Path, note: str = "") -> None:
     figure.savefig(path, dpi=120)
 
 
-def _axes(note: str) -> tuple[Any, Any]:
+def axes_with(note: str) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from pre_kernels import screen
+from pre_kernels import screen, sources
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.real.arm import Arm
 from pre_kernels.demo.real.pieces import LLMS, Pieces, Unavailable, default_folder
 from pre_kernels.demo.real.results import ARMS as TITLES
 from pre_kernels.demo.real.results import Measure, Metrics, at, deep, right
-from pre_kernels.demo.real.run import START, measure
+from pre_kernels.demo.real.run import START, measure, prepare
 from pre_kernels.demo.real.settings import Settings
-from pre_kernels.diagnostics.report.statistics import FEWEST_SEEDS, spread
+from pre_kernels.diagnostics.report.statistics import interval, spread
 from pre_kernels.fused.products import fastest_dtype
 
 from . import record, where
@@ -36,7 +37,7 @@ from .tables import below, claim, markdown
 WITHOUT = "without PRe"
 PAPER = "PRe"
 CENTRED = {"anchor_norm": "center"}
-LAYERS = 30
+LAYERS = LLMS[Settings.llm].layers
 ARMS = {
     WITHOUT: Arm(None),
     PAPER: Arm(),
@@ -68,7 +69,7 @@ ARMS = {
 # The arm that was chosen on SEARCH for CONFIRM.
 CHOSEN = "pre_projector, λ 8"
 # The LLM of the search.
-MAIN = "smollm2"
+MAIN = Settings.llm
 SEARCH = (0, 1)
 CONFIRM = (10, 11, 12, 13, 14)
 
@@ -87,6 +88,8 @@ OVER_DEPTH = (
     "Layers 0 → L/2 → L of each LLM, for its first seed: what its patches hold, and the words to "
     "which the logit lens decodes them in the last layer."
 )
+# The least difference in right answers with which an arm counts as no worse.
+LEAST_RIGHT = -0.02
 # The metrics of the table.
 METRICS: dict[str, Measure] = {
     "identity": partial(deep, key="identity"),
@@ -99,6 +102,7 @@ METRICS: dict[str, Measure] = {
     "patches in five words, layer L": partial(at, key="lens_share", layer=LAYERS),
 }
 GROUPS = {"Search": SEARCH, "Confirmation": CONFIRM}
+PRECISIONS = {True: "bfloat16 (autocast)", False: "float32"}
 Records = Sequence[Metrics]
 Found = Mapping[tuple[str, int], Metrics]
 
@@ -123,21 +127,26 @@ def command(llm: str, arm: str, seed: int) -> str:
 def table(records: Records) -> str:
     """Return the page's text: for each group of seeds and each arm, mean ± standard deviation over
     the seeds, and the difference to the same training without PRe within each seed."""
-    found = {
-        (entry["arm"], entry["seed"]): entry
-        for entry in records
-        if entry["settings"]["llm"] == MAIN
-    }
+    own = [entry for entry in records if entry["settings"]["llm"] == MAIN]
     parts = []
-    for group, members in GROUPS.items():
-        rows: list[Sequence[str]] = [("", "seeds", *METRICS)]
-        for arm in (*START, *ARMS):
-            seeds = [seed for seed in members if (arm, seed) in found]
-            if seeds:
-                cells = [_cell(found, arm, seeds, of) for of in METRICS.values()]
-                rows.append((NAMES.get(arm, arm), ", ".join(map(str, seeds)), *cells))
-        if len(rows) > 1:
-            parts += [f"{group}:", "", markdown(rows), ""]
+    said = []
+    # What was trained in different precisions is not compared.
+    for bf16 in (True, False):
+        found = {
+            (entry["arm"], entry["seed"]): entry
+            for entry in own
+            if entry["settings"]["bf16"] == bf16
+        }
+        said += _claims(found)
+        for group, members in GROUPS.items():
+            rows: list[Sequence[str]] = [("", "seeds", *METRICS)]
+            for arm in (*START, *ARMS):
+                seeds = [seed for seed in members if (arm, seed) in found]
+                if seeds:
+                    cells = [_cell(found, arm, seeds, of) for of in METRICS.values()]
+                    rows.append((NAMES.get(arm, arm), ", ".join(map(str, seeds)), *cells))
+            if len(rows) > 1:
+                parts += [f"{group}, in {PRECISIONS[bf16]}:", "", markdown(rows), ""]
     about = (
         "Identity and kind are accuracies of linear probes: which photograph is this thing, and "
         "of which kind, as stage two asks. They, contrast ratio, cosine and dimension are means "
@@ -146,7 +155,8 @@ def table(records: Records) -> str:
         "taken within each seed, and the number of seeds in which it is positive."
     )
     wide = [markdown(_over_depth(records)), "", OVER_DEPTH, ""]
-    return "\n".join([*parts, about, "", *_claims(found), *wide, below(records)])
+    sentences = [*said, ""] if said else []
+    return "\n".join([*parts, about, "", *sentences, *wide, below(records)])
 
 
 def _over_depth(records: Records) -> list[Sequence[str]]:
@@ -155,7 +165,8 @@ def _over_depth(records: Records) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [OVER_DEPTH_HEADER]
     for llm, piece in LLMS.items():
         own = [entry for entry in records if entry["settings"]["llm"] == llm]
-        first = [entry for entry in own if entry["seed"] == own[0]["seed"]]
+        lowest = min((entry["seed"] for entry in own), default=0)
+        first = [entry for entry in own if entry["seed"] == lowest]
         layers = (0, piece.layers // 2, piece.layers)
         for arm in (*START, WITHOUT, PAPER):
             for entry in first:
@@ -188,16 +199,20 @@ def _cell(found: Found, arm: str, seeds: Sequence[int], of: Measure) -> str:
 
 
 def _claims(found: Found) -> list[str]:
-    """Return a sentence for each arm and measure of the confirmation, with its interval."""
+    """Return a sentence for each arm and measure of the whole confirmation, with its interval."""
     said = []
     for arm in ARMS:
-        seeds = [seed for seed in CONFIRM if (arm, seed) in found and (base(arm), seed) in found]
-        if base(arm) == arm or len(seeds) < FEWEST_SEEDS:
+        both = [found.get((name, seed)) for name in (arm, base(arm)) for seed in CONFIRM]
+        if base(arm) == arm or None in both:
             continue
         for name, of in list(METRICS.items())[:4]:
-            changes = [of(found[arm, seed]) - of(found[base(arm), seed]) for seed in seeds]
+            changes = [of(found[arm, seed]) - of(found[base(arm), seed]) for seed in CONFIRM]
             said.append(f"- {claim(f'{arm} raises the {name}', changes)}")
-    return [*said, ""] if said else []
+            if of is right:
+                low, _ = interval(changes)
+                kept = "shown" if low >= LEAST_RIGHT else "not shown, within the noise"
+                said.append(f"- {arm} lowers the {name} by no more than {-LEAST_RIGHT}: {kept}.")
+    return said
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,16 +245,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     pieces = Pieces(options.parts)
     try:
-        pieces.check(LLMS[settings.llm])
-    except Unavailable as error:
+        prepare(settings, pieces, options.jobs, Console())
+    except ValueError as error:
         parser.error(str(error))
     path = where.file(options, "evidence_real.jsonl", parser.error)
     done = {
         (entry["arm"], entry["seed"])
         for entry in record.load([path])
         if entry["settings"] == dataclasses.asdict(settings)
+        and entry["measured"] == sources.digest("real")
     }
-    every = [(arm, seed) for arm in (*START, *options.arms) for seed in options.seeds]
+    every = [(arm, seed) for seed in options.seeds for arm in (*START, *options.arms)]
     wanted = [job for job in every if job not in done]
 
     def keep(arm: str, seed: int, metrics: dict[str, Any], seconds: float) -> None:
@@ -249,11 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         line |= {"options": options, **metrics, "settings": dataclasses.asdict(settings)}
         record.append(path, line | {"seconds": seconds} | record.stamp(Cpu()))
 
-    stopped = until_stopped(
-        lambda bar: measure(
-            ARMS, wanted, settings, pieces, "cpu", options.work, keep, bar, options.jobs
+    try:
+        stopped = until_stopped(
+            lambda bar: measure(
+                ARMS, wanted, settings, pieces, "cpu", options.work, keep, bar, options.jobs
+            )
         )
-    )
+    except Unavailable as error:
+        parser.error(str(error))
     print(where.told(path))
     return stopped
 

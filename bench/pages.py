@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 from pre_kernels import sources
@@ -75,32 +74,38 @@ def evidence_real(records: Records) -> str:
     return table(kept) if kept else "No results yet."
 
 
+def real_demo(_: Records) -> str:
+    """Return what a run of `pre-kernels demo --real` showed, in words."""
+    from pre_kernels.demo.real import results
+
+    found = real_demo_results()
+    said = [*results.verdict(found), results.took(found)]
+    return "\n".join([*(f"- {sentence}" for sentence in said), *_origin(found, "real")])
+
+
 def demo(_: Records) -> str:
     from pre_kernels.demo import results
 
     found = demo_results()
+    return "\n".join([results.markdown(found), *_origin(found, "demo")])
+
+
+def _origin(found: dict[str, Any], kind: str) -> list[str]:
+    """Return lines that say where a demo was measured."""
     names = ("torch", "transformers", "python")
     versions = [f"{name} {found['versions'][name]}" for name in names]
     where = ", ".join([found["device"], *versions, found["date"], f"commit {found['commit']}"])
-    line = outdated([{**found, "kind": "demo"}])
-    return "\n".join([results.markdown(found), f"- {where}", *(("", line) if line else ())])
+    line = outdated([{**found, "kind": kind}])
+    return [f"- {where}", *(("", line) if line else ())]
 
 
-def probe(_: Records) -> str:
+def probe(records: Records) -> str:
     """Return what the picture of README shows, in words."""
-    found = demo_results()
-    arms = {
-        name: mean(seed[name]["probe"][-1] for seed in found["seeds"])
-        for name in ("without", "with")
-    }
-    line = outdated([{**found, "kind": "demo"}])
-    said = (
-        "From the demo, a tiny LLaVA on scenes of handwritten digits: in the last layer a linear "
-        f"probe names the digit with {arms['with']:.0%} accuracy with PRe, and "
-        f"{arms['without']:.0%} without. Lines: mean of {len(found['seeds'])} seeds; bands: the "
-        "smallest to the largest."
-    )
-    return f"{said} {line}" if line else said
+    from .real_plots import caption
+
+    kept = [entry for entry in records if entry["kind"] == "real"]
+    line = outdated(kept)
+    return f"{caption(kept)} {line}" if line else caption(kept)
 
 
 def models(_: Records) -> str:
@@ -131,6 +136,7 @@ TABLES = {
     "demo": Table("docs/evidence.md", demo),
     "evidence": Table("docs/evidence.md", evidence),
     "evidence-real": Table("docs/evidence.md", evidence_real),
+    "real-demo": Table("docs/evidence.md", real_demo),
     "models": Table("docs/models.md", models),
     "scale-ranks": Table("docs/scale.md", computed(scale_tables.ranks_table)),
     "scale-work": Table("docs/scale.md", computed(scale_tables.work)),
@@ -153,6 +159,12 @@ def known(paths: Iterable[Path]) -> Records:
 def demo_results() -> dict[str, Any]:
     """Return the results of the committed run of the demo."""
     found: dict[str, Any] = json.loads((record.RESULTS / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
+def real_demo_results() -> dict[str, Any]:
+    """Return the results of the committed run of `pre-kernels demo --real`."""
+    found: dict[str, Any] = json.loads((record.RESULTS / "real.json").read_text(encoding="utf-8"))
     return found
 
 

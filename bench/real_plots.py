@@ -1,58 +1,126 @@
-"""The picture of PRe on the little LLaVA of real parts: probes and contrast ratio over depth."""
+"""The pictures of PRe on the little LLaVA of real parts: over depth, and along training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pre_kernels.demo.real import results
+from pre_kernels.demo.real.results import at
 from pre_kernels.diagnostics.report import plots
 from pre_kernels.diagnostics.report.columns import COLUMNS
+from pre_kernels.diagnostics.run import trace
 
-from .evidence_real import CONFIRM, MAIN, PAPER, SEARCH, START, WITHOUT
+from .demo_plots import axes_with
+from .evidence_real import (
+    CHOSEN,
+    CONFIRM,
+    LAYERS,
+    MAIN,
+    PAPER,
+    SEARCH,
+    START,
+    WITHOUT,
+    Records,
+)
 
-# The trainings that are drawn.
-SHOWN = (*START, WITHOUT, PAPER, "centred")
-STYLES: dict[str, dict[str, str]] = {
-    **{name: results.ARMS[name][1] for name in START},
-    WITHOUT: results.ARMS["without"][1],
-    PAPER: results.ARMS["with"][1],
-    "centred": {"color": plots.COLOURS[2], "linestyle": "-"},
+# The trainings that are drawn: their names and styles.
+SHOWN: dict[str, tuple[str, dict[str, str]]] = {
+    **{arm: results.ARMS[arm] for arm in START},
+    WITHOUT: results.ARMS["without"],
+    PAPER: ("PRe, the paper's settings", results.ARMS["with"][1]),
+    CHOSEN: (f"PRe, {CHOSEN}", {"color": plots.COLOURS[2], "linestyle": "-"}),
 }
-LAYER = 15
+RECOGNISED = COLUMNS["linear_probe"]._replace(
+    name="identity", title="Probe: which photograph?", axis="accuracy in other scenes"
+)
 
 
-def depth(records: Sequence[dict[str, Any]], path: Path, note: str = "") -> list[str]:
-    """Draw the lines of `SHOWN` over the layers: means over the seeds of the confirmation, or of
-    the search before there are any; thin lines are seeds. Return the names of what was drawn."""
+def members(records: Records) -> list[dict[str, Any]]:
+    """Return the lines of the confirmation, or of the search before there are any."""
     own = [entry for entry in records if entry["settings"]["llm"] == MAIN]
     confirmed = [entry for entry in own if entry["seed"] in CONFIRM]
-    members = confirmed or [entry for entry in own if entry["seed"] in SEARCH]
-    models = []
-    for arm in SHOWN:
-        runs = [entry for entry in members if entry["arm"] == arm]
-        if runs:
-            name = results.ARMS[arm][0] if arm in START else arm
-            tables = [_table(entry) for entry in runs]
-            models.append({"name": name, "style": STYLES[arm], "runs": tables})
-    panels = {
-        "identity": COLUMNS["linear_probe"]._replace(
-            name="identity", title="Probe: which photograph?", axis="accuracy in other scenes"
-        ),
-        "probe": COLUMNS["linear_probe"]._replace(
+    return confirmed or [entry for entry in own if entry["seed"] in SEARCH]
+
+
+def caption(records: Records) -> str:
+    """Return what `depth` shows, in words."""
+    own = members(records)
+    last = {
+        arm: mean(at(entry, "identity", LAYERS) for entry in own if entry["arm"] == arm)
+        for arm in (WITHOUT, PAPER, CHOSEN)
+    }
+    seeds = len({entry["seed"] for entry in own})
+    return (
+        "SmolLM2-135M-Instruct as the LLM of a little LLaVA, on photographs: in its last layer a "
+        "linear probe on image tokens recognises a photograph with an accuracy of "
+        f"{last[WITHOUT]:.0%} without PRe, {last[PAPER]:.0%} with the paper's settings, and "
+        f"{last[CHOSEN]:.0%} with the encoder's features as target and λ = 8. Lines: mean of "
+        f"{seeds} seeds; bands: ± one standard deviation."
+    )
+
+
+def depth(records: Records, path: Path, note: str = "") -> list[str]:
+    """Draw the lines of `SHOWN` over the layers: means over the seeds of `members`; thin lines are
+    seeds. Return the names of what was drawn."""
+    models = _models(records)
+    panels = (
+        RECOGNISED,
+        COLUMNS["linear_probe"]._replace(
             title="Probe: which kind?", axis="accuracy on other photographs"
         ),
-        "contrast": COLUMNS["contrast"]._replace(scale="log"),
-    }
+        COLUMNS["contrast"]._replace(scale="log"),
+    )
     figure, axes = plots.grid(len(panels))
-    for place, panel in zip(axes, panels.values(), strict=True):
-        plots.over_depth(place, models, panel, [LAYER])
+    for place, panel in zip(axes, panels, strict=True):
+        plots.over_depth(place, models, panel, [LAYERS // 2])
     plots.legend(figure, models)
     if note:
         figure.supxlabel(note, fontsize=8.0, color="0.4")
     figure.savefig(path, dpi=120)
     return [model["name"] for model in models]
+
+
+def probe(records: Records, path: Path, note: str = "") -> None:
+    """Draw the first panel of `depth` in large type."""
+    axes, figure = axes_with(note)
+    models = _models(records)
+    plots.over_depth(axes, models, RECOGNISED, [LAYERS // 2])
+    axes.text(LAYERS / 2 + 0.3, axes.get_ylim()[0], "PRe reads here", va="bottom", color="0.4")
+    axes.set(
+        title="Which photograph is this? Linear probe on image tokens",
+        xlabel="LLM layer (0: the embeddings that enter the LLM)",
+        ylabel="accuracy",
+    )
+    plots.legend(axes, models, loc="upper right", frameon=False, fontsize=12.0)
+    figure.savefig(path, dpi=120)
+
+
+def along_training(found: dict[str, Any], path: Path, note: str = "", *, metric: str) -> None:
+    """Draw a metric of the middle layer beside the share of right answers, along stage two of the
+    first seed of a run of `pre-kernels demo --real`."""
+    (first, *_) = found["seeds"]
+    runs = [
+        trace.run(first[arm]["trace"], results.ARMS[arm][0], None, metric, "score", None)
+        | {"style": results.ARMS[arm][1], "score_name": "right answers"}
+        for arm in ("without", "with")
+    ]
+    figure = plots.trajectory(runs)
+    if note:
+        figure.supxlabel(note, fontsize=8.0, color="0.4")
+    figure.savefig(path, dpi=120)
+
+
+def _models(records: Records) -> list[dict[str, Any]]:
+    """Return the lines of `SHOWN` for `plots.over_depth`."""
+    own = members(records)
+    models = []
+    for arm, (name, style) in SHOWN.items():
+        runs = [_table(entry) for entry in own if entry["arm"] == arm]
+        if runs:
+            models.append({"name": name, "style": style, "runs": runs})
+    return models
 
 
 def _table(entry: dict[str, Any]) -> list[dict[str, Any]]:

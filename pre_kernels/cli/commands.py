@@ -67,7 +67,7 @@ def demo(options: argparse.Namespace) -> int:
         return fail("--device: got cuda, but torch sees no CUDA device; want cpu or auto")
     if options.real:
         return real_demo(options)
-    for name in ("fetch", "parts", "anchor"):
+    for name in ("fetch", "parts", "llm", "anchor"):
         if getattr(options, name):
             return fail(f"--{name} needs --real")
     from pre_kernels.demo.settings import QUICK, Settings
@@ -124,13 +124,17 @@ def real_demo(options: argparse.Namespace) -> int:
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     jobs = options.jobs or (1 if device == "cuda" else os.cpu_count() or 1)
     bf16 = fastest_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16
-    settings = replace(QUICK if options.quick else Settings(), bf16=bf16)
+    settings = replace(
+        QUICK if options.quick else Settings(), llm=options.llm or Settings.llm, bf16=bf16
+    )
     parts = pieces.Pieces(options.parts or pieces.default_folder())
     llm = pieces.LLMS[settings.llm]
     if options.layer is not None and not 1 <= options.layer <= llm.layers:
         return fail(f"--layer: got {options.layer}, want 1..{llm.layers}, the layers of {llm.name}")
     try:
         if options.fetch:
+            if problem := unwritable(parts.folder, "--parts"):
+                return fail(problem)
             parts.fetch(llm, print)
         run(settings, arm, options.seeds or 1, parts, device, out, jobs=jobs)
     except ValueError as error:

@@ -5,13 +5,14 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 
-from bench import evidence, evidence_real, record
-from bench.evidence_real import ARMS, CONFIRM, PAPER, SEARCH, WITHOUT, base, table
+from bench import evidence, evidence_real, real_plots, record
+from bench.evidence_real import ARMS, CHOSEN, CONFIRM, PAPER, SEARCH, WITHOUT, base, table
 from pre_kernels.check.device import Cpu
 
 
-def records(seeds, arms, probe=0.0, contrast=0.0):
+def records(seeds, arms, probe=0.0, contrast=0.0, bf16=True):
     """Return one for each arm and seed. Arms with PRe have `probe` and `contrast` more."""
     lines = []
     for arm in arms:
@@ -27,7 +28,7 @@ def records(seeds, arms, probe=0.0, contrast=0.0):
                 "effective_dimension": [20.0, 10.0, 10.0],
                 "lens_share": [0.1, 0.2, 0.3],
                 "words": [["a"], ["b"], [" one", "\n"]],
-                "settings": {"llm": "smollm2"},
+                "settings": {"llm": "smollm2", "bf16": bf16},
             }
             line = {"kind": "real", "item": f"{arm}, seed {seed}", "arm": arm, "seed": seed}
             lines.append(line | metrics | record.stamp(Cpu()))
@@ -79,7 +80,52 @@ def test_what_is_confirmed_has_an_interval():
     text = table([*records(SEARCH, arms), *records(CONFIRM, arms, probe=0.02, contrast=0.1)])
     assert line(text, f"- {PAPER} raises the identity: reproduced (+0.020 ± 0.000")
     assert line(text, f"- {PAPER} raises the contrast ratio: not shown, within the noise")
-    assert text.index("Search:") < text.index("Confirmation:")
+    assert line(text, f"- {PAPER} lowers the right answers by no more than 0.02: shown")
+    assert text.index("Search, in bfloat16") < text.index("Confirmation, in bfloat16")
+    fewer = [*records(SEARCH, arms), *records(CONFIRM[:4], arms, probe=0.02)]
+    assert "reproduced" not in table(fewer)
+
+
+def test_precisions_are_not_mixed():
+    own = [*records((0,), (WITHOUT,)), *records((0,), (PAPER,), probe=0.02, bf16=False)]
+    text = table(own)
+    assert "(" not in line(text, f"| {PAPER} ")
+    assert text.index("Search, in bfloat16") < text.index("Search, in float32")
+
+
+def test_pictures_show_the_confirmation_once_it_is_there(tmp_path):
+    arms = ("before", WITHOUT, PAPER, CHOSEN)
+    search = records(SEARCH, arms)
+    confirmed = records(CONFIRM[:3], arms, probe=0.02)
+    assert "50% without PRe, 50% with the paper's settings, and 50%" in real_plots.caption(search)
+    said = real_plots.caption([*search, *confirmed])
+    assert "50% without PRe, 52% with the paper's settings, and 52%" in said
+    assert "mean of 3 seeds" in said
+    path = tmp_path / "real.png"
+    names = real_plots.depth([*search, *confirmed], path)
+    assert names == [
+        "before visual training",
+        "without PRe",
+        "PRe, the paper's settings",
+        f"PRe, {CHOSEN}",
+    ]
+    first = path.read_bytes()
+    real_plots.depth(search, path)
+    assert path.read_bytes() != first
+    real_plots.probe(search, path)
+    assert path.read_bytes() != first
+
+
+def test_the_picture_along_training_shows_both_arms(tmp_path):
+    log = [{"step": n, "score": 0.1 * n, "layer_15/contrast": 1.0 + n} for n in range(3)]
+    other = [{**entry, "layer_15/contrast": 5.0} for entry in log]
+    path = tmp_path / "real.png"
+    drawn = []
+    for with_pre in (log, other):
+        found = {"seeds": [{"without": {"trace": log}, "with": {"trace": with_pre}}]}
+        real_plots.along_training(found, path, "a note", metric="contrast")
+        drawn.append(path.read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 def test_a_wrong_arm_and_missing_parts_are_said(capsys, tmp_path):
@@ -100,7 +146,7 @@ def test_the_search_records_what_it_measures(tmp_path, monkeypatch):
             keep(arm, seed, {"layers": [0]}, 1.5)
 
     monkeypatch.setattr(evidence_real, "measure", measure)
-    monkeypatch.setattr(evidence_real.Pieces, "check", lambda self, llm: None)
+    monkeypatch.setattr(evidence_real, "prepare", lambda *arguments: None)
     command = ["--seeds", "0", "--arms", PAPER, "--results", str(tmp_path)]
     assert evidence_real.main(command) == 0
     assert asked == [[("before", 0), ("aligned", 0), (PAPER, 0)]]

@@ -315,6 +315,8 @@ def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
     console = screen(width=120)
     settings = dataclasses.replace(TINY, tune_steps=4)
     monkeypatch.setattr(run, "machine", lambda device, jobs: "a machine")
+    stopped = tmp_path / "work" / "arms with other options"
+    stopped.mkdir(parents=True)
     measured = run.run(settings, Arm({"layer": 3}), 1, tiny, "cpu", tmp_path, console, jobs=1)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
@@ -324,7 +326,9 @@ def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
         "demo.png",
         *results.TRACES.values(),
         "trace",
+        "work",
     }
+    assert list((tmp_path / "work").iterdir()) == [stopped]
     assert json.loads((tmp_path / "demo.json").read_text()) == json.loads(json.dumps(measured))
     said = " ".join(console.file.getvalue().split())
     assert texts.SMOKE in said

@@ -57,7 +57,8 @@ def load(folder: Path) -> tuple[list[Photograph], list[str]]:
         count = sum(photograph.category == category for photograph in found)
         if count < FEWEST:
             raise Unreadable(
-                f"{folder / name}: got {count} photographs that can be read, want {FEWEST} or more"
+                f"{folder / name}: got {count} photographs that can be read, want {FEWEST} or "
+                f"more; remove {folder}, then pre-kernels demo --real --fetch"
             )
     return found, broken
 

