@@ -74,29 +74,15 @@ def evidence_real(records: Records) -> str:
     return table(kept) if kept else "No results yet."
 
 
-def real_demo(_: Records) -> str:
-    """Return what a run of `pre-kernels demo --real` showed, in words."""
-    from pre_kernels.demo.real import results
-
-    found = real_demo_results()
-    said = [*results.verdict(found), results.took(found)]
-    return "\n".join([*(f"- {sentence}" for sentence in said), *_origin(found, "real")])
-
-
 def demo(_: Records) -> str:
     from pre_kernels.demo import results
 
     found = demo_results()
-    return "\n".join([results.markdown(found), *_origin(found, "demo")])
-
-
-def _origin(found: dict[str, Any], kind: str) -> list[str]:
-    """Return lines that say where a demo was measured."""
     names = ("torch", "transformers", "python")
     versions = [f"{name} {found['versions'][name]}" for name in names]
     where = ", ".join([found["device"], *versions, found["date"], f"commit {found['commit']}"])
-    line = outdated([{**found, "kind": kind}])
-    return [f"- {where}", *(("", line) if line else ())]
+    line = outdated([{**found, "kind": "demo"}])
+    return "\n".join([results.markdown(found), f"- {where}", *(("", line) if line else ())])
 
 
 def probe(records: Records) -> str:
@@ -136,7 +122,6 @@ TABLES = {
     "demo": Table("docs/evidence.md", demo),
     "evidence": Table("docs/evidence.md", evidence),
     "evidence-real": Table("docs/evidence.md", evidence_real),
-    "real-demo": Table("docs/evidence.md", real_demo),
     "models": Table("docs/models.md", models),
     "scale-ranks": Table("docs/scale.md", computed(scale_tables.ranks_table)),
     "scale-work": Table("docs/scale.md", computed(scale_tables.work)),
@@ -159,12 +144,6 @@ def known(paths: Iterable[Path]) -> Records:
 def demo_results() -> dict[str, Any]:
     """Return the results of the committed run of the demo."""
     found: dict[str, Any] = json.loads((record.RESULTS / "demo.json").read_text(encoding="utf-8"))
-    return found
-
-
-def real_demo_results() -> dict[str, Any]:
-    """Return the results of the committed run of `pre-kernels demo --real`."""
-    found: dict[str, Any] = json.loads((record.RESULTS / "real.json").read_text(encoding="utf-8"))
     return found
 
 

@@ -20,17 +20,15 @@ FOLDER = ROOT / "docs" / "pictures"
 DRAWN_FROM = "Drawn from"
 DEMO = "demo"
 REAL = "real"
-# A run of `pre-kernels demo --real`; REAL is the search over its options.
-REAL_DEMO = "real demo"
 
 
-def real(name: str, **more: Any) -> Callable[[Any, Path, str], object]:
+def real(name: str) -> Callable[[Any, Path, str], object]:
     """Return a function of `real_plots`, for which transformers is loaded only when it draws."""
 
     def draw(found: Any, path: Path, note: str) -> None:
         from . import real_plots
 
-        getattr(real_plots, name)(found, path, note, **more)
+        getattr(real_plots, name)(found, path, note)
 
     return draw
 
@@ -50,21 +48,15 @@ PICTURES = {
     "pre_loss.png": Picture(demo_plots.pre_loss, (DEMO,)),
     "real.png": Picture(real("depth"), (REAL,)),
     "real_probe.png": Picture(real("probe"), (REAL,)),
-    **{
-        f"real_{metric}.png": Picture(real("along_training", metric=metric), (REAL_DEMO,))
-        for metric in ("linear_probe", "contrast")
-    },
 }
 
 
 def results(name: str, records: Records) -> Any:
-    """Return what a picture is drawn from: the results of a demo, all records of the search on real
+    """Return what a picture is drawn from: the demo's results, all records of the search on real
     parts, or otherwise the records of the device that was measured last."""
     kinds = PICTURES[name].kinds
     if kinds == (DEMO,):
         return pages.demo_results()
-    if kinds == (REAL_DEMO,):
-        return pages.real_demo_results()
     kept = [entry for entry in records if entry["kind"] in kinds]
     if kinds == (REAL,):
         return kept
@@ -74,9 +66,7 @@ def results(name: str, records: Records) -> Any:
 
 def note(name: str, found: Any) -> str:
     """Return the line below a picture."""
-    of_demos = {(DEMO,): DEMO, (REAL_DEMO,): REAL}
-    kind = of_demos.get(PICTURES[name].kinds)
-    return outdated([{**found, "kind": kind}] if kind else found)
+    return outdated([{**found, "kind": DEMO}] if PICTURES[name].kinds == (DEMO,) else found)
 
 
 def digest(name: str, records: Records) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of PRe on the little LLaVA of real parts: over depth, and along training."""
+"""The pictures of PRe on the little LLaVA of real parts, over depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pre_kernels.demo.real import results
 from pre_kernels.demo.real.results import at
 from pre_kernels.diagnostics.report import plots
 from pre_kernels.diagnostics.report.columns import COLUMNS
-from pre_kernels.diagnostics.run import trace
 
 from .demo_plots import axes_with
 from .evidence_real import (
@@ -38,10 +37,12 @@ RECOGNISED = COLUMNS["linear_probe"]._replace(
 
 
 def members(records: Records) -> list[dict[str, Any]]:
-    """Return the lines of the confirmation, or of the search before there are any."""
+    """Return the lines of the confirmation, or of the search before there are any, of the settings
+    of the first."""
     own = [entry for entry in records if entry["settings"]["llm"] == MAIN]
     confirmed = [entry for entry in own if entry["seed"] in CONFIRM]
-    return confirmed or [entry for entry in own if entry["seed"] in SEARCH]
+    chosen = confirmed or [entry for entry in own if entry["seed"] in SEARCH]
+    return [entry for entry in chosen if entry["settings"] == chosen[0]["settings"]]
 
 
 def caption(records: Records) -> str:
@@ -94,21 +95,6 @@ def probe(records: Records, path: Path, note: str = "") -> None:
         ylabel="accuracy",
     )
     plots.legend(axes, models, loc="upper right", frameon=False, fontsize=12.0)
-    figure.savefig(path, dpi=120)
-
-
-def along_training(found: dict[str, Any], path: Path, note: str = "", *, metric: str) -> None:
-    """Draw a metric of the middle layer beside the share of right answers, along stage two of the
-    first seed of a run of `pre-kernels demo --real`."""
-    (first, *_) = found["seeds"]
-    runs = [
-        trace.run(first[arm]["trace"], results.ARMS[arm][0], None, metric, "score", None)
-        | {"style": results.ARMS[arm][1], "score_name": "right answers"}
-        for arm in ("without", "with")
-    ]
-    figure = plots.trajectory(runs)
-    if note:
-        figure.supxlabel(note, fontsize=8.0, color="0.4")
     figure.savefig(path, dpi=120)
 
 

@@ -116,18 +116,6 @@ def test_pictures_show_the_confirmation_once_it_is_there(tmp_path):
     assert path.read_bytes() != first
 
 
-def test_the_picture_along_training_shows_both_arms(tmp_path):
-    log = [{"step": n, "score": 0.1 * n, "layer_15/contrast": 1.0 + n} for n in range(3)]
-    other = [{**entry, "layer_15/contrast": 5.0} for entry in log]
-    path = tmp_path / "real.png"
-    drawn = []
-    for with_pre in (log, other):
-        found = {"seeds": [{"without": {"trace": log}, "with": {"trace": with_pre}}]}
-        real_plots.along_training(found, path, "a note", metric="contrast")
-        drawn.append(path.read_bytes())
-    assert drawn[0] != drawn[1]
-
-
 def test_a_wrong_arm_and_missing_parts_are_said(capsys, tmp_path):
     with pytest.raises(SystemExit):
         evidence.main(["--real", "--arms", "nothing", "--results", str(tmp_path)])

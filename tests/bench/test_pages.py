@@ -22,7 +22,7 @@ def committed():
 
 @pytest.mark.parametrize("name", pages.TABLES)
 def test_a_page_has_the_table_of_the_committed_results(name, committed):
-    if name in ("demo", "evidence", "evidence-real", "real-demo", "probe"):
+    if name in ("demo", "evidence", "evidence-real", "probe"):
         pytest.importorskip("scipy")
         pytest.importorskip("rich")
     page = pages.TABLES[name].page
