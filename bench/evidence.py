@@ -21,20 +21,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
-
 from pre_kernels import screen
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.compare import pretrained, run_arm, split
 from pre_kernels.demo.evaluate import evaluate
-from pre_kernels.demo.progress import bars
 from pre_kernels.demo.settings import QUICK, Settings
 from pre_kernels.demo.stages import Bar
-from pre_kernels.demo.threads import quiet
 from pre_kernels.demo.workers import each_seed
 from pre_kernels.diagnostics.report.statistics import spread
 
 from . import record, where
+from .stoppable import until_stopped
 from .tables import below, claim, markdown
 
 DEPTH = Settings().layers
@@ -225,20 +222,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(records))
     print(where.told(path))
     return stopped
-
-
-def until_stopped(run: Callable[[Bar], object]) -> int:
-    """Run with bars, and return 0, or the exit status that ^C or SIGTERM asks for."""
-    restore = quiet()
-    try:
-        with bars(Console()) as bar:
-            run(bar)
-    except KeyboardInterrupt as stop:
-        print("Stopped: the same command resumes.")
-        return screen.stopped(stop)
-    finally:
-        restore()
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pre_kernels.diagnostics.report.statistics import interval, spread
 from pre_kernels.fused.products import fastest_dtype
 
 from . import record, where
-from .evidence import until_stopped
+from .stoppable import until_stopped
 from .tables import below, claim, markdown
 
 WITHOUT = "without PRe"
