@@ -243,11 +243,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--arms: {', '.join(too_deep)} needs {LAYERS} layers, {options.llm} has {deepest}"
         )
-    pieces = Pieces(options.parts)
-    try:
-        prepare(settings, pieces, options.jobs, Console())
-    except ValueError as error:
-        parser.error(str(error))
     path = where.file(options, "evidence_real.jsonl", parser.error)
     done = {
         (entry["arm"], entry["seed"])
@@ -257,6 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     every = [(arm, seed) for seed in options.seeds for arm in (*START, *options.arms)]
     wanted = [job for job in every if job not in done]
+    pieces = Pieces(options.parts)
+    try:
+        prepare(settings, pieces, max(min(options.jobs, len(wanted)), 1), Console())
+    except ValueError as error:
+        parser.error(str(error))
 
     def keep(arm: str, seed: int, metrics: dict[str, Any], seconds: float) -> None:
         options = dataclasses.asdict(ARMS[arm]) if arm in ARMS else None

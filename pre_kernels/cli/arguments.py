@@ -121,7 +121,7 @@ def _demo(commands: Any) -> None:
         "several seeds each, and compare task accuracy, L_PRe, linear probes and the semantic "
         "contrast ratio over depth. Measured: 4 minutes on a CPU with 2 cores. With --real the "
         "parts are a pre-trained LLM of 135 million parameters, an ImageNet encoder and "
-        "photographs: 40 minutes.",
+        "photographs; that takes much longer, and begins with an estimate.",
         epilog=(
             Table("examples:", [row for row in EXAMPLES.rows if "pre-kernels demo" in row[0]]),
         ),

@@ -144,6 +144,10 @@ def test_the_search_records_what_it_measures(tmp_path, monkeypatch):
     assert last["command"] == "python -m bench.evidence --real --seeds 0 --arms PRe"
     assert evidence_real.main(command) == 0
     assert asked[1] == []
+    path = tmp_path / "evidence_real.jsonl"
+    path.write_text(path.read_text().replace(last["measured"], "other code"))
+    assert evidence_real.main(command) == 0
+    assert asked.pop() == asked[0]
     assert evidence_real.main([*command, "--llm", "gemma3"]) == 0
     assert len(asked[2]) == 3
     (*_, last) = record.load([tmp_path / "evidence_real.jsonl"])

@@ -155,8 +155,11 @@ def test_wrong_commands(arguments, said, tmp_path, monkeypatch, capsys):
 def test_the_first_stage_of_a_seed_runs_before_its_arms(tmp_path, monkeypatch):
     asked = []
 
+    folders = []
+
     def each_seed(job, count, fixed, bar, jobs, done):
         asked.append(fixed[0])
+        folders.append(fixed[5])
         done(0, [(arm, seed, {}, 1.0) for arm, seed in fixed[0]])
 
     monkeypatch.setattr(run, "each_seed", each_seed)
@@ -167,6 +170,11 @@ def test_the_first_stage_of_a_seed_runs_before_its_arms(tmp_path, monkeypatch):
     run.measure(arms, wanted, QUICK, parts, "cpu", tmp_path, lambda *k: kept.append(k[:2]), None, 2)
     assert asked == [[("aligned", 0)], wanted]
     assert kept == wanted
+    parts.photographs.mkdir()
+    (parts.photographs / "another.png").touch()
+    run.measure(arms, wanted, QUICK, parts, "cpu", tmp_path, lambda *k: None, None, 2)
+    # With other photographs nothing is resumed.
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_options_of_the_arm(tmp_path, monkeypatch):
