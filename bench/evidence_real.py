@@ -22,7 +22,8 @@ from rich.console import Console
 from pre_kernels import screen, sources
 from pre_kernels.check.device import Cpu
 from pre_kernels.demo.real.arm import Arm
-from pre_kernels.demo.real.pieces import LLMS, Pieces, Unavailable, default_folder
+from pre_kernels.demo.real.llms import LLMS
+from pre_kernels.demo.real.pieces import Pieces, Unavailable, default_folder
 from pre_kernels.demo.real.results import ARMS as TITLES
 from pre_kernels.demo.real.results import Measure, Metrics, at, deep, right
 from pre_kernels.demo.real.run import START, measure, prepare
@@ -254,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [job for job in every if job not in done]
     pieces = Pieces(options.parts)
     try:
-        prepare(settings, pieces, max(min(options.jobs, len(wanted)), 1), Console())
+        jobs = max(min(options.jobs, len(wanted)), 1)
+        prepare(settings, pieces, jobs, options.work, Console())
     except ValueError as error:
         parser.error(str(error))
 

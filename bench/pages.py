@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,9 @@ from .tables import below, loss_table, markdown, outdated
 
 Records = Sequence[dict[str, Any]]
 COMMAND = "make bench-report"
+# The demos, each with a committed run.
+DEMO = "demo"
+REAL = "real"
 
 
 def loss(records: Records) -> str:
@@ -70,26 +73,40 @@ def evidence(records: Records) -> str:
 def evidence_real(records: Records) -> str:
     from .evidence_real import table
 
-    kept = [entry for entry in records if entry["kind"] == "real"]
+    kept = [entry for entry in records if entry["kind"] == REAL]
     return table(kept) if kept else "No results yet."
 
 
 def demo(_: Records) -> str:
     from pre_kernels.demo import results
 
-    found = demo_results()
+    found = run_of(DEMO)
+    return "\n".join([results.markdown(found), *_of_run(DEMO, found)])
+
+
+def real_demo(_: Records) -> str:
+    from pre_kernels.demo.real import results
+    from pre_kernels.demo.results import took
+
+    found = run_of(REAL)
+    said = [f"- {sentence}" for sentence in results.verdict(found)]
+    return "\n".join([*said, "", took(found), "", *_of_run(REAL, found)])
+
+
+def _of_run(kind: str, found: Mapping[str, Any]) -> list[str]:
+    """Return lines that say where the results of a demo's run come from."""
     names = ("torch", "transformers", "python")
     versions = [f"{name} {found['versions'][name]}" for name in names]
     where = ", ".join([found["device"], *versions, found["date"], f"commit {found['commit']}"])
-    line = outdated([{**found, "kind": "demo"}])
-    return "\n".join([results.markdown(found), f"- {where}", *(("", line) if line else ())])
+    line = outdated([{**found, "kind": kind}])
+    return [f"- {where}", *(("", line) if line else ())]
 
 
 def probe(records: Records) -> str:
     """Return what the picture of README shows, in words."""
     from .real_plots import caption
 
-    kept = [entry for entry in records if entry["kind"] == "real"]
+    kept = [entry for entry in records if entry["kind"] == REAL]
     line = outdated(kept)
     return f"{caption(kept)} {line}" if line else caption(kept)
 
@@ -121,6 +138,7 @@ TABLES = {
     "mutation": Table("docs/generated/mutation.md", mutation_table.page),
     "demo": Table("docs/evidence.md", demo),
     "evidence": Table("docs/evidence.md", evidence),
+    "real-demo": Table("docs/evidence.md", real_demo),
     "evidence-real": Table("docs/evidence.md", evidence_real),
     "models": Table("docs/models.md", models),
     "scale-ranks": Table("docs/scale.md", computed(scale_tables.ranks_table)),
@@ -141,9 +159,10 @@ def known(paths: Iterable[Path]) -> Records:
     return [entry for entry in record.latest(record.load(paths)) if not entry.get("dry_run")]
 
 
-def demo_results() -> dict[str, Any]:
-    """Return the results of the committed run of the demo."""
-    found: dict[str, Any] = json.loads((record.RESULTS / "demo.json").read_text(encoding="utf-8"))
+def run_of(kind: str) -> dict[str, Any]:
+    """Return the results of the committed run of one of the demos, `DEMO` or `REAL`."""
+    path = record.RESULTS / f"{kind}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -159,7 +178,7 @@ def adopt_demo(folder: Path = ROOT / "demo-out") -> Path | None:
     settings = Settings(seeds=found["settings"]["seeds"])
     if found["settings"] != {**dataclasses.asdict(settings), "layer": settings.pre_layer}:
         return None
-    if found == demo_results() or found.get("measured") != sources.digest("demo"):
+    if found == run_of(DEMO) or found.get("measured") != sources.digest(DEMO):
         return None
     shutil.copyfile(path, record.RESULTS / "demo.json")
     return path

@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import ROOT, demo_plots, pages, plots
-from .pages import Records
+from .pages import DEMO, REAL, Records
 from .tables import outdated
 
 FOLDER = ROOT / "docs" / "pictures"
 # the name of the text in a PNG that holds the digest
 DRAWN_FROM = "Drawn from"
-DEMO = "demo"
-REAL = "real"
 
 
-def real(name: str) -> Callable[[Any, Path, str], object]:
-    """Return a function of `real_plots`, for which transformers is loaded only when it draws."""
+def real(name: str, *more: str) -> Callable[[Any, Path, str], object]:
+    """Return a function of `real_plots`, for which transformers is loaded only when it draws.
+
+    Args:
+        more: its further arguments.
+    """
 
     def draw(found: Any, path: Path, note: str) -> None:
         from . import real_plots
 
-        getattr(real_plots, name)(found, path, note)
+        getattr(real_plots, name)(found, path, note, *more)
 
     return draw
 
@@ -37,26 +39,30 @@ class Picture(NamedTuple):
     # Draws results into a file, with a line of text below.
     draw: Callable[[Any, Path, str], object]
     # the kinds of its records
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    # or the demo whose committed run it shows
+    run: str = ""
 
 
 PICTURES = {
     "speed.png": Picture(plots.bars, ("loss",)),
     "workspace.png": Picture(plots.workspaces, ("workspace",)),
-    "demo.png": Picture(demo_plots.demo, (DEMO,)),
-    "probe.png": Picture(demo_plots.probe, (DEMO,)),
-    "pre_loss.png": Picture(demo_plots.pre_loss, (DEMO,)),
+    "demo.png": Picture(demo_plots.demo, run=DEMO),
+    "probe.png": Picture(demo_plots.probe, run=DEMO),
+    "pre_loss.png": Picture(demo_plots.pre_loss, run=DEMO),
     "real.png": Picture(real("depth"), (REAL,)),
     "real_probe.png": Picture(real("probe"), (REAL,)),
+    "real_training_probe.png": Picture(real("training", "identity"), run=REAL),
+    "real_training_contrast.png": Picture(real("training", "contrast"), run=REAL),
 }
 
 
 def results(name: str, records: Records) -> Any:
-    """Return what a picture is drawn from: the demo's results, all records of the search on real
+    """Return what a picture is drawn from: a demo's results, all records of the search on real
     parts, or otherwise the records of the device that was measured last."""
-    kinds = PICTURES[name].kinds
-    if kinds == (DEMO,):
-        return pages.demo_results()
+    _, kinds, run = PICTURES[name]
+    if run:
+        return pages.run_of(run)
     kept = [entry for entry in records if entry["kind"] in kinds]
     if kinds == (REAL,):
         return kept
@@ -66,7 +72,8 @@ def results(name: str, records: Records) -> Any:
 
 def note(name: str, found: Any) -> str:
     """Return the line below a picture."""
-    return outdated([{**found, "kind": DEMO}] if PICTURES[name].kinds == (DEMO,) else found)
+    run = PICTURES[name].run
+    return outdated([{**found, "kind": run}] if run else found)
 
 
 def digest(name: str, records: Records) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of PRe on the little LLaVA of real parts, over depth."""
+"""The pictures of PRe on the little LLaVA of real parts, over depth and along training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pre_kernels.demo.real import results
 from pre_kernels.demo.real.results import at
 from pre_kernels.diagnostics.report import plots
 from pre_kernels.diagnostics.report.columns import COLUMNS
+from pre_kernels.diagnostics.run import trace
 
 from .demo_plots import axes_with
 from .evidence_real import (
@@ -95,6 +96,21 @@ def probe(records: Records, path: Path, note: str = "") -> None:
         ylabel="accuracy",
     )
     plots.legend(axes, models, loc="upper right", frameon=False, fontsize=12.0)
+    figure.savefig(path, dpi=120)
+
+
+def training(found: results.Results, path: Path, note: str, metric: str) -> None:
+    """Draw a metric of the middle layer and the task's score along stage two of the first seed, as
+    `pre-kernels trace` does, for a run of the demo."""
+    first = found["seeds"][0]
+    runs = []
+    for arm in ("without", "with"):
+        name, style = results.ARMS[arm]
+        run = trace.run(first[arm]["trace"], name, None, metric, "score", None)
+        runs.append(run | {"style": style})
+    figure = plots.trajectory(runs)
+    if note:
+        figure.supxlabel(note, fontsize=8.0, color="0.4")
     figure.savefig(path, dpi=120)
 
 

@@ -20,7 +20,7 @@ CORE = ("loss.py", "head.py", "checks.py", "problem.py", "reference.py", "fused"
 # What decides the numbers of the demo, without its texts, plots and progress.
 DEMO = ("compare", "evaluate", "model", "scenes", "settings", "text", "threads", "train")
 TRAINED = (*CORE, "integrations", *(f"demo/{name}.py" for name in DEMO), "diagnostics/measures")
-REAL = ("arm", "evaluate", "model", "photographs", "scenes", "settings", "text", "train")
+REAL = ("arm", "evaluate", "llms", "model", "photographs", "scenes", "settings", "text", "train")
 REAL_TRAINED = (
     *CORE,
     "integrations",

@@ -113,6 +113,7 @@ def real_demo(options: argparse.Namespace) -> int:
     with screen.starting():
         from pre_kernels.demo.real import pieces
         from pre_kernels.demo.real.arm import Arm
+        from pre_kernels.demo.real.llms import LLMS
         from pre_kernels.demo.real.run import run
         from pre_kernels.demo.real.settings import QUICK, Settings
 
@@ -128,7 +129,7 @@ def real_demo(options: argparse.Namespace) -> int:
         QUICK if options.quick else Settings(), llm=options.llm or Settings.llm, bf16=bf16
     )
     parts = pieces.Pieces(options.parts or pieces.default_folder())
-    llm = pieces.LLMS[settings.llm]
+    llm = LLMS[settings.llm]
     if options.layer is not None and not 1 <= options.layer <= llm.layers:
         return fail(f"--layer: got {options.layer}, want 1..{llm.layers}, the layers of {llm.name}")
     try:

@@ -65,7 +65,7 @@ def train_stage(
             args=arguments,
             train_dataset=numbers,
             data_collator=lambda batch: visual_batch(scenes, torch.tensor(batch)),
-            callbacks=[_Advance(advance)],
+            callbacks=[AdvanceCallback(advance)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -73,7 +73,7 @@ def train_stage(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-class _Advance(TrainerCallback):
+class AdvanceCallback(TrainerCallback):
     """Move a progress bar on."""
 
     def __init__(self, advance: Advance) -> None:

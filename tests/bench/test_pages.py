@@ -112,19 +112,22 @@ def test_a_table_of_older_code_says_so():
     assert pages.goals_on_a_cpu(half).endswith(said)
 
 
-def test_the_demo_and_its_pictures_of_older_code_say_so(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [pages.DEMO, pages.REAL])
+def test_a_demo_and_its_pictures_of_older_code_say_so(monkeypatch, tmp_path, kind):
     pytest.importorskip("scipy")
-    found = pages.demo_results()
-    monkeypatch.setattr(pages, "demo_results", lambda: found)
-    found["measured"] = sources.digest("demo")
-    new = {name: pictures.digest(name, []) for name in ("demo.png", "probe.png", "pre_loss.png")}
-    assert "has changed" not in pages.demo([])
-    assert pictures.note("probe.png", found) == ""
+    found = pages.run_of(kind)
+    monkeypatch.setattr(pages, "run_of", lambda _: found)
+    found["measured"] = sources.digest(kind)
+    own = [name for name, picture in pictures.PICTURES.items() if picture.run == kind]
+    new = {name: pictures.digest(name, []) for name in own}
+    text = {"demo": pages.demo, "real": pages.real_demo}[kind]
+    assert "has changed" not in text([])
+    assert pictures.note(own[0], found) == ""
     found["measured"] = "another"
-    assert pages.demo([]).endswith(
+    assert text([]).endswith(
         f"The code has changed since: measured at commit {found['commit']}, on {found['date']}."
     )
-    assert pictures.note("probe.png", found) in pages.demo([])
+    assert pictures.note(own[0], found) in text([])
     assert all(pictures.digest(name, []) != digest for name, digest in new.items())
     pictures.draw(new, [], tmp_path)
     for name in new:
@@ -132,7 +135,7 @@ def test_the_demo_and_its_pictures_of_older_code_say_so(monkeypatch, tmp_path):
 
 
 def test_what_the_demo_left_is_taken_over_if_it_is_the_demo_of_this_code(monkeypatch, tmp_path):
-    found = {**pages.demo_results(), "measured": sources.digest("demo"), "date": "2026-01-02"}
+    found = {**pages.run_of(pages.DEMO), "measured": sources.digest("demo"), "date": "2026-01-02"}
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     path = tmp_path / "demo.json"
     record.RESULTS.mkdir()
@@ -146,7 +149,7 @@ def test_what_the_demo_left_is_taken_over_if_it_is_the_demo_of_this_code(monkeyp
         assert kept.read_text() == "{}"
     path.write_text(json.dumps(found))
     assert pages.adopt_demo(tmp_path) == path
-    assert pages.demo_results() == found
+    assert pages.run_of(pages.DEMO) == found
     assert pages.adopt_demo(tmp_path) is None
 
 

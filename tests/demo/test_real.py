@@ -26,8 +26,9 @@ from pre_kernels.demo import words as texts
 from pre_kernels.demo.real import arm, model, photographs, results, run
 from pre_kernels.demo.real.arm import Arm, Seed
 from pre_kernels.demo.real.evaluate import Seen, right
+from pre_kernels.demo.real.llms import LLMS
 from pre_kernels.demo.real.photographs import CATEGORIES
-from pre_kernels.demo.real.pieces import LLMS, Pieces
+from pre_kernels.demo.real.pieces import Pieces
 from pre_kernels.demo.real.scenes import PATCHES, SIDE, Scenes
 from pre_kernels.demo.real.settings import QUICK
 from pre_kernels.demo.real.text import IGNORED, Batches, caption, questions
@@ -166,8 +167,6 @@ def test_scenes(found):
         assert (scene.masks.sum(0) <= 1).all()
         assert scene.masks.any(1).all()
     assert not torch.equal(scenes[0].image, Scenes(found, 4, seed=6)[0].image)
-    for number, scene in enumerate(Scenes(found, 8, seed=5, alike=True)):
-        assert {thing.category for thing in scene.things} == {number % len(CATEGORIES)}
 
 
 def test_a_mask_lies_where_the_thing_is(found):
@@ -279,6 +278,19 @@ def test_arms_start_alike_and_resume(tiny, tmp_path, monkeypatch):
     assert again.aligned()[1] == metrics
 
 
+def test_all_models_are_measured_as_training_computes(tiny, tmp_path):
+    bf16 = dataclasses.replace(TINY, bf16=True)
+    seed = Seed(0, bf16, tiny, "cpu", tmp_path, no_bar)
+    before = seed.before()
+    # The Trainer leaves its autocast around the model.
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    seed.model.forward = autocast(seed.model.forward)
+    assert seed._measure(seed.model, "again") == before
+    seed.settings = TINY
+    del seed.model.forward
+    assert seed._measure(seed.model, "in float32")["cosine"] != before["cosine"]
+
+
 @pytest.mark.parametrize("own", [Arm(None), Arm()], ids=["without PRe", "with PRe"])
 def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(own, tiny, tmp_path, monkeypatch):
     from pre_kernels.demo.real import train
@@ -336,16 +348,11 @@ def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
         assert name in said
     page = (tmp_path / "demo.html").read_text()
     assert "Patches decode in the last layer" in page
-    drawn = trace.draw(
-        [tmp_path / "trace" / "without", tmp_path / "trace" / "with"],
-        None,
-        "linear_probe",
-        "score",
-        None,
-        tmp_path / "again.png",
-    )
-    # Before the first step, at the second, and after the last.
-    assert drawn.count(": 3 steps") == 2
+    logs = [tmp_path / "trace" / name for name in ("without", "with")]
+    for metric in ("identity", "kind", "contrast"):
+        drawn = trace.draw(logs, None, metric, "score", None, tmp_path / "again.png")
+        # Before the first step, at the second, at the fourth, which is the last.
+        assert drawn.count(": 3 steps") == 2
 
 
 def test_the_verdict_is_that_of_the_numbers():

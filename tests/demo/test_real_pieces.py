@@ -2,14 +2,17 @@
 loaded."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
@@ -19,8 +22,9 @@ pytest.importorskip("efficientnet_lite_pytorch")
 from pre_kernels import cli
 from pre_kernels.demo.real import pieces, run
 from pre_kernels.demo.real.arm import Arm
+from pre_kernels.demo.real.llms import LLMS
 from pre_kernels.demo.real.photographs import CATEGORIES
-from pre_kernels.demo.real.pieces import ENCODER_WEIGHTS, LLMS, Pieces, Unavailable
+from pre_kernels.demo.real.pieces import ENCODER_WEIGHTS, Pieces, Unavailable
 from pre_kernels.demo.real.settings import QUICK
 
 from .support import screen
@@ -118,19 +122,47 @@ def test_a_download_that_fails_says_so(tmp_path):
         pieces._run(["ls", str(tmp_path / "nothing-here")], tmp_path)
 
 
-def test_too_little_memory_is_said_before_loading(monkeypatch):
-    class Memory:
-        available = 7e9
-
-    monkeypatch.setattr(run.psutil, "virtual_memory", Memory)
-    run.check_memory("an LLM", 3.5, 2)
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_too_little_room_is_said_before_loading(monkeypatch, tmp_path, what):
+    gigabytes = {"memory": 100.0, "disk": 100.0, what: 7.0}
+    monkeypatch.setattr(
+        run.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9 * gigabytes["memory"])
+    )
+    monkeypatch.setattr(
+        run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e9 * gigabytes["disk"])
+    )
+    work = tmp_path / "not" / "there"
+    run.check_room("an LLM", 3.5, 2, work)
     with pytest.raises(
         Unavailable,
-        match=r"needs 4 GB for each arm, 8 GB for 2 at once, and 7\.0 GB are free; use --jobs 1",
+        match=f"^{what}: training an LLM needs 4 GB for each arm, 8 GB for 2 at once, and "
+        r"7\.0 GB are free; use --jobs 1$",
     ):
-        run.check_memory("an LLM", 4.0, 2)
-    with pytest.raises(Unavailable, match="close other programs"):
-        run.check_memory("an LLM", 9.0, 1)
+        run.check_room("an LLM", 4.0, 2, work)
+    mend = {"memory": "close other programs", "disk": "choose a folder on another disk"}
+    with pytest.raises(Unavailable, match=f"{mend[what]}, or use another machine"):
+        run.check_room("an LLM", 9.0, 1, work)
+
+
+@pytest.mark.parametrize("error", [SafetensorError, RuntimeError])
+def test_an_error_of_a_full_disk_is_an_oserror(monkeypatch, tmp_path, error):
+    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with pytest.raises(OSError, match="No space left") as caught, run.full_disk(tmp_path):
+        raise error("writing failed")
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    with pytest.raises(error, match="another reason"), run.full_disk(tmp_path):
+        raise error("another reason")
+
+
+def test_what_a_stopped_run_left_counts_as_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with pytest.raises(Unavailable, match="disk"):
+        run.check_room("an LLM", 0.002, 1, tmp_path)
+    (tmp_path / "arm").mkdir()
+    (tmp_path / "arm" / "checkpoint").write_bytes(bytes(1_000_000))
+    run.check_room("an LLM", 0.002, 1, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from pre_kernels.screen import write
 
 from ..stages import Bar, Stage
 from . import photographs
-from .evaluate import evaluate, samples, task
+from .evaluate import evaluate, samples
+from .llms import LLMS
 from .model import build, tokenizer
-from .pieces import LLMS, Pieces
+from .pieces import Pieces
 from .scenes import Scenes
 from .settings import Settings
 from .stages import ALIGN, LOAD, MEASURE, TUNE
@@ -173,17 +174,27 @@ class Seed:
         return curves
 
     def _watch(self, trainer: Any) -> LayerCallback:
+        """Return what measures layers along a training, with the probes of `evaluate`."""
         settings = self.settings
         llm = LLMS[settings.llm]
-        seed = 2000 * (self.seed + 1)
-        both = [photograph for half in self.halves for photograph in half]
-        looks = samples(self.tokenizer, llm, Scenes(both, settings.traced_scenes, seed, alike=True))
-        asked = Batches(self.tokenizer, llm, questions, Scenes(both, settings.asked_scenes, seed))
+        depth = llm.layers
+        own = replace(settings, test_scenes=settings.traced_scenes, every=depth, lens_scenes=1)
+        half = Scenes(self.halves[0], own.test_scenes, 2000 * (self.seed + 1))
+
+        def score(model: Any) -> dict[str, float]:
+            found = evaluate(model, self.tokenizer, llm, self.halves, own, self.seed)
+            scores = {"score": found["accuracy"]}
+            for place, layer in enumerate(found["layers"]):
+                scores[f"layer_{layer}/identity"] = found["identity"][place]
+                scores[f"layer_{layer}/kind"] = found["probe"][place]
+            return scores
+
         return LayerCallback(
             trainer,
-            looks,
+            samples(self.tokenizer, llm, half),
             every=settings.traced_every,
-            score=lambda model: task(model, asked),
+            metrics=("structure", "cosine"),
+            score=score,
             max_share=None,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from pre_kernels.diagnostics import LayerReport, Sample, linear_probe
 from pre_kernels.integrations import Reader
 
 from ..stages import Advance
+from .llms import Llm
 from .photographs import Photograph
-from .pieces import Llm
 from .scenes import Scenes
 from .settings import Settings
 from .text import IGNORED, Batches, questions
@@ -92,13 +92,13 @@ def evaluate(
     answers: list[bool] = []
     seen = []
     model.eval()
+    device = model.device
     with Reader(model, layers) as reader:
         for half, photographs in enumerate(halves):
             scenes = Scenes(photographs, settings.test_scenes, 1000 * (seed + 1) + half)
             batches = Batches(tokenizer, llm, questions, scenes)
-            decoded = range(settings.lens_scenes)
             seen.append(
-                _read(reader, batches, photographs, report, answers, decoded, model.device, advance)
+                _read(reader, batches, photographs, report, answers, settings, device, advance)
             )
     rows = report.rows()
 
@@ -134,19 +134,20 @@ def _read(
     photographs: Sequence[Photograph],
     report: LayerReport,
     answers: list[bool],
-    decoded: Collection[int],
+    settings: Settings,
     device: torch.device,
     advance: Advance,
     batch: int = 10,
 ) -> Seen:
-    """Add scenes to `report` and `answers`, and return their things. Patches of the scenes in
-    `decoded` are decoded to words."""
+    """Add scenes to `report` and `answers`, and return their things."""
     seen = Seen({layer: [] for layer in reader.layers}, [], [], [])
     logits = reader.logits()
     numbers = {id(photograph): n for n, photograph in enumerate(photographs)}
     for index in torch.arange(len(batches.scenes)).split(batch):
         inputs = on(device, batches(index.tolist()))
-        images, output = reader.read_with_output(inputs)
+        # As in training, since the Trainer's autocast stays around the model that it trained.
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            images, output = reader.read_with_output(inputs)
         answers += right(output.logits, inputs["labels"])
         for number, image in zip(index.tolist(), images, strict=True):
             scene = batches.scenes[number]
@@ -158,7 +159,7 @@ def _read(
                 hidden,
                 image.anchor.float().cpu(),
                 masks=masks,
-                logits=logits if number in decoded else None,
+                logits=logits if number < settings.lens_scenes else None,
             )
             for layer, h in hidden.items():
                 seen.means[layer] += [h[mask].mean(0) for mask in masks]
@@ -170,27 +171,15 @@ def _read(
 
 
 def samples(tokenizer: Any, llm: Llm, scenes: Scenes) -> list[Sample]:
-    """Return scenes whose things are all of one category, as images with that label."""
+    """Return scenes as images for `LayerCallback`."""
     looks = Batches(tokenizer, llm, lambda scene, chance: [], scenes)
     return [
         Sample(
             {name: value for name, value in looks([number]).items() if name in INPUTS},
-            label=scene.things[0].category,
             masks=scene.masks[scene.masks.any(1)],
         )
         for number, scene in enumerate(scenes)
     ]
-
-
-def task(model: Any, batches: Batches, batch: int = 10) -> float:
-    """Return the share of right answers."""
-    answers = []
-    for index in torch.arange(len(batches.scenes)).split(batch):
-        inputs = batches(index.tolist())
-        labels = inputs.pop("labels")
-        logits = model(**on(model.device, inputs)).logits
-        answers += right(logits.cpu(), labels)
-    return sum(answers) / len(answers)
 
 
 def on(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:

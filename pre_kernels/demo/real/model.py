@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from .pieces import Llm, Pieces
+from .llms import Llm
+from .pieces import Pieces
 from .scenes import SIDE, Scenes
 
 # The last feature map of the encoder has this many channels.

@@ -37,7 +37,7 @@ ARMS = {
 }
 CHANCE = 1 / len(CATEGORIES)
 # The traces along the second stage: the metric of `pre-kernels trace`, and the file.
-TRACES = {"linear_probe": "trace-probe.png", "contrast": "trace-contrast.png"}
+TRACES = {"identity": "trace-probe.png", "contrast": "trace-contrast.png"}
 RECOGNISED = ("Linear probe: which photograph?", "accuracy in other scenes")
 Results = dict[str, Any]
 Metrics = dict[str, Any]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from pre_kernels import sources
 from pre_kernels.demo import Unsaved
@@ -29,7 +31,8 @@ from pre_kernels.screen import plural
 
 from . import photographs
 from .arm import Arm, Metrics, Seed
-from .pieces import LLMS, Pieces, Unavailable
+from .llms import LLMS
+from .pieces import Pieces, Unavailable
 from .results import picture, save, show
 from .scenes import Scenes
 from .settings import Settings
@@ -41,6 +44,8 @@ WITHOUT = "without"
 WITH = "with"
 # What both arms of a seed start from.
 START = (BEFORE, ALIGNED)
+# A disk with fewer free bytes cannot take any file of a checkpoint.
+FULL = 1_000_000_000
 # This function takes an arm's name, its seed, its metrics and the seconds that they took.
 Keep = Callable[[str, int, Metrics, float], None]
 # The last seed that this process ran.
@@ -72,6 +77,7 @@ def measure(
     work /= fingerprint(
         {
             "settings": dataclasses.asdict(settings),
+            "arms": {name: dataclasses.asdict(arm) for name, arm in arms.items()},
             "photographs": pieces.listing(),
             "device": device,
             "traced": traced,
@@ -124,12 +130,24 @@ def _job(
             _SEEDS[number] = Seed(number, settings, pieces, device, work, bar)
     seed = _SEEDS[number]
     seed.bar = bar
-    if name == ALIGNED:
-        found = {BEFORE: seed.before(), ALIGNED: seed.aligned()[1]}
-    else:
-        found = {name: seed.run(name, arms[name], traced)}
+    with full_disk(work):
+        if name == ALIGNED:
+            found = {BEFORE: seed.before(), ALIGNED: seed.aligned()[1]}
+        else:
+            found = {name: seed.run(name, arms[name], traced)}
     seconds = round(time.monotonic() - begin, 1)
     return [(arm, number, metrics, seconds) for arm, metrics in found.items()]
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Raise OSError where safetensors or torch.save failed since the disk is full: neither does."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if psutil.disk_usage(str(folder)).free > FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def run(
@@ -146,14 +164,13 @@ def run(
     into `out`, print what they show, and return the measurements.
 
     Raises:
-        Unavailable: parts are missing, or the memory is too small.
+        Unavailable: parts are missing, or memory or disk is too small.
         KeyboardInterrupt: its text says what is kept.
         Unsaved: files could not be written. What was measured has been printed.
     """
     console = Console() if console is None else console
     jobs = min(jobs, 2 * seeds)
-    found = prepare(settings, pieces, jobs, console)
-
+    found = prepare(settings, pieces, jobs, out / "work", console)
     arms = {WITHOUT: Arm(None), WITH: arm}
     experiment: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -206,18 +223,21 @@ def run(
 
 
 def prepare(
-    settings: Settings, pieces: Pieces, jobs: int, console: Console
+    settings: Settings, pieces: Pieces, jobs: int, work: Path, console: Console
 ) -> list[photographs.Photograph]:
-    """Check the parts and the memory for `jobs` arms at once, print what will be used, and return
-    the photographs.
+    """Check the parts, and memory and disk for `jobs` arms at once, print what will be used, and
+    return the photographs.
+
+    Args:
+        work: the folder of checkpoints.
 
     Raises:
-        Unavailable: parts are missing, or the memory is too small.
+        Unavailable: parts are missing, or memory or disk is too small.
         photographs.Unreadable: too many photographs cannot be read.
     """
     llm = LLMS[settings.llm]
     pieces.check(llm)
-    check_memory(llm.name, llm.gigabytes, jobs)
+    check_room(llm.name, llm.gigabytes, jobs, work)
     found, broken = photographs.load(pieces.photographs)
     for path in broken:
         console.print(f"left out, cannot be read: {path}", highlight=False, markup=False)
@@ -235,19 +255,25 @@ def seconds_of_a_seed(settings: Settings) -> float:
     """Return the expected seconds of a seed's two traced arms and of what they start from."""
     scenes = 2 * settings.test_scenes
     looks = settings.tune_steps // settings.traced_every + 1
-    traced = looks * (settings.traced_scenes + settings.asked_scenes)
+    traced = looks * 3 * settings.traced_scenes
     start = LOAD.seconds + settings.align_steps * ALIGN.seconds + 2 * scenes * MEASURE.seconds
     arm = LOAD.seconds + settings.tune_steps * TUNE.seconds + (scenes + traced) * MEASURE.seconds
     return start + 2 * arm
 
 
-def check_memory(name: str, gigabytes: float, jobs: int) -> None:
-    """Raise Unavailable unless the memory is enough for `jobs` arms at once."""
-    free = psutil.virtual_memory().available / 1e9
-    if free < jobs * gigabytes:
-        fits = int(free // gigabytes)
-        instead = f"use --jobs {fits}" if fits else "close other programs, or use another machine"
-        raise Unavailable(
-            f"memory: training {name} needs {gigabytes:g} GB for each arm, {jobs * gigabytes:g} GB "
-            f"for {jobs} at once, and {free:.1f} GB are free; {instead}"
-        )
+def check_room(name: str, gigabytes: float, jobs: int, work: Path) -> None:
+    """Raise Unavailable unless memory and disk are enough for `jobs` arms at once."""
+    kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    there = next(folder for folder in (work, *work.absolute().parents) if folder.is_dir())
+    for what, free, mend in (
+        ("memory", psutil.virtual_memory().available, "close other programs"),
+        ("disk", psutil.disk_usage(str(there)).free + kept, "choose a folder on another disk"),
+    ):
+        free /= 1e9
+        if free < jobs * gigabytes:
+            fits = int(free // gigabytes)
+            instead = f"use --jobs {fits}" if fits else f"{mend}, or use another machine"
+            raise Unavailable(
+                f"{what}: training {name} needs {gigabytes:g} GB for each arm, "
+                f"{jobs * gigabytes:g} GB for {jobs} at once, and {free:.1f} GB are free; {instead}"
+            )

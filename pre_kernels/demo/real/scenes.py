@@ -40,19 +40,12 @@ class Scene:
 
 class Scenes:
     """`count` scenes of things from `photographs`, made when they are asked for. The same seed
-    gives the same scenes, and the categories are equally frequent.
+    gives the same scenes, and the categories are equally frequent."""
 
-    Args:
-        alike: whether all things of a scene are of one category. The categories take turns.
-    """
-
-    def __init__(
-        self, photographs: Sequence[Photograph], count: int, seed: int, alike: bool = False
-    ) -> None:
+    def __init__(self, photographs: Sequence[Photograph], count: int, seed: int) -> None:
         self.kinds = [[p for p in photographs if p.category == c] for c in range(len(CATEGORIES))]
         self.count = count
         self.seed = seed
-        self.alike = alike
 
     def __len__(self) -> int:
         return self.count
@@ -61,23 +54,18 @@ class Scenes:
         return (self[number] for number in range(self.count))
 
     def __getitem__(self, number: int) -> Scene:
-        chance = random.Random(f"{self.seed} {number}")
-        return compose(self.kinds, chance, number % len(self.kinds) if self.alike else None)
+        return compose(self.kinds, random.Random(f"{self.seed} {number}"))
 
 
-def compose(
-    kinds: Sequence[Sequence[Photograph]], chance: random.Random, category: int | None = None
-) -> Scene:
-    """Return a scene of things drawn from `kinds`, the photographs of each category, or of this
-    category alone."""
+def compose(kinds: Sequence[Sequence[Photograph]], chance: random.Random) -> Scene:
+    """Return a scene of things drawn from `kinds`, the photographs of each category."""
     ground = np.array([chance.uniform(90, 255) for _ in range(3)])
     noise = np.random.default_rng(chance.randrange(1 << 30)).normal(0, NOISE, (SIDE, SIDE, 1))
     image = Image.fromarray((ground + noise).clip(0, 255).astype(np.uint8))
     covers = []
     things = []
     for place in range(len(PLACES)):
-        own = kinds[chance.randrange(len(kinds)) if category is None else category]
-        thing = chance.choice(own)
+        thing = chance.choice(kinds[chance.randrange(len(kinds))])
         shown = _resized(thing.picture, chance.uniform(0.75, 1.0))
         left = place % 2 * LARGEST + chance.randint(0, LARGEST - shown.width)
         top = place // 2 * LARGEST + chance.randint(0, LARGEST - shown.height)

@@ -17,14 +17,13 @@ class Settings:
     tune_rate: float = 1e-4
     head_rate: float = 1e-3
     warmup: int = 20
-    bf16: bool = False  # autocast to bfloat16 in training
+    bf16: bool = False  # autocast to bfloat16
     test_scenes: int = 150  # for each half of the photographs that no training saw
     lens_scenes: int = 10  # In each half the patches of so many are decoded to words.
     every: int = 3  # layers between two that are measured
     penalty: float = 0.01  # the probes' C
     traced_every: int = 40  # steps of the second stage
-    traced_scenes: int = 120  # Their things are all of one category.
-    asked_scenes: int = 60  # for the task's score along the second stage
+    traced_scenes: int = 75  # for each half, along the second stage
 
 
 QUICK = Settings(
@@ -35,6 +34,5 @@ QUICK = Settings(
     lens_scenes=1,
     every=10,
     traced_every=4,
-    traced_scenes=18,
-    asked_scenes=4,
+    traced_scenes=8,
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from .llms import Llm
 from .photographs import CATEGORIES
-from .pieces import Llm
 from .scenes import PATCHES, PLACES, Scene, Scenes
 
 IGNORED = -100

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..stages import Advance
-from ..train import _Advance
+from ..train import AdvanceCallback
 from .settings import Settings
 from .text import Batches
 
@@ -56,7 +56,8 @@ def train_stage(
         optim="adamw_torch_fused",
         logging_steps=1,
         save_steps=SAVED_EVERY,
-        save_total_limit=1,
+        # The Trainer removes an older checkpoint before `Weights` has completed the new one.
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -65,13 +66,16 @@ def train_stage(
         bf16=settings.bf16,
         seed=seed,
     )
+    if model.device.type == "cuda":
+        # The Trainer would split each batch over all GPUs.
+        arguments._n_gpu = 1
     numbers: Any = range(steps * settings.batch)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=numbers,
         data_collator=batches,
-        callbacks=[_Advance(advance)],
+        callbacks=[AdvanceCallback(advance)],
     )
     trainer.add_callback(Weights(folder))
     trainer.remove_callback(PrinterCallback)
