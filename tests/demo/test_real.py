@@ -322,6 +322,29 @@ def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(own, tiny, tmp_path, 
     assert again["probe"] == whole["probe"]
 
 
+def test_a_checkpoint_that_is_not_whole_loses_nothing(tiny, tmp_path, monkeypatch):
+    from pre_kernels.demo.real import train
+
+    monkeypatch.setattr(train, "SAVED_EVERY", 1)
+    seed = Seed(0, TINY, tiny, "cpu", tmp_path, no_bar)
+    seed.aligned()
+    save_file = train.save_file
+
+    def stopped(weights, path):
+        if path.parent.name == "checkpoint-3":
+            raise KeyboardInterrupt
+        save_file(weights, path)
+
+    monkeypatch.setattr(train, "save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        seed.run("arm", Arm())
+    folder = seed.folder / "arm" / "stage-2"
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+    assert train.last_checkpoint(folder) == folder / "checkpoint-2"
+    monkeypatch.setattr(train, "save_file", save_file)
+    assert len(seed.run("arm", Arm())["task_loss"]) == TINY.tune_steps
+
+
 def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Pieces, "check", lambda self, llm: None)
     console = screen(width=120)

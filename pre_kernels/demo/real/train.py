@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,6 @@ def train_stage(
         optim="adamw_torch_fused",
         logging_steps=1,
         save_steps=SAVED_EVERY,
-        # The Trainer removes an older checkpoint before `Weights` has completed the new one.
-        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -92,7 +91,8 @@ def train_stage(
 
 
 class Weights(TrainerCallback):
-    """Save the trained weights in each checkpoint under their own names.
+    """Save the trained weights in each checkpoint under their own names, and then remove the older
+    one, which must be there until the new one is whole.
 
     `save_pretrained` renames those of a LLaVA, and the Trainer, as of transformers 5.24, leaves out
     what has another name when it resumes.
@@ -107,7 +107,10 @@ class Weights(TrainerCallback):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        save_file(trained, self.folder / f"checkpoint-{state.global_step}" / TRAINED)
+        own = self.folder / f"checkpoint-{state.global_step}"
+        save_file(trained, own / TRAINED)
+        for older in set(self.folder.glob("checkpoint-*")) - {own}:
+            shutil.rmtree(older)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
