@@ -36,6 +36,6 @@ def screen(width=80, **options):
     return Console(file=io.StringIO(), width=width, **options)
 
 
-def committed():
-    """Return the measurements in bench/results."""
-    return json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+def committed(kind="demo"):
+    """Return the measurements of one of the demos in bench/results."""
+    return json.loads((ROOT / "bench" / "results" / f"{kind}.json").read_text())

@@ -191,11 +191,13 @@ def test_the_next_command_names_the_program_as_it_can_be_typed(
     assert run.next_command(Path("a b")).startswith(f"{printed} diagnose 'a b/models/without' ")
 
 
-def test_pages_state_the_time_of_the_committed_run(capsys):
-    took = results.minutes(committed()["seconds"])
+def test_pages_state_the_time_of_the_committed_runs(capsys):
+    took, real = (results.minutes(committed(kind)["seconds"]) for kind in ("demo", "real"))
     with pytest.raises(SystemExit):
         cli.main(["demo", "--help"])
-    assert f"{took} on a CPU with 2 cores" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{took} on a CPU with 2 cores" in said
+    assert f"{real} a seed on 2 cores" in said
     assert f"{took} on 2 cores" in (ROOT / "README.md").read_text()
     assert f"It took {took} on 2 CPU cores" in (ROOT / "docs" / "evidence.md").read_text()
 
