@@ -255,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [job for job in every if job not in done]
     pieces = Pieces(options.parts)
     try:
-        jobs = max(min(options.jobs, len(wanted)), 1)
-        prepare(settings, pieces, jobs, options.work, Console())
+        prepare(settings, pieces, Console())
     except ValueError as error:
         parser.error(str(error))
 

@@ -86,11 +86,10 @@ def demo(_: Records) -> str:
 
 def real_demo(_: Records) -> str:
     from pre_kernels.demo.real import results
-    from pre_kernels.demo.results import took
 
     found = run_of(REAL)
     said = [f"- {sentence}" for sentence in results.verdict(found)]
-    return "\n".join([*said, "", took(found), "", *_of_run(REAL, found)])
+    return "\n".join([*said, "", *_of_run(REAL, found)])
 
 
 def _of_run(kind: str, found: Mapping[str, Any]) -> list[str]:

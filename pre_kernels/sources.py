@@ -26,6 +26,8 @@ REAL_TRAINED = (
     "integrations",
     *(f"demo/real/{name}.py" for name in REAL),
     "diagnostics/measures",
+    "diagnostics/run/callback.py",
+    "diagnostics/run/measure.py",
 )
 # For each kind of result the files and folders of the package that it depends on; CORE for others.
 MEASURED = {

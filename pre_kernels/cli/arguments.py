@@ -121,8 +121,7 @@ def _demo(commands: Any) -> None:
         "several seeds each, and compare task accuracy, L_PRe, linear probes and the semantic "
         "contrast ratio over depth. Measured: 3 minutes on a CPU with 2 cores. With --real the "
         "parts are a pre-trained LLM of 135 million parameters, an ImageNet encoder and "
-        "photographs; measured: 14 minutes a seed on 2 cores that compute bfloat16, which are up "
-        "to three times as fast as others.",
+        "photographs; measured: 14 minutes a seed on 2 cores that compute in bfloat16.",
         epilog=(
             Table("examples:", [row for row in EXAMPLES.rows if "pre-kernels demo" in row[0]]),
         ),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,17 +19,18 @@ pytest.importorskip("efficientnet_lite_pytorch")
 
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PreTrainedTokenizerFast as Fast
 
 from pre_kernels.demo import words as texts
-from pre_kernels.demo.real import arm, model, photographs, results, run
+from pre_kernels.demo.real import arm, model, photographs, results, run, train, work
 from pre_kernels.demo.real.arm import Arm, Seed
 from pre_kernels.demo.real.evaluate import Seen, right
 from pre_kernels.demo.real.llms import LLMS
 from pre_kernels.demo.real.photographs import CATEGORIES
-from pre_kernels.demo.real.pieces import Pieces
+from pre_kernels.demo.real.pieces import Pieces, Unavailable
 from pre_kernels.demo.real.scenes import PATCHES, SIDE, Scenes
 from pre_kernels.demo.real.settings import QUICK
 from pre_kernels.demo.real.text import IGNORED, Batches, caption, questions
@@ -293,8 +295,6 @@ def test_all_models_are_measured_as_training_computes(tiny, tmp_path):
 
 @pytest.mark.parametrize("own", [Arm(None), Arm()], ids=["without PRe", "with PRe"])
 def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(own, tiny, tmp_path, monkeypatch):
-    from pre_kernels.demo.real import train
-
     monkeypatch.setattr(train, "SAVED_EVERY", 2)
     seed = Seed(0, TINY, tiny, "cpu", tmp_path / "whole", no_bar)
     whole = seed.run("arm", own)
@@ -323,26 +323,99 @@ def test_an_arm_that_was_stopped_resumes_at_its_checkpoint(own, tiny, tmp_path, 
 
 
 def test_a_checkpoint_that_is_not_whole_loses_nothing(tiny, tmp_path, monkeypatch):
-    from pre_kernels.demo.real import train
-
     monkeypatch.setattr(train, "SAVED_EVERY", 1)
+    steps = []
+
+    @contextmanager
+    def count(stage, name, number):
+        yield lambda loss: steps.append(stage)
+
+    whole = Seed(0, TINY, tiny, "cpu", tmp_path / "whole", no_bar).run("arm", Arm())
     seed = Seed(0, TINY, tiny, "cpu", tmp_path, no_bar)
     seed.aligned()
-    save_file = train.save_file
+    save_file = work.save_file
 
     def stopped(weights, path):
+        save_file(weights, path)
         if path.parent.name == "checkpoint-3":
             raise KeyboardInterrupt
-        save_file(weights, path)
 
-    monkeypatch.setattr(train, "save_file", stopped)
+    monkeypatch.setattr(work, "save_file", stopped)
     with pytest.raises(KeyboardInterrupt):
         seed.run("arm", Arm())
-    folder = seed.folder / "arm" / "stage-2"
+    (folder,) = seed.folder.glob("arm */stage-2")
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-3"}
-    assert train.last_checkpoint(folder) == folder / "checkpoint-2"
-    monkeypatch.setattr(train, "save_file", save_file)
-    assert len(seed.run("arm", Arm())["task_loss"]) == TINY.tune_steps
+    assert work.last_checkpoint(folder) == folder / "checkpoint-2"
+    monkeypatch.setattr(work, "save_file", save_file)
+    seed.bar = count
+    assert seed.run("arm", Arm()) == whole
+    assert steps.count(arm.TUNE) == 1
+
+
+def test_an_arm_with_other_options_is_not_that_of_the_same_name(tiny, tmp_path):
+    seed = Seed(0, TINY, tiny, "cpu", tmp_path, no_bar)
+    first = seed.run("arm", Arm())
+    assert seed.run("arm", Arm({"weight": 8.0})) != first
+    assert seed.run("arm", Arm()) == first
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_trace_is_the_same_after_a_stop(tiny, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(train, "SAVED_EVERY", 1)
+    settings = dataclasses.replace(TINY, tune_steps=5)
+
+    def traced(folder, bar):
+        looks = Seed(0, settings, tiny, "cpu", folder, bar).run("arm", Arm(), traced=True)["trace"]
+        times = ("layers_seconds", "layers_share")
+        return [{k: v for k, v in look.items() if k not in times} for look in looks]
+
+    whole = traced(tmp_path / "whole", no_bar)
+    assert [look["step"] for look in whole] == [0, 2, 4, 5]
+    steps = []
+
+    @contextmanager
+    def stopped(stage, name, number):
+        def advance(loss):
+            steps.append(stage)
+            if steps.count(arm.TUNE) == stop + 1:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        traced(tmp_path / "stopped", stopped)
+    assert traced(tmp_path / "stopped", no_bar) == whole
+
+
+def test_a_trace_has_the_probes_and_the_score_of_the_evaluation(tiny, tmp_path):
+    settings = dataclasses.replace(TINY, traced_scenes=TINY.test_scenes)
+    metrics = Seed(0, settings, tiny, "cpu", tmp_path, no_bar).run("arm", Arm(None), traced=True)
+    last = metrics["trace"][-1]
+    assert last["score"] == metrics["accuracy"]
+    for layer in (0, 2, 4):
+        assert last[f"layer_{layer}/identity"] == results.at(metrics, "identity", layer)
+        assert last[f"layer_{layer}/kind"] == results.at(metrics, "probe", layer)
+    assert metrics["identity"] != metrics["probe"]
+
+
+def test_measuring_checks_the_room_and_names_a_full_disk(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    wanted = [("without", 0)]
+
+    def measure():
+        arms = {"without": Arm(None)}
+        run.measure(arms, wanted, TINY, tiny, "cpu", tmp_path, lambda *k: None, no_bar, 1)
+
+    with pytest.raises(Unavailable, match=r"^disk: training .* needs 5 GB"):
+        measure()
+    monkeypatch.setattr(run, "check_room", lambda *arguments: None)
+
+    def full(weights, path):
+        raise SafetensorError("cannot write")
+
+    monkeypatch.setattr(work, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device \(cannot write\)"):
+        measure()
 
 
 def test_the_demo_as_a_whole(tiny, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("efficientnet_lite_pytorch")
 
 from pre_kernels import cli
-from pre_kernels.demo.real import pieces, run
+from pre_kernels.demo.real import pieces, run, work
 from pre_kernels.demo.real.arm import Arm
 from pre_kernels.demo.real.llms import LLMS
 from pre_kernels.demo.real.photographs import CATEGORIES
@@ -126,43 +126,49 @@ def test_a_download_that_fails_says_so(tmp_path):
 def test_too_little_room_is_said_before_loading(monkeypatch, tmp_path, what):
     gigabytes = {"memory": 100.0, "disk": 100.0, what: 7.0}
     monkeypatch.setattr(
-        run.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9 * gigabytes["memory"])
+        work.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9 * gigabytes["memory"])
     )
     monkeypatch.setattr(
-        run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e9 * gigabytes["disk"])
+        work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e9 * gigabytes["disk"])
     )
-    work = tmp_path / "not" / "there"
-    run.check_room("an LLM", 3.5, 2, work)
+    folder = tmp_path / "not" / "there"
+    work.check_room("an LLM", 3.5, 2, folder)
     with pytest.raises(
         Unavailable,
         match=f"^{what}: training an LLM needs 4 GB for each arm, 8 GB for 2 at once, and "
         r"7\.0 GB are free; use --jobs 1$",
     ):
-        run.check_room("an LLM", 4.0, 2, work)
+        work.check_room("an LLM", 4.0, 2, folder)
     mend = {"memory": "close other programs", "disk": "choose a folder on another disk"}
     with pytest.raises(Unavailable, match=f"{mend[what]}, or use another machine"):
-        run.check_room("an LLM", 9.0, 1, work)
+        work.check_room("an LLM", 9.0, 1, folder)
 
 
 @pytest.mark.parametrize("error", [SafetensorError, RuntimeError])
 def test_an_error_of_a_full_disk_is_an_oserror(monkeypatch, tmp_path, error):
-    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
-    with pytest.raises(OSError, match="No space left") as caught, run.full_disk(tmp_path):
+    monkeypatch.setattr(work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with pytest.raises(OSError, match="No space left") as caught, work.full_disk(tmp_path):
         raise error("writing failed")
     assert caught.value.errno == errno.ENOSPC
-    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
-    with pytest.raises(error, match="another reason"), run.full_disk(tmp_path):
+    monkeypatch.setattr(work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    with pytest.raises(error, match="another reason"), work.full_disk(tmp_path):
         raise error("another reason")
 
 
+def test_an_error_of_a_full_gpu_is_not_one_of_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with pytest.raises(torch.OutOfMemoryError), work.full_disk(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_what_a_stopped_run_left_counts_as_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
-    monkeypatch.setattr(run.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    monkeypatch.setattr(work.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    monkeypatch.setattr(work.psutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
     with pytest.raises(Unavailable, match="disk"):
-        run.check_room("an LLM", 0.002, 1, tmp_path)
+        work.check_room("an LLM", 0.002, 1, tmp_path)
     (tmp_path / "arm").mkdir()
     (tmp_path / "arm" / "checkpoint").write_bytes(bytes(1_000_000))
-    run.check_room("an LLM", 0.002, 1, tmp_path)
+    work.check_room("an LLM", 0.002, 1, tmp_path)
 
 
 @pytest.mark.parametrize(

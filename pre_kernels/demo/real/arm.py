@@ -8,7 +8,8 @@ import copy
 import json
 import math
 import shutil
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .settings import Settings
 from .stages import ALIGN, LOAD, MEASURE, TUNE
 from .text import Batches, Text, caption, questions
 from .train import train_stage
+from .work import fingerprint
 
 PROJECTOR = "multi_modal_projector"
 LANGUAGE = ("language_model", "lm_head")
@@ -86,7 +88,7 @@ class Seed:
 
     def before(self) -> Metrics:
         """Return the metrics of the model before any visual training."""
-        return self._once("before", lambda: self._measure(self.model, "before"))
+        return self._once("before", lambda work: self._measure(self.model, "before"))
 
     def aligned(self) -> tuple[Any, Metrics]:
         """Return the model after the first stage without PRe, and its metrics."""
@@ -94,8 +96,8 @@ class Seed:
         projector = model.get_submodule(f"model.{PROJECTOR}")
         weights = self.folder / "aligned.safetensors"
 
-        def run() -> Metrics:
-            logs = self._stage(model, 1, ALIGN, caption, "aligned")
+        def run(work: Path) -> Metrics:
+            logs = self._stage(model, 1, ALIGN, caption, "aligned", work)
             save_file(projector.state_dict(), weights)
             return self._measure(model, "aligned") | logs
 
@@ -110,9 +112,11 @@ class Seed:
             traced: whether to measure layers along the second stage too, into "trace", the entries
                 of the Trainer's log.
         """
-        return self._once(name, lambda: self._run(name, arm, traced))
+        # An arm with other options may have had this name.
+        key = f"{name} {fingerprint(asdict(arm))}"
+        return self._once(key, lambda work: self._run(name, arm, traced, work))
 
-    def _run(self, name: str, arm: Arm, traced: bool) -> Metrics:
+    def _run(self, name: str, arm: Arm, traced: bool, work: Path) -> Metrics:
         model = copy.deepcopy(self.model) if arm.both else self.aligned()[0]
         if arm.trained == "lora":
             _add_lora(model)
@@ -121,8 +125,8 @@ class Seed:
         if arm.options is not None:
             handle = apply_pre(model, head_lr=self.settings.head_rate, **arm.options)
         if arm.both:
-            self._stage(model, 1, ALIGN, caption, name)
-        logs = self._stage(model, 2, TUNE, questions, name, arm, traced)
+            self._stage(model, 1, ALIGN, caption, name, work)
+        logs = self._stage(model, 2, TUNE, questions, name, work, arm, traced)
         if handle is not None:
             handle.remove()
         return self._measure(model, name) | logs
@@ -134,10 +138,11 @@ class Seed:
         stage: Stage,
         text: Text,
         name: str,
+        work: Path,
         arm: Arm | None = None,
         traced: bool = False,
     ) -> Metrics:
-        """Train one of the stages; return the losses of its steps."""
+        """Train one of the stages, with checkpoints in `work`; return the losses of its steps."""
         settings = self.settings
         steps, rate = settings.align_steps, settings.align_rate
         if arm is not None:
@@ -146,7 +151,7 @@ class Seed:
         _learn(model, "frozen" if arm is None else arm.trained)
         scenes = Scenes(self.training, steps * settings.batch, 100 * self.seed + number)
         batches = Batches(self.tokenizer, LLMS[settings.llm], text, scenes)
-        folder = self.folder / name / f"stage-{number}"
+        folder = work / f"stage-{number}"
         if arm is not None and arm.trained == "lora":
             # The Trainer cannot resume a model to which LoRA was added.
             shutil.rmtree(folder, ignore_errors=True)
@@ -170,11 +175,17 @@ class Seed:
         if "pre_loss" in logs[-1]:
             curves["pre_loss"] = [round(log["pre_loss"], 4) for log in logs]
         if traced:
-            curves["trace"] = [entry for entry in history if "score" in entry]
+            # A training that resumes measures its checkpoint once more.
+            looks = {entry["step"]: entry for entry in history if "score" in entry}
+            every = settings.traced_every
+            curves["trace"] = [
+                look for step, look in looks.items() if step % every == 0 or step == steps
+            ]
         return curves
 
     def _watch(self, trainer: Any) -> LayerCallback:
-        """Return what measures layers along a training, with the probes of `evaluate`."""
+        """Return what measures layers along a training: the probes and the score as `evaluate`, and
+        what `LayerCallback` measures itself on other scenes of the first half."""
         settings = self.settings
         llm = LLMS[settings.llm]
         depth = llm.layers
@@ -206,15 +217,17 @@ class Seed:
                 model, self.tokenizer, llm, self.halves, self.settings, self.seed, advance
             )
 
-    def _once(self, name: str, measure: Any) -> Metrics:
-        """Return what `measure` returns, from the folder if it is there."""
-        path = self.folder / f"{name}.json"
+    def _once(self, key: str, measure: Callable[[Path], Metrics]) -> Metrics:
+        """Return what `measure` returns, from the folder if it is there. It may leave checkpoints
+        in the folder that it gets."""
+        path = self.folder / f"{key}.json"
         if path.is_file():
             kept: Metrics = json.loads(path.read_text(encoding="utf-8"))
             return kept
-        metrics: Metrics = measure()
+        work = self.folder / key
+        metrics = measure(work)
         write(path, json.dumps(metrics))
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         return metrics
 
 

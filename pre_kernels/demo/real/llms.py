@@ -34,13 +34,11 @@ class Llm(Piece):
         prompt: what comes before an image.
         layers: how many it has.
         image_token: a token of the vocabulary that no text here has; it stands for a patch.
-        gigabytes: the memory that an arm takes, and the most that its checkpoints do.
     """
 
     layers: int
     prompt: str
     image_token: int
-    gigabytes: float
 
 
 LLMS = {
@@ -55,7 +53,6 @@ LLMS = {
         layers=30,
         prompt="<|im_start|>user\n",
         image_token=16,  # <empty_output>
-        gigabytes=4.5,
     ),
     "gemma3": Llm(
         name="Gemma 3 270M",
@@ -68,6 +65,5 @@ LLMS = {
         layers=18,
         prompt="<bos><start_of_turn>user\n",
         image_token=6,  # <unused0>
-        gigabytes=9.0,
     ),
 }

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import io
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from pre_kernels import sources
 from pre_kernels.demo import Unsaved
@@ -32,11 +27,12 @@ from pre_kernels.screen import plural
 from . import photographs
 from .arm import Arm, Metrics, Seed
 from .llms import LLMS
-from .pieces import Pieces, Unavailable
+from .pieces import Pieces
 from .results import picture, save, show
 from .scenes import Scenes
 from .settings import Settings
 from .stages import ALIGN, LOAD, MEASURE, TUNE
+from .work import GIGABYTES, check_room, fingerprint, full_disk
 
 BEFORE = "before"
 ALIGNED = "aligned"
@@ -44,8 +40,6 @@ WITHOUT = "without"
 WITH = "with"
 # What both arms of a seed start from.
 START = (BEFORE, ALIGNED)
-# A disk with fewer free bytes cannot take any file of a checkpoint.
-FULL = 1_000_000_000
 # This function takes an arm's name, its seed, its metrics and the seconds that they took.
 Keep = Callable[[str, int, Metrics, float], None]
 # The last seed that this process ran.
@@ -70,14 +64,16 @@ def measure(
         arms: by name. `BEFORE` and `ALIGNED` are not among them: they are what the arms of a seed
             start from, and run before these.
         work: a folder for what is finished and for checkpoints. What these settings, photographs,
-            code and versions have left there is not run again.
+            device, code and versions have left there is not run again.
         keep: called in this process as soon as an arm is measured.
         traced: as in `Seed.run`.
+
+    Raises:
+        Unavailable: memory or disk is too small.
     """
     work /= fingerprint(
         {
             "settings": dataclasses.asdict(settings),
-            "arms": {name: dataclasses.asdict(arm) for name, arm in arms.items()},
             "photographs": pieces.listing(),
             "device": device,
             "traced": traced,
@@ -85,6 +81,9 @@ def measure(
             "versions": versions(),
         }
     )
+    if wanted:
+        name = LLMS[settings.llm].name
+        check_room(name, GIGABYTES[settings.llm], min(jobs, len(wanted)), work)
     # Two arms of a seed would otherwise train its first stage at the same time.
     starts = sorted({seed for _, seed in wanted})
     trained = [(arm, seed) for arm, seed in wanted if arm not in START]
@@ -139,17 +138,6 @@ def _job(
     return [(arm, number, metrics, seconds) for arm, metrics in found.items()]
 
 
-@contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Raise OSError where safetensors or torch.save failed since the disk is full: neither does."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        if psutil.disk_usage(str(folder)).free > FULL:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-
-
 def run(
     settings: Settings,
     arm: Arm,
@@ -170,7 +158,7 @@ def run(
     """
     console = Console() if console is None else console
     jobs = min(jobs, 2 * seeds)
-    found = prepare(settings, pieces, jobs, out / "work", console)
+    found = prepare(settings, pieces, console)
     arms = {WITHOUT: Arm(None), WITH: arm}
     experiment: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -222,33 +210,20 @@ def run(
     return results
 
 
-def prepare(
-    settings: Settings, pieces: Pieces, jobs: int, work: Path, console: Console
-) -> list[photographs.Photograph]:
-    """Check the parts, and memory and disk for `jobs` arms at once, print what will be used, and
-    return the photographs.
-
-    Args:
-        work: the folder of checkpoints.
+def prepare(settings: Settings, pieces: Pieces, console: Console) -> list[photographs.Photograph]:
+    """Check the parts, print what will be used, and return the photographs.
 
     Raises:
-        Unavailable: parts are missing, or memory or disk is too small.
+        Unavailable: parts are missing.
         photographs.Unreadable: too many photographs cannot be read.
     """
     llm = LLMS[settings.llm]
     pieces.check(llm)
-    check_room(llm.name, llm.gigabytes, jobs, work)
     found, broken = photographs.load(pieces.photographs)
     for path in broken:
         console.print(f"left out, cannot be read: {path}", highlight=False, markup=False)
     console.print(f"{llm.name}, {len(found)} photographs from {pieces.folder}", highlight=False)
     return found
-
-
-def fingerprint(what: Mapping[str, Any]) -> str:
-    """Return 12 hex digits of what JSON can hold."""
-    text = json.dumps(what, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def seconds_of_a_seed(settings: Settings) -> float:
@@ -259,21 +234,3 @@ def seconds_of_a_seed(settings: Settings) -> float:
     start = LOAD.seconds + settings.align_steps * ALIGN.seconds + 2 * scenes * MEASURE.seconds
     arm = LOAD.seconds + settings.tune_steps * TUNE.seconds + (scenes + traced) * MEASURE.seconds
     return start + 2 * arm
-
-
-def check_room(name: str, gigabytes: float, jobs: int, work: Path) -> None:
-    """Raise Unavailable unless memory and disk are enough for `jobs` arms at once."""
-    kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    there = next(folder for folder in (work, *work.absolute().parents) if folder.is_dir())
-    for what, free, mend in (
-        ("memory", psutil.virtual_memory().available, "close other programs"),
-        ("disk", psutil.disk_usage(str(there)).free + kept, "choose a folder on another disk"),
-    ):
-        free /= 1e9
-        if free < jobs * gigabytes:
-            fits = int(free // gigabytes)
-            instead = f"use --jobs {fits}" if fits else f"{mend}, or use another machine"
-            raise Unavailable(
-                f"{what}: training {name} needs {gigabytes:g} GB for each arm, "
-                f"{jobs * gigabytes:g} GB for {jobs} at once, and {free:.1f} GB are free; {instead}"
-            )

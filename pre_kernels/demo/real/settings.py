@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Settings:
     """Everything on which an arm depends besides itself, its seed and the installed versions."""
 
-    llm: str = "smollm2"  # a key of pieces.LLMS
+    llm: str = "smollm2"  # a key of llms.LLMS
     align_steps: int = 200  # LLaVA's first stage: the projector learns on captions
     tune_steps: int = 240  # LLaVA's second stage: projector and LLM learn a narrow question
     batch: int = 4

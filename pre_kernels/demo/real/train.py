@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -20,11 +19,10 @@ from ..stages import Advance
 from ..train import AdvanceCallback
 from .settings import Settings
 from .text import Batches
+from .work import TRAINED, Weights, last_checkpoint
 
 # A training that was stopped loses at most so many steps.
 SAVED_EVERY = 60
-# The last file of a checkpoint.
-TRAINED = "trained.safetensors"
 
 
 def train_stage(
@@ -88,32 +86,3 @@ def train_stage(
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history: list[dict[str, Any]] = trainer.state.log_history
     return history
-
-
-class Weights(TrainerCallback):
-    """Save the trained weights in each checkpoint under their own names, and then remove the older
-    one, which must be there until the new one is whole.
-
-    `save_pretrained` renames those of a LLaVA, and the Trainer, as of transformers 5.24, leaves out
-    what has another name when it resumes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        trained = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        own = self.folder / f"checkpoint-{state.global_step}"
-        save_file(trained, own / TRAINED)
-        for older in set(self.folder.glob("checkpoint-*")) - {own}:
-            shutil.rmtree(older)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint that is whole."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINED}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
