@@ -70,7 +70,8 @@ def full_disk(folder: Path) -> Iterator[None]:
         if psutil.disk_usage(str(folder)).free > LITTLE:
             raise
         reason = f"{os.strerror(errno.ENOSPC)} ({error})"
-        raise OSError(errno.ENOSPC, reason, str(folder)) from error
+        full = OSError(errno.ENOSPC, reason, str(folder))
+        raise full from error
 
 
 class Weights(TrainerCallback):
