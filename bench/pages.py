@@ -103,9 +103,9 @@ def _of_run(kind: str, found: Mapping[str, Any]) -> list[str]:
 
 def probe(records: Records) -> str:
     """Return what the picture of README shows, in words."""
-    from .real_plots import caption
+    from .real_plots import caption, shown
 
-    kept = [entry for entry in records if entry["kind"] == REAL]
+    kept = shown([entry for entry in records if entry["kind"] == REAL])
     line = outdated(kept)
     return f"{caption(kept)} {line}" if line else caption(kept)
 

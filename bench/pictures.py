@@ -58,14 +58,16 @@ PICTURES = {
 
 
 def results(name: str, records: Records) -> Any:
-    """Return what a picture is drawn from: a demo's results, all records of the search on real
-    parts, or otherwise the records of the device that was measured last."""
+    """Return what a picture is drawn from: a demo's results, the records of the real LLM that are
+    shown, or otherwise the records of the device that was measured last."""
     _, kinds, run = PICTURES[name]
     if run:
         return pages.run_of(run)
     kept = [entry for entry in records if entry["kind"] in kinds]
     if kinds == (REAL,):
-        return kept
+        from .real_plots import shown
+
+        return shown(kept)
     last = max(kept, key=lambda entry: entry["date"], default={})
     return [entry for entry in kept if entry["device"] == last["device"]]
 

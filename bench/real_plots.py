@@ -37,10 +37,10 @@ RECOGNISED = COLUMNS["linear_probe"]._replace(
 )
 
 
-def members(records: Records) -> list[dict[str, Any]]:
-    """Return the lines of the confirmation, or of the search before there are any, of the settings
-    of the first."""
-    own = [entry for entry in records if entry["settings"]["llm"] == MAIN]
+def shown(records: Records) -> list[dict[str, Any]]:
+    """Return the records of `SHOWN` in the confirmation, or in the search before there are any, of
+    the settings of the first."""
+    own = [entry for entry in records if entry["settings"]["llm"] == MAIN and entry["arm"] in SHOWN]
     confirmed = [entry for entry in own if entry["seed"] in CONFIRM]
     chosen = confirmed or [entry for entry in own if entry["seed"] in SEARCH]
     return [entry for entry in chosen if entry["settings"] == chosen[0]["settings"]]
@@ -48,7 +48,7 @@ def members(records: Records) -> list[dict[str, Any]]:
 
 def caption(records: Records) -> str:
     """Return what `depth` shows, in words."""
-    own = members(records)
+    own = shown(records)
     last = {
         arm: mean(at(entry, "identity", LAYERS) for entry in own if entry["arm"] == arm)
         for arm in (WITHOUT, PAPER, CHOSEN)
@@ -64,7 +64,7 @@ def caption(records: Records) -> str:
 
 
 def depth(records: Records, path: Path, note: str = "") -> list[str]:
-    """Draw the lines of `SHOWN` over the layers: means over the seeds of `members`; thin lines are
+    """Draw the lines of `SHOWN` over the layers: means over the seeds of `shown`; thin lines are
     seeds. Return the names of what was drawn."""
     models = _models(records)
     panels = (
@@ -116,7 +116,7 @@ def training(found: results.Results, path: Path, note: str, metric: str) -> None
 
 def _models(records: Records) -> list[dict[str, Any]]:
     """Return the lines of `SHOWN` for `plots.over_depth`."""
-    own = members(records)
+    own = shown(records)
     models = []
     for arm, (name, style) in SHOWN.items():
         runs = [_table(entry) for entry in own if entry["arm"] == arm]

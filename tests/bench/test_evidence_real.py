@@ -7,8 +7,9 @@ pytest.importorskip("scipy")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from bench import evidence, evidence_real, real_plots, record
+from bench import evidence, evidence_real, pages, pictures, real_plots, record
 from bench.evidence_real import ARMS, CHOSEN, CONFIRM, PAPER, SEARCH, WITHOUT, base, table
+from pre_kernels import sources
 from pre_kernels.check.device import Cpu
 
 
@@ -114,6 +115,24 @@ def test_pictures_show_the_confirmation_once_it_is_there(tmp_path):
     assert path.read_bytes() != first
     real_plots.probe(search, path)
     assert path.read_bytes() != first
+
+
+def test_only_what_is_shown_makes_a_picture_old():
+    arms = ("before", WITHOUT, PAPER, CHOSEN)
+    new = [
+        {**entry, "measured": sources.digest("real"), "commit": "b", "date": "2026-01-03"}
+        for entry in records(CONFIRM, arms)
+    ]
+    old = [
+        {**entry, "measured": "another", "commit": "a", "date": "2026-01-02"}
+        for entry in [*records(SEARCH, arms), *records(CONFIRM, ("mse",))]
+    ]
+    found = pictures.results("real.png", [*old, *new])
+    assert found == new
+    assert pictures.note("real.png", found) == ""
+    assert "has changed" not in pages.probe([*old, *new])
+    new[0]["measured"] = "another"
+    assert "has changed" in pages.probe([*old, *new])
 
 
 def test_a_wrong_arm_and_missing_parts_are_said(capsys, tmp_path):
